@@ -1,0 +1,405 @@
+"""Where a script runs: process group, device, precision, signals, checkpoints, the run folder, logs."""
+import contextlib
+import csv
+import ctypes
+import json
+import os
+import pickle
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import data
+from configurator import UserError
+from model import ARCHITECTURES, SIZES, ModelConfig
+
+ROOT = Path(__file__).resolve().parent
+CHECKPOINT_FORMAT = 1
+DTYPES = {'bfloat16': torch.bfloat16, 'float16': torch.float16, 'float32': torch.float32}
+
+
+# ---------------------------------------------------------------------------- device, precision, ranks
+
+class Runtime:
+    """This process: `rank` of `world_size`, its `device`, and the `dtype` that autocast computes in."""
+
+    def __init__(self, device='auto', dtype='auto'):
+        self.rank, self.world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+        self.is_main = self.rank == 0
+        self.device = pick_device(device)
+        self.dtype = pick_dtype(dtype, self.device)
+        if self.device.type == 'cuda':
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision('high')  # TF32 where float32 matrices meet
+        if self.device.type == 'cpu':
+            keep_freed_memory()
+        if self.world_size > 1:  # gloo carries what the ranks agree on, from the CPU, beside nccl's gradients
+            dist.init_process_group('cpu:gloo,cuda:nccl' if self.device.type == 'cuda' else 'gloo')
+
+    def autocast(self):
+        """Context in which matrix products run in `dtype`; the weights stay float32."""
+        if self.dtype == 'float32':
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, DTYPES[self.dtype])
+
+    def wrap(self, model):
+        """The model whose forward and backward synchronise gradients over the ranks."""
+        if self.world_size == 1:
+            return model
+        return torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+    def total(self, values):
+        """Sums over all ranks of a dict of numbers or 0-d tensors, as floats."""
+        sums = torch.stack([torch.as_tensor(value).detach().double().cpu() for value in values.values()])
+        if self.world_size > 1:
+            dist.all_reduce(sums)
+        return dict(zip(values, sums.tolist()))
+
+    def any(self, flag):
+        """Whether `flag` is true on any rank."""
+        return self.total({'flag': bool(flag)})['flag'] > 0 if self.world_size > 1 else bool(flag)
+
+    def from_main(self, call):
+        """What `call` returns on rank 0, on every rank; the others do not call it."""
+        box = [str(call())] if self.is_main else [None]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def close(self):
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
+
+def add(sums, loss, count, metrics):
+    """Adds what a model's forward returns to `sums`, without the graph behind it."""
+    for name, value in {'loss': loss, 'count': count, **metrics}.items():
+        sums[name] = sums.get(name, 0) + value.detach().double()
+
+
+def pick_device(name):
+    """'auto': cuda, else mps, else cpu. Each rank of a node takes the GPU of its local rank."""
+    if name == 'auto':
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f'device is {name!r}; choose auto, cpu, cuda, cuda:N or mps.') from error
+    available = {'cpu': True, 'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available()}
+    if not available.get(device.type, False):
+        raise UserError(f'device is {name!r}, but PyTorch finds none on this machine; use --device=cpu or auto.')
+    if device.type != 'cuda':
+        return device
+    index = int(os.environ.get('LOCAL_RANK', 0)) if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        raise UserError(f'GPU number {index} is asked for, but there are {torch.cuda.device_count()}; start at most '
+                        'as many processes per node as it has GPUs.')
+    return torch.device('cuda', index)
+
+
+def pick_dtype(name, device):
+    """'auto': bfloat16 where the processor multiplies in it, float16 on older GPUs, else float32."""
+    if name == 'auto':
+        if device.type == 'cuda':
+            return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
+        instructions = getattr(torch.cpu, 'get_capabilities', dict)() if device.type == 'cpu' else {}
+        return 'bfloat16' if instructions.get('avx512_bf16') or instructions.get('amx_bf16') else 'float32'
+    if name not in DTYPES:
+        raise UserError(f'dtype is {name!r}; choose auto, {", ".join(DTYPES)}.')
+    return name
+
+
+def keep_freed_memory():
+    """Tells glibc to keep what is freed instead of handing it back to the kernel.
+
+    Each step allocates the same megabytes; fetching them from the kernel anew costs a tenth of a small
+    model's step in page faults, and ten times the work itself for some element-wise operations.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # other C libraries have no mallopt
+        mallopt = ctypes.CDLL(None).mallopt
+        m_trim_threshold, m_mmap_threshold = -1, -3  # <malloc.h>
+        mallopt(m_mmap_threshold, 32 << 20)
+        mallopt(m_trim_threshold, (1 << 31) - 1)
+
+
+def seed_dropout(*key):
+    """Seeds torch's generators by (seed, step, micro-step, rank): a resumed run drops the same units."""
+    torch.manual_seed(int(data.random_bits(*key)) >> 1)
+
+
+def measure_peak_flops(device, dtype):
+    """Floating-point operations per second of a large matrix product here: what `train/mfu` is a share of."""
+    size = 8192 if device.type == 'cuda' else 1024
+    a = torch.randn(size, size, device=device, dtype=DTYPES[dtype])
+    best = float('inf')
+    for _ in range(5):
+        synchronize(device)
+        start = time.perf_counter()
+        a @ a
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size ** 3 / best
+
+
+def synchronize(device):
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+    if device.type == 'mps':
+        torch.mps.synchronize()
+
+
+class StopSignal:
+    """Set by the first SIGTERM, SIGINT or SIGUSR1; a second one ends the process at once."""
+
+    def __init__(self):
+        self.received = None
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self.receive)
+
+    def receive(self, number, frame):
+        if self.received is not None:
+            os._exit(128 + number)
+        self.received = signal.Signals(number).name
+        os.write(2, f'\n{self.received}: saving at the next step; once more to quit at once\n'.encode())
+
+
+# ---------------------------------------------------------------------------- checkpoints
+
+def save_atomically(path, write):
+    """`write(file)` into a file beside `path`, then puts it in its place: a crash leaves the old or the new."""
+    path = Path(path)
+    beside = path.with_name(path.name + '.tmp')
+    try:
+        with open(beside, 'wb') as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise UserError(f'{path} could not be written ({error}); what was there before still is.') from error
+    os.replace(beside, path)
+
+
+def save_checkpoint(path, checkpoint):
+    save_atomically(path, lambda file: torch.save({'format': CHECKPOINT_FORMAT, **checkpoint}, file))
+
+
+def load_checkpoint(path):
+    """The dict that `ckpt.pt` holds, its tensors on the CPU. `path`: the file, or a run folder."""
+    path = Path(path) / 'ckpt.pt' if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise UserError(f'There is no checkpoint at {path}.')
+    try:
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else 'it ends too early'
+        raise UserError(f'{path} is damaged or no checkpoint of ours ({reason}); take another one of the run, '
+                        'best.pt or one under checkpoints/.') from error
+    missing = {'architecture', 'model_config', 'model_state_dict', 'tokenizer'} - set(checkpoint)
+    if missing:
+        raise UserError(f'{path} lacks {", ".join(sorted(missing))}, so it is no checkpoint of these scripts.')
+    return checkpoint
+
+
+def make_model(architecture, **model_config):
+    """A model by its architecture's name and ModelConfig's fields; what cannot be is a UserError."""
+    if architecture not in ARCHITECTURES:
+        raise UserError(f'architecture is {architecture!r}; choose {" or ".join(ARCHITECTURES)}.')
+    try:
+        return ARCHITECTURES[architecture](ModelConfig(**model_config))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def size_of(model_size):
+    """(n_layer, n_head, n_embd) of a named size."""
+    if model_size not in SIZES:
+        raise UserError(f'model_size is {model_size!r}; choose {", ".join(SIZES)}.')
+    return SIZES[model_size]
+
+
+def check_fits(checkpoint, path, architecture, tokenizer, dataset):
+    """A UserError where the checkpoint at `path` is of another architecture or vocabulary than the run."""
+    if checkpoint['architecture'] != architecture:
+        raise UserError(f'{path} holds architecture={checkpoint["architecture"]!r}, not {architecture!r}; use '
+                        f'--architecture={checkpoint["architecture"]}.')
+    if checkpoint['tokenizer'] != tokenizer.to_json():
+        raise UserError(f'{path} was trained with another vocabulary ({checkpoint["model_config"]["vocab_size"]} '
+                        f'tokens) than that of {dataset} ({tokenizer.vocab_size}); prepare the data with the '
+                        "checkpoint's tokenizer, or start from scratch.")
+
+
+def load_model(checkpoint, device, **changes):
+    """The checkpoint's model, with its averaged weights where there are some, ready to evaluate or sample."""
+    model = make_model(checkpoint['architecture'], **{**checkpoint['model_config'], **changes})
+    model.load_state_dict(checkpoint.get('ema_state_dict') or checkpoint['model_state_dict'])
+    return model.to(device).eval()
+
+
+# ---------------------------------------------------------------------------- the run folder
+
+RUN_FILES = ('config.json', 'ckpt.pt', 'best.pt', 'metrics.csv', 'logs.log', 'eval_results.json', 'checkpoints')
+
+
+def holds_run(path):
+    return any((Path(path) / name).exists() for name in RUN_FILES)
+
+
+def resume_path(resume_from, out_dir):
+    """The checkpoint that --resume_from means, or None to start afresh."""
+    if not resume_from:
+        return None
+    if resume_from == 'auto':
+        if not out_dir:
+            raise UserError("--resume_from=auto needs an out_dir, which holds the run's ckpt.pt; add --out_dir=PATH.")
+        path = Path(out_dir) / 'ckpt.pt'
+        return path if path.exists() else None
+    path = Path(resume_from)
+    return path / 'ckpt.pt' if path.is_dir() else path
+
+
+def run_of(checkpoint_path):
+    """The run folder that a checkpoint stands in: beside it, or above checkpoints/checkpoint-N/."""
+    folder = Path(checkpoint_path).resolve().parent
+    return folder.parent.parent if folder.parent.name == 'checkpoints' else folder
+
+
+def open_run_folder(out_dir, name, suffix, may_continue, overwrite):
+    """Makes the run's folder and returns it: `out_dir`, or out/{name}-v{n} with the next free n.
+
+    A folder that holds a run is refused, unless the run continues or `overwrite` gives it up.
+    """
+    if not out_dir:
+        suffix = f'-{suffix}' if suffix else ''
+        n = 1
+        while True:
+            folder = ROOT / 'out' / f'{name}-v{n}{suffix}'
+            with contextlib.suppress(FileExistsError):  # another run may take the number just now
+                folder.mkdir(parents=True)
+                return folder
+            n += 1
+    folder = Path(out_dir)
+    if holds_run(folder) and not may_continue:
+        if not overwrite:
+            raise UserError(f'{folder} already holds a run; continue it with --resume_from=auto, give it up with '
+                            '--overwrite, or choose another out_dir.')
+        for file in RUN_FILES:
+            path = folder / file
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def keep_checkpoint(folder, step, limit, best_step):
+    """Copies ckpt.pt to checkpoints/checkpoint-{step}/, and keeps the newest `limit` and the best."""
+    kept = folder / 'checkpoints' / f'checkpoint-{step}'
+    kept.mkdir(parents=True, exist_ok=True)
+    with open(folder / 'ckpt.pt', 'rb') as source:
+        save_atomically(kept / 'ckpt.pt', lambda file: shutil.copyfileobj(source, file))
+    steps = sorted(int(path.name.split('-')[1]) for path in (folder / 'checkpoints').glob('checkpoint-*'))
+    for old in [s for s in steps if s not in (step, best_step)][:max(0, len(steps) - limit)]:
+        shutil.rmtree(folder / 'checkpoints' / f'checkpoint-{old}')
+
+
+# ---------------------------------------------------------------------------- logs
+
+METRICS = ('train/loss', 'train/accuracy', 'train/perplexity', 'train/lr', 'train/tokens_per_sec',
+           'train/grad_norm', 'train/mfu', 'train/epoch', 'val/loss', 'val/accuracy', 'val/perplexity', 'val/bpb')
+
+
+class Logger:
+    """Console, logs.log, metrics.csv and W&B under one set of names. On ranks other than 0 it is silent."""
+
+    def __init__(self, folder, is_main, step, wandb_settings=None):
+        self.is_main, self.wandb, self.line_open = is_main, None, False
+        if not is_main:
+            return
+        self.log_file = open(folder / 'logs.log', 'a', buffering=1, encoding='utf-8')
+        forget_rows_after(folder / 'metrics.csv', step)
+        self.csv_file = open(folder / 'metrics.csv', 'a', buffering=1, newline='', encoding='utf-8')
+        if self.csv_file.tell() == 0:
+            csv.writer(self.csv_file).writerow(('step',) + METRICS)
+        if wandb_settings is not None:
+            self.start_wandb(folder, **wandb_settings)
+
+    def print(self, *lines):
+        for line in lines if self.is_main else ():
+            print(('\n' if self.line_open else '') + line, flush=True)
+            self.line_open = False
+            self.log_file.write(line + '\n')
+
+    def progress(self, line):
+        """A line that the next one replaces on a terminal, and follows elsewhere."""
+        if not self.is_main:
+            return
+        self.log_file.write(line + '\n')
+        if sys.stdout.isatty():
+            print('\r\033[K' + line, end='', flush=True)
+            self.line_open = True
+        else:
+            print(line, flush=True)
+
+    def metrics(self, step, values):
+        """A row of metrics.csv and a step of W&B. values: {name: float}, of the names in METRICS."""
+        if not self.is_main:
+            return
+        csv.writer(self.csv_file).writerow([step] + [values.get(name, '') for name in METRICS])
+        self.to_wandb(lambda: self.wandb.log(values, step=step))
+
+    def start_wandb(self, folder, project, name, run_id, config):
+        import wandb  # takes seconds to import: only where it is wanted
+
+        def start():
+            mode = os.environ.get('WANDB_MODE')
+            if mode is None and not wandb.login(prompt=False):
+                mode = 'offline'
+                self.print('W&B: not logged in, so the run is kept offline; `wandb login` first, or --no_wandb.')
+            self.wandb = wandb.init(project=project, name=name, id=run_id, resume='allow', config=config,
+                                    dir=folder, mode=mode)
+        self.wandb = True
+        self.to_wandb(start)
+
+    def to_wandb(self, call):
+        """Calls W&B; a failure there is reported once and never stops the training."""
+        if self.wandb is None:
+            return
+        try:
+            call()
+        except Exception as error:  # whatever a service does, the run goes on
+            self.wandb = None
+            self.print(f'W&B failed ({type(error).__name__}: {error}); the run goes on without it.')
+
+    @property
+    def wandb_run_id(self):
+        return None if self.wandb is None else self.wandb.id
+
+    def close(self):
+        if self.is_main:
+            self.to_wandb(lambda: self.wandb.finish())
+            self.log_file.close()
+            self.csv_file.close()
+
+
+def forget_rows_after(path, step):
+    """Drops the rows of metrics.csv that a resumed run writes again, and a last one that was cut short."""
+    if not path.exists():
+        return
+    header, *lines = path.read_text(encoding='utf-8').splitlines(keepends=True) or ['']
+    whole = [line for line in lines if line.endswith('\n') and int(line.split(',')[0]) <= step]
+    save_atomically(path, lambda file: file.write(''.join([header, *whole]).encode()))
+
+
+def write_json(path, value):
+    save_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + '\n').encode()))
+
+
+def duration(seconds):
+    """1:02:03 or 2:03."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'

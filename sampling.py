@@ -1,0 +1,294 @@
+"""Generation: one generate() for all architectures.
+
+`ar` writes from left to right with a KV cache. The diffusion architectures fill hidden positions, wherever
+they are: a prompt is what is visible, so a continuation and an infilling are the same call.
+"""
+from contextlib import contextmanager
+
+import torch
+
+from model import HEAD_ELEMENTS
+
+SAMPLERS = ('ancestral', 'confidence', 'blocks', 'threshold', 'remdm')
+
+
+@torch.inference_mode()
+def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_tokens=(), seed=0,
+             use_cache=True, steps=None, sampler='ancestral', block_length=32, threshold=0.9, eta=0.1):
+    """Continues each of `prompts` (lists of token ids, not empty) by max_new_tokens tokens.
+
+    Returns lists of ids: the prompt, what follows, and the stop token if one ended it early. A prompt holds
+    at most block_size tokens; a longer text goes on with the last half of the block as its context.
+
+    temperature     0: always the likeliest token
+    top_k, top_p    draw among the k likeliest tokens; among the fewest that have probability p together
+    use_cache       ar: keep keys and values; the same tokens without, only slower
+    steps           diffusion: forward passes for one block's hidden positions; None: as many as positions
+    sampler         diffusion: how positions are chosen, see `Sampler`
+    block_length    of sampler='blocks'     threshold   of 'threshold'     eta   of 'remdm'
+
+    Diffusion also fills each <|mask|> within a prompt; with max_new_tokens=0 it does only that.
+    """
+    check_prompts(model, prompts)
+    if sampler not in SAMPLERS:
+        raise ValueError(f'sampler is {sampler!r}; choose {", ".join(SAMPLERS)}.')
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(states):
+        return draw_tokens(model, states, temperature, top_k, top_p, generator)
+
+    with evaluating(model):
+        if model.causal:
+            return continue_left_to_right(model, prompts, max_new_tokens, draw, set(stop_tokens), use_cache)
+        rows = [None] * len(prompts)
+        for length in sorted(set(map(len, prompts))):  # rows of one length share their forward passes
+            same = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
+            filled = continue_by_filling(model, [prompts[i] for i in same], max_new_tokens, draw, set(stop_tokens),
+                                         steps, Sampler(sampler, block_length, threshold, eta, generator))
+            for i, row in zip(same, filled):
+                rows[i] = row
+        return rows
+
+
+@contextmanager
+def evaluating(model):
+    """Dropout is off while the context lasts."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def check_prompts(model, prompts):
+    for prompt in prompts:
+        if len(prompt) == 0:
+            raise ValueError('A prompt is empty; start it with <|endoftext|> for a new text.')
+        if len(prompt) > model.config.block_size:
+            raise ValueError(f'The prompt has {len(prompt)} tokens, but the model sees at most '
+                             f'block_size={model.config.block_size}; shorten the prompt.')
+        if model.causal and model.config.mask_id in prompt:
+            raise ValueError('The prompt holds <|mask|>, which an autoregressive model cannot fill; infill with a '
+                             'diffusion model.')
+
+
+# ---------------------------------------------------------------------------- drawing
+
+def draw_tokens(model, states, temperature, top_k, top_p, generator):
+    """A token for each state (N, C), and the probability that the model gives it: (N,), (N,).
+
+    Drawn in float64: Gumbel noise in float32 cannot reach the tail, which lowers the temperature unnoticed
+    (Zheng et al. 2024). The uniform numbers come from the CPU, so that a seed means the same on each device.
+    """
+    tokens, confidences = [], []
+    for part in states.split(max(1, HEAD_ELEMENTS // 2 // model.config.padded_vocab_size)):
+        logits = model.head(part)
+        logits = logits.cpu().double() if logits.device.type == 'mps' else logits.double()
+        probabilities = restrict(logits, temperature, top_k, top_p)  # (n, V)
+        cumulative = probabilities.cumsum(-1)
+        uniform = torch.rand(len(part), 1, dtype=torch.float64, generator=generator).to(cumulative.device)
+        token = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+        confidences.append(logits.softmax(-1).gather(1, token).squeeze(1).float().to(states.device))
+        tokens.append(token.squeeze(1).to(states.device))
+    return torch.cat(tokens), torch.cat(confidences)
+
+
+def restrict(logits, temperature, top_k, top_p):
+    """Probabilities (N, V) at a temperature, within the top k, within the nucleus p (Holtzman et al. 2020)."""
+    if temperature == 0:
+        return torch.zeros_like(logits).scatter_(1, logits.argmax(-1, keepdim=True), 1.0)
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.size(-1):
+        kth = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    probabilities = logits.softmax(-1)
+    if top_p is not None and top_p < 1:
+        ordered, order = probabilities.sort(-1, descending=True)
+        outside = ordered.cumsum(-1) - ordered >= top_p  # what comes before is enough already
+        probabilities = probabilities.masked_fill(outside.scatter(1, order, outside), 0.0)
+    return probabilities
+
+
+# ---------------------------------------------------------------------------- left to right
+
+class KVCache:
+    """Keys and values of what each row has read so far, `lengths` (B,) tokens, in buffers of `size` tokens.
+
+    Rows start together at position 0, padded on the right to one length; what lies beyond a row's own length
+    is overwritten as it goes on, and masked until then.
+    """
+
+    def __init__(self, rows, size, device):
+        self.buffers = {}
+        self.size = size
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
+        self.even, self.longest = True, 0  # whether all rows are equally long; known without asking the device
+
+    def positions(self, length):
+        """Where `length` new tokens of each row stand: a slice, or (B, length) if rows differ."""
+        if self.even or self.longest == 0:
+            return slice(self.longest, self.longest + length)
+        return self.lengths[:, None] + torch.arange(length, device=self.lengths.device)
+
+    def extend(self, layer, k, v):
+        """Stores a layer's new keys and values (B, H, T, D); all of them so far, a mask, whether causal."""
+        if layer not in self.buffers:
+            self.buffers[layer] = [x.new_zeros(x.size(0), x.size(1), self.size, x.size(3)) for x in (k, v)]
+        keys, values = self.buffers[layer]
+        if self.longest == 0:
+            keys[:, :, :k.size(2)], values[:, :, :v.size(2)] = k, v
+            return k, v, None, True
+        end, mask = self.longest + 1, None
+        if self.even:
+            keys[:, :, end - 1:end], values[:, :, end - 1:end] = k, v
+        else:
+            rows = torch.arange(len(k), device=k.device)
+            keys[rows, :, self.lengths], values[rows, :, self.lengths] = k[:, :, 0], v[:, :, 0]
+            mask = (torch.arange(end, device=k.device) <= self.lengths[:, None])[:, None, None]  # (B, 1, 1, S)
+        return keys[:, :, :end], values[:, :, :end], mask, False
+
+    def advance(self, lengths):
+        """Counts what was read: `lengths` new tokens per row."""
+        self.lengths = self.lengths + torch.tensor(lengths, device=self.lengths.device)
+        self.even = self.even and len(set(lengths)) == 1
+        self.longest += max(lengths)
+
+
+def continue_left_to_right(model, prompts, max_new_tokens, draw, stop_tokens, use_cache):
+    rows, starts = [list(prompt) for prompt in prompts], [0] * len(prompts)
+    running, block_size, cache = [True] * len(rows), model.config.block_size, None
+    for _ in range(max_new_tokens):
+        full = [len(row) - start > block_size for row, start in zip(rows, starts)]
+        starts = [len(row) - block_size // 2 if f else start for row, start, f in zip(rows, starts, full)]
+        if cache is None or any(full):
+            cache = KVCache(len(rows), block_size, model.embedding.weight.device) if use_cache else None
+            states = read(model, [row[start:] for row, start in zip(rows, starts)], cache)
+        else:
+            states = read(model, [row[-1:] for row in rows], cache)
+        tokens, _ = draw(states)
+        for i, token in enumerate(tokens.tolist()):
+            rows[i].append(token)  # a row that has stopped goes on as well: shapes stay the same
+            running[i] = running[i] and token not in stop_tokens
+        if not any(running):
+            break
+    return [cut(row, len(prompt), stop_tokens) for row, prompt in zip(rows, prompts)]
+
+
+def read(model, texts, cache):
+    """States (B, C) after each of `texts`, lists of ids of any lengths, which follow what `cache` holds."""
+    lengths = [len(text) for text in texts]
+    padded = [text + [0] * (max(lengths) - len(text)) for text in texts]
+    device = model.embedding.weight.device
+    hidden = model.hidden(torch.tensor(padded, device=device), cache)  # (B, T, C)
+    if cache is not None:
+        cache.advance(lengths)
+    last = torch.tensor(lengths, device=device) - 1
+    return hidden[torch.arange(len(texts), device=device), last]
+
+
+def cut(row, prompt_length, stop_tokens):
+    """The row up to its first stop token after the prompt, that token included."""
+    for i in range(prompt_length, len(row)):
+        if row[i] in stop_tokens:
+            return row[:i + 1]
+    return row
+
+
+# ---------------------------------------------------------------------------- filling
+
+class Sampler:
+    """How hidden positions are chosen: a name and its parameters.
+
+    ancestral             each with the same probability, so that the order is random (MDLM)
+    confidence, blocks    the surest draws, an equal share of them in each step (LLaDA)
+    threshold             all draws that are surer than the threshold, one at least (Fast-dLLM)
+    remdm                 like ancestral, and what was written is hidden again at times (ReMDM)
+    """
+
+    def __init__(self, name, block_length, threshold, eta, generator):
+        self.name, self.block_length, self.threshold, self.eta = name, block_length, threshold, eta
+        self.generator = generator
+
+    def chance(self, where, probability):
+        """Each position of `where` (B, L) with this probability."""
+        uniform = torch.rand(where.shape, dtype=torch.float64, generator=self.generator)
+        return where & (uniform < probability).to(where.device)
+
+    def remask(self, written, steps_left, steps):
+        """Positions, of those `written` (B, L) so far, that are hidden again."""
+        return self.chance(written, remdm_rates(steps_left, steps, self.eta)[0]) if self.name == 'remdm' else None
+
+    def candidates(self, hidden, steps_left, steps):
+        """Where to draw: chance alone decides (B, L), or everywhere, to see where the model is sure."""
+        if self.name == 'ancestral':
+            return self.chance(hidden, 1 / steps_left)
+        if self.name == 'remdm':
+            return self.chance(hidden, remdm_rates(steps_left, steps, self.eta)[1])
+        return hidden
+
+    def keep(self, drawn, confidence, steps_left):
+        """Which draws (B, L) stay, given the probability of each (B, L)."""
+        if self.name in ('ancestral', 'remdm') or steps_left == 1:
+            return drawn
+        rank = confidence.masked_fill(~drawn, -1).argsort(1, descending=True).argsort(1)
+        if self.name == 'threshold':
+            return drawn & ((confidence > self.threshold) | (rank == 0))
+        return drawn & (rank < -(-drawn.sum(1, keepdim=True) // steps_left))
+
+
+def remdm_rates(steps_left, steps, eta):
+    """Probabilities to hide a written token again, and to reveal a hidden one (Wang et al. 2025, ReMDM-cap).
+
+    α is the share that is visible, α_t now and α_s after the step: hide with σ = min(η, (1 − α_s) / α_t),
+    reveal with (α_s − (1 − σ) α_t) / (1 − α_t).
+    """
+    now, after = 1 - steps_left / steps, 1 - (steps_left - 1) / steps
+    sigma = min(eta, (1 - after) / now) if now > 0 else 0.0
+    return sigma, (after - (1 - sigma) * now) / (1 - now)
+
+
+def continue_by_filling(model, prompts, max_new_tokens, draw, stop_tokens, steps, sampler):
+    """Prompts of one length, continued by windows of at most block_size tokens."""
+    device, block_size, mask_id = model.embedding.weight.device, model.config.block_size, model.config.mask_id
+    rows = torch.tensor(prompts, device=device)  # (B, L)
+    prompt_length, left = rows.size(1), max_new_tokens
+    while True:
+        context = min(rows.size(1), block_size if rows.size(1) + min(left, 1) <= block_size else block_size // 2)
+        new = min(left, block_size - context)
+        window = torch.cat([rows[:, rows.size(1) - context:], rows.new_full((len(rows), new), mask_id)], 1)
+        rows = torch.cat([rows[:, :rows.size(1) - context], fill(model, window, draw, steps, sampler)], 1)
+        left -= new
+        finished = [cut(row, prompt_length, stop_tokens) for row in rows.tolist()]
+        if left == 0 or all(row[-1] in stop_tokens and len(row) > prompt_length for row in finished):
+            return finished
+
+
+def fill(model, canvas, draw, steps, sampler):
+    """Fills each <|mask|> of the canvas (B, L), all at once or, for sampler 'blocks', from left to right."""
+    canvas = canvas.clone()
+    holes = canvas == model.config.mask_id
+    columns = holes.any(0).nonzero().squeeze(1)  # where any row has something to fill
+    parts = columns.split(sampler.block_length) if sampler.name == 'blocks' else [columns]
+    for part in parts if len(columns) else []:
+        region = torch.zeros_like(holes)
+        region[:, part] = holes[:, part]
+        share = len(part) if steps is None else max(1, round(steps * len(part) / len(columns)))
+        fill_region(model, canvas, region, draw, min(share, len(part)), sampler)
+    return canvas
+
+
+def fill_region(model, canvas, region, draw, steps, sampler):
+    """Fills the region (B, L) of the canvas in place; the last step takes what is left."""
+    for steps_left in range(steps, 0, -1):
+        hidden = region & (canvas == model.config.mask_id)
+        where = sampler.candidates(hidden, steps_left, steps)
+        remasked = sampler.remask(region & ~hidden, steps_left, steps)
+        if where.any():  # else the step writes nothing and needs no forward pass
+            tokens, confidence = draw(model.hidden(canvas)[where])
+            drawn = torch.zeros_like(canvas).masked_scatter(where, tokens)
+            confidence = torch.zeros(canvas.shape, device=canvas.device).masked_scatter(where, confidence)
+            keep = sampler.keep(where, confidence, steps_left)
+            canvas[keep] = drawn[keep]
+        if remasked is not None:
+            canvas[remasked] = model.config.mask_id

@@ -1,0 +1,306 @@
+"""Pretrains a language model on a prepared folder.
+
+    python train.py config/stories.py
+    python train.py config/xl_owt.py --batch_size=8
+    torchrun --standalone --nproc_per_node=2 train.py config/shakespeare_char.py --device=cpu
+"""
+import math
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+import data
+import optim
+import runtime
+from configurator import UserError, configure, restore
+from sampling import generate
+
+# --- data ---
+dataset = 'stories'          # a name under data/, or the path of a prepared folder
+mode = 'packed'              # packed: windows of the token stream; documents: one document per row
+batch_size = 32              # rows per micro-step and rank
+gradient_accumulation_steps = 1  # micro-steps per step and rank
+# --- model ---
+architecture = 'ar'          # ar or diffusion
+model_size = 'tiny'          # tiny, small, medium, large, xl: sets the next three
+n_layer: int = None
+n_head: int = None
+n_embd: int = None
+n_kv_head: int = None        # fewer than n_head: grouped-query attention
+block_size = 256             # tokens per row
+dropout = 0.0
+norm = 'rms'                 # rms or layer
+position = 'rope'            # rope or learned
+mlp = 'relu2'                # relu2 or gelu
+bias = False                 # in linear layers and LayerNorm
+qk_norm = True               # RMS-normalised queries and keys
+logit_softcap = 15.0         # 0: none
+gradient_checkpointing = False  # recompute each block in the backward pass: less memory, a third more time
+init_from = ''               # start from the weights of this ckpt.pt
+# --- optimization ---
+max_steps = 2000
+num_epochs = 0.0             # instead of max_steps
+optimizer = 'adamw'          # adamw or muon
+learning_rate = 1e-3
+min_lr = 0.0
+warmup_steps: int = None     # None: warmup_ratio of all steps
+warmup_ratio = 0.02
+schedule = 'cosine'          # cosine, linear, wsd, constant
+decay_ratio = 0.2            # of all steps: the decay of wsd
+weight_decay = 0.1
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0              # largest norm of the gradient; 0: not clipped
+ema_decay = 0.0              # running average of the weights, e.g. 0.999; evaluated and sampled instead; 0: none
+# --- looking ---
+eval_every = 250             # steps
+eval_batches = 0             # batches of validation rows; 0: the whole split
+log_every = 10               # steps
+sample_every = 0             # steps between printed samples; 0: none
+num_samples = 2
+sample_tokens = 200
+# --- the run ---
+out_dir = ''                 # empty: out/{architecture}-{dataset}-{size}-v{n}
+run_suffix = ''              # appended to that name
+overwrite = False            # give up the run that out_dir holds
+resume_from = ''             # a ckpt.pt or run folder; auto: out_dir's, if it has one
+save_every = 0               # steps between checkpoints beside those at evaluations; 0: none
+save_total_limit = 0         # copies kept under checkpoints/, one per save_every
+seed = 0
+no_wandb = False
+wandb_project = 'diffusion-lm'
+wandb_run_name = ''          # empty: the run folder's name
+# --- the machine ---
+device = 'auto'              # cpu, cuda, cuda:N, mps
+dtype = 'auto'               # bfloat16, float16, float32
+compile: bool = None         # torch.compile; None: on CUDA only
+config = configure(globals())
+
+# What defines a run: a resumed one keeps it. Everything else may change, and the change is printed.
+FIXED = ('architecture', 'mode', 'model_size', 'n_layer', 'n_head', 'n_embd', 'n_kv_head', 'block_size', 'norm',
+         'position', 'mlp', 'bias', 'qk_norm', 'logit_softcap', 'optimizer', 'seed')
+SHAPE = ('n_layer', 'n_head', 'n_embd', 'n_kv_head', 'block_size', 'norm', 'position', 'mlp', 'bias', 'qk_norm',
+         'logit_softcap', 'dropout', 'gradient_checkpointing')  # keys that go to ModelConfig as they are
+
+# ---------------------------------------------------------------------------- what to continue
+
+checkpoint_path = runtime.resume_path(resume_from, out_dir)
+checkpoint = runtime.load_checkpoint(checkpoint_path) if checkpoint_path else None
+changed = []
+if checkpoint:
+    saved = {key: value for key, value in checkpoint['train_config'].items()
+             if key not in ('out_dir', 'resume_from', 'overwrite', 'init_from')}
+    changed = restore(globals(), config, saved)
+    for key, before, now in changed:
+        if key in FIXED:
+            raise UserError(f'The run of {checkpoint_path} has {key}={before!r}, so it cannot go on with {now!r}; '
+                            f'leave --{key} out, or start a new run.')
+
+run = runtime.Runtime(device, dtype)
+folder = data.Folder(dataset)
+tokenizer = folder.tokenizer
+
+# ---------------------------------------------------------------------------- model
+
+initial = checkpoint or (runtime.load_checkpoint(init_from) if init_from else None)
+shape = dict(zip(('n_layer', 'n_head', 'n_embd'), runtime.size_of(model_size)))
+shape.update({key: config[key] for key in SHAPE if config[key] is not None})
+if initial:
+    runtime.check_fits(initial, checkpoint_path or init_from, architecture, tokenizer, folder.path)
+    for key in config.given.intersection(SHAPE) - {'dropout', 'gradient_checkpointing'}:
+        if config[key] != initial['model_config'][key]:
+            raise UserError(f'{init_from} has {key}={initial["model_config"][key]!r}, not {config[key]!r}; leave '
+                            f'--{key} out.')
+    shape = {**initial['model_config'], 'dropout': dropout, 'gradient_checkpointing': gradient_checkpointing}
+shape.update(vocab_size=tokenizer.vocab_size, mask_id=tokenizer.mask_id, ignore_id=tokenizer.ignore_id)
+torch.manual_seed(seed)
+raw_model = runtime.make_model(architecture, **shape).to(run.device)
+if initial:
+    raw_model.load_state_dict(initial['model_state_dict'])
+block_size = raw_model.config.block_size
+
+# ---------------------------------------------------------------------------- batches, optimizers, state
+
+batches = data.Batches(folder, architecture, block_size, batch_size, gradient_accumulation_steps, seed, mode,
+                       run.rank, run.world_size, run.device)
+if num_epochs and 'max_steps' not in config.given:
+    max_steps = math.ceil(num_epochs * batches.rows.num_rows / batches.rows_per_step)
+warmup = round(warmup_ratio * max_steps) if warmup_steps is None else warmup_steps
+optimizers = optim.make_optimizers(raw_model, optimizer, learning_rate, beta1, beta2, weight_decay)
+scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == 'float16')
+average = optim.WeightAverage(raw_model, ema_decay) if ema_decay else None
+step, best_step, best_val_loss = 0, 0, math.inf
+if checkpoint:
+    step, best_step, best_val_loss = (checkpoint[key] for key in ('global_step', 'best_step', 'best_val_loss'))
+    if checkpoint['rows_per_step'] != batches.rows_per_step:
+        raise UserError(f'The run of {checkpoint_path} has {checkpoint["rows_per_step"]} rows per step, not '
+                        f'{batches.rows_per_step}; choose batch_size and gradient_accumulation_steps so that their '
+                        'product with the number of ranks stays, or rows would be skipped or repeated.')
+    for name in optimizers:
+        optimizers[name].load_state_dict(checkpoint['optimizer_state_dict'][name])
+    scaler.load_state_dict(checkpoint['scaler_state_dict'])
+    if average and 'ema_state_dict' in checkpoint:
+        average.load(checkpoint['ema_state_dict'])
+    if step >= max_steps:
+        print(f'{checkpoint_path} is at step {step} of {max_steps}: the run is finished. --max_steps makes it longer.')
+        raise SystemExit(0)
+if run.device.type == 'cuda' if compile is None else compile:
+    raw_model.compile()
+model = run.wrap(raw_model)
+
+# ---------------------------------------------------------------------------- run folder, logs
+
+out = Path(run.from_main(lambda: runtime.open_run_folder(
+    out_dir or (runtime.run_of(checkpoint_path) if checkpoint else ''),
+    f'{architecture}-{folder.config["name"]}-{model_size}', run_suffix,
+    may_continue=bool(checkpoint) or resume_from == 'auto', overwrite=overwrite)))
+config.update({key: getattr(raw_model.config, key) for key in SHAPE}, max_steps=max_steps, dtype=run.dtype)
+if run.is_main:
+    runtime.write_json(out / 'config.json', config)
+log = runtime.Logger(out, run.is_main, step, None if no_wandb else dict(
+    project=wandb_project, name=wandb_run_name or out.name, config=dict(config),
+    run_id=checkpoint['wandb_run_id'] if checkpoint else None))
+stop = runtime.StopSignal()
+peak_flops = runtime.measure_peak_flops(run.device, run.dtype) * run.world_size
+log.print(f'{out}: {architecture}, {raw_model.num_parameters():,} parameters, {run.dtype} on {run.world_size} × '
+          f'{run.device.type}; {max_steps} steps of {batches.rows_per_step} rows of {block_size} tokens are '
+          f'{batches.epoch(max_steps):.2f} epochs')
+for key, before, now in changed:
+    log.print(f'resumed with {key}={now!r}, which was {before!r}')
+
+
+# ---------------------------------------------------------------------------- what happens now and then
+
+def save(path, **state):
+    """What the other scripts need to use the model, and `state` that this one needs to go on."""
+    runtime.save_checkpoint(path, {
+        'architecture': architecture, 'global_step': step, 'best_step': best_step, 'best_val_loss': best_val_loss,
+        'model_state_dict': raw_model.state_dict(), 'model_config': vars(raw_model.config),
+        **({'ema_state_dict': average.average} if average else {}),
+        'train_config': dict(config), 'seed': seed, 'tokenizer': tokenizer.to_json(),
+        'start_token': folder.config['start_token'], 'prompt_format': folder.config['prompt_format'], **state})
+
+
+def save_all():
+    save(out / 'ckpt.pt', optimizer_state_dict={name: o.state_dict() for name, o in optimizers.items()},
+         scaler_state_dict=scaler.state_dict(), rows_per_step=batches.rows_per_step, wandb_run_id=log.wandb_run_id)
+
+
+@torch.no_grad()
+def evaluate():
+    """The val/ metrics over the validation split, the same for any number of ranks."""
+    sums = {}
+    raw_model.eval()
+    for batch in data.evaluation_batches(folder, 'val', architecture, block_size, batch_size, mode, eval_batches,
+                                         run.rank, run.world_size, run.device):
+        with run.autocast():
+            runtime.add(sums, *raw_model(*batch))
+    raw_model.train()
+    sums = run.total(sums)
+    loss = sums['loss'] / sums['count']
+    return {'val/loss': loss, 'val/accuracy': sums['correct'] / max(1, sums['predicted']),
+            'val/perplexity': math.exp(min(loss, 700)),
+            'val/bpb': loss / math.log(2) * folder.tokens_per_byte('val')}
+
+
+def show_samples():
+    rows = generate(raw_model, [[folder.config['start_token']]] * num_samples, min(sample_tokens, block_size - 1),
+                    seed=seed, stop_tokens=[tokenizer.endoftext_id])
+    for row in rows:
+        log.print(f'--- a sample at step {step}', tokenizer.decode(row[1:]).strip())
+    log.print('---')
+
+
+def look():
+    """Evaluates the model, or its average where there is one, and shows what it writes."""
+    global best_step, best_val_loss
+    with average.in_place() if average else nullcontext():
+        values = evaluate()
+        if sample_every and (step % sample_every == 0 or step == max_steps) and run.is_main:
+            show_samples()
+    log.print(f'step {step}: ' + ', '.join(f'{name} {value:.4f}' for name, value in values.items()))
+    if values['val/loss'] < best_val_loss:
+        best_step, best_val_loss = step, values['val/loss']
+        if run.is_main:
+            save(out / 'best.pt')
+    if run.is_main:
+        runtime.write_json(out / 'eval_results.json',
+                           {'step': step, **values, 'best_step': best_step, 'best_val_loss': best_val_loss})
+    return values
+
+
+# ---------------------------------------------------------------------------- the loop
+
+if step == 0:
+    log.metrics(0, look())
+    if run.is_main:
+        save_all()
+raw_model.train()
+logged_step, logged_at = step, time.perf_counter()
+while step < max_steps and not stop.received:
+    rate = optim.learning_rate_at(step, max_steps, learning_rate, min_lr, warmup, schedule, decay_ratio)
+    for o in optimizers.values():
+        for group in o.param_groups:
+            group['lr'] = rate
+
+    micro_batches, count = batches.get(step)
+    sums = {}
+    for i, batch in enumerate(micro_batches):
+        runtime.seed_dropout(seed, step, i, run.rank)
+        model.require_backward_grad_sync = i == len(micro_batches) - 1  # DDP sends gradients once per step
+        with run.autocast():
+            loss, *rest = model(*batch)
+        # The mean over the tokens of all micro-steps and ranks; DDP divides by the number of ranks.
+        scaler.scale(loss * (run.world_size / count)).backward()
+        runtime.add(sums, loss, *rest)
+
+    for o in optimizers.values():
+        scaler.unscale_(o)
+    grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+    for o in optimizers.values():
+        scaler.step(o)
+        o.zero_grad(set_to_none=True)
+    scaler.update()
+    if average:
+        average.update()
+    step += 1
+
+    stop.received = run.any(stop.received)
+    looking = step % eval_every == 0 or step == max_steps
+    saving = looking or stop.received or (save_every and step % save_every == 0)
+    row = {}
+    if looking or saving or step % log_every == 0:
+        sums = run.total(sums)
+        loss = sums['loss'] / sums['count']
+        if not math.isfinite(loss):
+            raise UserError(f'The loss is {loss} at step {step}; the checkpoint before it is kept. Try a lower '
+                            f'learning_rate than {learning_rate}, a longer warm-up, or --dtype=float32.')
+        seconds_per_step = (time.perf_counter() - logged_at) / (step - logged_step)
+        tokens_per_sec = batches.rows_per_step * block_size / seconds_per_step
+        row = {'train/loss': loss, 'train/accuracy': sums['correct'] / max(1, sums['predicted']),
+               'train/perplexity': math.exp(min(loss, 700)), 'train/lr': rate,
+               'train/tokens_per_sec': tokens_per_sec, 'train/grad_norm': grad_norm.item(),
+               'train/mfu': raw_model.flops_per_token() * tokens_per_sec / peak_flops,
+               'train/epoch': batches.epoch(step)}
+        log.progress(f'step {step}/{max_steps}: loss {loss:.4f}, lr {rate:.2e}, {tokens_per_sec:,.0f} tokens/s, '
+                     f'{runtime.duration((max_steps - step) * seconds_per_step)} left')
+    if looking:
+        row.update(look())
+    if row:
+        log.metrics(step, row)
+    if saving and run.is_main:
+        save_all()
+        if save_every and step % save_every == 0 and save_total_limit:
+            runtime.keep_checkpoint(out, step, save_total_limit, best_step)
+    if row:
+        logged_step, logged_at = step, time.perf_counter()
+
+if step < max_steps:
+    log.print(f'stopped at step {step} of {max_steps}; continue with --resume_from={out}')
+else:
+    log.print(f'done: best val/loss {best_val_loss:.4f} at step {best_step}; look at what it writes: '
+              f'python sample.py --checkpoint={out / "ckpt.pt"}')
+log.close()
+run.close()
