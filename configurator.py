@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent
 TYPES = {kind.__name__: kind for kind in (bool, int, float, str, tuple, list, dict)}
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """A mistake of the user's in one sentence: what was wrong, the offending value, the remedy."""
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
+from configurator import UserError
 from model import HEAD_ELEMENTS
 
 SAMPLERS = ('ancestral', 'confidence', 'blocks', 'threshold', 'remdm')
@@ -31,7 +32,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
     """
     check_prompts(model, prompts)
     if sampler not in SAMPLERS:
-        raise ValueError(f'sampler is {sampler!r}; choose {", ".join(SAMPLERS)}.')
+        raise UserError(f'sampler is {sampler!r}; choose {", ".join(SAMPLERS)}.')
     generator = torch.Generator().manual_seed(seed)
 
     def draw(states):
@@ -64,12 +65,12 @@ def evaluating(model):
 def check_prompts(model, prompts):
     for prompt in prompts:
         if len(prompt) == 0:
-            raise ValueError('A prompt is empty; start it with <|endoftext|> for a new text.')
+            raise UserError('A prompt is empty; start it with <|endoftext|> for a new text.')
         if len(prompt) > model.config.block_size:
-            raise ValueError(f'The prompt has {len(prompt)} tokens, but the model sees at most '
+            raise UserError(f'The prompt has {len(prompt)} tokens, but the model sees at most '
                              f'block_size={model.config.block_size}; shorten the prompt.')
         if model.causal and model.config.mask_id in prompt:
-            raise ValueError('The prompt holds <|mask|>, which an autoregressive model cannot fill; infill with a '
+            raise UserError('The prompt holds <|mask|>, which an autoregressive model cannot fill; infill with a '
                              'diffusion model.')
 
 

@@ -1,0 +1,24 @@
+# `make demo` and `make test` from a fresh clone: each makes .venv and installs what it needs.
+PYTHON ?= python3
+RUN := .venv/bin/python
+
+demo: .venv/installed
+	$(RUN) prepare/stories.py
+	$(RUN) train.py config/stories.py --out_dir=out/demo-ar --overwrite
+	$(RUN) train.py config/stories.py --out_dir=out/demo-diffusion --overwrite --architecture=diffusion
+	$(RUN) sample.py --checkpoint=out/demo-ar --num_samples=2
+	$(RUN) sample.py --checkpoint=out/demo-diffusion --num_samples=2
+
+test: .venv/test-installed
+	$(RUN) -m pytest -q
+
+.venv/installed: requirements.txt
+	test -x $(RUN) || $(PYTHON) -m venv .venv
+	$(RUN) -m pip install -q -r requirements.txt
+	touch $@
+
+.venv/test-installed: requirements-test.txt .venv/installed
+	$(RUN) -m pip install -q -r requirements-test.txt
+	touch $@
+
+.PHONY: demo test

@@ -1,0 +1,83 @@
+"""Shows what a model writes: from nothing, after a prompt, or into the gaps of a text.
+
+    python sample.py --checkpoint=out/ar-stories-tiny-v1 --prompt="Once upon a time"
+    python sample.py --checkpoint=out/diffusion-stories-tiny-v1 --infill="The <mask:12> sat"
+"""
+import re
+from pathlib import Path
+
+import torch
+
+import runtime
+from configurator import UserError, configure
+from data import Tokenizer
+from sampling import generate
+
+checkpoint = ''          # a ckpt.pt or run folder; empty: the newest under out/
+prompt = ''              # the text to continue, or FILE:path; empty: a new text
+infill = ''              # diffusion: a text with gaps, <mask:12> for 12 tokens; instead of a prompt
+num_samples = 3
+max_new_tokens = 200
+temperature = 1.0        # 0: always the likeliest token
+top_k: int = None        # draw among the k likeliest tokens
+top_p: float = None      # draw among the fewest tokens that have this probability together
+seed = 0
+stop_at_end = True       # stop at <|endoftext|>
+use_cache = True         # ar: keep keys and values; False: the same text, slower
+steps: int = None        # diffusion: forward passes; None: one per token
+sampler = 'ancestral'    # diffusion: ancestral, confidence, blocks, threshold, remdm
+block_length = 32        # of sampler=blocks: tokens per block
+threshold = 0.9          # of sampler=threshold: the probability at which a token is kept
+eta = 0.1                # of sampler=remdm: the largest probability to hide a token again
+device = 'auto'          # cpu, cuda, cuda:N, mps
+dtype = 'float32'        # bfloat16 and float16 are faster on a GPU
+configure(globals())
+
+
+def newest_checkpoint():
+    paths = sorted((runtime.ROOT / 'out').glob('*/ckpt.pt'), key=lambda path: path.stat().st_mtime)
+    if not paths:
+        raise UserError('There is no run under out/ yet; train one with `python train.py`, or give --checkpoint=PATH.')
+    return paths[-1]
+
+
+def read_prompt(text):
+    """The prompt itself, or the text of the file that FILE:path names."""
+    if not text.startswith('FILE:'):
+        return text
+    path = Path(text.removeprefix('FILE:'))
+    try:
+        return path.read_text(encoding='utf-8')
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f'The prompt file {path} cannot be read ({error}); give a text file in UTF-8.') from error
+
+
+def with_gaps(text, tokenizer):
+    """Token ids of a text in which <mask:N> stands for N hidden tokens."""
+    ids = []
+    for i, part in enumerate(re.split(r'<mask:(\d+)>', text)):
+        ids += [tokenizer.mask_id] * int(part) if i % 2 else tokenizer.encode(part)
+    if tokenizer.mask_id not in ids:
+        raise UserError(f'--infill={text!r} has no gap; write <mask:12> where 12 tokens are missing.')
+    return ids
+
+
+run = runtime.Runtime(device, dtype)
+path = checkpoint or newest_checkpoint()
+state = runtime.load_checkpoint(path)
+tokenizer = Tokenizer(state['tokenizer'])
+model = runtime.load_model(state, run.device)
+
+ids = with_gaps(infill, tokenizer) if infill else tokenizer.encode(read_prompt(prompt))
+# A text begins after the end of another; where the data was one long text, only an empty prompt needs a start.
+start = [state['start_token']] if not ids or state['start_token'] == tokenizer.endoftext_id else []
+with run.autocast():
+    rows = generate(model, [start + ids] * num_samples, 0 if infill else max_new_tokens, temperature=temperature,
+                    top_k=top_k, top_p=top_p, stop_tokens=[tokenizer.endoftext_id] if stop_at_end else [], seed=seed,
+                    use_cache=use_cache, steps=steps, sampler=sampler, block_length=block_length,
+                    threshold=threshold, eta=eta)
+
+print(f'{path}: {state["architecture"]}, {model.num_parameters():,} parameters, step {state["global_step"]}')
+for row in rows:
+    print('-' * 80)
+    print(tokenizer.decode(row[len(start):]))

@@ -1,0 +1,282 @@
+"""The odds of a story are exact: checked on a grammar small enough to write out in full, and by sampling."""
+
+import itertools
+import math
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from prepare import grammar
+from prepare.grammar import Draw, Grammar, Recall
+
+TABLES = """
+pronouns | they | their | were
+she      | she  | her   | was
+they     | they | their | were
+
+heroes    | kind  | pronouns
+Lily, Mia | girl  | she
+Robin     | child | they
+
+places | in | friends
+pond   | by | frog, owl, duck
+barn   | in | owl
+
+friends | sound
+owl     | Hoo
+frog    | Ribbit
+duck    | Quack
+
+hats
+red, orange
+"""
+
+RULES = """
+story: A {hero.kind=heroes} named {hero} was {place.in=places} the {place}. (It rained.) <plot> (The end.)
+
+plot: {Hero.they} {hero.were} not alone. "{friend.sound=place.friends}!" said [the {friend}|someone].
+| {Hero} found {hat.a=hats} hat, and {hero.their} {hat} hat [flew|fell] off. (It was {place.in} the {place}.)
+"""
+
+
+@pytest.fixture(scope="module")
+def small():
+    return Grammar(RULES, TABLES)
+
+
+@pytest.fixture(scope="module")
+def walks():
+    """Some hundred stories, each as a list of (probability, text, node)."""
+    return [list(grammar.GRAMMAR.walk(random.Random(seed))) for seed in range(400)]
+
+
+def tell(walk):
+    return "".join(text for _, text, _ in walk)
+
+
+def test_probabilities_of_all_stories_sum_to_one(small):
+    stories = dict((text, math.exp(log_p)) for log_p, text in small.derivations())
+    assert "A child named Robin was by the pond. They were not alone. \"Ribbit!\" said the frog." in stories
+    assert sum(stories.values()) == pytest.approx(1, abs=1e-12)
+
+
+def test_num_stories_is_exact_and_all_are_different(small):
+    texts = [text for _, text in small.derivations()]
+    assert len(texts) == len(set(texts)) == small.num_stories() > 200
+
+
+def test_entropy_is_exact(small):
+    log_ps = [log_p for log_p, _ in small.derivations()]
+    assert small.entropy() == pytest.approx(-sum(math.exp(x) * x for x in log_ps), abs=1e-12)
+
+
+def test_log_prob_is_that_of_the_enumeration(small):
+    for log_p, text in small.derivations():
+        assert small.log_prob(text) == pytest.approx(log_p, abs=1e-12)
+
+
+def test_log_prob_sums_over_derivations():
+    ambiguous = Grammar("story: [a|ab][c|bc]", "t\nx")
+    assert ambiguous.log_prob("abc") == pytest.approx(math.log(2 * (3 / 5 * 2 / 5)), abs=1e-12)
+
+
+def test_choices_follow_zipf():
+    assert [p for p, _ in grammar.zipf("abc")] == pytest.approx([6 / 13, 4 / 13, 3 / 13])
+
+
+def test_log_prob_is_that_of_the_way_by_which_a_story_was_drawn(walks):
+    for walk in walks:
+        assert grammar.log_prob(tell(walk)) == pytest.approx(sum(math.log(p) for p, _, _ in walk), abs=1e-9)
+
+
+def test_entropy_agrees_with_sampling():
+    rng = random.Random(0)
+    surprises = [-sum(math.log(p) for p, _, _ in grammar.GRAMMAR.walk(rng)) for _ in range(4000)]
+    error = statistics.stdev(surprises) / math.sqrt(len(surprises))
+    assert statistics.mean(surprises) == pytest.approx(grammar.entropy(), abs=4 * error)
+
+
+# --- Unambiguous, by proof: wherever a story can go on in two ways, these can never lead to the same text.
+# Both are followed at once, to all that may come, forgetting who is in the cast except for whom the two ways
+# have just drawn. To forget allows more texts than there are, so ways that cannot meet then, never meet.
+
+def texts_of(rules, node, cast):
+    """{(text, next node)}: all that this node may say, as far as the cast is known."""
+    if not isinstance(node, Recall):
+        return {(node.text, option) for _, option in node.options}
+    rows = [cast[node.variable]] if node.variable in cast else rules.roles[node.variable]
+    return {(node.text_of(row), node.then) for row in rows}
+
+
+def can_meet(rules, one, other):
+    """Whether two ways (text, node, cast) may come to have said the same and to have the same before them."""
+    agenda, seen, casts = [(*one[:2], *other[:2])], set(), (one[2], other[2])
+    while agenda:
+        text, node, text2, node2 = state = agenda.pop()
+        common = min(len(text), len(text2))
+        if state in seen or text[:common] != text2[:common]:
+            continue
+        seen.add(state)
+        text, text2 = text[common:], text2[common:]
+        if text == text2 and node is node2 and all(casts[0].get(x) is casts[1].get(x) for x in node.needs):
+            return True
+        if not text:
+            agenda += [(more, then, text2, node2) for more, then in texts_of(rules, node, casts[0])]
+        if not text2:
+            agenda += [(text, node, more, then) for more, then in texts_of(rules, node2, casts[1])]
+    return False
+
+
+def ambiguities(rules):
+    for node in rules.nodes:
+        casts = [{}]
+        if isinstance(node, Draw) and node.decider:
+            casts = [{node.decider: row} for row in rules.roles[node.decider]]
+        if isinstance(node, Draw) or len(node.options) > 1:
+            for cast in casts:
+                ways = [way[1:] for way in node.ways(cast)]
+                yield from (pair for pair in itertools.combinations(ways, 2) if can_meet(rules, *pair))
+
+
+def test_stories_are_unambiguous(small):
+    assert not list(ambiguities(grammar.GRAMMAR))
+    assert not list(ambiguities(small))
+
+
+@pytest.mark.parametrize("rules", ["story: [a|ab][c|bc]", "story: [a|a]b", "story: {x.form=xs}.",
+                                   "story: a (b) (b) c", "story: {x.form=xs} and then {x.form}."])
+def test_the_proof_finds_ambiguity(rules):
+    assert list(ambiguities(Grammar(rules, "xs | form\none, two | same")))
+
+
+# --- What is not a story
+
+def test_wrong_agreement_has_probability_zero(walks):
+    """Each word that refers to something is changed to what it would be for something else."""
+    rng, kinds = random.Random(0), set()
+    for walk in walks:
+        for i, (_, text, node) in enumerate(walk):
+            if isinstance(node, Recall) and not isinstance(node, Draw):
+                rows = grammar.GRAMMAR.roles[node.variable]
+                wrong = sorted({node.text_of(row) for row in rows} - {text})
+                if wrong:
+                    wrong_story = tell(walk[:i]) + rng.choice(wrong) + tell(walk[i + 1:])
+                    assert grammar.log_prob(wrong_story) == -math.inf, f"{text!r} changed: {wrong_story}"
+                    kinds.add(f"{node.variable}.{node.form}")
+    changed = "hero.word hero.they hero.them hero.their hero.were hero.kind friend.word friend.sound"
+    changed += " friend.they friend.them pal.word place.word place.at toy.word elder.they low.word trait.word"
+    changed += " weather.night love.doing baby.mother gift.thanks charge.did fear.truth goal.far"
+    assert kinds >= set(changed.split())
+
+
+def test_changing_only_the_first_mention_has_probability_zero(walks):
+    for walk in walks:
+        for i, (_, text, node) in enumerate(walk):
+            if not isinstance(node, Draw):
+                continue
+            later = [(then, said) for _, said, then in walk[i + 1:]
+                     if isinstance(then, Recall) and then.variable == node.variable]
+            for row in sorted(grammar.GRAMMAR.roles[node.variable], key=lambda row: row["word"])[:4]:
+                if node.text_of(row) != text and any(then.text_of(row) != said for then, said in later):
+                    wrong_story = tell(walk[:i]) + node.text_of(row) + tell(walk[i + 1:])
+                    assert grammar.log_prob(wrong_story) == -math.inf, f"{text!r} changed: {wrong_story}"
+
+
+def test_a_story_in_part_has_probability_zero(walks):
+    for walk in walks[:100]:
+        story = tell(walk)
+        for end in range(0, len(story), 7):
+            rest_may_be_optional = story[:end] + " The end." == story or story[end:] == " The end."
+            assert rest_may_be_optional or grammar.log_prob(story[:end]) == -math.inf, story[:end]
+        assert grammar.log_prob(story[1:]) == -math.inf
+
+
+def test_garbage_has_probability_zero(walks):
+    one, two = tell(walks[0]), tell(walks[1])
+    sentences = one.split(". ")
+    swapped = ". ".join([sentences[0], sentences[2], sentences[1], *sentences[3:]])
+    for text in ["", " ", "garbage", "Once upon a time", "\x00", "Lily " * 1000, one + " ", " " + one,
+                 one + "\n", one + "<|endoftext|>", one + " " + two, one.lower(), one.upper(), swapped,
+                 one.replace(" ", "  ", 1), one.replace(".", "", 1), one.replace("\"", "", 1)]:
+        assert grammar.log_prob(text) == -math.inf, text
+
+
+# --- What is a story
+
+MISTAKES = "|".join([
+    r"\b[Aa] [aeiouAEIOU]", r"\b[Aa]n [^aeiouAEIOU]",                         # a owl, an dog
+    r"\b([Tt]hey|I|[Yy]ou) was\b", r"\b([Hh]e|[Ss]he|[Ii]t) were\b",
+    r"  ", r" [.,!?]", r"[.,!?]{2}", r",[^ \"]", r"[a-z]\"", r"\w\"\w",       # spaces and punctuation
+    r"[.!?] [a-z]", r"[a-z][A-Z]", r"[^\w .,:!?'\"]"])                         # capitals; odd characters
+
+
+def test_english_is_correct(walks):
+    for walk in walks:
+        story = tell(walk)
+        assert not (found := re.search(MISTAKES, story)), f"{found[0]!r} in: {story}"
+        assert story[0].isupper() and story[-1] in ".!?\"" and story.count("\"") % 2 == 0
+
+
+def test_stories_are_many_and_short_and_their_words_few(walks):
+    assert grammar.num_stories() > 1e9
+    assert 400 <= len(grammar.vocabulary()) <= 700
+    lengths = [len(tell(walk).split()) for walk in walks]
+    assert 50 <= min(lengths) and max(lengths) <= 130 and statistics.mean(lengths) < 110
+    words = {word for walk in walks for word in re.findall(r"\b(?<!')[a-z]+", tell(walk).lower())}
+    assert words <= grammar.vocabulary()
+
+
+def test_there_are_at_least_six_plots_and_none_is_rare(walks):
+    plots = {alternative[0][1:-1] for alternative in grammar.GRAMMAR.rules["plot"]}
+    assert len(plots) >= 6 and plots <= set(grammar.GRAMMAR.rules)
+    assert all(p > 0.05 for p, _ in grammar.zipf(list(plots)))
+
+
+def test_a_story_depends_on_seed_and_number_only():
+    assert list(grammar.stories(20, seed=3))[:5] == list(grammar.stories(5, seed=3))
+    assert set(grammar.stories(20, seed=3)).isdisjoint(grammar.stories(20, seed=4))
+    assert grammar.story(random.Random(5)) == grammar.story(random.Random(5))
+
+
+def test_a_story_is_the_same_in_any_process():
+    program = "from prepare import grammar; print(*grammar.stories(5, seed=1), repr(grammar.entropy()))"
+    for hash_seed in "12":
+        told = subprocess.run([sys.executable, "-c", program], cwd=Path(grammar.__file__).parents[1],
+                              env={**os.environ, "PYTHONHASHSEED": hash_seed}, capture_output=True, text=True)
+        assert told.stdout.strip() == " ".join([*grammar.stories(5, seed=1), repr(grammar.entropy())])
+
+
+def test_the_example_in_the_docstring_holds():
+    text = grammar.story(random.Random(1))
+    assert grammar.log_prob(text) > -100
+    assert "her" in text and grammar.log_prob(text.replace("her", "his")) == -math.inf
+
+
+# --- Grammars that are none
+
+@pytest.mark.parametrize("rules, tables, complaint", [
+    ("story: {hero} ran.", "heroes\nLily", "'hero'"),
+    ("story: [{Hero=heroes}|Someone] ran. {Hero} sat.", "heroes\nLily", "'hero'"),
+    ("story: {spot=place.spots}", "places | spots\npond | reeds", "'place'"),
+    ("story: {hero=people}", "heroes\nLily", "'people'"),
+    ("story: {hero=heroes} {hero.them}", "heroes\nLily", "'them'"),
+    ("story: {hero=heroes} {x=hero.hats}", "heroes\nLily", "'hats'"),
+    ("story: {place=places} {x=place.pets}", "pets\ncat\n\nplaces | pets\npond | cat, dog", "'cat, dog'"),
+    ("story: <plot>", "heroes\nLily", "<plot> does not exist"),
+    ("plot: Hello.", "heroes\nLily", "<story> does not exist"),
+    ("story: <a>\n\na: x<b>\n\nb: y<a>", "heroes\nLily", "<a> contains itself"),
+    ("story: [one|two", "heroes\nLily", "bracket"),
+    ("story: one]", "heroes\nLily", "bracket"),
+    ("story: {hero=}", "heroes\nLily", "{hero=}"),
+    ("story: Hi.", "heroes | kind\nLily", "'Lily' must fill 2 columns"),
+    ("story: Hi.", "heroes | kind\nLily |", "'Lily' must fill 2 columns"),
+])
+def test_a_malformed_grammar_is_refused_in_one_sentence(rules, tables, complaint):
+    with pytest.raises(ValueError, match=re.escape(complaint)):
+        Grammar(rules, tables)
