@@ -62,6 +62,10 @@ def with_gaps(text, tokenizer):
     return ids
 
 
+if prompt and infill:
+    raise UserError('A prompt and an infill are given; an infill is a text of its own: leave one out.')
+if num_samples < 1:
+    raise UserError(f'num_samples is {num_samples}; it has to be at least 1.')
 run = runtime.Runtime(device, dtype)
 path = checkpoint or newest_checkpoint()
 state = runtime.load_checkpoint(path)

@@ -24,15 +24,15 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
     temperature     0: always the likeliest token
     top_k, top_p    draw among the k likeliest tokens; among the fewest that have probability p together
     use_cache       ar: keep keys and values; the same tokens without, only slower
-    steps           diffusion: forward passes for one block's hidden positions; None: as many as positions
+    steps           diffusion: forward passes, at most, for a window's hidden positions; None: as many as these
     sampler         diffusion: how positions are chosen, see `Sampler`
     block_length    of sampler='blocks'     threshold   of 'threshold'     eta   of 'remdm'
 
     Diffusion also fills each <|mask|> within a prompt; with max_new_tokens=0 it does only that.
     """
     check_prompts(model, prompts)
-    if sampler not in SAMPLERS:
-        raise UserError(f'sampler is {sampler!r}; choose {", ".join(SAMPLERS)}.')
+    check_settings(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, steps=steps,
+                   sampler=sampler, block_length=block_length, threshold=threshold, eta=eta)
     generator = torch.Generator().manual_seed(seed)
 
     def draw(states):
@@ -72,6 +72,17 @@ def check_prompts(model, prompts):
         if model.causal and model.config.mask_id in prompt:
             raise UserError('The prompt holds <|mask|>, which an autoregressive model cannot fill; infill with a '
                              'diffusion model.')
+
+
+def check_settings(**settings):
+    for name, wanted, is_right in (
+            ('max_new_tokens', 'at least 0', lambda x: x >= 0), ('temperature', 'at least 0', lambda x: x >= 0),
+            ('top_k', 'at least 1', lambda x: x >= 1), ('top_p', 'above 0 and at most 1', lambda x: 0 < x <= 1),
+            ('steps', 'at least 1', lambda x: x >= 1), ('block_length', 'at least 1', lambda x: x >= 1),
+            ('threshold', 'between 0 and 1', lambda x: 0 <= x <= 1), ('eta', 'between 0 and 1', lambda x: 0 <= x <= 1),
+            ('sampler', 'one of ' + ', '.join(SAMPLERS), lambda x: x in SAMPLERS)):
+        if settings[name] is not None and not is_right(settings[name]):
+            raise UserError(f'{name} is {settings[name]!r}; it has to be {wanted}.')
 
 
 # ---------------------------------------------------------------------------- drawing
