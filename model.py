@@ -51,7 +51,8 @@ class ModelConfig:
     gradient_checkpointing: bool = False
 
     def __post_init__(self):
-        self.n_kv_head = self.n_kv_head or self.n_head
+        if self.n_kv_head is None:
+            self.n_kv_head = self.n_head
         for name, allowed in (('norm', ('rms', 'layer')), ('position', ('rope', 'learned')),
                               ('mlp', ('relu2', 'gelu'))):
             if getattr(self, name) not in allowed:
@@ -170,7 +171,7 @@ class Transformer(nn.Module):
 
     How the weights start:
         embedding, learned positions    normal, 0.02
-        linear layers                   normal, 0.02 for GPT-2's width; 1/sqrt(3 fan_in) for the native trunk
+        linear layers                   normal, 1/sqrt(3 fan_in) in the native trunk; 0.02 in the GPT-2 one
         a block's two outputs           zero in the native trunk: each block starts as the identity;
                                         normal, 0.02 / sqrt(2 n_layer), in the GPT-2 one
         biases                          zero
@@ -208,7 +209,7 @@ class Transformer(nn.Module):
                 nn.init.normal_(weight, std=(3 * weight.size(1)) ** -0.5 if linear else 0.02)
 
     def num_parameters(self):
-        """Parameters that learn from data: without the rows of special tokens and padding."""
+        """Parameters, not counting the rows of <|mask|>, <|ignore|> and padding."""
         unused = self.config.padded_vocab_size - self.config.vocab_size
         unused += sum(i is not None for i in (self.config.mask_id, self.config.ignore_id))
         return sum(p.numel() for p in self.parameters()) - unused * self.config.n_embd
@@ -282,6 +283,18 @@ class Transformer(nn.Module):
                  for h, t in zip(hidden.split(rows), targets.split(rows))]
         return tuple(torch.cat(column) for column in zip(*parts))
 
+    def nats_at(self, states, targets, where=None):
+        """Nats (B, T) of `targets` (B, T) given states (B, T, C), and whether each was the likeliest (B, T).
+
+        where: (B, T), the only positions that need logits; the others get 0 and False.
+        """
+        if where is None:
+            return [x.view_as(targets) for x in self.cross_entropy(states.flatten(0, 1), targets.flatten())]
+        index = where.flatten().nonzero().squeeze(1)
+        nats, correct = self.cross_entropy(states.flatten(0, 1).index_select(0, index), targets.flatten()[index])
+        all_nats = torch.zeros(targets.numel(), device=targets.device).index_add(0, index, nats)
+        return all_nats.view_as(targets), torch.zeros_like(where).masked_scatter(where, correct)
+
     def forward(self, tokens, loss_mask=None, noise=None):
         """The loss as a sum in nats, the count of tokens that it is over, and sums of metrics.
 
@@ -296,7 +309,10 @@ class Transformer(nn.Module):
         return self.losses(tokens, loss_mask, noise)[0].sum(1)
 
     def losses(self, tokens, loss_mask, noise):
-        """Per architecture: nats (B, ·), the tokens that count (B, ·), metrics by name, to be summed."""
+        """Per architecture, all of them (B, T): nats, the tokens that count, and metrics by name.
+
+        The metrics are `predicted`, where the model had to guess a token that counts, and `correct`.
+        """
         raise NotImplementedError
 
     def trained(self, tokens, loss_mask):
@@ -327,20 +343,25 @@ class Autoregressive(Transformer):
         return [i for i in (self.config.mask_id, self.config.ignore_id) if i is not None]
 
     def losses(self, tokens, loss_mask=None, noise=None):
-        trained, counted = self.trained(tokens, loss_mask)
-        hidden = self.hidden(tokens[:, :-1])
-        targets = tokens[:, 1:].masked_fill(~trained[:, 1:], -100)  # cross_entropy's ignore_index: 0 nats
-        nats, correct = self.cross_entropy(hidden.flatten(0, 1), targets.flatten())
-        return nats.view_as(targets), counted, {'correct': correct, 'predicted': counted}
+        _, counted = self.trained(tokens, loss_mask)
+        where = None if loss_mask is None else counted[:, 1:]
+        nats, correct = self.nats_at(self.hidden(tokens[:, :-1]), tokens[:, 1:], where)
+        nats, correct = F.pad(nats, (1, 0)), F.pad(correct, (1, 0))  # nothing predicts the first token
+        return nats, counted, {'correct': correct, 'predicted': counted}
 
 
 class Diffusion(Transformer):
     """Masked diffusion (Sahoo et al. 2024, MDLM; Nie et al. 2025, LLaDA).
 
     A row has a level t; each of its tokens is hidden with probability t and predicted from the visible ones.
-    E_t[Σ_hidden -log p / t] is an upper bound of -log p(row) (the NELBO). The network is not told t: the
-    share of hidden positions says it (Ou et al. 2024, RADD).
+    E_t[Σ_hidden -log p / t] is an upper bound of -log p(row) (the NELBO), but for the levels below MIN_LEVEL.
+    The network is not told t: the share of hidden positions says it (Ou et al. 2024, RADD).
     """
+
+    def __init__(self, config):
+        if config.mask_id is None:
+            raise ValueError('mask_id is None; a diffusion model needs the id of <|mask|>.')
+        super().__init__(config)
 
     def levels(self, noise):
         """Level t (B, 1) of each row: a uniform number, kept above 0."""
@@ -352,12 +373,9 @@ class Diffusion(Transformer):
             noise = torch.rand(tokens.size(0), 1 + tokens.size(1), device=tokens.device)
         level = self.levels(noise)
         masked = trained & (noise[:, 1:] < level)  # (B, T)
-        where = masked.flatten().nonzero().squeeze(1)  # logits only at these
-        states = self.hidden(tokens.masked_fill(masked, self.config.mask_id)).flatten(0, 1).index_select(0, where)
-        nats, correct = self.cross_entropy(states, tokens.flatten()[where])
-        weight = (1 / level).expand_as(tokens).flatten()[where]
-        bound = torch.zeros(tokens.numel(), device=tokens.device).index_add(0, where, nats * weight)
-        return bound.view_as(tokens), counted, {'correct': correct, 'predicted': masked}
+        states = self.hidden(tokens.masked_fill(masked, self.config.mask_id))
+        nats, correct = self.nats_at(states, tokens, masked)
+        return nats / level, counted, {'correct': correct & counted, 'predicted': masked & counted}
 
 
 # SDD(Diffusion), the third architecture, is to stand here.

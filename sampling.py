@@ -41,11 +41,12 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
     with evaluating(model):
         if model.causal:
             return continue_left_to_right(model, prompts, max_new_tokens, draw, set(stop_tokens), use_cache)
+        choice = Sampler(sampler, block_length, threshold, eta, generator, [*stop_tokens, model.config.ignore_id])
         rows = [None] * len(prompts)
         for length in sorted(set(map(len, prompts))):  # rows of one length share their forward passes
             same = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
             filled = continue_by_filling(model, [prompts[i] for i in same], max_new_tokens, draw, set(stop_tokens),
-                                         steps, Sampler(sampler, block_length, threshold, eta, generator))
+                                         steps, choice)
             for i, row in zip(same, filled):
                 rows[i] = row
         return rows
@@ -76,12 +77,16 @@ def check_prompts(model, prompts):
 
 def check_settings(**settings):
     for name, wanted, is_right in (
-            ('max_new_tokens', 'at least 0', lambda x: x >= 0), ('temperature', 'at least 0', lambda x: x >= 0),
-            ('top_k', 'at least 1', lambda x: x >= 1), ('top_p', 'above 0 and at most 1', lambda x: 0 < x <= 1),
-            ('steps', 'at least 1', lambda x: x >= 1), ('block_length', 'at least 1', lambda x: x >= 1),
-            ('threshold', 'between 0 and 1', lambda x: 0 <= x <= 1), ('eta', 'between 0 and 1', lambda x: 0 <= x <= 1),
-            ('sampler', 'one of ' + ', '.join(SAMPLERS), lambda x: x in SAMPLERS)):
-        if settings[name] is not None and not is_right(settings[name]):
+            ('max_new_tokens', 'at least 0', lambda x: x >= 0),
+            ('temperature', 'at least 0', lambda x: x >= 0),
+            ('top_k', 'at least 1, or None', lambda x: x is None or x >= 1),
+            ('top_p', 'above 0 and at most 1, or None', lambda x: x is None or 0 < x <= 1),
+            ('steps', 'at least 1, or None', lambda x: x is None or x >= 1),
+            ('sampler', 'one of ' + ', '.join(SAMPLERS), lambda x: x in SAMPLERS),
+            ('block_length', 'at least 1', lambda x: x >= 1),
+            ('threshold', 'between 0 and 1', lambda x: 0 <= x <= 1),
+            ('eta', 'between 0 and 1', lambda x: 0 <= x <= 1)):
+        if not is_right(settings[name]):
             raise UserError(f'{name} is {settings[name]!r}; it has to be {wanted}.')
 
 
@@ -169,10 +174,11 @@ class KVCache:
 
 def continue_left_to_right(model, prompts, max_new_tokens, draw, stop_tokens, use_cache):
     rows, starts = [list(prompt) for prompt in prompts], [0] * len(prompts)
-    running, block_size, cache = [True] * len(rows), model.config.block_size, None
+    running, cache, block_size = [True] * len(rows), None, model.config.block_size
+    context = max(1, block_size // 2)  # of what is past the block
     for _ in range(max_new_tokens):
         full = [len(row) - start > block_size for row, start in zip(rows, starts)]
-        starts = [len(row) - block_size // 2 if f else start for row, start, f in zip(rows, starts, full)]
+        starts = [len(row) - context if f else start for row, start, f in zip(rows, starts, full)]
         if cache is None or any(full):
             cache = KVCache(len(rows), block_size, model.embedding.weight.device) if use_cache else None
             states = read(model, [row[start:] for row, start in zip(rows, starts)], cache)
@@ -216,11 +222,13 @@ class Sampler:
     confidence, blocks    the surest draws, an equal share of them in each step (LLaDA)
     threshold             all draws that are surer than the threshold, one at least (Fast-dLLM)
     remdm                 like ancestral, and what was written is hidden again at times (ReMDM)
+
+    Where the surest come first, `ends` come last: a text's end and its filler are sure before the text is.
     """
 
-    def __init__(self, name, block_length, threshold, eta, generator):
+    def __init__(self, name, block_length, threshold, eta, generator, ends):
         self.name, self.block_length, self.threshold, self.eta = name, block_length, threshold, eta
-        self.generator = generator
+        self.generator, self.ends = generator, [token for token in ends if token is not None]
 
     def chance(self, where, probability):
         """Each position of `where` (B, L) with this probability."""
@@ -239,14 +247,16 @@ class Sampler:
             return self.chance(hidden, remdm_rates(steps_left, steps, self.eta)[1])
         return hidden
 
-    def keep(self, drawn, confidence, steps_left):
-        """Which draws (B, L) stay, given the probability of each (B, L)."""
+    def keep(self, where, tokens, confidence, steps_left):
+        """Which of the positions `where` (B, L) keep the tokens drawn there, given the probability of each."""
         if self.name in ('ancestral', 'remdm') or steps_left == 1:
-            return drawn
-        rank = confidence.masked_fill(~drawn, -1).argsort(1, descending=True).argsort(1)
+            return where
+        for token in self.ends:
+            confidence = torch.where(tokens == token, confidence - 1, confidence)
+        rank = confidence.masked_fill(~where, -2).argsort(1, descending=True).argsort(1)
         if self.name == 'threshold':
-            return drawn & ((confidence > self.threshold) | (rank == 0))
-        return drawn & (rank < -(-drawn.sum(1, keepdim=True) // steps_left))
+            return where & ((confidence > self.threshold) | (rank == 0))
+        return where & (rank < -(-where.sum(1, keepdim=True) // steps_left))
 
 
 def remdm_rates(steps_left, steps, eta):
@@ -266,7 +276,9 @@ def continue_by_filling(model, prompts, max_new_tokens, draw, stop_tokens, steps
     rows = torch.tensor(prompts, device=device)  # (B, L)
     prompt_length, left = rows.size(1), max_new_tokens
     while True:
-        context = min(rows.size(1), block_size if rows.size(1) + min(left, 1) <= block_size else block_size // 2)
+        holes = (rows == mask_id).any()  # of the prompt: filled before a full one gives way to new tokens
+        whole = rows.size(1) + min(left, 1) <= block_size or holes
+        context = min(rows.size(1), block_size if whole else block_size // 2)
         new = min(left, block_size - context)
         window = torch.cat([rows[:, rows.size(1) - context:], rows.new_full((len(rows), new), mask_id)], 1)
         rows = torch.cat([rows[:, :rows.size(1) - context], fill(model, window, draw, steps, sampler)], 1)
@@ -281,13 +293,25 @@ def fill(model, canvas, draw, steps, sampler):
     canvas = canvas.clone()
     holes = canvas == model.config.mask_id
     columns = holes.any(0).nonzero().squeeze(1)  # where any row has something to fill
+    if len(columns) == 0:
+        return canvas
     parts = columns.split(sampler.block_length) if sampler.name == 'blocks' else [columns]
-    for part in parts if len(columns) else []:
+    lengths = [len(part) for part in parts]
+    for part, share in zip(parts, share_steps(len(columns) if steps is None else steps, lengths)):
         region = torch.zeros_like(holes)
         region[:, part] = holes[:, part]
-        share = len(part) if steps is None else max(1, round(steps * len(part) / len(columns)))
-        fill_region(model, canvas, region, draw, min(share, len(part)), sampler)
+        fill_region(model, canvas, region, draw, share, sampler)
     return canvas
+
+
+def share_steps(steps, lengths):
+    """Steps for each of some parts, in proportion to their lengths: `steps` in all, one at least for each."""
+    shares = []
+    for i, length in enumerate(lengths):
+        share = round(steps * length / sum(lengths[i:]))  # of what is left
+        shares.append(max(1, min(share, steps - len(lengths[i + 1:]))))
+        steps -= shares[-1]
+    return shares
 
 
 def fill_region(model, canvas, region, draw, steps, sampler):
@@ -300,7 +324,7 @@ def fill_region(model, canvas, region, draw, steps, sampler):
             tokens, confidence = draw(model.hidden(canvas)[where])
             drawn = torch.zeros_like(canvas).masked_scatter(where, tokens)
             confidence = torch.zeros(canvas.shape, device=canvas.device).masked_scatter(where, confidence)
-            keep = sampler.keep(where, confidence, steps_left)
+            keep = sampler.keep(where, drawn, confidence, steps_left)
             canvas[keep] = drawn[keep]
         if remasked is not None:
             canvas[remasked] = model.config.mask_id
