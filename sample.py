@@ -53,7 +53,12 @@ def read_prompt(text):
 
 
 def with_gaps(text, tokenizer):
-    """Token ids of a text in which <mask:N> stands for N hidden tokens."""
+    """Token ids of a text in which <mask:N> stands for N hidden tokens.
+
+    Where a word's token begins with the space before it, that space is the gap's to fill.
+    """
+    if len(tokenizer.encode(' a')) == 1:
+        text = re.sub(r' <mask:', '<mask:', text)
     ids = []
     for i, part in enumerate(re.split(r'<mask:(\d+)>', text)):
         ids += [tokenizer.mask_id] * int(part) if i % 2 else tokenizer.encode(part)

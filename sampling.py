@@ -100,21 +100,26 @@ def draw_tokens(model, states, temperature, top_k, top_p, generator):
     """
     tokens, confidences = [], []
     for part in states.split(max(1, HEAD_ELEMENTS // 2 // model.config.padded_vocab_size)):
-        logits = model.head(part)
-        logits = logits.cpu().double() if logits.device.type == 'mps' else logits.double()
-        probabilities = restrict(logits, temperature, top_k, top_p)  # (n, V)
-        cumulative = probabilities.cumsum(-1)
-        uniform = torch.rand(len(part), 1, dtype=torch.float64, generator=generator).to(cumulative.device)
-        token = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
-        confidences.append(logits.softmax(-1).gather(1, token).squeeze(1).float().to(states.device))
-        tokens.append(token.squeeze(1).to(states.device))
+        logits = model.head(part)  # (n, V)
+        if temperature == 0:
+            token = logits.argmax(-1, keepdim=True)
+        else:
+            exact = (logits.cpu() if logits.device.type == 'mps' else logits).double()  # mps has no float64
+            token = draw_from(restrict(exact, temperature, top_k, top_p), generator).to(logits.device)
+        confidences.append((logits.gather(1, token) - logits.logsumexp(-1, keepdim=True)).exp().squeeze(1))
+        tokens.append(token.squeeze(1))
     return torch.cat(tokens), torch.cat(confidences)
+
+
+def draw_from(probabilities, generator):
+    """One index per row of probabilities (N, V), which need not sum to 1: (N, 1)."""
+    cumulative = probabilities.cumsum(-1)
+    uniform = torch.rand(len(probabilities), 1, dtype=torch.float64, generator=generator).to(cumulative.device)
+    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
 
 
 def restrict(logits, temperature, top_k, top_p):
     """Probabilities (N, V) at a temperature, within the top k, within the nucleus p (Holtzman et al. 2020)."""
-    if temperature == 0:
-        return torch.zeros_like(logits).scatter_(1, logits.argmax(-1, keepdim=True), 1.0)
     logits = logits / temperature
     if top_k is not None and top_k < logits.size(-1):
         kth = logits.topk(top_k).values[:, -1:]

@@ -128,7 +128,6 @@ FOUR = torch.tensor([[0.15, 0.5, 0.05, 0.3]], dtype=torch.float64)
 
 @pytest.mark.parametrize('options, expected', [
     ((1.0, None, None), [0.15, 0.5, 0.05, 0.3]),
-    ((0.0, None, None), [0, 1, 0, 0]),
     ((0.5, None, None), [0.0225 / 0.365, 0.25 / 0.365, 0.0025 / 0.365, 0.09 / 0.365]),  # p² over its sum
     ((1.0, 1, None), [0, 1, 0, 0]),
     ((1.0, 2, None), [0, 0.625, 0, 0.375]),

@@ -1,0 +1,136 @@
+"""What bench.py promises apart from its figures: no timing, no peer, no data but what is made here."""
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+
+import data
+import runtime
+from configurator import UserError
+
+BENCH = Path(__file__).resolve().parent.parent / 'bench.py'
+PEER_LINES = [(0.5, 'step 0: train loss 4.2, val loss 4.2'),
+              (1.0, 'iter 0: loss 4.2, time 9.9ms, mfu -100.00%'),
+              (9.0, 'iter 10: loss 3.0, time 1.0ms, mfu 0.01%'),
+              (12.0, 'iter 30: loss 2.5, time 1.0ms, mfu 0.01%')]
+OUR_LINES = [(0.5, 'step 0: val/loss 4.2, val/accuracy 0.0'),
+             (9.0, 'step 10/30: loss 3.0, lr 1e-3, 9 tokens/s, 0:01 left'),
+             (12.0, 'step 30/30: loss 2.5, lr 0.0, 9 tokens/s, 0:00 left'),
+             (15.0, 'step 30: val/loss 2.4')]
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """The functions of bench.py, with given arguments."""
+    def load(*arguments):
+        monkeypatch.setattr(sys, 'argv', ['bench.py', *arguments])
+        return runpy.run_path(str(BENCH))
+    return load
+
+
+def prepare(path, characters, sizes):
+    """A prepared folder of random characters."""
+    path.mkdir()
+    vocabulary = {character: i for i, character in enumerate(characters)}
+    model = tokenizers.models.WordLevel(vocabulary, unk_token='?')
+    tokenizer = data.Tokenizer(tokenizers.Tokenizer(model).to_str())
+    (path / 'tokenizer.json').write_text(tokenizer.to_json(), encoding='utf-8')
+    for split, size in sizes.items():
+        tokens = np.random.default_rng(0).integers(0, len(characters), size).astype('uint16')
+        tokens.tofile(path / f'{split}_tokens.bin')
+        np.array([0, size], 'uint64').tofile(path / f'{split}_index.bin')
+    splits = {split: {'tokens': size, 'documents': 1, 'bytes': size} for split, size in sizes.items()}
+    (path / 'config.json').write_text(json.dumps({
+        'name': path.name, 'dtype': 'uint16', 'vocab_size': tokenizer.vocab_size, 'start_token': 0,
+        'prompt_format': None, 'splits': splits}))
+    return data.Folder(path)
+
+
+@pytest.mark.parametrize('lines', (PEER_LINES, OUR_LINES))
+def test_both_sides_are_timed_between_the_same_steps(bench, lines):
+    assert bench()['seconds_per_step'](lines, warmup=10) == pytest.approx(3 / 20)
+
+
+def test_loss_counts_each_token_but_the_first_once(bench, tmp_path):
+    folder = prepare(tmp_path / 'letters', 'abcdefgh', {'train': 200, 'val': 100})
+    torch.manual_seed(0)
+    model = runtime.make_model('ar', vocab_size=folder.tokenizer.vocab_size, block_size=16, n_layer=1,
+                               n_head=2, n_embd=32)
+    seen = []
+
+    def logits(tokens):
+        assert tokens.is_contiguous() and tokens.size(1) == 16
+        seen.append(tokens)
+        return model.logits(tokens)
+
+    loss = bench()['whole_split_loss'](logits, folder, 16)
+    total = count = 0
+    for batch in data.evaluation_batches(folder, 'val', 'ar', 16, 4):
+        nats, counted, _ = model(*batch)
+        total, count = total + nats.item(), count + counted.item()
+    assert count == 99 and sum(map(len, seen)) == 7  # the seventh window is moved back
+    assert loss == pytest.approx(total / count, rel=1e-6)
+
+
+def test_the_peer_gets_a_copy_and_its_clone_stays_as_it_is(bench, tmp_path):
+    clone = tmp_path / 'clone'
+    names = bench()['PEER_FILES']
+    for name in names:
+        (clone / name).parent.mkdir(parents=True, exist_ok=True)
+        (clone / name).write_text(name)
+    folder = prepare(tmp_path / 'letters', 'abc', {'train': 50, 'val': 20})
+    copy = bench(f'--peer={clone}')['copy_peer'](tmp_path, folder, list('abc'))
+    left = [str(path.relative_to(clone)) for path in clone.rglob('*') if path.is_file()]
+    assert sorted(left) == sorted(names)
+    prepared = copy / 'data' / 'shakespeare_char'
+    assert (prepared / 'val.bin').read_bytes() == (folder.path / 'val_tokens.bin').read_bytes()
+    assert (copy / 'model.py').read_text() == 'model.py' and (prepared / 'meta.pkl').exists()
+
+
+def test_parameters_are_counted_by_the_peers_convention(bench):
+    shape = dict(vocab_size=68, mask_id=66, ignore_id=67, block_size=64, n_layer=4, n_head=4, n_embd=128)
+    count = bench()['parameters_by_peer_convention']
+    gpt2 = runtime.make_model('ar', **shape, norm='layer', position='learned', mlp='gelu', qk_norm=False)
+    assert count(gpt2, 65) == 795_904  # what nanoGPT's get_num_params() says
+    assert count(runtime.make_model('ar', **shape), 65) == 794_752  # no gains in RMSNorm
+
+
+def test_targets_know_their_direction(bench):
+    Target = bench()['Target']
+    assert Target('loss', 1.62, '<=', 1.62).reached and not Target('loss', 1.63, '<=', 1.62).reached
+    assert Target('ratio', 1.0, '>=', 1.0).reached and 'MISSED' in str(Target('ratio', 0.99, '>=', 1.0))
+
+
+@pytest.mark.parametrize('arguments, named', (
+    (['--what=nonsense'], 'nonsense'), (['--only=learn,sleep'], 'sleep'), (['--runs=0'], '0'),
+    (['--new_tokens=512'], '512'), (['--work_steps=60'], '60'),
+    (['--dataset=no/such/folder'], 'shakespeare.py')))
+def test_mistakes_are_one_sentence(arguments, named):
+    result = subprocess.run([sys.executable, str(BENCH), *arguments], capture_output=True, text=True)
+    assert result.returncode == 1 and result.stderr.startswith('error: ') and named in result.stderr
+    assert 'Traceback' not in result.stderr and result.stdout == ''
+
+
+def test_a_folder_that_is_no_clone_is_named(bench, tmp_path):
+    folder = prepare(tmp_path / 'letters', 'abc', {'train': 50, 'val': 20})
+    for peer in ('', tmp_path):
+        with pytest.raises(UserError, match='git clone'):
+            bench(f'--peer={peer}')['copy_peer'](tmp_path, folder, list('abc'))
+
+
+def test_other_data_than_the_peers_are_refused(bench, tmp_path):
+    prepare(tmp_path / 'letters', 'abc', {'train': 50, 'val': 20})
+    with pytest.raises(UserError, match='65 characters'):
+        bench(f'--dataset={tmp_path / "letters"}')['open_dataset']()
+
+
+def test_a_script_that_fails_is_reported_with_what_it_said(bench, tmp_path):
+    (tmp_path / 'broken.py').write_text('print("so far so good"); raise SystemExit("no more")')
+    with pytest.raises(UserError, match='status 1(.|\n)*no more'):
+        bench()['run']('broken.py', [], tmp_path)
