@@ -12,6 +12,7 @@ may say `max_steps = 2 * max_steps`. The source of the script is the only list o
 import ast
 import builtins
 import difflib
+import math
 import re
 import sys
 import tokenize
@@ -140,6 +141,19 @@ def restore(namespace, config, saved):
         elif config[name] != value:
             differing.append((name, value, config[name]))
     return differing
+
+
+def check_choice(config, key, choices):
+    if config[key] not in choices:
+        raise UserError(f'{key} is {config[key]!r}; choose {" or ".join(choices)}.')
+
+
+def check_range(config, low, high, *keys):
+    """A UserError unless each of `keys` is None or at least `low` and below `high`."""
+    for key in keys:
+        if config[key] is not None and not low <= config[key] < high:
+            limit = '' if high == math.inf else f' and below {high}'
+            raise UserError(f'{key} is {config[key]}; it must be at least {low}{limit}.')
 
 
 # ---------------------------------------------------------------------------- files and options

@@ -26,11 +26,11 @@ class Tokenizer:
     contains the name of a special token is never encoded as that token.
     """
 
-    def __init__(self, json_text):
+    def __init__(self, json_text, name='The tokenizer'):
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(json_text)
         except Exception as error:  # the library raises nothing narrower
-            raise UserError(f'The tokenizer could not be read ({error}); '
+            raise UserError(f'{name} could not be read ({error}); '
                             'give a tokenizer.json in the format of the tokenizers library.') from error
         self._tokenizer.add_special_tokens(
             [token for token in SPECIAL_TOKENS if self._tokenizer.token_to_id(token) is None])
@@ -50,7 +50,7 @@ class Tokenizer:
         path = path / 'tokenizer.json' if path.is_dir() else path
         if not path.is_file():
             raise UserError(f'There is no tokenizer at {path}; give a tokenizer.json or a prepared folder.')
-        return cls(path.read_text(encoding='utf-8'))
+        return cls(path.read_text(encoding='utf-8', errors='surrogateescape'), path)  # no UTF-8: refused there
 
     def to_json(self):
         return self._tokenizer.to_str()
@@ -84,8 +84,11 @@ class Folder:
         self.path = find_folder(dataset)
         try:
             self.config = json.loads((self.path / 'config.json').read_text(encoding='utf-8'))
-            self.splits = self.config['splits']
-            dtype, vocab_size = np.dtype(self.config['dtype']), self.config['vocab_size']
+            dtype, vocab_size, *_ = (self.config[key] for key in (
+                'dtype', 'vocab_size', 'name', 'start_token', 'prompt_format'))
+            dtype = np.dtype(dtype)
+            self.splits = {split: {unit: self.config['splits'][split][unit]
+                                   for unit in ('tokens', 'documents', 'bytes')} for split in ('train', 'val')}
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f'{self.path}/config.json is damaged ({error!r}); prepare the folder again.') from error
         self.tokenizer = Tokenizer.load(self.path)
@@ -280,7 +283,7 @@ class Batches:
         rows = {place: self.row(step * self.rows_per_step + place) for place in mine.flat}
         if any(trained is not None for _, trained in rows.values()):  # what others train on is part of the count
             everyone = (rows.get(place) or self.row(step * self.rows_per_step + place) for place in places.flat)
-            count = sum(map(self.count, everyone))
+            count = max(1, sum(map(self.count, everyone)))
         else:
             count = places.size * (self.rows.row_length - 1)
         return [self.micro_batch(step, part, [rows[place] for place in part]) for part in mine], count

@@ -4,7 +4,6 @@ import csv
 import ctypes
 import json
 import os
-import pickle
 import shutil
 import signal
 import sys
@@ -193,16 +192,18 @@ def load_checkpoint(path):
     """The dict that `ckpt.pt` holds, its tensors on the CPU. `path`: the file, or a run folder."""
     path = Path(path) / 'ckpt.pt' if Path(path).is_dir() else Path(path)
     if not path.is_file():
-        raise UserError(f'There is no checkpoint at {path}.')
+        raise UserError(f'There is no checkpoint at {path}; correct the path, or train one.')
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # damaged bytes make it fail in a dozen ways, OSError and KeyError among them
         reason = str(error).splitlines()[0] if str(error) else 'it ends too early'
         raise UserError(f'{path} is damaged or no checkpoint of ours ({reason}); take another one of the run, '
                         'best.pt or one under checkpoints/.') from error
-    missing = {'architecture', 'model_config', 'model_state_dict', 'tokenizer'} - set(checkpoint)
+    missing = {'architecture', 'model_config', 'model_state_dict', 'tokenizer'}
+    missing -= set(checkpoint) if isinstance(checkpoint, dict) else set()
     if missing:
-        raise UserError(f'{path} lacks {", ".join(sorted(missing))}, so it is no checkpoint of these scripts.')
+        raise UserError(f'{path} lacks {", ".join(sorted(missing))}, so it is no checkpoint of these scripts; '
+                        'give the ckpt.pt of a run.')
     return checkpoint
 
 
@@ -269,10 +270,10 @@ def run_of(checkpoint_path):
     return folder.parent.parent if folder.parent.name == 'checkpoints' else folder
 
 
-def open_run_folder(out_dir, name, suffix, may_continue, overwrite):
+def open_run_folder(out_dir, name, suffix='', continued=None, overwrite=False):
     """Makes the run's folder and returns it: `out_dir`, or out/{name}-v{n} with the next free n.
 
-    A folder that holds a run is refused, unless the run continues or `overwrite` gives it up.
+    A folder that holds a run is refused, unless it is the one `continued` or `overwrite` gives it up.
     """
     if not out_dir:
         suffix = f'-{suffix}' if suffix else ''
@@ -284,7 +285,7 @@ def open_run_folder(out_dir, name, suffix, may_continue, overwrite):
                 return folder
             n += 1
     folder = Path(out_dir)
-    if holds_run(folder) and not may_continue:
+    if holds_run(folder) and folder.resolve() != continued:
         if not overwrite:
             raise UserError(f'{folder} already holds a run; continue it with --resume_from=auto, give it up with '
                             '--overwrite, or choose another out_dir.')
@@ -316,16 +317,16 @@ class Logger:
     """Console, logs.log, metrics.csv and W&B under one set of names. On ranks other than 0 it is silent."""
 
     def __init__(self, folder, is_main, step, wandb_settings=None):
-        self.is_main, self.wandb, self.line_open = is_main, None, False
+        self.is_main, self.wandb, self.wandb_run_id, self.line_open = is_main, None, None, False
         if not is_main:
             return
         self.log_file = open(folder / 'logs.log', 'a', buffering=1, encoding='utf-8')
         forget_rows_after(folder / 'metrics.csv', step)
         self.csv_file = open(folder / 'metrics.csv', 'a', buffering=1, newline='', encoding='utf-8')
         if self.csv_file.tell() == 0:
-            csv.writer(self.csv_file).writerow(('step',) + METRICS)
+            self.write_row(('step',) + METRICS)
         if wandb_settings is not None:
-            self.start_wandb(folder, **wandb_settings)
+            self.wandb = self.attempt(lambda: self.start_wandb(folder, **wandb_settings))
 
     def print(self, *lines):
         for line in lines if self.is_main else ():
@@ -344,43 +345,39 @@ class Logger:
         else:
             print(line, flush=True)
 
+    def write_row(self, cells):
+        csv.writer(self.csv_file, lineterminator='\n').writerow(cells)
+
     def metrics(self, step, values):
         """A row of metrics.csv and a step of W&B. values: {name: float}, of the names in METRICS."""
         if not self.is_main:
             return
-        csv.writer(self.csv_file).writerow([step] + [values.get(name, '') for name in METRICS])
-        self.to_wandb(lambda: self.wandb.log(values, step=step))
+        self.write_row([step] + [values.get(name, '') for name in METRICS])
+        if self.wandb:
+            self.attempt(lambda: self.wandb.log(values, step=step))
 
     def start_wandb(self, folder, project, name, run_id, config):
         import wandb  # takes seconds to import: only where it is wanted
+        mode = os.environ.get('WANDB_MODE')
+        if mode is None and not wandb.login(prompt=False):
+            mode = 'offline'
+            self.print('W&B: not logged in, so the run is kept offline; `wandb login` first, or --no_wandb.')
+        run = wandb.init(project=project, name=name, id=run_id, resume='allow', config=config, dir=folder, mode=mode)
+        self.wandb_run_id = run.id  # kept for the next resume, even if W&B fails later
+        return run
 
-        def start():
-            mode = os.environ.get('WANDB_MODE')
-            if mode is None and not wandb.login(prompt=False):
-                mode = 'offline'
-                self.print('W&B: not logged in, so the run is kept offline; `wandb login` first, or --no_wandb.')
-            self.wandb = wandb.init(project=project, name=name, id=run_id, resume='allow', config=config,
-                                    dir=folder, mode=mode)
-        self.wandb = True
-        self.to_wandb(start)
-
-    def to_wandb(self, call):
+    def attempt(self, call):
         """Calls W&B; a failure there is reported once and never stops the training."""
-        if self.wandb is None:
-            return
         try:
-            call()
+            return call()
         except Exception as error:  # whatever a service does, the run goes on
             self.wandb = None
             self.print(f'W&B failed ({type(error).__name__}: {error}); the run goes on without it.')
 
-    @property
-    def wandb_run_id(self):
-        return None if self.wandb is None else self.wandb.id
-
     def close(self):
         if self.is_main:
-            self.to_wandb(lambda: self.wandb.finish())
+            if self.wandb:
+                self.attempt(self.wandb.finish)
             self.log_file.close()
             self.csv_file.close()
 

@@ -14,7 +14,7 @@ import torch
 import data
 import optim
 import runtime
-from configurator import UserError, configure, restore
+from configurator import UserError, check_choice, check_range, configure, restore
 from sampling import generate
 
 # --- data ---
@@ -84,12 +84,25 @@ FIXED = ('architecture', 'mode', 'model_size', 'n_layer', 'n_head', 'n_embd', 'n
 SHAPE = ('n_layer', 'n_head', 'n_embd', 'n_kv_head', 'block_size', 'norm', 'position', 'mlp', 'bias', 'qk_norm',
          'logit_softcap', 'dropout', 'gradient_checkpointing')  # keys that go to ModelConfig as they are
 
+check_choice(config, 'optimizer', optim.OPTIMIZERS)
+check_choice(config, 'schedule', optim.SCHEDULES)
+check_range(config, 1, math.inf, 'batch_size', 'gradient_accumulation_steps', 'max_steps', 'eval_every', 'log_every',
+            'num_samples', 'sample_tokens')
+check_range(config, 0, math.inf, 'num_epochs', 'learning_rate', 'min_lr', 'warmup_steps', 'warmup_ratio',
+            'decay_ratio', 'weight_decay', 'grad_clip', 'eval_batches', 'sample_every', 'save_every',
+            'save_total_limit')
+check_range(config, 0, 1, 'beta1', 'beta2', 'ema_decay')
+
 # ---------------------------------------------------------------------------- what to continue
 
 checkpoint_path = runtime.resume_path(resume_from, out_dir)
 checkpoint = runtime.load_checkpoint(checkpoint_path) if checkpoint_path else None
+continued = runtime.run_of(checkpoint_path or Path(out_dir, 'ckpt.pt')) if resume_from else None  # a run folder
 changed = []
 if checkpoint:
+    if 'optimizer_state_dict' not in checkpoint:
+        raise UserError(f'{checkpoint_path} holds weights without the state of their training; continue from '
+                        f'a ckpt.pt, or start a new run with --init_from={checkpoint_path}.')
     saved = {key: value for key, value in checkpoint['train_config'].items()
              if key not in ('out_dir', 'resume_from', 'overwrite', 'init_from')}
     changed = restore(globals(), config, saved)
@@ -125,6 +138,7 @@ block_size = raw_model.config.block_size
 
 batches = data.Batches(folder, architecture, block_size, batch_size, gradient_accumulation_steps, seed, mode,
                        run.rank, run.world_size, run.device)
+data.make_rows(folder, 'val', architecture, block_size, mode, training=False)  # what it lacks is said now
 if num_epochs and 'max_steps' not in config.given:
     max_steps = math.ceil(num_epochs * batches.rows.num_rows / batches.rows_per_step)
 warmup = round(warmup_ratio * max_steps) if warmup_steps is None else warmup_steps
@@ -138,13 +152,17 @@ if checkpoint:
         raise UserError(f'The run of {checkpoint_path} has {checkpoint["rows_per_step"]} rows per step, not '
                         f'{batches.rows_per_step}; choose batch_size and gradient_accumulation_steps so that their '
                         'product with the number of ranks stays, or rows would be skipped or repeated.')
-    for name in optimizers:
-        optimizers[name].load_state_dict(checkpoint['optimizer_state_dict'][name])
-    scaler.load_state_dict(checkpoint['scaler_state_dict'])
+    for name, o in optimizers.items():  # what it has gathered; the settings are this run's
+        o.load_state_dict({**o.state_dict(), 'state': checkpoint['optimizer_state_dict'][name]['state']})
+    if checkpoint['scaler_state_dict']:  # empty unless dtype was float16
+        scaler.load_state_dict(checkpoint['scaler_state_dict'])
     if average and 'ema_state_dict' in checkpoint:
         average.load(checkpoint['ema_state_dict'])
     if step >= max_steps:
-        print(f'{checkpoint_path} is at step {step} of {max_steps}: the run is finished. --max_steps makes it longer.')
+        if run.is_main:
+            print(f'{checkpoint_path} is at step {step} of {max_steps}: the run is finished. '
+                  '--max_steps makes it longer.')
+        run.close()
         raise SystemExit(0)
 if run.device.type == 'cuda' if compile is None else compile:
     raw_model.compile()
@@ -153,13 +171,11 @@ model = run.wrap(raw_model)
 # ---------------------------------------------------------------------------- run folder, logs
 
 out = Path(run.from_main(lambda: runtime.open_run_folder(
-    out_dir or (runtime.run_of(checkpoint_path) if checkpoint else ''),
-    f'{architecture}-{folder.config["name"]}-{model_size}', run_suffix,
-    may_continue=bool(checkpoint) or resume_from == 'auto', overwrite=overwrite)))
+    out_dir or continued, f'{architecture}-{folder.config["name"]}-{model_size}', run_suffix, continued, overwrite)))
 config.update({key: getattr(raw_model.config, key) for key in SHAPE}, max_steps=max_steps, dtype=run.dtype)
 if run.is_main:
     runtime.write_json(out / 'config.json', config)
-log = runtime.Logger(out, run.is_main, step, None if no_wandb else dict(
+log = runtime.Logger(out, run.is_main, step if checkpoint else -1, None if no_wandb else dict(
     project=wandb_project, name=wandb_run_name or out.name, config=dict(config),
     run_id=checkpoint['wandb_run_id'] if checkpoint else None))
 stop = runtime.StopSignal()
@@ -191,7 +207,7 @@ def save_all():
 @torch.no_grad()
 def evaluate():
     """The val/ metrics over the validation split, the same for any number of ranks."""
-    sums = {}
+    sums = dict.fromkeys(('loss', 'count', 'correct', 'predicted'), 0.0)  # a rank may have no batch
     raw_model.eval()
     for batch in data.evaluation_batches(folder, 'val', architecture, block_size, batch_size, mode, eval_batches,
                                          run.rank, run.world_size, run.device):
@@ -199,7 +215,7 @@ def evaluate():
             runtime.add(sums, *raw_model(*batch))
     raw_model.train()
     sums = run.total(sums)
-    loss = sums['loss'] / sums['count']
+    loss = sums['loss'] / max(1, sums['count'])
     return {'val/loss': loss, 'val/accuracy': sums['correct'] / max(1, sums['predicted']),
             'val/perplexity': math.exp(min(loss, 700)),
             'val/bpb': loss / math.log(2) * folder.tokens_per_byte('val')}
@@ -233,13 +249,14 @@ def look():
 
 # ---------------------------------------------------------------------------- the loop
 
-if step == 0:
+if not checkpoint:
     log.metrics(0, look())
     if run.is_main:
         save_all()
 raw_model.train()
 logged_step, logged_at = step, time.perf_counter()
-while step < max_steps and not stop.received:
+stopping = False
+while step < max_steps and not stopping:
     rate = optim.learning_rate_at(step, max_steps, learning_rate, min_lr, warmup, schedule, decay_ratio)
     for o in optimizers.values():
         for group in o.param_groups:
@@ -267,13 +284,13 @@ while step < max_steps and not stop.received:
         average.update()
     step += 1
 
-    stop.received = run.any(stop.received)
+    stopping = run.any(stop.received)  # all ranks at the same step
     looking = step % eval_every == 0 or step == max_steps
-    saving = looking or stop.received or (save_every and step % save_every == 0)
+    saving = looking or stopping or (save_every and step % save_every == 0)
     row = {}
     if looking or saving or step % log_every == 0:
         sums = run.total(sums)
-        loss = sums['loss'] / sums['count']
+        loss = sums['loss'] / max(1, sums['count'])
         if not math.isfinite(loss):
             raise UserError(f'The loss is {loss} at step {step}; the checkpoint before it is kept. Try a lower '
                             f'learning_rate than {learning_rate}, a longer warm-up, or --dtype=float32.')

@@ -1,5 +1,77 @@
-"""Puts the repository root on sys.path, so that the tests import the flat modules from any working directory."""
+"""What several tests share: the repository root on sys.path, prepared folders made of nothing."""
+import json
+import os
+import random
+import signal
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # read when torch comes: threads of tiny models only wait
+
+import numpy as np
+import tokenizers
+
+import data
+
+LETTERS = 'abcdefghijklmnopqrstuvwxyz '
+
+
+def letter_tokenizer(letters=LETTERS):
+    vocabulary = {letter: i for i, letter in enumerate(letters)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r'[\s\S]'), 'isolated')
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    return data.Tokenizer(tokenizer.to_str())
+
+
+def random_texts(count, longest, seed):
+    """Documents of very different length, from words that a model can learn a little about."""
+    draw = random.Random(seed)
+    words = ('the cat', 'a dog', 'sees', 'one', 'small', 'bird', 'in', 'its', 'tree', 'and', 'sings')
+    return [' '.join(draw.choices(words, k=20))[:draw.randint(1, longest)] for _ in range(count)]
+
+
+def write_folder(folder, train=None, val=None, train_on=None, letters=LETTERS):
+    """Writes a prepared folder, as data.Folder reads it, of texts of the letters a to z and spaces.
+
+    train, val: texts, one per document; train_on: the letters that the model is trained on, all by default.
+    """
+    tokenizer, splits = letter_tokenizer(letters), {}
+    folder.mkdir()
+    texts = {'train': train or random_texts(60, 90, seed=1), 'val': val or random_texts(12, 90, seed=2)}
+    for split, documents in texts.items():
+        ids = [tokenizer.encode(text) + [tokenizer.endoftext_id] for text in documents]
+        tokens = np.array(sum(ids, []), np.uint16)
+        tokens.tofile(folder / f'{split}_tokens.bin')
+        index = np.cumsum([0] + [len(document) for document in ids])
+        index.astype(np.uint64).tofile(folder / f'{split}_index.bin')
+        if train_on is not None:
+            np.isin(tokens, tokenizer.encode(train_on)).astype(np.uint8).tofile(folder / f'{split}_masks.bin')
+        splits[split] = {'tokens': len(tokens), 'documents': len(ids), 'bytes': sum(map(len, documents))}
+    (folder / 'tokenizer.json').write_text(tokenizer.to_json())
+    (folder / 'config.json').write_text(json.dumps({
+        'format': 1, 'name': folder.name, 'vocab_size': tokenizer.vocab_size, 'dtype': 'uint16',
+        'splits': splits, 'start_token': tokenizer.endoftext_id, 'prompt_format': None}))
+    return folder
+
+
+@pytest.fixture
+def make_folder(tmp_path):
+    """write_folder under tmp_path, by a name."""
+    return lambda name='letters', **settings: write_folder(tmp_path / name, **settings)
+
+
+@contextmanager
+def signals_kept():
+    """A script that runs within the tests installs its own handlers; afterwards they are as before."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
