@@ -67,6 +67,11 @@ class Tokenizer:
                                 'tokenizer; leave it out, or prepare the data with --tokenizer=bytes or bpe.')
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
+    @property
+    def joins_spaces(self):
+        """Whether a word's token begins with the space before it."""
+        return self._characters is None and len(self.encode(' a')) == 1
+
     def decode(self, ids):
         """The text of `ids`; special tokens decode to nothing."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
@@ -111,6 +116,11 @@ class Folder:
             raise UserError(f'{path} has {size:,} bytes where config.json promises {expected:,}; '
                             'the folder is incomplete: prepare it again with --overwrite.')
         return np.memmap(path, dtype, mode='r') if length else np.zeros(0, dtype)
+
+    @property
+    def fingerprint(self):
+        """What tells this training split from another, recorded when it was prepared."""
+        return self.config.get('sha256', {}).get('train_tokens.bin')
 
     def tokens_per_byte(self, split):
         """Stored tokens, <|endoftext|> included, per UTF-8 byte of text: nats per token to nats per byte."""
@@ -242,7 +252,7 @@ def make_rows(folder, split, architecture, block_size, mode, training):
 
 # ---------------------------------------------------------------------------- batches
 
-PERMUTE, MOVE, LEVEL, NOISE, EVALUATE = range(1, 6)  # what a random number is for: part of its key
+PERMUTE, MOVE, LEVEL, NOISE = range(4)  # what a random number is for: the first part of its key
 
 
 class Batches:
@@ -290,8 +300,8 @@ class Batches:
 
     def row(self, number):
         epoch, place = divmod(int(number), self.rows.num_rows)
-        row = permuted([place], self.rows.num_rows, self.seed, PERMUTE, epoch)[0]
-        return self.rows.read(row, (self.seed, MOVE, epoch))
+        row = permuted([place], self.rows.num_rows, PERMUTE, self.seed, epoch)[0]
+        return self.rows.read(row, (MOVE, self.seed, epoch))
 
     def count(self, row):
         """Tokens of a row that the loss is divided by: trained, not its first, not filler."""
@@ -316,7 +326,7 @@ def evaluation_batches(folder, split, architecture, block_size, batch_size, mode
     chosen = np.arange(size) * rows.num_rows // size
     for start in range(rank * batch_size, size, world_size * batch_size):
         places = np.arange(start, min(start + batch_size, size))
-        noise = row_noise(places, size, rows.row_length, (EVALUATE,)) if architecture != 'ar' else None
+        noise = row_noise(places, size, rows.row_length, ()) if architecture != 'ar' else None
         yield to_device(stack([rows.read(row, ()) for row in chosen[places]], noise, pin=False), device)
 
 
@@ -324,10 +334,11 @@ def row_noise(places, num_places, row_length, key):
     """Uniform numbers (B, 1 + row_length): a level per row, then one number per token.
 
     Levels are stratified: the rows of a step have one in each interval of width 1/num_places, in random order.
+    key: (seed, step), or () in evaluation.
     """
-    strata = permuted(places, num_places, *key, LEVEL).astype(np.float64)
-    levels = (strata + uniform(*key, NOISE, places, row_length)) / num_places
-    tokens = uniform(*key, NOISE, places[:, None], np.arange(row_length))
+    strata = permuted(places, num_places, LEVEL, *key).astype(np.float64)
+    levels = (strata + uniform(NOISE, *key, places, row_length)) / num_places
+    tokens = uniform(NOISE, *key, places[:, None], np.arange(row_length))
     return np.concatenate([levels[:, None], tokens], axis=1).astype(np.float32)
 
 

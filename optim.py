@@ -48,7 +48,10 @@ def learning_rate_at(step, max_steps, learning_rate, min_lr, warmup_steps, sched
 
 
 class WeightAverage:
-    """Exponential moving average of a model's weights: average ← decay · average + (1 − decay) · weights."""
+    """Exponential moving average of a model's weights: average ← d · average + (1 − d) · weights.
+
+    d is `decay`, or (1 + step) / (10 + step) while that is less: the random start is soon forgotten.
+    """
 
     def __init__(self, model, decay):
         self.weights, self.decay = dict(model.named_parameters()), decay
@@ -59,8 +62,9 @@ class WeightAverage:
             weight.copy_(average[name])
 
     @torch.no_grad()
-    def update(self):
-        torch._foreach_lerp_(list(self.average.values()), list(self.weights.values()), 1 - self.decay)
+    def update(self, step):
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.average.values()), list(self.weights.values()), 1 - decay)
 
     @contextmanager
     def in_place(self):

@@ -135,13 +135,14 @@ def measure_peak_flops(device, dtype):
     """Floating-point operations per second of a large matrix product here: what `train/mfu` is a share of."""
     size = 8192 if device.type == 'cuda' else 1024
     a = torch.randn(size, size, device=device, dtype=DTYPES[dtype])
-    best = float('inf')
-    for _ in range(5):
+    best, total = float('inf'), 0.0
+    while total < 0.2:  # seconds
         synchronize(device)
         start = time.perf_counter()
         a @ a
         synchronize(device)
         best = min(best, time.perf_counter() - start)
+        total += time.perf_counter() - start
     return 2 * size ** 3 / best
 
 
@@ -285,6 +286,8 @@ def open_run_folder(out_dir, name, suffix='', continued=None, overwrite=False):
                 return folder
             n += 1
     folder = Path(out_dir)
+    if (folder / 'tokenizer.json').exists():
+        raise UserError(f'{folder} is a prepared data folder, not a place for a run; choose another out_dir.')
     if holds_run(folder) and folder.resolve() != continued:
         if not overwrite:
             raise UserError(f'{folder} already holds a run; continue it with --resume_from=auto, give it up with '

@@ -57,7 +57,7 @@ def with_gaps(text, tokenizer):
 
     Where a word's token begins with the space before it, that space is the gap's to fill.
     """
-    if len(tokenizer.encode(' a')) == 1:
+    if tokenizer.joins_spaces:
         text = re.sub(r' <mask:', '<mask:', text)
     ids = []
     for i, part in enumerate(re.split(r'<mask:(\d+)>', text)):

@@ -58,7 +58,7 @@ ema_decay = 0.0              # running average of the weights, e.g. 0.999; evalu
 eval_every = 250             # steps
 eval_batches = 0             # batches of validation rows; 0: the whole split
 log_every = 10               # steps
-sample_every = 0             # steps between printed samples; 0: none
+sample_every = 0             # evaluations at multiples of this many steps print samples; 0: none
 num_samples = 2
 sample_tokens = 200
 # --- the run ---
@@ -67,7 +67,7 @@ run_suffix = ''              # appended to that name
 overwrite = False            # give up the run that out_dir holds
 resume_from = ''             # a ckpt.pt or run folder; auto: out_dir's, if it has one
 save_every = 0               # steps between checkpoints beside those at evaluations; 0: none
-save_total_limit = 0         # copies kept under checkpoints/, one per save_every
+save_total_limit = 0         # copies kept under checkpoints/, one per save_every; the best stays besides
 seed = 0
 no_wandb = False
 wandb_project = 'diffusion-lm'
@@ -122,7 +122,7 @@ shape = dict(zip(('n_layer', 'n_head', 'n_embd'), runtime.size_of(model_size)))
 shape.update({key: config[key] for key in SHAPE if config[key] is not None})
 if initial:
     runtime.check_fits(initial, checkpoint_path or init_from, architecture, tokenizer, folder.path)
-    for key in config.given.intersection(SHAPE) - {'dropout', 'gradient_checkpointing'}:
+    for key in sorted(config.given.intersection(SHAPE) - {'dropout', 'gradient_checkpointing'}):
         if config[key] != initial['model_config'][key]:
             raise UserError(f'{init_from} has {key}={initial["model_config"][key]!r}, not {config[key]!r}; leave '
                             f'--{key} out.')
@@ -130,8 +130,10 @@ if initial:
 shape.update(vocab_size=tokenizer.vocab_size, mask_id=tokenizer.mask_id, ignore_id=tokenizer.ignore_id)
 torch.manual_seed(seed)
 raw_model = runtime.make_model(architecture, **shape).to(run.device)
-if initial:
-    raw_model.load_state_dict(initial['model_state_dict'])
+if checkpoint:
+    raw_model.load_state_dict(checkpoint['model_state_dict'])
+elif initial:  # as all other scripts, from the average where there is one
+    raw_model.load_state_dict(initial.get('ema_state_dict') or initial['model_state_dict'])
 block_size = raw_model.config.block_size
 
 # ---------------------------------------------------------------------------- batches, optimizers, state
@@ -148,6 +150,9 @@ average = optim.WeightAverage(raw_model, ema_decay) if ema_decay else None
 step, best_step, best_val_loss = 0, 0, math.inf
 if checkpoint:
     step, best_step, best_val_loss = (checkpoint[key] for key in ('global_step', 'best_step', 'best_val_loss'))
+    if checkpoint['data'] != folder.fingerprint and 'dataset' not in config.given:
+        raise UserError(f'{folder.path} was prepared anew since the run of {checkpoint_path}; to go on with it all '
+                        f'the same, add --dataset={dataset}.')
     if checkpoint['rows_per_step'] != batches.rows_per_step:
         raise UserError(f'The run of {checkpoint_path} has {checkpoint["rows_per_step"]} rows per step, not '
                         f'{batches.rows_per_step}; choose batch_size and gradient_accumulation_steps so that their '
@@ -201,7 +206,8 @@ def save(path, **state):
 
 def save_all():
     save(out / 'ckpt.pt', optimizer_state_dict={name: o.state_dict() for name, o in optimizers.items()},
-         scaler_state_dict=scaler.state_dict(), rows_per_step=batches.rows_per_step, wandb_run_id=log.wandb_run_id)
+         scaler_state_dict=scaler.state_dict(), rows_per_step=batches.rows_per_step, data=folder.fingerprint,
+         wandb_run_id=log.wandb_run_id)
 
 
 @torch.no_grad()
@@ -281,7 +287,7 @@ while step < max_steps and not stopping:
         o.zero_grad(set_to_none=True)
     scaler.update()
     if average:
-        average.update()
+        average.update(step)
     step += 1
 
     stopping = run.any(stop.received)  # all ranks at the same step

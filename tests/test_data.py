@@ -73,7 +73,7 @@ def test_every_row_of_an_epoch_comes_exactly_once(make_folder, mode, batch_size,
     seen = [tokens for step in range(steps) for tokens, _, _ in
             rows_of_step(folder, step, ranks, accumulation, batch_size=batch_size, mode=mode)][:num_rows]
     rows = data.make_rows(folder, 'train', 'ar', 16, mode, training=True)
-    expected = [tuple(rows.read(row, (0, data.MOVE, 0))[0].tolist()) for row in range(num_rows)]
+    expected = [tuple(rows.read(row, (data.MOVE, 0, 0))[0].tolist()) for row in range(num_rows)]
     assert sorted(seen) == sorted(expected)
     assert seen != expected  # in random order
 

@@ -307,8 +307,19 @@ def test_the_average_of_the_weights_by_hand():
         average = optim.WeightAverage(model, decay=0.9)
         for weight, expected in ((2.0, 0.9 + 0.2), (2.0, 0.9 * 1.1 + 0.2), (-1.0, 0.9 * 1.19 - 0.1)):
             model.weight.fill_(weight)
-            average.update()
+            average.update(step=10 ** 6)
             assert math.isclose(average.average['weight'].item(), expected, rel_tol=1e-6)
+
+
+def test_a_long_average_forgets_the_random_start():
+    model = torch.nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(1000.0)
+        average = optim.WeightAverage(model, decay=0.9999)
+        model.weight.fill_(1.0)
+        for step in range(1, 301):
+            average.update(step)
+    assert abs(average.average['weight'].item() - 1.0) < 0.01
 
 
 def test_the_average_is_in_place_only_within_its_context():
