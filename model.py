@@ -169,12 +169,14 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """The trunk and its head, and the interface that the architectures share.
 
-    How the weights start:
-        embedding, learned positions    normal, 0.02
-        linear layers                   normal, 1/sqrt(3 fan_in) in the native trunk; 0.02 in the GPT-2 one
-        a block's two outputs           zero in the native trunk: each block starts as the identity;
-                                        normal, 0.02 / sqrt(2 n_layer), in the GPT-2 one
-        biases                          zero
+    How the weights start, normally distributed with a deviation of
+                                native trunk         GPT-2
+        embedding               2.56 / n_embd        0.02
+        linear layers           1 / √(3 fan_in)      0.02
+        a block's two outputs   0                    0.02 / √(2 n_layer)
+        biases                  0                    0
+    Zero outputs make each block the identity at first. The native trunk's states are √n_embd long, so with a
+    constant deviation a token's logit for itself would grow with the width: a new model would repeat its input.
     """
     causal = False
 
@@ -204,9 +206,11 @@ class Transformer(nn.Module):
                 nn.init.zeros_(weight)
             elif name.endswith(('out.weight', 'down.weight')):
                 nn.init.normal_(weight, std=0.0 if native else 0.02 / math.sqrt(2 * self.config.n_layer))
+            elif weight.dim() == 2 and native:
+                in_block = name.startswith('blocks.')
+                nn.init.normal_(weight, std=(3 * weight.size(1)) ** -0.5 if in_block else 2.56 / weight.size(1))
             elif weight.dim() == 2:
-                linear = native and name.startswith('blocks.')
-                nn.init.normal_(weight, std=(3 * weight.size(1)) ** -0.5 if linear else 0.02)
+                nn.init.normal_(weight, std=0.02)
 
     def num_parameters(self):
         """Parameters, not counting the rows of <|mask|>, <|ignore|> and padding."""
