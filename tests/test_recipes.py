@@ -1,0 +1,54 @@
+"""The files in config/ and the commands in README.md."""
+import re
+import runpy
+import sys
+
+import pytest
+
+import optim
+import runtime
+from configurator import ALIASES, Config, apply_file, keys_of
+
+RECIPES = sorted(path.name for path in (runtime.ROOT / 'config').glob('*.py'))
+
+
+def train_config():
+    """The settings of train.py, of which a recipe changes some."""
+    source = (runtime.ROOT / 'train.py').read_text()
+    defaults = {}
+    exec(source[source.index('# --- data ---'):source.index('config = configure(')], defaults)
+    return Config(keys_of(source, defaults))
+
+
+@pytest.mark.parametrize('recipe', RECIPES)
+def test_a_recipe_sets_what_train_py_knows(recipe):
+    config = train_config()
+    apply_file(config, f'config/{recipe}')
+    assert config.given and config['optimizer'] in optim.OPTIMIZERS and config['schedule'] in optim.SCHEDULES
+    runtime.size_of(config['model_size'])
+
+
+def test_the_300m_recipe_checkpoints_and_accumulates():
+    config = train_config()
+    apply_file(config, 'config/xl_owt.py')
+    assert (config['block_size'], config['gradient_accumulation_steps']) == (1024, 4)
+    assert config['gradient_checkpointing'] and config['dtype'] == 'bfloat16'
+
+
+def test_each_alias_of_train_py_leads_to_a_key():
+    config = train_config()
+    assert {key for alias, key, _ in ALIASES} <= set(config)
+
+
+def test_the_readme_speaks_of_files_and_settings_that_exist(capsys, monkeypatch):
+    readme = (runtime.ROOT / 'README.md').read_text()
+    for script, options in re.findall(r'python (\w+\.py|prepare/\w+\.py)([^\n#]*)', readme):
+        assert (runtime.ROOT / script).is_file(), script
+        monkeypatch.setattr(sys, 'argv', [script, '--help'])
+        with pytest.raises(SystemExit):
+            runpy.run_path(str(runtime.ROOT / script), run_name='__main__')
+        known = capsys.readouterr().out
+        for recipe in re.findall(r'config/\w+\.py', options):
+            assert (runtime.ROOT / recipe).is_file(), recipe
+        for key in set(re.findall(r'--(\w+)', options)) - {'help'}:
+            assert f'--{key}=' in known, f'{script} --{key}'
