@@ -188,7 +188,7 @@ class PackedRows:
     """
 
     def __init__(self, folder, split, row_length, stride, training):
-        self.tokens, self.masks = folder.tokens[split], folder.masks[split]
+        self.tokens, self.index, self.masks = folder.tokens[split], folder.index[split], folder.masks[split]
         self.row_length, self.stride, self.training = row_length, stride, training
         spare = len(self.tokens) - row_length
         if spare < 0:
@@ -209,6 +209,12 @@ class PackedRows:
             trained = np.ones(self.row_length, np.uint8) if trained is None else trained
             trained[:moved_back + self.row_length - self.stride] = 0
         return self.tokens[part], trained
+
+    def documents(self, row):
+        """Numbers (row_length,) of the documents that an evaluation row's tokens belong to."""
+        start = min(int(row) * self.stride, len(self.tokens) - self.row_length)
+        places = np.arange(start, start + self.row_length, dtype=self.index.dtype)
+        return np.searchsorted(self.index, places, side='right') - 1
 
 
 class DocumentRows:
@@ -238,6 +244,10 @@ class DocumentRows:
         trained = np.full(self.row_length, self.train_on_filler, dtype=np.uint8)
         trained[1:1 + end - start] = 1 if self.masks is None else self.masks[start:end]
         return tokens, trained
+
+    def documents(self, row):
+        """Numbers (row_length,) of the document that a row belongs to, once per token."""
+        return np.full(self.row_length, np.searchsorted(self.first_row, row, side='right') - 1)
 
 
 def make_rows(folder, split, architecture, block_size, mode, training):

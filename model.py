@@ -128,7 +128,7 @@ class Attention(nn.Module):
         q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
                    for linear in (self.q, self.k, self.v))
         if self.qk_norm:
-            q, k = F.rms_norm(q, (self.head_dim,)), F.rms_norm(k, (self.head_dim,))
+            q, k = (F.rms_norm(x, (self.head_dim,)).type_as(v) for x in (q, k))
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         mask = None

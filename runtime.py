@@ -200,8 +200,10 @@ def load_checkpoint(path):
         reason = str(error).splitlines()[0] if str(error) else 'it ends too early'
         raise UserError(f'{path} is damaged or no checkpoint of ours ({reason}); take another one of the run, '
                         'best.pt or one under checkpoints/.') from error
-    missing = {'architecture', 'model_config', 'model_state_dict', 'tokenizer'}
-    missing -= set(checkpoint) if isinstance(checkpoint, dict) else set()
+    checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
+    if 'architecture' in checkpoint.get('train_config', {}):
+        checkpoint.setdefault('architecture', checkpoint['train_config']['architecture'])
+    missing = {'architecture', 'model_config', 'model_state_dict', 'tokenizer'} - set(checkpoint)
     if missing:
         raise UserError(f'{path} lacks {", ".join(sorted(missing))}, so it is no checkpoint of these scripts; '
                         'give the ckpt.pt of a run.')

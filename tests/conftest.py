@@ -14,8 +14,10 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')  # read when torch comes: threads 
 
 import numpy as np
 import tokenizers
+import torch
 
 import data
+from model import ARCHITECTURES, ModelConfig
 
 LETTERS = 'abcdefghijklmnopqrstuvwxyz '
 
@@ -57,6 +59,16 @@ def write_folder(folder, train=None, val=None, train_on=None, letters=LETTERS):
         'format': 1, 'name': folder.name, 'vocab_size': tokenizer.vocab_size, 'dtype': 'uint16',
         'splits': splits, 'start_token': tokenizer.endoftext_id, 'prompt_format': None}))
     return folder
+
+
+def random_model(architecture, deviation, **shape):
+    """A small model whose every weight is random (the native trunk starts as the identity), not training."""
+    generator = torch.Generator().manual_seed(0)
+    model = ARCHITECTURES[architecture](ModelConfig(**shape)).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(deviation * torch.randn(weight.shape, generator=generator) + name.endswith('norm.weight'))
+    return model
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Configuration: what section 3 of the design promises, on a script of a few lines."""
+"""Configuration, on a script of a few lines."""
 import json
 import os
 import runpy

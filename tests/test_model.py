@@ -1,4 +1,4 @@
-"""The models: sections 5 and 6 of the design, on models small enough to enumerate."""
+"""The models, small enough to enumerate."""
 import math
 from itertools import permutations, product
 
@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import model as model_module
+from conftest import random_model
 from model import ARCHITECTURES, SIZES, ModelConfig, Transformer, attend_fused, attend_on_cpu, rotate
 
 GPT2 = dict(norm='layer', position='learned', mlp='gelu', bias=True, qk_norm=False, logit_softcap=0)
@@ -14,23 +15,8 @@ MASK, IGNORE = 10, 9
 SHAPE = dict(vocab_size=11, block_size=12, n_layer=2, n_head=2, n_embd=16, mask_id=MASK, ignore_id=IGNORE)
 
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    """The models are so small that a second thread only costs."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def tiny(architecture, **changes):
-    """A small model whose every weight is random (the native trunk starts as the identity), not training."""
-    generator = torch.Generator().manual_seed(0)
-    model = ARCHITECTURES[architecture](ModelConfig(**{**SHAPE, **changes})).eval()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.copy_(0.4 * torch.randn(weight.shape, generator=generator) + name.endswith('norm.weight'))
-    return model
+    return random_model(architecture, 0.4, **{**SHAPE, **changes})
 
 
 def some_tokens(rows=4, length=12, seed=0):

@@ -8,7 +8,7 @@ import torch
 
 import runtime
 from configurator import UserError
-from tests.conftest import letter_tokenizer
+from conftest import letter_tokenizer
 
 BLOCK = 32
 

@@ -1,4 +1,4 @@
-"""Generation: the sampling half of section 6 of the design, on models small enough to enumerate."""
+"""Generation, on models small enough to enumerate."""
 from itertools import product
 
 import pytest
@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import sampling
+from conftest import random_model
 from model import ARCHITECTURES, Diffusion, ModelConfig
 from sampling import SAMPLERS, draw_tokens, generate, remdm_rates, restrict
 
@@ -15,23 +16,8 @@ LEARNED = dict(norm='layer', position='learned', mlp='gelu', bias=True, qk_norm=
 EQUAL, UNEQUAL = [[1, 2, 3], [4, 5, 6]], [[7], [1, 2, 3, 4, 5], [3, 3], list(range(9)) + [1, 2, 3]]
 
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    """The models are so small that a second thread only costs."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def tiny(architecture, **changes):
-    """A small model whose every weight is random (the native trunk starts as the identity), not training."""
-    generator = torch.Generator().manual_seed(0)
-    model = ARCHITECTURES[architecture](ModelConfig(**{**SHAPE, **changes})).eval()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.copy_(0.3 * torch.randn(weight.shape, generator=generator) + name.endswith('norm.weight'))
-    return model
+    return random_model(architecture, 0.3, **{**SHAPE, **changes})
 
 
 def watch(model):
