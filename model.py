@@ -25,7 +25,7 @@ SIZES = {  # model_size: n_layer, n_head, n_embd
 }
 
 MIN_LEVEL = 1e-3          # the least share of a row that diffusion hides: 1/level stays finite (MDLM's eps)
-HEAD_ELEMENTS = 1 << 25   # logits that exist at once, in float32: 128 MB
+HEAD_ELEMENTS = 7 << 20   # logits that exist at once on a CPU: 28 MB in float32; 18 times as many on a GPU
 
 
 @dataclass
@@ -265,6 +265,12 @@ class Transformer(nn.Module):
             logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
         return logits + self.never
 
+    def head_rows(self, hidden):
+        """How many positions' logits to make at once. More than the allocator keeps (`keep_freed_memory`) or the
+        caches hold makes a CPU twice as slow; a GPU wants large matrices."""
+        elements = HEAD_ELEMENTS * (1 if hidden.device.type == 'cpu' else 18)
+        return max(1, elements // self.config.padded_vocab_size)
+
     def logits(self, tokens, cache=None):
         """Logits (B, T, padded vocabulary): what the model would put at, or for `ar` after, each position."""
         return self.head(self.hidden(tokens, cache))
@@ -280,7 +286,7 @@ class Transformer(nn.Module):
             nats = F.cross_entropy(logits, targets, reduction='none')
             return nats, logits.detach().argmax(-1) == targets
 
-        rows = max(1, HEAD_ELEMENTS // self.config.padded_vocab_size)
+        rows = self.head_rows(hidden)
         if len(targets) <= rows:
             return chunk(hidden, targets)
         parts = [checkpoint(chunk, h, t, use_reentrant=False, preserve_rng_state=False)

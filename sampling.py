@@ -8,7 +8,6 @@ from contextlib import contextmanager
 import torch
 
 from configurator import UserError
-from model import HEAD_ELEMENTS
 
 SAMPLERS = ('ancestral', 'confidence', 'blocks', 'threshold', 'remdm')
 
@@ -99,7 +98,7 @@ def draw_tokens(model, states, temperature, top_k, top_p, generator):
     (Zheng et al. 2024). The uniform numbers come from the CPU, so that a seed means the same on each device.
     """
     tokens, confidences = [], []
-    for part in states.split(max(1, HEAD_ELEMENTS // 2 // model.config.padded_vocab_size)):
+    for part in states.split(model.head_rows(states)):
         logits = model.head(part)  # (n, V)
         if temperature == 0:
             token = logits.argmax(-1, keepdim=True)

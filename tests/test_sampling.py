@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import model as model_module
 import sampling
 from conftest import random_model
 from model import ARCHITECTURES, Diffusion, ModelConfig
@@ -140,7 +141,7 @@ def states_of(model, rows):
 @pytest.mark.parametrize('architecture', ARCHITECTURES)
 @pytest.mark.parametrize('options', [(1.0, None, None), (0.7, None, None), (1.5, 4, None), (1.0, None, 0.8)])
 def test_draws_follow_the_probabilities(architecture, options, monkeypatch):
-    monkeypatch.setattr(sampling, 'HEAD_ELEMENTS', 2 * 64 * 999)  # in parts
+    monkeypatch.setattr(model_module, 'HEAD_ELEMENTS', 64 * 999)  # in parts
     model = tiny(architecture)
     states = states_of(model, 20000)
     tokens, confidence = draw_tokens(model, states, *options, torch.Generator().manual_seed(0))
