@@ -171,7 +171,8 @@ class Transformer(nn.Module):
 
     How the weights start, normally distributed with a deviation of
                                 native trunk         GPT-2
-        embedding               2.56 / n_embd        0.02
+        embedding               0.02, at most        0.02
+                                2.56 / n_embd
         linear layers           1 / √(3 fan_in)      0.02
         a block's two outputs   0                    0.02 / √(2 n_layer)
         biases                  0                    0
@@ -208,7 +209,8 @@ class Transformer(nn.Module):
                 nn.init.normal_(weight, std=0.0 if native else 0.02 / math.sqrt(2 * self.config.n_layer))
             elif weight.dim() == 2 and native:
                 in_block = name.startswith('blocks.')
-                nn.init.normal_(weight, std=(3 * weight.size(1)) ** -0.5 if in_block else 2.56 / weight.size(1))
+                width = weight.size(1)
+                nn.init.normal_(weight, std=(3 * width) ** -0.5 if in_block else min(0.02, 2.56 / width))
             elif weight.dim() == 2:
                 nn.init.normal_(weight, std=0.02)
 
