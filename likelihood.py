@@ -63,7 +63,7 @@ def measure(model, rows, run, batch_size, draws=8, max_tokens=0, exact=False):
                 values = guess(model, tokens, loss_mask, noise, exact, batch_size)
             levels = np.zeros(len(numbers), int) if noise is None else bins(noise[:, 0])
             for name, value in values.items():
-                value = value.double().cpu().numpy() / passes  # (B, T)
+                value = value.cpu().double().numpy() / passes  # (B, T)
                 np.add.at(sums['document'][name], documents, value)
                 sums['row'][name][places] += value.sum(1)
                 np.add.at(sums['level'][name], levels, value.sum(1))
@@ -173,7 +173,7 @@ def score(model, texts, run, batch_size, draws=8, numbers=None):
             noise = None if model.causal else count_noise(numbers[batch], draw, draws, scored)
             with run.autocast():
                 values = guess(model, tokens, loss_mask, noise, False, batch_size)
-            nats[batch] += values['nats'].double().sum(1).cpu().numpy() / passes
+            nats[batch] += values['nats'].cpu().double().sum(1).numpy() / passes
     return np.array(run.total({'nats': nats})['nats']) if len(texts) else nats
 
 

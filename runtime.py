@@ -54,7 +54,7 @@ class Runtime:
 
     def total(self, values):
         """Sums over all ranks of a dict of numbers or 0-d tensors, as floats."""
-        sums = torch.stack([torch.as_tensor(value).detach().double().cpu() for value in values.values()])
+        sums = torch.stack([torch.as_tensor(value).detach().cpu().double() for value in values.values()])
         if self.world_size > 1:
             dist.all_reduce(sums)
         return dict(zip(values, sums.tolist()))
@@ -78,7 +78,8 @@ class Runtime:
 def add(sums, loss, count, metrics):
     """Adds what a model's forward returns to `sums`, without the graph behind it."""
     for name, value in {'loss': loss, 'count': count, **metrics}.items():
-        sums[name] = sums.get(name, 0) + value.detach().double()
+        exact = torch.float32 if value.device.type == 'mps' else torch.float64  # mps has no float64
+        sums[name] = sums.get(name, 0) + value.detach().to(exact)
 
 
 def pick_device(name):
