@@ -262,7 +262,10 @@ def make_rows(folder, split, architecture, block_size, mode, training):
 
 # ---------------------------------------------------------------------------- batches
 
-PERMUTE, MOVE, LEVEL, NOISE = range(4)  # what a random number is for: the first part of its key
+# Passes that a step's beliefs come from: each further one with probability P_DEEPER, up to MAX_DEPTH. With
+# probability P_STALE the first of them sees up to MAX_STALE more of a row masked.
+P_DEEPER, MAX_DEPTH, P_STALE, MAX_STALE = 0.7, 4, 0.75, 0.3
+PERMUTE, MOVE, LEVEL, NOISE, BELIEF = range(5)  # what a random number is for: the first part of its key
 
 
 class Batches:
@@ -323,6 +326,35 @@ class Batches:
         if self.needs_noise:
             noise = row_noise(places, self.rows_per_step, self.rows.row_length, (self.seed, step))
         return stack(rows, noise, pin=self.device.type == 'cuda')
+
+
+def check_belief_plan(p_belief, k_schedule):
+    """A UserError unless `draw_belief` can follow these."""
+    if not k_schedule or not all(type(k) is int and k >= 1 for k in k_schedule):
+        raise UserError(f'k_schedule is {k_schedule}; give numbers of candidates, each at least 1, as (1, 2, 4, 8).')
+    pairs = all(isinstance(pair, (tuple, list)) and len(pair) == 2 and all(0 <= x <= 1 for x in pair)
+                for pair in p_belief)
+    if not pairs or [share for share, _ in p_belief] != sorted(share for share, _ in p_belief):
+        raise UserError(f'p_belief is {p_belief}; give (share of the steps, probability from there on), both from 0 to '
+                        '1 and in the order of the shares, as ((0.5, 0.5),).')
+
+
+def draw_belief(step, max_steps, seed, p_belief, k_schedule, k_warmup_steps):
+    """How a step of `sdd` comes to its beliefs, the same on all ranks: k, depth and stale of `SDD.states`.
+
+    p_belief: ((share of the steps, probability that a step from there on has beliefs), ...). k is drawn from
+    k_schedule; or, over the first k_warmup_steps, goes through it in equal parts and stays at its last.
+    Sampling passes beliefs on from step to step, so training has to see what became of them: a model that was
+    trained on fresh ones only takes its own second thoughts for news and grows too sure.
+    """
+    believes, which, deeper, aged, age = (float(uniform(BELIEF, seed, step, i)) for i in range(5))
+    p = max((pair for pair in p_belief if pair[0] <= step / max_steps), default=(0, 0))[1]
+    if believes >= p:
+        return {'k': 0}
+    place = min(step / k_warmup_steps, 1 - 1e-9) if k_warmup_steps else which
+    depth = next((d for d in range(1, MAX_DEPTH) if deeper >= P_DEEPER ** d), MAX_DEPTH)
+    return {'k': k_schedule[int(place * len(k_schedule))], 'depth': depth,
+            'stale': MAX_STALE * age if aged < P_STALE else 0.0}
 
 
 def evaluation_batches(folder, split, architecture, block_size, batch_size, mode='packed', num_batches=0,

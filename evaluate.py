@@ -42,6 +42,8 @@ block_size = 0               # tokens per row; 0: the smallest of the checkpoint
 max_tokens = 0               # of the validation split; 0: all of it
 batch_size = 32
 draws = 8                    # diffusion: masking levels per row
+k: int = None                # sdd: candidates per hidden position; None: the model's own number
+bound_steps = 0              # diffusion: the bound of sampling in so many steps as well, slow
 exact = False                # diffusion: the exact likelihood from left to right as well, slow
 exact_rows = 16              # rows for that
 choices = ''                 # a JSONL file of question, choices, answer
@@ -78,7 +80,7 @@ def parts_of(text):
 
 def check_settings():
     check_range(config, 1, math.inf, 'batch_size', 'draws', 'exact_rows', 'num_samples')
-    check_range(config, 0, math.inf, 'block_size', 'max_tokens', 'sample_tokens')
+    check_range(config, 0, math.inf, 'block_size', 'max_tokens', 'sample_tokens', 'bound_steps', 'k')
     if not parts_of(checkpoint):
         raise UserError('No checkpoint is given; name one or several: --checkpoint=out/run-a,out/run-b.')
     for name in parts_of(metrics):
@@ -174,18 +176,29 @@ def bytes_ratio(folder):
 
 
 def evaluate_likelihood(model, folder):
-    """Figures of the validation split, and the sums that they come from."""
+    """Figures of the validation split, and the sums that they come from, by the key that tells their bound."""
     rows = likelihood.open_rows(folder, 'val', model, block_size, mode)
-    sums, figures = likelihood.measure(model, rows, run, batch_size, draws, max_tokens), {}
+    ratio = bytes_ratio(folder)
+
+    def measure(tokens=max_tokens, **settings):
+        return likelihood.measure(model, rows, run, batch_size, draws, tokens, **settings)
+    sums, figures = {'': measure(k=k)}, {}
     if 'perplexity' in wanted:
-        figures.update(likelihood.perplexity_figures(sums, bytes_ratio(folder)))
+        figures.update(likelihood.perplexity_figures(sums[''], ratio))
     if 'accuracy' in wanted:
-        figures.update(likelihood.accuracy_figures(sums, by_level=not model.causal))
-    if exact and not model.causal:
+        figures.update(likelihood.accuracy_figures(sums[''], by_level=not model.causal))
+    if model.causal or 'perplexity' not in wanted:
+        return figures, sums
+    if model.believes and k != 0:
+        sums['k0'] = measure(k=0)
+    if bound_steps:
+        sums['steps'] = measure(k=k, steps=bound_steps)
+    for name in sums.keys() - {''}:
+        figures[name] = likelihood.perplexity_figures(sums[name], ratio)
+    if exact:
         few = exact_rows * (block_size - 1)
-        chain, bound = (likelihood.measure(model, rows, run, batch_size, draws, few, one) for one in (True, False))
-        figures['exact'] = likelihood.perplexity_figures(chain, bytes_ratio(folder))
-        figures['exact']['upper_nats_per_token'] = likelihood.perplexity_figures(bound, None)['nats_per_token']
+        figures['exact'] = likelihood.perplexity_figures(measure(few, exact=True, k=k), ratio)
+        figures['exact']['upper_nats_per_token'] = likelihood.perplexity_figures(measure(few, k=k), None)['nats_per_token']
     return figures, sums
 
 
@@ -209,7 +222,7 @@ def read_questions():
 def settings():
     """How samples are drawn: the keys that generate() takes."""
     return dict(temperature=temperature, top_k=top_k, top_p=top_p, steps=steps, sampler=sampler,
-                block_length=block_length, threshold=threshold, eta=eta)
+                block_length=block_length, threshold=threshold, eta=eta, k=k)
 
 
 def write_texts(model, prompts, stop_tokens):
@@ -471,7 +484,8 @@ for state in states:
         figures.update(more)
         first_sums = first_sums or sums
         if models and 'perplexity' in wanted:
-            figures.update(likelihood.difference(sums, first_sums))
+            for kind, of in sums.items():  # a bound is compared with the first one's of its kind
+                (figures[kind] if kind else figures).update(likelihood.difference(of, first_sums.get(kind, first_sums[''])))
     if questions:
         figures.update(likelihood.choose(model, folder.tokenizer, state['start_token'], questions, run, batch_size,
                                          draws))

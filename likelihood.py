@@ -1,9 +1,19 @@
 """How likely a model finds text that it has not seen, in nats, for every architecture on the same tokens.
 
-Rows of block_size tokens, the first of each given, the others counted. What is left to right is exact; a
-diffusion model gives an upper bound, the NELBO, by masking each row at several levels, and its exact
-likelihood by `chain_rule`, one forward pass per token. All numbers drawn are keyed by a row's own number:
-the result depends neither on the batch size nor on the number of ranks.
+Rows of block_size tokens, the first of each given, the others counted. What is left to right is exact. A
+diffusion model has several likelihoods, one for each way to write a row with it, and each figure is exact for
+or bounds one of them:
+
+    NELBO           random order, one token at a time; for `sdd` with k = 0 the same, without beliefs
+    two-pass NELBO  `sdd`: random order, each token after a first pass over the same canvas gave the beliefs
+    nested_bound    random order in S steps, all tokens of a step at once, beliefs kept from step to step: what
+                    sampler='ancestral' with steps=S, temperature 1 and no top_k or top_p does
+    chain_rule      exact, from left to right, one forward pass per token
+
+No bound holds for samples by confidence, blocks, threshold or ReMDM, or at another temperature. It would be void
+if a belief came from a less masked view or from the text itself, overrode a visible token, or if k were chosen
+per row by its loss. All numbers drawn are keyed by a row's own number: the result depends neither on the batch
+size nor on the number of ranks, and models are compared under the same masks.
 """
 import math
 from typing import NamedTuple
@@ -39,18 +49,19 @@ def choose_rows(rows, max_tokens):
 
 
 @torch.inference_mode()
-def measure(model, rows, run, batch_size, draws=8, max_tokens=0, exact=False):
+def measure(model, rows, run, batch_size, draws=8, max_tokens=0, exact=False, steps=0, k=None):
     """Sums over a split as {unit: {quantity: float64 array}}.
 
     Units: 'document' (D,), 'row' (R,), 'level' (LEVEL_BINS,). Quantities: 'nats', 'count' of the tokens that
     the nats are over, 'correct' guesses of 'predicted' ones. draws: masking levels per row of a diffusion
-    model, over which all quantities are means; exact: the chain rule instead, which guesses nothing.
+    model, over which all quantities are means; exact: the chain rule instead, steps: the bound of sampling in so
+    many steps, neither of which guesses; k: of an `sdd`, if not its own.
     run: a Runtime; its ranks share the rows, and each gets all sums.
     """
     chosen = choose_rows(rows, max_tokens)
     sizes = {'document': 1 + int(rows.documents(rows.num_rows - 1)[-1]), 'row': len(chosen), 'level': LEVEL_BINS}
     sums = {unit: {name: np.zeros(size) for name in QUANTITIES} for unit, size in sizes.items()}
-    passes = 1 if model.causal or exact else draws
+    passes = 1 if model.causal or exact or steps else draws
     for start in range(run.rank * batch_size, len(chosen), run.world_size * batch_size):
         places = np.arange(start, min(start + batch_size, len(chosen)))
         numbers = chosen[places]
@@ -60,7 +71,7 @@ def measure(model, rows, run, batch_size, draws=8, max_tokens=0, exact=False):
         for draw in range(passes):
             noise = None if model.causal else level_noise(numbers, draw, draws, tokens.size(1))
             with run.autocast():
-                values = guess(model, tokens, loss_mask, noise, exact, batch_size)
+                values = guess(model, tokens, loss_mask, noise, batch_size, exact, steps, k)
             levels = np.zeros(len(numbers), int) if noise is None else bins(noise[:, 0])
             for name, value in values.items():
                 value = value.cpu().double().numpy() / passes  # (B, T)
@@ -70,13 +81,15 @@ def measure(model, rows, run, batch_size, draws=8, max_tokens=0, exact=False):
     return sum_over_ranks(run, sums)
 
 
-def guess(model, tokens, loss_mask, noise, exact, batch_size):
+def guess(model, tokens, loss_mask, noise, batch_size, exact=False, steps=0, k=None):
     """{quantity: (B, T)} of one pass."""
-    if exact:
-        _, counted = model.trained(tokens, loss_mask)
-        return {'nats': chain_rule(model, tokens, loss_mask, batch_size=batch_size), 'count': counted}
     noise = None if noise is None else torch.from_numpy(noise).to(tokens.device)
-    nats, counted, metrics = model.losses(tokens, loss_mask, noise)
+    if exact or steps:
+        _, counted = model.trained(tokens, loss_mask)
+        nats = (chain_rule(model, tokens, loss_mask, batch_size=batch_size, k=k) if exact else
+                nested_bound(model, tokens, loss_mask, noise[:, 1:], steps, k))
+        return {'nats': nats, 'count': counted}
+    nats, counted, metrics = model.losses(tokens, loss_mask, noise, **({} if k is None else {'k': k}))
     return {'nats': nats, 'count': counted, 'correct': metrics['correct'], 'predicted': metrics['predicted']}
 
 
@@ -126,10 +139,29 @@ def count_noise(numbers, draw, draws, scored):
     return np.concatenate([level[:, None], rank >= m[:, None]], axis=1).astype(np.float32)
 
 
-# ---------------------------------------------------------------------------- the chain rule
+# ---------------------------------------------------------------------------- by how a model writes
 
 @torch.inference_mode()
-def chain_rule(model, tokens, loss_mask=None, turn=None, batch_size=32):
+def nested_bound(model, tokens, loss_mask, noise, steps, k=None):
+    """Nats (B, T) whose sum over a row is an unbiased upper bound of -log p of writing it in `steps` random steps.
+
+    Σ_j (t_j - t_{j-1}) / t_j Σ_{hidden at t_j} CE with t_j = j / steps, so the weight is 1 / j; a token is hidden
+    while its uniform number in noise (B, T) is below t_j: the masks are nested. Beliefs come from the step before,
+    which saw less: they depend on the path of the reverse process alone, on which p may be conditioned.
+    """
+    trained, _ = model.trained(tokens, loss_mask)
+    k = model.config.k if k is None else k
+    nats, belief = torch.zeros(tokens.shape, device=tokens.device), None
+    for step in range(steps, 0, -1):
+        hidden = trained & (noise < step / steps)
+        states = model.hidden(tokens.masked_fill(hidden, model.config.mask_id), belief=belief)
+        nats += model.nats_at(states, tokens, hidden)[0] / step
+        belief = model.believe(states, hidden, k)
+    return nats
+
+
+@torch.inference_mode()
+def chain_rule(model, tokens, loss_mask=None, turn=None, batch_size=32, k=None):
     """Exact nats (B, T) of a diffusion model that fills one position after the other.
 
     turn: (T,), when each position's turn comes; None: from left to right. Each token is predicted while its own
@@ -143,7 +175,7 @@ def chain_rule(model, tokens, loss_mask=None, turn=None, batch_size=32):
     for part in trained.nonzero().split(batch_size):
         row, place = part.unbind(1)  # (n,), (n,)
         hidden = trained[row] & (turn >= turn[place, None])  # (n, T)
-        states = model.hidden(tokens[row].masked_fill(hidden, model.config.mask_id))
+        states = model.states(tokens[row].masked_fill(hidden, model.config.mask_id), k=k)
         states = states[torch.arange(len(row), device=tokens.device), place]  # (n, C)
         nats[row, place] = model.cross_entropy(states, tokens[row, place])[0].float()
     return nats
@@ -172,7 +204,7 @@ def score(model, texts, run, batch_size, draws=8, numbers=None):
         for draw in range(passes):
             noise = None if model.causal else count_noise(numbers[batch], draw, draws, scored)
             with run.autocast():
-                values = guess(model, tokens, loss_mask, noise, False, batch_size)
+                values = guess(model, tokens, loss_mask, noise, batch_size)
             nats[batch] += values['nats'].cpu().double().sum(1).numpy() / passes
     return np.array(run.total({'nats': nats})['nats']) if len(texts) else nats
 

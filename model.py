@@ -2,7 +2,7 @@
 
     Autoregressive   predicts the next token, sees what lies to the left       (GPT)
     Diffusion        fills hidden positions, sees every visible one            (MDLM, LLaDA)
-    SDD(Diffusion)   hidden positions hold weighted candidates                 (comes next)
+    SDD(Diffusion)   the same, and hidden positions hold weighted candidates   (sparse distribution diffusion)
 
 Each answers `model(tokens, loss_mask, noise)` with the sum of its loss in nats, the count of tokens
 that the sum is over, and sums of metrics: sums, so that micro-batches and ranks of uneven size add up.
@@ -10,6 +10,7 @@ A row's first token is context for every architecture, never predicted and never
 """
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -48,6 +49,7 @@ class ModelConfig:
     rope_theta: float = 10000.0
     mask_id: int = None          # <|mask|>: can be seen, never predicted
     ignore_id: int = None        # <|ignore|>: filler of a short document, not counted as text
+    k: int = 8                   # sdd: candidates per hidden position, where no other number is asked for
     gradient_checkpointing: bool = False
 
     def __post_init__(self):
@@ -179,7 +181,8 @@ class Transformer(nn.Module):
     Zero outputs make each block the identity at first. The native trunk's states are √n_embd long, so with a
     constant deviation a token's logit for itself would grow with the width: a new model would repeat its input.
     """
-    causal = False
+    causal = False    # each position sees only those before it
+    believes = False  # hidden positions hold weighted candidates
 
     def __init__(self, config):
         super().__init__()
@@ -230,17 +233,17 @@ class Transformer(nn.Module):
 
     # ------------------------------------------------------------------------ forward
 
-    def embed(self, tokens):
-        """Token ids (B, T) to the stream that enters the blocks (B, T, C)."""
+    def embed(self, tokens, belief=None):
+        """Token ids (B, T) to the stream that enters the blocks (B, T, C); only `SDD` takes a belief."""
         x = self.embedding(tokens)
         return F.rms_norm(x, x.shape[-1:]) if self.config.norm == 'rms' else x
 
-    def hidden(self, tokens, cache=None):
+    def hidden(self, tokens, cache=None, belief=None):
         """The trunk's last, normalised states (B, T, C) for token ids (B, T), T at most block_size."""
         length = tokens.size(1)
         if length > self.config.block_size:
             raise ValueError(f'A row of {length} tokens is longer than block_size={self.config.block_size}.')
-        x = self.embed(tokens)
+        x = self.embed(tokens, belief)
         # (T,) as a slice where every row is at the same place; (B, T) while decoding rows of unequal length
         place = slice(0, length) if cache is None else cache.positions(length)
         if self.positions is not None:
@@ -278,7 +281,7 @@ class Transformer(nn.Module):
         return self.head(self.hidden(tokens, cache))
 
     def cross_entropy(self, hidden, targets):
-        """Nats (N,) of `targets` (N,) given states (N, C), and whether each was the likeliest (N,).
+        """Nats (N,) of `targets` (N,) given states (N, C), and the likeliest tokens (N,).
 
         Logits live for one chunk of positions at a time and are made again for the backward pass, so that
         a large vocabulary never needs N × V numbers.
@@ -286,7 +289,7 @@ class Transformer(nn.Module):
         def chunk(hidden, targets):
             logits = self.head(hidden)
             nats = F.cross_entropy(logits, targets, reduction='none')
-            return nats, logits.detach().argmax(-1) == targets
+            return nats, logits.detach().argmax(-1)
 
         rows = self.head_rows(hidden)
         if len(targets) <= rows:
@@ -296,24 +299,25 @@ class Transformer(nn.Module):
         return tuple(torch.cat(column) for column in zip(*parts))
 
     def nats_at(self, states, targets, where=None):
-        """Nats (B, T) of `targets` (B, T) given states (B, T, C), and whether each was the likeliest (B, T).
+        """Nats (B, T) of `targets` (B, T) given states (B, T, C), and the likeliest tokens (B, T).
 
-        where: (B, T), the only positions that need logits; the others get 0 and False.
+        where: (B, T), the only positions that need logits; the others get 0 nats and token -1.
         """
         if where is None:
             return [x.view_as(targets) for x in self.cross_entropy(states.flatten(0, 1), targets.flatten())]
         index = where.flatten().nonzero().squeeze(1)
-        nats, correct = self.cross_entropy(states.flatten(0, 1).index_select(0, index), targets.flatten()[index])
+        nats, guess = self.cross_entropy(states.flatten(0, 1).index_select(0, index), targets.flatten()[index])
         all_nats = torch.zeros(targets.numel(), device=targets.device).index_add(0, index, nats)
-        return all_nats.view_as(targets), torch.zeros_like(where).masked_scatter(where, correct)
+        return all_nats.view_as(targets), torch.full_like(targets, -1).masked_scatter(where, guess)
 
-    def forward(self, tokens, loss_mask=None, noise=None):
+    def forward(self, tokens, loss_mask=None, noise=None, **beliefs):
         """The loss as a sum in nats, the count of tokens that it is over, and sums of metrics.
 
         tokens: (B, T) ids, of which the first of a row is context; loss_mask: (B, T), nonzero where the model
-        is trained, all by default; noise: (B, 1 + T) uniform numbers, for the diffusion architectures.
+        is trained, all by default; noise: (B, 1 + T) uniform numbers, for the diffusion architectures;
+        beliefs: for `sdd`, see `SDD.states`.
         """
-        nats, counted, metrics = self.losses(tokens, loss_mask, noise)
+        nats, counted, metrics = self.losses(tokens, loss_mask, noise, **beliefs)
         return nats.sum(), counted.sum(), {name: values.sum() for name, values in metrics.items()}
 
     def nll(self, tokens, loss_mask=None, noise=None):
@@ -323,7 +327,8 @@ class Transformer(nn.Module):
     def losses(self, tokens, loss_mask, noise):
         """Per architecture, all of them (B, T): nats, the tokens that count, and metrics by name.
 
-        The metrics are `predicted`, where the model had to guess a token that counts, and `correct`.
+        The metrics are `predicted`, where the model had to guess a token that counts, and `correct`; for filler
+        `ignore_targets`, where it had to be guessed, `ignore_guesses`, where it was, and `ignore_correct`, both.
         """
         raise NotImplementedError
 
@@ -357,9 +362,9 @@ class Autoregressive(Transformer):
     def losses(self, tokens, loss_mask=None, noise=None):
         _, counted = self.trained(tokens, loss_mask)
         where = None if loss_mask is None else counted[:, 1:]
-        nats, correct = self.nats_at(self.hidden(tokens[:, :-1]), tokens[:, 1:], where)
-        nats, correct = F.pad(nats, (1, 0)), F.pad(correct, (1, 0))  # nothing predicts the first token
-        return nats, counted, {'correct': correct, 'predicted': counted}
+        nats, guess = self.nats_at(self.hidden(tokens[:, :-1]), tokens[:, 1:], where)
+        nats, guess = F.pad(nats, (1, 0)), F.pad(guess, (1, 0), value=-1)  # nothing predicts the first token
+        return nats, counted, {'correct': (guess == tokens) & counted, 'predicted': counted}
 
 
 class Diffusion(Transformer):
@@ -379,17 +384,102 @@ class Diffusion(Transformer):
         """Level t (B, 1) of each row: a uniform number, kept above 0."""
         return MIN_LEVEL + (1 - MIN_LEVEL) * noise[:, :1]
 
-    def losses(self, tokens, loss_mask=None, noise=None):
+    def states(self, view, earlier=None, **beliefs):
+        """What the tokens at the hidden positions of a view (B, T) are predicted from: (B, T, C)."""
+        return self.hidden(view)
+
+    def believe(self, states, where, k):
+        """What is kept of a prediction for the next pass; see `SDD`. Here: nothing."""
+
+    def losses(self, tokens, loss_mask=None, noise=None, **beliefs):
         trained, counted = self.trained(tokens, loss_mask)
         if noise is None:
             noise = torch.rand(tokens.size(0), 1 + tokens.size(1), device=tokens.device)
         level = self.levels(noise)
-        masked = trained & (noise[:, 1:] < level)  # (B, T)
-        states = self.hidden(tokens.masked_fill(masked, self.config.mask_id))
-        nats, correct = self.nats_at(states, tokens, masked)
-        return nats / level, counted, {'correct': correct & counted, 'predicted': masked & counted}
+
+        def masked_at(level):  # (B, T); what is masked at one level is masked at each higher one
+            return trained & (noise[:, 1:] < level)
+
+        def view(extra=0.0):
+            return tokens.masked_fill(masked_at(level + extra), self.config.mask_id)
+        masked = masked_at(level)
+        nats, guess = self.nats_at(self.states(view(), earlier=view, **beliefs), tokens, masked)
+        correct = guess == tokens
+        metrics = {'correct': correct & counted, 'predicted': masked & counted}
+        if self.config.ignore_id is not None:
+            filler = tokens == self.config.ignore_id
+            metrics.update(ignore_correct=correct & filler, ignore_targets=masked & filler,
+                           ignore_guesses=guess == self.config.ignore_id)
+        return nats / level, counted, metrics
 
 
-# SDD(Diffusion), the third architecture, is to stand here.
+class Belief(NamedTuple):
+    """What a model holds likely at each position: k tokens with their probabilities, 0 where nothing is believed."""
+    tokens: torch.Tensor         # (B, T, k)
+    probabilities: torch.Tensor  # (B, T, k)
 
-ARCHITECTURES = {'ar': Autoregressive, 'diffusion': Diffusion}
+
+class SDD(Diffusion):
+    """Sparse distribution diffusion: masked diffusion whose hidden positions hold what the pass before believed.
+
+    A belief is the k likeliest tokens with their true probabilities, not renormalised over k: what is missing to 1
+    is left open. A hidden position enters the network as E[mask] + W Σ_j p_j E[token_j]; W starts as the identity
+    and learns to tell a candidate from a token that stands. Visible positions have no beliefs, and k = 0 is
+    masked diffusion.
+
+    A belief is a function of a view that is as masked as the present one or more, so the network with its passes
+    before is a deeper function of what is visible: its loss bounds -log p(row) as that of `Diffusion` does, here
+    for the model that makes the same passes. The passes before carry no gradient. Nearest relatives: Soft-Masked
+    Diffusion (Hersche et al. 2025), self-conditioning (Chen et al. 2022), LRD, LDDM, SCMDM.
+    """
+    believes = True
+
+    def __init__(self, config):
+        super().__init__(config)  # draws the same weights as Diffusion
+        self.believed = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        nn.init.eye_(self.believed.weight)
+
+    def embed(self, tokens, belief=None):
+        x = super().embed(tokens)
+        if belief is None:  # a gradient of zero, but one in every step: ranks wait for it
+            return x + 0 * self.believed.weight.sum() if torch.is_grad_enabled() else x
+        table = self.embedding.weight
+        if self.config.norm == 'rms':
+            table = F.rms_norm(table, table.shape[-1:])
+        p = belief.probabilities * (tokens == self.config.mask_id).unsqueeze(-1)  # (B, T, k)
+        mixture = F.embedding_bag(belief.tokens.flatten(0, 1), table, per_sample_weights=p.flatten(0, 1), mode='sum')
+        return x + self.believed(mixture).view_as(x)
+
+    @torch.no_grad()
+    def believe(self, states, where, k):
+        """The belief at the positions `where` (B, T) that follows from the states (B, T, C); None for k = 0."""
+        if k == 0:
+            return None
+        k = min(k, self.config.vocab_size)
+        tokens = torch.zeros(where.numel(), k, dtype=torch.long, device=where.device)
+        probabilities = torch.zeros(where.numel(), k, device=where.device)
+        states = states.flatten(0, 1)
+        for part in where.flatten().nonzero().squeeze(1).split(self.head_rows(states)):
+            logits = self.head(states[part])  # (n, V)
+            top = logits.topk(k)
+            tokens[part] = top.indices
+            probabilities[part] = (top.values - logits.logsumexp(-1, keepdim=True)).exp()
+        return Belief(tokens.view(*where.shape, k), probabilities.view(*where.shape, k))
+
+    def states(self, view, earlier=None, k=None, depth=1, stale=0.0):
+        """As in `Diffusion`, after `depth` passes each of which gave the next one its beliefs.
+
+        k: candidates, None for the model's own number. stale: the first pass sees a row with this much more of
+        it masked, earlier(stale), the next ones steadily less, as when sampling: beliefs grow old there.
+        """
+        k, belief = self.config.k if k is None else k, None
+        hidden = view == self.config.mask_id
+        with torch.no_grad():
+            for i in range(depth if k else 0, 0, -1):
+                look = earlier(stale * i / depth) if stale else view
+                belief = self.believe(self.hidden(look, belief=belief), hidden, k)
+        torch.clear_autocast_cache()  # torch 2.9 would reuse here what it cast without gradient
+        return self.hidden(view, belief=belief)
+
+
+ARCHITECTURES = {'ar': Autoregressive, 'diffusion': Diffusion, 'sdd': SDD}

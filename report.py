@@ -11,6 +11,10 @@ COLUMNS = (
     ('minus the first', 'difference', 'difference_ci95', '+.4f'),
     ('perplexity', 'perplexity', 'perplexity_ci95', '.2f'),
     ('bits/byte', 'bpb', 'bpb_ci95', '.4f'),
+    ('k = 0', 'k0.nats_per_token', 'k0.ci95', '.4f'),
+    ('minus the first', 'k0.difference', 'k0.difference_ci95', '+.4f'),
+    ('in steps', 'steps.nats_per_token', 'steps.ci95', '.4f'),
+    ('minus the first', 'steps.difference', 'steps.difference_ci95', '+.4f'),
     ('left to right', 'exact.nats_per_token', 'exact.ci95', '.4f'),
     ('accuracy', 'accuracy', 'accuracy_ci95', '.3f'),
     ('choices', 'choices_accuracy', 'choices_ci95', '.3f'),
@@ -34,8 +38,10 @@ COLUMNS = (
     ('peak MB', 'peak_memory_mb', None, ',.0f'),
 )
 NOTES = ('± is half a 95 % interval. exact: -log p itself; upper: a bound that it does not exceed, so that an upper '
-         'one below an exact one is better, and one above it leaves the question open. Left to right: the exact '
-         'value of a diffusion model that writes in this order, on fewer rows. Accuracy: of the next token '
+         'one below an exact one is better, and one above it leaves the question open. For sdd it is the bound '
+         'of writing one token at a time, each after two passes; k = 0: the same without beliefs; in steps: the bound '
+         "of sampler='ancestral' at temperature 1 in bound_steps steps, which other samplers void. Left to right: the "
+         'exact value of a diffusion model that writes in this order, on fewer rows. Accuracy: of the next token '
          'for ar, of hidden tokens for the others, so the two do not compare. Figures of samples depend on their '
          'number and length: read them beside those of held-out text. n/a: cannot be computed.')
 

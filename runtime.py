@@ -316,7 +316,8 @@ def keep_checkpoint(folder, step, limit, best_step):
 # ---------------------------------------------------------------------------- logs
 
 METRICS = ('train/loss', 'train/accuracy', 'train/perplexity', 'train/lr', 'train/tokens_per_sec',
-           'train/grad_norm', 'train/mfu', 'train/epoch', 'val/loss', 'val/accuracy', 'val/perplexity', 'val/bpb')
+           'train/grad_norm', 'train/mfu', 'train/epoch', 'val/loss', 'val/accuracy', 'val/perplexity', 'val/bpb',
+           'val/loss_k0', 'train/k', 'train/ignore_acc', 'train/ignore_precision')
 
 
 class Logger:

@@ -2,6 +2,7 @@
 
     python sample.py --checkpoint=out/ar-stories-tiny-v1 --prompt="Once upon a time"
     python sample.py --checkpoint=out/diffusion-stories-tiny-v1 --infill="The <mask:12> sat"
+    python sample.py --checkpoint=out/sdd-stories-tiny-v1 --k=4 --show_candidates --candidate_steps=1,40
 """
 import re
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 
 import runtime
 from configurator import UserError, configure
-from data import Tokenizer
+from data import ENDOFTEXT, IGNORE, Tokenizer
 from sampling import generate
 
 checkpoint = ''          # a ckpt.pt or run folder; empty: the newest under out/
@@ -29,6 +30,9 @@ sampler = 'ancestral'    # diffusion: ancestral, confidence, blocks, threshold, 
 block_length = 32        # of sampler=blocks: tokens per block
 threshold = 0.9          # of sampler=threshold: the probability at which a token is kept
 eta = 0.1                # of sampler=remdm: the largest probability to hide a token again
+k: int = None            # sdd: candidates per hidden position, 0: none; None: the model's own number
+show_candidates = False  # sdd: print what the first sample's hidden positions may become
+candidate_steps = ()     # after these steps; none given: the first, half of them, three quarters
 device = 'auto'          # cpu, cuda, cuda:N, mps
 dtype = 'float32'        # bfloat16 and float16 are faster on a GPU
 configure(globals())
@@ -67,6 +71,25 @@ def with_gaps(text, tokenizer):
     return ids
 
 
+def show_beliefs(step, canvas, belief):
+    """Prints the first row after a step: its text, and each hidden position's candidates with probabilities."""
+    if step not in shown_steps:
+        return
+    row = canvas[0].tolist()
+    print('-' * 80, f'after step {step} of {num_steps}: '
+          + ''.join('▁' if token == tokenizer.mask_id else tokenizer.decode([token]) for token in row), sep='\n')
+    for place in [i for i, token in enumerate(row) if token == tokenizer.mask_id]:
+        pairs = list(zip(belief.tokens[0, place].tolist(), belief.probabilities[0, place].tolist()))
+        print(f'{place:5}  ' + '  '.join(f'{name_of(token)} {p:.3f}' for token, p in pairs if p > 0)
+              + f'  any other {1 - sum(p for _, p in pairs):.3f}')
+
+
+def name_of(token):
+    """A token as it can be told from others: its text in quotes, or a special token's name."""
+    special = {tokenizer.endoftext_id: ENDOFTEXT, tokenizer.ignore_id: IGNORE}
+    return special.get(token) or repr(tokenizer.decode([token]))
+
+
 if prompt and infill:
     raise UserError('A prompt and an infill are given; an infill is a text of its own: leave one out.')
 if num_samples < 1:
@@ -80,13 +103,18 @@ model = runtime.load_model(state, run.device)
 ids = with_gaps(infill, tokenizer) if infill else tokenizer.encode(read_prompt(prompt))
 # A text begins after the end of another; where the data was one long text, only an empty prompt needs a start.
 start = [state['start_token']] if not ids or state['start_token'] == tokenizer.endoftext_id else []
+num_steps = steps or (ids.count(tokenizer.mask_id) if infill else max_new_tokens)
+shown_steps = set(candidate_steps or (1, num_steps // 2, num_steps * 3 // 4))
+if show_candidates and not (model.believes and k != 0):
+    raise UserError(f'{path} keeps no candidates (architecture={state["architecture"]}, k={k}); leave '
+                    '--show_candidates out, or take an sdd checkpoint and a k above 0.')
+print(f'{path}: {state["architecture"]}, {model.num_parameters():,} parameters, step {state["global_step"]}')
 with run.autocast():
     rows = generate(model, [start + ids] * num_samples, 0 if infill else max_new_tokens, temperature=temperature,
                     top_k=top_k, top_p=top_p, stop_tokens=[tokenizer.endoftext_id] if stop_at_end else [], seed=seed,
                     use_cache=use_cache, steps=steps, sampler=sampler, block_length=block_length,
-                    threshold=threshold, eta=eta)
+                    threshold=threshold, eta=eta, k=k, watch=show_beliefs if show_candidates else None)
 
-print(f'{path}: {state["architecture"]}, {model.num_parameters():,} parameters, step {state["global_step"]}')
 for row in rows:
     print('-' * 80)
     print(tokenizer.decode(row[len(start):]))

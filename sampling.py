@@ -14,7 +14,8 @@ SAMPLERS = ('ancestral', 'confidence', 'blocks', 'threshold', 'remdm')
 
 @torch.inference_mode()
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_tokens=(), seed=0,
-             use_cache=True, steps=None, sampler='ancestral', block_length=32, threshold=0.9, eta=0.1):
+             use_cache=True, steps=None, sampler='ancestral', block_length=32, threshold=0.9, eta=0.1, k=None,
+             watch=None):
     """Continues each of `prompts` (lists of token ids, not empty) by max_new_tokens tokens.
 
     Returns lists of ids: the prompt, what follows, and the stop token if one ended it early. A prompt holds
@@ -26,12 +27,14 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
     steps           diffusion: forward passes, at most, for a window's hidden positions; None: as many as these
     sampler         diffusion: how positions are chosen, see `Sampler`
     block_length    of sampler='blocks'     threshold   of 'threshold'     eta   of 'remdm'
+    k               sdd: candidates per hidden position; 0: none, as masked diffusion; None: the model's own number
+    watch           diffusion: called as watch(step, canvas (B, L), belief or None) after each step of a window
 
     Diffusion also fills each <|mask|> within a prompt; with max_new_tokens=0 it does only that.
     """
     check_prompts(model, prompts)
     check_settings(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, steps=steps,
-                   sampler=sampler, block_length=block_length, threshold=threshold, eta=eta)
+                   sampler=sampler, block_length=block_length, threshold=threshold, eta=eta, k=k)
     generator = torch.Generator().manual_seed(seed)
 
     def draw(states):
@@ -40,7 +43,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
     with evaluating(model):
         if model.causal:
             return continue_left_to_right(model, prompts, max_new_tokens, draw, set(stop_tokens), use_cache)
-        choice = Sampler(sampler, block_length, threshold, eta, generator, [*stop_tokens, model.config.ignore_id])
+        choice = Sampler(sampler, block_length, threshold, eta, generator, [*stop_tokens, model.config.ignore_id],
+                         model.config.k if k is None else k, watch)
         rows = [None] * len(prompts)
         for length in sorted(set(map(len, prompts))):  # rows of one length share their forward passes
             same = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
@@ -84,7 +88,8 @@ def check_settings(**settings):
             ('sampler', 'one of ' + ', '.join(SAMPLERS), lambda x: x in SAMPLERS),
             ('block_length', 'at least 1', lambda x: x >= 1),
             ('threshold', 'between 0 and 1', lambda x: 0 <= x <= 1),
-            ('eta', 'between 0 and 1', lambda x: 0 <= x <= 1)):
+            ('eta', 'between 0 and 1', lambda x: 0 <= x <= 1),
+            ('k', 'at least 0, or None', lambda x: x is None or x >= 0)):
         if not is_right(settings[name]):
             raise UserError(f'{name} is {settings[name]!r}; it has to be {wanted}.')
 
@@ -230,9 +235,10 @@ class Sampler:
     Where the surest come first, `ends` come last: a text's end and its filler are sure before the text is.
     """
 
-    def __init__(self, name, block_length, threshold, eta, generator, ends):
+    def __init__(self, name, block_length, threshold, eta, generator, ends, k=0, watch=None):
         self.name, self.block_length, self.threshold, self.eta = name, block_length, threshold, eta
         self.generator, self.ends = generator, [token for token in ends if token is not None]
+        self.k, self.watch = k, watch
 
     def chance(self, where, probability):
         """Each position of `where` (B, L) with this probability."""
@@ -301,10 +307,16 @@ def fill(model, canvas, draw, steps, sampler):
         return canvas
     parts = columns.split(sampler.block_length) if sampler.name == 'blocks' else [columns]
     lengths = [len(part) for part in parts]
-    for part, share in zip(parts, share_steps(len(columns) if steps is None else steps, lengths)):
+    steps = len(columns) if steps is None else steps
+    belief, step = None, 0  # of all hidden positions, also of those whose block comes later
+    for part, share in zip(parts, share_steps(steps, lengths)):
         region = torch.zeros_like(holes)
         region[:, part] = holes[:, part]
-        fill_region(model, canvas, region, draw, share, sampler)
+        for steps_left in range(share, 0, -1):  # the last step takes what is left
+            belief = fill_some(model, canvas, region, belief, draw, steps_left, share, sampler)
+            step += 1
+            if sampler.watch:
+                sampler.watch(step, canvas, belief)
     return canvas
 
 
@@ -318,17 +330,22 @@ def share_steps(steps, lengths):
     return shares
 
 
-def fill_region(model, canvas, region, draw, steps, sampler):
-    """Fills the region (B, L) of the canvas in place; the last step takes what is left."""
-    for steps_left in range(steps, 0, -1):
-        hidden = region & (canvas == model.config.mask_id)
-        where = sampler.candidates(hidden, steps_left, steps)
-        remasked = sampler.remask(region & ~hidden, steps_left, steps)
-        if where.any():  # else the step writes nothing and needs no forward pass
-            tokens, confidence = draw(model.hidden(canvas)[where])
-            drawn = torch.zeros_like(canvas).masked_scatter(where, tokens)
-            confidence = torch.zeros(canvas.shape, device=canvas.device).masked_scatter(where, confidence)
-            keep = sampler.keep(where, drawn, confidence, steps_left)
-            canvas[keep] = drawn[keep]
-        if remasked is not None:
-            canvas[remasked] = model.config.mask_id
+def fill_some(model, canvas, region, belief, draw, steps_left, steps, sampler):
+    """One step: writes some of the region (B, L) into the canvas, and returns what is believed of the rest.
+
+    A token is drawn from the model's whole distribution, never taken from a belief.
+    """
+    hidden = region & (canvas == model.config.mask_id)
+    where = sampler.candidates(hidden, steps_left, steps)
+    remasked = sampler.remask(region & ~hidden, steps_left, steps)
+    if where.any() or (model.believes and sampler.k):  # else the step changes nothing
+        states = model.hidden(canvas, belief=belief)
+        tokens, confidence = draw(states[where])
+        drawn = torch.zeros_like(canvas).masked_scatter(where, tokens)
+        confidence = torch.zeros(canvas.shape, device=canvas.device).masked_scatter(where, confidence)
+        keep = sampler.keep(where, drawn, confidence, steps_left)
+        canvas[keep] = drawn[keep]
+        belief = model.believe(states, canvas == model.config.mask_id, sampler.k)
+    if remasked is not None:
+        canvas[remasked] = model.config.mask_id  # nothing is believed of them yet
+    return belief

@@ -37,6 +37,9 @@ mlp = 'relu2'                # relu2 or gelu
 bias = False                 # in linear layers and LayerNorm
 qk_norm = True               # RMS-normalised queries and keys
 logit_softcap = 15.0         # 0: none
+k_schedule = (1, 2, 4, 8)    # sdd: candidates per hidden position, one of these drawn for each step
+k_warmup_steps = 0           # sdd: go through k_schedule in this many steps instead, then stay at its last
+p_belief = ((0.5, 0.5),)     # sdd: from these shares of the steps on, how many of them have beliefs
 gradient_checkpointing = False  # recompute each block in the backward pass: less memory, a third more time
 init_from = ''               # start from the weights of this ckpt.pt
 # --- optimization ---
@@ -92,6 +95,7 @@ check_range(config, 0, math.inf, 'num_epochs', 'learning_rate', 'min_lr', 'warmu
             'decay_ratio', 'weight_decay', 'grad_clip', 'eval_batches', 'sample_every', 'save_every',
             'save_total_limit')
 check_range(config, 0, 1, 'beta1', 'beta2', 'ema_decay')
+data.check_belief_plan(p_belief, k_schedule)
 
 # ---------------------------------------------------------------------------- what to continue
 
@@ -127,7 +131,7 @@ if initial:
             raise UserError(f'{init_from} has {key}={initial["model_config"][key]!r}, not {config[key]!r}; leave '
                             f'--{key} out.')
     shape = {**initial['model_config'], 'dropout': dropout, 'gradient_checkpointing': gradient_checkpointing}
-shape.update(vocab_size=tokenizer.vocab_size, mask_id=tokenizer.mask_id, ignore_id=tokenizer.ignore_id)
+shape.update(k=max(k_schedule), vocab_size=tokenizer.vocab_size, mask_id=tokenizer.mask_id, ignore_id=tokenizer.ignore_id)
 torch.manual_seed(seed)
 raw_model = runtime.make_model(architecture, **shape).to(run.device)
 if checkpoint:
@@ -213,18 +217,23 @@ def save_all():
 @torch.no_grad()
 def evaluate():
     """The val/ metrics over the validation split, the same for any number of ranks."""
-    sums = dict.fromkeys(('loss', 'count', 'correct', 'predicted'), 0.0)  # a rank may have no batch
+    names = ('loss', 'count', 'correct', 'predicted', 'ignore_correct', 'ignore_targets', 'ignore_guesses')
+    sums, plain = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)  # a rank may have no batch
     raw_model.eval()
     for batch in data.evaluation_batches(folder, 'val', architecture, block_size, batch_size, mode, eval_batches,
                                          run.rank, run.world_size, run.device):
         with run.autocast():
             runtime.add(sums, *raw_model(*batch))
+            if architecture == 'sdd':  # without beliefs, at the same masks
+                runtime.add(plain, *raw_model(*batch, k=0))
     raw_model.train()
-    sums = run.total(sums)
-    loss = sums['loss'] / max(1, sums['count'])
+    sums, plain = run.total(sums), run.total(plain)
+    count = max(1, sums['count'])
+    loss = sums['loss'] / count
     return {'val/loss': loss, 'val/accuracy': sums['correct'] / max(1, sums['predicted']),
             'val/perplexity': math.exp(min(loss, 700)),
-            'val/bpb': loss / math.log(2) * folder.tokens_per_byte('val')}
+            'val/bpb': loss / math.log(2) * folder.tokens_per_byte('val'),
+            **({'val/loss_k0': plain['loss'] / count} if architecture == 'sdd' else {})}
 
 
 def show_samples():
@@ -269,12 +278,14 @@ while step < max_steps and not stopping:
             group['lr'] = rate
 
     micro_batches, count = batches.get(step)
+    beliefs = (data.draw_belief(step, max_steps, seed, p_belief, k_schedule, k_warmup_steps)
+               if architecture == 'sdd' else {})  # the same for all ranks and micro-steps
     sums = {}
     for i, batch in enumerate(micro_batches):
         runtime.seed_dropout(seed, step, i, run.rank)
         model.require_backward_grad_sync = i == len(micro_batches) - 1  # DDP sends gradients once per step
         with run.autocast():
-            loss, *rest = model(*batch)
+            loss, *rest = model(*batch, **beliefs)
         # The mean over the tokens of all micro-steps and ranks; DDP divides by the number of ranks.
         scaler.scale(loss * (run.world_size / count)).backward()
         runtime.add(sums, loss, *rest)
@@ -307,6 +318,11 @@ while step < max_steps and not stopping:
                'train/tokens_per_sec': tokens_per_sec, 'train/grad_norm': grad_norm.item(),
                'train/mfu': raw_model.flops_per_token() * tokens_per_sec / peak_flops,
                'train/epoch': batches.epoch(step)}
+        if architecture == 'sdd':
+            row['train/k'] = beliefs['k']
+        if sums.get('ignore_targets'):  # filler that was hidden in these rows: how much was found, how much is none
+            row['train/ignore_acc'] = sums['ignore_correct'] / sums['ignore_targets']
+            row['train/ignore_precision'] = sums['ignore_correct'] / max(1, sums['ignore_guesses'])
         log.progress(f'step {step}/{max_steps}: loss {loss:.4f}, lr {rate:.2e}, {tokens_per_sec:,.0f} tokens/s, '
                      f'{runtime.duration((max_steps - step) * seconds_per_step)} left')
     if looking:

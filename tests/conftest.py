@@ -71,6 +71,18 @@ def random_model(architecture, deviation, **shape):
     return model
 
 
+def assert_drawn_from(probabilities, tokens):
+    """Pearson's chi-square test at about four standard deviations; what is impossible never came."""
+    counts = torch.bincount(tokens, minlength=len(probabilities)).double()
+    expected = probabilities.double() * len(tokens)
+    assert counts[expected == 0].sum() == 0
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    if (rare := expected < 5).any():  # too few for the test: as one
+        counts, expected = (torch.cat([x[~rare], x[rare].sum()[None]]) for x in (counts, expected))
+    statistic, freedom = ((counts - expected) ** 2 / expected).sum(), len(counts) - 1
+    assert statistic < freedom + 4 * (2 * freedom) ** 0.5 + 6, (statistic, counts, expected)
+
+
 @pytest.fixture
 def make_folder(tmp_path):
     """write_folder under tmp_path, by a name."""

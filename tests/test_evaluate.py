@@ -54,10 +54,10 @@ def write_model(path, folder, architecture, mode='packed', seed=0, **shape):
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
-    """A folder with prepared letters/ and two models of them, ar/ and diffusion/."""
+    """A folder with prepared letters/ and models of them, ar/, diffusion/ and sdd/."""
     path = tmp_path_factory.mktemp('evaluate')
     write_folder(path / 'letters')
-    for architecture in ('ar', 'diffusion'):
+    for architecture in ('ar', 'diffusion', 'sdd'):
         write_model(path / architecture, path / 'letters', architecture)
     return path
 
@@ -80,6 +80,19 @@ def results_of(place, *arguments):
 
 
 # ---------------------------------------------------------------------------- what is written
+
+def test_bounds_of_sdd_are_told_apart_and_compared_with_their_own_kind(place):
+    models = results_of(place, f'--checkpoint={place}/diffusion,{place}/sdd', '--metrics=perplexity',
+                        '--bound_steps=4')['models']
+    assert 'k0' not in models[0] and 'difference' not in models[0]['steps']
+    two_pass, k0, steps = models[1], models[1]['k0'], models[1]['steps']
+    assert len({round(one['nats_per_token'], 6) for one in (two_pass, k0, steps)}) == 3
+    for one, other in ((two_pass, models[0]), (k0, models[0]), (steps, models[0]['steps'])):
+        assert abs(one['difference'] - (one['nats_per_token'] - other['nats_per_token'])) < 1e-5
+        assert one['difference_ci95'][0] <= one['difference'] <= one['difference_ci95'][1]
+    plain, = results_of(place, f'--checkpoint={place}/sdd', '--metrics=perplexity', '--k=0')['models']
+    assert 'k0' not in plain and abs(plain['nats_per_token'] - k0['nats_per_token']) < 1e-6
+
 
 def test_json_has_every_figure_for_every_model(finished):
     results, _, _ = finished

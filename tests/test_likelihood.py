@@ -193,12 +193,22 @@ def test_hidden_counts_are_stratified_over_all_of_them():
 # ---------------------------------------------------------------------------- the same number, however computed
 
 @pytest.mark.parametrize('mode', ['packed', 'documents'])
-@pytest.mark.parametrize('architecture', ['ar', 'diffusion'])
+@pytest.mark.parametrize('architecture', ['ar', 'diffusion', 'sdd'])
 def test_neither_batch_size_nor_ranks_change_the_sums(folder, architecture, mode):
     whole = measured(folder, architecture, mode)
     for batch_size in (1, 7, 64):
         assert_close(measured(folder, architecture, mode, batch_size=batch_size), whole)
     shares = [measured(folder, architecture, mode, one_of(rank, 3), batch_size=2) for rank in range(3)]
+    assert_close({unit: {name: sum(share[unit][name] for share in shares) for name in part}
+                  for unit, part in whole.items()}, whole)
+
+
+@pytest.mark.parametrize('settings', [dict(steps=5), dict(k=0), dict(steps=5, k=0)])
+def test_neither_batch_size_nor_ranks_change_the_other_bounds(folder, settings):
+    whole = measured(folder, 'sdd', **settings)
+    assert whole['row']['nats'].sum() != measured(folder, 'sdd')['row']['nats'].sum()
+    assert_close(measured(folder, 'sdd', batch_size=7, **settings), whole)
+    shares = [measured(folder, 'sdd', run=one_of(rank, 3), batch_size=2, **settings) for rank in range(3)]
     assert_close({unit: {name: sum(share[unit][name] for share in shares) for name in part}
                   for unit, part in whole.items()}, whole)
 

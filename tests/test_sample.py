@@ -1,4 +1,5 @@
 """sample.py as a user runs it, from nothing but a ckpt.pt."""
+import re
 import runpy
 import shutil
 import sys
@@ -13,7 +14,7 @@ from conftest import letter_tokenizer
 BLOCK = 32
 
 
-@pytest.fixture(params=['ar', 'diffusion'])
+@pytest.fixture(params=['ar', 'diffusion', 'sdd'])
 def checkpoint(request, tmp_path):
     return make_checkpoint(request.param, tmp_path)
 
@@ -63,15 +64,31 @@ def test_a_prompt_comes_from_a_file(checkpoint, tmp_path, capsys, monkeypatch):
     assert text.startswith('a small bird')
 
 
+@pytest.mark.parametrize('architecture', ['diffusion', 'sdd'])
 @pytest.mark.parametrize('sampler', ['ancestral', 'confidence', 'blocks', 'threshold', 'remdm'])
-def test_gaps_are_filled_and_the_rest_stays(sampler, tmp_path, capsys, monkeypatch):
-    path = make_checkpoint('diffusion', tmp_path)
+def test_gaps_are_filled_and_the_rest_stays(sampler, architecture, tmp_path, capsys, monkeypatch):
+    path = make_checkpoint(architecture, tmp_path)
     text, = sample(capsys, monkeypatch, f'--checkpoint={path}', '--infill=the <mask:4> sat<mask:2>',
                    '--num_samples=1', f'--sampler={sampler}', '--top_k=9')
     assert text.startswith('the ') and ' sat' in text and '<mask' not in text
 
 
+def test_candidates_are_shown_with_their_probabilities(tmp_path, capsys, monkeypatch):
+    path = make_checkpoint('sdd', tmp_path)
+    shown = sample(capsys, monkeypatch, f'--checkpoint={path}', '--max_new_tokens=9', '--num_samples=1', '--k=2',
+                   '--show_candidates', '--candidate_steps=1,5')
+    assert [text.split(':')[0] for text in shown[:-1]] == ['after step 1 of 9', 'after step 5 of 9']
+    for text in shown[:-1]:
+        first, *places = text.splitlines()
+        assert len(places) == first.count('▁')
+        for place in places:
+            numbers = [float(number) for number in re.findall(r'\d\.\d{3}', place)]
+            assert len(numbers) == 3 and abs(sum(numbers) - 1) < 2e-3  # two candidates, and any other token
+
+
 @pytest.mark.parametrize('options, said', [
+    (['--show_candidates'], 'keeps no candidates'),
+    (['--k=-1'], 'k is -1'),
     (['--checkpoint=nowhere.pt'], 'nowhere.pt'),
     (['--prompt=' + 40 * 'a'], 'has 41 tokens'),
     (['--prompt=what?'], "'?'"),

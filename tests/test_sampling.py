@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 import model as model_module
 import sampling
-from conftest import random_model
+from conftest import assert_drawn_from, random_model
 from model import ARCHITECTURES, Diffusion, ModelConfig
 from sampling import SAMPLERS, draw_tokens, generate, remdm_rates, restrict
 
@@ -25,23 +25,11 @@ def watch(model):
     """A list that every forward pass from now on adds its tokens to."""
     seen, hidden = [], model.hidden
 
-    def watched(tokens, cache=None):
+    def watched(tokens, cache=None, belief=None):
         seen.append(tokens.clone())
-        return hidden(tokens, cache)
+        return hidden(tokens, cache, belief)
     model.hidden = watched
     return seen
-
-
-def assert_drawn_from(probabilities, tokens):
-    """Pearson's chi-square test at about four standard deviations; what is impossible never came."""
-    counts = torch.bincount(tokens, minlength=len(probabilities)).double()
-    expected = probabilities.double() * len(tokens)
-    assert counts[expected == 0].sum() == 0
-    counts, expected = counts[expected > 0], expected[expected > 0]
-    if (rare := expected < 5).any():  # too few for the test: as one
-        counts, expected = (torch.cat([x[~rare], x[rare].sum()[None]]) for x in (counts, expected))
-    statistic, freedom = ((counts - expected) ** 2 / expected).sum(), len(counts) - 1
-    assert statistic < freedom + 4 * (2 * freedom) ** 0.5 + 6, (statistic, counts, expected)
 
 
 # ---------------------------------------------------------------------------- left to right
@@ -201,7 +189,7 @@ def test_generation_is_without_dropout_and_leaves_the_mode_as_it_was(architectur
 
 
 def break_hidden(model):
-    def broken(*_):
+    def broken(*_, **__):
         raise RuntimeError('broken')
     model.hidden = broken
     return model
@@ -288,7 +276,7 @@ def test_blocks_fill_from_left_to_right():
 class Fixed(Diffusion):
     """Gives position i the token i with probability sure[i], and shares the rest among the others."""
 
-    def hidden(self, tokens, cache=None):
+    def hidden(self, tokens, cache=None, belief=None):
         sure = torch.tensor(self.sure[:tokens.size(1)])
         p = ((1 - sure) / (MASK - 1))[:, None].expand(-1, 64).clone()
         p[range(len(sure)), range(len(sure))] = sure
@@ -428,7 +416,7 @@ def posteriors(p):
 class Oracle(Diffusion):
     """The perfect denoiser of a table of posteriors, whatever a row's first token."""
 
-    def hidden(self, tokens, cache=None):
+    def hidden(self, tokens, cache=None, belief=None):
         state = tokens[:, 1:] @ torch.tensor([16, 4, 1])  # its place in STATES
         return F.pad(self.table[state].log(), (0, 64 - LETTERS, 1, 0), value=-torch.inf).float()
 

@@ -30,7 +30,8 @@ TINY = ('--n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --batch_size=4 --max
         '--log_every=1 --device=cpu --dtype=float32 --no_wandb').split()
 GPT2 = '--norm=layer --position=learned --mlp=gelu --bias=True --qk_norm=False --logit_softcap=0'.split()
 CASES = {'ar': ['--architecture=ar', '--gradient_accumulation_steps=2', '--optimizer=muon'],
-         'diffusion': ['--architecture=diffusion', '--ema_decay=0.9', '--dropout=0.1']}
+         'diffusion': ['--architecture=diffusion', '--ema_decay=0.9', '--dropout=0.1'],
+         'sdd': ['--architecture=sdd', '--mode=documents', '--k_warmup_steps=90', '--p_belief=((0.1, 0.8),)']}
 TIMES = ('train/tokens_per_sec', 'train/mfu')
 
 
@@ -229,7 +230,7 @@ def first_gradients(*arguments):
 
 def normalisation_cases(folder, out, ranks):
     """Eight rows a step, however they are divided; with GPT-2's switches no weight is zero at first."""
-    for architecture in ('ar', 'diffusion'):
+    for architecture in ('ar', 'diffusion', 'sdd'):
         for accumulation in (1, 2, 4):
             yield [f'--dataset={folder}', '--mode=documents', f'--out_dir={out}', '--overwrite', *GPT2,
                    f'--architecture={architecture}', f'--batch_size={8 // (accumulation * ranks)}',
@@ -315,7 +316,7 @@ def test_the_run_folder_has_its_files_and_they_agree(finished):
     assert set(losses) == {0, 3, 6} and results['val/loss'] == losses[6]
     assert results['best_val_loss'] == min(losses.values()) == load(out)['best_val_loss']
     assert load(out, 'best.pt')['global_step'] == results['best_step']
-    assert json.loads((out / 'config.json').read_text()) == load(out)['train_config']
+    assert json.loads((out / 'config.json').read_text()) == json.loads(json.dumps(load(out)['train_config']))
     assert 'step 6/6: loss' in (out / 'logs.log').read_text()
 
 
@@ -344,7 +345,7 @@ def test_init_from_starts_a_new_run_with_the_weights(finished, tmp_path, monkeyp
 
 
 def test_the_model_learns(make_folder, tmp_path):
-    for architecture in ('ar', 'diffusion'):
+    for architecture in ('ar', 'diffusion', 'sdd'):
         train(f'--dataset={make_folder(architecture)}', f'--architecture={architecture}', '--max_steps=60',
               '--eval_every=60', '--learning_rate=0.01', f'--out_dir={tmp_path}/run-{architecture}')
         first, last = (float(row['val/loss']) for row in metrics(tmp_path / f'run-{architecture}')
@@ -352,7 +353,7 @@ def test_the_model_learns(make_folder, tmp_path):
         assert abs(first - math.log(28)) < 0.3 and last < first - 0.5  # at first every letter is as likely
 
 
-@pytest.mark.parametrize('architecture', ['ar', 'diffusion'])
+@pytest.mark.parametrize('architecture', ['ar', 'diffusion', 'sdd'])
 def test_evaluation_never_changes_training(make_folder, tmp_path, architecture):
     settings = [f'--dataset={make_folder()}', f'--architecture={architecture}', '--dropout=0.2']
     train(*settings, f'--out_dir={tmp_path}/all')
@@ -361,6 +362,29 @@ def test_evaluation_never_changes_training(make_folder, tmp_path, architecture):
     assert same(load(tmp_path / 'all')['model_state_dict'], load(tmp_path / 'some')['model_state_dict'])
     assert [row['train/loss'] for row in metrics(tmp_path / 'all')] == [
         row['train/loss'] for row in metrics(tmp_path / 'some')]
+
+
+def test_sdd_logs_what_it_believes_and_finds_of_the_filler(make_folder, tmp_path):
+    train(f'--dataset={make_folder()}', '--architecture=sdd', '--mode=documents', '--block_size=128', '--max_steps=8',
+          '--k_schedule=(1, 3)', '--k_warmup_steps=8', '--p_belief=((0.0, 1.0),)', f'--out_dir={tmp_path}/run')
+    rows = metrics(tmp_path / 'run')
+    assert [row['train/k'] for row in rows[1:]] == ['1'] * 4 + ['3'] * 4
+    for row in rows:
+        assert row['step'] == '0' or 0 <= float(row['train/ignore_acc']) <= 1 >= float(row['train/ignore_precision'])
+        assert not row['val/loss'] or abs(float(row['val/loss_k0']) - float(row['val/loss'])) < 1
+    looks = [row for row in rows if row['val/loss']]
+    assert looks and any(row['val/loss_k0'] != row['val/loss'] for row in looks)
+    assert load(tmp_path / 'run')['model_config']['k'] == 3  # the most that it was trained on
+
+
+@pytest.mark.parametrize('setting, said', [
+    ('--k_schedule=()', 'k_schedule is .*; give'), ('--k_schedule=(0, 2)', 'k_schedule is .*; give'),
+    ('--p_belief=0.5', 'p_belief=0.5 gives float'), ('--p_belief=((0.5, 1.5),)', 'p_belief is'),
+    ('--p_belief=((0.5, 0.1), (0.2, 0.3))', 'p_belief is')])
+def test_a_wrong_plan_for_beliefs_is_one_sentence(setting, said, make_folder, tmp_path):
+    with pytest.raises(UserError, match=said):
+        train(f'--dataset={make_folder()}', '--architecture=sdd', setting, f'--out_dir={tmp_path}/run')
+    assert not (tmp_path / 'run').exists()
 
 
 def test_samples_are_shown_at_evaluations(make_folder, tmp_path, capsys):

@@ -1,0 +1,267 @@
+"""Sparse distribution diffusion: what beliefs may change and what they may not, and what bounds what."""
+import math
+from itertools import permutations, product
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_drawn_from, random_model
+
+import data
+import likelihood
+from model import ARCHITECTURES, Belief, ModelConfig
+from sampling import generate
+
+MASK, IGNORE = 10, 9
+SHAPE = dict(vocab_size=11, block_size=12, n_layer=2, n_head=2, n_embd=16, mask_id=MASK, ignore_id=IGNORE)
+GPT2 = dict(norm='layer', position='learned', mlp='gelu', bias=True, qk_norm=False, logit_softcap=0)
+
+
+def tiny(architecture='sdd', **changes):
+    return random_model(architecture, 0.4, **{**SHAPE, **changes})
+
+
+def some_tokens(rows=4, length=12, seed=0):
+    return torch.randint(0, IGNORE, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def some_noise(tokens, level=0.6):
+    noise = torch.rand(tokens.size(0), 1 + tokens.size(1), generator=torch.Generator().manual_seed(1))
+    noise[:, 0] = level
+    return noise
+
+
+def some_belief(rows=4, length=12, k=3):
+    generator = torch.Generator().manual_seed(2)
+    return Belief(torch.randint(0, IGNORE, (rows, length, k), generator=generator),
+                  torch.rand(rows, length, k + 1, generator=generator).softmax(-1)[..., :k])
+
+
+# ---------------------------------------------------------------------------- beliefs
+
+def test_a_belief_holds_the_likeliest_tokens_with_their_true_probabilities():
+    model, tokens = tiny(), some_tokens()
+    where = tokens % 2 == 0
+    states = model.hidden(tokens)
+    belief = model.believe(states, where, 3)
+    p = model.head(states).softmax(-1)
+    torch.testing.assert_close(belief.probabilities[where], p.topk(3).values[where])
+    assert torch.equal(belief.tokens[where], p.topk(3).indices[where])
+    assert (belief.probabilities[~where] == 0).all()
+    assert (belief.probabilities.sum(-1) < 1).all()  # the rest of the mass is left to <|mask|>
+    assert (belief.tokens != MASK).all()
+    assert model.believe(states, where, 99).tokens.size(-1) == 11  # no more candidates than tokens
+
+
+@pytest.mark.parametrize('changes', [{}, GPT2], ids=['native', 'gpt2'])
+def test_beliefs_are_inert_at_visible_positions(changes):
+    model, tokens, belief = tiny(**changes), some_tokens(), some_belief()
+    hidden = some_noise(tokens)[:, 1:] < 0.5
+    view = tokens.masked_fill(hidden, MASK)
+    cleared = Belief(belief.tokens, belief.probabilities * hidden.unsqueeze(-1))
+    assert torch.equal(model.hidden(view, belief=belief), model.hidden(view, belief=cleared))
+    assert torch.equal(model.hidden(tokens, belief=belief), model.hidden(tokens))
+    assert not torch.allclose(model.hidden(view, belief=belief), model.hidden(view))  # where hidden, they matter
+
+
+@pytest.mark.parametrize('changes', [{}, GPT2], ids=['native', 'gpt2'])
+def test_without_candidates_it_is_masked_diffusion_bit_for_bit(changes):
+    torch.manual_seed(0)
+    diffusion = ARCHITECTURES['diffusion'](ModelConfig(**{**SHAPE, **changes}))
+    torch.manual_seed(0)
+    sdd = ARCHITECTURES['sdd'](ModelConfig(**{**SHAPE, **changes}))
+    for name, weight in diffusion.state_dict().items():
+        assert torch.equal(weight, sdd.state_dict()[name]), name
+    diffusion = tiny('diffusion', **changes)
+    sdd = tiny('sdd', **changes)
+    sdd.load_state_dict(diffusion.state_dict(), strict=False)
+    tokens = some_tokens()
+    noise = some_noise(tokens)
+    results = [diffusion(tokens, None, noise), sdd(tokens, None, noise, k=0)]
+    assert results[0] == results[1]
+    for loss, *_ in results:
+        loss.backward()
+    for name, weight in diffusion.named_parameters():
+        assert torch.equal(weight.grad, dict(sdd.named_parameters())[name].grad), name
+    for sampler in ('ancestral', 'confidence', 'remdm'):
+        assert (generate(diffusion, [[1, 2]], 9, sampler=sampler) == generate(sdd, [[1, 2]], 9, sampler=sampler, k=0))
+    assert torch.equal(likelihood.nested_bound(diffusion, tokens, None, noise[:, 1:], 6),
+                       likelihood.nested_bound(sdd, tokens, None, noise[:, 1:], 6, k=0))
+
+
+@pytest.mark.parametrize('beliefs', [dict(), dict(k=1), dict(depth=2), dict(stale=0.2), dict(depth=3, stale=0.3)])
+def test_hidden_tokens_never_influence_logits(beliefs, monkeypatch):
+    model, tokens = tiny(), some_tokens()
+    noise, seen, hidden = some_noise(tokens), [], model.hidden
+    masked = noise[:, 1:] < model.levels(noise)
+    masked[:, 0] = False
+    monkeypatch.setattr(model, 'hidden', lambda view, belief=None: seen.append(hidden(view, belief=belief)) or seen[-1])
+    other = torch.where(masked, (tokens + 3) % IGNORE, tokens)
+    for x in (tokens, other):
+        model.losses(x, None, noise, **beliefs)
+    half = len(seen) // 2
+    assert half == beliefs.get('depth', 1) + 1
+    for one, two in zip(seen[:half], seen[half:]):
+        assert torch.equal(one, two)
+    monkeypatch.undo()
+    seen_before = model.losses(tokens, None, noise, **beliefs)[0]
+    tokens[:, 0] = (tokens[:, 0] + 1) % IGNORE
+    changed = model.losses(tokens, None, noise, **beliefs)[0] != seen_before
+    assert torch.equal(changed, masked)  # while a visible token matters to every hidden one
+
+
+def test_stale_beliefs_come_from_views_that_see_less_and_nothing_else(monkeypatch):
+    model, tokens = tiny(), some_tokens()
+    noise, views, hidden = some_noise(tokens, 0.3), [], model.hidden
+    monkeypatch.setattr(model, 'hidden', lambda view, belief=None: views.append(view) or hidden(view, belief=belief))
+    model.losses(tokens, None, noise, depth=2, stale=0.4)
+    first, second, last = (view == MASK for view in views)
+    assert (first | ~second).all() and (second | ~last).all() and not first[:, 0].any()
+    assert first.sum() > second.sum() > last.sum()
+
+
+@pytest.mark.parametrize('changes', [{}, GPT2], ids=['native', 'gpt2'])
+def test_gradient_flows_to_every_parameter_of_the_beliefs_embedding(changes):
+    torch.manual_seed(0)
+    model, tokens = ARCHITECTURES['sdd'](ModelConfig(**{**SHAPE, **changes})), some_tokens()
+    own = set(model.state_dict()) - set(ARCHITECTURES['diffusion'](ModelConfig(**{**SHAPE, **changes})).state_dict())
+    assert own
+    for beliefs, touched in ((dict(), True), (dict(k=0), False)):
+        model.zero_grad()
+        model(tokens, None, some_noise(tokens), **beliefs)[0].backward()
+        for name in own:
+            gradient = model.get_parameter(name).grad
+            assert gradient is not None  # in every step, or ranks would wait for each other
+            assert (gradient != 0).all() == touched, name
+
+
+def test_autocast_leaves_every_gradient_in_place():
+    """Weights that the first pass casts without gradient are not those of the second."""
+    model, tokens = tiny(), some_tokens()
+    with torch.autocast('cpu', torch.bfloat16):
+        loss, *_ = model(tokens, None, some_noise(tokens))
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+
+
+# ---------------------------------------------------------------------------- what a step believes
+
+RAMP = ((0.2, 0.5), (0.7, 0.9))
+
+
+def plans(steps, seed=0, **settings):
+    settings = {'p_belief': RAMP, 'k_schedule': (1, 2, 4, 8), 'k_warmup_steps': 0, **settings}
+    return [data.draw_belief(step, steps, seed, **settings) for step in range(steps)]
+
+
+def test_beliefs_set_in_as_the_ramp_says():
+    kept = np.array([plan['k'] > 0 for plan in plans(20000)])
+    assert not kept[:4000].any()
+    assert abs(kept[4000:14000].mean() - 0.5) < 0.03 and abs(kept[14000:].mean() - 0.9) < 0.03
+
+
+def test_k_is_drawn_evenly_or_follows_its_curriculum():
+    ks = np.array([plan['k'] for plan in plans(20000) if plan['k']])
+    for k in (1, 2, 4, 8):
+        assert abs((ks == k).mean() - 0.25) < 0.03
+    walked = [plan['k'] for plan in plans(2000, k_warmup_steps=1000, p_belief=((0.0, 1.0),))]
+    assert walked == [1] * 250 + [2] * 250 + [4] * 250 + [8] * 1250
+
+
+def test_what_a_step_believes_hangs_on_seed_and_step_only():
+    assert plans(200) == plans(200) != plans(200, seed=1)
+    views = plans(20000, p_belief=((0.0, 1.0),))
+    stale, depth = (np.array([plan[name] for plan in views]) for name in ('stale', 'depth'))
+    assert abs((stale > 0).mean() - data.P_STALE) < 0.03 and stale.max() <= data.MAX_STALE
+    for passes in range(1, data.MAX_DEPTH + 1):
+        assert abs((depth >= passes).mean() - data.P_DEEPER ** (passes - 1)) < 0.03
+    assert depth.max() == data.MAX_DEPTH
+
+
+# ---------------------------------------------------------------------------- bounds, enumerated
+
+LETTERS, LENGTH = 3, 3
+TEXTS = list(product(range(LETTERS), repeat=LENGTH))
+ROWS = torch.tensor([(0, *text) for text in TEXTS])  # (27, 4); the first token is given
+
+
+def toy():
+    return tiny(vocab_size=LETTERS + 1, mask_id=LETTERS, ignore_id=None, block_size=LENGTH + 1, k=2)
+
+
+@torch.no_grad()
+def path_nats(model, turn, steps):
+    """-log p (27,) of each text if position i is written in the step turn[i], of steps..1: the sampler by hand."""
+    nats, belief = torch.zeros(len(ROWS), dtype=torch.float64), None
+    for step in range(steps, 0, -1):
+        hidden = torch.tensor([False] + [t <= step for t in turn]).expand(len(ROWS), -1)
+        view = ROWS.masked_fill(hidden, LETTERS)
+        states = model.hidden(view, belief=belief)
+        log_p = model.head(states).double().log_softmax(-1).gather(2, ROWS.unsqueeze(-1)).squeeze(-1)
+        nats -= log_p[:, [i + 1 for i, t in enumerate(turn) if t == step]].sum(1)
+        belief = model.believe(states, hidden, model.config.k)
+    return nats
+
+
+@pytest.mark.parametrize('steps', [1, 2, 4])
+def test_the_bound_of_sampling_in_steps_is_the_mean_over_all_paths_and_above_the_truth(steps):
+    model = toy()
+    paths = torch.stack([path_nats(model, turn, steps) for turn in product(range(1, steps + 1), repeat=LENGTH)])
+    truth = -(torch.logsumexp(-paths, 0) - math.log(len(paths)))  # of the sampler: each path is as likely
+    mean = paths.mean(0)
+    assert (mean >= truth - 1e-9).all() and torch.exp(-truth).sum() == pytest.approx(1)
+    assert steps == 1 or (mean > truth + 1e-4).any()
+    noise = torch.rand(4000, 1 + LENGTH, generator=torch.Generator().manual_seed(0))
+    for place in (0, 13, 26):
+        draws = likelihood.nested_bound(model, ROWS[place].expand(4000, -1), None, noise, steps).sum(1)
+        assert abs(draws.mean() - mean[place]) < 4 * draws.std() / 4000 ** 0.5 + 1e-5
+
+
+@pytest.mark.parametrize('steps', [2, 4])
+def test_what_the_bound_bounds_is_what_the_sampler_draws(steps):
+    model = toy()
+    paths = torch.stack([path_nats(model, turn, steps) for turn in product(range(1, steps + 1), repeat=LENGTH)])
+    drawn = torch.tensor(generate(model, [[0]] * 20000, LENGTH, steps=steps))[:, 1:] @ torch.tensor([9, 3, 1])
+    assert_drawn_from(torch.exp(-paths).mean(0), drawn)
+
+
+@torch.no_grad()
+def test_the_two_pass_bound_is_the_mean_over_all_orders_and_above_the_truth():
+    model = toy()
+    orders = torch.stack([likelihood.chain_rule(model, ROWS, turn=[-1, *turn]).sum(1).double()
+                          for turn in permutations(range(LENGTH))])
+    truth = -(torch.logsumexp(-orders, 0) - math.log(len(orders)))
+    assert torch.exp(-orders).sum(1).numpy() == pytest.approx(1, abs=1e-5)  # each order is a distribution
+    bound = torch.zeros(len(ROWS), dtype=torch.float64)
+    for mask in product((0, 1), repeat=LENGTH):  # ∫ t^(m-1) (1-t)^(n-m) dt = 1 / (m C(n, m)) is a mask's weight
+        if m := sum(mask):
+            noise = torch.tensor([[1.0, 2.0, *(2.0 - 2 * one for one in mask)]]).expand(len(ROWS), -1)
+            bound += model.nll(ROWS, None, noise).double() / (m * math.comb(LENGTH, m))
+    torch.testing.assert_close(bound, orders.mean(0), atol=1e-4, rtol=1e-5)
+    assert (bound >= truth - 1e-6).all() and (bound > truth + 1e-3).any()
+
+
+# ---------------------------------------------------------------------------- does it help
+
+def chains(rows, length=12, letters=16):
+    """Rows (B, length) in which each letter follows from the one before by one fixed, scrambled permutation."""
+    following = torch.randperm(letters, generator=torch.Generator().manual_seed(3))
+    columns = [torch.randint(0, letters, (rows,), generator=torch.Generator().manual_seed(rows))]
+    while len(columns) < length:
+        columns.append(following[columns[-1]])
+    return torch.stack(columns, 1)
+
+
+# ---------------------------------------------------------------------------- why the published process fails
+
+def test_the_published_noise_leaves_77_percent_of_the_answers_in_sight():
+    """aaholmes/diffusion-llm, sparse_diffusion.py: at noise n = 1 - cos(πt/2) a candidate of probability q is
+    swapped for a random token with probability n (1 - q (1 - n)); for the true token, q = 1, that is n². What is
+    left is in the first slot with a probability that no swapped token has, so it can be copied: on average over t
+    for 1 - (3/2 - 4/π) = 77.3 % of the positions."""
+    generator = torch.Generator().manual_seed(0)
+    noise = 1 - torch.cos(math.pi / 2 * torch.rand(10 ** 6, generator=generator))
+    swapped = torch.rand(10 ** 6, generator=generator) < noise * (1 - 1.0 * (1 - noise))
+    in_sight = 1 - swapped.double().mean()
+    assert in_sight == pytest.approx(4 / math.pi - 1 / 2, abs=2e-3)
+    assert 4 / math.pi - 1 / 2 == pytest.approx(0.7732, abs=5e-5)
