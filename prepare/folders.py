@@ -201,5 +201,11 @@ def sha256_of(path):
         return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
+def checksum(config):
+    """The sha256 of what config.json says, apart from itself."""
+    rest = {key: value for key, value in config.items() if key != 'checksum'}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def shown(target):
     return target.relative_to(data.ROOT) if target.is_relative_to(data.ROOT) else target

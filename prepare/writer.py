@@ -32,7 +32,7 @@ from tqdm import tqdm
 import data
 from configurator import UserError
 from prepare import tokenizer as tokenizers
-from prepare.folders import FORMAT, HELPERS, finished_folder, replacing, sha256_of, shown, sizes_of, sync
+from prepare.folders import FORMAT, HELPERS, checksum, finished_folder, replacing, sha256_of, shown, sizes_of, sync
 
 BATCH = 2**18                               # characters that one worker encodes at a time
 SHARD = 2**26                               # characters after which a killed run can go on
@@ -85,6 +85,7 @@ def write(source, config, log_prob=None):
             finished['floor'] = floor(splits['val'])
         finished['sha256'] = {path.name: sha256_of(path) for path in sorted(folder.iterdir())
                               if path.name not in (*HELPERS, 'config.json')}
+        finished['checksum'] = checksum(finished)
         (folder / 'config.json').write_text(json.dumps(finished, indent=2, allow_nan=False) + '\n')
     report(target, finished, f'{time.time() - started:.0f} s')
     return finished
