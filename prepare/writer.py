@@ -369,8 +369,15 @@ def batches(corpus, cut, log_prob, state):
 
 def in_order(pool, function, items, window):
     """pool.map that reads at most `window` items ahead, so that memory stays flat; a Mark keeps its place."""
-    pending = deque()
-    for item in items:
+    pending, items, failure = deque(), iter(items), None
+    while True:
+        try:
+            item = next(items)
+        except StopIteration:
+            break
+        except UserError as error:  # all that came before it is finished first
+            failure = error
+            break
         if isinstance(item, Mark):
             pending.append(Future())
             pending[-1].set_result(item)
@@ -380,6 +387,8 @@ def in_order(pool, function, items, window):
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()
+    if failure:
+        raise failure
 
 
 def start_worker(kind, tokenizer_json, dtype, document_end):
