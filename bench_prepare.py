@@ -1,16 +1,18 @@
 """Preparation, side by side: speed and memory of prepare/text.py and of nanoGPT's way with OpenWebText.
 
-    python bench_prepare.py --input=books.jsonl                  # some minutes; needs five times --megabytes on the disk
+    python bench_prepare.py --input=books.jsonl          # minutes; takes five times --megabytes of the disk
 
 Both sides encode the same file, the documents of --input repeated up to --megabytes, by the GPT-2 vocabulary with
---num_workers processes into one flat file of uint16 per split. nanoGPT's way is that of its data/openwebtext/prepare.py:
-`datasets.map` over tiktoken, then a memory map filled from the result. Each side is a process of its own, timed from its
-start to its end, in pairs, so that what slows the machine down for a while slows both down. Memory is the largest sum of
-the proportional set sizes (PSS) of all processes of a side. Then ours alone prepares the sizes of --memory_at. Targets
-that are missed make the exit status 1.
+--num_workers processes into one flat file of uint16 per split. nanoGPT's way is that of its
+data/openwebtext/prepare.py: `datasets.map` over tiktoken, then a memory map filled from the result. Each side is a
+process of its own, timed from its start to its end, in pairs, so that what slows the machine down for a while slows
+both down. Memory is the largest sum of the proportional set sizes (PSS) of all processes of a side. Then ours alone
+prepares the sizes of --memory_at. Targets that are missed make the exit status 1.
 """
 import json
+import math
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -21,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import UserError, configure
+from configurator import UserError, check_range, configure
 from prepare.readers import files
 
 input = ''                   # files of documents, as prepare/text.py takes them
@@ -31,6 +33,7 @@ runs = 3                     # pairs
 memory_at = '50,500'         # megabytes that ours prepares alone, to compare the memory; '' for none
 side = ''                    # for the script itself: run one side on --input, in this folder
 config = configure(globals())
+check_range(config, 1, math.inf, 'megabytes', 'num_workers', 'runs')
 
 ROOT = Path(__file__).resolve().parent
 SECONDS_BETWEEN_LOOKS = 0.2
@@ -64,7 +67,8 @@ def nanogpt_way(path, folder):
 
 def commands(path, folder):
     """For each side, its command and the token files that it leaves."""
-    ours = ['prepare/text.py', f'--input={path}', f'--output_dir={folder}/ours', '--tokenizer=gpt2', '--val_fraction=0.01']
+    ours = ['prepare/text.py', f'--input={path}', f'--output_dir={folder}/ours', '--tokenizer=gpt2',
+            '--val_fraction=0.01']
     theirs = ['bench_prepare.py', f'--input={path}', f'--side={folder}']
     return {'nanoGPT': (theirs, ('train.bin', 'test.bin')),
             'ours': (ours, ('ours/train_tokens.bin', 'ours/val_tokens.bin'))}
@@ -73,23 +77,29 @@ def commands(path, folder):
 # ---------------------------------------------------------------------------- measuring
 
 def measure(name, path, workplace):
-    """Seconds, peak PSS in MB and number of tokens of one side's run."""
+    """Seconds, seconds of all processors, peak PSS in MB and number of tokens of one side's run."""
     with tempfile.TemporaryDirectory(dir=workplace) as folder:
         command, outputs = commands(path, folder)[name]
         environment = {**os.environ, 'HF_HOME': folder, 'HF_DATASETS_OFFLINE': '1', 'PYTHONPATH': str(ROOT)}
         command = [sys.executable, ROOT / command[0], *command[1:], f'--num_workers={num_workers}']
         with open(f'{folder}/log', 'w+') as log:
-            start, peak = time.perf_counter(), 0
+            start, used, peak = time.perf_counter(), processor_seconds(), 0
             process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
             while process.poll() is None:
                 peak = max(peak, tree_pss(process.pid))
                 time.sleep(SECONDS_BETWEEN_LOOKS)
-            seconds = time.perf_counter() - start
+            seconds, used = time.perf_counter() - start, processor_seconds() - used
             log.seek(0)
             if process.returncode:
                 raise UserError(f'The side of {name} ended with status {process.returncode}; repair what it says:\n'
                                 f'{log.read()[-2000:]}')
-        return seconds, peak, sum(os.path.getsize(f'{folder}/{output}') // 2 for output in outputs)
+        return seconds, used, peak, sum(os.path.getsize(f'{folder}/{output}') // 2 for output in outputs)
+
+
+def processor_seconds():
+    """Of all processes that have ended; unlike the clock, it hardly minds what else the machine does."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def tree_pss(root):
@@ -123,37 +133,52 @@ def write_input(path, size):
                 return file.tell() / 1e6
 
 
+# ---------------------------------------------------------------------------- comparing
+
+def compare(workplace):
+    """Pairs of runs over one file. Returns targets: (what, value, reached, wanted)."""
+    path = f'{workplace}/input.jsonl'
+    size = write_input(path, megabytes)
+    print(f'{size:.0f} MB of JSON lines, {num_workers} processes, {os.cpu_count()} cores; '
+          f'the load before is {os.getloadavg()[0]:.1f}', flush=True)
+    ratios, peaks = [], []
+    for _ in range(runs):
+        rates, counts = {}, {}
+        for name in ('nanoGPT', 'ours'):
+            seconds, used, peak, counts[name] = measure(name, path, workplace)
+            rates[name] = size / seconds
+            print(f'  {name:<8} {rates[name]:6.1f} MB/s ({seconds:.1f} s, {used:.1f} s of processors), '
+                  f'{counts[name]:,} tokens, peak PSS {peak:,.0f} MB', flush=True)
+        if counts['ours'] != counts['nanoGPT']:
+            raise UserError(f'The sides wrote different numbers of tokens, {counts}, so they cannot be compared; '
+                            'see whether the versions of tiktoken and datasets are those that were tested.')
+        ratios.append(rates['ours'] / rates['nanoGPT'])
+        peaks.append(peak)
+        print(f'  ratio {ratios[-1]:.2f}', flush=True)
+    ratio = statistics.median(ratios)
+    return [("our MB/s / nanoGPT's, median", ratio, ratio >= 1.5, '>= 1.5'),
+            ('our peak PSS in MB, largest', max(peaks), max(peaks) <= 1500, '<= 1500')]
+
+
+def compare_memory(workplace):
+    """Ours alone at other sizes."""
+    peaks = []
+    for size in map(int, filter(None, memory_at.split(','))):
+        write_input(f'{workplace}/input.jsonl', size)
+        seconds, used, peak, _ = measure('ours', f'{workplace}/input.jsonl', workplace)
+        peaks.append(peak)
+        print(f'  ours at {size} MB: {size / seconds:.1f} MB/s ({used:.1f} s of processors), peak PSS {peak:,.0f} MB',
+              flush=True)
+    spread = max(peaks) / min(peaks) - 1 if peaks else 0
+    return [(f'how much our peak PSS differs at {memory_at} MB', spread, spread <= 0.1, '<= 0.1')] * (len(peaks) > 1)
+
+
 def main():
-    targets = []
     with tempfile.TemporaryDirectory(prefix='bench-') as workplace:
-        path = f'{workplace}/input.jsonl'
-        size = write_input(path, megabytes)
-        print(f'{size:.0f} MB of JSON lines, {num_workers} processes, {os.cpu_count()} cores; '
-              f'the load before is {os.getloadavg()[0]:.1f}', flush=True)
-        ratios, memory = [], []
-        for pair in range(runs):
-            rates = {}
-            for name in ('nanoGPT', 'ours'):
-                seconds, peak, tokens = measure(name, path, workplace)
-                rates[name] = size / seconds
-                print(f'  {name:<8} {size / seconds:6.1f} MB/s ({seconds:.1f} s), {tokens:,} tokens, '
-                      f'peak PSS {peak:,.0f} MB', flush=True)
-            ratios.append(rates['ours'] / rates['nanoGPT'])
-            memory.append(peak)
-            print(f'  ratio {ratios[-1]:.2f}', flush=True)
-        targets += [("our MB/s / nanoGPT's, median", statistics.median(ratios), '>=', 1.5),
-                    ('our peak PSS in MB, largest', max(memory), '<=', 1500)]
-        for other in filter(None, memory_at.split(',')):
-            write_input(path, int(other))
-            seconds, peak, _ = measure('ours', path, workplace)
-            print(f'  ours at {other} MB: {int(other) / seconds:.1f} MB/s, peak PSS {peak:,.0f} MB', flush=True)
-            targets.append((f'our peak PSS at {other} MB / at {megabytes} MB, off by', abs(peak / max(memory) - 1), '<=', 0.1))
-    missed = False
-    for what, value, sign, wanted in targets:
-        reached = value >= wanted if sign == '>=' else value <= wanted
-        missed |= not reached
-        print(f'{"reached" if reached else "MISSED":<8} {what}: {value:,.2f} (wanted {sign} {wanted:,})')
-    return int(missed)
+        targets = compare(workplace) + compare_memory(workplace)
+    for what, value, reached, wanted in targets:
+        print(f'{"reached" if reached else "MISSED":<8} {what}: {value:,.2f} (wanted {wanted})')
+    return int(not all(reached for _, _, reached, _ in targets))
 
 
 if __name__ == '__main__':

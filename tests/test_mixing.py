@@ -146,7 +146,7 @@ def test_a_mistaken_mix_is_one_sentence(mix, weights, words):
 
 
 def test_folders_of_different_tokenizers_are_refused(mix):
-    with pytest.raises(UserError, match='different tokenizers, of 30 and 6 tokens.*prepare the second with --tokenizer='):
+    with pytest.raises(UserError, match='different tokenizers, of 30 and 6 tokens.*the second with --tokenizer='):
         mix('a:0.5,b:0.5', b={'letters': 'ab '})
 
 
