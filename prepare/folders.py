@@ -19,7 +19,7 @@ import runtime
 from configurator import UserError
 
 FORMAT = 1
-HELPERS = ('lock', 'journal.json')      # files of an unfinished folder that are not part of the result
+HELPERS = ('lock', 'journal.json', 'journal.json.tmp')  # in an unfinished folder, no part of the result
 
 
 def finished_folder(target, arguments, inputs, overwrite):

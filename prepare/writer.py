@@ -268,10 +268,6 @@ class Split:
         sizes = sizes_of(counts, width)
         self.files = self.token_file, self.index_file = [
             reopen(folder / f'{name}_{kind}.bin', sizes[kind]) for kind in ('tokens', 'index')]
-        if not self.documents:
-            self.index_file.truncate(0)
-            self.index_file.seek(0)
-            self.index_file.write(np.uint64(0).tobytes())
 
     def append(self, batch):
         self.token_file.write(batch.tokens.tobytes())
@@ -295,8 +291,8 @@ class Split:
 
 
 def reopen(path, size):
-    """The file at `path`, made if need be, cut to `size` bytes, to be written from there on."""
-    file = open(path, 'r+b' if size and path.exists() else 'wb')
+    """The file at `path`, cut to `size` bytes, to be written from there on; a new one begins with `size` zeros."""
+    file = open(path, 'r+b' if path.exists() else 'wb')
     file.truncate(size)
     file.seek(size)
     return file
