@@ -1,5 +1,10 @@
-"""Prepared folders: their tokenizer, their memory maps, their batches."""
+"""Prepared folders: their tokenizer, their memory maps, their batches.
+
+    python data.py data/stories      # checks a folder, exits 1 on any damage, and prints its card
+"""
 import json
+import mmap
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -7,6 +12,7 @@ import numpy as np
 import tokenizers
 import torch
 
+import mixing
 from configurator import UserError
 
 ROOT = Path(__file__).resolve().parent
@@ -117,6 +123,12 @@ class Folder:
                             'the folder is incomplete: prepare it again with --overwrite.')
         return np.memmap(path, dtype, mode='r') if length else np.zeros(0, dtype)
 
+    def release(self):
+        """Give back the pages that were read: else the process would seem to grow to the size of its data."""
+        for array in (*self.tokens.values(), *self.index.values(), *self.masks.values()):
+            if isinstance(array, np.memmap) and hasattr(mmap, 'MADV_DONTNEED'):
+                array.base.madvise(mmap.MADV_DONTNEED)
+
     @property
     def fingerprint(self):
         """What tells this training split from another, recorded when it was prepared."""
@@ -127,7 +139,18 @@ class Folder:
         return self.splits[split]['tokens'] / max(1, self.splits[split]['bytes'])
 
 
+def open_dataset(dataset):
+    """The Folder of a name or path, or the Mix of several with their weights."""
+    is_folder = any(path.exists() for path in (Path(dataset), ROOT / 'data' / dataset))
+    if is_folder or not {':', ','} & set(str(dataset)):
+        return Folder(dataset)
+    names, weights = mixing.parse(dataset)
+    return mixing.Mix(dataset, [Folder(name) for name in names], weights)
+
+
 def find_folder(dataset):
+    if ',' in str(dataset) and not Path(dataset).exists():
+        raise UserError(f'{dataset!r} mixes folders, which is for training; name one of them with --dataset.')
     for path in (Path(dataset), ROOT / 'data' / dataset):
         if (path / 'config.json').is_file():
             return path
@@ -190,6 +213,7 @@ class PackedRows:
     def __init__(self, folder, split, row_length, stride, training):
         self.tokens, self.index, self.masks = folder.tokens[split], folder.index[split], folder.masks[split]
         self.row_length, self.stride, self.training = row_length, stride, training
+        self.masked = self.masks is not None  # in training: whether read() says where
         spare = len(self.tokens) - row_length
         if spare < 0:
             raise UserError(f'The {split} split of {folder.path} has {len(self.tokens):,} tokens, fewer than one '
@@ -222,21 +246,38 @@ class DocumentRows:
 
     A document that is too long continues in the next row, after the token before. A bidirectional model is
     trained on the filler (it has to say where the text ends); for `ar` the filler lies outside the loss.
+    Memory holds one number per BLOCK of documents, not one per document.
     """
+
+    BLOCK = 1024
+    masked = True
 
     def __init__(self, folder, split, row_length, train_on_filler):
         self.tokens, self.index, self.masks = folder.tokens[split], folder.index[split], folder.masks[split]
         self.row_length, self.train_on_filler = row_length, train_on_filler
         self.tokenizer = folder.tokenizer
-        lengths = np.diff(self.index).astype(np.int64)
-        self.first_row = np.concatenate([[0], np.cumsum(-(-lengths // (row_length - 1)))])
+        counts = [self.rows_of(start).sum() for start in range(0, len(self.index) - 1, self.BLOCK)]
+        self.first_row = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])  # of each block
         self.num_rows = int(self.first_row[-1])
         if self.num_rows == 0:
             raise UserError(f'The {split} split of {folder.path} holds no document; prepare more data.')
 
+    def rows_of(self, start):
+        """How many rows each document takes, of the block that begins with document `start`."""
+        lengths = np.diff(self.index[start:start + self.BLOCK + 1]).astype(np.int64)
+        return -(-lengths // (self.row_length - 1))
+
+    def find(self, row):
+        """The document that a row belongs to, and which of its rows it is."""
+        block = int(np.searchsorted(self.first_row, row, side='right')) - 1
+        ends = np.cumsum(self.rows_of(block * self.BLOCK))
+        row = int(row - self.first_row[block])
+        number = int(np.searchsorted(ends, row, side='right'))
+        return block * self.BLOCK + number, row - (int(ends[number - 1]) if number else 0)
+
     def read(self, row, key=None):
-        document = np.searchsorted(self.first_row, row, side='right') - 1
-        start = int(self.index[document]) + int(row - self.first_row[document]) * (self.row_length - 1)
+        document, part = self.find(row)
+        start = int(self.index[document]) + part * (self.row_length - 1)
         end = min(start + self.row_length - 1, int(self.index[document + 1]))
         tokens = np.full(self.row_length, self.tokenizer.ignore_id, dtype=np.int64)
         tokens[0] = self.tokens[start - 1] if start > 0 else self.tokenizer.endoftext_id
@@ -247,11 +288,14 @@ class DocumentRows:
 
     def documents(self, row):
         """Numbers (row_length,) of the document that a row belongs to, once per token."""
-        return np.full(self.row_length, np.searchsorted(self.first_row, row, side='right') - 1)
+        return np.full(self.row_length, self.find(row)[0])
 
 
 def make_rows(folder, split, architecture, block_size, mode, training):
     """Rows for an architecture: `ar` reads one token more, so that it predicts block_size tokens."""
+    if isinstance(folder, mixing.Mix):
+        parts = [make_rows(part, split, architecture, block_size, mode, training) for part in folder.folders]
+        return mixing.MixedRows(parts, folder.weights, training)
     row_length = block_size + (architecture == 'ar')
     if mode == 'packed':
         return PackedRows(folder, split, row_length, block_size, training)
@@ -272,13 +316,14 @@ class Batches:
     """Batches of training rows as a pure function of the step, so that there is no state to save.
 
     Row r of global step s, and its noise, depend on (seed, s, r) only, r counted over all ranks and
-    micro-steps. Every row comes once per epoch.
+    micro-steps. Every row comes once per epoch. In a Mix, each folder has epochs of its own, and the epoch of the
+    whole is as many rows as its folders have together.
     """
 
     def __init__(self, folder, architecture, block_size, batch_size, gradient_accumulation_steps=1, seed=0,
                  mode='packed', rank=0, world_size=1, device='cpu'):
         self.rows = make_rows(folder, 'train', architecture, block_size, mode, training=True)
-        self.ignore_id = folder.tokenizer.ignore_id
+        self.folder, self.ignore_id = folder, folder.tokenizer.ignore_id
         self.needs_noise = architecture != 'ar'
         self.batch_size, self.micro_steps, self.seed = batch_size, gradient_accumulation_steps, seed
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
@@ -288,6 +333,15 @@ class Batches:
     def epoch(self, step):
         """Passes over the data that `step` steps make."""
         return step * self.rows_per_step / self.rows.num_rows
+
+    def epochs_in_words(self, step):
+        """The passes that `step` steps make over the data, and over each folder of a mix."""
+        words = f'{self.epoch(step):.2f} epochs'
+        if isinstance(self.folder, mixing.Mix):
+            counts = zip(self.folder.folders, self.rows.parts, self.rows.counts(step * self.rows_per_step))
+            each = (f'{folder.config["name"]} {count / rows.num_rows:.2f}' for folder, rows, count in counts)
+            words += f' ({", ".join(each)})'
+        return words
 
     def get(self, step):
         """This rank's micro-batches of a global step, and how many tokens of all ranks' rows carry the loss.
@@ -304,21 +358,28 @@ class Batches:
         places = np.arange(self.rows_per_step).reshape(self.micro_steps, self.world_size, -1)
         mine = places[:, self.rank]  # (micro_steps, batch_size)
         rows = {place: self.row(step * self.rows_per_step + place) for place in mine.flat}
-        if any(trained is not None for _, trained in rows.values()):  # what others train on is part of the count
+        if self.rows.masked:  # what others train on is part of the count
             everyone = (rows.get(place) or self.row(step * self.rows_per_step + place) for place in places.flat)
             count = max(1, sum(map(self.count, everyone)))
         else:
             count = places.size * (self.rows.row_length - 1)
+        self.folder.release()
         return [self.micro_batch(step, part, [rows[place] for place in part]) for part in mine], count
 
     def row(self, number):
-        epoch, place = divmod(int(number), self.rows.num_rows)
-        row = permuted([place], self.rows.num_rows, PERMUTE, self.seed, epoch)[0]
-        return self.rows.read(row, (MOVE, self.seed, epoch))
+        rows, number, part = self.rows, int(number), ()
+        if isinstance(rows, mixing.MixedRows):
+            *part, number = rows.place(number)
+            rows = rows.parts[part[0]]
+        epoch, place = divmod(number, rows.num_rows)
+        row = permuted([place], rows.num_rows, PERMUTE, self.seed, epoch, *part)[0]
+        return rows.read(row, (MOVE, self.seed, epoch, *part))
 
     def count(self, row):
         """Tokens of a row that the loss is divided by: trained, not its first, not filler."""
         tokens, trained = row
+        if trained is None:
+            return len(tokens) - 1
         return int(np.count_nonzero(trained[1:] * (tokens[1:] != self.ignore_id)))
 
     def micro_batch(self, step, places, rows):
@@ -365,11 +426,12 @@ def evaluation_batches(folder, split, architecture, block_size, batch_size, mode
     """
     rows = make_rows(folder, split, architecture, block_size, mode, training=False)
     size = min(rows.num_rows, num_batches * batch_size) if num_batches else rows.num_rows
-    chosen = np.arange(size) * rows.num_rows // size
     for start in range(rank * batch_size, size, world_size * batch_size):
         places = np.arange(start, min(start + batch_size, size))
         noise = row_noise(places, size, rows.row_length, ()) if architecture != 'ar' else None
-        yield to_device(stack([rows.read(row, ()) for row in chosen[places]], noise, pin=False), device)
+        chosen = places * rows.num_rows // size
+        yield to_device(stack([rows.read(row, ()) for row in chosen], noise, pin=False), device)
+        folder.release()
 
 
 def row_noise(places, num_places, row_length, key):
@@ -397,3 +459,8 @@ def stack(rows, noise, pin):
 
 def to_device(batch, device):
     return tuple(None if x is None else x.to(device, non_blocking=True) for x in batch)
+
+
+if __name__ == '__main__':  # a tool: check a folder, print its card
+    from prepare import verify
+    sys.exit(verify.main(sys.argv[1:]))

@@ -18,7 +18,7 @@ from configurator import UserError, check_choice, check_range, configure, restor
 from sampling import generate
 
 # --- data ---
-dataset = 'stories'          # a name under data/, or the path of a prepared folder
+dataset = 'stories'          # a name under data/, the path of a prepared folder, or a mix: NAME:WEIGHT,NAME:WEIGHT
 mode = 'packed'              # packed: windows of the token stream; documents: one document per row
 batch_size = 32              # rows per micro-step and rank
 gradient_accumulation_steps = 1  # micro-steps per step and rank
@@ -29,7 +29,7 @@ n_layer: int = None
 n_head: int = None
 n_embd: int = None
 n_kv_head: int = None        # fewer than n_head: grouped-query attention
-block_size = 256             # tokens per row
+block_size = 256             # tokens per row; if not given, the max_seq_len that the data were prepared with, if any
 dropout = 0.0
 norm = 'rms'                 # rms or layer
 position = 'rope'            # rope or learned
@@ -116,8 +116,10 @@ if checkpoint:
                             f'leave --{key} out, or start a new run.')
 
 run = runtime.Runtime(device, dtype)
-folder = data.Folder(dataset)
+folder = data.open_dataset(dataset)
 tokenizer = folder.tokenizer
+if 'block_size' not in config.given:
+    config['block_size'] = folder.config.get('max_seq_len') or block_size
 
 # ---------------------------------------------------------------------------- model
 
@@ -191,7 +193,7 @@ stop = runtime.StopSignal()
 peak_flops = runtime.measure_peak_flops(run.device, run.dtype) * run.world_size
 log.print(f'{out}: {architecture}, {raw_model.num_parameters():,} parameters, {run.dtype} on {run.world_size} × '
           f'{run.device.type}; {max_steps} steps of {batches.rows_per_step} rows of {block_size} tokens are '
-          f'{batches.epoch(max_steps):.2f} epochs')
+          f'{batches.epochs_in_words(max_steps)}')
 for key, before, now in changed:
     log.print(f'resumed with {key}={now!r}, which was {before!r}')
 

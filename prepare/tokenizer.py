@@ -1,5 +1,6 @@
 """Building the tokenizers of prepared folders; all end as the text of a `tokenizer.json`."""
 import re
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from configurator import UserError
 
 KINDS = ('char', 'bytes', 'gpt2', 'bpe')    # else the path of a tokenizer.json or a prepared folder
 PIECE = 2**16                               # characters that are encoded at once
+LONGEST = 2**20                             # characters without a BOUNDARY that stay together
 BOUNDARY = re.compile(r'(?<=\S)[ \n]')
 
 # How byte-level vocabularies write bytes: printable ones as they are, the n-th other as chr(256 + n).
@@ -76,11 +78,11 @@ def gpt2_encoding():
 
 def fast_gpt2(tokenizer):
     """
-    The encode_batch of `tokenizer`, GPT-2's, through tiktoken: the same ids, five times as fast.
+    The encode_batch of `tokenizer`, GPT-2's, through tiktoken: the same ids in arrays, four times as fast.
 
     What pieces() could not cut goes the slow way, for tiktoken's stack overflows on half a million spaces.
     """
-    encode = gpt2_encoding().encode_ordinary
+    encode = partial(gpt2_encoding().encode_to_numpy, disallowed_special=())
     return lambda texts: [encode(text) if len(text) < 2 * PIECE else tokenizer.encode(text) for text in texts]
 
 
@@ -110,10 +112,15 @@ def pieces(text, size=PIECE):
     Cut a long text so that the pieces, encoded one by one with any of KINDS, give the ids of the whole.
 
     That holds before a space or line end that follows something else: in GPT-2's pattern no token continues
-    there. A text without such a place stays whole.
+    there. Where no such place comes for LONGEST characters, the text is cut all the same, for the memory that
+    a word takes is a hundred times its length; the ids around that cut may differ.
     """
     start = 0
-    while cut := BOUNDARY.search(text, start + size):
-        yield text[start:cut.start()]
-        start = cut.start()
+    while len(text) - start > size:
+        cut = BOUNDARY.search(text, start + size, start + LONGEST)
+        end = cut.start() if cut else start + LONGEST
+        if end >= len(text):
+            break
+        yield text[start:end]
+        start = end
     yield text[start:]

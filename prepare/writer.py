@@ -6,23 +6,21 @@ The one writer of prepared folders: documents in, flat token ids out, ready to b
 
 The documents stream past once to teach the tokenizer, where it learns, and once to be encoded: the main
 process reads, worker processes encode, and results are written in the order of the source, so that memory
-stays flat and the number of workers decides nothing. Everything is written to a hidden folder beside the
-target, which takes the target's name when it is complete; a killed run leaves nothing that looks finished.
+stays flat and the number of workers decides nothing. A killed run leaves nothing that looks finished, and the
+same command goes on after its last finished shard (prepare/folders.py).
 """
-import contextlib
-import fcntl
 import hashlib
 import json
 import math
 import multiprocessing
 import os
-import shutil
 import signal
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -34,20 +32,22 @@ from tqdm import tqdm
 import data
 from configurator import UserError
 from prepare import tokenizer as tokenizers
+from prepare.folders import FORMAT, HELPERS, checksum, finished_folder, replacing, sha256_of, shown, sizes_of, sync
 
-FORMAT = 1
 BATCH = 2**18                               # characters that one worker encodes at a time
-NOT_CONTENT = ('name', 'output_dir', 'input', 'num_workers', 'overwrite')   # settings that decide no token
+SHARD = 2**26                               # characters after which a killed run can go on
+NOT_CONTENT = ('name', 'output_dir', 'input', 'num_workers', 'overwrite', 'on_error')  # they decide no token
 
 
 @dataclass
 class Source:
     """Where documents come from."""
     name: str
-    documents: Callable     # () -> a fresh iterable of (text, amount of the source that it took)
+    documents: Callable     # (start=...) -> a fresh iterable of (text or UserError, amount of the source that it took)
     inputs: dict            # name -> sha256 of what the documents are read from or made by
-    total: float            # amount of the whole source, in `unit`s
+    total: float            # amount of the whole source, in `unit`s; None where nobody knows
     unit: str = 'B'
+    position: Callable = None   # () -> the `start`, as JSON, that goes on after the last document; None: no restart
 
 
 def write(source, config, log_prob=None):
@@ -56,10 +56,10 @@ def write(source, config, log_prob=None):
 
     `config` holds the settings of a prepare script: name, output_dir, tokenizer, vocab_size,
     tokenizer_sample_mb, val_fraction, num_workers, overwrite, and any of its own. All that decide the content
-    are recorded, and a finished folder is reused only if they and the inputs are the same. `log_prob(text)`,
-    in nats, is given where the true distribution of the documents is known: then the floor of the validation
-    loss is recorded too. Raises UserError for every mistake of the user's; a folder that was there is then as
-    it was.
+    are recorded, and a finished folder is reused only if they and the inputs are the same. Where it has
+    on_error='skip', documents that cannot be read are left out and counted. `log_prob(text)`, in nats, is
+    given where the true distribution of the documents is known: then the floor of the validation loss is
+    recorded too. Raises UserError for every mistake of the user's; a folder that was there is then as it was.
     """
     started = time.time()
     check_settings(config)
@@ -70,24 +70,28 @@ def write(source, config, log_prob=None):
         print(f'{shown(target)} is prepared already, with the same settings from the same input.')
         report(target, finished)
         return finished
-    with replacing(target) as folder:
-        corpus = Corpus(source, config['val_fraction'])
-        tokenizer = build_tokenizer(corpus, config)
-        (folder / 'tokenizer.json').write_text(tokenizer.to_json(), encoding='utf-8')
-        splits = encode_corpus(corpus, folder, tokenizer, config, log_prob)
-        check_splits(splits, corpus)
+    with replacing(target, arguments, source.inputs, config['overwrite']) as (folder, journal):
+        corpus = Corpus(source, config['val_fraction'], config.get('on_error', 'stop'))
+        if journal.state:
+            tokenizer = data.Tokenizer.load(folder)
+        else:
+            tokenizer = build_tokenizer(corpus, config)
+            (folder / 'tokenizer.json').write_text(tokenizer.to_json(), encoding='utf-8')
+            sync(folder / 'tokenizer.json')
+        splits = encode_corpus(corpus, folder, tokenizer, config, log_prob, journal)
+        check_splits(splits, corpus, journal)
         finished = describe(target, source, arguments, tokenizer, splits, corpus)
         if log_prob:
             finished['floor'] = floor(splits['val'])
-        finished['sha256'] = {path.name: sha256_of(path)
-                              for path in sorted(folder.iterdir()) if path.name != 'lock'}
+        finished['sha256'] = {path.name: sha256_of(path) for path in sorted(folder.iterdir())
+                              if path.name not in (*HELPERS, 'config.json')}
+        finished['checksum'] = checksum(finished)
         (folder / 'config.json').write_text(json.dumps(finished, indent=2, allow_nan=False) + '\n')
-    report(target, finished, f'{corpus.blank} blank documents left out, ' * bool(corpus.blank)
-           + f'{time.time() - started:.0f} s')
+    report(target, finished, f'{time.time() - started:.0f} s')
     return finished
 
 
-# ---------------------------------------------------------------------------- settings and finished folders
+# ---------------------------------------------------------------------------- settings
 
 def target_folder(config):
     name, output_dir = config['name'], config['output_dir']
@@ -108,6 +112,12 @@ def check_settings(config):
     if config['tokenizer_sample_mb'] <= 0:
         raise UserError(f'--tokenizer_sample_mb={config["tokenizer_sample_mb"]} leaves nothing to train a '
                         'tokenizer on; give the megabytes of text that it may see.')
+    if config.get('on_error', 'stop') not in ('stop', 'skip'):
+        raise UserError(f'--on_error={config["on_error"]} is neither stop nor skip; skip leaves out, and counts, '
+                        'what cannot be read.')
+    if config.get('max_seq_len', 0) < 0:
+        raise UserError(f'--max_seq_len={config["max_seq_len"]} is negative; give the tokens of a training row, '
+                        'or 0 for none in particular.')
     if kind == 'bpe' and vocab_size < smallest:
         raise UserError(f'--vocab_size={vocab_size} is too small; the bytes and the special tokens alone '
                         f'take {smallest}.')
@@ -120,123 +130,14 @@ def content_arguments(config):
     """The settings that decide the content of the files, as config.json records them."""
     arguments = {key: value for key, value in config.items() if key not in NOT_CONTENT}
     kind = config['tokenizer']
+    if not arguments.get('max_seq_len'):
+        arguments.pop('max_seq_len', None)
     if kind != 'bpe':
         del arguments['vocab_size'], arguments['tokenizer_sample_mb']
     if kind not in tokenizers.KINDS:    # by content, because a path may come to hold something else
         json_text = tokenizers.build(kind).to_json()
         arguments['tokenizer'] = f'sha256:{hashlib.sha256(json_text.encode()).hexdigest()}'
     return arguments
-
-
-def finished_folder(target, arguments, inputs, overwrite):
-    """The recorded config of a finished folder that fits; None where one is to be written."""
-    restore(target)
-    if not target.exists() or target.is_dir() and not any(target.iterdir()):
-        return None
-    try:
-        recorded = json.loads((target / 'config.json').read_text(encoding='utf-8'))
-        sizes = {}
-        for split, count in recorded['splits'].items():
-            sizes[f'{split}_tokens.bin'] = count['tokens'] * np.dtype(recorded['dtype']).itemsize
-            sizes[f'{split}_index.bin'] = (count['documents'] + 1) * 8
-        differing = differences(recorded, arguments, inputs)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:     # whatever else lies there
-        raise UserError(f'{target} exists and is no folder that was prepared here; move it away, '
-                        'or choose another --name or --output_dir.') from error
-    if overwrite:
-        return None
-    if differing:
-        raise UserError(f'{shown(target)} was prepared otherwise: {"; ".join(differing)}. '
-                        'Replace it with --overwrite, or choose another --name.')
-    for name, size in sizes.items():
-        if not (target / name).is_file() or (target / name).stat().st_size != size:
-            raise UserError(f'{target / name} is damaged: it should have {size} bytes. '
-                            'Prepare the folder again with --overwrite.')
-    return recorded
-
-
-def differences(recorded, arguments, inputs):
-    """What distinguishes the command from the recorded one, in words; inputs are compared by content."""
-    before, now = recorded['arguments'], json.loads(json.dumps(arguments))
-    words = [f'{key} was {before.get(key)} and is {now.get(key)}'
-             for key in now | before if before.get(key) != now.get(key)]
-    if recorded['format'] != FORMAT:
-        words.append(f'format was {recorded["format"]} and is {FORMAT}')
-    if list(recorded['inputs'].values()) != list(inputs.values()):
-        gone = [name for name, digest in recorded['inputs'].items() if digest not in inputs.values()]
-        new = [name for name, digest in inputs.items() if digest not in recorded['inputs'].values()]
-        words.append('the input is not the same' + f' (before: {", ".join(gone)})' * bool(gone)
-                     + f' (now: {", ".join(new)})' * bool(new))
-    return words
-
-
-@contextlib.contextmanager
-def replacing(target):
-    """
-    A hidden folder beside `target` that takes its place if the block succeeds and vanishes if it fails.
-
-    What is left of a killed run is cleared away by the next. The lock keeps two runs apart; it is a record
-    lock, which ends with this process and is not inherited by the workers.
-    """
-    folder, old = beside(target, 'partial'), beside(target, 'old')
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / 'lock', 'w') as lock:
-            lock_or_refuse(lock, target)
-            try:
-                for leftover in folder.iterdir():
-                    if leftover.name != 'lock':
-                        leftover.unlink()
-                yield folder
-                for path in (*folder.iterdir(), folder):
-                    sync(path)
-                shutil.rmtree(old, ignore_errors=True)
-                if target.exists():
-                    target.rename(old)
-                folder.rename(target)
-                (target / 'lock').unlink()
-                shutil.rmtree(old, ignore_errors=True)
-                sync(target.parent)
-            except BaseException:   # a keyboard interrupt too
-                shutil.rmtree(folder, ignore_errors=True)
-                restore(target)
-                raise
-    except OSError as error:
-        raise UserError(f'{target} could not be written ({error}); make room, check the permissions, '
-                        'or choose another --output_dir.') from error
-
-
-def beside(target, state):
-    return target.with_name(f'.{target.name}.{state}')
-
-
-def restore(target):
-    """Undo half of a replacement: the old folder had made room, the new one had not taken it."""
-    old = beside(target, 'old')
-    if old.exists() and not target.exists():
-        old.rename(target)
-
-
-def lock_or_refuse(lock, target):
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise UserError(f'Another process is preparing {target}; wait for it, '
-                        'or choose another --name.') from error
-
-
-def sync(path):
-    """Force a file or folder onto the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sha256_of(path):
-    with open(path, 'rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 # ---------------------------------------------------------------------------- documents and their splits
@@ -249,40 +150,61 @@ class Corpus:
     that is one document gives its last `val_fraction` of characters, as nanoGPT does.
     """
 
-    def __init__(self, source, val_fraction):
-        self.source, self.val_fraction = source, val_fraction
-        first = [text for text, _ in islice(self.texts(), 2)]
+    def __init__(self, source, val_fraction, on_error='stop'):
+        self.source, self.val_fraction, self.on_error = source, val_fraction, on_error
+        self.wrong = None                           # what was skipped last
+        first = list(islice(self.texts(), 2))
         if not first:
-            raise UserError(f'There is no text in {source.name}; give files that hold some.')
+            raise UserError(f'There is no text in {source.name}; give files that hold some.'
+                            + f' The last of {self.skipped} that were skipped: {self.wrong}' * bool(self.skipped))
         self.single = len(first) == 1
         self.opening = '\n' if '\n' in first[0] else first[0][0]     # a fresh sample of a single document
-        self.least_hash = 1.0                                       # a val_fraction above it takes a document
 
-    def texts(self):
-        """Yields (text, amount of the source that it took)."""
-        self.blank = 0
-        for text, amount in self.source.documents():
-            if not text or text.isspace():
+    def texts(self, state=None, tell=None):
+        """Yields texts, from the start or from `state` on; `tell(error)` hears of what is skipped."""
+        state = state or {'amount': 0, 'blank': 0, 'skipped': 0, 'least_hash': 1.0}
+        self.amount, self.blank, self.skipped = (state[key] for key in ('amount', 'blank', 'skipped'))
+        self.least_hash = state['least_hash']   # a val_fraction above it takes a document
+        start = [state['position']] if 'position' in state else []
+        for text, amount in self.source.documents(*start):
+            self.amount += amount
+            if isinstance(text, UserError):
+                self.skip(text, tell)
+            elif not text or text.isspace():
                 self.blank += 1
             else:
-                yield text, amount
+                yield text
 
-    def __iter__(self):
-        """Yields (split, text, amount of the source that it took)."""
-        for text, amount in self.texts():
+    def skip(self, error, tell):
+        if self.on_error == 'stop':
+            raise error
+        self.skipped += 1
+        self.wrong = error
+        if tell:
+            tell(error)
+
+    def state(self):
+        """All that texts() needs to go on after the last document; None where the source cannot."""
+        if self.single or not self.source.position:
+            return None
+        return {'amount': self.amount, 'blank': self.blank, 'skipped': self.skipped, 'least_hash': self.least_hash,
+                'position': self.source.position()}
+
+    def split(self, texts):
+        """Yields [(split, text)] for each of `texts`."""
+        for text in texts:
             if self.single:
                 cut = int(len(text) * (1 - self.val_fraction))
-                yield 'train', text[:cut], amount
-                yield 'val', text[cut:], 0
+                yield [('train', text[:cut]), ('val', text[cut:])]
             else:
                 position = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], 'big') / 2**64
                 self.least_hash = min(self.least_hash, position)
-                yield 'val' if position < self.val_fraction else 'train', text, amount
+                yield [('val' if position < self.val_fraction else 'train', text)]
 
     def sample(self, megabytes):
         """The training texts, as many as come first."""
         room = megabytes * 1e6
-        for split, text, _ in self:
+        for split, text in chain.from_iterable(self.split(self.texts())):
             if split == 'train':
                 yield text[:int(room)]
                 room -= len(text.encode())
@@ -292,16 +214,17 @@ class Corpus:
 
 def build_tokenizer(corpus, config):
     if config['tokenizer'] == 'char':
-        return tokenizers.build('char', (text for text, _ in corpus.texts()))
+        return tokenizers.build('char', corpus.texts())
     sample = corpus.sample(config['tokenizer_sample_mb'])
     return tokenizers.build(config['tokenizer'], sample, config['vocab_size'])
 
 
-def check_splits(splits, corpus):
+def check_splits(splits, corpus, journal):
     """An empty split is an error, with the fraction that would do."""
     count, fraction = sum(split.documents for split in splits.values()), corpus.val_fraction
     if all(split.tokens for split in splits.values()):
         return
+    journal.state = None    # with these settings there is nothing to go on with
     if corpus.single:
         raise UserError(f'The only document is too short to be split at --val_fraction={fraction}; '
                         'give more text.')
@@ -329,14 +252,22 @@ class Batch:
     ends: np.ndarray = None                     # where in `tokens` documents end
 
 
-class Split:
-    """The two growing files of one split."""
+@dataclass
+class Mark:
+    """A place where a killed run can go on, once all before it is on the disk."""
+    corpus: dict
 
-    def __init__(self, folder, name):
-        self.tokens = self.documents = self.bytes = self.nats = 0
-        self.token_file = open(folder / f'{name}_tokens.bin', 'wb')
-        self.index_file = open(folder / f'{name}_index.bin', 'wb')
-        self.index_file.write(np.uint64(0).tobytes())
+
+class Split:
+    """The two growing files of one split; `counts`, of an unfinished folder, say where they go on."""
+
+    def __init__(self, folder, name, width, counts):
+        counts = counts or {'tokens': 0, 'documents': 0, 'bytes': 0, 'nats': 0}
+        self.tokens, self.documents, self.bytes, self.nats = (
+            counts[key] for key in ('tokens', 'documents', 'bytes', 'nats'))
+        sizes = sizes_of(counts, width)
+        self.files = self.token_file, self.index_file = [
+            reopen(folder / f'{name}_{kind}.bin', sizes[kind]) for kind in ('tokens', 'index')]
 
     def append(self, batch):
         self.token_file.write(batch.tokens.tobytes())
@@ -346,62 +277,114 @@ class Split:
         self.bytes += batch.bytes
         self.nats += batch.nats
 
+    def counts(self):
+        return {'tokens': self.tokens, 'documents': self.documents, 'bytes': self.bytes, 'nats': self.nats}
+
+    def sync(self):
+        for file in self.files:
+            file.flush()
+            os.fsync(file.fileno())
+
     def close(self):
-        self.token_file.close()
-        self.index_file.close()
+        for file in self.files:
+            file.close()
 
 
-def encode_corpus(corpus, folder, tokenizer, config, log_prob):
+def reopen(path, size):
+    """The file at `path`, cut to `size` bytes, to be written from there on; a new one begins with `size` zeros."""
+    file = open(path, 'r+b' if path.exists() else 'wb')
+    file.truncate(size)
+    file.seek(size)
+    return file
+
+
+def encode_corpus(corpus, folder, tokenizer, config, log_prob, journal):
     """Write the token and index files; the Split of each name."""
     document_end = [] if corpus.single else [tokenizer.endoftext_id]
     num_workers = config['num_workers'] or os.cpu_count()
-    splits = {name: Split(folder, name) for name in ('train', 'val')}
-    setup = config['tokenizer'], tokenizer.to_json(), token_dtype(tokenizer), document_end
+    state, dtype = journal.state or {}, token_dtype(tokenizer)
+    splits = {name: Split(folder, name, dtype.itemsize, state.get('splits', {}).get(name))
+              for name in ('train', 'val')}
+    setup = config['tokenizer'], tokenizer.to_json(), dtype, document_end
     cut = tokenizers.pieces if config['tokenizer'] in tokenizers.KINDS else lambda text: [text]
-    bar = tqdm(total=corpus.source.total, unit=corpus.source.unit, unit_scale=True,
-               disable=None)    # shown on a terminal only
+    bar = tqdm(total=corpus.source.total, initial=state.get('corpus', {}).get('amount', 0), unit=corpus.source.unit,
+               unit_scale=True, disable=None)    # shown on a terminal only
     with bar, ProcessPoolExecutor(num_workers, initializer=start_worker, initargs=setup) as pool:
         try:
-            for batch in in_order(pool, encode, batches(corpus, cut, log_prob), window=3 * num_workers):
-                splits[batch.split].append(batch)
-                bar.update(batch.amount)
+            coming = batches(corpus, cut, log_prob, state.get('corpus'))
+            for batch in in_order(pool, encode, coming, window=4 * num_workers):
+                if isinstance(batch, Mark):
+                    for split in splits.values():
+                        split.sync()
+                    journal.write({'corpus': batch.corpus, 'width': dtype.itemsize,
+                                   'splits': {name: split.counts() for name, split in splits.items()}})
+                else:
+                    splits[batch.split].append(batch)
+                    bar.update(batch.amount)
         except BrokenProcessPool as error:
             raise UserError(f'A worker process was killed, as when memory runs out; give fewer than '
                             f'--num_workers={num_workers}.') from error
         finally:
+            pool.shutdown(cancel_futures=True)
             for split in splits.values():
                 split.close()
     return splits
 
 
-def batches(corpus, cut, log_prob):
-    """The corpus in Batches, each of one split, in an order that depends on nothing but the corpus."""
-    waiting = {name: Batch(name) for name in ('train', 'val')}
-    for split, text, amount in corpus:
-        waiting[split].amount += amount
-        if log_prob and split == 'val':
-            waiting[split].nats -= log_prob(text)
-        pieces = list(cut(text))
-        for number, piece in enumerate(pieces, 1):
-            batch = waiting[split]
-            batch.texts.append(piece)
-            batch.last.append(number == len(pieces))
-            batch.length += len(piece)
-            if batch.length >= BATCH:
-                yield batch
-                waiting[split] = Batch(split)
+def batches(corpus, cut, log_prob, state):
+    """The corpus in Batches, each of one split, in an order that depends on nothing but the corpus.
+
+    After each SHARD all that waits is sent on, and a Mark says how far the corpus was read.
+    """
+    def tell(error):
+        if corpus.skipped <= 10:
+            tqdm.write(f'skipped: {error}' + ' (and so on, silently)' * (corpus.skipped == 10), file=sys.stderr)
+
+    waiting, amount, shard = {name: Batch(name) for name in ('train', 'val')}, (state or {}).get('amount', 0), 0
+    for parts in corpus.split(corpus.texts(state, tell)):
+        for split, text in parts:
+            waiting[split].amount, amount = waiting[split].amount + corpus.amount - amount, corpus.amount
+            if log_prob and split == 'val':
+                waiting[split].nats -= log_prob(text)
+            pieces = list(cut(text))
+            for number, piece in enumerate(pieces, 1):
+                batch = waiting[split]
+                batch.texts.append(piece)
+                batch.last.append(number == len(pieces))
+                batch.length += len(piece)
+                if batch.length >= BATCH:
+                    yield batch
+                    waiting[split] = Batch(split)
+            shard += len(text)
+        if shard >= SHARD and (state := corpus.state()):
+            yield from (batch for batch in waiting.values() if batch.texts)
+            yield Mark(state)
+            waiting, shard = {name: Batch(name) for name in waiting}, 0
     yield from (batch for batch in waiting.values() if batch.texts)
 
 
 def in_order(pool, function, items, window):
-    """pool.map that reads at most `window` items ahead, so that memory stays flat."""
-    pending = deque()
-    for item in items:
-        pending.append(pool.submit(function, item))
+    """pool.map that reads at most `window` items ahead, so that memory stays flat; a Mark keeps its place."""
+    pending, items, failure = deque(), iter(items), None
+    while True:
+        try:
+            item = next(items)
+        except StopIteration:
+            break
+        except UserError as error:  # all that came before it is finished first
+            failure = error
+            break
+        if isinstance(item, Mark):
+            pending.append(Future())
+            pending[-1].set_result(item)
+        else:
+            pending.append(pool.submit(function, item))
         if len(pending) >= window:
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()
+    if failure:
+        raise failure
 
 
 def start_worker(kind, tokenizer_json, dtype, document_end):
@@ -423,11 +406,11 @@ def end_with_parent():
 def encode(batch):
     """In a worker: the batch with tokens instead of texts."""
     encode_batch, dtype, document_end = worker
-    rows = encode_batch(batch.texts)
-    for row, last in zip(rows, batch.last):
-        row.extend(document_end * last)
-    lengths = np.array([len(row) for row in rows], np.int64)
-    batch.tokens = np.fromiter(chain.from_iterable(rows), dtype, lengths.sum())
+    parts = []
+    for row, last in zip(encode_batch(batch.texts), batch.last):
+        parts += [np.asarray(row, dtype), np.asarray(document_end * last, dtype)]
+    batch.tokens = np.concatenate(parts)
+    lengths = np.array([len(part) for part in parts], np.int64).reshape(-1, 2).sum(1)
     batch.ends = lengths.cumsum()[np.array(batch.last)]
     batch.bytes = sum(len(text.encode()) for text in batch.texts)
     batch.texts = batch.last = None
@@ -449,6 +432,8 @@ def describe(target, source, arguments, tokenizer, splits, corpus):
         'special_ids': dict(zip(data.SPECIAL_TOKENS, ids)),
         'splits': {name: {'tokens': split.tokens, 'documents': split.documents, 'bytes': split.bytes}
                    for name, split in splits.items()},
+        'blank': corpus.blank, 'skipped': corpus.skipped,
+        **({'max_seq_len': arguments['max_seq_len']} if 'max_seq_len' in arguments else {}),
         'prompt_format': None, 'start_token': opening[0] if len(opening) == 1 else ids[0]}
 
 
@@ -460,13 +445,11 @@ def floor(split):
             'nats_per_story': split.nats / split.documents}
 
 
-def shown(target):
-    return target.relative_to(data.ROOT) if target.is_relative_to(data.ROOT) else target
-
-
 def report(target, finished, remarks=''):
     train, val = finished['splits']['train'], finished['splits']['val']
-    tokens = train['tokens'] + val['tokens']
+    tokens, blank, skipped = train['tokens'] + val['tokens'], finished.get('blank'), finished.get('skipped')
+    remarks = ', '.join(filter(None, [f'{blank} blank documents left out' * bool(blank),
+                                      f'{skipped} that could not be read left out' * bool(skipped), remarks]))
     print(f'{shown(target)}: {train["documents"]:,} + {val["documents"]:,} documents, '
           f'{train["tokens"]:,} + {val["tokens"]:,} tokens (training + validation), '
           f'{(train["bytes"] + val["bytes"]) / tokens:.2f} bytes per token, '

@@ -354,7 +354,7 @@ BAD_INPUT = {
     'a.jsonl: surrogate': ('{"text": "\\ud800"}\n', [], r'line 1: .*half a character'),
     'a.json: no list': ('{"text": "x"}', [], r'a\.json holds a dict .*not a list'),
     'a.json: field': ('[{"body": "x"}]', ['--field=title'], r"record 1: there is no field 'title', only 'bo"),
-    'a.parquet': ('PAR2', [], r'a\.parquet is no readable parquet'),
+    'a.parquet': ('PAR2', [], r'a\.parquet cannot be read to its end'),
     'a.txt: short': ('x', [], r'too short to be split'),
     'a.jsonl: no val': ('{"text": "x"}\n{"text": "y"}', ['--val_fraction=0.001'],
                         r'None of the 2 documents .*--val_fraction=0\.\d+ takes the first'),
