@@ -488,9 +488,9 @@ def test_sizes(size, millions):
 
 
 @pytest.mark.parametrize('changes, named', [
-    ({'norm': 'batch'}, "norm is 'batch'; choose rms or layer."),
+    ({'norm': 'batch'}, "norm is 'batch'; choose rms or rms_gain or layer."),
     ({'position': 'alibi'}, "position is 'alibi'; choose rope or learned."),
-    ({'mlp': 'swiglu'}, "mlp is 'swiglu'; choose relu2 or gelu."),
+    ({'mlp': 'glu'}, "mlp is 'glu'; choose relu2 or relu or gelu or gelu_tanh or swiglu."),
     ({'vocab_size': 0}, 'vocab_size is 0;'),
     ({'block_size': 0}, 'block_size is 0;'),
     ({'n_layer': -2}, 'n_layer is -2;'),
