@@ -190,13 +190,31 @@ def save_checkpoint(path, checkpoint):
     save_atomically(path, lambda file: torch.save({'format': CHECKPOINT_FORMAT, **checkpoint}, file))
 
 
-def load_checkpoint(path):
-    """The dict that `ckpt.pt` holds, its tensors on the CPU. `path`: the file, or a run folder."""
+def is_pretrained(path):
+    """Whether `path` is a Hugging Face folder or, where nothing is there, could be the name of a model of its hub."""
+    path = Path(path)
+    if path.is_dir():
+        settings = path / 'config.json'
+        return not (path / 'ckpt.pt').exists() and settings.is_file() and '"model_type"' in settings.read_text('utf-8')
+    owner = path.parent
+    return not path.exists() and path.suffix != '.pt' and not path.is_absolute() and len(path.parts) <= 2 and (
+        owner == Path() or not owner.exists())
+
+
+def load_checkpoint(path, token=None, revision=None, mmap=False):
+    """The dict that `ckpt.pt` holds, its tensors on the CPU.
+
+    path: the file, a run folder, a Hugging Face folder, or the id of a model of its hub, for which `token` and
+    `revision` are. mmap: leave the tensors on disk until they are used.
+    """
+    if is_pretrained(path):
+        import hf  # imports this module
+        return hf.load(path, token, revision)
     path = Path(path) / 'ckpt.pt' if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise UserError(f'There is no checkpoint at {path}; correct the path, or train one.')
     try:
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
     except Exception as error:  # damaged bytes make it fail in a dozen ways, OSError and KeyError among them
         reason = str(error).splitlines()[0] if str(error) else 'it ends too early'
         raise UserError(f'{path} is damaged or no checkpoint of ours ({reason}); take another one of the run, '

@@ -1,0 +1,560 @@
+"""Hugging Face checkpoints in and out, and adapters merged into their base.
+
+    python hf.py import FOLDER_OR_HUB_ID --out=ckpt.pt
+    python hf.py export ckpt.pt --out=FOLDER
+    python hf.py merge ADAPTER_FOLDER --base=ckpt.pt --out=merged.pt
+
+Families: gpt2, opt, llama (with it deepseek-coder, tinyllama, smollm), mistral, qwen2 and qwen2.5, qwen3. A
+family is a table of names and two functions: its config.json to the switches of ModelConfig, and back. Every
+other model of ours exports as the family 'diffusion-lm', which only this file reads.
+"""
+import argparse
+import contextlib
+import json
+import mmap
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import data
+import runtime
+from configurator import UserError, no_remote_code
+from model import ModelConfig
+
+NATIVE = 'diffusion-lm'
+SHARD_BYTES = 5 * 10 ** 9  # of an exported file, at most
+
+# ---------------------------------------------------------------------------- names: ours, theirs
+
+LLAMA = {'embedding': 'model.embed_tokens', 'blocks': 'model.layers', 'norm': 'model.norm', 'unembedding': 'lm_head',
+         'attention_norm': 'input_layernorm', 'attention.q': 'self_attn.q_proj', 'attention.k': 'self_attn.k_proj',
+         'attention.v': 'self_attn.v_proj', 'attention.out': 'self_attn.o_proj',
+         'attention.q_norm': 'self_attn.q_norm', 'attention.k_norm': 'self_attn.k_norm',
+         'mlp_norm': 'post_attention_layernorm', 'mlp.gate': 'mlp.gate_proj', 'mlp.up': 'mlp.up_proj',
+         'mlp.down': 'mlp.down_proj'}
+OPT = {'embedding': 'model.decoder.embed_tokens', 'positions': 'model.decoder.embed_positions',
+       'widen': 'model.decoder.project_in', 'narrow': 'model.decoder.project_out', 'blocks': 'model.decoder.layers',
+       'norm': 'model.decoder.final_layer_norm', 'unembedding': 'lm_head', 'attention_norm': 'self_attn_layer_norm',
+       'attention.q': 'self_attn.q_proj', 'attention.k': 'self_attn.k_proj', 'attention.v': 'self_attn.v_proj',
+       'attention.out': 'self_attn.out_proj', 'mlp_norm': 'final_layer_norm', 'mlp.up': 'fc1', 'mlp.down': 'fc2'}
+GPT2 = {'embedding': 'transformer.wte', 'positions': 'transformer.wpe', 'blocks': 'transformer.h',
+        'norm': 'transformer.ln_f', 'unembedding': 'lm_head', 'attention_norm': 'ln_1',
+        'attention.q': 'attn.c_attn', 'attention.k': 'attn.c_attn', 'attention.v': 'attn.c_attn',  # three in one
+        'attention.out': 'attn.c_proj', 'mlp_norm': 'ln_2', 'mlp.up': 'mlp.c_fc', 'mlp.down': 'mlp.c_proj'}
+NAMES = {'gpt2': GPT2, 'opt': OPT, 'llama': LLAMA, 'mistral': LLAMA, 'qwen2': LLAMA, 'qwen3': LLAMA}
+CLASSES = {'gpt2': 'GPT2LMHeadModel', 'opt': 'OPTForCausalLM', 'llama': 'LlamaForCausalLM',
+           'qwen2': 'Qwen2ForCausalLM', 'qwen3': 'Qwen3ForCausalLM'}
+BUFFERS = re.compile(r'.*\.(attn\.bias|attn\.masked_bias|rotary_emb\.inv_freq)')  # in old files, no weights
+QKV = ('attention.q', 'attention.k', 'attention.v')
+ACTIVATIONS = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu', 'relu': 'relu'}
+
+
+def their_module(module, family):
+    """The name of one of our modules in a family: blocks.3.mlp.up is transformer.h.3.mlp.c_fc in gpt2."""
+    names = NAMES[family]
+    if not module.startswith('blocks.'):
+        return names[module]
+    _, number, part = module.split('.', 2)
+    return f'{names["blocks"]}.{number}.{names[part]}'
+
+
+def their_name(name, family):
+    """Where a family keeps one of our tensors: its name, the third of it (0, 1, 2) or None for all, and whether
+    it lies there transposed. GPT-2's linear layers are (in, out), its queries, keys and values one of them."""
+    module, _, kind = name.rpartition('.')
+    part = module.split('.', 2)[-1]
+    third = QKV.index(part) if family == 'gpt2' and part in QKV else None
+    linear = part in QKV or part in ('attention.out', 'mlp.up', 'mlp.down')
+    return f'{their_module(module, family)}.{kind}', third, family == 'gpt2' and linear and kind == 'weight'
+
+
+# ---------------------------------------------------------------------------- config.json: theirs, ours
+
+def read_gpt2(c):
+    only(c, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
+    return dict(n_layer=c['n_layer'], n_head=c['n_head'], n_embd=c['n_embd'], block_size=c['n_positions'],
+                mlp_width=c.get('n_inner'), mlp=activation(c, 'activation_function', 'gelu_new'), norm='layer',
+                norm_eps=c.get('layer_norm_epsilon', 1e-5), position='learned', bias=True, qk_norm=False,
+                tied=c.get('tie_word_embeddings', True))
+
+
+def write_gpt2(c):
+    return dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, n_positions=c.block_size, n_inner=c.mlp_width,
+                activation_function=activation_name(c), layer_norm_epsilon=c.norm_eps or 1e-5,
+                resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+
+
+def read_opt(c):
+    only(c, enable_bias=True, layer_norm_elementwise_affine=True, _remove_final_layer_norm=False)
+    return dict(n_layer=c['num_hidden_layers'], n_head=c['num_attention_heads'], n_embd=c['hidden_size'],
+                block_size=c['max_position_embeddings'], position='learned', position_offset=2,
+                mlp_width=c['ffn_dim'], mlp=activation(c, 'activation_function', 'relu'), norm='layer', norm_eps=1e-5,
+                norm_after=not c.get('do_layer_norm_before', True), bias=True, qk_norm=False,
+                embedding_width=c.get('word_embed_proj_dim'), tied=c.get('tie_word_embeddings', True))
+
+
+def write_opt(c):
+    return dict(num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, hidden_size=c.n_embd, dropout=0.0,
+                max_position_embeddings=c.block_size, ffn_dim=c.mlp_width, activation_function=activation_name(c),
+                do_layer_norm_before=not c.norm_after, word_embed_proj_dim=c.embedding_width)
+
+
+def read_llama(c):
+    """llama, mistral, qwen2 and qwen3; transformers 5 writes rope_parameters, what came before it rope_scaling."""
+    only(c, hidden_act='silu', attention_bias=False, mlp_bias=False)
+    rope = c.get('rope_parameters') or {'rope_theta': c.get('rope_theta', 10000.0), **(c.get('rope_scaling') or {})}
+    kind = rope.get('rope_type', rope.get('type', 'default'))
+    if kind not in ('default', 'linear', 'llama3') or rope.get('partial_rotary_factor', 1.0) != 1:
+        raise UserError(f'Its rotary positions are {rope}; only the kinds default, linear and llama3 are known here.')
+    scaling = {key: rope[key] for key in ('factor', 'low_freq_factor', 'high_freq_factor',
+                                          'original_max_position_embeddings') if key in rope}
+    block_size = c['max_position_embeddings']
+    if c.get('sliding_window') and (c['model_type'] == 'mistral' or c.get('use_sliding_window')):
+        block_size = min(block_size, c['sliding_window'])  # up to there a window changes nothing
+    return dict(n_layer=c['num_hidden_layers'], n_head=c['num_attention_heads'], n_embd=c['hidden_size'],
+                n_kv_head=c.get('num_key_value_heads'), head_dim=c.get('head_dim'), block_size=block_size,
+                mlp_width=c['intermediate_size'], mlp='swiglu', norm='rms_gain', norm_eps=c.get('rms_norm_eps', 1e-6),
+                rope_theta=float(rope['rope_theta']),
+                rope_scaling=None if kind == 'default' else {'rope_type': kind, **scaling},
+                qkv_bias=c['model_type'] == 'qwen2', qk_norm=c['model_type'] == 'qwen3',
+                tied=c.get('tie_word_embeddings', False))
+
+
+def write_llama(c):
+    return dict(num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, hidden_size=c.n_embd, hidden_act='silu',
+                num_key_value_heads=c.n_kv_head, head_dim=c.head_dim, max_position_embeddings=c.block_size,
+                intermediate_size=c.mlp_width, rms_norm_eps=c.norm_eps or torch.finfo(torch.float32).eps,
+                rope_theta=c.rope_theta, rope_scaling=c.rope_scaling)
+
+
+READERS = {'gpt2': read_gpt2, 'opt': read_opt, **dict.fromkeys(('llama', 'mistral', 'qwen2', 'qwen3'), read_llama)}
+WRITERS = {'gpt2': write_gpt2, 'opt': write_opt, **dict.fromkeys(('llama', 'qwen2', 'qwen3'), write_llama)}
+
+
+def only(c, **wanted):
+    for key, value in wanted.items():
+        if c.get(key, value) != value:
+            raise UserError(f'It has {key}={c[key]!r}; only {value!r} is known here.')
+
+
+def activation(c, key, default):
+    name = c.get(key, default)
+    if name not in ACTIVATIONS:
+        raise UserError(f'It has {key}={name!r}; only {", ".join(ACTIVATIONS)} are known here.')
+    return ACTIVATIONS[name]
+
+
+def activation_name(c):
+    return next((theirs for theirs, ours in ACTIVATIONS.items() if ours == c.mlp), 'none')
+
+
+def switches(c, path):
+    """The fields of ModelConfig that a family's config.json `c` sets."""
+    if c['model_type'] not in READERS:
+        raise UserError(f'{path} is of the family {c["model_type"]!r}; choose one of {", ".join(READERS)}.')
+    try:
+        found = {'logit_softcap': 0.0, **READERS[c['model_type']](c), 'pretrained_rows': c['vocab_size']}
+    except KeyError as error:
+        raise UserError(f'{path}/config.json lacks {error}; download it again.') from error
+    except UserError as error:
+        raise UserError(f'{path} cannot be taken over exactly. {error}') from error
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def family_of(architecture, config):
+    """The family whose config.json says all that `config` says, with that config.json; or None, None.
+
+    Found by writing it in each family's words and reading it again: what comes back equal is exact.
+    """
+    chosen = {**vars(config), 'dropout': 0.0, 'gradient_checkpointing': False, 'shift': False}
+    if config.position == 'learned':
+        chosen['rope_theta'] = 10000.0  # has no meaning there
+    for family in WRITERS if architecture == 'ar' else ():
+        theirs = {'model_type': family, **WRITERS[family](config), 'tie_word_embeddings': config.tied}
+        with contextlib.suppress(UserError):  # an activation that the family has no word for
+            ours = switches({**theirs, 'vocab_size': config.pretrained_rows}, family)
+            again = ModelConfig(config.vocab_size, mask_id=config.mask_id, ignore_id=config.ignore_id, **ours)
+            again.norm_eps = again.norm_eps if config.norm_eps else None  # PyTorch's own, said in a number
+            if vars(again) == chosen:
+                return family, theirs
+    return None, None
+
+
+# ---------------------------------------------------------------------------- a folder's tensors
+
+def read_json(path):
+    try:
+        return json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError) as error:
+        raise UserError(f'{path} cannot be read ({error}); download the folder again.') from error
+
+
+def weight_files(folder):
+    """The files of a folder that hold its weights, safetensors before .bin."""
+    for single, index in (('model.safetensors', 'model.safetensors.index.json'),
+                          ('pytorch_model.bin', 'pytorch_model.bin.index.json')):
+        if (folder / index).is_file():
+            names = sorted(set(read_json(folder / index)['weight_map'].values()))
+            missing = [name for name in names if not (folder / name).is_file()]
+            if missing:
+                raise UserError(f'{folder} lacks {", ".join(missing)}, which its {index} lists; download it again.')
+            return [folder / name for name in names]
+        if (folder / single).is_file():
+            return [folder / single]
+    raise UserError(f'{folder} holds no weights: neither model.safetensors nor pytorch_model.bin, nor an index of '
+                    'several; give a folder that save_pretrained wrote.')
+
+
+def open_tensors(folder):
+    """{name: a function that returns the tensor}; files are mapped into memory, so only what is used is read."""
+    readers = {}
+    for path in weight_files(folder):
+        try:
+            if path.suffix == '.safetensors':
+                file = safetensors.safe_open(path, 'pt')
+                readers.update({name: lambda file=file, name=name: file.get_tensor(name) for name in file.keys()})
+            else:
+                tensors = load_bin(path)
+                readers.update({name: lambda tensor=tensor: tensor for name, tensor in tensors.items()})
+        except Exception as error:  # damaged bytes make both libraries fail in a dozen ways
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f'{path} is damaged or holds more than weights ({reason}); download it again.') from error
+    return readers
+
+
+def load_bin(path):
+    """The tensors of a .bin file; weights_only, because pickles run code."""
+    try:
+        return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+    except RuntimeError:  # the format before PyTorch 1.6 cannot be mapped
+        return torch.load(path, map_location='cpu', weights_only=True)
+
+
+def bare(name):
+    """A tensor's name without the prefix that old files and models without a head leave out."""
+    return re.sub(r'^(transformer|model)\.', '', name)
+
+
+def our_tensors(folder, family, config):
+    """{our name: a function that returns the tensor in our shape} for a family's folder, checked to be complete."""
+    readers = {bare(name): read for name, read in open_tensors(folder).items()}
+    with torch.device('meta'):
+        shapes = {name: tensor.shape for name, tensor in runtime.make_model('ar', **config).state_dict().items()}
+    theirs = {name: their_name(name, family) for name in shapes}
+    wanted = {bare(name): name for name, _, _ in theirs.values()}
+    tied = {'lm_head.weight'} if config['tied'] else set()  # a copy of the embedding
+    left_over = [name for name in readers if name not in wanted and name not in tied and not BUFFERS.match('.' + name)]
+    complain(folder, [wanted[name] for name in wanted if name not in readers], left_over)
+
+    def reader(name):
+        source, third, transposed = theirs[name]
+
+        def read():
+            tensor = readers[bare(source)]()
+            tensor = tensor if third is None else tensor.chunk(3, -1)[third]
+            tensor = tensor.T if transposed else tensor
+            if name in ('embedding.weight', 'unembedding.weight') and len(tensor) == config['pretrained_rows']:
+                return with_rows(tensor, shapes[name][0])
+            if tensor.shape != shapes[name]:
+                raise UserError(f'{folder}: {source} has the shape {tuple(tensor.shape)}, which does not fit its '
+                                f'config.json ({name} is {tuple(shapes[name])} here); download it again.')
+            return tensor
+        return read
+    return {name: reader(name) for name in shapes}
+
+
+def complain(folder, missing, left_over):
+    """A UserError that lists the tensors that a folder lacks or that no place is known for."""
+    parts = [f'{what}: {", ".join(sorted(names))}' for what, names in (('missing', missing), ('left over', left_over))
+             if names]
+    if parts:
+        raise UserError(f'The weights of {folder} do not fit its config.json ({"; ".join(parts)}); nothing was '
+                        'imported. Download it again, or correct config.json.')
+
+
+def with_rows(tensor, rows):
+    """The embedding or head with rows added, each the mean of those that there are."""
+    if len(tensor) >= rows:
+        return tensor
+    mean = tensor.float().mean(0, keepdim=True).to(tensor.dtype)
+    return torch.cat([tensor, mean.expand(rows - len(tensor), -1)])
+
+
+# ---------------------------------------------------------------------------- in
+
+def load(path, token=None, revision=None):
+    """The checkpoint of a Hugging Face folder or hub id, its tensors memory maps of the folder's files."""
+    checkpoint, readers = describe(Path(path) if Path(path).is_dir() else download(path, token, revision))
+    return {**checkpoint, 'model_state_dict': {name: read() for name, read in readers.items()}}
+
+
+def describe(folder):
+    """A folder's checkpoint without its tensors, and {name: a function that returns the tensor}."""
+    c = read_json(folder / 'config.json')
+    if c.get('model_type') == NATIVE:
+        return describe_native(folder, c)
+    if 'model_type' not in c:
+        raise UserError(f'{folder}/config.json names no model_type, so this is no model; give a folder that '
+                        'save_pretrained wrote.')
+    config, tokenizer = switches(c, folder), read_tokenizer(folder)
+    config['vocab_size'] = config['pretrained_rows'] if tokenizer is None else tokenizer.vocab_size
+    if tokenizer is not None:
+        config.update(mask_id=tokenizer.mask_id, ignore_id=tokenizer.ignore_id)
+    config = vars(checked_config(config))
+    checkpoint = {'architecture': 'ar', 'global_step': 0, 'model_config': config, 'train_config': {},
+                  'tokenizer': None if tokenizer is None else tokenizer.to_json(),
+                  'start_token': c['start_token'] if 'start_token' in c else start_of(folder, tokenizer),
+                  'prompt_format': c.get('prompt_format')}
+    if config['block_size'] < c.get('max_position_embeddings', 0):
+        print(f'{folder}: attention sees {config["block_size"]} tokens back (sliding_window), so block_size is that; '
+              'within it the model is the same.', file=sys.stderr)
+    return checkpoint, our_tensors(folder, c['model_type'], config)
+
+
+def checked_config(config):
+    try:
+        return ModelConfig(**config)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def describe_native(folder, c):
+    readers, tokenizer = open_tensors(folder), read_tokenizer(folder)
+    with torch.device('meta'):
+        expected = runtime.make_model(c['architecture'], **c['model_config']).state_dict()
+    complain(folder, set(expected) - set(readers), set(readers) - set(expected))
+    return {'architecture': c['architecture'], 'global_step': 0, 'model_config': c['model_config'],
+            'train_config': {}, 'tokenizer': tokenizer and tokenizer.to_json(), 'start_token': c['start_token'],
+            'prompt_format': c['prompt_format']}, readers
+
+
+def read_tokenizer(folder):
+    """A folder's data.Tokenizer; None, with a warning, where it has none."""
+    if not any((folder / name).is_file() for name in ('tokenizer.json', 'merges.txt')):
+        print(f'warning: {folder} has no tokenizer.json, so the model comes without one and can neither read nor '
+              'write text.', file=sys.stderr)
+        return None
+    return data.Tokenizer.load(folder)
+
+
+def start_of(folder, tokenizer):
+    """The id that stands before a text: what the tokenizer itself puts there, or <|endoftext|>."""
+    first = data.pretrained_token(folder, 'bos')
+    if tokenizer is None:
+        return first if isinstance(first, int) else 0
+    if tokenizer.own_start:
+        return tokenizer.own_start[0]
+    settings = folder / 'tokenizer_config.json'
+    if settings.is_file() and read_json(settings).get('add_bos_token') and isinstance(first, str):
+        return tokenizer.id_of(first)
+    return tokenizer.endoftext_id
+
+
+def download(name, token=None, revision=None):
+    """The local folder of a model of the hub."""
+    from huggingface_hub import snapshot_download  # comes with datasets; slow to import
+    try:
+        def get(*patterns):
+            return Path(snapshot_download(name, token=token or None, revision=revision or None,
+                                          allow_patterns=list(patterns)))
+        folder = get('*.json', 'merges.txt', 'model*.safetensors')
+        if not any(folder.glob('model*.safetensors')):
+            get('pytorch_model*.bin')
+        return folder
+    except Exception as error:  # the client's, the network's and httpx' own errors have no common class
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f'There is no checkpoint at {name}, and the Hugging Face hub gives no model by that name '
+                        f'({reason}); correct the path or name, or give a --token for a private model.') from error
+
+
+def write_streamed(path, checkpoint, readers):
+    """A ckpt.pt written tensor by tensor: first the file with room for them, then each in its place."""
+    def write(file):
+        with FakeTensorMode():  # shapes without memory
+            empty = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in sizes.items()}
+        with torch.serialization.skip_data(materialize_fake_tensors=True):
+            torch.save({'format': runtime.CHECKPOINT_FORMAT, **checkpoint, 'model_state_dict': empty}, file)
+        file.flush()
+        with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+            room = torch.load(file.name, mmap=True, weights_only=True)['model_state_dict']
+        for name, read in readers.items():
+            room[name].copy_(read())
+    sizes = {name: (tensor.shape, tensor.dtype) for name, tensor in ((name, read()) for name, read in readers.items())}
+    runtime.save_atomically(path, write)
+
+
+# ---------------------------------------------------------------------------- out
+
+def export(checkpoint, folder, family, c):
+    """Writes a checkpoint as a folder: as `family` with config.json `c`, or natively where that is None."""
+    config = ModelConfig(**checkpoint['model_config'])
+    weights = checkpoint.get('ema_state_dict') or checkpoint['model_state_dict']
+    rows = config.padded_vocab_size if family is None else kept_rows(config)
+    folder.mkdir(parents=True)
+    if family is None:
+        c = {'model_type': NATIVE, 'architecture': checkpoint['architecture'], 'model_config': vars(config)}
+        plan = {name: [name] for name in weights}
+    else:
+        c = {**c, 'architectures': [CLASSES[family]], 'vocab_size': rows}
+        plan = {}
+        for name in weights:
+            plan.setdefault(their_name(name, family)[0], []).append(name)
+    write_tokenizer(checkpoint, folder, c, None if family is None else rows)
+    shards = share_out(plan, weights)
+    names = [f'model-{i:05}-of-{len(shards):05}.safetensors' if len(shards) > 1 else 'model.safetensors'
+             for i in range(1, 1 + len(shards))]
+    for file, part in zip(names, shards):  # one shard's tensors in memory at a time
+        tensors = {theirs: joined([weights[name] for name in ours], ours, family, rows) for theirs, ours in part.items()}
+        safetensors.torch.save_file(tensors, folder / file, metadata={'format': 'pt'})
+    if len(shards) > 1:
+        total = sum(size_of(weights, ours) for ours in plan.values())
+        places = {theirs: file for file, part in zip(names, shards) for theirs in part}
+        runtime.write_json(folder / 'model.safetensors.index.json',
+                           {'metadata': {'total_size': total}, 'weight_map': places})
+    dtype = next(iter(weights.values())).dtype
+    runtime.write_json(folder / 'config.json', {**c, 'torch_dtype': str(dtype).removeprefix('torch.')})
+    return rows
+
+
+def kept_rows(config):
+    """Rows of the vocabulary as it came: without <|mask|> and <|ignore|>, where they are its last, and padding."""
+    if config.pretrained_rows:
+        return config.pretrained_rows
+    added = {config.mask_id, config.ignore_id} == {config.vocab_size - 2, config.vocab_size - 1}
+    return config.vocab_size - 2 * added
+
+
+def joined(tensors, names, family, rows):
+    """What a family keeps under one name, of our tensors; the vocabulary cut to its rows."""
+    transposed = family is not None and their_name(names[0], family)[2]
+    tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+    tensor = tensor[:rows] if names[0] in ('embedding.weight', 'unembedding.weight') else tensor
+    return (tensor.T if transposed else tensor).contiguous().clone()
+
+
+def size_of(weights, names):
+    return sum(weights[name].numel() * weights[name].element_size() for name in names)
+
+
+def share_out(plan, weights):
+    """The plan in parts of at most SHARD_BYTES, one tensor at least in each."""
+    shards, size = [{}], 0
+    for theirs, ours in plan.items():
+        if shards[-1] and size + size_of(weights, ours) > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][theirs] = ours
+        size += size_of(weights, ours)
+    return shards
+
+
+def write_tokenizer(checkpoint, folder, c, rows):
+    """tokenizer.json and what tells transformers where a text begins and ends; `c` gets the ids. rows: of a
+    family's vocabulary, which <|mask|> and <|ignore|> are no part of; None: they stay."""
+    start = checkpoint.get('start_token')
+    c.update(bos_token_id=start, start_token=start, prompt_format=checkpoint.get('prompt_format'))
+    if checkpoint['tokenizer'] is None:
+        return
+    tokenizer = data.Tokenizer(checkpoint['tokenizer'])
+    end = tokenizer.endoftext_id
+    names = {kind: tokenizer.name_of(i) for kind, i in (('bos_token', start), ('eos_token', end))}
+    text = tokenizer.to_json() if rows is None else without_own_tokens(tokenizer.to_json(), rows)
+    (folder / 'tokenizer.json').write_text(text, encoding='utf-8')
+    runtime.write_json(folder / 'tokenizer_config.json', {'tokenizer_class': 'PreTrainedTokenizerFast', **names})
+    c['eos_token_id'] = end
+    runtime.write_json(folder / 'generation_config.json', {'bos_token_id': start, 'eos_token_id': end})
+
+
+def without_own_tokens(text, rows):
+    """A tokenizer.json as it came: without the tokens and the template that data.Tokenizer added."""
+    tokenizer = json.loads(text)
+    tokenizer['added_tokens'] = [token for token in tokenizer['added_tokens'] if token['id'] < rows
+                                 and token['content'] not in (data.MASK, data.IGNORE)]
+    if data.end_in(tokenizer['post_processor']) is not None:
+        own = tokenizer['post_processor']['processors'][:-1]
+        tokenizer['post_processor'] = own[0] if own else None
+    return json.dumps(tokenizer, ensure_ascii=False)
+
+
+# ---------------------------------------------------------------------------- commands
+
+def import_command(source, out, token=None, revision=None):
+    folder = Path(source) if Path(source).is_dir() else download(source, token, revision)
+    checkpoint, readers = describe(folder)
+    write_streamed(out, checkpoint, readers)
+    config = checkpoint['model_config']
+    count = sum(read().numel() for read in readers.values())
+    print(f'{out}: {checkpoint["architecture"]}, {count:,} parameters, {config["n_layer"]} layers × '
+          f'{config["n_embd"]}, {config["vocab_size"]} tokens, rows of up to {config["block_size"]}')
+    added = config['vocab_size'] - (config['pretrained_rows'] or config['vocab_size'])
+    if added > 0:
+        print(f'{added} tokens were added to the vocabulary ({data.MASK}, {data.IGNORE}), with the mean of the '
+              'embedding; export leaves them out again.')
+
+
+def export_command(source, out):
+    checkpoint = runtime.load_checkpoint(source, mmap=True)
+    config = ModelConfig(**checkpoint['model_config'])
+    family, c = family_of(checkpoint['architecture'], config)
+    beside = out.with_name(out.name + '.tmp')
+    shutil.rmtree(beside, ignore_errors=True)
+    rows = export(checkpoint, beside, family, c)
+    if out.exists():  # with --overwrite
+        shutil.rmtree(out)
+    os.replace(beside, out)
+    if family is None:
+        print(f'{out}: of our own family {NATIVE!r} (architecture={checkpoint["architecture"]}), which transformers '
+              'cannot read; `python hf.py import`, and --init_from and --checkpoint of these scripts, can.')
+    else:
+        left_out = config.vocab_size - rows
+        print(f'{out}: of the family {family!r}, for transformers and what reads its files; {rows} tokens'
+              + (f', without the {left_out} that were added ({data.MASK}, {data.IGNORE})' if left_out > 0 else '') + '.')
+
+
+def main(words=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest='command', required=True)
+    for name, source in (('import', 'a Hugging Face folder or hub id'), ('export', 'a ckpt.pt or run folder'),
+                         ('merge', "a folder with an adapter in PEFT's format")):
+        command = commands.add_parser(name)
+        command.add_argument('source', help=source)
+        command.add_argument('--out', type=Path, required=True, help='what to write')
+        command.add_argument('--overwrite', action='store_true', help='replace what is there')
+        if name != 'export':
+            command.add_argument('--token', help='of the hub, for private models')
+            command.add_argument('--revision', help='a branch, tag or commit of the hub')
+            command.add_argument('--trust_remote_code', nargs='?', const='True', default='False')
+        if name == 'merge':
+            command.add_argument('--base', required=True, help='what the adapter was trained on')
+    args = parser.parse_args(words)
+    no_remote_code(getattr(args, 'trust_remote_code', 'False').lower() != 'false')
+    make_way(args.out, args.overwrite, folder=args.command == 'export')
+    if args.command == 'import':
+        import_command(args.source, args.out, args.token, args.revision)
+    elif args.command == 'export':
+        export_command(args.source, args.out)
+    else:
+        merge_command(args.source, args.base, args.out, args.token, args.revision)
+
+
+def make_way(out, overwrite, folder):
+    """A UserError where something is in the way of what is to be written, or its folder does not exist."""
+    if not out.absolute().parent.is_dir():
+        raise UserError(f'--out={out} lies in a folder that does not exist; make it, or choose another path.')
+    if out.is_dir() and not folder:
+        raise UserError(f'--out={out} is a folder; give the path of the ckpt.pt to write.')
+    if folder and out.exists() and not (out / 'config.json').is_file():
+        raise UserError(f'{out} is there and no exported model; choose another --out.')
+    if out.exists() and not overwrite:
+        raise UserError(f'{out} is already there; replace it with --overwrite, or choose another --out.')
+
+
+if __name__ == '__main__':
+    main()
