@@ -338,7 +338,7 @@ def make_rows(folder, split, architecture, block_size, mode, training):
 
 # ---------------------------------------------------------------------------- batches
 
-PERMUTE, MOVE, LEVEL, NOISE = range(4)  # what a random number is for: the first part of its key
+PERMUTE, MOVE, LEVEL, NOISE, OPEN = range(5)  # what a random number is for: the first part of its key
 
 
 class Batches:
@@ -426,6 +426,19 @@ def row_noise(places, num_places, row_length, key):
     levels = (strata + uniform(NOISE, *key, places, row_length)) / num_places
     tokens = uniform(NOISE, *key, places[:, None], np.arange(row_length))
     return np.concatenate([levels[:, None], tokens], axis=1).astype(np.float32)
+
+
+def opening(step, anneal_steps, length, seed, device='cpu'):
+    """What each position sees at a step on the way from causal to full attention: a mask (T, T), or None for all.
+
+    Each position ahead is seen with a probability that grows by 1 / anneal_steps per step (Gong et al. 2025,
+    DiffuLLaMA). It depends on (seed, step) only, so that all ranks and rows share it.
+    """
+    if step >= anneal_steps:
+        return None
+    generator = torch.Generator().manual_seed(int(random_bits(OPEN, seed, step)) >> 1)
+    ahead = torch.rand(length, length, generator=generator) < step / anneal_steps
+    return (ahead | torch.ones(length, length, dtype=torch.bool).tril()).to(device)
 
 
 def stack(rows, noise, pin):

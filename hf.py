@@ -11,7 +11,6 @@ other model of ours exports as the family 'diffusion-lm', which only this file r
 import argparse
 import contextlib
 import json
-import mmap
 import os
 import re
 import shutil
@@ -21,7 +20,6 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import data
 import runtime
@@ -213,24 +211,23 @@ def weight_files(folder):
 
 
 def open_tensors(folder):
-    """{name: a function that returns the tensor}; files are mapped into memory, so only what is used is read."""
-    readers = {}
+    """{name: tensor}; the files are mapped into memory, so that only what is looked at is read, piece by piece."""
+    tensors = {}
     for path in weight_files(folder):
         try:
             if path.suffix == '.safetensors':
                 file = safetensors.safe_open(path, 'pt')
-                readers.update({name: lambda file=file, name=name: file.get_tensor(name) for name in file.keys()})
+                tensors.update({name: file.get_tensor(name) for name in file.keys()})
             else:
-                tensors = load_bin(path)
-                readers.update({name: lambda tensor=tensor: tensor for name, tensor in tensors.items()})
+                tensors.update(load_bin(path))
         except Exception as error:  # damaged bytes make both libraries fail in a dozen ways
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f'{path} is damaged or holds more than weights ({reason}); download it again.') from error
-    return readers
+    return tensors
 
 
 def load_bin(path):
-    """The tensors of a .bin file; weights_only, because pickles run code."""
+    """The tensors of a .bin file by name; weights_only, because pickles run code."""
     try:
         return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     except RuntimeError:  # the format before PyTorch 1.6 cannot be mapped
@@ -243,31 +240,28 @@ def bare(name):
 
 
 def our_tensors(folder, family, config):
-    """{our name: a function that returns the tensor in our shape} for a family's folder, checked to be complete."""
-    readers = {bare(name): read for name, read in open_tensors(folder).items()}
+    """The state dict of our model from a family's folder: complete, and nothing left over."""
+    tensors = {bare(name): tensor for name, tensor in open_tensors(folder).items()}
     with torch.device('meta'):
         shapes = {name: tensor.shape for name, tensor in runtime.make_model('ar', **config).state_dict().items()}
-    theirs = {name: their_name(name, family) for name in shapes}
-    wanted = {bare(name): name for name, _, _ in theirs.values()}
+    places = {name: their_name(name, family) for name in shapes}
+    wanted = {bare(theirs): theirs for theirs, _, _ in places.values()}
     tied = {'lm_head.weight'} if config['tied'] else set()  # a copy of the embedding
-    left_over = [name for name in readers if name not in wanted and name not in tied and not BUFFERS.match('.' + name)]
-    complain(folder, [wanted[name] for name in wanted if name not in readers], left_over)
-
-    def reader(name):
-        source, third, transposed = theirs[name]
-
-        def read():
-            tensor = readers[bare(source)]()
-            tensor = tensor if third is None else tensor.chunk(3, -1)[third]
-            tensor = tensor.T if transposed else tensor
-            if name in ('embedding.weight', 'unembedding.weight') and len(tensor) == config['pretrained_rows']:
-                return with_rows(tensor, shapes[name][0])
-            if tensor.shape != shapes[name]:
-                raise UserError(f'{folder}: {source} has the shape {tuple(tensor.shape)}, which does not fit its '
-                                f'config.json ({name} is {tuple(shapes[name])} here); download it again.')
-            return tensor
-        return read
-    return {name: reader(name) for name in shapes}
+    left_over = [name for name in tensors if name not in wanted and name not in tied and not BUFFERS.match('.' + name)]
+    complain(folder, [wanted[name] for name in wanted if name not in tensors], left_over)
+    state = {}
+    for name, (theirs, third, transposed) in places.items():
+        tensor = tensors[bare(theirs)]
+        tensor = tensor if third is None else tensor.chunk(3, -1)[third]
+        tensor = tensor.T if transposed else tensor
+        if name in ('embedding.weight', 'unembedding.weight') and len(tensor) == config['pretrained_rows']:
+            tensor = with_rows(tensor, shapes[name][0])
+        if tensor.shape != shapes[name]:
+            shape = tuple(tensors[bare(theirs)].shape)
+            raise UserError(f'{folder}: {theirs} has the shape {shape}, which does not fit '
+                            f'its config.json ({name} is {tuple(shapes[name])} here); download it again.')
+        state[name] = tensor
+    return state
 
 
 def complain(folder, missing, left_over):
@@ -290,16 +284,11 @@ def with_rows(tensor, rows):
 # ---------------------------------------------------------------------------- in
 
 def load(path, token=None, revision=None):
-    """The checkpoint of a Hugging Face folder or hub id, its tensors memory maps of the folder's files."""
-    checkpoint, readers = describe(Path(path) if Path(path).is_dir() else download(path, token, revision))
-    return {**checkpoint, 'model_state_dict': {name: read() for name, read in readers.items()}}
-
-
-def describe(folder):
-    """A folder's checkpoint without its tensors, and {name: a function that returns the tensor}."""
+    """The checkpoint of a Hugging Face folder or hub id; its tensors lie in the folder's files until they are used."""
+    folder = Path(path) if Path(path).is_dir() else download(path, token, revision)
     c = read_json(folder / 'config.json')
     if c.get('model_type') == NATIVE:
-        return describe_native(folder, c)
+        return load_native(folder, c)
     if 'model_type' not in c:
         raise UserError(f'{folder}/config.json names no model_type, so this is no model; give a folder that '
                         'save_pretrained wrote.')
@@ -308,14 +297,14 @@ def describe(folder):
     if tokenizer is not None:
         config.update(mask_id=tokenizer.mask_id, ignore_id=tokenizer.ignore_id)
     config = vars(checked_config(config))
-    checkpoint = {'architecture': 'ar', 'global_step': 0, 'model_config': config, 'train_config': {},
-                  'tokenizer': None if tokenizer is None else tokenizer.to_json(),
-                  'start_token': c['start_token'] if 'start_token' in c else start_of(folder, tokenizer),
-                  'prompt_format': c.get('prompt_format')}
     if config['block_size'] < c.get('max_position_embeddings', 0):
         print(f'{folder}: attention sees {config["block_size"]} tokens back (sliding_window), so block_size is that; '
               'within it the model is the same.', file=sys.stderr)
-    return checkpoint, our_tensors(folder, c['model_type'], config)
+    return {'architecture': 'ar', 'global_step': 0, 'model_config': config, 'train_config': {},
+            'model_state_dict': our_tensors(folder, c['model_type'], config),
+            'tokenizer': None if tokenizer is None else tokenizer.to_json(),
+            'start_token': c['start_token'] if 'start_token' in c else start_of(folder, tokenizer),
+            'prompt_format': c.get('prompt_format')}
 
 
 def checked_config(config):
@@ -325,14 +314,14 @@ def checked_config(config):
         raise UserError(str(error)) from error
 
 
-def describe_native(folder, c):
-    readers, tokenizer = open_tensors(folder), read_tokenizer(folder)
+def load_native(folder, c):
+    tensors, tokenizer = open_tensors(folder), read_tokenizer(folder)
     with torch.device('meta'):
         expected = runtime.make_model(c['architecture'], **c['model_config']).state_dict()
-    complain(folder, set(expected) - set(readers), set(readers) - set(expected))
-    return {'architecture': c['architecture'], 'global_step': 0, 'model_config': c['model_config'],
-            'train_config': {}, 'tokenizer': tokenizer and tokenizer.to_json(), 'start_token': c['start_token'],
-            'prompt_format': c['prompt_format']}, readers
+    complain(folder, set(expected) - set(tensors), set(tensors) - set(expected))
+    return {'architecture': c['architecture'], 'global_step': 0, 'model_config': c['model_config'], 'train_config': {},
+            'model_state_dict': tensors, 'tokenizer': tokenizer and tokenizer.to_json(),
+            'start_token': c['start_token'], 'prompt_format': c['prompt_format']}
 
 
 def read_tokenizer(folder):
@@ -374,22 +363,6 @@ def download(name, token=None, revision=None):
                         f'({reason}); correct the path or name, or give a --token for a private model.') from error
 
 
-def write_streamed(path, checkpoint, readers):
-    """A ckpt.pt written tensor by tensor: first the file with room for them, then each in its place."""
-    def write(file):
-        with FakeTensorMode():  # shapes without memory
-            empty = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in sizes.items()}
-        with torch.serialization.skip_data(materialize_fake_tensors=True):
-            torch.save({'format': runtime.CHECKPOINT_FORMAT, **checkpoint, 'model_state_dict': empty}, file)
-        file.flush()
-        with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
-            room = torch.load(file.name, mmap=True, weights_only=True)['model_state_dict']
-        for name, read in readers.items():
-            room[name].copy_(read())
-    sizes = {name: (tensor.shape, tensor.dtype) for name, tensor in ((name, read()) for name, read in readers.items())}
-    runtime.save_atomically(path, write)
-
-
 # ---------------------------------------------------------------------------- out
 
 def export(checkpoint, folder, family, c):
@@ -411,7 +384,8 @@ def export(checkpoint, folder, family, c):
     names = [f'model-{i:05}-of-{len(shards):05}.safetensors' if len(shards) > 1 else 'model.safetensors'
              for i in range(1, 1 + len(shards))]
     for file, part in zip(names, shards):  # one shard's tensors in memory at a time
-        tensors = {theirs: joined([weights[name] for name in ours], ours, family, rows) for theirs, ours in part.items()}
+        tensors = {theirs: joined([weights[name] for name in ours], ours, family, rows)
+                   for theirs, ours in part.items()}
         safetensors.torch.save_file(tensors, folder / file, metadata={'format': 'pt'})
     if len(shards) > 1:
         total = sum(size_of(weights, ours) for ours in plan.values())
@@ -486,11 +460,10 @@ def without_own_tokens(text, rows):
 # ---------------------------------------------------------------------------- commands
 
 def import_command(source, out, token=None, revision=None):
-    folder = Path(source) if Path(source).is_dir() else download(source, token, revision)
-    checkpoint, readers = describe(folder)
-    write_streamed(out, checkpoint, readers)
+    checkpoint = load(source, token, revision)
+    runtime.save_checkpoint(out, checkpoint)
     config = checkpoint['model_config']
-    count = sum(read().numel() for read in readers.values())
+    count = sum(tensor.numel() for tensor in checkpoint['model_state_dict'].values())
     print(f'{out}: {checkpoint["architecture"]}, {count:,} parameters, {config["n_layer"]} layers × '
           f'{config["n_embd"]}, {config["vocab_size"]} tokens, rows of up to {config["block_size"]}')
     added = config['vocab_size'] - (config['pretrained_rows'] or config['vocab_size'])
@@ -515,7 +488,7 @@ def export_command(source, out):
     else:
         left_out = config.vocab_size - rows
         print(f'{out}: of the family {family!r}, for transformers and what reads its files; {rows} tokens'
-              + (f', without the {left_out} that were added ({data.MASK}, {data.IGNORE})' if left_out > 0 else '') + '.')
+              + (f', without the {left_out} that were added ({data.MASK}, {data.IGNORE}).' if left_out > 0 else '.'))
 
 
 def main(words=None):

@@ -13,7 +13,7 @@ from configurator import UserError, configure
 from data import Tokenizer
 from sampling import generate
 
-checkpoint = ''          # a ckpt.pt, run folder, Hugging Face folder or hub id; empty: the newest under out/
+checkpoint = ''          # a ckpt.pt, run folder, Hugging Face folder or hub id; empty: newest under out/
 token = ''               # of the Hugging Face hub, for private models
 revision = ''            # a branch, tag or commit of the hub
 prompt = ''              # the text to continue, or FILE:path; empty: a new text
@@ -80,7 +80,8 @@ tokenizer = Tokenizer(state['tokenizer'])
 model = runtime.load_model(state, run.device)
 
 ids = with_gaps(infill, tokenizer) if infill else tokenizer.encode(read_prompt(prompt))
-# A text begins after the end of another, or a token of its own; where the data was one long text, only an empty prompt needs a start.
+# A text begins after the end of another, or after a token of its own; where the data was one long text, only an
+# empty prompt needs a start.
 is_special = not tokenizer.decode([state['start_token']])
 start = [state['start_token']] if not ids or is_special else []
 with run.autocast():
