@@ -383,10 +383,9 @@ def export(checkpoint, folder, family, c):
     shards = share_out(plan, weights)
     names = [f'model-{i:05}-of-{len(shards):05}.safetensors' if len(shards) > 1 else 'model.safetensors'
              for i in range(1, 1 + len(shards))]
-    for file, part in zip(names, shards):  # one shard's tensors in memory at a time
-        tensors = {theirs: joined([weights[name] for name in ours], ours, family, rows)
-                   for theirs, ours in part.items()}
-        safetensors.torch.save_file(tensors, folder / file, metadata={'format': 'pt'})
+    for file, part in zip(names, shards):  # what has to be copied is in memory for one shard at a time
+        safetensors.torch.save_file({theirs: joined([weights[name] for name in ours], ours, family, rows)
+                                     for theirs, ours in part.items()}, folder / file, metadata={'format': 'pt'})
     if len(shards) > 1:
         total = sum(size_of(weights, ours) for ours in plan.values())
         places = {theirs: file for file, part in zip(names, shards) for theirs in part}
@@ -410,7 +409,7 @@ def joined(tensors, names, family, rows):
     transposed = family is not None and their_name(names[0], family)[2]
     tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
     tensor = tensor[:rows] if names[0] in ('embedding.weight', 'unembedding.weight') else tensor
-    return (tensor.T if transposed else tensor).contiguous().clone()
+    return (tensor.T if transposed else tensor).contiguous()
 
 
 def size_of(weights, names):
