@@ -490,6 +490,23 @@ def export_command(source, out):
               + (f', without the {left_out} that were added ({data.MASK}, {data.IGNORE}).' if left_out > 0 else '.'))
 
 
+@torch.no_grad()
+def merge_command(adapter, base, out, token=None, revision=None):
+    import lora  # imports this module
+    checkpoint = runtime.load_checkpoint(base, token, revision)
+    model = runtime.load_model(checkpoint, 'cpu')
+    tokens = torch.randint(0, model.config.vocab_size, (4, min(64, model.config.block_size)),
+                           generator=torch.Generator().manual_seed(0))
+    lora.load_adapter(model, adapter)
+    before = model.logits(tokens)
+    lora.merge(model)
+    difference = (model.logits(tokens) - before)[before.isfinite()].abs().max().item()
+    kept = {key: value for key, value in checkpoint.items() if not key.endswith('_state_dict')}
+    runtime.save_checkpoint(out, {**kept, 'model_state_dict': model.state_dict()})
+    print(f'{out}: {base} with {adapter} in its weights, in float32; its logits differ from those with the adapter '
+          f'beside them by {difference:.1e} at most.')
+
+
 def main(words=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest='command', required=True)
