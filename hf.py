@@ -4,15 +4,12 @@
     python hf.py export ckpt.pt --out=FOLDER
     python hf.py merge ADAPTER_FOLDER --base=ckpt.pt --out=merged.pt
 
-Families: gpt2, opt, llama (with it deepseek-coder, tinyllama, smollm), mistral, qwen2 and qwen2.5, qwen3. A
-family is a table of names and two functions: its config.json to the switches of ModelConfig, and back. Every
-other model of ours exports as the family 'diffusion-lm', which only this file reads.
+The families that it knows are in families.py. Every other model of ours exports as the family 'diffusion-lm',
+which only this file reads.
 """
 import argparse
-import contextlib
 import json
 import os
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -22,167 +19,13 @@ import safetensors.torch
 import torch
 
 import data
+import families
 import runtime
 from configurator import UserError, no_remote_code
 from model import ModelConfig
 
 NATIVE = 'diffusion-lm'
 SHARD_BYTES = 5 * 10 ** 9  # of an exported file, at most
-
-# ---------------------------------------------------------------------------- names: ours, theirs
-
-LLAMA = {'embedding': 'model.embed_tokens', 'blocks': 'model.layers', 'norm': 'model.norm', 'unembedding': 'lm_head',
-         'attention_norm': 'input_layernorm', 'attention.q': 'self_attn.q_proj', 'attention.k': 'self_attn.k_proj',
-         'attention.v': 'self_attn.v_proj', 'attention.out': 'self_attn.o_proj',
-         'attention.q_norm': 'self_attn.q_norm', 'attention.k_norm': 'self_attn.k_norm',
-         'mlp_norm': 'post_attention_layernorm', 'mlp.gate': 'mlp.gate_proj', 'mlp.up': 'mlp.up_proj',
-         'mlp.down': 'mlp.down_proj'}
-OPT = {'embedding': 'model.decoder.embed_tokens', 'positions': 'model.decoder.embed_positions',
-       'widen': 'model.decoder.project_in', 'narrow': 'model.decoder.project_out', 'blocks': 'model.decoder.layers',
-       'norm': 'model.decoder.final_layer_norm', 'unembedding': 'lm_head', 'attention_norm': 'self_attn_layer_norm',
-       'attention.q': 'self_attn.q_proj', 'attention.k': 'self_attn.k_proj', 'attention.v': 'self_attn.v_proj',
-       'attention.out': 'self_attn.out_proj', 'mlp_norm': 'final_layer_norm', 'mlp.up': 'fc1', 'mlp.down': 'fc2'}
-GPT2 = {'embedding': 'transformer.wte', 'positions': 'transformer.wpe', 'blocks': 'transformer.h',
-        'norm': 'transformer.ln_f', 'unembedding': 'lm_head', 'attention_norm': 'ln_1',
-        'attention.q': 'attn.c_attn', 'attention.k': 'attn.c_attn', 'attention.v': 'attn.c_attn',  # three in one
-        'attention.out': 'attn.c_proj', 'mlp_norm': 'ln_2', 'mlp.up': 'mlp.c_fc', 'mlp.down': 'mlp.c_proj'}
-NAMES = {'gpt2': GPT2, 'opt': OPT, 'llama': LLAMA, 'mistral': LLAMA, 'qwen2': LLAMA, 'qwen3': LLAMA}
-CLASSES = {'gpt2': 'GPT2LMHeadModel', 'opt': 'OPTForCausalLM', 'llama': 'LlamaForCausalLM',
-           'qwen2': 'Qwen2ForCausalLM', 'qwen3': 'Qwen3ForCausalLM'}
-BUFFERS = re.compile(r'.*\.(attn\.bias|attn\.masked_bias|rotary_emb\.inv_freq)')  # in old files, no weights
-QKV = ('attention.q', 'attention.k', 'attention.v')
-ACTIVATIONS = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu', 'relu': 'relu'}
-
-
-def their_module(module, family):
-    """The name of one of our modules in a family: blocks.3.mlp.up is transformer.h.3.mlp.c_fc in gpt2."""
-    names = NAMES[family]
-    if not module.startswith('blocks.'):
-        return names[module]
-    _, number, part = module.split('.', 2)
-    return f'{names["blocks"]}.{number}.{names[part]}'
-
-
-def their_name(name, family):
-    """Where a family keeps one of our tensors: its name, the third of it (0, 1, 2) or None for all, and whether
-    it lies there transposed. GPT-2's linear layers are (in, out), its queries, keys and values one of them."""
-    module, _, kind = name.rpartition('.')
-    part = module.split('.', 2)[-1]
-    third = QKV.index(part) if family == 'gpt2' and part in QKV else None
-    linear = part in QKV or part in ('attention.out', 'mlp.up', 'mlp.down')
-    return f'{their_module(module, family)}.{kind}', third, family == 'gpt2' and linear and kind == 'weight'
-
-
-# ---------------------------------------------------------------------------- config.json: theirs, ours
-
-def read_gpt2(c):
-    only(c, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
-    return dict(n_layer=c['n_layer'], n_head=c['n_head'], n_embd=c['n_embd'], block_size=c['n_positions'],
-                mlp_width=c.get('n_inner'), mlp=activation(c, 'activation_function', 'gelu_new'), norm='layer',
-                norm_eps=c.get('layer_norm_epsilon', 1e-5), position='learned', bias=True, qk_norm=False,
-                tied=c.get('tie_word_embeddings', True))
-
-
-def write_gpt2(c):
-    return dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, n_positions=c.block_size, n_inner=c.mlp_width,
-                activation_function=activation_name(c), layer_norm_epsilon=c.norm_eps or 1e-5,
-                resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-
-
-def read_opt(c):
-    only(c, enable_bias=True, layer_norm_elementwise_affine=True, _remove_final_layer_norm=False)
-    return dict(n_layer=c['num_hidden_layers'], n_head=c['num_attention_heads'], n_embd=c['hidden_size'],
-                block_size=c['max_position_embeddings'], position='learned', position_offset=2,
-                mlp_width=c['ffn_dim'], mlp=activation(c, 'activation_function', 'relu'), norm='layer', norm_eps=1e-5,
-                norm_after=not c.get('do_layer_norm_before', True), bias=True, qk_norm=False,
-                embedding_width=c.get('word_embed_proj_dim'), tied=c.get('tie_word_embeddings', True))
-
-
-def write_opt(c):
-    return dict(num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, hidden_size=c.n_embd, dropout=0.0,
-                max_position_embeddings=c.block_size, ffn_dim=c.mlp_width, activation_function=activation_name(c),
-                do_layer_norm_before=not c.norm_after, word_embed_proj_dim=c.embedding_width)
-
-
-def read_llama(c):
-    """llama, mistral, qwen2 and qwen3; transformers 5 writes rope_parameters, what came before it rope_scaling."""
-    only(c, hidden_act='silu', attention_bias=False, mlp_bias=False)
-    rope = c.get('rope_parameters') or {'rope_theta': c.get('rope_theta', 10000.0), **(c.get('rope_scaling') or {})}
-    kind = rope.get('rope_type', rope.get('type', 'default'))
-    if kind not in ('default', 'linear', 'llama3') or rope.get('partial_rotary_factor', 1.0) != 1:
-        raise UserError(f'Its rotary positions are {rope}; only the kinds default, linear and llama3 are known here.')
-    scaling = {key: rope[key] for key in ('factor', 'low_freq_factor', 'high_freq_factor',
-                                          'original_max_position_embeddings') if key in rope}
-    block_size = c['max_position_embeddings']
-    if c.get('sliding_window') and (c['model_type'] == 'mistral' or c.get('use_sliding_window')):
-        block_size = min(block_size, c['sliding_window'])  # up to there a window changes nothing
-    return dict(n_layer=c['num_hidden_layers'], n_head=c['num_attention_heads'], n_embd=c['hidden_size'],
-                n_kv_head=c.get('num_key_value_heads'), head_dim=c.get('head_dim'), block_size=block_size,
-                mlp_width=c['intermediate_size'], mlp='swiglu', norm='rms_gain', norm_eps=c.get('rms_norm_eps', 1e-6),
-                rope_theta=float(rope['rope_theta']),
-                rope_scaling=None if kind == 'default' else {'rope_type': kind, **scaling},
-                qkv_bias=c['model_type'] == 'qwen2', qk_norm=c['model_type'] == 'qwen3',
-                tied=c.get('tie_word_embeddings', False))
-
-
-def write_llama(c):
-    return dict(num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, hidden_size=c.n_embd, hidden_act='silu',
-                num_key_value_heads=c.n_kv_head, head_dim=c.head_dim, max_position_embeddings=c.block_size,
-                intermediate_size=c.mlp_width, rms_norm_eps=c.norm_eps or torch.finfo(torch.float32).eps,
-                rope_theta=c.rope_theta, rope_scaling=c.rope_scaling)
-
-
-READERS = {'gpt2': read_gpt2, 'opt': read_opt, **dict.fromkeys(('llama', 'mistral', 'qwen2', 'qwen3'), read_llama)}
-WRITERS = {'gpt2': write_gpt2, 'opt': write_opt, **dict.fromkeys(('llama', 'qwen2', 'qwen3'), write_llama)}
-
-
-def only(c, **wanted):
-    for key, value in wanted.items():
-        if c.get(key, value) != value:
-            raise UserError(f'It has {key}={c[key]!r}; only {value!r} is known here.')
-
-
-def activation(c, key, default):
-    name = c.get(key, default)
-    if name not in ACTIVATIONS:
-        raise UserError(f'It has {key}={name!r}; only {", ".join(ACTIVATIONS)} are known here.')
-    return ACTIVATIONS[name]
-
-
-def activation_name(c):
-    return next((theirs for theirs, ours in ACTIVATIONS.items() if ours == c.mlp), 'none')
-
-
-def switches(c, path):
-    """The fields of ModelConfig that a family's config.json `c` sets."""
-    if c['model_type'] not in READERS:
-        raise UserError(f'{path} is of the family {c["model_type"]!r}; choose one of {", ".join(READERS)}.')
-    try:
-        found = {'logit_softcap': 0.0, **READERS[c['model_type']](c), 'pretrained_rows': c['vocab_size']}
-    except KeyError as error:
-        raise UserError(f'{path}/config.json lacks {error}; download it again.') from error
-    except UserError as error:
-        raise UserError(f'{path} cannot be taken over exactly. {error}') from error
-    return {key: value for key, value in found.items() if value is not None}
-
-
-def family_of(architecture, config):
-    """The family whose config.json says all that `config` says, with that config.json; or None, None.
-
-    Found by writing it in each family's words and reading it again: what comes back equal is exact.
-    """
-    chosen = {**vars(config), 'dropout': 0.0, 'gradient_checkpointing': False, 'shift': False}
-    if config.position == 'learned':
-        chosen['rope_theta'] = 10000.0  # has no meaning there
-    for family in WRITERS if architecture == 'ar' else ():
-        theirs = {'model_type': family, **WRITERS[family](config), 'tie_word_embeddings': config.tied}
-        with contextlib.suppress(UserError):  # an activation that the family has no word for
-            ours = switches({**theirs, 'vocab_size': config.pretrained_rows}, family)
-            again = ModelConfig(config.vocab_size, mask_id=config.mask_id, ignore_id=config.ignore_id, **ours)
-            again.norm_eps = again.norm_eps if config.norm_eps else None  # PyTorch's own, said in a number
-            if vars(again) == chosen:
-                return family, theirs
-    return None, None
 
 
 # ---------------------------------------------------------------------------- a folder's tensors
@@ -199,7 +42,7 @@ def weight_files(folder):
     for single, index in (('model.safetensors', 'model.safetensors.index.json'),
                           ('pytorch_model.bin', 'pytorch_model.bin.index.json')):
         if (folder / index).is_file():
-            names = sorted(set(read_json(folder / index)['weight_map'].values()))
+            names = sorted(set(read_json(folder / index).get('weight_map', {}).values()))
             missing = [name for name in names if not (folder / name).is_file()]
             if missing:
                 raise UserError(f'{folder} lacks {", ".join(missing)}, which its {index} lists; download it again.')
@@ -234,40 +77,33 @@ def load_bin(path):
         return torch.load(path, map_location='cpu', weights_only=True)
 
 
-def bare(name):
-    """A tensor's name without the prefix that old files and models without a head leave out."""
-    return re.sub(r'^(transformer|model)\.', '', name)
-
-
 def our_tensors(folder, family, config):
     """The state dict of our model from a family's folder: complete, and nothing left over."""
-    tensors = {bare(name): tensor for name, tensor in open_tensors(folder).items()}
+    tensors = {families.bare(name): tensor for name, tensor in open_tensors(folder).items()}
     with torch.device('meta'):
         shapes = {name: tensor.shape for name, tensor in runtime.make_model('ar', **config).state_dict().items()}
-    places = {name: their_name(name, family) for name in shapes}
-    wanted = {bare(theirs): theirs for theirs, _, _ in places.values()}
-    tied = {'lm_head.weight'} if config['tied'] else set()  # a copy of the embedding
-    left_over = [name for name in tensors if name not in wanted and name not in tied and not BUFFERS.match('.' + name)]
-    complain(folder, [wanted[name] for name in wanted if name not in tensors], left_over)
-    state = {}
+    places = {name: families.their_name(name, family) for name in shapes}
+    wanted = {families.bare(theirs): theirs for theirs, _, _ in places.values()}
+    known = {*wanted, 'lm_head.weight'} if config['tied'] else set(wanted)  # a tied head is a copy of the embedding
+    left_over = [name for name in tensors if name not in known and not families.BUFFERS.fullmatch(name)]
+    complain(folder, missing=[wanted[name] for name in wanted if name not in tensors], left_over=left_over)
+    state, misshapen = {}, []
     for name, (theirs, third, transposed) in places.items():
-        tensor = tensors[bare(theirs)]
+        tensor = tensors[families.bare(theirs)]
         tensor = tensor if third is None else tensor.chunk(3, -1)[third]
         tensor = tensor.T if transposed else tensor
         if name in ('embedding.weight', 'unembedding.weight') and len(tensor) == config['pretrained_rows']:
             tensor = with_rows(tensor, shapes[name][0])
         if tensor.shape != shapes[name]:
-            shape = tuple(tensors[bare(theirs)].shape)
-            raise UserError(f'{folder}: {theirs} has the shape {shape}, which does not fit '
-                            f'its config.json ({name} is {tuple(shapes[name])} here); download it again.')
+            misshapen.append(f'{theirs} {tuple(tensors[families.bare(theirs)].shape)}')
         state[name] = tensor
+    complain(folder, of_another_shape=misshapen)
     return state
 
 
-def complain(folder, missing, left_over):
-    """A UserError that lists the tensors that a folder lacks or that no place is known for."""
-    parts = [f'{what}: {", ".join(sorted(names))}' for what, names in (('missing', missing), ('left over', left_over))
-             if names]
+def complain(folder, **faults):
+    """A UserError that lists tensors by what is wrong with them; nothing where all lists are empty."""
+    parts = [f'{what.replace("_", " ")}: {", ".join(sorted(names))}' for what, names in faults.items() if names]
     if parts:
         raise UserError(f'The weights of {folder} do not fit its config.json ({"; ".join(parts)}); nothing was '
                         'imported. Download it again, or correct config.json.')
@@ -292,7 +128,7 @@ def load(path, token=None, revision=None):
     if 'model_type' not in c:
         raise UserError(f'{folder}/config.json names no model_type, so this is no model; give a folder that '
                         'save_pretrained wrote.')
-    config, tokenizer = switches(c, folder), read_tokenizer(folder)
+    config, tokenizer = families.switches(c, folder), read_tokenizer(folder)
     config['vocab_size'] = config['pretrained_rows'] if tokenizer is None else tokenizer.vocab_size
     if tokenizer is not None:
         config.update(mask_id=tokenizer.mask_id, ignore_id=tokenizer.ignore_id)
@@ -315,10 +151,14 @@ def checked_config(config):
 
 
 def load_native(folder, c):
+    missing = {'architecture', 'model_config', 'start_token', 'prompt_format'} - set(c)
+    if missing:
+        raise UserError(f'{folder}/config.json lacks {", ".join(sorted(missing))}; export the model again.')
     tensors, tokenizer = open_tensors(folder), read_tokenizer(folder)
     with torch.device('meta'):
         expected = runtime.make_model(c['architecture'], **c['model_config']).state_dict()
-    complain(folder, set(expected) - set(tensors), set(tensors) - set(expected))
+    complain(folder, missing=set(expected) - set(tensors), left_over=set(tensors) - set(expected))
+    complain(folder, of_another_shape=[name for name in expected if expected[name].shape != tensors[name].shape])
     return {'architecture': c['architecture'], 'global_step': 0, 'model_config': c['model_config'], 'train_config': {},
             'model_state_dict': tensors, 'tokenizer': tokenizer and tokenizer.to_json(),
             'start_token': c['start_token'], 'prompt_format': c['prompt_format']}
@@ -375,10 +215,10 @@ def export(checkpoint, folder, family, c):
         c = {'model_type': NATIVE, 'architecture': checkpoint['architecture'], 'model_config': vars(config)}
         plan = {name: [name] for name in weights}
     else:
-        c = {**c, 'architectures': [CLASSES[family]], 'vocab_size': rows}
+        c = {**c, 'architectures': [families.CLASSES[family]], 'vocab_size': rows}
         plan = {}
         for name in weights:
-            plan.setdefault(their_name(name, family)[0], []).append(name)
+            plan.setdefault(families.their_name(name, family)[0], []).append(name)
     write_tokenizer(checkpoint, folder, c, None if family is None else rows)
     shards = share_out(plan, weights)
     names = [f'model-{i:05}-of-{len(shards):05}.safetensors' if len(shards) > 1 else 'model.safetensors'
@@ -406,7 +246,7 @@ def kept_rows(config):
 
 def joined(tensors, names, family, rows):
     """What a family keeps under one name, of our tensors; the vocabulary cut to its rows."""
-    transposed = family is not None and their_name(names[0], family)[2]
+    transposed = family is not None and families.their_name(names[0], family)[2]
     tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
     tensor = tensor[:rows] if names[0] in ('embedding.weight', 'unembedding.weight') else tensor
     return (tensor.T if transposed else tensor).contiguous()
@@ -432,16 +272,17 @@ def write_tokenizer(checkpoint, folder, c, rows):
     """tokenizer.json and what tells transformers where a text begins and ends; `c` gets the ids. rows: of a
     family's vocabulary, which <|mask|> and <|ignore|> are no part of; None: they stay."""
     start = checkpoint.get('start_token')
-    c.update(bos_token_id=start, start_token=start, prompt_format=checkpoint.get('prompt_format'))
+    c.update(start_token=start, prompt_format=checkpoint.get('prompt_format'))
     if checkpoint['tokenizer'] is None:
         return
     tokenizer = data.Tokenizer(checkpoint['tokenizer'])
     end = tokenizer.endoftext_id
+    start = end if start is None or tokenizer.decode([start]) else start  # bos_token has to be a special token
     names = {kind: tokenizer.name_of(i) for kind, i in (('bos_token', start), ('eos_token', end))}
     text = tokenizer.to_json() if rows is None else without_own_tokens(tokenizer.to_json(), rows)
     (folder / 'tokenizer.json').write_text(text, encoding='utf-8')
     runtime.write_json(folder / 'tokenizer_config.json', {'tokenizer_class': 'PreTrainedTokenizerFast', **names})
-    c['eos_token_id'] = end
+    c.update(bos_token_id=start, eos_token_id=end)
     runtime.write_json(folder / 'generation_config.json', {'bos_token_id': start, 'eos_token_id': end})
 
 
@@ -474,7 +315,7 @@ def import_command(source, out, token=None, revision=None):
 def export_command(source, out):
     checkpoint = runtime.load_checkpoint(source, mmap=True)
     config = ModelConfig(**checkpoint['model_config'])
-    family, c = family_of(checkpoint['architecture'], config)
+    family, c = families.family_of(checkpoint['architecture'], config)
     beside = out.with_name(out.name + '.tmp')
     shutil.rmtree(beside, ignore_errors=True)
     rows = export(checkpoint, beside, family, c)

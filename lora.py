@@ -16,7 +16,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import families
 import hf
+import runtime
 from configurator import UserError
 
 TARGETS = ('q', 'k', 'v', 'out', 'up', 'gate', 'down')  # the linear layers of a block
@@ -137,11 +139,11 @@ def merge(model):
 
 def places(model):
     """{our layer's name: (its name in the model's family, the third of it or None)}, without a family ours; which."""
-    family, _ = hf.family_of('ar' if model.causal else None, model.config)
+    family, _ = families.family_of('ar' if model.causal else None, model.config)
     found = {}
     for name, layer in linear_layers(model) + adapted_layers(model):
         name = name.removesuffix('.base')
-        theirs, third, _ = hf.their_name(name + '.weight', family) if family else (name + '.weight', None, False)
+        theirs, third, _ = families.their_name(name + '.weight', family) if family else (name + '.weight', None, False)
         found[name] = theirs.removesuffix('.weight'), third
     return found, family
 
@@ -198,9 +200,9 @@ def save_adapter(model, folder, base_name):
               'fan_in_fan_out': family == 'gpt2', 'inference_mode': True,
               'rank_pattern': {theirs: r for theirs, ((r, _), _) in found.items() if r != rank},
               'alpha_pattern': {theirs: a for theirs, ((_, a), _) in found.items() if a != alpha}}
-    hf.runtime.save_atomically(folder / 'adapter_model.safetensors', lambda file: file.write(
+    runtime.save_atomically(folder / 'adapter_model.safetensors', lambda file: file.write(
         safetensors.torch.save(adapter_state(model), metadata={'format': 'pt'})))
-    hf.runtime.write_json(folder / 'adapter_config.json', config)
+    runtime.write_json(folder / 'adapter_config.json', config)
 
 
 def load_adapter(model, folder):

@@ -391,7 +391,7 @@ MISTAKES = {
                            r'left over: layers.0.extra.weight\)'),
     'a tied head that is not there': (lambda f: without(f, 'lm_head.weight'), 'missing: lm_head.weight'),
     'another shape': (lambda f: edit_json(f / 'config.json', intermediate_size=64),
-                      r'up_proj.weight has the shape \(48, 32\)'),
+                      r'of another shape: .*gate_proj.weight \(48, 32\)'),
     'no weights': (lambda f: (f / 'model.safetensors').unlink(), 'holds no weights'),
     'damaged weights': (lambda f: (f / 'model.safetensors').write_bytes(b'abc'), 'model.safetensors is damaged'),
     'another family': (lambda f: edit_json(f / 'config.json', model_type='bloom'), "of the family 'bloom'; choose"),

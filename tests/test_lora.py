@@ -79,7 +79,8 @@ def test_an_adapter_of_ours_says_the_same_in_peft(name, targets, dora, tmp_path)
     again = ours(tmp_path / 'base')
     lora.load_adapter(again, tmp_path / 'adapter')
     torch.testing.assert_close(again.logits(some_tokens())[..., :VOCAB], expected, atol=1e-4, rtol=0)
-    assert json.loads((tmp_path / 'adapter' / 'adapter_config.json').read_text())['base_model_name_or_path'] == 'the/base'
+    config = json.loads((tmp_path / 'adapter' / 'adapter_config.json').read_text())
+    assert config['base_model_name_or_path'] == 'the/base'
 
 
 @pytest.mark.parametrize('architecture', ['ar', 'diffusion'])
