@@ -316,6 +316,12 @@ def export_command(source, out):
     checkpoint = runtime.load_checkpoint(source, mmap=True)
     config = ModelConfig(**checkpoint['model_config'])
     family, c = families.family_of(checkpoint['architecture'], config)
+    with torch.device('meta'):
+        expected = set(runtime.make_model(checkpoint['architecture'], **vars(config)).state_dict())
+    if expected != set(checkpoint['model_state_dict']):
+        odd = ', '.join(sorted(expected ^ set(checkpoint['model_state_dict']))[:3])
+        raise UserError(f'{source} does not hold the plain weights of its model ({odd}, ...); merge its adapter first: '
+                        'python hf.py merge.')
     beside = out.with_name(out.name + '.tmp')
     shutil.rmtree(beside, ignore_errors=True)
     rows = export(checkpoint, beside, family, c)

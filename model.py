@@ -32,7 +32,7 @@ HEAD_ELEMENTS = 7 << 20   # logits that exist at once on a CPU: 28 MB in float32
 class ModelConfig:
     """The shape of a model. The defaults are the native trunk; the switches make others of it: nanoGPT's by
     norm='layer', position='learned', mlp='gelu', bias=True, qk_norm=False, logit_softcap=0, and the
-    pretrained families by those that hf.py sets."""
+    pretrained families by those that families.py sets."""
     vocab_size: int              # real tokens, special ones included; the embedding is padded beyond it
     block_size: int = 256
     n_layer: int = 4

@@ -244,6 +244,17 @@ def test_an_adapter_that_does_not_fit_is_refused(changes, base, said, tmp_path):
         lora.load_adapter(ours(tmp_path / 'other'), folder)
 
 
+def test_a_checkpoint_with_its_adapter_beside_is_not_exported(tmp_path):
+    model = native()
+    lora.add_lora(model, 2, 2)
+    runtime.save_checkpoint(tmp_path / 'ckpt.pt', {
+        'architecture': 'ar', 'model_state_dict': model.state_dict(), 'model_config': vars(model.config),
+        'tokenizer': None, 'start_token': 0, 'prompt_format': None})
+    with pytest.raises(UserError, match='does not hold the plain weights.*merge its adapter first'):
+        hf.main(['export', f'{tmp_path}/ckpt.pt', f'--out={tmp_path}/out'])
+    assert not list(tmp_path.glob('out*'))
+
+
 def test_other_mistakes_are_sentences(tmp_path):
     folder = adapter(tmp_path)
     with pytest.raises(UserError, match='There is no adapter in'):
