@@ -4,7 +4,7 @@
     lora.add_lora(model, rank=16, alpha=32)             # only the adapters are trained from here on
     lora.save_adapter(model, 'out/run/adapter', 'base.pt')
 
-Adapters are saved and read in the layout of PEFT, in the names of the model's family (hf.py).
+Adapters are saved and read in the layout of PEFT, in the names of the model's family (families.py).
 """
 import json
 import math
@@ -48,12 +48,16 @@ class Adapted(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x):
-        y, x = self.base(x.to(base_dtype(self.base, x))), self.dropout(x)
+        x = x.to(base_dtype(self.base, x))
+        y, dropping = self.base(x), self.training and self.dropout.p > 0
+        x = self.dropout(x)
         update = self.scale * F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B)
         if self.magnitude is None:
             return y + update.to(y.dtype)
-        ratio = self.magnitude / self.merged_direction().detach().norm(dim=1)
-        plain = F.linear(x.to(y.dtype), weight_of(self.base).to(y.dtype))
+        with torch.no_grad():
+            length = self.merged_direction().norm(dim=1)
+        ratio, plain = self.magnitude / length, self.base(x) if dropping else y
+        plain = plain if self.base.bias is None else plain - self.base.bias.to(plain.dtype)
         return y + ((ratio - 1) * plain + ratio * update).to(y.dtype)
 
     def merged_direction(self):

@@ -278,11 +278,10 @@ def as_start(checkpoint, path, architecture, block_size=None):
                             f'--architecture={before}.')
         config['shift'] = before == 'ar' or config.get('shift', False)
         own = [i for i in (config['mask_id'], config['ignore_id']) if i is not None]
-        for name in ('embedding.weight', 'unembedding.weight') if before == 'ar' else ():
-            if name in weights:
-                weights[name] = weights[name].float()  # a copy, but where it is float32
-                weights[name] = weights[name].index_copy(0, torch.tensor(own), weights[name][[
-                    i for i in range(config['vocab_size']) if i not in own]].mean(0).expand(len(own), -1))
+        others = [i for i in range(config['vocab_size']) if i not in own]
+        for name in {'embedding.weight', 'unembedding.weight'} & set(weights) if before == 'ar' else ():
+            weights[name] = weights[name].float().clone()
+            weights[name][own] = weights[name][others].mean(0)
     return {**checkpoint, 'architecture': architecture, 'model_config': config, 'model_state_dict': weights,
             'ema_state_dict': None, 'converted_from': before if before != architecture else None}
 
