@@ -41,12 +41,19 @@ sys.excepthook = print_without_traceback
 
 # ---------------------------------------------------------------------------- aliases
 
-def only_without_reentrant(options):
+def only_without_reentrant(options: dict):
     """Accepts the wish for what `gradient_checkpointing` does anyway, and no other."""
     if options not in ({}, {'use_reentrant': False}):
         raise UserError(f'gradient_checkpointing_kwargs={options} is refused: blocks are always recomputed '
                         'with use_reentrant=False, because reentrant checkpointing gives no gradient to a '
                         'block whose input needs none, as over frozen embeddings; leave this setting out.')
+
+
+def no_remote_code(trust: bool):
+    """Accepts that no code of a model's own is run."""
+    if trust:
+        raise UserError('trust_remote_code=True is refused: pretrained weights run through model.py, which never loads '
+                        'code that comes with them; leave this setting out, and choose a family that hf.py lists.')
 
 
 PRECISIONS = {'bf16': 'bfloat16', 'fp16': 'float16', 'fp32': 'float32'}
@@ -62,6 +69,7 @@ ALIASES = [
     ('max_iters', 'max_steps', None),
     ('grad_accum_steps', 'gradient_accumulation_steps', None),
     ('gradient_checkpointing_kwargs', 'gradient_checkpointing', only_without_reentrant),
+    ('trust_remote_code', 'revision', no_remote_code),
     ('precision', 'dtype', PRECISIONS),
     ('bf16', 'dtype', {True: 'bfloat16', False: 'float32'}),
     ('data_dir', 'dataset', None),
@@ -237,8 +245,8 @@ def resolve(known, name, source):
     target, conversion = aliases[name]
     if conversion is None:
         return target, known[target], None
-    example = {} if callable(conversion) else next(iter(conversion))
-    return target, Key(example, type(example)), conversion
+    kind = [*conversion.__annotations__.values()][0] if callable(conversion) else type(next(iter(conversion)))
+    return target, Key(kind(), kind), conversion
 
 
 def checked(key, value, source):

@@ -30,7 +30,9 @@ from configurator import ROOT, UserError, check_range, configure
 from sampling import generate
 
 # --- what to compare ---
-checkpoint = ''              # ckpt.pt files or run folders, separated by commas
+checkpoint = ''              # ckpt.pt files, run folders, Hugging Face folders or hub ids, separated by commas
+token = ''                   # of the Hugging Face hub, for private models
+revision = ''                # a branch, tag or commit of the hub
 dataset = ''                 # a name under data/, or a path; empty: what the first checkpoint was trained on
 architecture = ''            # only to override what the checkpoints say
 metrics = 'perplexity,accuracy,generation'  # of perplexity, accuracy, generation, speed, instructions
@@ -65,6 +67,7 @@ seed = 0
 device = 'auto'              # cpu, cuda, cuda:N, mps
 dtype = 'float32'            # bfloat16 and float16 are faster on a GPU
 config = configure(globals())
+del config['token']  # no secret goes into the results
 
 METRICS = ('perplexity', 'accuracy', 'generation', 'speed', 'instructions')
 REPEATS = 3  # timings of which the median counts, after one that does not
@@ -115,9 +118,9 @@ def read_items(key, path, fields):
 
 def load(path):
     """A checkpoint without what only training needs, and with where it lies."""
-    state = runtime.load_checkpoint(path)
+    state = runtime.load_checkpoint(path, token, revision)
     state.pop('optimizer_state_dict', None)
-    state['path'] = Path(path) / 'ckpt.pt' if Path(path).is_dir() else Path(path)
+    state['path'] = Path(path) / 'ckpt.pt' if (Path(path) / 'ckpt.pt').is_file() else Path(path)
     state.setdefault('start_token', data.Tokenizer(state['tokenizer']).endoftext_id)
     state.setdefault('train_config', {})
     return state

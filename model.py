@@ -31,8 +31,9 @@ HEAD_ELEMENTS = 7 << 20   # logits that exist at once on a CPU: 28 MB in float32
 
 @dataclass
 class ModelConfig:
-    """The shape of a model. The defaults are the native trunk; the switches make others of it, GPT-2 by
-    norm='layer', position='learned', mlp='gelu', bias=True, qk_norm=False, logit_softcap=0."""
+    """The shape of a model. The defaults are the native trunk; the switches make others of it: nanoGPT's by
+    norm='layer', position='learned', mlp='gelu', bias=True, qk_norm=False, logit_softcap=0, and the
+    pretrained families by those that families.py sets."""
     vocab_size: int              # real tokens, special ones included; the embedding is padded beyond it
     block_size: int = 256
     n_layer: int = 4
@@ -40,23 +41,36 @@ class ModelConfig:
     n_kv_head: int = None        # fewer than n_head: grouped-query attention; None: as many
     n_embd: int = 128
     dropout: float = 0.0
-    norm: str = 'rms'            # 'rms' has no parameters, 'layer' has a gain (and a bias)
+    norm: str = 'rms'            # 'rms' has no parameters, 'rms_gain' a gain, 'layer' a gain (and a bias)
     position: str = 'rope'       # 'rope' or 'learned'
-    mlp: str = 'relu2'           # 'relu2' (squared ReLU) or 'gelu'
+    mlp: str = 'relu2'           # 'relu2' (squared ReLU), 'relu', 'gelu', 'gelu_tanh' or 'swiglu'
     bias: bool = False           # in linear layers and LayerNorm
     qk_norm: bool = True         # RMS-normalised queries and keys
     logit_softcap: float = 15.0  # logits are squeezed into ±this; 0: they are not
     rope_theta: float = 10000.0
+    rope_scaling: dict = None    # rope_type 'linear' or 'llama3', and its numbers: see `scaled`
+    head_dim: int = None         # None: n_embd / n_head
+    mlp_width: int = None        # None: 4 n_embd
+    qkv_bias: bool = None        # None: as bias
+    norm_eps: float = None       # None: PyTorch's
+    norm_after: bool = False     # normalise after each residual sum instead of before each part, not at the end
+    embedding_width: int = None  # of embedding and head, where a linear layer leads to n_embd; None: n_embd
+    position_offset: int = 0     # rows of learned positions before the first
+    tied: bool = True            # the embedding is the head as well
+    pretrained_rows: int = None  # rows of a pretrained embedding, its own padding included
+    shift: bool = False          # bidirectional, yet a state predicts the token after it: the weights were `ar`'s
     mask_id: int = None          # <|mask|>: can be seen, never predicted
     ignore_id: int = None        # <|ignore|>: filler of a short document, not counted as text
     k: int = 8                   # sdd: candidates per hidden position, where no other number is asked for
     gradient_checkpointing: bool = False
 
     def __post_init__(self):
-        if self.n_kv_head is None:
-            self.n_kv_head = self.n_head
-        for name, allowed in (('norm', ('rms', 'layer')), ('position', ('rope', 'learned')),
-                              ('mlp', ('relu2', 'gelu'))):
+        self.n_kv_head = self.n_head if self.n_kv_head is None else self.n_kv_head
+        self.mlp_width = 4 * self.n_embd if self.mlp_width is None else self.mlp_width
+        self.qkv_bias = self.bias if self.qkv_bias is None else self.qkv_bias
+        self.embedding_width = self.embedding_width or self.n_embd
+        for name, allowed in (('norm', ('rms', 'rms_gain', 'layer')), ('position', ('rope', 'learned')),
+                              ('mlp', ('relu2', 'relu', 'gelu', 'gelu_tanh', 'swiglu'))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f'{name} is {getattr(self, name)!r}; choose {" or ".join(allowed)}.')
         for name in ('vocab_size', 'block_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd'):
@@ -64,9 +78,11 @@ class ModelConfig:
                 raise ValueError(f'{name} is {getattr(self, name)}; it must be at least 1.')
         if not 0 <= self.dropout < 1:
             raise ValueError(f'dropout is {self.dropout}; it is a share, at least 0 and below 1.')
-        if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
-            raise ValueError(f'n_embd={self.n_embd} over n_head={self.n_head} heads gives no even head width; '
-                             'choose n_embd as an even multiple of n_head.')
+        if self.head_dim is None:
+            if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
+                raise ValueError(f'n_embd={self.n_embd} over n_head={self.n_head} heads gives no even head width; '
+                                 'choose n_embd as an even multiple of n_head.')
+            self.head_dim = self.n_embd // self.n_head
         if self.n_head % self.n_kv_head:
             raise ValueError(f'n_head={self.n_head} is no multiple of n_kv_head={self.n_kv_head}; '
                              'each key head serves as many query heads.')
@@ -74,15 +90,19 @@ class ModelConfig:
     @property
     def padded_vocab_size(self):
         """Rows of the embedding: a multiple of 64 keeps the head's matrix product fast."""
-        return -(-self.vocab_size // 64) * 64
+        return -(-max(self.vocab_size, self.pretrained_rows or 0) // 64) * 64
 
 
 # ---------------------------------------------------------------------------- trunk
 
 def make_norm(config):
     if config.norm == 'layer':
-        return nn.LayerNorm(config.n_embd, bias=config.bias)
-    return nn.RMSNorm(config.n_embd, elementwise_affine=False)
+        return nn.LayerNorm(config.n_embd, config.norm_eps or 1e-5, bias=config.bias)
+    return make_rms_norm(config, config.n_embd)
+
+
+def make_rms_norm(config, width):
+    return nn.RMSNorm(width, config.norm_eps, elementwise_affine=config.norm == 'rms_gain')
 
 
 def rotate(x, rope):
@@ -116,24 +136,26 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.head_dim = config.n_embd // config.n_head
+        self.head_dim = config.head_dim
         self.dropout = config.dropout
-        self.qk_norm = config.qk_norm
         self.grouped = config.n_kv_head != config.n_head
-        kv_width = config.n_kv_head * self.head_dim
-        self.q = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.k = nn.Linear(config.n_embd, kv_width, bias=config.bias)
-        self.v = nn.Linear(config.n_embd, kv_width, bias=config.bias)
-        self.out = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        width, kv_width = config.n_head * self.head_dim, config.n_kv_head * self.head_dim
+        self.q = nn.Linear(config.n_embd, width, bias=config.qkv_bias)
+        self.k = nn.Linear(config.n_embd, kv_width, bias=config.qkv_bias)
+        self.v = nn.Linear(config.n_embd, kv_width, bias=config.qkv_bias)
+        self.out = nn.Linear(width, config.n_embd, bias=config.bias)
+        self.q_norm, self.k_norm = (make_rms_norm(config, self.head_dim) if config.qk_norm else None
+                                    for _ in range(2))
 
     def forward(self, x, rope, causal, cache=None):
+        """x: (B, T, C); causal: true, false, or the mask (T, T) of what each position sees."""
         q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
                    for linear in (self.q, self.k, self.v))
-        if self.qk_norm:
-            q, k = (F.rms_norm(x, (self.head_dim,)).type_as(v) for x in (q, k))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q).type_as(v), self.k_norm(k).type_as(v)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        mask = None
+        mask, causal = (causal, False) if isinstance(causal, torch.Tensor) else (None, causal)
         if cache is not None:
             k, v, mask, causal = cache.extend(self, k, v)  # (B, H, S, D), what came before included
         attend = attend_on_cpu if q.device.type == 'cpu' and q.dtype == torch.bfloat16 else attend_fused
@@ -145,12 +167,16 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        self.activation = F.gelu if config.mlp == 'gelu' else lambda x: F.relu(x).square()
+        self.up = nn.Linear(config.n_embd, config.mlp_width, bias=config.bias)
+        self.gate = nn.Linear(config.n_embd, config.mlp_width, bias=config.bias) if config.mlp == 'swiglu' else None
+        self.down = nn.Linear(config.mlp_width, config.n_embd, bias=config.bias)
+        self.activation = {'relu2': lambda x: F.relu(x).square(), 'relu': F.relu, 'gelu': F.gelu, 'swiglu': F.silu,
+                           'gelu_tanh': lambda x: F.gelu(x, approximate='tanh')}[config.mlp]
 
     def forward(self, x):
-        return self.down(self.activation(self.up(x)))
+        if self.gate is None:
+            return self.down(self.activation(self.up(x)))
+        return self.down(self.activation(self.gate(x)) * self.up(x))  # Shazeer 2020
 
 
 class Block(nn.Module):
@@ -162,8 +188,12 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(config)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
+        self.norm_after = config.norm_after
 
     def forward(self, x, rope, causal, cache=None):
+        if self.norm_after:
+            x = self.attention_norm(x + self.dropout(self.attention(x, rope, causal, cache)))
+            return self.mlp_norm(x + self.dropout(self.mlp(x)))
         x = x + self.dropout(self.attention(self.attention_norm(x), rope, causal, cache))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
@@ -187,17 +217,30 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.padded_vocab_size, config.n_embd)  # tied: it is the head as well
-        self.positions = nn.Embedding(config.block_size, config.n_embd) if config.position == 'learned' else None
+        rows, width, narrow = config.padded_vocab_size, config.n_embd, config.embedding_width
+        self.embedding = nn.Embedding(rows, narrow)  # the head as well, but where that is not tied to it
+        self.unembedding = None if config.tied else nn.Linear(narrow, rows, bias=False)
+        self.widen, self.narrow = (None, None) if narrow == width else (
+            nn.Linear(narrow, width, bias=False), nn.Linear(width, narrow, bias=False))
+        self.positions = None
+        if config.position == 'learned':
+            self.positions = nn.Embedding(config.position_offset + config.block_size, width)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = make_norm(config)
+        self.norm = nn.Identity() if config.norm_after else make_norm(config)
+        self.opening = None  # (T, T): while training, what a position sees on the way from `ar` to bidirectional
         if config.position == 'rope':
             self.register_buffer('rope', rope_table(config), persistent=False)  # (2, block_size, D)
         never = torch.zeros(config.padded_vocab_size)
         never[self.never_predicted() + list(range(config.vocab_size, config.padded_vocab_size))] = -math.inf
         self.register_buffer('never', never, persistent=False)  # added to the logits
         self.init_weights()
+
+    def _apply(self, *arguments):
+        super()._apply(*arguments)
+        if self.config.position == 'rope' and self.rope.dtype != torch.float32:  # bfloat16 cannot tell places apart
+            self.rope = rope_table(self.config).to(self.rope.device)
+        return self
 
     def never_predicted(self):
         return [] if self.config.mask_id is None else [self.config.mask_id]
@@ -221,7 +264,8 @@ class Transformer(nn.Module):
         """Parameters, not counting the rows of <|mask|>, <|ignore|> and padding."""
         unused = self.config.padded_vocab_size - self.config.vocab_size
         unused += sum(i is not None for i in (self.config.mask_id, self.config.ignore_id))
-        return sum(p.numel() for p in self.parameters()) - unused * self.config.n_embd
+        width = self.config.embedding_width * (1 if self.config.tied else 2)
+        return sum(p.numel() for p in self.parameters()) - unused * width
 
     def flops_per_token(self):
         """Floating-point operations of one training step per token: 6 per weight in a matrix product, and
@@ -229,7 +273,8 @@ class Transformer(nn.Module):
         c = self.config
         weights = sum(p.numel() for p in self.parameters() if p.dim() == 2)
         weights -= 0 if self.positions is None else self.positions.weight.numel()
-        return 6 * weights + 12 * c.n_layer * c.n_embd * c.block_size
+        weights -= 0 if c.tied else self.embedding.weight.numel()
+        return 6 * weights + 12 * c.n_layer * c.n_head * c.head_dim * c.block_size
 
     # ------------------------------------------------------------------------ forward
 
@@ -246,16 +291,22 @@ class Transformer(nn.Module):
         x = self.embed(tokens, belief)
         # (T,) as a slice where every row is at the same place; (B, T) while decoding rows of unequal length
         place = slice(0, length) if cache is None else cache.positions(length)
+        if self.widen is not None:
+            x = self.widen(x)
         if self.positions is not None:
-            x = x + self.positions.weight[place]
+            x = x + self.positions.weight[self.config.position_offset:][place]
         x, rope = self.dropout(x), self.rope_at(place)
+        causal = self.opening[:length, :length] if self.training and self.opening is not None else self.causal
         for block in self.blocks:
             if self.config.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, self.causal, use_reentrant=False,
+                x = checkpoint(block, x, rope, causal, use_reentrant=False,
                                preserve_rng_state=self.config.dropout > 0)
             else:
-                x = block(x, rope, self.causal, cache)
-        return self.norm(x)
+                x = block(x, rope, causal, cache)
+        x = self.norm(x)
+        if self.config.shift and not self.causal:  # to where its prediction is; nothing predicts the first token
+            x = torch.cat([x[:, :1], x[:, :-1]], 1)
+        return x if self.narrow is None else self.narrow(x)
 
     def rope_at(self, place):
         if self.positions is not None:
@@ -265,7 +316,7 @@ class Transformer(nn.Module):
 
     def head(self, hidden):
         """Logits (..., padded vocabulary) in float32; -inf where the architecture never predicts."""
-        logits = F.linear(hidden, self.embedding.weight).float()
+        logits = F.linear(hidden, (self.embedding if self.unembedding is None else self.unembedding).weight).float()
         if self.config.logit_softcap:
             logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
         return logits + self.never
@@ -343,11 +394,23 @@ class Transformer(nn.Module):
 
 def rope_table(config):
     """Cosines and sines (2, block_size, D); the first half of the sines negated, as `rotate` wants them."""
-    head_dim = config.n_embd // config.n_head
-    frequency = config.rope_theta ** -(torch.arange(0, head_dim, 2).double() / head_dim)
+    frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2).double() / config.head_dim)
+    if config.rope_scaling:
+        frequency = scaled(frequency, **config.rope_scaling)
     angle = torch.outer(torch.arange(config.block_size).double(), frequency)  # (block_size, D/2)
     cos, sin = angle.cos(), angle.sin()
     return torch.stack([torch.cat([cos, cos], 1), torch.cat([-sin, sin], 1)]).float()
+
+
+def scaled(frequency, rope_type, factor, low_freq_factor=1.0, high_freq_factor=4.0,
+           original_max_position_embeddings=8192):
+    """Rotary frequencies (D/2,) for texts `factor` times as long as those of pretraining: all of them slower
+    ('linear', Chen et al. 2023), or only those that turn few times in such a text ('llama3')."""
+    if rope_type == 'linear':
+        return frequency / factor
+    turns = original_max_position_embeddings * frequency / (2 * math.pi)
+    kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+    return frequency * (kept + (1 - kept) / factor)
 
 
 # ---------------------------------------------------------------------------- architectures
@@ -436,7 +499,8 @@ class SDD(Diffusion):
 
     def __init__(self, config):
         super().__init__(config)  # draws the same weights as Diffusion
-        self.believed = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        width = self.embedding.embedding_dim
+        self.believed = nn.Linear(width, width, bias=False)
         nn.init.eye_(self.believed.weight)
 
     def embed(self, tokens, belief=None):

@@ -190,13 +190,31 @@ def save_checkpoint(path, checkpoint):
     save_atomically(path, lambda file: torch.save({'format': CHECKPOINT_FORMAT, **checkpoint}, file))
 
 
-def load_checkpoint(path):
-    """The dict that `ckpt.pt` holds, its tensors on the CPU. `path`: the file, or a run folder."""
+def is_pretrained(path):
+    """Whether a path is a Hugging Face folder or, given as text, could be the name of a model of its hub."""
+    path, is_name = Path(path), isinstance(path, str) and not path.endswith('.pt')
+    if path.is_dir():
+        settings = path / 'config.json'
+        return not (path / 'ckpt.pt').exists() and settings.is_file() and '"model_type"' in settings.read_text('utf-8')
+    owner = path.parent  # out/run is no name where there is a folder out/
+    return is_name and not path.exists() and not path.is_absolute() and len(path.parts) <= 2 and (
+        owner == Path() or not owner.exists())
+
+
+def load_checkpoint(path, token=None, revision=None, mmap=False):
+    """The dict that `ckpt.pt` holds, its tensors on the CPU.
+
+    path: the file, a run folder, a Hugging Face folder, or the id of a model of its hub, for which `token` and
+    `revision` are. mmap: leave the tensors on disk until they are used.
+    """
+    if is_pretrained(path):
+        import hf  # imports this module
+        return hf.load(path, token, revision)
     path = Path(path) / 'ckpt.pt' if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise UserError(f'There is no checkpoint at {path}; correct the path, or train one.')
     try:
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
     except Exception as error:  # damaged bytes make it fail in a dozen ways, OSError and KeyError among them
         reason = str(error).splitlines()[0] if str(error) else 'it ends too early'
         raise UserError(f'{path} is damaged or no checkpoint of ours ({reason}); take another one of the run, '
@@ -239,10 +257,48 @@ def check_fits(checkpoint, path, architecture, tokenizer, dataset):
                         "checkpoint's tokenizer, or start from scratch.")
 
 
+def as_start(checkpoint, path, architecture, block_size=None):
+    """The checkpoint at `path` as the start of a run of `architecture`, with rows of at most `block_size` tokens.
+
+    Weights of `ar` start the others: a state goes on predicting the token after it (`shift`), and the rows of
+    <|mask|> and <|ignore|>, which `ar` never learned, become the mean of the embedding.
+    """
+    config = dict(checkpoint['model_config'])
+    weights = dict(checkpoint.get('ema_state_dict') or checkpoint['model_state_dict'])
+    if block_size and block_size > config['block_size']:
+        raise UserError(f'{path} sees at most {config["block_size"]} tokens; choose no larger block_size than that, '
+                        f'{block_size} is one.')
+    if block_size and 'positions.weight' in weights:
+        weights['positions.weight'] = weights['positions.weight'][:config.get('position_offset', 0) + block_size]
+    config['block_size'] = block_size or config['block_size']
+    before = checkpoint['architecture']
+    if before != architecture:
+        if (before, architecture) not in (('ar', 'diffusion'), ('ar', 'sdd'), ('diffusion', 'sdd')):
+            raise UserError(f'{path} holds architecture={before!r}, which cannot start {architecture!r}; use '
+                            f'--architecture={before}.')
+        config['shift'] = before == 'ar' or config.get('shift', False)
+        own = [i for i in (config['mask_id'], config['ignore_id']) if i is not None]
+        others = [i for i in range(config['vocab_size']) if i not in own]
+        for name in {'embedding.weight', 'unembedding.weight'} & set(weights) if before == 'ar' else ():
+            weights[name] = weights[name].float().clone()
+            weights[name][own] = weights[name][others].mean(0)
+    return {**checkpoint, 'architecture': architecture, 'model_config': config, 'model_state_dict': weights,
+            'ema_state_dict': None, 'converted_from': before if before != architecture else None}
+
+
+def load_weights(model, checkpoint):
+    """Into a model, the averaged weights where there are some. What the model has beyond the architecture that
+    the checkpoint is converted from stays as it is."""
+    weights = checkpoint.get('ema_state_dict') or checkpoint['model_state_dict']
+    if checkpoint.get('converted_from'):
+        weights = {**model.state_dict(), **weights}
+    model.load_state_dict(weights)
+
+
 def load_model(checkpoint, device, **changes):
     """The checkpoint's model, with its averaged weights where there are some, ready to evaluate or sample."""
     model = make_model(checkpoint['architecture'], **{**checkpoint['model_config'], **changes})
-    model.load_state_dict(checkpoint.get('ema_state_dict') or checkpoint['model_state_dict'])
+    load_weights(model, checkpoint)
     return model.to(device).eval()
 
 

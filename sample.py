@@ -14,7 +14,9 @@ from configurator import UserError, configure
 from data import ENDOFTEXT, IGNORE, Tokenizer
 from sampling import generate
 
-checkpoint = ''          # a ckpt.pt or run folder; empty: the newest under out/
+checkpoint = ''          # a ckpt.pt, run folder, Hugging Face folder or hub id; empty: newest under out/
+token = ''               # of the Hugging Face hub, for private models
+revision = ''            # a branch, tag or commit of the hub
 prompt = ''              # the text to continue, or FILE:path; empty: a new text
 infill = ''              # diffusion: a text with gaps, <mask:12> for 12 tokens; instead of a prompt
 num_samples = 3
@@ -96,13 +98,15 @@ if num_samples < 1:
     raise UserError(f'num_samples is {num_samples}; it has to be at least 1.')
 run = runtime.Runtime(device, dtype)
 path = checkpoint or newest_checkpoint()
-state = runtime.load_checkpoint(path)
+state = runtime.load_checkpoint(path, token, revision)
 tokenizer = Tokenizer(state['tokenizer'])
 model = runtime.load_model(state, run.device)
 
 ids = with_gaps(infill, tokenizer) if infill else tokenizer.encode(read_prompt(prompt))
-# A text begins after the end of another; where the data was one long text, only an empty prompt needs a start.
-start = [state['start_token']] if not ids or state['start_token'] == tokenizer.endoftext_id else []
+# A text begins after the end of another, or after a token of its own; where the data was one long text, only an
+# empty prompt needs a start.
+is_special = not tokenizer.decode([state['start_token']])
+start = [state['start_token']] if not ids or is_special else []
 num_steps = steps or (ids.count(tokenizer.mask_id) if infill else max_new_tokens)
 shown_steps = set(candidate_steps or (1, num_steps // 2, num_steps * 3 // 4))
 if show_candidates and not (model.believes and k != 0):

@@ -189,7 +189,8 @@ def continue_left_to_right(model, prompts, max_new_tokens, draw, stop_tokens, us
         full = [len(row) - start > block_size for row, start in zip(rows, starts)]
         starts = [len(row) - context if f else start for row, start, f in zip(rows, starts, full)]
         if cache is None or any(full):
-            cache = KVCache(len(rows), block_size, model.embedding.weight.device) if use_cache else None
+            size = min(block_size, max(map(len, rows)) + max_new_tokens)  # a pretrained model's block is endless
+            cache = KVCache(len(rows), size, model.embedding.weight.device) if use_cache else None
             states = read(model, [row[start:] for row, start in zip(rows, starts)], cache)
         else:
             states = read(model, [row[-1:] for row in rows], cache)

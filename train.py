@@ -31,9 +31,9 @@ n_embd: int = None
 n_kv_head: int = None        # fewer than n_head: grouped-query attention
 block_size = 256             # tokens per row; if not given, the max_seq_len that the data were prepared with, if any
 dropout = 0.0
-norm = 'rms'                 # rms or layer
+norm = 'rms'                 # rms, rms_gain or layer
 position = 'rope'            # rope or learned
-mlp = 'relu2'                # relu2 or gelu
+mlp = 'relu2'                # relu2, relu, gelu, gelu_tanh or swiglu
 bias = False                 # in linear layers and LayerNorm
 qk_norm = True               # RMS-normalised queries and keys
 logit_softcap = 15.0         # 0: none
@@ -41,7 +41,10 @@ k_schedule = (1, 2, 4, 8)    # sdd: candidates per hidden position, one of these
 k_warmup_steps = 0           # sdd: go through k_schedule in this many steps instead, then stay at its last
 p_belief = ((0.5, 0.5),)     # sdd: from these shares of the steps on, how many of them have beliefs
 gradient_checkpointing = False  # recompute each block in the backward pass: less memory, a third more time
-init_from = ''               # start from the weights of this ckpt.pt
+init_from = ''               # start from the weights of a ckpt.pt, run folder, Hugging Face folder or hub id
+anneal_steps: int = None     # an ar start of another architecture sees ever more of what is ahead; None: a tenth of all
+token = ''                   # of the Hugging Face hub, for private models
+revision = ''                # a branch, tag or commit of the hub
 # --- optimization ---
 max_steps = 2000
 num_epochs = 0.0             # instead of max_steps
@@ -80,10 +83,11 @@ device = 'auto'              # cpu, cuda, cuda:N, mps
 dtype = 'auto'               # bfloat16, float16, float32
 compile: bool = None         # torch.compile; None: on CUDA only
 config = configure(globals())
+del config['token']  # no secret goes into config.json, the checkpoint or W&B
 
 # What defines a run: a resumed one keeps it. Everything else may change, and the change is printed.
 FIXED = ('architecture', 'mode', 'model_size', 'n_layer', 'n_head', 'n_embd', 'n_kv_head', 'block_size', 'norm',
-         'position', 'mlp', 'bias', 'qk_norm', 'logit_softcap', 'optimizer', 'seed')
+         'position', 'mlp', 'bias', 'qk_norm', 'logit_softcap', 'optimizer', 'seed', 'anneal_steps')
 SHAPE = ('n_layer', 'n_head', 'n_embd', 'n_kv_head', 'block_size', 'norm', 'position', 'mlp', 'bias', 'qk_norm',
          'logit_softcap', 'dropout', 'gradient_checkpointing')  # keys that go to ModelConfig as they are
 
@@ -93,7 +97,7 @@ check_range(config, 1, math.inf, 'batch_size', 'gradient_accumulation_steps', 'm
             'num_samples', 'sample_tokens')
 check_range(config, 0, math.inf, 'num_epochs', 'learning_rate', 'min_lr', 'warmup_steps', 'warmup_ratio',
             'decay_ratio', 'weight_decay', 'grad_clip', 'eval_batches', 'sample_every', 'save_every',
-            'save_total_limit')
+            'save_total_limit', 'anneal_steps')
 check_range(config, 0, 1, 'beta1', 'beta2', 'ema_decay')
 data.check_belief_plan(p_belief, k_schedule)
 
@@ -123,7 +127,10 @@ if 'block_size' not in config.given:
 
 # ---------------------------------------------------------------------------- model
 
-initial = checkpoint or (runtime.load_checkpoint(init_from) if init_from else None)
+initial = checkpoint
+if init_from and not checkpoint:
+    initial = runtime.as_start(runtime.load_checkpoint(init_from, token, revision), init_from, architecture,
+                               block_size if 'block_size' in config.given else None)
 shape = dict(zip(('n_layer', 'n_head', 'n_embd'), runtime.size_of(model_size)))
 shape.update({key: config[key] for key in SHAPE if config[key] is not None})
 if initial:
@@ -139,7 +146,7 @@ raw_model = runtime.make_model(architecture, **shape).to(run.device)
 if checkpoint:
     raw_model.load_state_dict(checkpoint['model_state_dict'])
 elif initial:  # as all other scripts, from the average where there is one
-    raw_model.load_state_dict(initial.get('ema_state_dict') or initial['model_state_dict'])
+    runtime.load_weights(raw_model, initial)
 block_size = raw_model.config.block_size
 
 # ---------------------------------------------------------------------------- batches, optimizers, state
@@ -149,6 +156,10 @@ batches = data.Batches(folder, architecture, block_size, batch_size, gradient_ac
 data.make_rows(folder, 'val', architecture, block_size, mode, training=False)  # what it lacks is said now
 if num_epochs and 'max_steps' not in config.given:
     max_steps = math.ceil(num_epochs * batches.rows.num_rows / batches.rows_per_step)
+if anneal_steps is None:
+    anneal_steps = max_steps // 10 if initial and initial.get('converted_from') == 'ar' else 0
+if anneal_steps and raw_model.causal:
+    raise UserError(f'anneal_steps is {anneal_steps}, but {architecture!r} never looks ahead; leave it out.')
 warmup = round(warmup_ratio * max_steps) if warmup_steps is None else warmup_steps
 optimizers = optim.make_optimizers(raw_model, optimizer, learning_rate, beta1, beta2, weight_decay)
 scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == 'float16')
@@ -183,7 +194,8 @@ model = run.wrap(raw_model)
 
 out = Path(run.from_main(lambda: runtime.open_run_folder(
     out_dir or continued, f'{architecture}-{folder.config["name"]}-{model_size}', run_suffix, continued, overwrite)))
-config.update({key: getattr(raw_model.config, key) for key in SHAPE}, max_steps=max_steps, dtype=run.dtype)
+config.update({key: getattr(raw_model.config, key) for key in SHAPE}, max_steps=max_steps, dtype=run.dtype,
+              anneal_steps=anneal_steps)
 if run.is_main:
     runtime.write_json(out / 'config.json', config)
 log = runtime.Logger(out, run.is_main, step if checkpoint else -1, None if no_wandb else dict(
@@ -279,6 +291,7 @@ while step < max_steps and not stopping:
         for group in o.param_groups:
             group['lr'] = rate
 
+    raw_model.opening = data.opening(step, anneal_steps, block_size, seed, run.device)
     micro_batches, count = batches.get(step)
     beliefs = (data.draw_belief(step, max_steps, seed, p_belief, k_schedule, k_warmup_steps)
                if architecture == 'sdd' else {})  # the same for all ranks and micro-steps

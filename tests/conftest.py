@@ -11,6 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # read when torch comes: threads of tiny models only wait
+os.environ['HF_HUB_OFFLINE'] = '1'  # tests ask no network
 
 import numpy as np
 import tokenizers

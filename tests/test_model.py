@@ -374,7 +374,7 @@ def test_bfloat16_on_the_cpu_takes_the_written_out_path_and_agrees(architecture,
         assert not used
         with torch.autocast('cpu', torch.bfloat16):
             loss = model(tokens, None, noise)[0]
-    assert len(used) == SHAPE['n_layer']
+    assert len(used) == SHAPE['n_layer'] * (2 if architecture == 'sdd' else 1)  # one pass for its beliefs
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, expected, rtol=2e-2, atol=0)
 
@@ -498,9 +498,9 @@ def test_sizes(size, millions):
 
 
 @pytest.mark.parametrize('changes, named', [
-    ({'norm': 'batch'}, "norm is 'batch'; choose rms or layer."),
+    ({'norm': 'batch'}, "norm is 'batch'; choose rms or rms_gain or layer."),
     ({'position': 'alibi'}, "position is 'alibi'; choose rope or learned."),
-    ({'mlp': 'swiglu'}, "mlp is 'swiglu'; choose relu2 or gelu."),
+    ({'mlp': 'glu'}, "mlp is 'glu'; choose relu2 or relu or gelu or gelu_tanh or swiglu."),
     ({'vocab_size': 0}, 'vocab_size is 0;'),
     ({'block_size': 0}, 'block_size is 0;'),
     ({'n_layer': -2}, 'n_layer is -2;'),

@@ -463,8 +463,6 @@ BAD_RESUMES = {  # the arguments, what the error says
                                   'RUN already holds a run'),
     'weights of another shape': (['--init_from=RUN', '--n_layer=3'],
                                  'RUN has n_layer=2, not 3; leave --n_layer'),
-    'weights of another architecture': (['--init_from=RUN', '--architecture=diffusion'],
-                                        "RUN holds architecture='ar', not 'diffusion'; use"),
     'weights of another vocabulary': (['--init_from=RUN', '--dataset=DATA/abc'],
                                       r'RUN .*another vocabulary \(30 tokens\) than that of DATA/abc \(6\)'),
     'resumed with another vocabulary': (['--resume_from=RUN', '--max_steps=9', '--dataset=DATA/abc'],

@@ -1,0 +1,396 @@
+"""Hugging Face checkpoints in and out, and adapters merged into their base.
+
+    python hf.py import FOLDER_OR_HUB_ID --out=ckpt.pt
+    python hf.py export ckpt.pt --out=FOLDER
+    python hf.py merge ADAPTER_FOLDER --base=ckpt.pt --out=merged.pt
+
+The families that it knows are in families.py. Every other model of ours exports as the family 'diffusion-lm',
+which only this file reads.
+"""
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+
+import data
+import families
+import runtime
+from configurator import UserError, no_remote_code
+from model import ModelConfig
+
+NATIVE = 'diffusion-lm'
+SHARD_BYTES = 5 * 10 ** 9  # of an exported file, at most
+
+
+# ---------------------------------------------------------------------------- a folder's tensors
+
+def read_json(path):
+    try:
+        return json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError) as error:
+        raise UserError(f'{path} cannot be read ({error}); download the folder again.') from error
+
+
+def weight_files(folder):
+    """The files of a folder that hold its weights, safetensors before .bin."""
+    for single, index in (('model.safetensors', 'model.safetensors.index.json'),
+                          ('pytorch_model.bin', 'pytorch_model.bin.index.json')):
+        if (folder / index).is_file():
+            names = sorted(set(read_json(folder / index).get('weight_map', {}).values()))
+            missing = [name for name in names if not (folder / name).is_file()]
+            if missing:
+                raise UserError(f'{folder} lacks {", ".join(missing)}, which its {index} lists; download it again.')
+            return [folder / name for name in names]
+        if (folder / single).is_file():
+            return [folder / single]
+    raise UserError(f'{folder} holds no weights: neither model.safetensors nor pytorch_model.bin, nor an index of '
+                    'several; give a folder that save_pretrained wrote.')
+
+
+def open_tensors(folder):
+    """{name: tensor}; the files are mapped into memory, so that only what is looked at is read, piece by piece."""
+    tensors = {}
+    for path in weight_files(folder):
+        try:
+            if path.suffix == '.safetensors':
+                file = safetensors.safe_open(path, 'pt')
+                tensors.update({name: file.get_tensor(name) for name in file.keys()})
+            else:
+                tensors.update(load_bin(path))
+        except Exception as error:  # damaged bytes make both libraries fail in a dozen ways
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f'{path} is damaged or holds more than weights ({reason}); download it again.') from error
+    return tensors
+
+
+def load_bin(path):
+    """The tensors of a .bin file by name; weights_only, because pickles run code."""
+    try:
+        return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+    except RuntimeError:  # the format before PyTorch 1.6 cannot be mapped
+        return torch.load(path, map_location='cpu', weights_only=True)
+
+
+def our_tensors(folder, family, config):
+    """The state dict of our model from a family's folder: complete, and nothing left over."""
+    tensors = {families.bare(name): tensor for name, tensor in open_tensors(folder).items()}
+    with torch.device('meta'):
+        shapes = {name: tensor.shape for name, tensor in runtime.make_model('ar', **config).state_dict().items()}
+    places = {name: families.their_name(name, family) for name in shapes}
+    wanted = {families.bare(theirs): theirs for theirs, _, _ in places.values()}
+    known = {*wanted, 'lm_head.weight'} if config['tied'] else set(wanted)  # a tied head is a copy of the embedding
+    left_over = [name for name in tensors if name not in known and not families.BUFFERS.fullmatch(name)]
+    complain(folder, missing=[wanted[name] for name in wanted if name not in tensors], left_over=left_over)
+    state, misshapen = {}, []
+    for name, (theirs, third, transposed) in places.items():
+        tensor = tensors[families.bare(theirs)]
+        tensor = tensor if third is None else tensor.chunk(3, -1)[third]
+        tensor = tensor.T if transposed else tensor
+        if name in ('embedding.weight', 'unembedding.weight') and len(tensor) == config['pretrained_rows']:
+            tensor = with_rows(tensor, shapes[name][0])
+        if tensor.shape != shapes[name]:
+            misshapen.append(f'{theirs} {tuple(tensors[families.bare(theirs)].shape)}')
+        state[name] = tensor
+    complain(folder, of_another_shape=misshapen)
+    return state
+
+
+def complain(folder, **faults):
+    """A UserError that lists tensors by what is wrong with them; nothing where all lists are empty."""
+    parts = [f'{what.replace("_", " ")}: {", ".join(sorted(names))}' for what, names in faults.items() if names]
+    if parts:
+        raise UserError(f'The weights of {folder} do not fit its config.json ({"; ".join(parts)}); nothing was '
+                        'imported. Download it again, or correct config.json.')
+
+
+def with_rows(tensor, rows):
+    """The embedding or head with rows added, each the mean of those that there are."""
+    if len(tensor) >= rows:
+        return tensor
+    mean = tensor.float().mean(0, keepdim=True).to(tensor.dtype)
+    return torch.cat([tensor, mean.expand(rows - len(tensor), -1)])
+
+
+# ---------------------------------------------------------------------------- in
+
+def load(path, token=None, revision=None):
+    """The checkpoint of a Hugging Face folder or hub id; its tensors lie in the folder's files until they are used."""
+    folder = Path(path) if Path(path).is_dir() else download(path, token, revision)
+    c = read_json(folder / 'config.json')
+    if c.get('model_type') == NATIVE:
+        return load_native(folder, c)
+    if 'model_type' not in c:
+        raise UserError(f'{folder}/config.json names no model_type, so this is no model; give a folder that '
+                        'save_pretrained wrote.')
+    config, tokenizer = families.switches(c, folder), read_tokenizer(folder)
+    config['vocab_size'] = config['pretrained_rows'] if tokenizer is None else tokenizer.vocab_size
+    if tokenizer is not None:
+        config.update(mask_id=tokenizer.mask_id, ignore_id=tokenizer.ignore_id)
+    config = vars(checked_config(config))
+    if config['block_size'] < c.get('max_position_embeddings', 0):
+        print(f'{folder}: attention sees {config["block_size"]} tokens back (sliding_window), so block_size is that; '
+              'within it the model is the same.', file=sys.stderr)
+    return {'architecture': 'ar', 'global_step': 0, 'model_config': config, 'train_config': {},
+            'model_state_dict': our_tensors(folder, c['model_type'], config),
+            'tokenizer': None if tokenizer is None else tokenizer.to_json(),
+            'start_token': c['start_token'] if 'start_token' in c else start_of(folder, tokenizer),
+            'prompt_format': c.get('prompt_format')}
+
+
+def checked_config(config):
+    try:
+        return ModelConfig(**config)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def load_native(folder, c):
+    missing = {'architecture', 'model_config', 'start_token', 'prompt_format'} - set(c)
+    if missing:
+        raise UserError(f'{folder}/config.json lacks {", ".join(sorted(missing))}; export the model again.')
+    tensors, tokenizer = open_tensors(folder), read_tokenizer(folder)
+    with torch.device('meta'):
+        expected = runtime.make_model(c['architecture'], **c['model_config']).state_dict()
+    complain(folder, missing=set(expected) - set(tensors), left_over=set(tensors) - set(expected))
+    complain(folder, of_another_shape=[name for name in expected if expected[name].shape != tensors[name].shape])
+    return {'architecture': c['architecture'], 'global_step': 0, 'model_config': c['model_config'], 'train_config': {},
+            'model_state_dict': tensors, 'tokenizer': tokenizer and tokenizer.to_json(),
+            'start_token': c['start_token'], 'prompt_format': c['prompt_format']}
+
+
+def read_tokenizer(folder):
+    """A folder's data.Tokenizer; None, with a warning, where it has none."""
+    if not any((folder / name).is_file() for name in ('tokenizer.json', 'merges.txt')):
+        print(f'warning: {folder} has no tokenizer.json, so the model comes without one and can neither read nor '
+              'write text.', file=sys.stderr)
+        return None
+    return data.Tokenizer.load(folder)
+
+
+def start_of(folder, tokenizer):
+    """The id that stands before a text: what the tokenizer itself puts there, or <|endoftext|>."""
+    first = data.pretrained_token(folder, 'bos')
+    if tokenizer is None:
+        return first if isinstance(first, int) else 0
+    if tokenizer.own_start:
+        return tokenizer.own_start[0]
+    settings = folder / 'tokenizer_config.json'
+    if settings.is_file() and read_json(settings).get('add_bos_token') and isinstance(first, str):
+        return tokenizer.id_of(first)
+    return tokenizer.endoftext_id
+
+
+def download(name, token=None, revision=None):
+    """The local folder of a model of the hub."""
+    from huggingface_hub import snapshot_download  # comes with datasets; slow to import
+    try:
+        def get(*patterns):
+            return Path(snapshot_download(name, token=token or None, revision=revision or None,
+                                          allow_patterns=list(patterns)))
+        folder = get('*.json', 'merges.txt', 'model*.safetensors')
+        if not any(folder.glob('model*.safetensors')):
+            get('pytorch_model*.bin')
+        return folder
+    except Exception as error:  # the client's, the network's and httpx' own errors have no common class
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f'There is no checkpoint at {name}, and the Hugging Face hub gives no model by that name '
+                        f'({reason}); correct the path or name, or give a --token for a private model.') from error
+
+
+# ---------------------------------------------------------------------------- out
+
+def export(checkpoint, folder, family, c):
+    """Writes a checkpoint as a folder: as `family` with config.json `c`, or natively where that is None."""
+    config = ModelConfig(**checkpoint['model_config'])
+    weights = checkpoint.get('ema_state_dict') or checkpoint['model_state_dict']
+    rows = config.padded_vocab_size if family is None else kept_rows(config)
+    folder.mkdir(parents=True)
+    if family is None:
+        c = {'model_type': NATIVE, 'architecture': checkpoint['architecture'], 'model_config': vars(config)}
+        plan = {name: [name] for name in weights}
+    else:
+        c = {**c, 'architectures': [families.CLASSES[family]], 'vocab_size': rows}
+        plan = {}
+        for name in weights:
+            plan.setdefault(families.their_name(name, family)[0], []).append(name)
+    write_tokenizer(checkpoint, folder, c, None if family is None else rows)
+    shards = share_out(plan, weights)
+    names = [f'model-{i:05}-of-{len(shards):05}.safetensors' if len(shards) > 1 else 'model.safetensors'
+             for i in range(1, 1 + len(shards))]
+    for file, part in zip(names, shards):  # what has to be copied is in memory for one shard at a time
+        safetensors.torch.save_file({theirs: joined([weights[name] for name in ours], ours, family, rows)
+                                     for theirs, ours in part.items()}, folder / file, metadata={'format': 'pt'})
+    if len(shards) > 1:
+        total = sum(size_of(weights, ours) for ours in plan.values())
+        places = {theirs: file for file, part in zip(names, shards) for theirs in part}
+        runtime.write_json(folder / 'model.safetensors.index.json',
+                           {'metadata': {'total_size': total}, 'weight_map': places})
+    dtype = next(iter(weights.values())).dtype
+    runtime.write_json(folder / 'config.json', {**c, 'torch_dtype': str(dtype).removeprefix('torch.')})
+    return rows
+
+
+def kept_rows(config):
+    """Rows of the vocabulary as it came: without <|mask|> and <|ignore|>, where they are its last, and padding."""
+    if config.pretrained_rows:
+        return config.pretrained_rows
+    added = {config.mask_id, config.ignore_id} == {config.vocab_size - 2, config.vocab_size - 1}
+    return config.vocab_size - 2 * added
+
+
+def joined(tensors, names, family, rows):
+    """What a family keeps under one name, of our tensors; the vocabulary cut to its rows."""
+    transposed = family is not None and families.their_name(names[0], family)[2]
+    tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+    tensor = tensor[:rows] if names[0] in ('embedding.weight', 'unembedding.weight') else tensor
+    return (tensor.T if transposed else tensor).contiguous()
+
+
+def size_of(weights, names):
+    return sum(weights[name].numel() * weights[name].element_size() for name in names)
+
+
+def share_out(plan, weights):
+    """The plan in parts of at most SHARD_BYTES, one tensor at least in each."""
+    shards, size = [{}], 0
+    for theirs, ours in plan.items():
+        if shards[-1] and size + size_of(weights, ours) > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][theirs] = ours
+        size += size_of(weights, ours)
+    return shards
+
+
+def write_tokenizer(checkpoint, folder, c, rows):
+    """tokenizer.json and what tells transformers where a text begins and ends; `c` gets the ids. rows: of a
+    family's vocabulary, which <|mask|> and <|ignore|> are no part of; None: they stay."""
+    start = checkpoint.get('start_token')
+    c.update(start_token=start, prompt_format=checkpoint.get('prompt_format'))
+    if checkpoint['tokenizer'] is None:
+        return
+    tokenizer = data.Tokenizer(checkpoint['tokenizer'])
+    end = tokenizer.endoftext_id
+    start = end if start is None or tokenizer.decode([start]) else start  # bos_token has to be a special token
+    names = {kind: tokenizer.name_of(i) for kind, i in (('bos_token', start), ('eos_token', end))}
+    text = tokenizer.to_json() if rows is None else without_own_tokens(tokenizer.to_json(), rows)
+    (folder / 'tokenizer.json').write_text(text, encoding='utf-8')
+    runtime.write_json(folder / 'tokenizer_config.json', {'tokenizer_class': 'PreTrainedTokenizerFast', **names})
+    c.update(bos_token_id=start, eos_token_id=end)
+    runtime.write_json(folder / 'generation_config.json', {'bos_token_id': start, 'eos_token_id': end})
+
+
+def without_own_tokens(text, rows):
+    """A tokenizer.json as it came: without the tokens and the template that data.Tokenizer added."""
+    tokenizer = json.loads(text)
+    tokenizer['added_tokens'] = [token for token in tokenizer['added_tokens'] if token['id'] < rows
+                                 and token['content'] not in (data.MASK, data.IGNORE)]
+    if data.end_in(tokenizer['post_processor']) is not None:
+        own = tokenizer['post_processor']['processors'][:-1]
+        tokenizer['post_processor'] = own[0] if own else None
+    return json.dumps(tokenizer, ensure_ascii=False)
+
+
+# ---------------------------------------------------------------------------- commands
+
+def import_command(source, out, token=None, revision=None):
+    checkpoint = load(source, token, revision)
+    runtime.save_checkpoint(out, checkpoint)
+    config = checkpoint['model_config']
+    count = sum(tensor.numel() for tensor in checkpoint['model_state_dict'].values())
+    print(f'{out}: {checkpoint["architecture"]}, {count:,} parameters, {config["n_layer"]} layers × '
+          f'{config["n_embd"]}, {config["vocab_size"]} tokens, rows of up to {config["block_size"]}')
+    added = config['vocab_size'] - (config['pretrained_rows'] or config['vocab_size'])
+    if added > 0:
+        print(f'{added} tokens were added to the vocabulary ({data.MASK}, {data.IGNORE}), with the mean of the '
+              'embedding; export leaves them out again.')
+
+
+def export_command(source, out):
+    checkpoint = runtime.load_checkpoint(source, mmap=True)
+    config = ModelConfig(**checkpoint['model_config'])
+    family, c = families.family_of(checkpoint['architecture'], config)
+    with torch.device('meta'):
+        expected = set(runtime.make_model(checkpoint['architecture'], **vars(config)).state_dict())
+    if expected != set(checkpoint['model_state_dict']):
+        odd = ', '.join(sorted(expected ^ set(checkpoint['model_state_dict']))[:3])
+        raise UserError(f'{source} does not hold the plain weights of its model ({odd}, ...); merge its adapter first: '
+                        'python hf.py merge.')
+    beside = out.with_name(out.name + '.tmp')
+    shutil.rmtree(beside, ignore_errors=True)
+    rows = export(checkpoint, beside, family, c)
+    if out.exists():  # with --overwrite
+        shutil.rmtree(out)
+    os.replace(beside, out)
+    if family is None:
+        print(f'{out}: of our own family {NATIVE!r} (architecture={checkpoint["architecture"]}), which transformers '
+              'cannot read; `python hf.py import`, and --init_from and --checkpoint of these scripts, can.')
+    else:
+        left_out = config.vocab_size - rows
+        print(f'{out}: of the family {family!r}, for transformers and what reads its files; {rows} tokens'
+              + (f', without the {left_out} that were added ({data.MASK}, {data.IGNORE}).' if left_out > 0 else '.'))
+
+
+@torch.no_grad()
+def merge_command(adapter, base, out, token=None, revision=None):
+    import lora  # imports this module
+    checkpoint = runtime.load_checkpoint(base, token, revision)
+    model = runtime.load_model(checkpoint, 'cpu')
+    tokens = torch.randint(0, model.config.vocab_size, (4, min(64, model.config.block_size)),
+                           generator=torch.Generator().manual_seed(0))
+    lora.load_adapter(model, adapter)
+    before = model.logits(tokens)
+    lora.merge(model)
+    difference = (model.logits(tokens) - before)[before.isfinite()].abs().max().item()
+    kept = {key: value for key, value in checkpoint.items() if not key.endswith('_state_dict')}
+    runtime.save_checkpoint(out, {**kept, 'model_state_dict': model.state_dict()})
+    print(f'{out}: {base} with {adapter} in its weights, in float32; its logits differ from those with the adapter '
+          f'beside them by {difference:.1e} at most.')
+
+
+def main(words=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest='command', required=True)
+    for name, source in (('import', 'a Hugging Face folder or hub id'), ('export', 'a ckpt.pt or run folder'),
+                         ('merge', "a folder with an adapter in PEFT's format")):
+        command = commands.add_parser(name)
+        command.add_argument('source', help=source)
+        command.add_argument('--out', type=Path, required=True, help='what to write')
+        command.add_argument('--overwrite', action='store_true', help='replace what is there')
+        if name != 'export':
+            command.add_argument('--token', help='of the hub, for private models')
+            command.add_argument('--revision', help='a branch, tag or commit of the hub')
+            command.add_argument('--trust_remote_code', nargs='?', const='True', default='False')
+        if name == 'merge':
+            command.add_argument('--base', required=True, help='what the adapter was trained on')
+    args = parser.parse_args(words)
+    no_remote_code(getattr(args, 'trust_remote_code', 'False').lower() != 'false')
+    make_way(args.out, args.overwrite, folder=args.command == 'export')
+    if args.command == 'import':
+        import_command(args.source, args.out, args.token, args.revision)
+    elif args.command == 'export':
+        export_command(args.source, args.out)
+    else:
+        merge_command(args.source, args.base, args.out, args.token, args.revision)
+
+
+def make_way(out, overwrite, folder):
+    """A UserError where something is in the way of what is to be written, or its folder does not exist."""
+    if not out.absolute().parent.is_dir():
+        raise UserError(f'--out={out} lies in a folder that does not exist; make it, or choose another path.')
+    if out.is_dir() and not folder:
+        raise UserError(f'--out={out} is a folder; give the path of the ckpt.pt to write.')
+    if folder and out.exists() and not (out / 'config.json').is_file():
+        raise UserError(f'{out} is there and no exported model; choose another --out.')
+    if out.exists() and not overwrite:
+        raise UserError(f'{out} is already there; replace it with --overwrite, or choose another --out.')
+
+
+if __name__ == '__main__':
+    main()
