@@ -243,13 +243,46 @@ def test_the_two_pass_bound_is_the_mean_over_all_orders_and_above_the_truth():
 
 # ---------------------------------------------------------------------------- does it help
 
-def chains(rows, length=12, letters=16):
+def chains(rows, seed, length=12, letters=16):
     """Rows (B, length) in which each letter follows from the one before by one fixed, scrambled permutation."""
     following = torch.randperm(letters, generator=torch.Generator().manual_seed(3))
-    columns = [torch.randint(0, letters, (rows,), generator=torch.Generator().manual_seed(rows))]
+    columns = [torch.randint(0, letters, (rows,), generator=torch.Generator().manual_seed(seed))]
     while len(columns) < length:
         columns.append(following[columns[-1]])
     return torch.stack(columns, 1)
+
+
+def stratified_noise(rows, seed, length=12):
+    noise = torch.rand(rows, 1 + length, generator=torch.Generator().manual_seed(seed))
+    noise[:, 0] = (torch.arange(rows) + noise[:, 0]) / rows
+    return noise
+
+
+def test_beliefs_gain_and_shuffled_among_the_hidden_positions_they_lose_it(monkeypatch):
+    """One layer finds a letter from its neighbour; what a neighbour is believed to be leads it further."""
+    torch.manual_seed(0)
+    model = ARCHITECTURES['sdd'](ModelConfig(vocab_size=17, mask_id=16, block_size=12, n_layer=1, n_head=2, n_embd=32,
+                                             k=4))
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step in range(400):
+        optimizer.param_groups[0]['lr'] = 5e-3 * (1 - step / 400)
+        loss, count, _ = model(chains(64, step + 1), None, stratified_noise(64, step + 1), k=4 * (step % 2))
+        optimizer.zero_grad()
+        (loss / count).backward()
+        optimizer.step()
+    batch, believe = (chains(512, 0), None, stratified_noise(512, 0)), model.believe
+
+    def shuffled(states, where, k):
+        belief, index = believe(states, where, k), where.flatten().nonzero().squeeze(1)
+        other = torch.arange(where.numel())
+        other[index] = index[torch.randperm(len(index), generator=torch.Generator().manual_seed(0))]
+        return Belief(*(part.flatten(0, 1)[other].view_as(part) for part in belief))
+    with torch.no_grad():
+        count = model(*batch)[1]
+        two_pass, without = (model.eval()(*batch, **beliefs)[0] / count for beliefs in ({}, {'k': 0}))
+        monkeypatch.setattr(model, 'believe', shuffled)
+        control = model(*batch)[0] / count
+    assert two_pass < without - 0.05 and control > without
 
 
 # ---------------------------------------------------------------------------- why the published process fails
