@@ -3,6 +3,11 @@
     git clone https://github.com/karpathy/nanoGPT && python prepare/shakespeare.py
     python bench.py --what=compare --peer=nanoGPT                       # ten minutes on two idle cores
     python bench.py --what=compare --peer=nanoGPT --only=work --runs=9
+    python bench.py --what=train --dataset=stories --mode=documents --block_size=160 --batch_size=24
+
+`train` times training steps of the three architectures on one data set and shape, one after the other in turn, on
+any device: milliseconds, tokens per second, the share of the machine's own matrix speed, and each one's time over
+that of the one before it. The steps of `sdd` are spread over its whole schedule, with and without beliefs.
 
 The three parts of `compare`, all on the CPU, each side its own train.py as a process of its own:
     learn   nanoGPT's CPU recipe for Shakespeare by characters against config/shakespeare_char.py: the time
@@ -32,15 +37,24 @@ import torch
 import torch.nn.functional as F
 
 import data
+import optim
 import runtime
 from configurator import UserError, configure
 from sampling import generate
 
 # --- what to measure ---
-what = 'compare'             # compare: against a peer
+what = 'compare'             # compare: against a peer; train: the three architectures side by side
 peer = ''                    # path of a clone of nanoGPT, which is only read
 only = 'learn,work,cache'    # parts of compare
 dataset = 'shakespeare_char'  # as prepare/shakespeare.py writes it: a name under data/, or a path
+# --- what train times ---
+mode = 'packed'              # packed, documents
+model_size = 'tiny'
+block_size = 128
+batch_size = 32
+steps = 60                   # timed steps of each architecture, after warm-up
+device = 'auto'
+dtype = 'auto'
 # --- how long; less than the defaults is a rehearsal ---
 runs = 5                     # pairs of runs of work and of cache
 peer_steps = 2000            # learn: steps of the peer's recipe
@@ -360,10 +374,74 @@ def compare():
     return targets
 
 
+# ---------------------------------------------------------------------------- train
+
+SCHEDULE = 10 ** 6  # steps that the `steps` timed ones are spread over
+P_BELIEF, K_SCHEDULE = ((0.5, 0.5),), (1, 2, 4, 8)  # train.py's own
+
+
+def train():
+    """Steps of each architecture in turn, so that what slows the machine down slows all of them down."""
+    if steps < 10:
+        raise UserError(f'steps is {steps}; at least 10 of each architecture say something.')
+    run_on, folder = runtime.Runtime(device, dtype), data.Folder(dataset)
+    describe_machine()
+    say(f'train: {folder.config["name"]}, model_size={model_size}, {batch_size} rows of {block_size} tokens, '
+        f'{run_on.dtype}, AdamW and Muon; medians of {steps} steps, of sdd the mean over its schedule')
+    sides = {architecture: trainee(architecture, folder, run_on) for architecture in ('ar', 'diffusion', 'sdd')}
+    seconds = {architecture: [] for architecture in sides}
+    for i in range(-5, steps):
+        for architecture, (step, _) in sides.items():
+            taken = step(max(0, i) * SCHEDULE // steps)
+            if i >= 0:
+                seconds[architecture].append(taken)
+    peak = runtime.measure_peak_flops(run_on.device, run_on.dtype)
+    for architecture, (_, flops) in sides.items():
+        typical = (statistics.mean if architecture == 'sdd' else statistics.median)(seconds[architecture])
+        rate = batch_size * block_size / typical
+        say(f'  {architecture:10} {1000 * typical:8.1f} ms per step, {rate:10,.0f} tokens/s, MFU {flops * rate / peak:.2f}')
+    ratios = {architecture: [a / b for a, b in zip(seconds[architecture], seconds[other])]
+              for architecture, other in (('diffusion', 'ar'), ('sdd', 'diffusion'))}
+    return [Target('step of diffusion / step of ar, median of pairs', statistics.median(ratios['diffusion']), '<=', 1.05),
+            Target('step of sdd / step of diffusion, mean of pairs', statistics.mean(ratios['sdd']), '<=', 1.4)]
+
+
+def trainee(architecture, folder, run_on):
+    """A function that makes a training step, named by its number, and says its seconds; operations per token."""
+    tokenizer = folder.tokenizer
+    torch.manual_seed(0)
+    n_layer, n_head, n_embd = runtime.size_of(model_size)
+    model = runtime.make_model(architecture, n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size,
+                               vocab_size=tokenizer.vocab_size, mask_id=tokenizer.mask_id,
+                               ignore_id=tokenizer.ignore_id).to(run_on.device)
+    if run_on.device.type == 'cuda':
+        model.compile()
+    optimizers = optim.make_optimizers(model, 'muon', 1e-3, 0.9, 0.95, 0.1)
+    batches = data.Batches(folder, architecture, block_size, batch_size, mode=mode, device=run_on.device)
+
+    def step(number):
+        (batch,), count = batches.get(number)
+        beliefs = {}
+        if architecture == 'sdd':
+            beliefs = data.draw_belief(number, SCHEDULE, 0, P_BELIEF, K_SCHEDULE, 0)
+        runtime.synchronize(run_on.device)
+        start = time.perf_counter()
+        with run_on.autocast():
+            loss, *_ = model(*batch, **beliefs)
+        (loss / count).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        runtime.synchronize(run_on.device)
+        return time.perf_counter() - start
+    return step, model.flops_per_token()
+
+
 if __name__ == '__main__':
-    if what != 'compare':
-        raise UserError(f'what is {what!r}; choose compare.')
-    results = compare()
+    if what not in ('compare', 'train'):
+        raise UserError(f'what is {what!r}; choose compare or train.')
+    results = compare() if what == 'compare' else train()
     say('targets')
     for result in results:
         say(f'  {result}')
