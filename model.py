@@ -62,7 +62,6 @@ class ModelConfig:
     mask_id: int = None          # <|mask|>: can be seen, never predicted
     ignore_id: int = None        # <|ignore|>: filler of a short document, not counted as text
     k: int = 8                   # sdd: candidates per hidden position, where no other number is asked for
-    candidates: str = 'weighted'  # sdd: 'weighted' into the embedding, or 'bilateral', each a key and value of its own
     gradient_checkpointing: bool = False
 
     def __post_init__(self):
@@ -129,7 +128,7 @@ def attend_on_cpu(q, k, v, mask, causal, grouped, dropout):
         mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
     weights = q @ k.transpose(-2, -1) * q.size(-1) ** -0.5  # (B, H, T, S)
     if mask is not None:
-        weights = weights.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else weights + mask.type_as(weights)
+        weights = weights.masked_fill(~mask, -math.inf)
     return F.dropout(weights.softmax(-1), dropout) @ v
 
 
@@ -145,7 +144,6 @@ class Attention(nn.Module):
         self.k = nn.Linear(config.n_embd, kv_width, bias=config.qkv_bias)
         self.v = nn.Linear(config.n_embd, kv_width, bias=config.qkv_bias)
         self.out = nn.Linear(width, config.n_embd, bias=config.bias)
-        self.candidates = None  # states (B, T, k, C) and log p (B, T, k), see `SDD`
         self.q_norm, self.k_norm = (make_rms_norm(config, self.head_dim) if config.qk_norm else None
                                     for _ in range(2))
 
@@ -160,14 +158,6 @@ class Attention(nn.Module):
         mask, causal = (causal, False) if isinstance(causal, torch.Tensor) else (None, causal)
         if cache is not None:
             k, v, mask, causal = cache.extend(self, k, v)  # (B, H, S, D), what came before included
-        if self.candidates is not None:  # more keys and values, at their hidden positions' places
-            states, log_p = self.candidates
-            more_k, more_v = (linear(states.flatten(1, 2)).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-                              for linear in (self.k, self.v))
-            more_k = more_k if self.k_norm is None else self.k_norm(more_k).type_as(more_v)
-            more_k = rotate(more_k, tuple(part.repeat_interleave(log_p.size(-1), 0) for part in rope))
-            mask = torch.cat([log_p.new_zeros(x.size(0), x.size(1)), log_p.flatten(1)], 1)[:, None, None]
-            k, v = torch.cat([k, more_k], 2), torch.cat([v, more_v], 2)
         attend = attend_on_cpu if q.device.type == 'cpu' and q.dtype == torch.bfloat16 else attend_fused
         y = attend(q, k, v, mask, causal, self.grouped, self.dropout if self.training else 0.0)
         return self.out(y.transpose(1, 2).flatten(2))  # (B, T, C)
@@ -512,21 +502,11 @@ class SDD(Diffusion):
         width = self.embedding.embedding_dim
         self.believed = nn.Linear(width, width, bias=False)
         nn.init.eye_(self.believed.weight)
-        self.believed.requires_grad_(config.candidates == 'weighted')
-        self.uncommitted = nn.Parameter(torch.zeros(width)) if config.candidates == 'bilateral' else None
 
     def embed(self, tokens, belief=None):
         x = super().embed(tokens)
-        for block in self.blocks:
-            block.attention.candidates = None
         if belief is None:  # a gradient of zero, but one in every step: ranks wait for it
-            return x + 0 * (self.believed.weight if self.uncommitted is None else self.uncommitted).sum() if torch.is_grad_enabled() else x
-        if self.config.candidates == 'bilateral':
-            p = belief.probabilities.masked_fill((tokens != self.config.mask_id).unsqueeze(-1), 0)
-            states = super().embed(belief.tokens.flatten(1)).unflatten(1, belief.tokens.shape[1:]) + self.uncommitted
-            for block in self.blocks:
-                block.attention.candidates = states, p.clamp_min(1e-30).log().masked_fill(p == 0, -1e4)
-            return x
+            return x + 0 * self.believed.weight.sum() if torch.is_grad_enabled() else x
         table = self.embedding.weight
         if self.config.norm == 'rms':
             table = F.rms_norm(table, table.shape[-1:])

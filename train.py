@@ -38,7 +38,6 @@ bias = False                 # in linear layers and LayerNorm
 qk_norm = True               # RMS-normalised queries and keys
 logit_softcap = 15.0         # 0: none
 k_schedule = (1, 2, 4, 8)    # sdd: candidates per hidden position, one of these drawn for each step
-candidates = 'weighted'      # sdd: or 'bilateral', kept apart as keys and values
 k_warmup_steps = 0           # sdd: go through k_schedule in this many steps instead, then stay at its last
 p_belief = ((0.5, 0.5),)     # sdd: from these shares of the steps on, how many of them have beliefs
 gradient_checkpointing = False  # recompute each block in the backward pass: less memory, a third more time
@@ -141,7 +140,7 @@ if initial:
             raise UserError(f'{init_from} has {key}={initial["model_config"][key]!r}, not {config[key]!r}; leave '
                             f'--{key} out.')
     shape = {**initial['model_config'], 'dropout': dropout, 'gradient_checkpointing': gradient_checkpointing}
-shape.update(k=max(k_schedule), candidates=candidates, vocab_size=tokenizer.vocab_size, mask_id=tokenizer.mask_id, ignore_id=tokenizer.ignore_id)
+shape.update(k=max(k_schedule), vocab_size=tokenizer.vocab_size, mask_id=tokenizer.mask_id, ignore_id=tokenizer.ignore_id)
 torch.manual_seed(seed)
 raw_model = runtime.make_model(architecture, **shape).to(run.device)
 if checkpoint:
