@@ -7,6 +7,7 @@ import numpy as np
 import tokenizers
 import torch
 
+import prompts
 from configurator import UserError
 
 ROOT = Path(__file__).resolve().parent
@@ -39,6 +40,8 @@ class Tokenizer:
         self._tokenizer.no_padding()
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.endoftext_id, self.mask_id, self.ignore_id = map(self._tokenizer.token_to_id, SPECIAL_TOKENS)
+        self.special_ids = {token.content: i for i, token in self._tokenizer.get_added_tokens_decoder().items()
+                            if token.special}  # by name
         # A character vocabulary is the only one that cannot spell every text.
         is_char = isinstance(self._tokenizer.model, tokenizers.models.WordLevel)
         self._characters = set(self._tokenizer.get_vocab(with_added_tokens=False)) if is_char else None
@@ -72,9 +75,9 @@ class Tokenizer:
         """Whether a word's token begins with the space before it."""
         return self._characters is None and len(self.encode(' a')) == 1
 
-    def decode(self, ids):
-        """The text of `ids`; special tokens decode to nothing."""
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+    def decode(self, ids, show_special=False):
+        """The text of `ids`; special tokens decode to nothing, or to their names."""
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=not show_special)
 
 
 # ---------------------------------------------------------------------------- prepared folder
@@ -228,6 +231,7 @@ class DocumentRows:
         self.tokens, self.index, self.masks = folder.tokens[split], folder.index[split], folder.masks[split]
         self.row_length, self.train_on_filler = row_length, train_on_filler
         self.tokenizer = folder.tokenizer
+        self.start_token = folder.tokenizer.endoftext_id if self.masks is None else folder.config['start_token']
         lengths = np.diff(self.index).astype(np.int64)
         self.first_row = np.concatenate([[0], np.cumsum(-(-lengths // (row_length - 1)))])
         self.num_rows = int(self.first_row[-1])
@@ -239,7 +243,7 @@ class DocumentRows:
         start = int(self.index[document]) + int(row - self.first_row[document]) * (self.row_length - 1)
         end = min(start + self.row_length - 1, int(self.index[document + 1]))
         tokens = np.full(self.row_length, self.tokenizer.ignore_id, dtype=np.int64)
-        tokens[0] = self.tokens[start - 1] if start > 0 else self.tokenizer.endoftext_id
+        tokens[0] = self.tokens[start - 1] if start > self.index[document] else self.start_token
         tokens[1:1 + end - start] = self.tokens[start:end]
         trained = np.full(self.row_length, self.train_on_filler, dtype=np.uint8)
         trained[1:1 + end - start] = 1 if self.masks is None else self.masks[start:end]
@@ -250,6 +254,70 @@ class DocumentRows:
         return np.full(self.row_length, np.searchsorted(self.first_row, row, side='right') - 1)
 
 
+class ExampleRows:
+    """Instruction examples, one per row or, packed, as many as fit: a start token, the prompt, the answer.
+
+    Of an example that is too long the prompt is cut on the left; one whose answer does not fit is left out.
+    For a bidirectional model <|ignore|> follows the answer, and it is trained on that too, so that it can tell
+    where an answer ends in whatever room it is given: u² of what the row has left, u uniform by the example.
+    """
+
+    def __init__(self, folder, split, row_length, causal, packed):
+        self.folder, self.split, self.row_length, self.causal = folder, split, row_length, causal
+        index, masks = folder.index[split].astype(np.int64), folder.masks[split]
+        if masks is None:
+            raise UserError(f'{folder.path} has no {split}_masks.bin, which says where the answers are; prepare it '
+                            'with prepare/instruct.py.')
+        fitted = [self.fitted(start, end) for start, end in zip(index, index[1:])]
+        kept = [number for number, example in enumerate(fitted) if example]
+        lengths = np.array([1 + len(fitted[number][0]) for number in kept], np.int64)
+        if not kept:
+            raise UserError(f'The {split} split of {folder.path} has no answer of at most {row_length - 2} tokens, so '
+                            'there is nothing to train on; choose a larger block_size, or prepare it anew.')
+        self.starts, self.ends = index[:-1][kept], index[1:][kept]
+        self.dropped, self.cut = len(fitted) - len(kept), int((lengths <= self.ends - self.starts).sum())
+        self.num_tokens = int(lengths.sum())
+        filler = 0 if causal else (row_length + 1 - lengths) * uniform(FILLER, np.array(kept)) ** 2
+        self.sizes = lengths + np.asarray(filler).astype(np.int64)
+        self.members = best_fit(self.sizes, row_length) if packed else [[i] for i in range(len(kept))]
+        self.num_rows = len(self.members)
+        self.isolated = packed or not causal  # whether rows have what must not be seen
+
+    def fitted(self, start, end):
+        ids, trained = (array[self.split][start:end].tolist() for array in (self.folder.tokens, self.folder.masks))
+        return prompts.fit(ids, trained, self.row_length - 1) if 1 in trained else None
+
+    def read(self, row, key=None):
+        """Tokens (T,), where they are trained (T,), and which example each belongs to (T,), or None."""
+        tokens, trained, documents = [], [], []
+        for number, member in enumerate(self.members[int(row)]):
+            ids, mask = self.fitted(self.starts[member], self.ends[member])
+            filler = int(self.sizes[member]) - 1 - len(ids)
+            tokens += [self.folder.config['start_token'], *ids] + [self.folder.tokenizer.ignore_id] * filler
+            trained += [0, *mask] + [int(not self.causal)] * filler
+            documents += [number] * (len(tokens) - len(documents))
+        return np.array(tokens), np.array(trained, np.uint8), np.array(documents) if self.isolated else None
+
+
+def best_fit(sizes, room):
+    """Lists of the items that share a row of `room`: the largest first, each into the fullest row that it fits."""
+    rows, by_space, spaces = [], {}, 0  # rows that have so much space; bit s of `spaces`: by_space[s] has one
+    for item in np.argsort(-sizes, kind='stable').tolist():
+        size = int(sizes[item])
+        fitting = spaces >> size
+        if fitting:
+            space = size + (fitting & -fitting).bit_length() - 1
+            row = by_space[space].pop()
+            spaces ^= 0 if by_space[space] else 1 << space
+        else:
+            space, row = room, len(rows)
+            rows.append([])
+        rows[row].append(item)
+        by_space.setdefault(space - size, []).append(row)
+        spaces |= 1 << space - size
+    return rows
+
+
 def make_rows(folder, split, architecture, block_size, mode, training):
     """Rows for an architecture: `ar` reads one token more, so that it predicts block_size tokens."""
     row_length = block_size + (architecture == 'ar')
@@ -257,12 +325,14 @@ def make_rows(folder, split, architecture, block_size, mode, training):
         return PackedRows(folder, split, row_length, block_size, training)
     if mode == 'documents':
         return DocumentRows(folder, split, row_length, train_on_filler=architecture != 'ar')
+    if mode in ('examples', 'packed examples'):
+        return ExampleRows(folder, split, row_length, architecture == 'ar', packed=mode == 'packed examples')
     raise UserError(f"mode is {mode!r}; choose 'packed' or 'documents'.")
 
 
 # ---------------------------------------------------------------------------- batches
 
-PERMUTE, MOVE, LEVEL, NOISE = range(4)  # what a random number is for: the first part of its key
+PERMUTE, MOVE, LEVEL, NOISE, FILLER = range(5)  # what a random number is for: the first part of its key
 
 
 class Batches:
@@ -290,7 +360,8 @@ class Batches:
         """This rank's micro-batches of a global step, and how many tokens of all ranks' rows carry the loss.
 
         A micro-batch is tokens (B, row_length), loss_mask (B, row_length) or None, noise (B, 1 + row_length)
-        or None, on the device. The next step's are read while the caller computes.
+        or None, on the device, and where rows hold examples that must not see each other documents (B, row_length).
+        The next step's are read while the caller computes.
         """
         batch = self.coming.pop(step, None) or self.worker.submit(self.read, step)
         self.coming = {step + 1: self.worker.submit(self.read, step + 1)}
@@ -301,7 +372,7 @@ class Batches:
         places = np.arange(self.rows_per_step).reshape(self.micro_steps, self.world_size, -1)
         mine = places[:, self.rank]  # (micro_steps, batch_size)
         rows = {place: self.row(step * self.rows_per_step + place) for place in mine.flat}
-        if any(trained is not None for _, trained in rows.values()):  # what others train on is part of the count
+        if any(row[1] is not None for row in rows.values()):  # what others train on is part of the count
             everyone = (rows.get(place) or self.row(step * self.rows_per_step + place) for place in places.flat)
             count = max(1, sum(map(self.count, everyone)))
         else:
@@ -315,7 +386,7 @@ class Batches:
 
     def count(self, row):
         """Tokens of a row that the loss is divided by: trained, not its first, not filler."""
-        tokens, trained = row
+        tokens, trained, *_ = row
         return int(np.count_nonzero(trained[1:] * (tokens[1:] != self.ignore_id)))
 
     def micro_batch(self, step, places, rows):
@@ -353,13 +424,24 @@ def row_noise(places, num_places, row_length, key):
 
 
 def stack(rows, noise, pin):
-    """Rows of (tokens, trained or None) as tensors: tokens, loss_mask or None, noise or None."""
-    tokens = torch.from_numpy(np.stack([tokens for tokens, _ in rows]).astype(np.int64))
+    """Rows of (tokens, trained or None) as tensors: tokens, loss_mask or None, noise or None.
+
+    Rows that are shorter are filled up with what is not trained. Where they say which document each token
+    belongs to, that comes fourth, and what was filled up is a document of its own.
+    """
+    tokens, trained, documents = zip(*[(*row, None)[:3] for row in rows])
+    length = max(map(len, tokens))
+
+    def tensor(arrays, value, dtype):
+        filled = [np.pad(array, (0, length - len(array)), constant_values=value) for array in arrays]
+        return torch.from_numpy(np.stack(filled).astype(dtype))
     loss_mask = None
-    if any(trained is not None for _, trained in rows):
-        everywhere = np.ones(tokens.size(1), np.uint8)
-        loss_mask = torch.from_numpy(np.stack([everywhere if trained is None else trained for _, trained in rows]))
-    batch = tokens, loss_mask, None if noise is None else torch.from_numpy(noise)
+    if any(part is not None for part in trained):
+        loss_mask = tensor([np.ones(length) if part is None else part for part in trained], 0, np.uint8)
+    batch = (tensor(tokens, 0, np.int64), loss_mask,
+             None if noise is None else torch.from_numpy(np.ascontiguousarray(noise[:, :1 + length])))
+    if documents[0] is not None:
+        batch += tensor(documents, -1, np.int64),
     return tuple(x.pin_memory() if pin and x is not None else x for x in batch)
 
 

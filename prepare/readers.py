@@ -10,22 +10,28 @@ from configurator import UserError
 from prepare.writer import Source, sha256_of
 
 
-def files(patterns, field):
+def files(patterns, field, document=None):
     """
     The Source of comma-separated files or globs, in that order, those of one glob sorted.
 
-    `field` names the text of a record. Reading streams, except for .txt (a file is one document) and .json
-    (a list is parsed at once). Raises UserError for what cannot be read, naming the file and the line or row.
+    `field` names the text of a record; or `document(record, where)` makes a document of a whole record. Reading
+    streams, except for .txt (a file is one document) and .json (a list is parsed at once). Raises UserError for
+    what cannot be read, naming the file and the line or row.
     """
     paths = expand(patterns)
+    endings = [ending for ending in READERS if document is None or ending != '.txt']
     for path in paths:
-        if path.suffix.lower() not in READERS:
-            raise UserError(f'{path} ends in none of {", ".join(READERS)}; convert or rename it.')
+        if path.suffix.lower() not in endings:
+            raise UserError(f'{path} ends in none of {", ".join(endings)}; convert or rename it.')
     inputs = {str(path): hash_of(path) for path in paths}     # before anything is written
+    columns = None if document else [field]
+
+    def text(row, where):
+        return text_of(row, field, where)
 
     def documents():
         for path in paths:
-            yield from READERS[path.suffix.lower()](path, field)
+            yield from READERS[path.suffix.lower()](path, document or text, columns)
     return Source(patterns, documents, inputs, sum(path.stat().st_size for path in paths))
 
 
@@ -56,41 +62,43 @@ def hash_of(path):
 
 
 # ---------------------------------------------------------------------------- one reader per ending
-# Each yields (text of a document, how many bytes of the file it took).
+# Each yields (a document, how many bytes of the file it took); `document(record, where)` makes one, and
+# `columns` are the fields that it needs, None for all.
 
-def read_txt(path, field):
+def read_txt(path, document, columns):
     content = path.read_bytes()
     yield decode(content, path), len(content)
 
 
-def read_jsonl(path, field):
+def read_jsonl(path, document, columns):
     with open(path, 'rb') as file:
         for number, line in enumerate(file, 1):
             if not line.isspace():
                 where = f'{path}, line {number}'
-                yield text_of(parse(decode(line, where), where), field, where), len(line)
+                yield document(parse(decode(line, where), where), where), len(line)
 
 
-def read_json(path, field):
+def read_json(path, document, columns):
     content = path.read_bytes()
     rows = parse(decode(content, path), path)
     if not isinstance(rows, list):
         raise UserError(f'{path} holds {kind_of(rows)}, not a list of records; '
                         'make it one, or write one record per line and name the file .jsonl.')
     for number, row in enumerate(rows, 1):
-        yield text_of(row, field, f'{path}, record {number}'), len(content) / len(rows)
+        yield document(row, f'{path}, record {number}'), len(content) / len(rows)
 
 
-def read_parquet(path, field):
+def read_parquet(path, document, columns):
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            if field not in file.schema_arrow.names:
-                raise missing(field, file.schema_arrow.names, path)
+            for field in columns or ():
+                if field not in file.schema_arrow.names:
+                    raise missing(field, file.schema_arrow.names, path)
             number, size = 0, path.stat().st_size / max(file.metadata.num_rows, 1)
-            for batch in file.iter_batches(batch_size=1000, columns=[field]):
+            for batch in file.iter_batches(batch_size=1000, columns=columns):
                 for row in batch.to_pylist():
                     number += 1
-                    yield text_of(row, field, f'{path}, row {number}'), size
+                    yield document(row, f'{path}, row {number}'), size
     except pyarrow.ArrowException as error:
         raise UserError(f'{path} is no readable parquet file ({str(error).splitlines()[0]}); '
                         'fetch it again, or leave it out.') from error

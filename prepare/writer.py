@@ -20,11 +20,12 @@ import shutil
 import signal
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
@@ -37,7 +38,7 @@ from prepare import tokenizer as tokenizers
 
 FORMAT = 1
 BATCH = 2**18                               # characters that one worker encodes at a time
-NOT_CONTENT = ('name', 'output_dir', 'input', 'num_workers', 'overwrite')   # settings that decide no token
+NOT_CONTENT = ('name', 'output_dir', 'input', 'source', 'num_workers', 'overwrite')   # settings that decide no token
 
 
 @dataclass
@@ -48,6 +49,7 @@ class Source:
     inputs: dict            # name -> sha256 of what the documents are read from or made by
     total: float            # amount of the whole source, in `unit`s
     unit: str = 'B'
+    examples: object = None     # prepare.examples.Examples, where documents are records and no plain text
 
 
 def write(source, config, log_prob=None):
@@ -79,11 +81,13 @@ def write(source, config, log_prob=None):
         finished = describe(target, source, arguments, tokenizer, splits, corpus)
         if log_prob:
             finished['floor'] = floor(splits['val'])
+        if source.examples:
+            finished['examples'] = source.examples.describe(splits.values())
         finished['sha256'] = {path.name: sha256_of(path)
                               for path in sorted(folder.iterdir()) if path.name != 'lock'}
         (folder / 'config.json').write_text(json.dumps(finished, indent=2, allow_nan=False) + '\n')
-    report(target, finished, f'{corpus.blank} blank documents left out, ' * bool(corpus.blank)
-           + f'{time.time() - started:.0f} s')
+    remarks = [f'{corpus.blank} blank documents left out'] * bool(corpus.blank)
+    report(target, finished, ', '.join([*remarks, f'{time.time() - started:.0f} s']))
     return finished
 
 
@@ -139,6 +143,8 @@ def finished_folder(target, arguments, inputs, overwrite):
         for split, count in recorded['splits'].items():
             sizes[f'{split}_tokens.bin'] = count['tokens'] * np.dtype(recorded['dtype']).itemsize
             sizes[f'{split}_index.bin'] = (count['documents'] + 1) * 8
+            if 'examples' in recorded:
+                sizes[f'{split}_masks.bin'] = count['tokens']
         differing = differences(recorded, arguments, inputs)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:     # whatever else lies there
         raise UserError(f'{target} exists and is no folder that was prepared here; move it away, '
@@ -254,7 +260,7 @@ class Corpus:
         first = [text for text, _ in islice(self.texts(), 2)]
         if not first:
             raise UserError(f'There is no text in {source.name}; give files that hold some.')
-        self.single = len(first) == 1
+        self.single = len(first) == 1 and not source.examples
         self.opening = '\n' if '\n' in first[0] else first[0][0]     # a fresh sample of a single document
         self.least_hash = 1.0                                       # a val_fraction above it takes a document
 
@@ -284,6 +290,7 @@ class Corpus:
         room = megabytes * 1e6
         for split, text, _ in self:
             if split == 'train':
+                text = self.source.examples.text(text) if self.source.examples else text
                 yield text[:int(room)]
                 room -= len(text.encode())
                 if room <= 0:
@@ -292,7 +299,8 @@ class Corpus:
 
 def build_tokenizer(corpus, config):
     if config['tokenizer'] == 'char':
-        return tokenizers.build('char', (text for text, _ in corpus.texts()))
+        as_text = corpus.source.examples.text if corpus.source.examples else str
+        return tokenizers.build('char', (as_text(text) for text, _ in corpus.texts()))
     sample = corpus.sample(config['tokenizer_sample_mb'])
     return tokenizers.build(config['tokenizer'], sample, config['vocab_size'])
 
@@ -302,6 +310,8 @@ def check_splits(splits, corpus):
     count, fraction = sum(split.documents for split in splits.values()), corpus.val_fraction
     if all(split.tokens for split in splits.values()):
         return
+    if corpus.source.examples and not count:
+        raise UserError(corpus.source.examples.nothing_left(splits.values()))
     if corpus.single:
         raise UserError(f'The only document is too short to be split at --val_fraction={fraction}; '
                         'give more text.')
@@ -327,37 +337,46 @@ class Batch:
     nats: float = 0                             # -log p of the documents, where it is known
     tokens: np.ndarray = None                   # of all pieces, document ends included
     ends: np.ndarray = None                     # where in `tokens` documents end
+    masks: np.ndarray = None                    # of examples: 1 where the model is trained on a token
+    fates: Counter = field(default_factory=Counter)     # of examples: how many were cut, how many left out
 
 
 class Split:
     """The two growing files of one split."""
 
-    def __init__(self, folder, name):
+    def __init__(self, folder, name, has_masks):
         self.tokens = self.documents = self.bytes = self.nats = 0
         self.token_file = open(folder / f'{name}_tokens.bin', 'wb')
         self.index_file = open(folder / f'{name}_index.bin', 'wb')
         self.index_file.write(np.uint64(0).tobytes())
+        self.mask_file = open(folder / f'{name}_masks.bin', 'wb') if has_masks else None
+        self.fates = Counter()
 
     def append(self, batch):
         self.token_file.write(batch.tokens.tobytes())
         self.index_file.write((self.tokens + batch.ends).astype(np.uint64).tobytes())
+        if self.mask_file:
+            self.mask_file.write(batch.masks.tobytes())
+        self.fates += batch.fates
         self.tokens += len(batch.tokens)
         self.documents += len(batch.ends)
         self.bytes += batch.bytes
         self.nats += batch.nats
 
     def close(self):
-        self.token_file.close()
-        self.index_file.close()
+        for file in filter(None, (self.token_file, self.index_file, self.mask_file)):
+            file.close()
 
 
 def encode_corpus(corpus, folder, tokenizer, config, log_prob):
     """Write the token and index files; the Split of each name."""
     document_end = [] if corpus.single else [tokenizer.endoftext_id]
     num_workers = config['num_workers'] or os.cpu_count()
-    splits = {name: Split(folder, name) for name in ('train', 'val')}
-    setup = config['tokenizer'], tokenizer.to_json(), token_dtype(tokenizer), document_end
-    cut = tokenizers.pieces if config['tokenizer'] in tokenizers.KINDS else lambda text: [text]
+    examples = corpus.source.examples
+    splits = {name: Split(folder, name, bool(examples)) for name in ('train', 'val')}
+    setup = config['tokenizer'], tokenizer.to_json(), token_dtype(tokenizer), document_end, examples
+    in_pieces = config['tokenizer'] in tokenizers.KINDS and not examples
+    cut = tokenizers.pieces if in_pieces else lambda text: [text]
     bar = tqdm(total=corpus.source.total, unit=corpus.source.unit, unit_scale=True,
                disable=None)    # shown on a terminal only
     with bar, ProcessPoolExecutor(num_workers, initializer=start_worker, initargs=setup) as pool:
@@ -404,7 +423,7 @@ def in_order(pool, function, items, window):
         yield pending.popleft().result()
 
 
-def start_worker(kind, tokenizer_json, dtype, document_end):
+def start_worker(kind, tokenizer_json, dtype, document_end, examples):
     """Load the tokenizer, once per process."""
     global worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)                        # the main process answers Ctrl-C
@@ -412,7 +431,8 @@ def start_worker(kind, tokenizer_json, dtype, document_end):
     os.environ['TOKENIZERS_PARALLELISM'] = 'false'                      # the processes are the parallelism
     tokenizer = data.Tokenizer(tokenizer_json)
     encode_batch = tokenizers.fast_gpt2(tokenizer) if kind == 'gpt2' else tokenizer.encode_batch
-    worker = encode_batch, dtype, document_end
+    worker = (partial(encode_examples, examples, tokenizer, dtype) if examples else
+              partial(encode_texts, encode_batch, dtype, document_end))
 
 
 def end_with_parent():
@@ -422,7 +442,12 @@ def end_with_parent():
 
 def encode(batch):
     """In a worker: the batch with tokens instead of texts."""
-    encode_batch, dtype, document_end = worker
+    worker(batch)
+    batch.texts = batch.last = None
+    return batch
+
+
+def encode_texts(encode_batch, dtype, document_end, batch):
     rows = encode_batch(batch.texts)
     for row, last in zip(rows, batch.last):
         row.extend(document_end * last)
@@ -430,8 +455,20 @@ def encode(batch):
     batch.tokens = np.fromiter(chain.from_iterable(rows), dtype, lengths.sum())
     batch.ends = lengths.cumsum()[np.array(batch.last)]
     batch.bytes = sum(len(text.encode()) for text in batch.texts)
-    batch.texts = batch.last = None
-    return batch
+
+
+def encode_examples(examples, tokenizer, dtype, batch):
+    rows, masks = [], []
+    for record in batch.texts:
+        ids, trained, fate = examples.encode(tokenizer, record)
+        batch.fates[fate] += 1
+        if ids:
+            rows.append(ids)
+            masks.append(trained)
+            batch.bytes += len(examples.text(record).encode())
+    batch.tokens = np.fromiter(chain.from_iterable(rows), dtype)
+    batch.masks = np.fromiter(chain.from_iterable(masks), np.uint8)
+    batch.ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
 
 
 # ---------------------------------------------------------------------------- config.json and the last word
@@ -449,7 +486,8 @@ def describe(target, source, arguments, tokenizer, splits, corpus):
         'special_ids': dict(zip(data.SPECIAL_TOKENS, ids)),
         'splits': {name: {'tokens': split.tokens, 'documents': split.documents, 'bytes': split.bytes}
                    for name, split in splits.items()},
-        'prompt_format': None, 'start_token': opening[0] if len(opening) == 1 else ids[0]}
+        'prompt_format': None, 'start_token': opening[0] if len(opening) == 1 else ids[0],
+        **(source.examples.settings if source.examples else {})}
 
 
 def floor(split):
@@ -472,4 +510,5 @@ def report(target, finished, remarks=''):
           f'{(train["bytes"] + val["bytes"]) / tokens:.2f} bytes per token, '
           f'vocabulary {finished["vocab_size"]:,}' + f', {remarks}' * bool(remarks))
     dataset = target.name if target == data.ROOT / 'data' / target.name else target
-    print(f'next: python train.py --dataset={dataset}')
+    script = 'finetune.py --init_from=CHECKPOINT' if 'examples' in finished else 'train.py'
+    print(f'next: python {script} --dataset={dataset}')
