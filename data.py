@@ -130,6 +130,15 @@ class Folder:
         return self.splits[split]['tokens'] / max(1, self.splits[split]['bytes'])
 
 
+    def counted_tokens_per_byte(self, split):
+        """The same of what the loss is about: of instruction data its answers. None if they have no text."""
+        if self.masks[split] is None:
+            return self.tokens_per_byte(split)
+        counted = self.tokens[split][self.masks[split] == 1]
+        text = self.tokenizer.decode(counted)
+        return len(counted) / len(text.encode()) if text else None
+
+
 def find_folder(dataset):
     for path in (Path(dataset), ROOT / 'data' / dataset):
         if (path / 'config.json').is_file():

@@ -163,27 +163,18 @@ def choose_block_size(states):
 
 # ---------------------------------------------------------------------------- likelihood
 
-def bytes_ratio(folder):
-    """Counted tokens per UTF-8 byte of validation text; of instruction data, of its responses."""
-    if folder.masks['val'] is None:
-        return folder.tokens_per_byte('val')
-    counted = folder.tokens['val'][folder.masks['val'] == 1]
-    text = folder.tokenizer.decode(counted)
-    return len(counted) / len(text.encode()) if text else None
-
-
 def evaluate_likelihood(model, folder):
     """Figures of the validation split, and the sums that they come from."""
     rows = likelihood.open_rows(folder, 'val', model, block_size, mode)
     sums, figures = likelihood.measure(model, rows, run, batch_size, draws, max_tokens), {}
     if 'perplexity' in wanted:
-        figures.update(likelihood.perplexity_figures(sums, bytes_ratio(folder)))
+        figures.update(likelihood.perplexity_figures(sums, folder.counted_tokens_per_byte('val')))
     if 'accuracy' in wanted:
         figures.update(likelihood.accuracy_figures(sums, by_level=not model.causal))
     if exact and not model.causal:
         few = exact_rows * (block_size - 1)
         chain, bound = (likelihood.measure(model, rows, run, batch_size, draws, few, one) for one in (True, False))
-        figures['exact'] = likelihood.perplexity_figures(chain, bytes_ratio(folder))
+        figures['exact'] = likelihood.perplexity_figures(chain, folder.counted_tokens_per_byte('val'))
         figures['exact']['upper_nats_per_token'] = likelihood.perplexity_figures(bound, None)['nats_per_token']
     return figures, sums
 

@@ -3,6 +3,7 @@ import contextlib
 import csv
 import ctypes
 import json
+import math
 import os
 import shutil
 import signal
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 import data
-from configurator import UserError
+from configurator import UserError, restore
 from model import ARCHITECTURES, SIZES, ModelConfig
 
 ROOT = Path(__file__).resolve().parent
@@ -73,6 +74,21 @@ class Runtime:
     def close(self):
         if self.world_size > 1:
             dist.destroy_process_group()
+
+
+    def exit(self, message):
+        """Ends the script with status 0, as where there is nothing left to do."""
+        if self.is_main:
+            print(message)
+        self.close()
+        raise SystemExit(0)
+
+
+def means(split, sums):
+    """The metrics `split`/loss, /accuracy and /perplexity from the sums that a model's forward returns."""
+    loss = sums['loss'] / max(1, sums['count'])
+    return {f'{split}/loss': loss, f'{split}/accuracy': sums['correct'] / max(1, sums['predicted']),
+            f'{split}/perplexity': math.exp(min(loss, 700))}
 
 
 def add(sums, loss, count, metrics):
@@ -209,6 +225,45 @@ def load_checkpoint(path):
         raise UserError(f'{path} lacks {", ".join(sorted(missing))}, so it is no checkpoint of these scripts; '
                         'give the ckpt.pt of a run.')
     return checkpoint
+
+
+def load_run(path, namespace, config, fixed):
+    """The checkpoint to continue, and [(key, its value, the given value)] of the settings that differ.
+
+    Every setting that the user did not give is set to the run's own; one of `fixed` that differs is refused.
+    """
+    checkpoint = load_checkpoint(path)
+    if 'optimizer_state_dict' not in checkpoint:
+        raise UserError(f'{path} holds weights without the state of their training; continue from a ckpt.pt, or '
+                        f'start a new run with --init_from={path}.')
+    saved = {key: value for key, value in checkpoint['train_config'].items()
+             if key not in ('out_dir', 'resume_from', 'overwrite') and (key != 'init_from' or key in fixed)}
+    changed = restore(namespace, config, saved)
+    for key, before, now in changed:
+        if key in fixed:
+            raise UserError(f'The run of {path} has {key}={before!r}, so it cannot go on with {now!r}; '
+                            f'leave --{key} out, or start a new run.')
+    return checkpoint, changed
+
+
+def check_same_rows(checkpoint, path, folder, rows_per_step, config):
+    """A UserError where the run would go on with other rows than those that it has not seen yet."""
+    if checkpoint['data'] != folder.fingerprint and 'dataset' not in config.given:
+        raise UserError(f'{folder.path} was prepared anew since the run of {path}; to go on with it all the same, '
+                        f'add --dataset={config["dataset"]}.')
+    if checkpoint['rows_per_step'] != rows_per_step:
+        raise UserError(f'The run of {path} has {checkpoint["rows_per_step"]} rows per step, not {rows_per_step}; '
+                        'choose batch_size and gradient_accumulation_steps so that their product with the number of '
+                        'ranks stays, or rows would be skipped or repeated.')
+
+
+def load_training_state(checkpoint, optimizers, scaler):
+    """What the optimizers and the scaler have gathered; their settings are this run's."""
+    for name, optimizer in optimizers.items():
+        state = checkpoint['optimizer_state_dict'][name]['state']
+        optimizer.load_state_dict({**optimizer.state_dict(), 'state': state})
+    if checkpoint['scaler_state_dict']:  # empty unless dtype was float16
+        scaler.load_state_dict(checkpoint['scaler_state_dict'])
 
 
 def make_model(architecture, **model_config):
