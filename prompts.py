@@ -63,9 +63,8 @@ def markers_of(form):
 
 def instruction_in(prompt, form):
     """The instruction of a prompt, special tokens spelled out."""
-    lead = form.partition('{instruction}')[0].split('\n')
-    lead = next((line.strip() for line in reversed(lead) if line.strip()), '')
-    text = prompt.partition(lead)[2] if lead else prompt
+    lead = markers_of(form.partition('{instruction}')[0])[-1:]
+    text = prompt.partition(lead[0])[2] if lead else prompt
     for marker in markers_of(form):
         text = text.partition(marker)[0]
     return text.strip()
