@@ -285,7 +285,7 @@ class ExampleRows:
                             'there is nothing to train on; choose a larger block_size, or prepare it anew.')
         self.starts, self.ends = index[:-1][kept], index[1:][kept]
         self.dropped, self.cut = len(fitted) - len(kept), int((lengths <= self.ends - self.starts).sum())
-        self.num_tokens = int(lengths.sum())
+        self.num_tokens, self.num_trained = int(lengths.sum()), sum(sum(fitted[number][1]) for number in kept)
         filler = 0 if causal else (row_length + 1 - lengths) * uniform(FILLER, np.array(kept)) ** 2
         self.sizes = lengths + np.asarray(filler).astype(np.int64)
         self.members = best_fit(self.sizes, row_length) if packed else [[i] for i in range(len(kept))]

@@ -239,8 +239,7 @@ def show_data():
         text += before + piece + after if is_trained else piece
     log.print('--- an example; trained is ' + ('what is green' if sys.stdout.isatty() else 'what stands in «»'), text,
               '---')
-    share = folder.masks['train'].mean(dtype=np.float64)
-    log.print(f'{len(rows.starts):,} examples of {rows.num_tokens:,} tokens, {share:.0%} of them trained, in '
+    log.print(f'{len(rows.starts):,} examples of {rows.num_tokens:,} tokens, {rows.num_trained:,} of them trained, in '
               f'{rows.num_rows:,} rows of {block_size}; the prompt of {rows.cut:,} is cut on the left, '
               f'{rows.dropped:,} left out because the answer does not fit')
 
@@ -306,6 +305,8 @@ def answer():
         ids = folder.tokens['val'][start:end][:int(answers[start:end].argmax())].tolist()
         if 0 < len(ids) < block_size - sample_tokens and len(questions) < num_samples:
             questions.append([folder.config['start_token'], *ids])
+    if not questions:
+        return
     rows = generate(raw_model, questions, sample_tokens, seed=seed, stop_tokens=[prompts.end_of(form, tokenizer)[0]])
     for question, row in zip(questions, rows):
         log.print(f'--- a held-out prompt and its answer at step {step}', tokenizer.decode(question) +
