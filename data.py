@@ -406,18 +406,27 @@ class Batches:
 
 
 def evaluation_batches(folder, split, architecture, block_size, batch_size, mode='packed', num_batches=0,
-                       rank=0, world_size=1, device='cpu'):
+                       rank=0, world_size=1, device='cpu', even=False):
     """This rank's share of a split's rows, with noise of their own: the same rows for any number of ranks.
 
-    num_batches: so many batches of rows, spread over the split; 0: the whole split.
+    num_batches: so many batches of rows, spread over the split; 0: the whole split. even: each rank gets as many
+    batches, if need be one in which nothing is trained, as ranks have to whose forward passes wait for each other.
     """
     rows = make_rows(folder, split, architecture, block_size, mode, training=False)
     size = min(rows.num_rows, num_batches * batch_size) if num_batches else rows.num_rows
     chosen = np.arange(size) * rows.num_rows // size
-    for start in range(rank * batch_size, size, world_size * batch_size):
-        places = np.arange(start, min(start + batch_size, size))
+    for start in range(0, size, world_size * batch_size):
+        places = np.arange(start, min(start + world_size * batch_size, size))[rank * batch_size:][:batch_size]
+        if len(places):
+            read = [rows.read(row, ()) for row in chosen[places]]
+        elif even:
+            places = np.zeros(1, np.int64)
+            tokens, _, *documents = rows.read(0, ())
+            read = [(tokens, np.zeros(len(tokens), np.uint8), *documents)]
+        else:
+            return
         noise = row_noise(places, size, rows.row_length, ()) if architecture != 'ar' else None
-        yield to_device(stack([rows.read(row, ()) for row in chosen[places]], noise, pin=False), device)
+        yield to_device(stack(read, noise, pin=False), device)
 
 
 def row_noise(places, num_places, row_length, key):

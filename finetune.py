@@ -8,6 +8,7 @@ import copy
 import math
 import sys
 import time
+from contextlib import nullcontext
 from itertools import groupby
 from pathlib import Path
 
@@ -81,13 +82,14 @@ wandb_run_name = ''          # empty: the run folder's name
 # --- the machine ---
 device = 'auto'              # cpu, cuda, cuda:N, mps
 dtype = 'auto'               # bfloat16, float16, float32
-compile: bool = None         # torch.compile; None: on CUDA only
+compile: bool = None         # torch.compile; None: on CUDA only, without fsdp
+fsdp = False                 # shard weights, gradients and moments over the ranks: for what no single GPU holds
 config = configure(globals())
 
 # What defines a run: a resumed one keeps it. Everything else may change, and the change is printed.
 FIXED = ('architecture', 'block_size', 'packing', 'train_on_prompt', 'init_from', 'model_size', 'use_peft',
          'peft_lora_r', 'peft_lora_alpha', 'peft_targets', 'use_dora', 'load_in_8bit', 'load_in_4bit', 'optimizer',
-         'seed')
+         'fsdp', 'seed')
 
 check_choice(config, 'optimizer', optim.OPTIMIZERS)
 check_choice(config, 'schedule', optim.SCHEDULES)
@@ -105,6 +107,11 @@ if load_in_8bit and load_in_4bit:
 if (load_in_8bit or load_in_4bit or use_dora) and not use_peft:
     raise UserError('load_in_8bit, load_in_4bit and use_dora are about a model whose weights stay as they are while '
                     'adapters are trained; add --use_peft, or leave them out.')
+
+if fsdp:
+    import sharded  # only where it is wanted
+    sharded.check(use_peft=use_peft, save_total_limit=save_total_limit, optimizer_muon=optimizer == 'muon',
+                  dtype_float16=dtype == 'float16')
 
 # ---------------------------------------------------------------------------- what to continue
 
@@ -132,15 +139,15 @@ if train_on_prompt:
 
 # ---------------------------------------------------------------------------- model
 
-if init_from == 'scratch':
+if checkpoint and not use_peft:
+    initial = checkpoint
+elif init_from == 'scratch':
     if run.is_main:
         print('warning: init_from=scratch; a model that has read nothing before will not learn to answer.')
     n_layer, n_head, n_embd = runtime.size_of(model_size)
     initial = {'architecture': architecture or 'ar', 'tokenizer': tokenizer.to_json(), 'model_config': {
         'n_layer': n_layer, 'n_head': n_head, 'n_embd': n_embd, 'block_size': block_size or 256,
         'vocab_size': tokenizer.vocab_size, 'mask_id': tokenizer.mask_id, 'ignore_id': tokenizer.ignore_id}}
-elif checkpoint and not use_peft:
-    initial = checkpoint
 else:  # adapters go on from the weights that they were made for
     initial = runtime.load_checkpoint(init_from, **{key: config[key] for key in ('token', 'revision') if config[key]})
 architecture = architecture or initial['architecture']
@@ -153,17 +160,20 @@ if not 8 <= block_size <= shape['block_size']:
 torch.manual_seed(seed)
 raw_model = runtime.make_model(architecture, **shape)
 if 'model_state_dict' in initial:
-    weights = initial['model_state_dict']
-    raw_model.load_state_dict(weights if initial is checkpoint else initial.get('ema_state_dict') or weights)
+    own = initial is checkpoint  # or, as in all other scripts, the average where there is one
+    raw_model.load_state_dict(not own and initial.get('ema_state_dict') or initial['model_state_dict'])
 if use_peft:
     import lora  # only where it is wanted
     targets = {'targets': tuple(name.strip() for name in peft_targets.split(','))} if peft_targets else {}
-    lora.add_lora(raw_model, peft_lora_r, peft_lora_alpha, peft_lora_dropout, dora=use_dora, **targets)
     if load_in_8bit or load_in_4bit:
         lora.quantize(raw_model, bits=8 if load_in_8bit else 4)
+    lora.add_lora(raw_model, peft_lora_r, peft_lora_alpha, peft_lora_dropout, dora=use_dora, **targets)
+    if run.dtype == 'bfloat16':  # as autocast would for each product
+        for weight in raw_model.blocks.parameters():
+            weight.data = weight.data if weight.requires_grad or weight.dim() < 2 else weight.data.bfloat16()
     if checkpoint:
         raw_model.load_state_dict(checkpoint['adapter_state_dict'], strict=False)
-raw_model.to(run.device)
+raw_model = sharded.shard(raw_model, run) if fsdp else raw_model.to(run.device)
 trainable = {name: p for name, p in raw_model.named_parameters() if p.requires_grad}
 if not trainable:
     raise UserError(f'peft_targets={peft_targets!r} are no layers of this model, so nothing would be trained; choose '
@@ -203,13 +213,16 @@ def is_stale():
 if checkpoint:
     step, best_step, best_val_loss = (checkpoint[key] for key in ('global_step', 'best_step', 'best_val_loss'))
     runtime.check_same_rows(checkpoint, checkpoint_path, folder, batches.rows_per_step, config)
-    runtime.load_training_state(checkpoint, optimizers, scaler)
+    if fsdp:
+        sharded.load(checkpoint_path, checkpoint['sharded'], raw_model, list(optimizers.values()))
+    else:
+        runtime.load_training_state(checkpoint, optimizers, scaler)
     if step >= max_steps or is_stale():
         run.exit(f'{checkpoint_path} is at step {step} of {max_steps}, its best at step {best_step}: the run is '
                  'finished. --max_steps makes it longer, --early_stopping=0 more patient.')
-if run.device.type == 'cuda' if compile is None else compile:
+if run.device.type == 'cuda' and not fsdp if compile is None else compile:
     raw_model.compile()
-model = run.wrap(raw_model)
+model = raw_model if fsdp else run.wrap(raw_model)
 
 # ---------------------------------------------------------------------------- run folder, logs
 
@@ -258,27 +271,37 @@ for key, before, now in changed:
 
 # ---------------------------------------------------------------------------- what happens now and then
 
-def save(path, **state):
-    """What the other scripts need to use the model, and `state` that this one needs to go on.
-
-    Adapters are merged in it, so that every script reads it; they are there on their own as well.
-    """
-    whole, adapter = raw_model, {}
-    if use_peft:
-        whole = lora.merge(copy.deepcopy(raw_model))
-        adapter = {'adapter_state_dict': {name: p.detach() for name, p in trainable.items()}}
-        lora.save_adapter(raw_model, path.parent / 'adapter', init_from)
+def save(path, weights, **state):
+    """What the other scripts need to use the model, and `state` that this one needs to go on."""
+    adapter = {'adapter_state_dict': {name: p.detach() for name, p in trainable.items()}} if use_peft else {}
     runtime.save_checkpoint(path, {
         'architecture': architecture, 'global_step': step, 'best_step': best_step, 'best_val_loss': best_val_loss,
-        'model_state_dict': whole.state_dict(), 'model_config': vars(raw_model.config), **adapter,
+        **({'model_state_dict': weights} if weights else {}), 'model_config': vars(raw_model.config), **adapter,
         'train_config': {**config, 'token': None}, 'seed': seed, 'tokenizer': tokenizer.to_json(),
         'start_token': folder.config['start_token'], 'prompt_format': form, **state})
 
 
+def whole_weights():
+    """What other scripts load, adapters merged; under fsdp every rank has to ask, and the main one gets it."""
+    if fsdp:
+        return sharded.whole_weights(raw_model)
+    if not use_peft:
+        return raw_model.state_dict()
+    merged = copy.deepcopy(raw_model).float()  # in bfloat16 small changes would round away
+    lora.merge(merged)
+    return merged.state_dict()
+
+
 def save_all():
-    save(out / 'ckpt.pt', optimizer_state_dict={name: o.state_dict() for name, o in optimizers.items()},
-         scaler_state_dict=scaler.state_dict(), rows_per_step=batches.rows_per_step, data=folder.fingerprint,
-         wandb_run_id=log.wandb_run_id)
+    state = dict(scaler_state_dict=scaler.state_dict(), rows_per_step=batches.rows_per_step, data=folder.fingerprint,
+                 wandb_run_id=log.wandb_run_id)
+    if fsdp:  # all ranks write; the weights are put together at the end
+        weights = whole_weights() if step == max_steps or is_stale() else None
+        sharded.save(out, step, raw_model, list(optimizers.values()), run,
+                     lambda name: save(out / 'ckpt.pt', weights, sharded=name, **state))
+    elif run.is_main:
+        save(out / 'ckpt.pt', whole_weights(), **state,
+             optimizer_state_dict={name: o.state_dict() for name, o in optimizers.items()})
 
 
 @torch.no_grad()
@@ -287,7 +310,7 @@ def evaluate():
     sums = dict.fromkeys(('loss', 'count', 'correct', 'predicted'), 0.0)  # a rank may have no batch
     raw_model.eval()
     for batch in data.evaluation_batches(folder, 'val', architecture, block_size, batch_size, mode, eval_batches,
-                                         run.rank, run.world_size, run.device):
+                                         run.rank, run.world_size, run.device, even=fsdp):
         with run.autocast():
             runtime.add(sums, *raw_model(*batch))
     raw_model.train()
@@ -307,7 +330,9 @@ def answer():
             questions.append([folder.config['start_token'], *ids])
     if not questions:
         return
-    rows = generate(raw_model, questions, sample_tokens, seed=seed, stop_tokens=[prompts.end_of(form, tokenizer)[0]])
+    with sharded.root_in_place(raw_model) if fsdp else nullcontext():
+        rows = generate(raw_model, questions, sample_tokens, seed=seed,
+                        stop_tokens=[prompts.end_of(form, tokenizer)[0]])
     for question, row in zip(questions, rows):
         log.print(f'--- a held-out prompt and its answer at step {step}', tokenizer.decode(question) +
                   tokenizer.decode(row[len(question):]).strip())
@@ -318,13 +343,16 @@ def look():
     """Evaluates the model and shows how it answers."""
     global best_step, best_val_loss
     values = evaluate()
-    if num_samples and run.is_main:
+    if num_samples and (run.is_main or fsdp):
         answer()
     log.print(f'step {step}: ' + ', '.join(f'{name} {value:.4f}' for name, value in values.items()))
     if values['val/loss'] < best_val_loss:
         best_step, best_val_loss = step, values['val/loss']
+        weights = whole_weights()
         if run.is_main:
-            save(out / 'best.pt')
+            save(out / 'best.pt', weights)
+            if use_peft:
+                lora.save_adapter(raw_model, out / 'adapter', init_from)
     if run.is_main:
         runtime.write_json(out / 'eval_results.json',
                            {'step': step, **values, 'best_step': best_step, 'best_val_loss': best_val_loss})
@@ -335,8 +363,7 @@ def look():
 
 if not checkpoint:
     log.metrics(0, look())
-    if run.is_main:
-        save_all()
+    save_all()
 raw_model.train()
 logged_step, logged_at = step, time.perf_counter()
 tokens_per_step = batches.rows_per_step * batches.rows.num_tokens / batches.rows.num_rows  # without filler
@@ -360,7 +387,7 @@ while step < max_steps and not stopping and not is_stale():
 
     for o in optimizers.values():
         scaler.unscale_(o)
-    grad_norm = torch.nn.utils.clip_grad_norm_(trainable.values(), grad_clip or math.inf)
+    grad_norm = runtime.clip_gradients(trainable.values(), grad_clip)
     for o in optimizers.values():
         scaler.step(o)
         o.zero_grad(set_to_none=True)
@@ -388,9 +415,9 @@ while step < max_steps and not stopping and not is_stale():
         row.update(look())
     if row:
         log.metrics(step, row)
-    if saving and run.is_main:
+    if saving:
         save_all()
-        if save_every and step % save_every == 0 and save_total_limit:
+        if run.is_main and save_every and step % save_every == 0 and save_total_limit:
             runtime.keep_checkpoint(out, step, save_total_limit, best_step)
     if row:
         logged_step, logged_at = step, time.perf_counter()

@@ -84,6 +84,12 @@ class Runtime:
         raise SystemExit(0)
 
 
+def clip_gradients(parameters, limit):
+    """Scales the gradients of `parameters` to a norm of at most `limit` (0: any) and returns what it was."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf)
+    return norm.full_tensor() if hasattr(norm, 'full_tensor') else norm  # of gradients that are sharded
+
+
 def means(split, sums):
     """The metrics `split`/loss, /accuracy and /perplexity from the sums that a model's forward returns."""
     loss = sums['loss'] / max(1, sums['count'])
@@ -225,8 +231,11 @@ def save_checkpoint(path, checkpoint):
     save_atomically(path, lambda file: torch.save({'format': CHECKPOINT_FORMAT, **checkpoint}, file))
 
 
-def load_checkpoint(path):
-    """The dict that `ckpt.pt` holds, its tensors on the CPU. `path`: the file, or a run folder."""
+def load_checkpoint(path, sharded=False):
+    """The dict that `ckpt.pt` holds, its tensors on the CPU. `path`: the file, or a run folder.
+
+    sharded: whether the weights may be missing, because a folder beside it has them.
+    """
     path = Path(path) / 'ckpt.pt' if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise UserError(f'There is no checkpoint at {path}; correct the path, or train one.')
@@ -240,6 +249,11 @@ def load_checkpoint(path):
     if 'architecture' in checkpoint.get('train_config', {}):
         checkpoint.setdefault('architecture', checkpoint['train_config']['architecture'])
     missing = {'architecture', 'model_config', 'model_state_dict', 'tokenizer'} - set(checkpoint)
+    if missing == {'model_state_dict'} and 'sharded' in checkpoint:
+        if sharded:
+            return checkpoint
+        raise UserError(f'The weights of {path} are sharded in {path.parent / "sharded"}; put them into it with '
+                        f'`python hf.py consolidate {path.parent}`, or let the run finish.')
     if missing:
         raise UserError(f'{path} lacks {", ".join(sorted(missing))}, so it is no checkpoint of these scripts; '
                         'give the ckpt.pt of a run.')
@@ -251,8 +265,8 @@ def load_run(path, namespace, config, fixed):
 
     Every setting that the user did not give is set to the run's own; one of `fixed` that differs is refused.
     """
-    checkpoint = load_checkpoint(path)
-    if 'optimizer_state_dict' not in checkpoint:
+    checkpoint = load_checkpoint(path, sharded=True)
+    if not {'optimizer_state_dict', 'sharded'} & set(checkpoint):
         raise UserError(f'{path} holds weights without the state of their training; continue from a ckpt.pt, or '
                         f'start a new run with --init_from={path}.')
     saved = {key: value for key, value in checkpoint['train_config'].items()
@@ -322,7 +336,8 @@ def load_model(checkpoint, device, **changes):
 
 # ---------------------------------------------------------------------------- the run folder
 
-RUN_FILES = ('config.json', 'ckpt.pt', 'best.pt', 'metrics.csv', 'logs.log', 'eval_results.json', 'checkpoints')
+RUN_FILES = ('config.json', 'ckpt.pt', 'best.pt', 'metrics.csv', 'logs.log', 'eval_results.json', 'checkpoints',
+             'sharded')
 
 
 def holds_run(path):

@@ -75,12 +75,13 @@ wandb_run_name = ''          # empty: the run folder's name
 # --- the machine ---
 device = 'auto'              # cpu, cuda, cuda:N, mps
 dtype = 'auto'               # bfloat16, float16, float32
-compile: bool = None         # torch.compile; None: on CUDA only
+compile: bool = None         # torch.compile; None: on CUDA only, without fsdp
+fsdp = False                 # shard weights, gradients and moments over the ranks: for what no single GPU holds
 config = configure(globals())
 
 # What defines a run: a resumed one keeps it. Everything else may change, and the change is printed.
 FIXED = ('architecture', 'mode', 'model_size', 'n_layer', 'n_head', 'n_embd', 'n_kv_head', 'block_size', 'norm',
-         'position', 'mlp', 'bias', 'qk_norm', 'logit_softcap', 'optimizer', 'seed')
+         'position', 'mlp', 'bias', 'qk_norm', 'logit_softcap', 'optimizer', 'fsdp', 'seed')
 SHAPE = ('n_layer', 'n_head', 'n_embd', 'n_kv_head', 'block_size', 'norm', 'position', 'mlp', 'bias', 'qk_norm',
          'logit_softcap', 'dropout', 'gradient_checkpointing')  # keys that go to ModelConfig as they are
 
@@ -92,6 +93,10 @@ check_range(config, 0, math.inf, 'num_epochs', 'learning_rate', 'min_lr', 'warmu
             'decay_ratio', 'weight_decay', 'grad_clip', 'eval_batches', 'sample_every', 'save_every',
             'save_total_limit')
 check_range(config, 0, 1, 'beta1', 'beta2', 'ema_decay')
+if fsdp:
+    import sharded  # only where it is wanted
+    sharded.check(ema_decay=ema_decay, save_total_limit=save_total_limit, optimizer_muon=optimizer == 'muon',
+                  dtype_float16=dtype == 'float16')
 
 # ---------------------------------------------------------------------------- what to continue
 
@@ -119,11 +124,12 @@ if initial:
     shape = {**initial['model_config'], 'dropout': dropout, 'gradient_checkpointing': gradient_checkpointing}
 shape.update(vocab_size=tokenizer.vocab_size, mask_id=tokenizer.mask_id, ignore_id=tokenizer.ignore_id)
 torch.manual_seed(seed)
-raw_model = runtime.make_model(architecture, **shape).to(run.device)
-if checkpoint:
+raw_model = runtime.make_model(architecture, **shape)
+if checkpoint and 'sharded' not in checkpoint:
     raw_model.load_state_dict(checkpoint['model_state_dict'])
-elif initial:  # as all other scripts, from the average where there is one
+elif initial and not checkpoint:  # as all other scripts, from the average where there is one
     raw_model.load_state_dict(initial.get('ema_state_dict') or initial['model_state_dict'])
+raw_model = sharded.shard(raw_model, run) if fsdp else raw_model.to(run.device)
 block_size = raw_model.config.block_size
 
 # ---------------------------------------------------------------------------- batches, optimizers, state
@@ -141,15 +147,18 @@ step, best_step, best_val_loss = 0, 0, math.inf
 if checkpoint:
     step, best_step, best_val_loss = (checkpoint[key] for key in ('global_step', 'best_step', 'best_val_loss'))
     runtime.check_same_rows(checkpoint, checkpoint_path, folder, batches.rows_per_step, config)
-    runtime.load_training_state(checkpoint, optimizers, scaler)
+    if fsdp:
+        sharded.load(checkpoint_path, checkpoint['sharded'], raw_model, list(optimizers.values()))
+    else:
+        runtime.load_training_state(checkpoint, optimizers, scaler)
     if average and 'ema_state_dict' in checkpoint:
         average.load(checkpoint['ema_state_dict'])
     if step >= max_steps:
         run.exit(f'{checkpoint_path} is at step {step} of {max_steps}: the run is finished. '
                  '--max_steps makes it longer.')
-if run.device.type == 'cuda' if compile is None else compile:
+if run.device.type == 'cuda' and not fsdp if compile is None else compile:
     raw_model.compile()
-model = run.wrap(raw_model)
+model = raw_model if fsdp else run.wrap(raw_model)
 
 # ---------------------------------------------------------------------------- run folder, logs
 
@@ -172,20 +181,31 @@ for key, before, now in changed:
 
 # ---------------------------------------------------------------------------- what happens now and then
 
-def save(path, **state):
+def save(path, weights, **state):
     """What the other scripts need to use the model, and `state` that this one needs to go on."""
     runtime.save_checkpoint(path, {
         'architecture': architecture, 'global_step': step, 'best_step': best_step, 'best_val_loss': best_val_loss,
-        'model_state_dict': raw_model.state_dict(), 'model_config': vars(raw_model.config),
+        **({'model_state_dict': weights} if weights else {}), 'model_config': vars(raw_model.config),
         **({'ema_state_dict': average.average} if average else {}),
         'train_config': dict(config), 'seed': seed, 'tokenizer': tokenizer.to_json(),
         'start_token': folder.config['start_token'], 'prompt_format': folder.config['prompt_format'], **state})
 
 
+def whole_weights():
+    """What other scripts load; under fsdp every rank has to ask, and the main one gets it."""
+    return sharded.whole_weights(raw_model) if fsdp else raw_model.state_dict()
+
+
 def save_all():
-    save(out / 'ckpt.pt', optimizer_state_dict={name: o.state_dict() for name, o in optimizers.items()},
-         scaler_state_dict=scaler.state_dict(), rows_per_step=batches.rows_per_step, data=folder.fingerprint,
-         wandb_run_id=log.wandb_run_id)
+    state = dict(scaler_state_dict=scaler.state_dict(), rows_per_step=batches.rows_per_step, data=folder.fingerprint,
+                 wandb_run_id=log.wandb_run_id)
+    if fsdp:  # all ranks write; the weights are put together at the end
+        weights = whole_weights() if step == max_steps else None
+        sharded.save(out, step, raw_model, list(optimizers.values()), run,
+                     lambda name: save(out / 'ckpt.pt', weights, sharded=name, **state))
+    elif run.is_main:
+        save(out / 'ckpt.pt', whole_weights(), **state,
+             optimizer_state_dict={name: o.state_dict() for name, o in optimizers.items()})
 
 
 @torch.no_grad()
@@ -194,7 +214,7 @@ def evaluate():
     sums = dict.fromkeys(('loss', 'count', 'correct', 'predicted'), 0.0)  # a rank may have no batch
     raw_model.eval()
     for batch in data.evaluation_batches(folder, 'val', architecture, block_size, batch_size, mode, eval_batches,
-                                         run.rank, run.world_size, run.device):
+                                         run.rank, run.world_size, run.device, even=fsdp):
         with run.autocast():
             runtime.add(sums, *raw_model(*batch))
     raw_model.train()
@@ -203,8 +223,9 @@ def evaluate():
 
 
 def show_samples():
-    rows = generate(raw_model, [[folder.config['start_token']]] * num_samples, min(sample_tokens, block_size - 1),
-                    seed=seed, stop_tokens=[tokenizer.endoftext_id])
+    with sharded.root_in_place(raw_model) if fsdp else nullcontext():
+        rows = generate(raw_model, [[folder.config['start_token']]] * num_samples, min(sample_tokens, block_size - 1),
+                        seed=seed, stop_tokens=[tokenizer.endoftext_id])
     for row in rows:
         log.print(f'--- a sample at step {step}', tokenizer.decode(row[1:]).strip())
     log.print('---')
@@ -215,13 +236,14 @@ def look():
     global best_step, best_val_loss
     with average.in_place() if average else nullcontext():
         values = evaluate()
-        if sample_every and (step % sample_every == 0 or step == max_steps) and run.is_main:
+        if sample_every and (step % sample_every == 0 or step == max_steps) and (run.is_main or fsdp):
             show_samples()
     log.print(f'step {step}: ' + ', '.join(f'{name} {value:.4f}' for name, value in values.items()))
     if values['val/loss'] < best_val_loss:
         best_step, best_val_loss = step, values['val/loss']
+        weights = whole_weights()
         if run.is_main:
-            save(out / 'best.pt')
+            save(out / 'best.pt', weights)
     if run.is_main:
         runtime.write_json(out / 'eval_results.json',
                            {'step': step, **values, 'best_step': best_step, 'best_val_loss': best_val_loss})
@@ -232,8 +254,7 @@ def look():
 
 if not checkpoint:
     log.metrics(0, look())
-    if run.is_main:
-        save_all()
+    save_all()
 raw_model.train()
 logged_step, logged_at = step, time.perf_counter()
 stopping = False
@@ -256,7 +277,7 @@ while step < max_steps and not stopping:
 
     for o in optimizers.values():
         scaler.unscale_(o)
-    grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+    grad_norm = runtime.clip_gradients(raw_model.parameters(), grad_clip)
     for o in optimizers.values():
         scaler.step(o)
         o.zero_grad(set_to_none=True)
@@ -286,9 +307,9 @@ while step < max_steps and not stopping:
         row.update(look())
     if row:
         log.metrics(step, row)
-    if saving and run.is_main:
+    if saving:
         save_all()
-        if save_every and step % save_every == 0 and save_total_limit:
+        if run.is_main and save_every and step % save_every == 0 and save_total_limit:
             runtime.keep_checkpoint(out, step, save_total_limit, best_step)
     if row:
         logged_step, logged_at = step, time.perf_counter()
