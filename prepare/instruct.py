@@ -48,9 +48,10 @@ def from_hub(repository):
     try:
         revision = huggingface_hub.HfApi().dataset_info(repository).sha
         rows = datasets.load_dataset(repository, revision=revision, split='train', streaming=True)
-    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:  # no network, no such data set
+    except Exception as error:  # the client's, the network's and httpx' own errors have no common class
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f'--source={source} is no file here, and the data set {repository} of the hub could not be '
-                        f'read ({type(error).__name__}: {str(error).splitlines()[0]}); correct the name, connect to '
+                        f'read ({reason}); correct the name, connect to '
                         'the network, or give a file.') from error
 
     def documents():

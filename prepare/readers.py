@@ -41,7 +41,7 @@ def expand(patterns):
         pattern = str(Path(pattern).expanduser())
         matches = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
         if not matches:
-            raise UserError(f'No file matches --input={pattern} in {Path.cwd()}; check the path.')
+            raise UserError(f'No file matches {pattern} in {Path.cwd()}; check the path.')
         paths += map(Path, matches)
     if not paths:
         raise UserError('There is nothing to read: give --input=FILE, several with commas between them, '

@@ -273,7 +273,7 @@ def test_bad_records_are_refused_with_their_place(prepare, tmp_path, case):
     (['--prompt_format=vicuna'], "prompt_format is 'vicuna'; choose default, alpaca"),
     (['--max_seq_len=2'], 'max_seq_len is 2; it must be at least 8'),
     (['--source='], 'There is nothing to read: give --source'),
-    (['--source=nowhere.json'], 'No file matches --input=nowhere.json'),
+    (['--source=nowhere.json'], 'No file matches nowhere.json'),
     (['--tokenizer=nowhere'], '--tokenizer=nowhere is none of'),
     (['--field=body'], "there is no field 'body'"),
 ])
