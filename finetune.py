@@ -85,6 +85,7 @@ dtype = 'auto'               # bfloat16, float16, float32
 compile: bool = None         # torch.compile; None: on CUDA only, without fsdp
 fsdp = False                 # shard weights, gradients and moments over the ranks: for what no single GPU holds
 config = configure(globals())
+del config['token']  # no secret goes into config.json, the checkpoint or W&B
 
 # What defines a run: a resumed one keeps it. Everything else may change, and the change is printed.
 FIXED = ('architecture', 'block_size', 'packing', 'train_on_prompt', 'init_from', 'model_size', 'use_peft',
@@ -149,7 +150,8 @@ elif init_from == 'scratch':
         'n_layer': n_layer, 'n_head': n_head, 'n_embd': n_embd, 'block_size': block_size or 256,
         'vocab_size': tokenizer.vocab_size, 'mask_id': tokenizer.mask_id, 'ignore_id': tokenizer.ignore_id}}
 else:  # adapters go on from the weights that they were made for
-    initial = runtime.load_checkpoint(init_from, **{key: config[key] for key in ('token', 'revision') if config[key]})
+    hub = {key: value for key, value in (('token', token), ('revision', revision)) if value}
+    initial = runtime.load_checkpoint(init_from, **hub)
 architecture = architecture or initial['architecture']
 runtime.check_fits(initial, init_from, architecture, tokenizer, folder.path)
 shape = {**initial['model_config'], 'dropout': dropout, 'gradient_checkpointing': gradient_checkpointing}
@@ -199,7 +201,8 @@ batches = data.Batches(folder, architecture, block_size, batch_size, gradient_ac
 data.make_rows(folder, 'val', architecture, block_size, mode, training=False)  # what it lacks is said now
 if max_steps <= 0:
     max_steps = math.ceil(num_epochs * batches.rows.num_rows / batches.rows_per_step)
-warmup = warmup_steps if 'warmup_steps' in config.given else min(warmup_steps, max_steps // 10)
+is_told = checkpoint or 'warmup_steps' in config.given
+warmup = warmup_steps if is_told else min(warmup_steps, max_steps // 10)
 optimizers = optim.make_optimizers(raw_model, optimizer, learning_rate, beta1, beta2, weight_decay)
 scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == 'float16')
 step, best_step, best_val_loss = 0, 0, math.inf
@@ -234,7 +237,7 @@ config.update(architecture=architecture, block_size=block_size, max_steps=max_st
 if run.is_main:
     runtime.write_json(out / 'config.json', config)
 log = runtime.Logger(out, run.is_main, step if checkpoint else -1, None if no_wandb else dict(
-    project=wandb_project, name=wandb_run_name or out.name, config={**config, 'token': None},
+    project=wandb_project, name=wandb_run_name or out.name, config=dict(config),
     run_id=checkpoint['wandb_run_id'] if checkpoint else None))
 stop = runtime.StopSignal()
 peak_flops = runtime.measure_peak_flops(run.device, run.dtype) * run.world_size
@@ -277,7 +280,7 @@ def save(path, weights, **state):
     runtime.save_checkpoint(path, {
         'architecture': architecture, 'global_step': step, 'best_step': best_step, 'best_val_loss': best_val_loss,
         **({'model_state_dict': weights} if weights else {}), 'model_config': vars(raw_model.config), **adapter,
-        'train_config': {**config, 'token': None}, 'seed': seed, 'tokenizer': tokenizer.to_json(),
+        'train_config': dict(config), 'seed': seed, 'tokenizer': tokenizer.to_json(),
         'start_token': folder.config['start_token'], 'prompt_format': form, **state})
 
 

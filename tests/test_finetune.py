@@ -31,7 +31,7 @@ SHAPE = dict(n_layer=2, n_head=2, n_embd=32, block_size=64)
 GPT2 = dict(norm='layer', position='learned', mlp='gelu', bias=True, qk_norm=False, logit_softcap=0)
 TINY = ('--batch_size=4 --max_steps=6 --eval_every=3 --log_every=1 --learning_rate=0.01 --num_samples=1 '
         '--sample_tokens=4 --device=cpu --dtype=float32 --no_wandb').split()
-CASES = {'ar': ['--gradient_accumulation_steps=2', '--dropout=0.1'],
+CASES = {'ar': ['--gradient_accumulation_steps=2', '--dropout=0.1', '--warmup_steps=4'],
          'diffusion': ['--neftune_alpha=5', '--packing=False', '--optimizer=muon']}
 
 
@@ -199,6 +199,14 @@ def test_the_loss_is_on_answers_alone_or_on_the_prompt_too(place, tmp_path):
         folder, count = data.Folder(place / 'examples'), variables['batches'].get(0)[1]
         assert count == (folder.masks['train'].sum() if not flag else len(folder.tokens['train']))
         assert variables['step'] == variables['max_steps'] == 1
+
+
+def test_a_token_of_the_hub_is_passed_on_and_never_written(place, tmp_path, monkeypatch):
+    given, load_checkpoint = [], runtime.load_checkpoint
+    monkeypatch.setattr(runtime, 'load_checkpoint', lambda path, **hub: given.append(hub) or load_checkpoint(path))
+    tune(*settings(place, 'ar', f'--out_dir={tmp_path}/run', '--token=secret', '--max_steps=1'))
+    assert given == [{'token': 'secret'}]
+    assert 'secret' not in (tmp_path / 'run/config.json').read_text() + str(load(tmp_path / 'run')['train_config'])
 
 
 def test_steps_win_over_epochs(place, tmp_path):
