@@ -64,6 +64,6 @@ if __name__ == '__main__':
     records = (readers.hub(HUB.get(source, source), document=read) if source in HUB or not is_file else
                readers.files(source, field, document=read))
     if max_examples:
-        records = readers.first(records, max_examples)
+        records = readers.first_of(records, max_examples)
     records.examples = Examples(form, max_seq_len, start_token)
     write(records, config)

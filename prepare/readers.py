@@ -51,7 +51,7 @@ def files(patterns, field, separator='', document=None):
                   position=lambda: list(place))
 
 
-def first(source, count):
+def first_of(source, count):
     """The Source of the first `count` documents of another."""
     place = {}
 

@@ -18,6 +18,7 @@ import data
 import prompts
 import runtime
 from configurator import UserError
+from prepare import examples, verify, writer
 from prepare.examples import Examples, conversation
 
 CHATML = ('{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}'
@@ -38,14 +39,14 @@ def with_markers():
 @pytest.fixture
 def prepare(monkeypatch, tmp_path):
     """Runs prepare/instruct.py in this process on records; returns the folder, opened."""
-    def prepare(records, *arguments, file='records.json'):
+    def prepare(records, *arguments, file='records.json', folder='out'):
         source = tmp_path / file
         if records is not None:
             source.write_text(json.dumps(records))
-        monkeypatch.setattr(sys, 'argv', ['instruct.py', f'--source={source}', f'--output_dir={tmp_path}/out',
+        monkeypatch.setattr(sys, 'argv', ['instruct.py', f'--source={source}', f'--output_dir={tmp_path / folder}',
                                           '--tokenizer=bytes', '--val_fraction=0.5', '--num_workers=1', *arguments])
         runpy.run_path(str(runtime.ROOT / 'prepare/instruct.py'), run_name='__main__')
-        return data.Folder(tmp_path / 'out')
+        return data.Folder(tmp_path / folder)
     return prepare
 
 
@@ -199,6 +200,49 @@ def test_long_prompts_are_cut_long_answers_and_empty_ones_left_out_and_counted(p
 
 def test_max_examples_are_the_first(prepare):
     assert len(examples_of(prepare(alpaca(20), '--max_examples=7'))) == 7
+
+
+@pytest.mark.parametrize('name', ['records.jsonl', 'records.parquet'])
+@pytest.mark.parametrize('at', [50, 130])
+def test_a_stopped_preparation_goes_on_and_gives_the_same_bytes(prepare, tmp_path, monkeypatch, capsys, name, at):
+    records = alpaca(150) + [{'instruction': 'Hm?', 'input': '', 'output': 'long ' * 90}] * 3 + alpaca(20)
+    if name.endswith('parquet'):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / name, row_group_size=40)
+    else:
+        lines = [json.dumps(record) for record in records]
+        (tmp_path / name).write_text('\n'.join([*lines[:40], '{"instruction": "no answer"}', *lines[40:]]))
+    arguments = ['--max_seq_len=300', '--max_examples=160', '--on_error=skip']
+    whole = prepare(None, *arguments, file=name, folder='whole').config
+    assert whole['examples']['too long'] == 3 and whole['skipped'] == (name == 'records.jsonl')
+
+    monkeypatch.setattr(writer, 'SHARD', 500)
+    read, count = examples.conversation, iter(range(10 ** 6))
+
+    def interrupted(*given):
+        if next(count) == at:
+            raise KeyboardInterrupt
+        return read(*given)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(examples, 'conversation', interrupted)
+        prepare(None, *arguments, file=name)
+    again = prepare(None, *arguments, file=name).config
+    assert 'going on where an unfinished preparation stopped' in capsys.readouterr().out
+    for key in ('sha256', 'splits', 'examples', 'skipped'):
+        assert again[key] == whole[key], key
+
+
+def test_what_happened_to_a_mask_is_found(prepare, capsys):
+    folder = prepare(alpaca())
+    assert verify.main([str(folder.path)]) == 0
+    masks = folder.path / 'val_masks.bin'
+    content = masks.read_bytes()
+    masks.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    assert verify.main([str(folder.path)]) == 1 and 'val_masks.bin is not the file' in capsys.readouterr().err
+    masks.write_bytes(content[1:])
+    with pytest.raises(UserError, match='val_masks.bin has .* bytes where'):
+        verify.main([str(folder.path)])
+    masks.unlink()
+    assert verify.main([str(folder.path)]) == 1 and 'val_masks.bin is missing' in capsys.readouterr().err
 
 
 def test_a_folder_is_reused_for_the_same_command_and_refused_for_another(prepare, capsys):
