@@ -14,6 +14,7 @@ import tokenizers
 import torch
 
 import mixing
+import prompts
 from configurator import UserError
 
 ROOT = Path(__file__).resolve().parent
@@ -57,6 +58,8 @@ class Tokenizer:
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.endoftext_id, self.mask_id, self.ignore_id = map(self._tokenizer.token_to_id, SPECIAL_TOKENS)
         self.endoftext_id = self.endoftext_id if remembered is None else remembered
+        self.special_ids = {token.content: i for i, token in self._tokenizer.get_added_tokens_decoder().items()
+                            if token.special}  # by name
         # A character vocabulary is the only one that cannot spell every text.
         is_char = isinstance(self._tokenizer.model, tokenizers.models.WordLevel)
         self._characters = set(self._tokenizer.get_vocab(with_added_tokens=False)) if is_char else None
@@ -104,9 +107,9 @@ class Tokenizer:
         """Whether a word's token begins with the space before it."""
         return self._characters is None and len(self.encode(' a')) == 1
 
-    def decode(self, ids):
-        """The text of `ids`; special tokens decode to nothing."""
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+    def decode(self, ids, show_special=False):
+        """The text of `ids`; special tokens decode to nothing, or to their names."""
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=not show_special)
 
 
 def text_of_pair(folder):
@@ -213,6 +216,15 @@ class Folder:
     def tokens_per_byte(self, split):
         """Stored tokens, <|endoftext|> included, per UTF-8 byte of text: nats per token to nats per byte."""
         return self.splits[split]['tokens'] / max(1, self.splits[split]['bytes'])
+
+
+    def counted_tokens_per_byte(self, split):
+        """The same of what the loss is about: of instruction data its answers. None if they have no text."""
+        if self.masks[split] is None:
+            return self.tokens_per_byte(split)
+        counted = self.tokens[split][self.masks[split] == 1]
+        text = self.tokenizer.decode(counted)
+        return len(counted) / len(text.encode()) if text else None
 
 
 def open_dataset(dataset):
@@ -332,6 +344,7 @@ class DocumentRows:
         self.tokens, self.index, self.masks = folder.tokens[split], folder.index[split], folder.masks[split]
         self.row_length, self.train_on_filler = row_length, train_on_filler
         self.tokenizer = folder.tokenizer
+        self.start_token = folder.tokenizer.endoftext_id if self.masks is None else folder.config['start_token']
         counts = [self.rows_of(start).sum() for start in range(0, len(self.index) - 1, self.BLOCK)]
         self.first_row = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])  # of each block
         self.num_rows = int(self.first_row[-1])
@@ -356,7 +369,7 @@ class DocumentRows:
         start = int(self.index[document]) + part * (self.row_length - 1)
         end = min(start + self.row_length - 1, int(self.index[document + 1]))
         tokens = np.full(self.row_length, self.tokenizer.ignore_id, dtype=np.int64)
-        tokens[0] = self.tokens[start - 1] if start > 0 else self.tokenizer.endoftext_id
+        tokens[0] = self.tokens[start - 1] if start > self.index[document] else self.start_token
         tokens[1:1 + end - start] = self.tokens[start:end]
         trained = np.full(self.row_length, self.train_on_filler, dtype=np.uint8)
         trained[1:1 + end - start] = 1 if self.masks is None else self.masks[start:end]
@@ -365,6 +378,72 @@ class DocumentRows:
     def documents(self, row):
         """Numbers (row_length,) of the document that a row belongs to, once per token."""
         return np.full(self.row_length, self.find(row)[0])
+
+
+class ExampleRows:
+    """Instruction examples, one per row or, packed, as many as fit: a start token, the prompt, the answer.
+
+    Of an example that is too long the prompt is cut on the left; one whose answer does not fit is left out.
+    For a bidirectional model <|ignore|> follows the answer, and it is trained on that too, so that it can tell
+    where an answer ends in whatever room it is given: u² of what the row has left, u uniform by the example.
+    """
+
+    masked = True
+
+    def __init__(self, folder, split, row_length, causal, packed):
+        self.folder, self.split, self.row_length, self.causal = folder, split, row_length, causal
+        index, masks = folder.index[split].astype(np.int64), folder.masks[split]
+        if masks is None:
+            raise UserError(f'{folder.path} has no {split}_masks.bin, which says where the answers are; prepare it '
+                            'with prepare/instruct.py.')
+        fitted = [self.fitted(start, end) for start, end in zip(index, index[1:])]
+        kept = [number for number, example in enumerate(fitted) if example]
+        lengths = np.array([1 + len(fitted[number][0]) for number in kept], np.int64)
+        if not kept:
+            raise UserError(f'The {split} split of {folder.path} has no answer of at most {row_length - 2} tokens, so '
+                            'there is nothing to train on; choose a larger block_size, or prepare it anew.')
+        self.starts, self.ends = index[:-1][kept], index[1:][kept]
+        self.dropped, self.cut = len(fitted) - len(kept), int((lengths <= self.ends - self.starts).sum())
+        self.num_tokens, self.num_trained = int(lengths.sum()), sum(sum(fitted[number][1]) for number in kept)
+        filler = 0 if causal else (row_length + 1 - lengths) * uniform(FILLER, np.array(kept)) ** 2
+        self.sizes = lengths + np.asarray(filler).astype(np.int64)
+        self.members = best_fit(self.sizes, row_length) if packed else [[i] for i in range(len(kept))]
+        self.num_rows = len(self.members)
+        self.isolated = packed or not causal  # whether rows have what must not be seen
+
+    def fitted(self, start, end):
+        ids, trained = (array[self.split][start:end].tolist() for array in (self.folder.tokens, self.folder.masks))
+        return prompts.fit(ids, trained, self.row_length - 1) if 1 in trained else None
+
+    def read(self, row, key=None):
+        """Tokens (T,), where they are trained (T,), and which example each belongs to (T,), or None."""
+        tokens, trained, documents = [], [], []
+        for number, member in enumerate(self.members[int(row)]):
+            ids, mask = self.fitted(self.starts[member], self.ends[member])
+            filler = int(self.sizes[member]) - 1 - len(ids)
+            tokens += [self.folder.config['start_token'], *ids] + [self.folder.tokenizer.ignore_id] * filler
+            trained += [0, *mask] + [int(not self.causal)] * filler
+            documents += [number] * (len(tokens) - len(documents))
+        return np.array(tokens), np.array(trained, np.uint8), np.array(documents) if self.isolated else None
+
+
+def best_fit(sizes, room):
+    """Lists of the items that share a row of `room`: the largest first, each into the fullest row that it fits."""
+    rows, by_space, spaces = [], {}, 0  # rows that have so much space; bit s of `spaces`: by_space[s] has one
+    for item in np.argsort(-sizes, kind='stable').tolist():
+        size = int(sizes[item])
+        fitting = spaces >> size
+        if fitting:
+            space = size + (fitting & -fitting).bit_length() - 1
+            row = by_space[space].pop()
+            spaces ^= 0 if by_space[space] else 1 << space
+        else:
+            space, row = room, len(rows)
+            rows.append([])
+        rows[row].append(item)
+        by_space.setdefault(space - size, []).append(row)
+        spaces |= 1 << space - size
+    return rows
 
 
 def make_rows(folder, split, architecture, block_size, mode, training):
@@ -377,6 +456,8 @@ def make_rows(folder, split, architecture, block_size, mode, training):
         return PackedRows(folder, split, row_length, block_size, training)
     if mode == 'documents':
         return DocumentRows(folder, split, row_length, train_on_filler=architecture != 'ar')
+    if mode in ('examples', 'packed examples'):
+        return ExampleRows(folder, split, row_length, architecture == 'ar', packed=mode == 'packed examples')
     raise UserError(f"mode is {mode!r}; choose 'packed' or 'documents'.")
 
 
@@ -385,7 +466,7 @@ def make_rows(folder, split, architecture, block_size, mode, training):
 # Passes that a step's beliefs come from: each further one with probability P_DEEPER, up to MAX_DEPTH. With
 # probability P_STALE the first of them sees up to MAX_STALE more of a row masked.
 P_DEEPER, MAX_DEPTH, P_STALE, MAX_STALE = 0.7, 4, 0.75, 0.3
-PERMUTE, MOVE, LEVEL, NOISE, BELIEF, OPEN = range(6)  # what a random number is for: the first part of its key
+PERMUTE, MOVE, LEVEL, NOISE, BELIEF, OPEN, FILLER = range(7)  # what a random number is for: first part of its key
 
 
 class Batches:
@@ -423,7 +504,8 @@ class Batches:
         """This rank's micro-batches of a global step, and how many tokens of all ranks' rows carry the loss.
 
         A micro-batch is tokens (B, row_length), loss_mask (B, row_length) or None, noise (B, 1 + row_length)
-        or None, on the device. The next step's are read while the caller computes.
+        or None, on the device, and where rows hold examples that must not see each other documents (B, row_length).
+        The next step's are read while the caller computes.
         """
         batch = self.coming.pop(step, None) or self.worker.submit(self.read, step)
         self.coming = {step + 1: self.worker.submit(self.read, step + 1)}
@@ -453,7 +535,7 @@ class Batches:
 
     def count(self, row):
         """Tokens of a row that the loss is divided by: trained, not its first, not filler."""
-        tokens, trained = row
+        tokens, trained, *_ = row
         if trained is None:
             return len(tokens) - 1
         return int(np.count_nonzero(trained[1:] * (tokens[1:] != self.ignore_id)))
@@ -495,18 +577,27 @@ def draw_belief(step, max_steps, seed, p_belief, k_schedule, k_warmup_steps):
 
 
 def evaluation_batches(folder, split, architecture, block_size, batch_size, mode='packed', num_batches=0,
-                       rank=0, world_size=1, device='cpu'):
+                       rank=0, world_size=1, device='cpu', even=False):
     """This rank's share of a split's rows, with noise of their own: the same rows for any number of ranks.
 
-    num_batches: so many batches of rows, spread over the split; 0: the whole split.
+    num_batches: so many batches of rows, spread over the split; 0: the whole split. even: each rank gets as many
+    batches, if need be one in which nothing is trained, as ranks have to whose forward passes wait for each other.
     """
     rows = make_rows(folder, split, architecture, block_size, mode, training=False)
     size = min(rows.num_rows, num_batches * batch_size) if num_batches else rows.num_rows
-    for start in range(rank * batch_size, size, world_size * batch_size):
-        places = np.arange(start, min(start + batch_size, size))
+    chosen = np.arange(size) * rows.num_rows // size
+    for start in range(0, size, world_size * batch_size):
+        places = np.arange(start, min(start + world_size * batch_size, size))[rank * batch_size:][:batch_size]
+        if len(places):
+            read = [rows.read(row, ()) for row in chosen[places]]
+        elif even:
+            places = np.zeros(1, np.int64)
+            tokens, _, *documents = rows.read(0, ())
+            read = [(tokens, np.zeros(len(tokens), np.uint8), *documents)]
+        else:
+            return
         noise = row_noise(places, size, rows.row_length, ()) if architecture != 'ar' else None
-        chosen = places * rows.num_rows // size
-        yield to_device(stack([rows.read(row, ()) for row in chosen], noise, pin=False), device)
+        yield to_device(stack(read, noise, pin=False), device)
         folder.release()
 
 
@@ -536,13 +627,24 @@ def opening(step, anneal_steps, length, seed, device='cpu'):
 
 
 def stack(rows, noise, pin):
-    """Rows of (tokens, trained or None) as tensors: tokens, loss_mask or None, noise or None."""
-    tokens = torch.from_numpy(np.stack([tokens for tokens, _ in rows]).astype(np.int64))
+    """Rows of (tokens, trained or None) as tensors: tokens, loss_mask or None, noise or None.
+
+    Rows that are shorter are filled up with what is not trained. Where they say which document each token
+    belongs to, that comes fourth, and what was filled up is a document of its own.
+    """
+    tokens, trained, documents = zip(*[(*row, None)[:3] for row in rows])
+    length = max(map(len, tokens))
+
+    def tensor(arrays, value, dtype):
+        filled = [np.pad(array, (0, length - len(array)), constant_values=value) for array in arrays]
+        return torch.from_numpy(np.stack(filled).astype(dtype))
     loss_mask = None
-    if any(trained is not None for _, trained in rows):
-        everywhere = np.ones(tokens.size(1), np.uint8)
-        loss_mask = torch.from_numpy(np.stack([everywhere if trained is None else trained for _, trained in rows]))
-    batch = tokens, loss_mask, None if noise is None else torch.from_numpy(noise)
+    if any(part is not None for part in trained):
+        loss_mask = tensor([np.ones(length) if part is None else part for part in trained], 0, np.uint8)
+    batch = (tensor(tokens, 0, np.int64), loss_mask,
+             None if noise is None else torch.from_numpy(np.ascontiguousarray(noise[:, :1 + length])))
+    if documents[0] is not None:
+        batch += tensor(documents, -1, np.int64),
     return tuple(x.pin_memory() if pin and x is not None else x for x in batch)
 
 

@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 import data
 import likelihood
+import prompts
 import report
 import runtime
 import scoring
@@ -39,7 +40,7 @@ metrics = 'perplexity,accuracy,generation'  # of perplexity, accuracy, generatio
 output = ''                  # JSON file with all figures and samples
 html = ''                    # the same as a page, with loss curves
 # --- likelihood ---
-mode = ''                    # packed or documents; empty: documents if all checkpoints were trained so
+mode = ''                    # packed or documents; empty: documents for instructions and where all were trained so
 block_size = 0               # tokens per row; 0: the smallest of the checkpoints'
 max_tokens = 0               # of the validation split; 0: all of it
 batch_size = 32
@@ -71,8 +72,6 @@ del config['token']  # no secret goes into the results
 
 METRICS = ('perplexity', 'accuracy', 'generation', 'speed', 'instructions')
 REPEATS = 3  # timings of which the median counts, after one that does not
-# What asks for an answer where a folder does not say it; the paragraph of an empty input is left out.
-PROMPT_FORMAT = '### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n{output}'
 
 
 # ---------------------------------------------------------------------------- what to compare
@@ -169,19 +168,10 @@ def choose_block_size(states):
 
 # ---------------------------------------------------------------------------- likelihood
 
-def bytes_ratio(folder):
-    """Counted tokens per UTF-8 byte of validation text; of instruction data, of its responses."""
-    if folder.masks['val'] is None:
-        return folder.tokens_per_byte('val')
-    counted = folder.tokens['val'][folder.masks['val'] == 1]
-    text = folder.tokenizer.decode(counted)
-    return len(counted) / len(text.encode()) if text else None
-
-
 def evaluate_likelihood(model, folder):
     """Figures of the validation split, and the sums that they come from, by the key that tells their bound."""
     rows = likelihood.open_rows(folder, 'val', model, block_size, mode)
-    ratio = bytes_ratio(folder)
+    ratio = folder.counted_tokens_per_byte('val')
 
     def measure(tokens=max_tokens, **settings):
         return likelihood.measure(model, rows, run, batch_size, draws, tokens, **settings)
@@ -376,27 +366,6 @@ def peak_memory_mb():
 
 # ---------------------------------------------------------------------------- instructions
 
-def prompt_of(form, instruction, given=''):
-    """The prompt of an example, up to where the answer begins."""
-    paragraphs = form.split('{output}')[0].split('\n\n')
-    text = '\n\n'.join(part for part in paragraphs if given or '{input}' not in part)
-    return re.sub(r'{(instruction|input)}', lambda slot: {'instruction': instruction, 'input': given}[slot[1]], text)
-
-
-def markers_of(form):
-    """What a prompt says besides the example's own words: '### Instruction:' and so on."""
-    return [part.strip() for part in re.split(r'{\w+}', form) if part.strip()]
-
-
-def instruction_in(prompt, form):
-    """The instruction of a formatted prompt."""
-    lead = form.split('{instruction}')[0].strip()
-    text = prompt.partition(lead)[2] if lead else prompt
-    for marker in markers_of(form):
-        text = text.partition(marker)[0]
-    return text.strip()
-
-
 def heldout_examples(folder):
     """[(prompt ids, reference ids)] of num_samples held-out examples, spread over the split, that fit the block."""
     index, examples = folder.index['val'], []
@@ -408,14 +377,15 @@ def heldout_examples(folder):
             first = trained.index(1)
             end = trained.index(0, first)
             if 1 + end < block_size:
-                examples.append(([folder.tokenizer.endoftext_id] + ids[:first], ids[first:end]))
+                examples.append(([folder.config['start_token']] + ids[:first], ids[first:end]))
     return sorted(examples, key=lambda example: len(example[0]))  # batches of like length have the most room
 
 
 def evaluate_instructions(model, state, folder, exercises):
     """Overlap with the reference and form of the answers to held-out prompts; how many checks answers pass."""
-    tokenizer, form = folder.tokenizer, state.get('prompt_format') or PROMPT_FORMAT
-    examples, end = heldout_examples(folder), tokenizer.endoftext_id
+    tokenizer = folder.tokenizer
+    form = state.get('prompt_format') or folder.config['prompt_format'] or prompts.DEFAULT
+    examples, (end, _) = heldout_examples(folder), prompts.end_of(form, tokenizer)
     rows = write_texts(model, [prompt for prompt, _ in examples], [end])
     answers, references = ([tokenizer.decode(ids).strip() for ids in texts]
                            for texts in (rows, [reference for _, reference in examples]))
@@ -425,30 +395,33 @@ def evaluate_instructions(model, state, folder, exercises):
         values = [value for value in values if value is not None]
         figures[name], figures[f'{name}_ci95'] = (likelihood.share(values) if name == 'exact_match' else
                                                   likelihood.scaled(scoring.mean_ci(values), float))
-    kept = [scoring.format_compliance(answer, reference, end in row, markers_of(form))
+    kept = [scoring.format_compliance(answer, reference, end in row, prompts.markers_of(form))
             for answer, reference, row in zip(answers, references, rows)]
     for name in ('all', 'ended', 'no_markers', 'length'):
         figures['format_' + name] = statistics.mean(one[name] for one in kept) if kept else None
     figures['format_compliance'] = figures.pop('format_all')
 
-    prompts = [tokenizer.decode(prompt) for prompt, _ in examples]
-    asked = [(prompt, answer, scoring.checks_stated_in(instruction_in(prompt, form)))
-             for prompt, answer in zip(prompts, answers)]
-    asked = [one for one in asked if one[2]] + answer_exercises(model, tokenizer, form, exercises)
+    texts = [tokenizer.decode(prompt[1:], show_special=True) for prompt, _ in examples]
+    asked = [(text, answer, scoring.checks_stated_in(prompts.instruction_in(text, form)))
+             for text, answer in zip(texts, answers)]
+    asked = [one for one in asked if one[2]] + answer_exercises(model, state, tokenizer, form, exercises)
     followed = [scoring.check(answer, checks) for _, answer, checks in asked]
     share, interval = likelihood.share([all(passed) for passed in followed])
     return {**figures, 'followed': share, 'followed_ci95': interval, 'followed_of': len(followed),
-            'answers': [list(texts) for texts in zip(prompts, answers, references)]}
+            'answers': [list(example) for example in zip(texts, answers, references)]}
 
 
-def answer_exercises(model, tokenizer, form, exercises):
+def answer_exercises(model, state, tokenizer, form, exercises):
     """[(prompt, answer, checks)] of the prompts of --instructions that leave half the block for an answer."""
-    texts = [prompt_of(form, one['instruction'], one.get('input', '')) for one in exercises]
-    prompts = [([tokenizer.endoftext_id] + tokenizer.encode(text), text, one['checks'])
-               for text, one in zip(texts, exercises)]
-    prompts = sorted((one for one in prompts if len(one[0]) <= block_size // 2), key=lambda one: len(one[0]))
-    rows = write_texts(model, [ids for ids, _, _ in prompts], [tokenizer.endoftext_id])
-    return [(text, tokenizer.decode(row).strip(), checks) for (_, text, checks), row in zip(prompts, rows)]
+    asked = []
+    for one in exercises:
+        turn = one['instruction'], one.get('input', ''), None
+        ids = [state['start_token']] + prompts.encode(tokenizer, form, [turn])[0]
+        if len(ids) <= block_size // 2:
+            asked.append((ids, prompts.prompt_of(form, *turn[:2]), one['checks']))
+    asked.sort(key=lambda one: len(one[0]))
+    rows = write_texts(model, [ids for ids, _, _ in asked], [prompts.end_of(form, tokenizer)[0]])
+    return [(text, tokenizer.decode(row).strip(), checks) for (_, text, checks), row in zip(asked, rows)]
 
 
 # ---------------------------------------------------------------------------- the table
@@ -467,7 +440,7 @@ for state, name in zip(states, names_of(states)):
 folder = open_folder(states)
 block_size = choose_block_size(states)
 by_documents = all(state['train_config'].get('mode') == 'documents' for state in states)
-mode = mode or ('documents' if by_documents else 'packed')
+mode = mode or ('documents' if by_documents or folder.masks['val'] is not None else 'packed')
 run = runtime.Runtime(device, dtype)
 judging = None
 if judge:

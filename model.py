@@ -95,6 +95,27 @@ class ModelConfig:
 
 # ---------------------------------------------------------------------------- trunk
 
+class Isolated:
+    """Rows that hold several documents, numbered by `documents` (B, T): each sees itself alone, from position 0.
+
+    It stands where a cache does, and answers the same questions.
+    """
+
+    def __init__(self, documents, causal):
+        mask = documents[:, :, None] == documents[:, None, :]
+        mask = mask & causal if isinstance(causal, torch.Tensor) else mask.tril() if causal else mask
+        self.mask = mask.unsqueeze(1)  # (B, 1, T, T)
+        place = torch.arange(documents.size(1), device=documents.device)
+        begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+        self.place = place - (begins * place).cummax(1).values  # (B, T)
+
+    def positions(self, length):
+        return self.place
+
+    def extend(self, layer, k, v):
+        return k, v, self.mask, False
+
+
 def make_norm(config):
     if config.norm == 'layer':
         return nn.LayerNorm(config.n_embd, config.norm_eps or 1e-5, bias=config.bias)
@@ -284,22 +305,26 @@ class Transformer(nn.Module):
         return F.rms_norm(x, x.shape[-1:]) if self.config.norm == 'rms' else x
 
     def hidden(self, tokens, cache=None, belief=None):
-        """The trunk's last, normalised states (B, T, C) for token ids (B, T), T at most block_size."""
+        """The trunk's last, normalised states (B, T, C) for token ids (B, T), T at most block_size.
+
+        cache: a KVCache of what was read before, or `Isolated`; belief: for `sdd`, at the hidden positions.
+        """
         length = tokens.size(1)
         if length > self.config.block_size:
             raise ValueError(f'A row of {length} tokens is longer than block_size={self.config.block_size}.')
         x = self.embed(tokens, belief)
-        # (T,) as a slice where every row is at the same place; (B, T) while decoding rows of unequal length
+        # (T,) as a slice where every row is at the same place; (B, T) while decoding rows of unequal length and
+        # where rows hold several documents
         place = slice(0, length) if cache is None else cache.positions(length)
         if self.widen is not None:
             x = self.widen(x)
         if self.positions is not None:
             x = x + self.positions.weight[self.config.position_offset:][place]
         x, rope = self.dropout(x), self.rope_at(place)
-        causal = self.opening[:length, :length] if self.training and self.opening is not None else self.causal
+        causal = self.sight(length)
         for block in self.blocks:
             if self.config.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, causal, use_reentrant=False,
+                x = checkpoint(block, x, rope, causal, cache, use_reentrant=False,
                                preserve_rng_state=self.config.dropout > 0)
             else:
                 x = block(x, rope, causal, cache)
@@ -307,6 +332,10 @@ class Transformer(nn.Module):
         if self.config.shift and not self.causal:  # to where its prediction is; nothing predicts the first token
             x = torch.cat([x[:, :1], x[:, :-1]], 1)
         return x if self.narrow is None else self.narrow(x)
+
+    def sight(self, length):
+        """What a position of a row sees, as Attention wants to know it."""
+        return self.opening[:length, :length] if self.training and self.opening is not None else self.causal
 
     def rope_at(self, place):
         if self.positions is not None:
@@ -361,21 +390,22 @@ class Transformer(nn.Module):
         all_nats = torch.zeros(targets.numel(), device=targets.device).index_add(0, index, nats)
         return all_nats.view_as(targets), torch.full_like(targets, -1).masked_scatter(where, guess)
 
-    def forward(self, tokens, loss_mask=None, noise=None, **beliefs):
+    def forward(self, tokens, loss_mask=None, noise=None, documents=None, **beliefs):
         """The loss as a sum in nats, the count of tokens that it is over, and sums of metrics.
 
         tokens: (B, T) ids, of which the first of a row is context; loss_mask: (B, T), nonzero where the model
         is trained, all by default; noise: (B, 1 + T) uniform numbers, for the diffusion architectures;
+        documents: (B, T) numbers of documents that do not see each other, the first token of each one context;
         beliefs: for `sdd`, see `SDD.states`.
         """
-        nats, counted, metrics = self.losses(tokens, loss_mask, noise, **beliefs)
+        nats, counted, metrics = self.losses(tokens, loss_mask, noise, documents, **beliefs)
         return nats.sum(), counted.sum(), {name: values.sum() for name, values in metrics.items()}
 
     def nll(self, tokens, loss_mask=None, noise=None):
         """Each row's negative log-likelihood (B,) in nats, or one unbiased draw of its upper bound."""
         return self.losses(tokens, loss_mask, noise)[0].sum(1)
 
-    def losses(self, tokens, loss_mask, noise):
+    def losses(self, tokens, loss_mask, noise, documents=None):
         """Per architecture, all of them (B, T): nats, the tokens that count, and metrics by name.
 
         The metrics are `predicted`, where the model had to guess a token that counts, and `correct`; for filler
@@ -422,10 +452,11 @@ class Autoregressive(Transformer):
     def never_predicted(self):
         return [i for i in (self.config.mask_id, self.config.ignore_id) if i is not None]
 
-    def losses(self, tokens, loss_mask=None, noise=None):
+    def losses(self, tokens, loss_mask=None, noise=None, documents=None):
         _, counted = self.trained(tokens, loss_mask)
         where = None if loss_mask is None else counted[:, 1:]
-        nats, guess = self.nats_at(self.hidden(tokens[:, :-1]), tokens[:, 1:], where)
+        alone = None if documents is None else Isolated(documents[:, :-1], self.causal)
+        nats, guess = self.nats_at(self.hidden(tokens[:, :-1], alone), tokens[:, 1:], where)
         nats, guess = F.pad(nats, (1, 0)), F.pad(guess, (1, 0), value=-1)  # nothing predicts the first token
         return nats, counted, {'correct': (guess == tokens) & counted, 'predicted': counted}
 
@@ -447,14 +478,14 @@ class Diffusion(Transformer):
         """Level t (B, 1) of each row: a uniform number, kept above 0."""
         return MIN_LEVEL + (1 - MIN_LEVEL) * noise[:, :1]
 
-    def states(self, view, earlier=None, **beliefs):
+    def states(self, view, earlier=None, alone=None, **beliefs):
         """What the tokens at the hidden positions of a view (B, T) are predicted from: (B, T, C)."""
-        return self.hidden(view)
+        return self.hidden(view, alone)
 
     def believe(self, states, where, k):
         """What is kept of a prediction for the next pass; see `SDD`. Here: nothing."""
 
-    def losses(self, tokens, loss_mask=None, noise=None, **beliefs):
+    def losses(self, tokens, loss_mask=None, noise=None, documents=None, **beliefs):
         trained, counted = self.trained(tokens, loss_mask)
         if noise is None:
             noise = torch.rand(tokens.size(0), 1 + tokens.size(1), device=tokens.device)
@@ -466,7 +497,9 @@ class Diffusion(Transformer):
         def view(extra=0.0):
             return tokens.masked_fill(masked_at(level + extra), self.config.mask_id)
         masked = masked_at(level)
-        nats, guess = self.nats_at(self.states(view(), earlier=view, **beliefs), tokens, masked)
+        alone = None if documents is None else Isolated(documents, self.sight(tokens.size(1)))
+        states = self.states(view(), earlier=view, alone=alone, **beliefs)
+        nats, guess = self.nats_at(states, tokens, masked)
         correct = guess == tokens
         metrics = {'correct': correct & counted, 'predicted': masked & counted}
         if self.config.ignore_id is not None:
@@ -530,7 +563,7 @@ class SDD(Diffusion):
             probabilities[part] = (top.values - logits.logsumexp(-1, keepdim=True)).exp()
         return Belief(tokens.view(*where.shape, k), probabilities.view(*where.shape, k))
 
-    def states(self, view, earlier=None, k=None, depth=1, stale=0.0):
+    def states(self, view, earlier=None, alone=None, k=None, depth=1, stale=0.0):
         """As in `Diffusion`, after `depth` passes each of which gave the next one its beliefs.
 
         k: candidates, None for the model's own number. stale: the first pass sees a row with this much more of
@@ -541,9 +574,9 @@ class SDD(Diffusion):
         with torch.no_grad():
             for i in range(depth if k else 0, 0, -1):
                 look = earlier(stale * i / depth) if stale else view
-                belief = self.believe(self.hidden(look, belief=belief), hidden, k)
+                belief = self.believe(self.hidden(look, alone, belief), hidden, k)
         torch.clear_autocast_cache()  # torch 2.9 would reuse here what it cast without gradient
-        return self.hidden(view, belief=belief)
+        return self.hidden(view, alone, belief)
 
 
 ARCHITECTURES = {'ar': Autoregressive, 'diffusion': Diffusion, 'sdd': SDD}

@@ -3,6 +3,7 @@ import contextlib
 import csv
 import ctypes
 import json
+import math
 import os
 import shutil
 import signal
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 import data
-from configurator import UserError
+from configurator import UserError, restore
 from model import ARCHITECTURES, SIZES, ModelConfig
 
 ROOT = Path(__file__).resolve().parent
@@ -73,6 +74,56 @@ class Runtime:
     def close(self):
         if self.world_size > 1:
             dist.destroy_process_group()
+
+    def exit(self, message):
+        """Ends the script with status 0, as where there is nothing left to do."""
+        if self.is_main:
+            print(message)
+        self.close()
+        raise SystemExit(0)
+
+
+def clip_gradients(parameters, limit):
+    """Scales the gradients of `parameters` to a norm of at most `limit` (0: any) and returns what it was."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf)
+    return norm.full_tensor() if hasattr(norm, 'full_tensor') else norm  # of gradients that are sharded
+
+
+def means(split, sums):
+    """The metrics `split`/loss, /accuracy and /perplexity from the sums that a model's forward returns."""
+    loss = sums['loss'] / max(1, sums['count'])
+    return {f'{split}/loss': loss, f'{split}/accuracy': sums['correct'] / max(1, sums['predicted']),
+            f'{split}/perplexity': math.exp(min(loss, 700))}
+
+
+def training_means(sums, beliefs):
+    """The metrics train/ of a step from its sums; beliefs: how it came to them, empty but for `sdd`."""
+    values = means('train', sums)
+    if beliefs:
+        values['train/k'] = beliefs['k']
+    if sums.get('ignore_targets'):  # filler that was hidden in these rows: how much was found, how much is none
+        values['train/ignore_acc'] = sums['ignore_correct'] / sums['ignore_targets']
+        values['train/ignore_precision'] = sums['ignore_correct'] / max(1, sums['ignore_guesses'])
+    return values
+
+
+@torch.no_grad()
+def evaluate(model, batches, run, tokens_per_byte):
+    """The metrics val/ over the batches of all ranks. tokens_per_byte: None where there is no text to speak of."""
+    names = ('loss', 'count', 'correct', 'predicted', 'ignore_correct', 'ignore_targets', 'ignore_guesses')
+    sums, plain = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)  # a rank may have no batch
+    model.eval()
+    for batch in batches:
+        with run.autocast():
+            add(sums, *model(*batch))
+            if model.believes:  # without beliefs, at the same masks
+                add(plain, *model(*batch, k=0))
+    model.train()
+    values = means('val', run.total(sums))
+    values['val/bpb'] = values['val/loss'] / math.log(2) * (tokens_per_byte or math.nan)
+    if model.believes:
+        values['val/loss_k0'] = means('val', run.total(plain))['val/loss']
+    return values
 
 
 def add(sums, loss, count, metrics):
@@ -147,6 +198,25 @@ def measure_peak_flops(device, dtype):
     return 2 * size ** 3 / best
 
 
+def memory_estimate(model, batch_size, length, run):
+    """Bytes that training takes, by what for: an estimate, before anything of it is there.
+
+    Of each trained weight there are its gradient and two moments in float32. With checkpointing a block's input
+    is kept and one block at a time recomputed; a block keeps about 22 numbers per token and channel, and where
+    the mask is written out two scores per pair of positions and head.
+    """
+    config, trained = model.config, sum(p.numel() for p in model.parameters() if p.requires_grad)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    copies = 0 if run.dtype == 'float32' else 2 * sum(p.numel() for p in model.parameters())  # autocast's
+    number = 4 if run.dtype == 'float32' else 2
+    tokens = batch_size * length
+    block = tokens * number * (22 * config.n_embd + 2 * config.n_head * length)
+    blocks = config.n_layer * (tokens * 4 * config.n_embd if config.gradient_checkpointing else block) + block
+    head = 3 * 4 * min(tokens, model.head_rows(model.never)) * config.padded_vocab_size
+    return {'weights': weights + copies, 'gradients': 4 * trained, 'optimizer': 8 * trained,
+            'activations': blocks + head}
+
+
 def synchronize(device):
     if device.type == 'cuda':
         torch.cuda.synchronize(device)
@@ -201,11 +271,12 @@ def is_pretrained(path):
         owner == Path() or not owner.exists())
 
 
-def load_checkpoint(path, token=None, revision=None, mmap=False):
+def load_checkpoint(path, token=None, revision=None, mmap=False, sharded=False):
     """The dict that `ckpt.pt` holds, its tensors on the CPU.
 
     path: the file, a run folder, a Hugging Face folder, or the id of a model of its hub, for which `token` and
-    `revision` are. mmap: leave the tensors on disk until they are used.
+    `revision` are. mmap: leave the tensors on disk until they are used. sharded: whether the weights may be
+    missing, because a folder beside it has them.
     """
     if is_pretrained(path):
         import hf  # imports this module
@@ -223,10 +294,54 @@ def load_checkpoint(path, token=None, revision=None, mmap=False):
     if 'architecture' in checkpoint.get('train_config', {}):
         checkpoint.setdefault('architecture', checkpoint['train_config']['architecture'])
     missing = {'architecture', 'model_config', 'model_state_dict', 'tokenizer'} - set(checkpoint)
+    if missing == {'model_state_dict'} and 'sharded' in checkpoint:
+        if sharded:
+            return checkpoint
+        raise UserError(f'The weights of {path} are sharded in {path.parent / "sharded"}; put them into it with '
+                        f'`python hf.py consolidate {path.parent}`, or let the run finish.')
     if missing:
         raise UserError(f'{path} lacks {", ".join(sorted(missing))}, so it is no checkpoint of these scripts; '
                         'give the ckpt.pt of a run.')
     return checkpoint
+
+
+def load_run(path, namespace, config, fixed):
+    """The checkpoint to continue, and [(key, its value, the given value)] of the settings that differ.
+
+    Every setting that the user did not give is set to the run's own; one of `fixed` that differs is refused.
+    """
+    checkpoint = load_checkpoint(path, sharded=True)
+    if not {'optimizer_state_dict', 'sharded'} & set(checkpoint):
+        raise UserError(f'{path} holds weights without the state of their training; continue from a ckpt.pt, or '
+                        f'start a new run with --init_from={path}.')
+    saved = {key: value for key, value in checkpoint['train_config'].items()
+             if key not in ('out_dir', 'resume_from', 'overwrite') and (key != 'init_from' or key in fixed)}
+    changed = restore(namespace, config, saved)
+    for key, before, now in changed:
+        if key in fixed:
+            raise UserError(f'The run of {path} has {key}={before!r}, so it cannot go on with {now!r}; '
+                            f'leave --{key} out, or start a new run.')
+    return checkpoint, changed
+
+
+def check_same_rows(checkpoint, path, folder, rows_per_step, config):
+    """A UserError where the run would go on with other rows than those that it has not seen yet."""
+    if checkpoint['data'] != folder.fingerprint and 'dataset' not in config.given:
+        raise UserError(f'{folder.path} was prepared anew since the run of {path}; to go on with it all the same, '
+                        f'add --dataset={config["dataset"]}.')
+    if checkpoint['rows_per_step'] != rows_per_step:
+        raise UserError(f'The run of {path} has {checkpoint["rows_per_step"]} rows per step, not {rows_per_step}; '
+                        'choose batch_size and gradient_accumulation_steps so that their product with the number of '
+                        'ranks stays, or rows would be skipped or repeated.')
+
+
+def load_training_state(checkpoint, optimizers, scaler):
+    """What the optimizers and the scaler have gathered; their settings are this run's."""
+    for name, optimizer in optimizers.items():
+        state = checkpoint['optimizer_state_dict'][name]['state']
+        optimizer.load_state_dict({**optimizer.state_dict(), 'state': state})
+    if checkpoint['scaler_state_dict']:  # empty unless dtype was float16
+        scaler.load_state_dict(checkpoint['scaler_state_dict'])
 
 
 def make_model(architecture, **model_config):
@@ -304,7 +419,8 @@ def load_model(checkpoint, device, **changes):
 
 # ---------------------------------------------------------------------------- the run folder
 
-RUN_FILES = ('config.json', 'ckpt.pt', 'best.pt', 'metrics.csv', 'logs.log', 'eval_results.json', 'checkpoints')
+RUN_FILES = ('config.json', 'ckpt.pt', 'best.pt', 'metrics.csv', 'logs.log', 'eval_results.json', 'checkpoints',
+             'sharded')
 
 
 def holds_run(path):

@@ -1,14 +1,17 @@
-"""Shows what a model writes: from nothing, after a prompt, or into the gaps of a text.
+"""Shows what a model writes: from nothing, after a prompt, into the gaps of a text, or as answers.
 
     python sample.py --checkpoint=out/ar-stories-tiny-v1 --prompt="Once upon a time"
     python sample.py --checkpoint=out/diffusion-stories-tiny-v1 --infill="The <mask:12> sat"
     python sample.py --checkpoint=out/sdd-stories-tiny-v1 --k=4 --show_candidates --candidate_steps=1,40
+    python sample.py --checkpoint=out/ar-alpaca-base-v1/best.pt --chat
 """
 import re
+import sys
 from pathlib import Path
 
 import torch
 
+import prompts
 import runtime
 from configurator import UserError, configure
 from data import ENDOFTEXT, IGNORE, Tokenizer
@@ -19,6 +22,9 @@ token = ''               # of the Hugging Face hub, for private models
 revision = ''            # a branch, tag or commit of the hub
 prompt = ''              # the text to continue, or FILE:path; empty: a new text
 infill = ''              # diffusion: a text with gaps, <mask:12> for 12 tokens; instead of a prompt
+chat = False             # the prompt is an instruction, asked in the checkpoint's format; without one: a conversation
+input = ''               # of --chat: what the instruction is about
+system = ''              # of --chat: what the model is told before
 num_samples = 3
 max_new_tokens = 200
 temperature = 1.0        # 0: always the likeliest token
@@ -92,8 +98,40 @@ def name_of(token):
     return special.get(token) or repr(tokenizer.decode([token]))
 
 
+def write(ids, count, stop):
+    """`count` continuations of the token ids, or fillings of their gaps."""
+    with run.autocast():
+        return generate(model, [ids] * count, 0 if infill else max_new_tokens, temperature=temperature, top_k=top_k,
+                        top_p=top_p, stop_tokens=[stop] if stop_at_end else [], seed=seed, use_cache=use_cache,
+                        steps=steps, sampler=sampler, block_length=block_length, threshold=threshold, eta=eta, k=k,
+                        watch=show_beliefs if show_candidates else None)
+
+
+def answers(turns, count):
+    """`count` texts for the last of `turns`, whose output is None; of a long conversation the end is seen."""
+    ids, _ = prompts.encode(tokenizer, form, turns, system)
+    block_size = model.config.block_size
+    ids = [state['start_token']] + ids[1 - max(block_size // 2, block_size - max_new_tokens):]
+    return [tokenizer.decode(row[len(ids):]).strip() for row in write(ids, count, prompts.end_of(form, tokenizer)[0])]
+
+
+def converse():
+    """Answers the lines that are typed, until there are no more."""
+    print('Type an instruction; an empty line begins anew, Ctrl-D ends.')
+    turns = []
+    for line in sys.stdin:
+        if not line.strip():
+            turns = []
+            continue
+        answer, = answers([*turns, (line.strip(), input, None)], 1)
+        turns.append((line.strip(), input, answer))
+        print(f'> {answer}', flush=True)
+
+
 if prompt and infill:
     raise UserError('A prompt and an infill are given; an infill is a text of its own: leave one out.')
+if (input or system) and not chat or infill and chat:
+    raise UserError('input and system belong to --chat, and an infill does not; add --chat, or leave them out.')
 if num_samples < 1:
     raise UserError(f'num_samples is {num_samples}; it has to be at least 1.')
 run = runtime.Runtime(device, dtype)
@@ -102,23 +140,27 @@ state = runtime.load_checkpoint(path, token, revision)
 tokenizer = Tokenizer(state['tokenizer'])
 model = runtime.load_model(state, run.device)
 
-ids = with_gaps(infill, tokenizer) if infill else tokenizer.encode(read_prompt(prompt))
-# A text begins after the end of another, or after a token of its own; where the data was one long text, only an
-# empty prompt needs a start.
-is_special = not tokenizer.decode([state['start_token']])
-start = [state['start_token']] if not ids or is_special else []
+form = state.get('prompt_format') or prompts.DEFAULT
+ids = [] if chat else with_gaps(infill, tokenizer) if infill else tokenizer.encode(read_prompt(prompt))
 num_steps = steps or (ids.count(tokenizer.mask_id) if infill else max_new_tokens)
 shown_steps = set(candidate_steps or (1, num_steps // 2, num_steps * 3 // 4))
 if show_candidates and not (model.believes and k != 0):
     raise UserError(f'{path} keeps no candidates (architecture={state["architecture"]}, k={k}); leave '
                     '--show_candidates out, or take an sdd checkpoint and a k above 0.')
 print(f'{path}: {state["architecture"]}, {model.num_parameters():,} parameters, step {state["global_step"]}')
-with run.autocast():
-    rows = generate(model, [start + ids] * num_samples, 0 if infill else max_new_tokens, temperature=temperature,
-                    top_k=top_k, top_p=top_p, stop_tokens=[tokenizer.endoftext_id] if stop_at_end else [], seed=seed,
-                    use_cache=use_cache, steps=steps, sampler=sampler, block_length=block_length,
-                    threshold=threshold, eta=eta, k=k, watch=show_beliefs if show_candidates else None)
-
-for row in rows:
+if chat and not state.get('prompt_format'):
+    print('warning: this checkpoint was not taught to answer; it is asked in the default format.')
+if chat and not prompt:
+    converse()
+    sys.exit()
+if chat:
+    texts = answers([(read_prompt(prompt), input, None)], num_samples)
+else:
+    # A text begins after the end of another, or after a token of its own; where the data was one long text, only
+    # an empty prompt needs a start.
+    is_special = not tokenizer.decode([state['start_token']])
+    start = [state['start_token']] if not ids or is_special else []
+    texts = [tokenizer.decode(row[len(start):]) for row in write(start + ids, num_samples, tokenizer.endoftext_id)]
+for text in texts:
     print('-' * 80)
-    print(tokenizer.decode(row[len(start):]))
+    print(text)

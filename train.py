@@ -14,7 +14,7 @@ import torch
 import data
 import optim
 import runtime
-from configurator import UserError, check_choice, check_range, configure, restore
+from configurator import UserError, check_choice, check_range, configure
 from sampling import generate
 
 # --- data ---
@@ -81,13 +81,14 @@ wandb_run_name = ''          # empty: the run folder's name
 # --- the machine ---
 device = 'auto'              # cpu, cuda, cuda:N, mps
 dtype = 'auto'               # bfloat16, float16, float32
-compile: bool = None         # torch.compile; None: on CUDA only
+compile: bool = None         # torch.compile; None: on CUDA only, without fsdp
+fsdp = False                 # shard weights, gradients and moments over the ranks: for what no single GPU holds
 config = configure(globals())
 del config['token']  # no secret goes into config.json, the checkpoint or W&B
 
 # What defines a run: a resumed one keeps it. Everything else may change, and the change is printed.
 FIXED = ('architecture', 'mode', 'model_size', 'n_layer', 'n_head', 'n_embd', 'n_kv_head', 'block_size', 'norm',
-         'position', 'mlp', 'bias', 'qk_norm', 'logit_softcap', 'optimizer', 'seed', 'anneal_steps')
+         'position', 'mlp', 'bias', 'qk_norm', 'logit_softcap', 'optimizer', 'fsdp', 'seed', 'anneal_steps')
 SHAPE = ('n_layer', 'n_head', 'n_embd', 'n_kv_head', 'block_size', 'norm', 'position', 'mlp', 'bias', 'qk_norm',
          'logit_softcap', 'dropout', 'gradient_checkpointing')  # keys that go to ModelConfig as they are
 
@@ -100,24 +101,18 @@ check_range(config, 0, math.inf, 'num_epochs', 'learning_rate', 'min_lr', 'warmu
             'save_total_limit', 'anneal_steps')
 check_range(config, 0, 1, 'beta1', 'beta2', 'ema_decay')
 data.check_belief_plan(p_belief, k_schedule)
+if fsdp:
+    import sharded  # only where it is wanted
+    sharded.check(ema_decay=ema_decay, save_total_limit=save_total_limit, optimizer_muon=optimizer == 'muon',
+                  dtype_float16=dtype == 'float16')
 
 # ---------------------------------------------------------------------------- what to continue
 
 checkpoint_path = runtime.resume_path(resume_from, out_dir)
-checkpoint = runtime.load_checkpoint(checkpoint_path) if checkpoint_path else None
+checkpoint, changed = None, []
 continued = runtime.run_of(checkpoint_path or Path(out_dir, 'ckpt.pt')) if resume_from else None  # a run folder
-changed = []
-if checkpoint:
-    if 'optimizer_state_dict' not in checkpoint:
-        raise UserError(f'{checkpoint_path} holds weights without the state of their training; continue from '
-                        f'a ckpt.pt, or start a new run with --init_from={checkpoint_path}.')
-    saved = {key: value for key, value in checkpoint['train_config'].items()
-             if key not in ('out_dir', 'resume_from', 'overwrite', 'init_from')}
-    changed = restore(globals(), config, saved)
-    for key, before, now in changed:
-        if key in FIXED:
-            raise UserError(f'The run of {checkpoint_path} has {key}={before!r}, so it cannot go on with {now!r}; '
-                            f'leave --{key} out, or start a new run.')
+if checkpoint_path:
+    checkpoint, changed = runtime.load_run(checkpoint_path, globals(), config, FIXED)
 
 run = runtime.Runtime(device, dtype)
 folder = data.open_dataset(dataset)
@@ -142,11 +137,12 @@ if initial:
     shape = {**initial['model_config'], 'dropout': dropout, 'gradient_checkpointing': gradient_checkpointing}
 shape.update(k=max(k_schedule), vocab_size=tokenizer.vocab_size, mask_id=tokenizer.mask_id, ignore_id=tokenizer.ignore_id)
 torch.manual_seed(seed)
-raw_model = runtime.make_model(architecture, **shape).to(run.device)
-if checkpoint:
+raw_model = runtime.make_model(architecture, **shape)
+if checkpoint and 'sharded' not in checkpoint:
     raw_model.load_state_dict(checkpoint['model_state_dict'])
-elif initial:  # as all other scripts, from the average where there is one
+elif initial and not checkpoint:  # as all other scripts, from the average where there is one
     runtime.load_weights(raw_model, initial)
+raw_model = sharded.shard(raw_model, run) if fsdp else raw_model.to(run.device)
 block_size = raw_model.config.block_size
 
 # ---------------------------------------------------------------------------- batches, optimizers, state
@@ -167,28 +163,19 @@ average = optim.WeightAverage(raw_model, ema_decay) if ema_decay else None
 step, best_step, best_val_loss = 0, 0, math.inf
 if checkpoint:
     step, best_step, best_val_loss = (checkpoint[key] for key in ('global_step', 'best_step', 'best_val_loss'))
-    if checkpoint['data'] != folder.fingerprint and 'dataset' not in config.given:
-        raise UserError(f'{folder.path} was prepared anew since the run of {checkpoint_path}; to go on with it all '
-                        f'the same, add --dataset={dataset}.')
-    if checkpoint['rows_per_step'] != batches.rows_per_step:
-        raise UserError(f'The run of {checkpoint_path} has {checkpoint["rows_per_step"]} rows per step, not '
-                        f'{batches.rows_per_step}; choose batch_size and gradient_accumulation_steps so that their '
-                        'product with the number of ranks stays, or rows would be skipped or repeated.')
-    for name, o in optimizers.items():  # what it has gathered; the settings are this run's
-        o.load_state_dict({**o.state_dict(), 'state': checkpoint['optimizer_state_dict'][name]['state']})
-    if checkpoint['scaler_state_dict']:  # empty unless dtype was float16
-        scaler.load_state_dict(checkpoint['scaler_state_dict'])
+    runtime.check_same_rows(checkpoint, checkpoint_path, folder, batches.rows_per_step, config)
+    if fsdp:
+        sharded.load(checkpoint_path, checkpoint['sharded'], raw_model, list(optimizers.values()))
+    else:
+        runtime.load_training_state(checkpoint, optimizers, scaler)
     if average and 'ema_state_dict' in checkpoint:
         average.load(checkpoint['ema_state_dict'])
     if step >= max_steps:
-        if run.is_main:
-            print(f'{checkpoint_path} is at step {step} of {max_steps}: the run is finished. '
-                  '--max_steps makes it longer.')
-        run.close()
-        raise SystemExit(0)
-if run.device.type == 'cuda' if compile is None else compile:
+        run.exit(f'{checkpoint_path} is at step {step} of {max_steps}: the run is finished. '
+                 '--max_steps makes it longer.')
+if run.device.type == 'cuda' and not fsdp if compile is None else compile:
     raw_model.compile()
-model = run.wrap(raw_model)
+model = raw_model if fsdp else run.wrap(raw_model)
 
 # ---------------------------------------------------------------------------- run folder, logs
 
@@ -212,47 +199,44 @@ for key, before, now in changed:
 
 # ---------------------------------------------------------------------------- what happens now and then
 
-def save(path, **state):
+def save(path, weights, **state):
     """What the other scripts need to use the model, and `state` that this one needs to go on."""
     runtime.save_checkpoint(path, {
         'architecture': architecture, 'global_step': step, 'best_step': best_step, 'best_val_loss': best_val_loss,
-        'model_state_dict': raw_model.state_dict(), 'model_config': vars(raw_model.config),
+        **({'model_state_dict': weights} if weights else {}), 'model_config': vars(raw_model.config),
         **({'ema_state_dict': average.average} if average else {}),
         'train_config': dict(config), 'seed': seed, 'tokenizer': tokenizer.to_json(),
         'start_token': folder.config['start_token'], 'prompt_format': folder.config['prompt_format'], **state})
 
 
+def whole_weights():
+    """What other scripts load; under fsdp every rank has to ask, and the main one gets it."""
+    return sharded.whole_weights(raw_model) if fsdp else raw_model.state_dict()
+
+
 def save_all():
-    save(out / 'ckpt.pt', optimizer_state_dict={name: o.state_dict() for name, o in optimizers.items()},
-         scaler_state_dict=scaler.state_dict(), rows_per_step=batches.rows_per_step, data=folder.fingerprint,
-         wandb_run_id=log.wandb_run_id)
+    state = dict(scaler_state_dict=scaler.state_dict(), rows_per_step=batches.rows_per_step, data=folder.fingerprint,
+                 wandb_run_id=log.wandb_run_id)
+    if fsdp:  # all ranks write; the weights are put together at the end
+        weights = whole_weights() if step == max_steps else None
+        sharded.save(out, step, raw_model, list(optimizers.values()), run,
+                     lambda name: save(out / 'ckpt.pt', weights, sharded=name, **state))
+    elif run.is_main:
+        save(out / 'ckpt.pt', whole_weights(), **state,
+             optimizer_state_dict={name: o.state_dict() for name, o in optimizers.items()})
 
 
-@torch.no_grad()
 def evaluate():
     """The val/ metrics over the validation split, the same for any number of ranks."""
-    names = ('loss', 'count', 'correct', 'predicted', 'ignore_correct', 'ignore_targets', 'ignore_guesses')
-    sums, plain = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)  # a rank may have no batch
-    raw_model.eval()
-    for batch in data.evaluation_batches(folder, 'val', architecture, block_size, batch_size, mode, eval_batches,
-                                         run.rank, run.world_size, run.device):
-        with run.autocast():
-            runtime.add(sums, *raw_model(*batch))
-            if architecture == 'sdd':  # without beliefs, at the same masks
-                runtime.add(plain, *raw_model(*batch, k=0))
-    raw_model.train()
-    sums, plain = run.total(sums), run.total(plain)
-    count = max(1, sums['count'])
-    loss = sums['loss'] / count
-    return {'val/loss': loss, 'val/accuracy': sums['correct'] / max(1, sums['predicted']),
-            'val/perplexity': math.exp(min(loss, 700)),
-            'val/bpb': loss / math.log(2) * folder.tokens_per_byte('val'),
-            **({'val/loss_k0': plain['loss'] / count} if architecture == 'sdd' else {})}
+    rows = data.evaluation_batches(folder, 'val', architecture, block_size, batch_size, mode, eval_batches, run.rank,
+                                   run.world_size, run.device, even=fsdp)
+    return runtime.evaluate(raw_model, rows, run, folder.tokens_per_byte('val'))
 
 
 def show_samples():
-    rows = generate(raw_model, [[folder.config['start_token']]] * num_samples, min(sample_tokens, block_size - 1),
-                    seed=seed, stop_tokens=[tokenizer.endoftext_id])
+    with sharded.root_in_place(raw_model) if fsdp else nullcontext():
+        rows = generate(raw_model, [[folder.config['start_token']]] * num_samples, min(sample_tokens, block_size - 1),
+                        seed=seed, stop_tokens=[tokenizer.endoftext_id])
     for row in rows:
         log.print(f'--- a sample at step {step}', tokenizer.decode(row[1:]).strip())
     log.print('---')
@@ -263,13 +247,14 @@ def look():
     global best_step, best_val_loss
     with average.in_place() if average else nullcontext():
         values = evaluate()
-        if sample_every and (step % sample_every == 0 or step == max_steps) and run.is_main:
+        if sample_every and (step % sample_every == 0 or step == max_steps) and (run.is_main or fsdp):
             show_samples()
     log.print(f'step {step}: ' + ', '.join(f'{name} {value:.4f}' for name, value in values.items()))
     if values['val/loss'] < best_val_loss:
         best_step, best_val_loss = step, values['val/loss']
+        weights = whole_weights()
         if run.is_main:
-            save(out / 'best.pt')
+            save(out / 'best.pt', weights)
     if run.is_main:
         runtime.write_json(out / 'eval_results.json',
                            {'step': step, **values, 'best_step': best_step, 'best_val_loss': best_val_loss})
@@ -280,8 +265,7 @@ def look():
 
 if not checkpoint:
     log.metrics(0, look())
-    if run.is_main:
-        save_all()
+    save_all()
 raw_model.train()
 logged_step, logged_at = step, time.perf_counter()
 stopping = False
@@ -307,7 +291,7 @@ while step < max_steps and not stopping:
 
     for o in optimizers.values():
         scaler.unscale_(o)
-    grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+    grad_norm = runtime.clip_gradients(raw_model.parameters(), grad_clip)
     for o in optimizers.values():
         scaler.step(o)
         o.zero_grad(set_to_none=True)
@@ -321,32 +305,25 @@ while step < max_steps and not stopping:
     saving = looking or stopping or (save_every and step % save_every == 0)
     row = {}
     if looking or saving or step % log_every == 0:
-        sums = run.total(sums)
-        loss = sums['loss'] / max(1, sums['count'])
+        row = runtime.training_means(run.total(sums), beliefs)
+        loss = row['train/loss']
         if not math.isfinite(loss):
             raise UserError(f'The loss is {loss} at step {step}; the checkpoint before it is kept. Try a lower '
                             f'learning_rate than {learning_rate}, a longer warm-up, or --dtype=float32.')
         seconds_per_step = (time.perf_counter() - logged_at) / (step - logged_step)
         tokens_per_sec = batches.rows_per_step * block_size / seconds_per_step
-        row = {'train/loss': loss, 'train/accuracy': sums['correct'] / max(1, sums['predicted']),
-               'train/perplexity': math.exp(min(loss, 700)), 'train/lr': rate,
-               'train/tokens_per_sec': tokens_per_sec, 'train/grad_norm': grad_norm.item(),
-               'train/mfu': raw_model.flops_per_token() * tokens_per_sec / peak_flops,
-               'train/epoch': batches.epoch(step)}
-        if architecture == 'sdd':
-            row['train/k'] = beliefs['k']
-        if sums.get('ignore_targets'):  # filler that was hidden in these rows: how much was found, how much is none
-            row['train/ignore_acc'] = sums['ignore_correct'] / sums['ignore_targets']
-            row['train/ignore_precision'] = sums['ignore_correct'] / max(1, sums['ignore_guesses'])
+        row.update({'train/lr': rate, 'train/tokens_per_sec': tokens_per_sec, 'train/grad_norm': grad_norm.item(),
+                    'train/mfu': raw_model.flops_per_token() * tokens_per_sec / peak_flops,
+                    'train/epoch': batches.epoch(step)})
         log.progress(f'step {step}/{max_steps}: loss {loss:.4f}, lr {rate:.2e}, {tokens_per_sec:,.0f} tokens/s, '
                      f'{runtime.duration((max_steps - step) * seconds_per_step)} left')
     if looking:
         row.update(look())
     if row:
         log.metrics(step, row)
-    if saving and run.is_main:
+    if saving:
         save_all()
-        if save_every and step % save_every == 0 and save_total_limit:
+        if run.is_main and save_every and step % save_every == 0 and save_total_limit:
             runtime.keep_checkpoint(out, step, save_total_limit, best_step)
     if row:
         logged_step, logged_at = step, time.perf_counter()

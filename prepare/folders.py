@@ -31,8 +31,9 @@ def finished_folder(target, arguments, inputs, overwrite):
         recorded = json.loads((target / 'config.json').read_text(encoding='utf-8'))
         sizes = {}
         for split, count in recorded['splits'].items():
+            width = np.dtype(recorded['dtype']).itemsize
             sizes |= {f'{split}_{name}.bin': size
-                      for name, size in sizes_of(count, np.dtype(recorded['dtype']).itemsize).items()}
+                      for name, size in sizes_of(count, width, 'examples' in recorded).items()}
         differing = differences(recorded, arguments, inputs)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:     # whatever else lies there
         raise UserError(f'{target} exists and is no folder that was prepared here; move it away, '
@@ -50,9 +51,10 @@ def finished_folder(target, arguments, inputs, overwrite):
     return recorded
 
 
-def sizes_of(count, width):
+def sizes_of(count, width, has_masks):
     """Bytes of a split's files, from its counts."""
-    return {'tokens': count['tokens'] * width, 'index': (count['documents'] + 1) * 8}
+    return {'tokens': count['tokens'] * width, 'index': (count['documents'] + 1) * 8,
+            **({'masks': count['tokens']} if has_masks else {})}
 
 
 def differences(recorded, arguments, inputs):
@@ -138,8 +140,9 @@ class Journal:
         """What was recorded, if the files still hold as much; None otherwise."""
         try:
             recorded = json.loads(self.path.read_text(encoding='utf-8'))
-            for split, count in recorded['state']['splits'].items():
-                for name, size in sizes_of(count, recorded['state']['width']).items():
+            state = recorded['state']
+            for split, count in state['splits'].items():
+                for name, size in sizes_of(count, state['width'], state['has_masks']).items():
                     if (self.folder / f'{split}_{name}.bin').stat().st_size < size:
                         return None
             data.Tokenizer.load(self.folder)

@@ -10,6 +10,9 @@ import io
 import json
 import zlib
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import pyarrow
@@ -19,15 +22,16 @@ from configurator import UserError
 from prepare.writer import Source, sha256_of
 
 
-def files(patterns, field, separator=''):
+def files(patterns, field, separator='', document=None):
     """
     The Source of comma-separated files, folders or globs, in that order, those of one folder or glob sorted.
 
-    `field` names the text of a record. A .txt is one document, or several with a `separator` between them.
-    Reading streams, except for .txt without a separator and .json (a list is parsed at once). Raises UserError
-    for what cannot be read.
+    `field` names the text of a record; or `document(record, where)` makes a document of a whole record. A .txt is
+    one document, or several with a `separator` between them. Reading streams, except for .txt without a separator
+    and .json (a list is parsed at once). Raises UserError for what cannot be read.
     """
-    paths = expand(patterns)
+    paths = expand(patterns, [ending for ending in READERS if not document or ending != '.txt'])
+    make, fields = (document, None) if document else (partial(text_of, field), [field])
     before = [signature(path) for path in paths]
     inputs = {str(path): hash_of(path) for path in paths}     # before anything is written
     place = [0, 0]                                            # file, records of it that were read
@@ -36,9 +40,9 @@ def files(patterns, field, separator=''):
         first, done = start
         for number in range(first, len(paths)):
             read = READERS[ending_of(paths[number])]
-            for record, text, amount in read(paths[number], done, field, separator):
+            for record, made, amount in read(paths[number], done, make, fields, separator):
                 place[:] = number, record
-                yield text, amount
+                yield made, amount
             done = 0
             if signature(paths[number]) != before[number]:
                 raise UserError(f'{paths[number]} changed while it was being read; let it rest, and prepare again '
@@ -47,29 +51,45 @@ def files(patterns, field, separator=''):
                   position=lambda: list(place))
 
 
-def expand(patterns):
+def first_of(source, count):
+    """The Source of the first `count` documents of another."""
+    place = {}
+
+    def documents(start=None):
+        place['taken'] = start['taken'] if start else 0
+        inner = source.documents(*([start['rest']] if start else []))
+        for document in islice(inner, count - place['taken']):
+            place['taken'] += 1
+            yield document
+
+    def position():
+        return {**place, 'rest': source.position()}
+    return replace(source, documents=documents, position=position if source.position else None)
+
+
+def expand(patterns, endings):
     paths = []
     for pattern in filter(None, map(str.strip, patterns.split(','))):
         pattern = str(Path(pattern).expanduser())
         matches = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
         if not matches:
-            raise UserError(f'No file matches --input={pattern} in {Path.cwd()}; check the path.')
+            raise UserError(f'No file matches {pattern} in {Path.cwd()}; check the path.')
         for path in map(Path, matches):
-            paths += files_in(path) if path.is_dir() else [path]
+            paths += files_in(path, endings) if path.is_dir() else [path]
     if not paths:
         raise UserError('There is nothing to read: give --input=FILE, several with commas between them, '
                         'a folder, or a glob.')
     for path in paths:
-        if ending_of(path) not in READERS:
-            raise UserError(f'{path} ends in none of {", ".join(READERS)}; convert or rename it.')
+        if ending_of(path) not in endings:
+            raise UserError(f'{path} ends in none of {", ".join(endings)}; convert or rename it.')
     return list(dict.fromkeys(paths))
 
 
-def files_in(folder):
+def files_in(folder, endings):
     """The files below `folder` that can be read, sorted; others (a README) are not meant."""
-    found = sorted(path for path in folder.rglob('*') if path.is_file() and ending_of(path) in READERS)
+    found = sorted(path for path in folder.rglob('*') if path.is_file() and ending_of(path) in endings)
     if not found:
-        raise UserError(f'The folder {folder} holds no file that ends in {", ".join(READERS)}; name another.')
+        raise UserError(f'The folder {folder} holds no file that ends in {", ".join(endings)}; name another.')
     return found
 
 
@@ -94,10 +114,10 @@ def hash_of(path):
 
 
 # ---------------------------------------------------------------------------- one reader per ending
-# Each yields, after the first `done` records, (number of a record, its text or what is wrong with it, how many
-# bytes of the file it took).
+# Each yields, after the first `done` records, (number of a record, its document or what is wrong with it, how many
+# bytes of the file it took). `make(record, where)` gives the document; `fields` are those that it needs, None for all.
 
-def read_txt(path, done, field, separator):
+def read_txt(path, done, make, fields, separator):
     for number, content in enumerate(split_file(path, separator) if separator else [path.read_bytes()], 1):
         if number > done:
             where = f'{path}, document {number}' if separator else path
@@ -115,13 +135,13 @@ def split_file(path, separator):
     yield rest
 
 
-def read_jsonl(path, done, field, separator):
+def read_jsonl(path, done, make, fields, separator):
     before = 0
     with open(path, 'rb') as raw, damage_named(path), decompressed(path, raw) as file:
         for number, line in enumerate(file, 1):
             if number > done and not line.isspace():
                 here = raw.tell()
-                yield number, attempt(from_line, line, field, f'{path}, line {number}'), here - before
+                yield number, attempt(from_line, make, line, f'{path}, line {number}'), here - before
                 before = here
 
 
@@ -133,7 +153,7 @@ def decompressed(path, raw):
     return raw
 
 
-def read_json(path, done, field, separator):
+def read_json(path, done, make, fields, separator):
     content = path.read_bytes()
     rows = parse(decode(content, path), path)
     if not isinstance(rows, list):
@@ -141,24 +161,26 @@ def read_json(path, done, field, separator):
                         'make it one, or write one record per line and name the file .jsonl.')
     for number, row in enumerate(rows, 1):
         if number > done:
-            yield number, attempt(text_of, row, field, f'{path}, record {number}'), len(content) / len(rows)
+            yield number, attempt(make, row, f'{path}, record {number}'), len(content) / len(rows)
 
 
-def read_parquet(path, done, field, separator):
+def read_parquet(path, done, make, fields, separator):
     number = 0
     with damage_named(path), pyarrow.parquet.ParquetFile(path, buffer_size=2**20) as file:
-        if field not in file.schema_arrow.names:
-            raise missing(field, file.schema_arrow.names, path)
+        for field in fields or ():
+            if field not in file.schema_arrow.names:
+                raise missing(field, file.schema_arrow.names, path)
         size = path.stat().st_size / max(file.metadata.num_rows, 1)
         for group in range(file.num_row_groups):
             if number + file.metadata.row_group(group).num_rows <= done:
                 number += file.metadata.row_group(group).num_rows
                 continue
-            for batch in file.iter_batches(batch_size=100, row_groups=[group], columns=[field]):
-                for value in values_of(batch.column(0)):
+            for batch in file.iter_batches(batch_size=100, row_groups=[group], columns=fields):
+                for values in zip(*map(values_of, batch.columns)):
                     number += 1
                     if number > done:
-                        yield number, attempt(from_value, value, field, f'{path}, row {number}'), size
+                        record = dict(zip(batch.schema.names, values))
+                        yield number, attempt(from_values, make, record, f'{path}, row {number}'), size
 
 
 def values_of(column):
@@ -176,7 +198,7 @@ READERS = {'.txt': read_txt, '.jsonl': read_jsonl, '.jsonl.gz': read_jsonl, '.js
 def damage_named(path):
     try:
         yield
-    except (pyarrow.ArrowException, OSError, EOFError, zlib.error) as error:
+    except (pyarrow.ArrowException, OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f'{path} cannot be read to its end ({first_line(error)}); '
                         'fetch it again, or leave it out.') from error
 
@@ -191,12 +213,13 @@ def attempt(make, *given):
         return error
 
 
-def from_line(line, field, where):
-    return text_of(parse(decode(line, where), where), field, where)
+def from_line(make, line, where):
+    return make(parse(decode(line, where), where), where)
 
 
-def from_value(value, field, where):
-    return decode(value, where) if isinstance(value, bytes) else text_of({field: value}, field, where)
+def from_values(make, record, where):
+    return make({name: decode(value, where) if isinstance(value, bytes) else value
+                 for name, value in record.items()}, where)
 
 
 def decode(content, where):
@@ -216,7 +239,7 @@ def parse(text, where):
                         'repair it, or leave it out.') from error
 
 
-def text_of(row, field, where):
+def text_of(field, row, where):
     if not isinstance(row, dict):
         raise UserError(f'{where}: {kind_of(row)} instead of a record; write {{"{field}": "..."}}.')
     if field not in row:
@@ -244,18 +267,19 @@ def kind_of(value):
 
 # ---------------------------------------------------------------------------- the hub
 
-def hub(path, subset=None, field='text'):
+def hub(path, subset=None, field='text', document=None):
     """
     The Source of the training split of a data set on the Hugging Face hub, streamed, at its newest revision.
 
-    A restart goes on within the file where it was. Raises UserError for what the hub refuses.
+    `field` and `document` are as in `files`. A restart goes on within the file where it was. Raises UserError for
+    what the hub refuses.
     """
     import datasets     # it takes seconds, and files need it not
     from huggingface_hub import HfApi
 
     with refusals_named(path):
         revision = HfApi().dataset_info(path).sha
-    reading = {'rows': 0, 'stream': None}
+    reading, make = {'rows': 0, 'stream': None}, document or partial(text_of, field)
 
     def documents(start=None):
         with refusals_named(path):
@@ -265,7 +289,7 @@ def hub(path, subset=None, field='text'):
             reading.update(stream=stream, rows=start['rows'] if start else 0)
             for row in stream:
                 reading['rows'] += 1
-                yield attempt(text_of, row, field, f'{path}, row {reading["rows"]}'), 1
+                yield attempt(make, row, f'{path}, row {reading["rows"]}'), 1
 
     def position():
         return {'rows': reading['rows'], 'state': reading['stream'].state_dict()}
@@ -280,8 +304,8 @@ def refusals_named(path):
     except UserError:
         raise
     except Exception as error:  # of many kinds, from four libraries
-        raise UserError(f'The data set {path} could not be read from the hub ({first_line(error)}); try again, or '
-                        'fetch its files elsewhere and give them with --input=FOLDER.') from error
+        raise UserError(f'The data set {path} could not be read from the hub ({first_line(error)}); correct the '
+                        'name, try again, or fetch its files elsewhere and give their folder instead.') from error
 
 
 def first_line(error):

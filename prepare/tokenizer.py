@@ -8,9 +8,10 @@ import tiktoken
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import data
+import runtime
 from configurator import UserError
 
-KINDS = ('char', 'bytes', 'gpt2', 'bpe')    # else the path of a tokenizer.json or a prepared folder
+KINDS = ('char', 'bytes', 'gpt2', 'bpe')    # else the path of a tokenizer.json, of a folder, of a checkpoint
 PIECE = 2**16                               # characters that are encoded at once
 LONGEST = 2**20                             # characters without a BOUNDARY that stay together
 BOUNDARY = re.compile(r'(?<=\S)[ \n]')
@@ -33,8 +34,10 @@ def build(kind, texts=(), vocab_size=None):
         return data.Tokenizer(bpe(texts, vocab_size).to_str())
     if not Path(kind).exists():
         raise UserError(f'--tokenizer={kind} is none of {", ".join(KINDS)}, nor is there a file or folder by '
-                        'that name; choose one of these, or give the path of a tokenizer.json or a prepared '
-                        'folder.')
+                        'that name; choose one of these, or give the path of a tokenizer.json, of a folder '
+                        'that holds one, or of a checkpoint.')
+    if Path(kind).suffix == '.pt' or (Path(kind) / 'ckpt.pt').is_file():
+        return data.Tokenizer(runtime.load_checkpoint(kind, mmap=True)['tokenizer'])
     return data.Tokenizer.load(kind)
 
 

@@ -18,11 +18,12 @@ import signal
 import sys
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from prepare.folders import FORMAT, HELPERS, checksum, finished_folder, replacin
 
 BATCH = 2**18                               # characters that one worker encodes at a time
 SHARD = 2**26                               # characters after which a killed run can go on
-NOT_CONTENT = ('name', 'output_dir', 'input', 'num_workers', 'overwrite', 'on_error')  # they decide no token
+NOT_CONTENT = ('name', 'output_dir', 'input', 'source', 'num_workers', 'overwrite', 'on_error')  # decide no token
 
 
 @dataclass
@@ -48,6 +49,7 @@ class Source:
     total: float            # amount of the whole source, in `unit`s; None where nobody knows
     unit: str = 'B'
     position: Callable = None   # () -> the `start`, as JSON, that goes on after the last document; None: no restart
+    examples: object = None     # prepare.examples.Examples, where documents are records and no plain text
 
 
 def write(source, config, log_prob=None):
@@ -83,6 +85,8 @@ def write(source, config, log_prob=None):
         finished = describe(target, source, arguments, tokenizer, splits, corpus)
         if log_prob:
             finished['floor'] = floor(splits['val'])
+        if source.examples:
+            finished['examples'] = source.examples.describe(splits.values())
         finished['sha256'] = {path.name: sha256_of(path) for path in sorted(folder.iterdir())
                               if path.name not in (*HELPERS, 'config.json')}
         finished['checksum'] = checksum(finished)
@@ -157,7 +161,7 @@ class Corpus:
         if not first:
             raise UserError(f'There is no text in {source.name}; give files that hold some.'
                             + f' The last of {self.skipped} that were skipped: {self.wrong}' * bool(self.skipped))
-        self.single = len(first) == 1
+        self.single = len(first) == 1 and not source.examples
         self.opening = '\n' if '\n' in first[0] else first[0][0]     # a fresh sample of a single document
 
     def texts(self, state=None, tell=None):
@@ -206,15 +210,19 @@ class Corpus:
         room = megabytes * 1e6
         for split, text in chain.from_iterable(self.split(self.texts())):
             if split == 'train':
+                text = self.as_text(text)
                 yield text[:int(room)]
                 room -= len(text.encode())
                 if room <= 0:
                     return
 
+    def as_text(self, document):
+        return self.source.examples.text(document) if self.source.examples else document
+
 
 def build_tokenizer(corpus, config):
     if config['tokenizer'] == 'char':
-        return tokenizers.build('char', corpus.texts())
+        return tokenizers.build('char', map(corpus.as_text, corpus.texts()))
     sample = corpus.sample(config['tokenizer_sample_mb'])
     return tokenizers.build(config['tokenizer'], sample, config['vocab_size'])
 
@@ -225,6 +233,8 @@ def check_splits(splits, corpus, journal):
     if all(split.tokens for split in splits.values()):
         return
     journal.state = None    # with these settings there is nothing to go on with
+    if corpus.source.examples and not count:
+        raise UserError(corpus.source.examples.nothing_left(splits.values()))
     if corpus.single:
         raise UserError(f'The only document is too short to be split at --val_fraction={fraction}; '
                         'give more text.')
@@ -250,6 +260,8 @@ class Batch:
     nats: float = 0                             # -log p of the documents, where it is known
     tokens: np.ndarray = None                   # of all pieces, document ends included
     ends: np.ndarray = None                     # where in `tokens` documents end
+    masks: np.ndarray = None                    # of examples: 1 where the model is trained on a token
+    fates: Counter = field(default_factory=Counter)     # of examples: how many were cut, how many left out
 
 
 @dataclass
@@ -259,34 +271,38 @@ class Mark:
 
 
 class Split:
-    """The two growing files of one split; `counts`, of an unfinished folder, say where they go on."""
+    """The growing files of one split; `counts`, of an unfinished folder, say where they go on."""
 
-    def __init__(self, folder, name, width, counts):
-        counts = counts or {'tokens': 0, 'documents': 0, 'bytes': 0, 'nats': 0}
+    def __init__(self, folder, name, width, has_masks, counts):
+        counts = counts or {'tokens': 0, 'documents': 0, 'bytes': 0, 'nats': 0, 'fates': {}}
         self.tokens, self.documents, self.bytes, self.nats = (
             counts[key] for key in ('tokens', 'documents', 'bytes', 'nats'))
-        sizes = sizes_of(counts, width)
-        self.files = self.token_file, self.index_file = [
-            reopen(folder / f'{name}_{kind}.bin', sizes[kind]) for kind in ('tokens', 'index')]
+        self.fates = Counter(counts['fates'])
+        self.files = {kind: reopen(folder / f'{name}_{kind}.bin', size)
+                      for kind, size in sizes_of(counts, width, has_masks).items()}
 
     def append(self, batch):
-        self.token_file.write(batch.tokens.tobytes())
-        self.index_file.write((self.tokens + batch.ends).astype(np.uint64).tobytes())
+        self.files['tokens'].write(batch.tokens.tobytes())
+        self.files['index'].write((self.tokens + batch.ends).astype(np.uint64).tobytes())
+        if 'masks' in self.files:
+            self.files['masks'].write(batch.masks.tobytes())
+        self.fates += batch.fates
         self.tokens += len(batch.tokens)
         self.documents += len(batch.ends)
         self.bytes += batch.bytes
         self.nats += batch.nats
 
     def counts(self):
-        return {'tokens': self.tokens, 'documents': self.documents, 'bytes': self.bytes, 'nats': self.nats}
+        return {'tokens': self.tokens, 'documents': self.documents, 'bytes': self.bytes, 'nats': self.nats,
+                'fates': self.fates}
 
     def sync(self):
-        for file in self.files:
+        for file in self.files.values():
             file.flush()
             os.fsync(file.fileno())
 
     def close(self):
-        for file in self.files:
+        for file in self.files.values():
             file.close()
 
 
@@ -299,14 +315,15 @@ def reopen(path, size):
 
 
 def encode_corpus(corpus, folder, tokenizer, config, log_prob, journal):
-    """Write the token and index files; the Split of each name."""
+    """Write the files of tokens, index and, of examples, masks; the Split of each name."""
     document_end = [] if corpus.single else [tokenizer.endoftext_id]
     num_workers = config['num_workers'] or os.cpu_count()
-    state, dtype = journal.state or {}, token_dtype(tokenizer)
-    splits = {name: Split(folder, name, dtype.itemsize, state.get('splits', {}).get(name))
+    state, dtype, examples = journal.state or {}, token_dtype(tokenizer), corpus.source.examples
+    splits = {name: Split(folder, name, dtype.itemsize, bool(examples), state.get('splits', {}).get(name))
               for name in ('train', 'val')}
-    setup = config['tokenizer'], tokenizer.to_json(), dtype, document_end
-    cut = tokenizers.pieces if config['tokenizer'] in tokenizers.KINDS else lambda text: [text]
+    setup = config['tokenizer'], tokenizer.to_json(), dtype, document_end, examples
+    in_pieces = config['tokenizer'] in tokenizers.KINDS and not examples
+    cut = tokenizers.pieces if in_pieces else lambda text: [text]
     bar = tqdm(total=corpus.source.total, initial=state.get('corpus', {}).get('amount', 0), unit=corpus.source.unit,
                unit_scale=True, disable=None)    # shown on a terminal only
     with bar, ProcessPoolExecutor(num_workers, initializer=start_worker, initargs=setup) as pool:
@@ -316,7 +333,7 @@ def encode_corpus(corpus, folder, tokenizer, config, log_prob, journal):
                 if isinstance(batch, Mark):
                     for split in splits.values():
                         split.sync()
-                    journal.write({'corpus': batch.corpus, 'width': dtype.itemsize,
+                    journal.write({'corpus': batch.corpus, 'width': dtype.itemsize, 'has_masks': bool(examples),
                                    'splits': {name: split.counts() for name, split in splits.items()}})
                 else:
                     splits[batch.split].append(batch)
@@ -387,7 +404,7 @@ def in_order(pool, function, items, window):
         raise failure
 
 
-def start_worker(kind, tokenizer_json, dtype, document_end):
+def start_worker(kind, tokenizer_json, dtype, document_end, examples):
     """Load the tokenizer, once per process."""
     global worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)                        # the main process answers Ctrl-C
@@ -395,7 +412,8 @@ def start_worker(kind, tokenizer_json, dtype, document_end):
     os.environ['TOKENIZERS_PARALLELISM'] = 'false'                      # the processes are the parallelism
     tokenizer = data.Tokenizer(tokenizer_json)
     encode_batch = tokenizers.fast_gpt2(tokenizer) if kind == 'gpt2' else tokenizer.encode_batch
-    worker = encode_batch, dtype, document_end
+    worker = (partial(encode_examples, examples, tokenizer, dtype) if examples else
+              partial(encode_texts, encode_batch, dtype, document_end))
 
 
 def end_with_parent():
@@ -405,7 +423,12 @@ def end_with_parent():
 
 def encode(batch):
     """In a worker: the batch with tokens instead of texts."""
-    encode_batch, dtype, document_end = worker
+    worker(batch)
+    batch.texts = batch.last = None
+    return batch
+
+
+def encode_texts(encode_batch, dtype, document_end, batch):
     parts = []
     for row, last in zip(encode_batch(batch.texts), batch.last):
         parts += [np.asarray(row, dtype), np.asarray(document_end * last, dtype)]
@@ -413,8 +436,20 @@ def encode(batch):
     lengths = np.array([len(part) for part in parts], np.int64).reshape(-1, 2).sum(1)
     batch.ends = lengths.cumsum()[np.array(batch.last)]
     batch.bytes = sum(len(text.encode()) for text in batch.texts)
-    batch.texts = batch.last = None
-    return batch
+
+
+def encode_examples(examples, tokenizer, dtype, batch):
+    rows, masks = [], []
+    for document in batch.texts:
+        ids, trained, fate = examples.encode(tokenizer, document)
+        batch.fates[fate] += 1
+        if ids:
+            rows.append(ids)
+            masks.append(trained)
+            batch.bytes += len(examples.text(document).encode())
+    batch.tokens = np.fromiter(chain.from_iterable(rows), dtype)
+    batch.masks = np.fromiter(chain.from_iterable(masks), np.uint8)
+    batch.ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
 
 
 # ---------------------------------------------------------------------------- config.json and the last word
@@ -434,7 +469,8 @@ def describe(target, source, arguments, tokenizer, splits, corpus):
                    for name, split in splits.items()},
         'blank': corpus.blank, 'skipped': corpus.skipped,
         **({'max_seq_len': arguments['max_seq_len']} if 'max_seq_len' in arguments else {}),
-        'prompt_format': None, 'start_token': opening[0] if len(opening) == 1 else ids[0]}
+        'prompt_format': None, 'start_token': opening[0] if len(opening) == 1 else ids[0],
+        **(source.examples.settings if source.examples else {})}
 
 
 def floor(split):
@@ -455,4 +491,5 @@ def report(target, finished, remarks=''):
           f'{(train["bytes"] + val["bytes"]) / tokens:.2f} bytes per token, '
           f'vocabulary {finished["vocab_size"]:,}' + f', {remarks}' * bool(remarks))
     dataset = target.name if target == data.ROOT / 'data' / target.name else target
-    print(f'next: python train.py --dataset={dataset}')
+    script = 'finetune.py --init_from=CHECKPOINT' if 'examples' in finished else 'train.py'
+    print(f'next: python {script} --dataset={dataset}')

@@ -354,20 +354,10 @@ def test_perfect_answers_score_one(taught, monkeypatch):
 
 def test_examples_end_with_their_first_response_and_fit_the_block(taught):
     script = evaluate(f'--checkpoint={taught}/ar', '--metrics=perplexity', '--max_tokens=100', '--block_size=8')
-    folder = SimpleNamespace(tokenizer=script['folder'].tokenizer, index={'val': np.array([0, 5, 15, 18])},
+    folder = SimpleNamespace(config={'start_token': 99}, index={'val': np.array([0, 5, 15, 18])},
                              tokens={'val': np.arange(18)},
                              masks={'val': np.array([0, 1, 1, 0, 1] + [0] * 9 + [1] + [0] * 3)})
-    assert script['heldout_examples'](folder) == [([folder.tokenizer.endoftext_id, 0], [1, 2])]
-
-
-def test_prompts_are_built_and_read_by_their_format(taught):
-    script = evaluate(f'--checkpoint={taught}/ar', '--metrics=perplexity', '--max_tokens=100')
-    form = script['PROMPT_FORMAT']
-    bare, given = script['prompt_of'](form, 'Name {input}.'), script['prompt_of'](form, 'Add', '2\n\n3')
-    assert bare == '### Instruction:\nName {input}.\n\n### Response:\n'
-    assert given == '### Instruction:\nAdd\n\n### Input:\n2\n\n3\n\n### Response:\n'
-    assert script['instruction_in'](bare, form) == 'Name {input}.' and script['instruction_in'](given, form) == 'Add'
-    assert script['markers_of'](form) == ['### Instruction:', '### Input:', '### Response:']
+    assert script['heldout_examples'](folder) == [([99, 0], [1, 2])]
 
 
 # ---------------------------------------------------------------------------- mistakes

@@ -341,7 +341,7 @@ def test_reading_stays_a_few_batches_ahead():
 # ---------------------------------------------------------------------------- bad input: one sentence each
 
 BAD_INPUT = {
-    'a.jsonl: no-such': ('{"text": "x"}', ['--input=no-such*.txt'], 'No file matches --input=no-such'),
+    'a.jsonl: no-such': ('{"text": "x"}', ['--input=no-such*.txt'], 'No file matches no-such'),
     'a.txt: empty': ('', [], r'a\.txt is empty'),
     'a.txt: blank': (' \n', [], r'There is no text in .*a\.txt'),
     'a.csv': ('text', [], r'a\.csv ends in none of \.txt, \.jsonl'),

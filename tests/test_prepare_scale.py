@@ -73,7 +73,7 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(run, monkeypatch):
     def offline(*_):
         raise ConnectionError('no network')
     monkeypatch.setattr(huggingface_hub.HfApi, 'dataset_info', offline)
-    with pytest.raises(UserError, match='openwebtext could not be read from the hub .*--input=FOLDER'):
+    with pytest.raises(UserError, match='openwebtext could not be read from the hub .*give their folder'):
         run('openwebtext.py')
 
 

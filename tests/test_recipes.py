@@ -12,17 +12,18 @@ from configurator import ALIASES, Config, apply_file, keys_of
 RECIPES = sorted(path.name for path in (runtime.ROOT / 'config').glob('*.py'))
 
 
-def train_config():
-    """The settings of train.py, of which a recipe changes some."""
-    source = (runtime.ROOT / 'train.py').read_text()
+def train_config(script='train.py'):
+    """The settings of a script, of which a recipe changes some."""
+    source = (runtime.ROOT / script).read_text()
     defaults = {}
     exec(source[source.index('# --- data ---'):source.index('config = configure(')], defaults)
     return Config(keys_of(source, defaults))
 
 
 @pytest.mark.parametrize('recipe', RECIPES)
-def test_a_recipe_sets_what_train_py_knows(recipe):
-    config = train_config()
+def test_a_recipe_sets_what_its_script_knows(recipe):
+    script = 'finetune.py' if recipe.startswith(('sft_', 'finetune_')) else 'train.py'
+    config = train_config(script)
     apply_file(config, f'config/{recipe}')
     assert config.given and config['optimizer'] in optim.OPTIMIZERS and config['schedule'] in optim.SCHEDULES
     runtime.size_of(config['model_size'])

@@ -95,7 +95,7 @@ def test_hidden_tokens_never_influence_logits(beliefs, monkeypatch):
     noise, seen, hidden = some_noise(tokens), [], model.hidden
     masked = noise[:, 1:] < model.levels(noise)
     masked[:, 0] = False
-    monkeypatch.setattr(model, 'hidden', lambda view, belief=None: seen.append(hidden(view, belief=belief)) or seen[-1])
+    monkeypatch.setattr(model, 'hidden', lambda view, alone, belief: seen.append(hidden(view, alone, belief)) or seen[-1])
     other = torch.where(masked, (tokens + 3) % IGNORE, tokens)
     for x in (tokens, other):
         model.losses(x, None, noise, **beliefs)
@@ -113,7 +113,7 @@ def test_hidden_tokens_never_influence_logits(beliefs, monkeypatch):
 def test_stale_beliefs_come_from_views_that_see_less_and_nothing_else(monkeypatch):
     model, tokens = tiny(), some_tokens()
     noise, views, hidden = some_noise(tokens, 0.3), [], model.hidden
-    monkeypatch.setattr(model, 'hidden', lambda view, belief=None: views.append(view) or hidden(view, belief=belief))
+    monkeypatch.setattr(model, 'hidden', lambda view, alone, belief: views.append(view) or hidden(view, alone, belief))
     model.losses(tokens, None, noise, depth=2, stale=0.4)
     first, second, last = (view == MASK for view in views)
     assert (first | ~second).all() and (second | ~last).all() and not first[:, 0].any()
