@@ -124,14 +124,13 @@ class Attention(nn.Module):
         self.v = nn.Linear(config.n_embd, kv_width, bias=config.bias)
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x, rope, causal, cache=None):
+    def forward(self, x, rope, causal, cache=None, mask=None):
         q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
                    for linear in (self.q, self.k, self.v))
         if self.qk_norm:
             q, k = (F.rms_norm(x, (self.head_dim,)).type_as(v) for x in (q, k))
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        mask = None
         if cache is not None:
             k, v, mask, causal = cache.extend(self, k, v)  # (B, H, S, D), what came before included
         attend = attend_on_cpu if q.device.type == 'cpu' and q.dtype == torch.bfloat16 else attend_fused
@@ -161,8 +160,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rope, causal, cache=None):
-        x = x + self.dropout(self.attention(self.attention_norm(x), rope, causal, cache))
+    def forward(self, x, rope, causal, cache=None, mask=None):
+        x = x + self.dropout(self.attention(self.attention_norm(x), rope, causal, cache, mask))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
@@ -235,8 +234,11 @@ class Transformer(nn.Module):
         x = self.embedding(tokens)
         return F.rms_norm(x, x.shape[-1:]) if self.config.norm == 'rms' else x
 
-    def hidden(self, tokens, cache=None):
-        """The trunk's last, normalised states (B, T, C) for token ids (B, T), T at most block_size."""
+    def hidden(self, tokens, cache=None, documents=None):
+        """The trunk's last, normalised states (B, T, C) for token ids (B, T), T at most block_size.
+
+        documents: (B, T), a number per token; tokens of different numbers do not see each other.
+        """
         length = tokens.size(1)
         if length > self.config.block_size:
             raise ValueError(f'A row of {length} tokens is longer than block_size={self.config.block_size}.')
@@ -245,13 +247,16 @@ class Transformer(nn.Module):
         place = slice(0, length) if cache is None else cache.positions(length)
         if self.positions is not None:
             x = x + self.positions.weight[place]
-        x, rope = self.dropout(x), self.rope_at(place)
+        x, rope, causal, mask = self.dropout(x), self.rope_at(place), self.causal, None
+        if documents is not None:
+            mask = documents[:, None, :, None] == documents[:, None, None, :]  # (B, 1, T, T)
+            mask, causal = mask.tril() if causal else mask, False
         for block in self.blocks:
             if self.config.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, self.causal, use_reentrant=False,
+                x = checkpoint(block, x, rope, causal, None, mask, use_reentrant=False,
                                preserve_rng_state=self.config.dropout > 0)
             else:
-                x = block(x, rope, self.causal, cache)
+                x = block(x, rope, causal, cache, mask)
         return self.norm(x)
 
     def rope_at(self, place):

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 import data
-from configurator import UserError
+from configurator import UserError, restore
 from model import ARCHITECTURES, SIZES, ModelConfig
 
 ROOT = Path(__file__).resolve().parent
@@ -58,6 +58,12 @@ class Runtime:
         if self.world_size > 1:
             dist.all_reduce(sums)
         return dict(zip(values, sums.tolist()))
+
+    def sum(self, array):
+        """The sum over all ranks of a float tensor on the CPU, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(array)
+        return array
 
     def any(self, flag):
         """Whether `flag` is true on any rank."""
@@ -272,6 +278,31 @@ def run_of(checkpoint_path):
     """The run folder that a checkpoint stands in: beside it, or above checkpoints/checkpoint-N/."""
     folder = Path(checkpoint_path).resolve().parent
     return folder.parent.parent if folder.parent.name == 'checkpoints' else folder
+
+
+def find_run(namespace, config, fixed):
+    """What --resume_from means: the checkpoint to go on from, its path, its run's folder, and what changed.
+
+    The settings that the user did not give become those of the run; [(key, before, now)] are the ones that
+    changed, of which none may be in `fixed`. The checkpoint is None where the run starts afresh.
+    """
+    resume_from, out_dir = config['resume_from'], config['out_dir']
+    path = resume_path(resume_from, out_dir)
+    folder = run_of(path or Path(out_dir, 'ckpt.pt')) if resume_from else None
+    if not path:
+        return None, None, folder, []
+    checkpoint = load_checkpoint(path)
+    if 'optimizer_state_dict' not in checkpoint:
+        raise UserError(f'{path} holds weights without the state of their training; continue from '
+                        f'a ckpt.pt, or start a new run with --init_from={path}.')
+    saved = {key: value for key, value in checkpoint['train_config'].items()
+             if key not in ('out_dir', 'resume_from', 'overwrite', 'init_from')}
+    changed = restore(namespace, config, saved)
+    for key, before, now in changed:
+        if key in fixed:
+            raise UserError(f'The run of {path} has {key}={before!r}, so it cannot go on with {now!r}; '
+                            f'leave --{key} out, or start a new run.')
+    return checkpoint, path, folder, changed
 
 
 def open_run_folder(out_dir, name, suffix='', continued=None, overwrite=False):

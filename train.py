@@ -14,7 +14,7 @@ import torch
 import data
 import optim
 import runtime
-from configurator import UserError, check_choice, check_range, configure, restore
+from configurator import UserError, check_choice, check_range, configure
 from sampling import generate
 
 # --- data ---
@@ -95,22 +95,7 @@ check_range(config, 0, 1, 'beta1', 'beta2', 'ema_decay')
 
 # ---------------------------------------------------------------------------- what to continue
 
-checkpoint_path = runtime.resume_path(resume_from, out_dir)
-checkpoint = runtime.load_checkpoint(checkpoint_path) if checkpoint_path else None
-continued = runtime.run_of(checkpoint_path or Path(out_dir, 'ckpt.pt')) if resume_from else None  # a run folder
-changed = []
-if checkpoint:
-    if 'optimizer_state_dict' not in checkpoint:
-        raise UserError(f'{checkpoint_path} holds weights without the state of their training; continue from '
-                        f'a ckpt.pt, or start a new run with --init_from={checkpoint_path}.')
-    saved = {key: value for key, value in checkpoint['train_config'].items()
-             if key not in ('out_dir', 'resume_from', 'overwrite', 'init_from')}
-    changed = restore(globals(), config, saved)
-    for key, before, now in changed:
-        if key in FIXED:
-            raise UserError(f'The run of {checkpoint_path} has {key}={before!r}, so it cannot go on with {now!r}; '
-                            f'leave --{key} out, or start a new run.')
-
+checkpoint, checkpoint_path, continued, changed = runtime.find_run(globals(), config, FIXED)
 run = runtime.Runtime(device, dtype)
 folder = data.Folder(dataset)
 tokenizer = folder.tokenizer
