@@ -1,4 +1,6 @@
 """Classifying sequences: labelled rows, a head on a trunk, the metrics, and whether two runs really differ."""
+import zipfile
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -71,8 +73,8 @@ class Classifier(nn.Module):
         self.head = nn.Linear(trunk.config.n_embd, num_classes)
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
-        weights = torch.ones(max(2, num_classes)) if class_weights is None else torch.as_tensor(class_weights).float()
-        self.register_buffer('class_weights', weights, persistent=False)
+        weights = np.ones(max(2, num_classes)) if class_weights is None else class_weights
+        self.register_buffer('class_weights', torch.as_tensor(weights).float(), persistent=False)
 
     def logits(self, tokens, lengths=None):
         """(B, num_classes) in float32. Padding changes no row: the causal trunk ends before it, others are told."""
@@ -108,10 +110,24 @@ def predicted_classes(logits):
     return logits.argmax(1) if logits.shape[1] > 1 else (logits[:, 0] > 0).long()
 
 
-def balanced_weights(labels, num_classes):
-    """N / (classes · N of the class): every class weighs the same (King & Zeng 2001); 0 for an absent one."""
-    counts = np.bincount(labels, minlength=num_classes)
-    return np.where(counts > 0, len(labels) / (num_classes * np.maximum(counts, 1)), 0.0)
+def weights_of_classes(wanted, labels, num_classes):
+    """(num_classes,) what a row of each class weighs: '' alike, 'balanced', or numbers as in '1,2.5'.
+
+    balanced: N / (classes · rows of the class), so that each class weighs the same (King & Zeng 2001).
+    """
+    if not wanted:
+        return np.ones(num_classes)
+    if wanted == 'balanced':
+        counts = np.bincount(labels, minlength=num_classes)
+        return np.where(counts > 0, len(labels) / (num_classes * np.maximum(counts, 1)), 0.0)
+    try:
+        weights = np.array([float(number) for number in wanted.split(',')])
+    except ValueError:
+        weights = np.zeros(0)
+    if len(weights) != num_classes or not (weights >= 0).all() or not weights.any():
+        raise UserError(f'class_weights is {wanted!r}; give balanced, or {num_classes} numbers with commas between '
+                        'them, one per class.')
+    return weights
 
 
 def train_only(classifier, num_layers, train_final_norm):
@@ -180,6 +196,18 @@ def evaluate_predictions(labels, logits):
     if logits.shape[1] <= 2:
         figures['auroc'] = auroc(labels, logits[:, -1] - (logits[:, 0] if logits.shape[1] == 2 else 0))
     return {**figures, 'rows': len(labels), 'confusion': confusion.tolist()}
+
+
+def load_predictions(run):
+    """{set: (labels, predictions)} of the predictions.npz of a run folder."""
+    path = Path(run) / 'predictions.npz'
+    try:
+        with np.load(path) as saved:
+            return {name.removesuffix('_labels'): (saved[name], saved[name.removesuffix('labels') + 'preds'])
+                    for name in saved.files if name.endswith('_labels')}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f'{path} cannot be read ({type(error).__name__}); give the folder of a run of classify.py that '
+                        'has finished.') from error
 
 
 def randomisation_test(labels, one, other, draws=10_000, seed=0):

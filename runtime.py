@@ -4,6 +4,7 @@ import csv
 import ctypes
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -196,8 +197,11 @@ def save_checkpoint(path, checkpoint):
     save_atomically(path, lambda file: torch.save({'format': CHECKPOINT_FORMAT, **checkpoint}, file))
 
 
-def load_checkpoint(path):
-    """The dict that `ckpt.pt` holds, its tensors on the CPU. `path`: the file, or a run folder."""
+def load_checkpoint(path, tokenizer=None):
+    """The dict that `ckpt.pt` holds, its tensors on the CPU. `path`: the file, or a run folder.
+
+    A nanoGPT ckpt.pt becomes one of ours with `tokenizer`, a data.Tokenizer, which it does not hold itself.
+    """
     path = Path(path) / 'ckpt.pt' if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise UserError(f'There is no checkpoint at {path}; correct the path, or train one.')
@@ -208,6 +212,8 @@ def load_checkpoint(path):
         raise UserError(f'{path} is damaged or no checkpoint of ours ({reason}); take another one of the run, '
                         'best.pt or one under checkpoints/.') from error
     checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
+    if {'model', 'model_args'} <= set(checkpoint):
+        return from_nanogpt(checkpoint, path, tokenizer)
     if 'architecture' in checkpoint.get('train_config', {}):
         checkpoint.setdefault('architecture', checkpoint['train_config']['architecture'])
     missing = {'architecture', 'model_config', 'model_state_dict', 'tokenizer'} - set(checkpoint)
@@ -215,6 +221,44 @@ def load_checkpoint(path):
         raise UserError(f'{path} lacks {", ".join(sorted(missing))}, so it is no checkpoint of these scripts; '
                         'give the ckpt.pt of a run.')
     return checkpoint
+
+
+def from_nanogpt(checkpoint, path, tokenizer):
+    """nanoGPT's {'model', 'model_args'} as a checkpoint of ours: GPT-2's blocks, q, k and v in one matrix there.
+
+    Rows of the vocabulary that it lacks, those of our special tokens, start at the mean of the others.
+    """
+    if tokenizer is None:
+        raise UserError(f"{path} is a checkpoint of nanoGPT's, which holds no tokenizer; add --tokenizer=gpt2 or PATH.")
+    args = checkpoint['model_args']
+    weights = {name.removeprefix('_orig_mod.').removeprefix('transformer.'): weight
+               for name, weight in checkpoint['model'].items()}
+    config = dict(n_layer=args['n_layer'], n_head=args['n_head'], n_embd=args['n_embd'], bias=args['bias'],
+                  block_size=args['block_size'], vocab_size=tokenizer.vocab_size, mask_id=tokenizer.mask_id,
+                  ignore_id=tokenizer.ignore_id, norm='layer', position='learned', mlp='gelu', qk_norm=False,
+                  logit_softcap=0.0)
+    names = {'ln_1': 'attention_norm', 'attn.c_proj': 'attention.out', 'ln_2': 'mlp_norm', 'mlp.c_fc': 'mlp.up',
+             'mlp.c_proj': 'mlp.down'}
+    state = {}
+    for name, weight in weights.items():
+        if name == 'wte.weight':
+            rows = ModelConfig(**config).padded_vocab_size
+            if len(weight) < min(tokenizer.text_vocab_size, rows):
+                raise UserError(f'{path} has {len(weight)} tokens, fewer than the {tokenizer.text_vocab_size} of the '
+                                'tokenizer; give the one that it was trained with.')
+            state['embedding.weight'] = torch.cat([weight, weight.mean(0, True).expand(rows, -1)])[:rows].clone()
+        elif name.startswith('h.'):
+            block, part, kind = re.fullmatch(r'h\.(\d+)\.(.+)\.(\w+)', name).groups()
+            if part == 'attn.c_attn':
+                state.update((f'blocks.{block}.attention.{letter}.{kind}', piece.clone())
+                             for letter, piece in zip('qkv', weight.chunk(3)))
+            elif kind in ('weight', 'bias') and part in names:
+                state[f'blocks.{block}.{names[part]}.{kind}'] = weight
+        elif name != 'lm_head.weight':  # tied to wte
+            state[{'wpe.weight': 'positions.weight'}.get(name, name.replace('ln_f', 'norm'))] = weight
+    return {'architecture': 'ar', 'model_config': config, 'model_state_dict': state, 'train_config': {},
+            'tokenizer': tokenizer.to_json(), 'start_token': tokenizer.endoftext_id, 'prompt_format': None,
+            'global_step': checkpoint.get('iter_num', 0)}
 
 
 def make_model(architecture, **model_config):
@@ -254,7 +298,8 @@ def load_model(checkpoint, device, **changes):
 
 # ---------------------------------------------------------------------------- the run folder
 
-RUN_FILES = ('config.json', 'ckpt.pt', 'best.pt', 'metrics.csv', 'logs.log', 'eval_results.json', 'checkpoints')
+RUN_FILES = ('config.json', 'ckpt.pt', 'best.pt', 'metrics.csv', 'logs.log', 'eval_results.json', 'checkpoints',
+             'metrics.py', 'predictions.npz')
 
 
 def holds_run(path):

@@ -84,11 +84,11 @@ def test_exactly_the_top_blocks_get_gradient_with_checkpointing_on(num_layers, n
 
 def test_losses_are_torchs_with_weights_and_with_smoothing():
     logits, labels = torch.randn(6, 3), torch.tensor([0, 1, 2, 2, 1, 2])
-    weights = torch.tensor([1.0, 0.5, 3.0])
+    weights = np.array([1.0, 0.5, 3.0])
     model = c.Classifier(random_model('ar', 0.1, **SHAPE), 3, 'last', class_weights=weights)
     model.logits = lambda tokens, lengths: logits
     loss, count, _ = model(torch.zeros(6, 2), None, labels)
-    assert torch.isclose(loss / count, F.cross_entropy(logits, labels, weight=weights))
+    assert torch.isclose(loss / count, F.cross_entropy(logits, labels, weight=torch.tensor([1.0, 0.5, 3.0])))
     assert torch.isclose(c.losses(logits, labels, 0.2).mean(), F.cross_entropy(logits, labels, label_smoothing=0.2))
     two = torch.stack([torch.zeros(6), logits[:, 0]], 1)  # one logit is two with the first at 0
     torch.testing.assert_close(c.losses(logits[:, :1], labels.clamp(max=1), 0.2), c.losses(two, labels.clamp(max=1), 0.2))
@@ -98,8 +98,12 @@ def test_balanced_weights_are_those_of_scikit_learn():
     from sklearn.utils.class_weight import compute_class_weight
     labels = np.array([0, 0, 0, 1, 2, 2])
     expected = compute_class_weight('balanced', classes=np.arange(3), y=labels)
-    assert c.balanced_weights(labels, 3) == pytest.approx(expected)
-    assert c.balanced_weights(labels, 4)[3] == 0
+    assert c.weights_of_classes('balanced', labels, 3) == pytest.approx(expected)
+    assert c.weights_of_classes('balanced', labels, 4)[3] == 0
+    assert c.weights_of_classes('1,2.5,0', labels, 3).tolist() == [1, 2.5, 0]
+    for wrong in ('1,2', 'heavy', '-1,1,1', '0,0,0'):
+        with pytest.raises(UserError, match='class_weights is'):
+            c.weights_of_classes(wrong, labels, 3)
 
 
 def test_held_out_rows_keep_the_proportions_and_leave_the_training_rows():
