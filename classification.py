@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import data
 from configurator import UserError
+from model import Isolated
 
 
 # ---------------------------------------------------------------------------- labelled rows
@@ -70,7 +71,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.trunk, self.pool, self.label_smoothing = trunk, pool, label_smoothing
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(trunk.config.n_embd, num_classes)
+        self.head = nn.Linear(getattr(trunk.config, 'embedding_width', trunk.config.n_embd), num_classes)
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
         weights = np.ones(max(2, num_classes)) if class_weights is None else class_weights
@@ -83,7 +84,7 @@ class Classifier(nn.Module):
             pooled = states[:, -1] if self.pool == 'last' else states.mean(1)
         else:
             inside = torch.arange(tokens.size(1), device=tokens.device) < lengths[:, None]  # (B, T)
-            states = self.trunk.hidden(tokens, documents=None if self.trunk.causal else inside.long())
+            states = self.trunk.hidden(tokens, None if self.trunk.causal else Isolated(inside, causal=False))
             last = states[torch.arange(len(tokens), device=tokens.device), lengths - 1]
             pooled = last if self.pool == 'last' else (
                 states.masked_fill(~inside[..., None], 0).sum(1) / lengths[:, None])

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 import classification
+import nanogpt
 import optim
 import runtime
 from classification import Classifier, Examples, batch_of, evaluate_predictions
@@ -132,17 +133,6 @@ FINETUNED = {'llama3_finetune': 'meta-llama/Llama-3.2-1B', 'qwen3_finetune': 'Qw
              'deepseek_finetune': 'deepseek-ai/deepseek-coder-1.3b-base'}
 
 
-
-def shape_of(published):
-    """ModelConfig's fields for a published config.json; the vocabulary is that of the data."""
-    shape = dict(n_layer=published['num_hidden_layers'], n_embd=published['hidden_size'],
-                 n_head=published['num_attention_heads'], n_kv_head=published['num_key_value_heads'],
-                 head_dim=published['head_dim'], mlp_width=published['intermediate_size'], mlp='swiglu',
-                 qk_norm=published['model_type'] == 'qwen3', logit_softcap=0.0, norm_eps=published['rms_norm_eps'],
-                 rope_theta=published['rope_theta'], rope_scaling=published.get('rope_scaling'))
-    return {key: value for key, value in shape.items() if key in ModelConfig.__dataclass_fields__ and key != 'mlp'}
-
-
 check_choice(config, 'model', ('', *PUBLISHED, *FINETUNED, *SIZES))
 check_choice(config, 'model_type', ('normal', 'ipa'))
 check_choice(config, 'pool', ('', 'last', 'mean'))
@@ -158,7 +148,11 @@ check_range(config, 0, 1, 'beta1', 'beta2', 'dropout', 'label_smoothing', 'lora_
 
 # ---------------------------------------------------------------------------- what to continue
 
-checkpoint, checkpoint_path, continued, changed = runtime.find_run(globals(), config, FIXED)
+checkpoint_path = runtime.resume_path(resume_from, out_dir)
+checkpoint, changed = None, []
+continued = runtime.run_of(checkpoint_path or Path(out_dir, 'ckpt.pt')) if resume_from else None  # a run folder
+if checkpoint_path:
+    checkpoint, changed = runtime.load_run(checkpoint_path, globals(), config, FIXED)
 idle = config.given & (OF_A_TASK if task else OF_TEXTS)
 if idle and not checkpoint:
     raise UserError(f'{sorted(idle)[0]} says nothing about {"texts" if task else "an algorithmic task"}; leave it out'
@@ -174,8 +168,8 @@ if model_prefix:
 init_from, tokenizer = (name.replace('{model_type}', model_type) for name in (init_from, tokenizer))
 initial = checkpoint
 if init_from and not checkpoint:
-    initial = runtime.load_checkpoint(init_from, languages.load_tokenizer(tokenizer)
-                                      if 'tokenizer' in config.given else None)
+    initial = (nanogpt.load(init_from, languages.load_tokenizer(tokenizer)) if 'tokenizer' in config.given else
+               runtime.load_checkpoint(init_from))
 run = runtime.Runtime(device, dtype)
 
 # ---------------------------------------------------------------------------- labelled rows
@@ -196,11 +190,14 @@ if initial:
     architecture, shape = initial['architecture'], dict(initial['model_config'])
     for key in sorted(config.given & {*SHAPE, 'architecture'}):
         if config[key] != {**shape, 'architecture': architecture}[key]:
-            raise UserError(f'{init_from or checkpoint_path} has another {key} than {config[key]!r}; leave --{key} out.')
+            raise UserError(f'{init_from} has another {key} than {config[key]!r}; leave --{key} out.')
     block_size = min(block_size, shape['block_size']) if 'block_size' in config.given else shape['block_size']
 else:
-    shape = shape_of(PUBLISHED[model]) if model in PUBLISHED else dict(
-        zip(('n_layer', 'n_head', 'n_embd'), runtime.size_of(model_size)))
+    shape = dict(zip(('n_layer', 'n_head', 'n_embd'), runtime.size_of(model_size)))
+    if model in PUBLISHED:
+        from hf import switches
+        shape = {**switches({**PUBLISHED[model], 'max_position_embeddings': block_size}, model), 'tied': True}
+        del shape['pretrained_rows']  # the vocabulary is that of the data
     shape.update({key: config[key] for key in SHAPE if config[key] is not None}, block_size=block_size,
                  vocab_size=vocabulary.vocab_size, mask_id=vocabulary.mask_id, ignore_id=vocabulary.ignore_id)
 if not task:
@@ -271,16 +268,10 @@ if checkpoint:
         raise UserError(f'The run of {checkpoint_path} has {checkpoint["rows_per_step"]} rows per step of '
                         f'{checkpoint["num_rows"]}, not {rows_per_step} of {num_rows}; leave batch_size, ranks and data '
                         'as they were, or rows would be skipped or repeated.')
-    for name, o in optimizers.items():  # what it has gathered; the settings are this run's
-        o.load_state_dict({**o.state_dict(), 'state': checkpoint['optimizer_state_dict'][name]['state']})
-    if checkpoint['scaler_state_dict']:  # empty unless dtype was float16
-        scaler.load_state_dict(checkpoint['scaler_state_dict'])
+    runtime.load_training_state(checkpoint, optimizers, scaler)
     finished = finished and not {'max_steps', 'num_epochs'} & {key for key, _, _ in changed}  # made longer
     if finished and (continued / 'predictions.npz').exists():
-        if run.is_main:
-            print(f'{checkpoint_path} is at step {step} of {max_steps}: the run is finished.')
-        run.close()
-        raise SystemExit(0)
+        run.exit(f'{checkpoint_path} is at step {step} of {max_steps}: the run is finished.')
 
 if run.device.type == 'cuda' if compile is None else compile:
     raw_classifier.compile()

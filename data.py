@@ -32,7 +32,6 @@ class Tokenizer:
         except Exception as error:  # the library raises nothing narrower
             raise UserError(f'{name} could not be read ({error}); '
                             'give a tokenizer.json in the format of the tokenizers library.') from error
-        self.text_vocab_size = self._tokenizer.get_vocab_size()  # without what comes now
         self._tokenizer.add_special_tokens(
             [token for token in SPECIAL_TOKENS if self._tokenizer.token_to_id(token) is None])
         self._tokenizer.encode_special_tokens = True  # not part of the JSON text: set at every load

@@ -77,6 +77,26 @@ class ModelConfig:
 
 # ---------------------------------------------------------------------------- trunk
 
+class Isolated:
+    """Rows that hold several documents, numbered by `documents` (B, T): each sees itself alone, from position 0.
+
+    It stands where a cache does, and answers the same questions.
+    """
+
+    def __init__(self, documents, causal):
+        mask = documents[:, :, None] == documents[:, None, :]
+        self.mask = (mask.tril() if causal else mask).unsqueeze(1)  # (B, 1, T, T)
+        place = torch.arange(documents.size(1), device=documents.device)
+        begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+        self.place = place - (begins * place).cummax(1).values  # (B, T)
+
+    def positions(self, length):
+        return self.place
+
+    def extend(self, layer, k, v):
+        return k, v, self.mask, False
+
+
 def make_norm(config):
     if config.norm == 'layer':
         return nn.LayerNorm(config.n_embd, bias=config.bias)
@@ -124,13 +144,14 @@ class Attention(nn.Module):
         self.v = nn.Linear(config.n_embd, kv_width, bias=config.bias)
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x, rope, causal, cache=None, mask=None):
+    def forward(self, x, rope, causal, cache=None):
         q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
                    for linear in (self.q, self.k, self.v))
         if self.qk_norm:
             q, k = (F.rms_norm(x, (self.head_dim,)).type_as(v) for x in (q, k))
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
+        mask = None
         if cache is not None:
             k, v, mask, causal = cache.extend(self, k, v)  # (B, H, S, D), what came before included
         attend = attend_on_cpu if q.device.type == 'cpu' and q.dtype == torch.bfloat16 else attend_fused
@@ -160,8 +181,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rope, causal, cache=None, mask=None):
-        x = x + self.dropout(self.attention(self.attention_norm(x), rope, causal, cache, mask))
+    def forward(self, x, rope, causal, cache=None):
+        x = x + self.dropout(self.attention(self.attention_norm(x), rope, causal, cache))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
@@ -234,29 +255,27 @@ class Transformer(nn.Module):
         x = self.embedding(tokens)
         return F.rms_norm(x, x.shape[-1:]) if self.config.norm == 'rms' else x
 
-    def hidden(self, tokens, cache=None, documents=None):
+    def hidden(self, tokens, cache=None):
         """The trunk's last, normalised states (B, T, C) for token ids (B, T), T at most block_size.
 
-        documents: (B, T), a number per token; tokens of different numbers do not see each other.
+        cache: a KVCache of what was read before, or `Isolated`.
         """
         length = tokens.size(1)
         if length > self.config.block_size:
             raise ValueError(f'A row of {length} tokens is longer than block_size={self.config.block_size}.')
         x = self.embed(tokens)
-        # (T,) as a slice where every row is at the same place; (B, T) while decoding rows of unequal length
+        # (T,) as a slice where every row is at the same place; (B, T) while decoding rows of unequal length and
+        # where rows hold several documents
         place = slice(0, length) if cache is None else cache.positions(length)
         if self.positions is not None:
             x = x + self.positions.weight[place]
-        x, rope, causal, mask = self.dropout(x), self.rope_at(place), self.causal, None
-        if documents is not None:
-            mask = documents[:, None, :, None] == documents[:, None, None, :]  # (B, 1, T, T)
-            mask, causal = mask.tril() if causal else mask, False
+        x, rope = self.dropout(x), self.rope_at(place)
         for block in self.blocks:
             if self.config.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, causal, None, mask, use_reentrant=False,
+                x = checkpoint(block, x, rope, self.causal, cache, use_reentrant=False,
                                preserve_rng_state=self.config.dropout > 0)
             else:
-                x = block(x, rope, causal, cache, mask)
+                x = block(x, rope, self.causal, cache)
         return self.norm(x)
 
     def rope_at(self, place):
@@ -312,20 +331,21 @@ class Transformer(nn.Module):
         all_nats = torch.zeros(targets.numel(), device=targets.device).index_add(0, index, nats)
         return all_nats.view_as(targets), torch.zeros_like(where).masked_scatter(where, correct)
 
-    def forward(self, tokens, loss_mask=None, noise=None):
+    def forward(self, tokens, loss_mask=None, noise=None, documents=None):
         """The loss as a sum in nats, the count of tokens that it is over, and sums of metrics.
 
         tokens: (B, T) ids, of which the first of a row is context; loss_mask: (B, T), nonzero where the model
-        is trained, all by default; noise: (B, 1 + T) uniform numbers, for the diffusion architectures.
+        is trained, all by default; noise: (B, 1 + T) uniform numbers, for the diffusion architectures;
+        documents: (B, T) numbers of documents that do not see each other, the first token of each one context.
         """
-        nats, counted, metrics = self.losses(tokens, loss_mask, noise)
+        nats, counted, metrics = self.losses(tokens, loss_mask, noise, documents)
         return nats.sum(), counted.sum(), {name: values.sum() for name, values in metrics.items()}
 
     def nll(self, tokens, loss_mask=None, noise=None):
         """Each row's negative log-likelihood (B,) in nats, or one unbiased draw of its upper bound."""
         return self.losses(tokens, loss_mask, noise)[0].sum(1)
 
-    def losses(self, tokens, loss_mask, noise):
+    def losses(self, tokens, loss_mask, noise, documents=None):
         """Per architecture, all of them (B, T): nats, the tokens that count, and metrics by name.
 
         The metrics are `predicted`, where the model had to guess a token that counts, and `correct`.
@@ -359,10 +379,11 @@ class Autoregressive(Transformer):
     def never_predicted(self):
         return [i for i in (self.config.mask_id, self.config.ignore_id) if i is not None]
 
-    def losses(self, tokens, loss_mask=None, noise=None):
+    def losses(self, tokens, loss_mask=None, noise=None, documents=None):
         _, counted = self.trained(tokens, loss_mask)
         where = None if loss_mask is None else counted[:, 1:]
-        nats, correct = self.nats_at(self.hidden(tokens[:, :-1]), tokens[:, 1:], where)
+        alone = None if documents is None else Isolated(documents[:, :-1], self.causal)
+        nats, correct = self.nats_at(self.hidden(tokens[:, :-1], alone), tokens[:, 1:], where)
         nats, correct = F.pad(nats, (1, 0)), F.pad(correct, (1, 0))  # nothing predicts the first token
         return nats, counted, {'correct': correct, 'predicted': counted}
 
@@ -384,13 +405,14 @@ class Diffusion(Transformer):
         """Level t (B, 1) of each row: a uniform number, kept above 0."""
         return MIN_LEVEL + (1 - MIN_LEVEL) * noise[:, :1]
 
-    def losses(self, tokens, loss_mask=None, noise=None):
+    def losses(self, tokens, loss_mask=None, noise=None, documents=None):
         trained, counted = self.trained(tokens, loss_mask)
         if noise is None:
             noise = torch.rand(tokens.size(0), 1 + tokens.size(1), device=tokens.device)
         level = self.levels(noise)
         masked = trained & (noise[:, 1:] < level)  # (B, T)
-        states = self.hidden(tokens.masked_fill(masked, self.config.mask_id))
+        alone = None if documents is None else Isolated(documents, self.causal)
+        states = self.hidden(tokens.masked_fill(masked, self.config.mask_id), alone)
         nats, correct = self.nats_at(states, tokens, masked)
         return nats / level, counted, {'correct': correct & counted, 'predicted': masked & counted}
 

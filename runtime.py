@@ -3,8 +3,8 @@ import contextlib
 import csv
 import ctypes
 import json
+import math
 import os
-import re
 import shutil
 import signal
 import sys
@@ -80,6 +80,21 @@ class Runtime:
     def close(self):
         if self.world_size > 1:
             dist.destroy_process_group()
+
+
+    def exit(self, message):
+        """Ends the script with status 0, as where there is nothing left to do."""
+        if self.is_main:
+            print(message)
+        self.close()
+        raise SystemExit(0)
+
+
+def means(split, sums):
+    """The metrics `split`/loss, /accuracy and /perplexity from the sums that a model's forward returns."""
+    loss = sums['loss'] / max(1, sums['count'])
+    return {f'{split}/loss': loss, f'{split}/accuracy': sums['correct'] / max(1, sums['predicted']),
+            f'{split}/perplexity': math.exp(min(loss, 700))}
 
 
 def add(sums, loss, count, metrics):
@@ -197,11 +212,8 @@ def save_checkpoint(path, checkpoint):
     save_atomically(path, lambda file: torch.save({'format': CHECKPOINT_FORMAT, **checkpoint}, file))
 
 
-def load_checkpoint(path, tokenizer=None):
-    """The dict that `ckpt.pt` holds, its tensors on the CPU. `path`: the file, or a run folder.
-
-    A nanoGPT ckpt.pt becomes one of ours with `tokenizer`, a data.Tokenizer, which it does not hold itself.
-    """
+def load_checkpoint(path):
+    """The dict that `ckpt.pt` holds, its tensors on the CPU. `path`: the file, or a run folder."""
     path = Path(path) / 'ckpt.pt' if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise UserError(f'There is no checkpoint at {path}; correct the path, or train one.')
@@ -212,8 +224,6 @@ def load_checkpoint(path, tokenizer=None):
         raise UserError(f'{path} is damaged or no checkpoint of ours ({reason}); take another one of the run, '
                         'best.pt or one under checkpoints/.') from error
     checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
-    if {'model', 'model_args'} <= set(checkpoint):
-        return from_nanogpt(checkpoint, path, tokenizer)
     if 'architecture' in checkpoint.get('train_config', {}):
         checkpoint.setdefault('architecture', checkpoint['train_config']['architecture'])
     missing = {'architecture', 'model_config', 'model_state_dict', 'tokenizer'} - set(checkpoint)
@@ -223,42 +233,43 @@ def load_checkpoint(path, tokenizer=None):
     return checkpoint
 
 
-def from_nanogpt(checkpoint, path, tokenizer):
-    """nanoGPT's {'model', 'model_args'} as a checkpoint of ours: GPT-2's blocks, q, k and v in one matrix there.
+def load_run(path, namespace, config, fixed):
+    """The checkpoint to continue, and [(key, its value, the given value)] of the settings that differ.
 
-    Rows of the vocabulary that it lacks, those of our special tokens, start at the mean of the others.
+    Every setting that the user did not give is set to the run's own; one of `fixed` that differs is refused.
     """
-    if tokenizer is None:
-        raise UserError(f"{path} is a checkpoint of nanoGPT's, which holds no tokenizer; add --tokenizer=gpt2 or PATH.")
-    args = checkpoint['model_args']
-    weights = {name.removeprefix('_orig_mod.').removeprefix('transformer.'): weight
-               for name, weight in checkpoint['model'].items()}
-    config = dict(n_layer=args['n_layer'], n_head=args['n_head'], n_embd=args['n_embd'], bias=args['bias'],
-                  block_size=args['block_size'], vocab_size=tokenizer.vocab_size, mask_id=tokenizer.mask_id,
-                  ignore_id=tokenizer.ignore_id, norm='layer', position='learned', mlp='gelu', qk_norm=False,
-                  logit_softcap=0.0)
-    names = {'ln_1': 'attention_norm', 'attn.c_proj': 'attention.out', 'ln_2': 'mlp_norm', 'mlp.c_fc': 'mlp.up',
-             'mlp.c_proj': 'mlp.down'}
-    state = {}
-    for name, weight in weights.items():
-        if name == 'wte.weight':
-            rows = ModelConfig(**config).padded_vocab_size
-            if len(weight) < min(tokenizer.text_vocab_size, rows):
-                raise UserError(f'{path} has {len(weight)} tokens, fewer than the {tokenizer.text_vocab_size} of the '
-                                'tokenizer; give the one that it was trained with.')
-            state['embedding.weight'] = torch.cat([weight, weight.mean(0, True).expand(rows, -1)])[:rows].clone()
-        elif name.startswith('h.'):
-            block, part, kind = re.fullmatch(r'h\.(\d+)\.(.+)\.(\w+)', name).groups()
-            if part == 'attn.c_attn':
-                state.update((f'blocks.{block}.attention.{letter}.{kind}', piece.clone())
-                             for letter, piece in zip('qkv', weight.chunk(3)))
-            elif kind in ('weight', 'bias') and part in names:
-                state[f'blocks.{block}.{names[part]}.{kind}'] = weight
-        elif name != 'lm_head.weight':  # tied to wte
-            state[{'wpe.weight': 'positions.weight'}.get(name, name.replace('ln_f', 'norm'))] = weight
-    return {'architecture': 'ar', 'model_config': config, 'model_state_dict': state, 'train_config': {},
-            'tokenizer': tokenizer.to_json(), 'start_token': tokenizer.endoftext_id, 'prompt_format': None,
-            'global_step': checkpoint.get('iter_num', 0)}
+    checkpoint = load_checkpoint(path)
+    if 'optimizer_state_dict' not in checkpoint:
+        raise UserError(f'{path} holds weights without the state of their training; continue from a ckpt.pt, or '
+                        f'start a new run with --init_from={path}.')
+    saved = {key: value for key, value in checkpoint['train_config'].items()
+             if key not in ('out_dir', 'resume_from', 'overwrite') and (key != 'init_from' or key in fixed)}
+    changed = restore(namespace, config, saved)
+    for key, before, now in changed:
+        if key in fixed:
+            raise UserError(f'The run of {path} has {key}={before!r}, so it cannot go on with {now!r}; '
+                            f'leave --{key} out, or start a new run.')
+    return checkpoint, changed
+
+
+def check_same_rows(checkpoint, path, folder, rows_per_step, config):
+    """A UserError where the run would go on with other rows than those that it has not seen yet."""
+    if checkpoint['data'] != folder.fingerprint and 'dataset' not in config.given:
+        raise UserError(f'{folder.path} was prepared anew since the run of {path}; to go on with it all the same, '
+                        f'add --dataset={config["dataset"]}.')
+    if checkpoint['rows_per_step'] != rows_per_step:
+        raise UserError(f'The run of {path} has {checkpoint["rows_per_step"]} rows per step, not {rows_per_step}; '
+                        'choose batch_size and gradient_accumulation_steps so that their product with the number of '
+                        'ranks stays, or rows would be skipped or repeated.')
+
+
+def load_training_state(checkpoint, optimizers, scaler):
+    """What the optimizers and the scaler have gathered; their settings are this run's."""
+    for name, optimizer in optimizers.items():
+        state = checkpoint['optimizer_state_dict'][name]['state']
+        optimizer.load_state_dict({**optimizer.state_dict(), 'state': state})
+    if checkpoint['scaler_state_dict']:  # empty unless dtype was float16
+        scaler.load_state_dict(checkpoint['scaler_state_dict'])
 
 
 def make_model(architecture, **model_config):
@@ -323,31 +334,6 @@ def run_of(checkpoint_path):
     """The run folder that a checkpoint stands in: beside it, or above checkpoints/checkpoint-N/."""
     folder = Path(checkpoint_path).resolve().parent
     return folder.parent.parent if folder.parent.name == 'checkpoints' else folder
-
-
-def find_run(namespace, config, fixed):
-    """What --resume_from means: the checkpoint to go on from, its path, its run's folder, and what changed.
-
-    The settings that the user did not give become those of the run; [(key, before, now)] are the ones that
-    changed, of which none may be in `fixed`. The checkpoint is None where the run starts afresh.
-    """
-    resume_from, out_dir = config['resume_from'], config['out_dir']
-    path = resume_path(resume_from, out_dir)
-    folder = run_of(path or Path(out_dir, 'ckpt.pt')) if resume_from else None
-    if not path:
-        return None, None, folder, []
-    checkpoint = load_checkpoint(path)
-    if 'optimizer_state_dict' not in checkpoint:
-        raise UserError(f'{path} holds weights without the state of their training; continue from '
-                        f'a ckpt.pt, or start a new run with --init_from={path}.')
-    saved = {key: value for key, value in checkpoint['train_config'].items()
-             if key not in ('out_dir', 'resume_from', 'overwrite', 'init_from')}
-    changed = restore(namespace, config, saved)
-    for key, before, now in changed:
-        if key in fixed:
-            raise UserError(f'The run of {path} has {key}={before!r}, so it cannot go on with {now!r}; '
-                            f'leave --{key} out, or start a new run.')
-    return checkpoint, path, folder, changed
 
 
 def open_run_folder(out_dir, name, suffix='', continued=None, overwrite=False):

@@ -95,7 +95,12 @@ check_range(config, 0, 1, 'beta1', 'beta2', 'ema_decay')
 
 # ---------------------------------------------------------------------------- what to continue
 
-checkpoint, checkpoint_path, continued, changed = runtime.find_run(globals(), config, FIXED)
+checkpoint_path = runtime.resume_path(resume_from, out_dir)
+checkpoint, changed = None, []
+continued = runtime.run_of(checkpoint_path or Path(out_dir, 'ckpt.pt')) if resume_from else None  # a run folder
+if checkpoint_path:
+    checkpoint, changed = runtime.load_run(checkpoint_path, globals(), config, FIXED)
+
 run = runtime.Runtime(device, dtype)
 folder = data.Folder(dataset)
 tokenizer = folder.tokenizer
@@ -135,25 +140,13 @@ average = optim.WeightAverage(raw_model, ema_decay) if ema_decay else None
 step, best_step, best_val_loss = 0, 0, math.inf
 if checkpoint:
     step, best_step, best_val_loss = (checkpoint[key] for key in ('global_step', 'best_step', 'best_val_loss'))
-    if checkpoint['data'] != folder.fingerprint and 'dataset' not in config.given:
-        raise UserError(f'{folder.path} was prepared anew since the run of {checkpoint_path}; to go on with it all '
-                        f'the same, add --dataset={dataset}.')
-    if checkpoint['rows_per_step'] != batches.rows_per_step:
-        raise UserError(f'The run of {checkpoint_path} has {checkpoint["rows_per_step"]} rows per step, not '
-                        f'{batches.rows_per_step}; choose batch_size and gradient_accumulation_steps so that their '
-                        'product with the number of ranks stays, or rows would be skipped or repeated.')
-    for name, o in optimizers.items():  # what it has gathered; the settings are this run's
-        o.load_state_dict({**o.state_dict(), 'state': checkpoint['optimizer_state_dict'][name]['state']})
-    if checkpoint['scaler_state_dict']:  # empty unless dtype was float16
-        scaler.load_state_dict(checkpoint['scaler_state_dict'])
+    runtime.check_same_rows(checkpoint, checkpoint_path, folder, batches.rows_per_step, config)
+    runtime.load_training_state(checkpoint, optimizers, scaler)
     if average and 'ema_state_dict' in checkpoint:
         average.load(checkpoint['ema_state_dict'])
     if step >= max_steps:
-        if run.is_main:
-            print(f'{checkpoint_path} is at step {step} of {max_steps}: the run is finished. '
-                  '--max_steps makes it longer.')
-        run.close()
-        raise SystemExit(0)
+        run.exit(f'{checkpoint_path} is at step {step} of {max_steps}: the run is finished. '
+                 '--max_steps makes it longer.')
 if run.device.type == 'cuda' if compile is None else compile:
     raw_model.compile()
 model = run.wrap(raw_model)
@@ -205,11 +198,8 @@ def evaluate():
         with run.autocast():
             runtime.add(sums, *raw_model(*batch))
     raw_model.train()
-    sums = run.total(sums)
-    loss = sums['loss'] / max(1, sums['count'])
-    return {'val/loss': loss, 'val/accuracy': sums['correct'] / max(1, sums['predicted']),
-            'val/perplexity': math.exp(min(loss, 700)),
-            'val/bpb': loss / math.log(2) * folder.tokens_per_byte('val')}
+    values = runtime.means('val', run.total(sums))
+    return {**values, 'val/bpb': values['val/loss'] / math.log(2) * folder.tokens_per_byte('val')}
 
 
 def show_samples():
@@ -280,18 +270,16 @@ while step < max_steps and not stopping:
     saving = looking or stopping or (save_every and step % save_every == 0)
     row = {}
     if looking or saving or step % log_every == 0:
-        sums = run.total(sums)
-        loss = sums['loss'] / max(1, sums['count'])
+        row = runtime.means('train', run.total(sums))
+        loss = row['train/loss']
         if not math.isfinite(loss):
             raise UserError(f'The loss is {loss} at step {step}; the checkpoint before it is kept. Try a lower '
                             f'learning_rate than {learning_rate}, a longer warm-up, or --dtype=float32.')
         seconds_per_step = (time.perf_counter() - logged_at) / (step - logged_step)
         tokens_per_sec = batches.rows_per_step * block_size / seconds_per_step
-        row = {'train/loss': loss, 'train/accuracy': sums['correct'] / max(1, sums['predicted']),
-               'train/perplexity': math.exp(min(loss, 700)), 'train/lr': rate,
-               'train/tokens_per_sec': tokens_per_sec, 'train/grad_norm': grad_norm.item(),
-               'train/mfu': raw_model.flops_per_token() * tokens_per_sec / peak_flops,
-               'train/epoch': batches.epoch(step)}
+        row.update({'train/lr': rate, 'train/tokens_per_sec': tokens_per_sec, 'train/grad_norm': grad_norm.item(),
+                    'train/mfu': raw_model.flops_per_token() * tokens_per_sec / peak_flops,
+                    'train/epoch': batches.epoch(step)})
         log.progress(f'step {step}/{max_steps}: loss {loss:.4f}, lr {rate:.2e}, {tokens_per_sec:,.0f} tokens/s, '
                      f'{runtime.duration((max_steps - step) * seconds_per_step)} left')
     if looking:

@@ -136,7 +136,7 @@ def test_hidden_tokens_never_leak(monkeypatch):
     masked = noise[:, 1:] < model.levels(noise)
     masked[:, 0] = False
     seen, hidden = [], model.hidden
-    monkeypatch.setattr(model, 'hidden', lambda tokens: seen.append(hidden(tokens)) or seen[-1])
+    monkeypatch.setattr(model, 'hidden', lambda tokens, _: seen.append(hidden(tokens)) or seen[-1])
 
     other = torch.where(masked, (tokens + 3) % IGNORE, tokens)
     nats, nats_of_other = (model.losses(x, None, noise)[0] for x in (tokens, other))
