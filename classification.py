@@ -199,13 +199,13 @@ def evaluate_predictions(labels, logits):
     return {**figures, 'rows': len(labels), 'confusion': confusion.tolist()}
 
 
-def load_predictions(run):
-    """{set: (labels, predictions)} of the predictions.npz of a run folder."""
+def load_predictions(run, source):
+    """{set: (labels, predictions)} of the predictions.npz of a run folder; none if its rows have another source."""
     path = Path(run) / 'predictions.npz'
     try:
         with np.load(path) as saved:
             return {name.removesuffix('_labels'): (saved[name], saved[name.removesuffix('labels') + 'preds'])
-                    for name in saved.files if name.endswith('_labels')}
+                    for name in saved.files if name.endswith('_labels') and saved['source'] == source}
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f'{path} cannot be read ({type(error).__name__}); give the folder of a run of classify.py that '
                         'has finished.') from error

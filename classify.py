@@ -177,8 +177,10 @@ run = runtime.Runtime(device, dtype)
 if task:  # what is read, then what turns it into tokens
     texts, num_labels = languages.read_sets(languages.load_database(language_database), task, train_langs, eval_langs,
                                             model_type)
+    source = ''  # what the rows of a set are of, beside its name: predictions on the same rows can be compared
 else:
     num_labels = 2
+    source = tasks.key_of(target_func, sequence_length, train_set_size + val_set_size, test_set_size, seed, compat)
     digits = tasks.splits(target_func, sequence_length, train_set_size, test_set_size, val_set_size, seed, compat)
 vocabulary = (Tokenizer(initial['tokenizer']) if initial else languages.make_tokenizer(tokenizer, texts, vocab_size)
               if task else tasks.digit_tokenizer(target_func))
@@ -222,8 +224,8 @@ if val_set_size and 'val' not in sets:
     sets['train'], sets['val'] = classification.hold_out(sets['train'], val_set_size, seed)
 tested = [name for name in sets if name not in ('train', 'val')]
 others = {name: predictions for name, (labels, predictions) in  # of the run to compare with
-          (classification.load_predictions(compare_to) if compare_to else {}).items()
-          if name in sets and np.array_equal(labels, sets[name].labels)}
+          (classification.load_predictions(compare_to, source) if compare_to else {}).items()
+          if name in tested and np.array_equal(labels, sets[name].labels)}
 if compare_to and not others:
     raise UserError(f'{compare_to} has no predictions for the rows of {", ".join(tested)}; compare runs of the same '
                     'data and seed.')
@@ -371,7 +373,7 @@ def conclude():
         best = runtime.load_checkpoint(out / 'best.pt')
         trunk.load_state_dict(best['model_state_dict'])
         raw_classifier.head.load_state_dict(best['head_state_dict'])
-    results, arrays = {'step': best_step if 'val' in sets else step}, {}
+    results, arrays = {'step': best_step if 'val' in sets else step}, {'source': source}
     for name, examples in sets.items():
         logits = predict(examples)
         results[name] = evaluate_predictions(examples.labels, logits)
