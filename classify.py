@@ -20,6 +20,7 @@ from configurator import UserError, check_choice, check_range, configure
 from data import Tokenizer
 from model import SIZES, ModelConfig
 from prepare import languages, tasks
+from published import FINETUNED, PUBLISHED, shape_of
 
 # --- an algorithmic task ---
 target_func = 'fn_c'         # fn_a to fn_l; prepare/tasks.py says what each is
@@ -110,29 +111,6 @@ SHAPE = ('n_layer', 'n_head', 'n_embd', 'n_kv_head')
 OF_A_TASK = {'target_func', 'sequence_length', 'train_set_size', 'test_set_size', 'compat'}
 OF_TEXTS = {'train_langs', 'eval_langs', 'language_database', 'model_type', 'tokenizer', 'vocab_size'}
 
-PUBLISHED = {  # the config.json of published models, to train them from scratch
-    'llama3': dict(  # meta-llama/Llama-3.2-1B
-        model_type='llama', num_hidden_layers=16, hidden_size=2048, intermediate_size=8192, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=64, vocab_size=128256, rms_norm_eps=1e-5, rope_theta=5e5,
-        rope_scaling=dict(rope_type='llama3', factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
-                          original_max_position_embeddings=8192), tie_word_embeddings=True),
-    'deepseek': dict(  # deepseek-ai/deepseek-coder-1.3b-base
-        model_type='llama', num_hidden_layers=24, hidden_size=2048, intermediate_size=5504, num_attention_heads=16,
-        num_key_value_heads=16, head_dim=128, vocab_size=32256, rms_norm_eps=1e-6, rope_theta=1e5,
-        rope_scaling=dict(rope_type='linear', factor=4.0), tie_word_embeddings=False),
-    'qwen0.6B': dict(  # Qwen/Qwen3-0.6B
-        model_type='qwen3', num_hidden_layers=28, hidden_size=1024, intermediate_size=3072, num_attention_heads=16,
-        num_key_value_heads=8, head_dim=128, vocab_size=151936, rms_norm_eps=1e-6, rope_theta=1e6,
-        tie_word_embeddings=True),
-    'qwen1.7B': dict(  # Qwen/Qwen3-1.7B
-        model_type='qwen3', num_hidden_layers=28, hidden_size=2048, intermediate_size=6144, num_attention_heads=16,
-        num_key_value_heads=8, head_dim=128, vocab_size=151936, rms_norm_eps=1e-6, rope_theta=1e6,
-        tie_word_embeddings=True),
-}
-FINETUNED = {'llama3_finetune': 'meta-llama/Llama-3.2-1B', 'qwen3_finetune': 'Qwen/Qwen3-1.7B',
-             'deepseek_finetune': 'deepseek-ai/deepseek-coder-1.3b-base'}
-
-
 check_choice(config, 'model', ('', *PUBLISHED, *FINETUNED, *SIZES))
 check_choice(config, 'model_type', ('normal', 'ipa'))
 check_choice(config, 'pool', ('', 'last', 'mean'))
@@ -197,9 +175,7 @@ if initial:
 else:
     shape = dict(zip(('n_layer', 'n_head', 'n_embd'), runtime.size_of(model_size)))
     if model in PUBLISHED:
-        from hf import switches
-        shape = {**switches({**PUBLISHED[model], 'max_position_embeddings': block_size}, model), 'tied': True}
-        del shape['pretrained_rows']  # the vocabulary is that of the data
+        shape = shape_of(model, block_size)
     shape.update({key: config[key] for key in SHAPE if config[key] is not None}, block_size=block_size,
                  vocab_size=vocabulary.vocab_size, mask_id=vocabulary.mask_id, ignore_id=vocabulary.ignore_id)
 if not task:

@@ -93,7 +93,7 @@ def test_the_quick_run_with_its_published_names_leaves_its_artifacts(place):
 @pytest.mark.parametrize('architecture', ['ar', 'diffusion'])
 def test_each_architecture_learns_a_simple_task(place, architecture):
     classify('--target_func=fn_c', '--sequence_length=14', '--train_set_size=400', '--test_set_size=100',
-             '--batch_size=50', '--num_epochs=30', '--learning_rate=1e-2', '--optimizer=muon', '--schedule=linear',
+             '--batch_size=50', '--num_epochs=45', '--learning_rate=1e-2', '--optimizer=muon', '--schedule=linear',
              f'--architecture={architecture}', '--n_embd=32', '--pool=mean', '--out_dir=run', '--eval_every=120')
     assert load_metrics(place / 'run')['test_accuracies'][-1] > 0.75
     assert runtime.load_model(runtime.load_checkpoint(place / 'run'), 'cpu').config.n_embd == 32  # other scripts read it
@@ -334,3 +334,12 @@ def test_a_tokenizer_of_vocab_and_merges_is_read_with_its_space(tmp_path):
     bpe.save_model(str(tmp_path), 'eng')
     loaded = languages.load_tokenizer(str(tmp_path / 'eng'))
     assert isinstance(loaded, data.Tokenizer) and loaded.encode('low') == bpe.encode('low').ids
+
+
+@pytest.mark.parametrize('model, billions', [('llama3', 0.97), ('deepseek', 1.21), ('qwen0.6B', 0.44), ('qwen1.7B', 1.41)])
+def test_the_published_shapes_have_their_number_of_parameters(model, billions):
+    pytest.importorskip('hf')
+    import published
+    with torch.device('meta'):
+        trunk = runtime.make_model('ar', vocab_size=3, mask_id=1, ignore_id=2, **published.shape_of(model, 51))
+    assert round(trunk.num_parameters() / 1e9, 2) == billions
