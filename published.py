@@ -25,7 +25,7 @@ FINETUNED = {'llama3_finetune': 'meta-llama/Llama-3.2-1B', 'qwen3_finetune': 'Qw
 
 def shape_of(model, block_size):
     """ModelConfig's fields for a model of PUBLISHED, but for its vocabulary: that is of the data."""
-    from hf import switches  # only where it is wanted
+    from families import switches  # only where it is wanted
     shape = switches({**PUBLISHED[model], 'max_position_embeddings': block_size}, model)
     del shape['pretrained_rows']
     return {**shape, 'tied': True}  # a head for tokens of its own would never be trained

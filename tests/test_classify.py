@@ -338,7 +338,7 @@ def test_a_tokenizer_of_vocab_and_merges_is_read_with_its_space(tmp_path):
 
 @pytest.mark.parametrize('model, billions', [('llama3', 0.97), ('deepseek', 1.21), ('qwen0.6B', 0.44), ('qwen1.7B', 1.41)])
 def test_the_published_shapes_have_their_number_of_parameters(model, billions):
-    pytest.importorskip('hf')
+    pytest.importorskip('families')
     import published
     with torch.device('meta'):
         trunk = runtime.make_model('ar', vocab_size=3, mask_id=1, ignore_id=2, **published.shape_of(model, 51))
