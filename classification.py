@@ -70,6 +70,8 @@ class Classifier(nn.Module):
     def __init__(self, trunk, num_classes, pool, dropout=0.0, class_weights=None, label_smoothing=0.0):
         super().__init__()
         self.trunk, self.pool, self.label_smoothing = trunk, pool, label_smoothing
+        if getattr(trunk, 'unembedding', None) is not None:  # a head for tokens takes no part
+            trunk.unembedding.requires_grad_(False)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(getattr(trunk.config, 'embedding_width', trunk.config.n_embd), num_classes)
         nn.init.normal_(self.head.weight, std=0.02)

@@ -29,7 +29,7 @@ from configurator import ROOT, UserError, check_choice, check_range, configure
 script = 'classify.py'
 experiment_name = 'sweep'
 results_root = 'out/sweeps'  # the runs are in results_root/experiment_name/
-base_args = {}               # the settings of every run
+base_args = {}               # the settings of every run; None: not given
 grid = {}                    # key: values; every combination is run
 parameters = {}              # more of the same; a single value needs no list
 zipped = {}                  # key: values, as many for each key; the first of each, the second of each, ...
@@ -140,7 +140,7 @@ def all_runs():
     axes = {**grid, **parameters}
     runs = [{**base_args, **a, **b, **c, **d} for a in language_runs() for b in zips() for c in trials()
             for d in combinations(axes)]
-    runs = [{key.replace('-', '_'): plain(value) for key, value in run.items()} for run in runs]
+    runs = [{key.replace('-', '_'): plain(value) for key, value in run.items() if value is not None} for run in runs]
     for run in runs:
         if {'out_dir', 'results_path', 'output_dir', 'resume_from'} & set(run):
             raise UserError('out_dir and resume_from are given by the sweep; take them out of its settings.')

@@ -336,6 +336,19 @@ def test_a_tokenizer_of_vocab_and_merges_is_read_with_its_space(tmp_path):
     assert isinstance(loaded, data.Tokenizer) and loaded.encode('low') == bpe.encode('low').ids
 
 
+def test_adapters_and_the_head_train_and_the_rest_stays(place):
+    pytest.importorskip('lora')
+    classify(*TASK, '--num_epochs=1', '--out_dir=base')
+    run = classify(*TASK, '--num_epochs=2', '--init_from=base', '--lora_rank=2', '--out_dir=tuned', '--learning_rate=0.01',
+                   tiny=TINY[3:])
+    before = torch.load(place / 'base' / 'ckpt.pt', weights_only=True)['model_state_dict']
+    weights = dict(run['trunk'].named_parameters())
+    assert all(not weight.requires_grad or 'lora' in name for name, weight in weights.items())
+    assert all(torch.equal(weight, before[name]) for name, weight in weights.items() if name in before)
+    assert any('lora_B' in name and weight.abs().sum() > 0 for name, weight in weights.items())
+    classify('--resume_from=tuned', '--num_epochs=3')
+
+
 @pytest.mark.parametrize('model, billions', [('llama3', 0.97), ('deepseek', 1.21), ('qwen0.6B', 0.44), ('qwen1.7B', 1.41)])
 def test_the_published_shapes_have_their_number_of_parameters(model, billions):
     pytest.importorskip('families')
