@@ -244,8 +244,8 @@ if checkpoint:
         'global_step', 'best_step', 'best_val_loss', 'best_score', 'history', 'finished'))
     if (checkpoint['rows_per_step'], checkpoint['num_rows']) != (rows_per_step, num_rows):
         raise UserError(f'The run of {checkpoint_path} has {checkpoint["rows_per_step"]} rows per step of '
-                        f'{checkpoint["num_rows"]}, not {rows_per_step} of {num_rows}; leave batch_size, ranks and data '
-                        'as they were, or rows would be skipped or repeated.')
+                        f'{checkpoint["num_rows"]}, not {rows_per_step} of {num_rows}; leave batch_size, ranks and '
+                        'data as they were, or rows would be skipped or repeated.')
     runtime.load_training_state(checkpoint, optimizers, scaler)
     finished = finished and not {'max_steps', 'num_epochs'} & {key for key, _, _ in changed}  # made longer
     if finished and (continued / 'predictions.npz').exists():

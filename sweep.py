@@ -330,8 +330,8 @@ def fill(text, values):
     try:
         return text.format(**values)
     except (KeyError, IndexError, ValueError) as error:
-        raise UserError(f'The template {template} has a field {{{str(error).strip(chr(39))}}} that nothing fills; known '
-                        f'are {", ".join(values)}, and what --fields names. Write {{{{ and }}}} for the braces of the '
+        raise UserError(f'The template {template} has a field {{{str(error).strip(chr(39))}}} that nothing fills; '
+                        f'known are {", ".join(values)}, and what --fields names. Write {{{{ and }}}} for the braces of the '
                         'shell.') from error
 
 

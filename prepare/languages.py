@@ -121,8 +121,8 @@ def class_of(value, classes, where):
     except (ValueError, TypeError):
         number = -1
     if not 0 <= number < count:
-        raise UserError(f'{where}: the label {value!r} is none of the {count} classes ({classes}); correct the data, or '
-                        "the database's classes.")
+        raise UserError(f'{where}: the label {value!r} is none of the {count} classes ({classes}); correct the data, '
+                        "or the database's classes.")
     return number
 
 

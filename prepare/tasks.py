@@ -305,7 +305,7 @@ def digit_tokenizer(task):
 
 
 def digit_ids(tokenizer, task):
-    """The ids of the task's digits in any tokenizer, looked up one by one: it would cut a text of digits into groups."""
+    """The ids of the task's digits in any tokenizer, looked up one by one: a text of digits would be cut in groups."""
     ids = [tokenizer.encode(digit) for digit in digits_of(task)]
     if any(len(one) != 1 for one in ids):
         raise UserError('This tokenizer has no token for each single digit, so a row would not keep its length; '

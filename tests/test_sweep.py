@@ -32,7 +32,8 @@ time.sleep(float(args.get('seconds', 0.3)) if not (out / 'logs.log').exists() el
 (out / 'logs.log').write_text('done\\n')
 with open(out / 'work', 'a') as file:
     file.write('once')
-(out / 'eval_results.json').write_text(json.dumps({'step': 3, 'test': {'accuracy': float(args['lr']) * int(args['seed'])}}))
+accuracy = float(args['lr']) * int(args['seed'])
+(out / 'eval_results.json').write_text(json.dumps({'step': 3, 'test': {'accuracy': accuracy}}))
 '''
 
 
@@ -133,7 +134,8 @@ def test_grids_lists_and_draws_multiply_and_equal_runs_are_one(place):
 
 def test_yaml_and_json_of_other_systems_mean_the_same_runs(place):
     (place / 'one.yaml').write_text('experiment_name: try\nresults_root: elsewhere\nbase_args:\n  lr: 1e-5\n'
-                                    '  batch-size: 20\ngrid:\n  sequence_length: [100, 50]\n  target_func: [fn_g, fn_a]\n')
+                                    '  batch-size: 20\ngrid:\n  sequence_length: [100, 50]\n'
+                                    '  target_func: [fn_g, fn_a]\n')
     (place / 'one.json').write_text(json.dumps({'experiment_name': 'try', 'base_args': {'lr': 1e-5, 'batch_size': 20},
                                                 'parameters': {'sequence_length': [100, 50],
                                                                'target_func': ['fn_g', 'fn_a']}}))
@@ -187,7 +189,8 @@ def test_jobs_are_written_checked_by_bash_and_submitted_as_an_array(place):
     scripts = sorted((place / 'scripts').glob('*.sh'))
     assert len(scripts) == 4 and all(subprocess.run(['bash', '-n', script]).returncode == 0 for script in scripts)
     array = (place / 'scripts' / 'array.sh').read_text()
-    for line in ('--job-name=try\n', '--time=02:00:00', '--cpus-per-task=3', '--gres=gpu:2', '--array=0-2\n', '--requeue'):
+    for line in ('--job-name=try\n', '--time=02:00:00', '--cpus-per-task=3', '--gres=gpu:2', '--array=0-2\n',
+                 '--requeue'):
         assert f'#SBATCH {line}' in array
     # The stand-in runs the tasks of the array, one after the other.
     environment = write_command(place, 'sbatch', 'for i in 0 1 2; do SLURM_ARRAY_TASK_ID=$i bash "$1" || exit 1; done\n'
@@ -223,9 +226,9 @@ def test_an_unknown_field_or_a_missing_sbatch_is_a_sentence(place):
     (place / 'mine.sh').write_text('#!/bin/bash\n#SBATCH --partition={partition}\necho {args}\n')
     status, output = sweep(place, file, '--submit=slurm', '--template=mine.sh', '--dry_run')
     assert status == 1 and '{partition}' in output and 'Traceback' not in output and not (place / 'try').exists()
-    assert sweep(place, file, '--submit=slurm', '--template=mine.sh', '--dry_run', "--fields={'partition': 'a'}")[0] == 0
-    status, output = sweep(place, file, '--submit=slurm', '--template=mine.sh', "--fields={'partition': 'a'}",
-                           PATH='/nowhere')
+    options = '--submit=slurm', '--template=mine.sh', "--fields={'partition': 'a'}"
+    assert sweep(place, file, '--dry_run', *options)[0] == 0
+    status, output = sweep(place, file, *options, PATH='/nowhere')
     assert status == 1 and 'no sbatch' in output and 'Traceback' not in output
 
 
