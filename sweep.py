@@ -331,8 +331,8 @@ def fill(text, values):
         return text.format(**values)
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(f'The template {template} has a field {{{str(error).strip(chr(39))}}} that nothing fills; '
-                        f'known are {", ".join(values)}, and what --fields names. Write {{{{ and }}}} for the braces of the '
-                        'shell.') from error
+                        f'known are {", ".join(values)}, and what --fields names. Write {{{{ and }}}} for the braces '
+                        'of the shell.') from error
 
 
 def write_jobs(runs):

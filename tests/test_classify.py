@@ -45,7 +45,8 @@ def place(tmp_path, monkeypatch):
         for split, size in (('train', 24), ('test', 12)):
             labels = draw.integers(0, 2, size)
             labels[:2] = 0, 1
-            lines = ['so ' * int(draw.integers(0, 5)) + f'{words[label]}\tp{words[label]}\tmore\tpmore\t{("neg", "pos")[label]}'
+            lines = ['so ' * int(draw.integers(0, 5)) +
+                     f'{words[label]}\tp{words[label]}\tmore\tpmore\t{("neg", "pos")[label]}'
                      for label in labels]
             (folder / f'{split}.tsv').write_text('\n'.join(['a\ta-phoneme\tb\tb-phoneme\tlabel', *lines]) + '\n')
     entry = {'train_features': ['a', 'b'], 'eval_feature': 'label', 'splits': ['train', 'test'],
@@ -74,7 +75,8 @@ def same(one, other):
 
 def test_the_quick_run_with_its_published_names_leaves_its_artifacts(place):
     classify('--target_func=fn_a', '--sequence_length=10', '--train_set_size=20', '--test_set_size=40',
-             '--batch_size=20', '--n_epochs=4', '--lr=1e-3', '--eta_min=1e-4', '--precision=fp32', '--results_path=run', '--model=tiny')
+             '--batch_size=20', '--n_epochs=4', '--lr=1e-3', '--eta_min=1e-4', '--precision=fp32',
+             '--results_path=run', '--model=tiny')
     out = place / 'run'
     config = json.loads((out / 'config.json').read_text())
     assert [config[key] for key in ('num_epochs', 'learning_rate', 'min_lr', 'dtype')] == [4, 1e-3, 1e-4, 'float32']
@@ -145,7 +147,8 @@ def test_sigterm_saves_and_the_run_goes_on(place):
 def test_two_ranks_end_where_one_does(place):
     settings = [*TINY, *TASK, '--num_epochs=6']
     torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
-    subprocess.run([*torchrun, ROOT / 'classify.py', *settings, '--batch_size=3', '--out_dir=two'], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*torchrun, ROOT / 'classify.py', *settings, '--batch_size=3', '--out_dir=two'], check=True,
+                   stdout=subprocess.DEVNULL)
     classify(*settings[len(TINY):], '--out_dir=one')
     one, two = (torch.load(place / name / 'ckpt.pt', weights_only=True) for name in ('one', 'two'))
     assert one['global_step'] == two['global_step'] == 20
