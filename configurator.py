@@ -12,6 +12,7 @@ may say `max_steps = 2 * max_steps`. The source of the script is the only list o
 import ast
 import builtins
 import difflib
+import json
 import math
 import re
 import sys
@@ -20,6 +21,8 @@ import traceback
 import types
 from pathlib import Path
 from typing import NamedTuple
+
+import yaml
 
 ROOT = Path(__file__).resolve().parent
 TYPES = {kind.__name__: kind for kind in (bool, int, float, str, tuple, list, dict)}
@@ -167,8 +170,15 @@ def check_range(config, low, high, *keys):
 # ---------------------------------------------------------------------------- files and options
 
 def apply_file(config, word):
-    """Runs a config file over the values so far; what it assigns is given."""
+    """Runs a config file over the values so far; what it assigns is given. JSON and YAML are read instead."""
     path = find_config(word)
+    if path.suffix != '.py':
+        for name, value in read_values(path, word).items():
+            name = str(name).replace('-', '_')
+            key = resolve(config.known, name, f'{name}={value!r} in {word}')[1]
+            value = parsed(value, key) if isinstance(value, str) else value  # YAML reads 1e-5 as a text
+            assign(config, name, value, f'{name}={value!r} in {word}')
+        return
     # The values are the file's builtins, so that it can read them, and its globals end up holding
     # what it assigned and nothing else.
     assigned = {'__file__': str(path), '__builtins__': {**vars(builtins), **config}}
@@ -185,10 +195,23 @@ def apply_file(config, word):
             assign(config, name, value, f'{name}={value!r} in {word}')
 
 
+def read_values(path, word):
+    """The {key: value} of a JSON or YAML file."""
+    try:
+        text = path.read_text(encoding='utf-8')
+        values = json.loads(text) if path.suffix == '.json' else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f'{word} cannot be read ({" ".join(str(error).split())}); correct the file.') from error
+    if not isinstance(values, dict):
+        raise UserError(f'{word} holds a {type(values).__name__}, not keys and values; correct the file.')
+    return values
+
+
 def find_config(word):
     """The path of a config file, relative to the working directory or else to the repository."""
-    if not word.endswith('.py'):
-        raise UserError(f"'{word}' is neither a config file (*.py) nor --key=value; write one of them.")
+    if not word.endswith(('.py', '.json', '.yaml', '.yml')):
+        raise UserError(f"'{word}' is neither a config file (*.py, *.json, *.yaml) nor --key=value; write one of "
+                        'them.')
     for folder in (Path.cwd(), ROOT):
         if (folder / word).is_file():
             return folder / word

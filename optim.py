@@ -18,7 +18,7 @@ def make_optimizers(model, optimizer, learning_rate, beta1, beta2, weight_decay)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
     def for_muon(name, p):
-        return optimizer == 'muon' and name.startswith('blocks.') and p.dim() == 2
+        return optimizer == 'muon' and 'blocks.' in name and p.dim() == 2
 
     to_muon = [p for name, p in named if for_muon(name, p)]
     rest = [p for name, p in named if not for_muon(name, p)]

@@ -60,6 +60,12 @@ class Runtime:
             dist.all_reduce(sums)
         return dict(zip(values, sums.tolist()))
 
+    def sum(self, array):
+        """The sum over all ranks of a float tensor on the CPU, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(array)
+        return array
+
     def any(self, flag):
         """Whether `flag` is true on any rank."""
         return self.total({'flag': bool(flag)})['flag'] > 0 if self.world_size > 1 else bool(flag)
@@ -420,7 +426,7 @@ def load_model(checkpoint, device, **changes):
 # ---------------------------------------------------------------------------- the run folder
 
 RUN_FILES = ('config.json', 'ckpt.pt', 'best.pt', 'metrics.csv', 'logs.log', 'eval_results.json', 'checkpoints',
-             'sharded')
+             'sharded', 'metrics.py', 'predictions.npz')
 
 
 def holds_run(path):

@@ -23,7 +23,7 @@ mode = 'packed'              # packed: windows of the token stream; documents: o
 batch_size = 32              # rows per micro-step and rank
 gradient_accumulation_steps = 1  # micro-steps per step and rank
 # --- model ---
-architecture = 'ar'          # ar or diffusion
+architecture = 'ar'          # ar, diffusion or sdd
 model_size = 'tiny'          # tiny, small, medium, large, xl: sets the next three
 n_layer: int = None
 n_head: int = None

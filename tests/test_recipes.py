@@ -9,7 +9,8 @@ import optim
 import runtime
 from configurator import ALIASES, Config, apply_file, keys_of
 
-RECIPES = sorted(path.name for path in (runtime.ROOT / 'config').glob('*.py'))
+OTHERS = ('sweep_', 'language')  # what config files for other scripts begin with
+RECIPES = sorted(path.name for path in (runtime.ROOT / 'config').glob('*.py') if not path.name.startswith(OTHERS))
 
 
 def train_config(script='train.py'):

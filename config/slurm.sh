@@ -1,0 +1,31 @@
+#!/bin/bash
+# One run on a Slurm cluster. Filled in by sweep.py; further {{fields}} come from --fields.
+#SBATCH --job-name={job_name}
+#SBATCH --time={timeout}
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --cpus-per-task={cpus}
+#SBATCH --gres=gpu:{gpus}
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@180
+
+cd {root}
+source .venv/bin/activate
+export OMP_NUM_THREADS={cpus}
+
+# Slurm tells the shell, the shell tells the script, which saves at the next step and exits; the same command then
+# goes on from there. USR1 comes before the time is up, TERM with a preemption, after which Slurm requeues by itself.
+again= stopped=
+trap 'again=yes; kill -TERM $run' USR1
+trap 'stopped=yes; kill -TERM $run' TERM
+python {script} {args} >> {log} 2>&1 &
+run=$!
+wait $run; status=$?
+while kill -0 $run 2> /dev/null; do wait $run; status=$?; done  # a signal ends a wait before the run ends
+if [ -n "$again" ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+elif [ -z "$stopped" ] && [ "$status" = 0 ]; then
+    echo '{{}}' > {done}
+fi
+exit "$status"

@@ -1,0 +1,130 @@
+"""prepare/tasks.py: the twelve functions against other definitions of them, balance, leaks, the cache."""
+import hashlib
+import itertools
+
+import numpy as np
+import pytest
+import sympy
+
+from configurator import UserError
+from prepare import tasks
+
+# The places of fn_e (the first 3) and fn_f, by length, as published.
+PLACES = {20: [2, 14, 18, 15, 1, 10, 0, 4, 6, 11], 25: [17, 12, 2, 0, 22, 20, 21, 6, 8, 18],
+          30: [12, 0, 6, 25, 8, 15, 10, 18, 16, 23], 50: [42, 17, 30, 34, 20, 25, 0, 8, 36, 18],
+          100: [42, 96, 62, 98, 46, 95, 60, 24, 78, 16], 40: [22, 9, 32]}
+
+
+def brackets_match(v):
+    """The same language as fn_h by cancelling neighbours until nothing is left to cancel."""
+    word = ''.join({'00': '(', '01': ')', '10': '[', '11': ']'}[v[i:i + 2]] for i in range(0, len(v), 2))
+    while '()' in word or '[]' in word:
+        word = word.replace('()', '').replace('[]', '')
+    return word == ''
+
+
+def next_cells(v):
+    return ''.join(str(int(l) ^ (int(c) | int(r))) for l, c, r in zip('0' + v[:-1], v, v[1:] + '0'))  # Rule 30
+
+
+def definition(task, v):
+    """0 or 1 for a string of digits, by other means than those under test."""
+    return int({
+        'fn_a': lambda: v.count('1') % 2, 'fn_b': lambda: v[:len(v) // 2].count('1') % 2,
+        'fn_c': lambda: '10101010' in v, 'fn_d': lambda: '00111111' in v,
+        'fn_e': lambda: [v[i] for i in PLACES[len(v)][:3]].count('1') % 2,
+        'fn_f': lambda: [v[i] for i in PLACES[len(v)]].count('1') % 2,
+        'fn_g': lambda: v == ''.join(reversed(v)), 'fn_h': lambda: brackets_match(v),
+        'fn_i': lambda: list(sympy.factorint(int(v)).values()) == [1],
+        'fn_j': lambda: next_cells(v).count('1') % 2,
+        'fn_k': lambda: list(sympy.factorint(int(v)).values()) == [1],
+        'fn_l': lambda: bin(int(hashlib.sha256(v.encode()).hexdigest(), 16)).count('1') % 2}[task]())
+
+
+def strings(rows):
+    return [''.join(map(str, row)) for row in rows.tolist()]
+
+
+@pytest.fixture(scope='module')
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp('tasks')
+
+
+@pytest.mark.parametrize('task', tasks.TASKS)
+def test_a_task_labels_as_defined_is_balanced_and_leaks_nothing(task, cache):
+    length = 12 if task in tasks.DECIMAL else 20
+    parts = tasks.splits(task, length, train=60, val=20, test=100, cache=cache)
+    seen = set()
+    for name, size in (('train', 60), ('val', 20), ('test', 100)):
+        rows, labels = parts[name]
+        texts = strings(rows)
+        assert rows.shape == (size, length) and labels.sum() == size // 2
+        assert [definition(task, text) for text in texts] == labels.tolist()
+        assert len(set(texts)) == size and not seen & set(texts)
+        seen |= set(texts)
+
+
+@pytest.mark.parametrize('task', ['fn_a', 'fn_b', 'fn_c', 'fn_d', 'fn_g', 'fn_h', 'fn_j', 'fn_l'])
+def test_a_task_agrees_with_its_definition_on_every_short_row(task):
+    rows = np.array(list(itertools.product((0, 1), repeat=12)), np.uint8)
+    assert tasks.label(task, rows).tolist() == [definition(task, text) for text in strings(rows)]
+
+
+@pytest.mark.parametrize('length', PLACES)
+def test_the_places_of_the_random_parities_are_the_published_ones(length):
+    assert tasks.chosen_places(length, 3).tolist() == PLACES[length][:3]
+    assert tasks.chosen_places(length, 10).tolist()[:len(PLACES[length])] == PLACES[length]
+
+
+def test_composites_of_fn_k_end_like_primes_and_numbers_have_no_leading_zero(cache):
+    rows, labels = tasks.splits('fn_k', 10, train=60, test=60, cache=cache)['train']
+    assert set(rows[:, -1].tolist()) <= {1, 3, 7, 9} and (rows[:, 0] > 0).all() and labels.sum() == 30
+
+
+def test_the_derived_seed_and_hash_are_the_published_ones():
+    key = tasks.key_of('fn_a', 50, 200, 10000, 42)
+    assert tasks.derived_seed(key) == 106437611
+    assert hashlib.md5(key.encode()).hexdigest() == 'cbc1df7e67f6af19708c91f7266e82de'
+
+
+def test_the_cache_gives_the_same_rows_and_a_damaged_one_is_made_again(tmp_path):
+    first = tasks.splits('fn_a', 20, train=10, test=20, seed=7, cache=tmp_path)
+    [file] = tmp_path.rglob('*.npz')
+    assert file.parent.parent.name == f'seed_{tasks.derived_seed("fn_a|L=20|train=10|test=20|base_seed=7")}'
+    file.write_bytes(file.read_bytes()[:100])
+    for _ in range(2):
+        again = tasks.splits('fn_a', 20, train=10, test=20, seed=7, cache=tmp_path)
+        assert all(np.array_equal(first[name][i], again[name][i]) for name in first for i in (0, 1))
+    other = tasks.splits('fn_a', 20, train=10, test=20, seed=8, cache=tmp_path)
+    assert not np.array_equal(first['test'][0], other['test'][0])
+
+
+def test_every_row_that_exists_can_be_asked_for(tmp_path):
+    parts = tasks.splits('fn_a', 10, train=24, test=1000, cache=tmp_path)
+    assert len({text for rows, _ in parts.values() for text in strings(rows)}) == 1024
+
+
+def test_compat_repeats_rare_rows_within_the_test_set_only(tmp_path):
+    parts = tasks.splits('fn_g', 20, train=200, test=4000, compat=True, cache=tmp_path)
+    (train, _), (test, labels) = parts['train'], parts['test']
+    assert not set(strings(train)) & set(strings(test)) and labels.sum() == 2000
+    assert len(set(strings(test[labels == 1]))) == 1024 - 100
+    assert ((test[labels == 0][:, :10] != test[labels == 0][:, :9:-1]).sum(1) == 1).all()  # one bit from a palindrome
+
+
+@pytest.mark.parametrize('settings, part', [
+    (dict(task='fn_z'), "'fn_z'; choose fn_a (parity_all)"), (dict(train=9), 'train_set_size is 9'),
+    (dict(test=7), 'test_set_size is 7'), (dict(length=5), '2^5 = 32'),
+    (dict(task='fn_h', length=22), 'multiple of 4'), (dict(task='fn_c', length=7), 'at least 8'),
+    (dict(task='fn_g', length=8), 'only 16 were found')])
+def test_a_mistake_is_named(settings, part, tmp_path):
+    with pytest.raises(UserError) as error:
+        tasks.splits(**{**dict(task='fn_a', length=20, train=20, test=80, cache=tmp_path), **settings})
+    assert part in str(error.value)
+
+
+def test_each_digit_is_one_token_and_the_start_is_another():
+    for task, base in (('fn_a', 2), ('fn_i', 10)):
+        tokenizer = tasks.digit_tokenizer(task)
+        assert tasks.digit_ids(tokenizer, task).tolist() == list(range(base))
+        assert (tokenizer.endoftext_id, tokenizer.mask_id) == (base, base + 1)
