@@ -3,6 +3,7 @@
     python hf.py import FOLDER_OR_HUB_ID --out=ckpt.pt
     python hf.py export ckpt.pt --out=FOLDER
     python hf.py merge ADAPTER_FOLDER --base=ckpt.pt --out=merged.pt
+    python hf.py consolidate RUN_FOLDER     # of a run with fsdp=True that was stopped
 
 The families that it knows are in families.py. Every other model of ours exports as the family 'diffusion-lm',
 which only this file reads.
@@ -369,7 +370,12 @@ def main(words=None):
             command.add_argument('--trust_remote_code', nargs='?', const='True', default='False')
         if name == 'merge':
             command.add_argument('--base', required=True, help='what the adapter was trained on')
+    commands.add_parser('consolidate').add_argument('source', help='the run folder of a stopped run with fsdp=True')
     args = parser.parse_args(words)
+    if args.command == 'consolidate':
+        import sharded  # only where it is wanted
+        sharded.consolidate(args.source)
+        return
     no_remote_code(getattr(args, 'trust_remote_code', 'False').lower() != 'false')
     make_way(args.out, args.overwrite, folder=args.command == 'export')
     if args.command == 'import':

@@ -10,9 +10,9 @@ from conftest import signals_kept, write_folder
 from test_finetune import ROOT, TINY as TUNE, write_base, write_examples
 from test_train import GPT2, TINY as TRAIN, free_ports, load, metrics, start
 
+import hf
 import optim
 import runtime
-import sharded
 from configurator import UserError
 
 pytestmark = pytest.mark.slow
@@ -83,7 +83,7 @@ def test_a_stopped_run_is_consolidated(tmp_path, monkeypatch):
         step == 2 and os.kill(os.getpid(), 15), rate(step, *rest))[1])
     variables = script('train.py', f'--dataset={folder}', '--fsdp', f'--out_dir={out}')
     assert 'model_state_dict' not in load(out)
-    sharded.consolidate(out)
+    hf.main(['consolidate', str(out)])
     for name, weight in variables['raw_model'].state_dict().items():
         assert torch.equal(load(out)['model_state_dict'][name], weight)
     process = start(f'--dataset={folder}', '--fsdp', '--learning_rate=0.001', f'--out_dir={out}', '--resume_from=auto')
