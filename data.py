@@ -238,7 +238,7 @@ def open_dataset(dataset):
 
 def find_folder(dataset):
     if ',' in str(dataset) and not Path(dataset).exists():
-        raise UserError(f'{dataset!r} mixes folders, which is for training; name one of them with --dataset.')
+        raise UserError(f'{dataset!r} mixes folders, which is for train.py; name one of them with --dataset.')
     for path in (Path(dataset), ROOT / 'data' / dataset):
         if (path / 'config.json').is_file():
             return path
