@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 
 import data
@@ -263,7 +264,7 @@ def write_tokenizer(folder, end='</s>', start='<s>', config=True):
     """A byte-level tokenizer of 256 bytes, <s> and </s>, which puts <s> before a text by itself."""
     tokenizer = byte_level({spell(bytes([byte])): byte for byte in range(256)}, [])
     tokenizer.add_special_tokens([start, end])
-    tokenizer.post_processor = hf.data.tokenizers.processors.TemplateProcessing(
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single=f'{start} $A', pair=f'{start} $A $B', special_tokens=[(start, 256)])
     tokenizer.save(str(folder / 'tokenizer.json'))
     if config:

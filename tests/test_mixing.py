@@ -151,7 +151,7 @@ def test_folders_of_different_tokenizers_are_refused(mix):
 
 
 def test_other_scripts_say_that_they_take_one_folder(mix):
-    with pytest.raises(UserError, match='mixes folders, which is for training; name one'):
+    with pytest.raises(UserError, match='mixes folders, which is for train.py; name one'):
         data.Folder('a:0.5,b:0.5')
 
 

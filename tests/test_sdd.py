@@ -95,7 +95,7 @@ def test_hidden_tokens_never_influence_logits(beliefs, monkeypatch):
     noise, seen, hidden = some_noise(tokens), [], model.hidden
     masked = noise[:, 1:] < model.levels(noise)
     masked[:, 0] = False
-    monkeypatch.setattr(model, 'hidden', lambda view, alone, belief: seen.append(hidden(view, alone, belief)) or seen[-1])
+    monkeypatch.setattr(model, 'hidden', lambda *given: seen.append(hidden(*given)) or seen[-1])
     other = torch.where(masked, (tokens + 3) % IGNORE, tokens)
     for x in (tokens, other):
         model.losses(x, None, noise, **beliefs)
