@@ -399,10 +399,12 @@ def train():
     for architecture, (_, flops) in sides.items():
         typical = (statistics.mean if architecture == 'sdd' else statistics.median)(seconds[architecture])
         rate = batch_size * block_size / typical
-        say(f'  {architecture:10} {1000 * typical:8.1f} ms per step, {rate:10,.0f} tokens/s, MFU {flops * rate / peak:.2f}')
+        say(f'  {architecture:10} {1000 * typical:8.1f} ms per step, {rate:10,.0f} tokens/s, '
+            f'MFU {flops * rate / peak:.2f}')
     ratios = {architecture: [a / b for a, b in zip(seconds[architecture], seconds[other])]
               for architecture, other in (('diffusion', 'ar'), ('sdd', 'diffusion'))}
-    return [Target('step of diffusion / step of ar, median of pairs', statistics.median(ratios['diffusion']), '<=', 1.05),
+    return [Target('step of diffusion / step of ar, median of pairs', statistics.median(ratios['diffusion']), '<=',
+                   1.05),
             Target('step of sdd / step of diffusion, mean of pairs', statistics.mean(ratios['sdd']), '<=', 1.4)]
 
 

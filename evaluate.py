@@ -191,7 +191,8 @@ def evaluate_likelihood(model, folder):
     if exact:
         few = exact_rows * (block_size - 1)
         figures['exact'] = likelihood.perplexity_figures(measure(few, exact=True, k=k), ratio)
-        figures['exact']['upper_nats_per_token'] = likelihood.perplexity_figures(measure(few, k=k), None)['nats_per_token']
+        bound = likelihood.perplexity_figures(measure(few, k=k), None)
+        figures['exact']['upper_nats_per_token'] = bound['nats_per_token']
     return figures, sums
 
 
@@ -461,7 +462,8 @@ for state in states:
         first_sums = first_sums or sums
         if models and 'perplexity' in wanted:
             for kind, of in sums.items():  # a bound is compared with the first one's of its kind
-                (figures[kind] if kind else figures).update(likelihood.difference(of, first_sums.get(kind, first_sums[''])))
+                part = figures[kind] if kind else figures
+                part.update(likelihood.difference(of, first_sums.get(kind, first_sums[''])))
     if questions:
         figures.update(likelihood.choose(model, folder.tokenizer, state['start_token'], questions, run, batch_size,
                                          draws))

@@ -135,7 +135,8 @@ if initial:
             raise UserError(f'{init_from} has {key}={initial["model_config"][key]!r}, not {config[key]!r}; leave '
                             f'--{key} out.')
     shape = {**initial['model_config'], 'dropout': dropout, 'gradient_checkpointing': gradient_checkpointing}
-shape.update(k=max(k_schedule), vocab_size=tokenizer.vocab_size, mask_id=tokenizer.mask_id, ignore_id=tokenizer.ignore_id)
+shape.update(k=max(k_schedule), vocab_size=tokenizer.vocab_size, mask_id=tokenizer.mask_id,
+             ignore_id=tokenizer.ignore_id)
 torch.manual_seed(seed)
 raw_model = runtime.make_model(architecture, **shape)
 if checkpoint and 'sharded' not in checkpoint:

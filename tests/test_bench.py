@@ -1,5 +1,6 @@
 """What bench.py promises apart from its figures: no timing, no peer, no data but what is made here."""
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -109,12 +110,21 @@ def test_targets_know_their_direction(bench):
 
 @pytest.mark.parametrize('arguments, named', (
     (['--what=nonsense'], 'nonsense'), (['--only=learn,sleep'], 'sleep'), (['--runs=0'], '0'),
-    (['--new_tokens=512'], '512'), (['--work_steps=60'], '60'),
+    (['--new_tokens=512'], '512'), (['--what=train', '--steps=3'], '3'), (['--work_steps=60'], '60'),
     (['--dataset=no/such/folder'], 'shakespeare.py')))
 def test_mistakes_are_one_sentence(arguments, named):
     result = subprocess.run([sys.executable, str(BENCH), *arguments], capture_output=True, text=True)
     assert result.returncode == 1 and result.stderr.startswith('error: ') and named in result.stderr
     assert 'Traceback' not in result.stderr and result.stdout == ''
+
+
+def test_training_steps_of_all_architectures_are_timed(make_folder):
+    result = subprocess.run([sys.executable, str(BENCH), '--what=train', f'--dataset={make_folder()}', '--steps=10',
+                             '--batch_size=2', '--block_size=16', '--device=cpu'], capture_output=True, text=True)
+    assert 'Traceback' not in result.stderr and result.returncode in (0, 1)  # a time may be missed here
+    for architecture in ('ar', 'diffusion', 'sdd'):
+        assert re.search(rf'^  {architecture} +[\d.]+ ms per step', result.stdout, re.M)
+    assert len(re.findall(r'^  (?:reached|MISSED) ', result.stdout, re.M)) == 2
 
 
 def test_a_folder_that_is_no_clone_is_named(bench, tmp_path):

@@ -233,7 +233,8 @@ def normalisation_cases(folder, out, ranks):
     for architecture in ('ar', 'diffusion', 'sdd'):
         for accumulation in (1, 2, 4):
             yield [f'--dataset={folder}', '--mode=documents', f'--out_dir={out}', '--overwrite', *GPT2,
-                   '--p_belief=((0,1),)', f'--architecture={architecture}', f'--batch_size={8 // (accumulation * ranks)}',
+                   '--p_belief=((0,1),)', f'--architecture={architecture}',
+                   f'--batch_size={8 // (accumulation * ranks)}',
                    f'--gradient_accumulation_steps={accumulation}']
 
 
