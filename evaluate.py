@@ -180,14 +180,13 @@ def evaluate_likelihood(model, folder):
         figures.update(likelihood.perplexity_figures(sums[''], ratio))
     if 'accuracy' in wanted:
         figures.update(likelihood.accuracy_figures(sums[''], by_level=not model.causal))
-    if model.causal or 'perplexity' not in wanted:
+    if model.causal:
         return figures, sums
-    if model.believes and k != 0:
+    if model.believes and k != 0 and 'perplexity' in wanted:
         sums['k0'] = measure(k=0)
     if bound_steps:
         sums['steps'] = measure(k=k, steps=bound_steps)
-    for name in sums.keys() - {''}:
-        figures[name] = likelihood.perplexity_figures(sums[name], ratio)
+    figures.update({name: likelihood.perplexity_figures(of, ratio) for name, of in sums.items() if name})
     if exact:
         few = exact_rows * (block_size - 1)
         figures['exact'] = likelihood.perplexity_figures(measure(few, exact=True, k=k), ratio)
@@ -456,7 +455,7 @@ for state in states:
                'bound': 'exact' if model.causal else 'upper'}
     if run.is_main:
         print(f'{state["name"]} …', flush=True)
-    if exact or {'perplexity', 'accuracy'} & set(wanted):
+    if exact or bound_steps or {'perplexity', 'accuracy'} & set(wanted):
         more, sums = evaluate_likelihood(model, folder)
         figures.update(more)
         first_sums = first_sums or sums
@@ -466,7 +465,7 @@ for state in states:
                 part.update(likelihood.difference(of, first_sums.get(kind, first_sums[''])))
     if questions:
         figures.update(likelihood.choose(model, folder.tokenizer, state['start_token'], questions, run, batch_size,
-                                         draws))
+                                         draws, k))
     if 'generation' in wanted:
         figures.update(evaluate_generation(model, state, folder, judging))
     if 'instructions' in wanted:

@@ -89,7 +89,8 @@ def guess(model, tokens, loss_mask, noise, batch_size, exact=False, steps=0, k=N
         nats = (chain_rule(model, tokens, loss_mask, batch_size=batch_size, k=k) if exact else
                 nested_bound(model, tokens, loss_mask, noise[:, 1:], steps, k))
         return {'nats': nats, 'count': counted}
-    nats, counted, metrics = model.losses(tokens, loss_mask, noise, **({} if k is None else {'k': k}))
+    beliefs = {} if k is None or model.causal else {'k': k}
+    nats, counted, metrics = model.losses(tokens, loss_mask, noise, **beliefs)
     return {'nats': nats, 'count': counted, 'correct': metrics['correct'], 'predicted': metrics['predicted']}
 
 
@@ -184,11 +185,12 @@ def chain_rule(model, tokens, loss_mask=None, turn=None, batch_size=32, k=None):
 # ---------------------------------------------------------------------------- texts of any length
 
 @torch.inference_mode()
-def score(model, texts, run, batch_size, draws=8, numbers=None):
+def score(model, texts, run, batch_size, draws=8, numbers=None, k=None):
     """Nats (N,) of the scored tokens of each text, exact or an upper bound.
 
     texts: [(ids, scored)], at most block_size ids and as many bools, of which the first is False.
-    numbers: (N,) keys of what is drawn; texts with the same one are compared under the same noise.
+    numbers: (N,) keys of what is drawn; texts with the same one are compared under the same noise. k: of an
+    `sdd`, if not its own.
     """
     nats = np.zeros(len(texts))
     numbers = np.arange(len(texts)) if numbers is None else np.asarray(numbers)
@@ -204,7 +206,7 @@ def score(model, texts, run, batch_size, draws=8, numbers=None):
         for draw in range(passes):
             noise = None if model.causal else count_noise(numbers[batch], draw, draws, scored)
             with run.autocast():
-                values = guess(model, tokens, loss_mask, noise, batch_size)
+                values = guess(model, tokens, loss_mask, noise, batch_size, k=k)
             nats[batch] += values['nats'].cpu().double().sum(1).numpy() / passes
     return np.array(run.total({'nats': nats})['nats']) if len(texts) else nats
 
@@ -215,7 +217,7 @@ def windows(ids, block_size):
     return [(part, [False] + [True] * (len(part) - 1)) for part in parts]
 
 
-def choose(model, tokenizer, start_token, questions, run, batch_size, draws):
+def choose(model, tokenizer, start_token, questions, run, batch_size, draws, k=None):
     """Multiple choice: how often the right choice has the fewest nats per byte, given the question.
 
     questions: [{'question': text, 'choices': [text], 'answer': number from 0}]; what does not fit the block is
@@ -233,7 +235,7 @@ def choose(model, tokenizer, start_token, questions, run, batch_size, draws):
             texts.append((kept + tail, [False] * len(kept) + [True] * len(tail)))
             numbers.append(number)
             sizes.append(1 + len(choice.strip().encode()))
-    nats, numbers = score(model, texts, run, batch_size, draws, numbers) / sizes, np.array(numbers)
+    nats, numbers = score(model, texts, run, batch_size, draws, numbers, k) / sizes, np.array(numbers)
     right = [nats[numbers == i].argmin() == question['answer'] for i, question in enumerate(questions)]
     accuracy, ci = share(right)
     chance = sum(1 / len(question['choices']) for question in questions) / len(questions)

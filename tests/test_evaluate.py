@@ -94,6 +94,22 @@ def test_bounds_of_sdd_are_told_apart_and_compared_with_their_own_kind(place):
     assert 'k0' not in plain and abs(plain['nats_per_token'] - k0['nats_per_token']) < 1e-6
 
 
+def test_k_is_for_sdd_and_leaves_the_others_as_they_are(place):
+    (place / 'k.jsonl').write_text('{"question": "the cat", "choices": ["sat", "ran away"], "answer": 0}\n' * 3)
+    arguments = [f'--checkpoint={place}/ar,{place}/diffusion,{place}/sdd', '--metrics=perplexity,generation',
+                 f'--choices={place}/k.jsonl', '--num_samples=2', '--max_tokens=60']
+    own, other = (results_of(place, *arguments, *more)['models'] for more in ([], ['--k=2']))
+    for before, after in zip(own[:2], other[:2]):
+        assert before == after
+    assert own[2]['nats_per_token'] != other[2]['nats_per_token'] and own[2]['k0'] == other[2]['k0']
+
+
+def test_what_is_asked_for_beside_the_metrics_is_measured_without_them_too(place):
+    model, = results_of(place, f'--checkpoint={place}/sdd', '--metrics=accuracy', '--bound_steps=3', '--exact',
+                        '--exact_rows=1', '--max_tokens=60')['models']
+    assert {'exact', 'steps', 'accuracy'} <= set(model) and 'nats_per_token' not in model and 'k0' not in model
+
+
 def test_json_has_every_figure_for_every_model(finished):
     results, _, _ = finished
     assert [model['name'] for model in results['models']] == ['ar', 'diffusion']

@@ -226,7 +226,7 @@ def test_scores_of_texts_depend_on_neither_batches_nor_ranks(folder):
 def test_the_right_choice_has_the_fewest_nats_per_byte(folder, monkeypatch):
     seen = []
 
-    def score(model, texts, run, batch_size, draws, numbers):
+    def score(model, texts, run, batch_size, draws, numbers, k):
         seen.extend(texts)
         assert numbers == [0, 0, 1, 1]
         return np.array([4.0, 5.0, 1.0, 4.0])
