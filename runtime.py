@@ -78,8 +78,17 @@ class Runtime:
         return box[0]
 
     def close(self):
+        """Leaves the group and, where there is one, the process: the last line of a script.
+
+        Something in torch (DDP, a device mesh, default arguments) refers to the group to the end, so that gloo's
+        threads outlive it, and one that lets go of a tensor while the interpreter shuts down aborts a process that
+        has done all its work (pytorch#179291).
+        """
         if self.world_size > 1:
             dist.destroy_process_group()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
 
     def exit(self, message):
         """Ends the script with status 0, as where there is nothing left to do."""
