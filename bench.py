@@ -36,6 +36,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+import checkpoints
 import data
 import optim
 import runtime
@@ -271,8 +272,8 @@ def peer_learns(copy, folder):
 def we_learn(workplace, folder, steps):
     """Whole seconds, validation loss, parameters and seconds per step of config/shakespeare_char.py."""
     path, lines, seconds = run_ours(workplace, folder, f'--max_steps={steps}')
-    checkpoint = runtime.load_checkpoint(path)
-    model = runtime.load_model(checkpoint, 'cpu')
+    checkpoint = checkpoints.load(path)
+    model = checkpoints.load_model(checkpoint, 'cpu')
     loss = whole_split_loss(model.logits, folder, model.config.block_size)
     size = parameters_by_peer_convention(model, folder.tokenizer.endoftext_id)
     step_seconds = seconds_per_step(lines, warmup_steps)
@@ -334,9 +335,9 @@ def share_equal(texts):
 def decoding_model(vocab_size):
     """A model with weights in place of the zeros that it starts with: each token depends on all before."""
     torch.manual_seed(0)
-    n_layer, n_head, n_embd = runtime.size_of('small')
-    model = runtime.make_model('ar', vocab_size=vocab_size, block_size=512, n_layer=n_layer, n_head=n_head,
-                               n_embd=n_embd)
+    n_layer, n_head, n_embd = checkpoints.size_of('small')
+    model = checkpoints.make_model('ar', vocab_size=vocab_size, block_size=512, n_layer=n_layer, n_head=n_head,
+                                   n_embd=n_embd)
     for weight in model.parameters():
         if not weight.any():
             weight.normal_(std=weight.size(1) ** -0.5)
@@ -412,10 +413,10 @@ def trainee(architecture, folder, run_on):
     """A function that makes a training step, named by its number, and says its seconds; operations per token."""
     tokenizer = folder.tokenizer
     torch.manual_seed(0)
-    n_layer, n_head, n_embd = runtime.size_of(model_size)
-    model = runtime.make_model(architecture, n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size,
-                               vocab_size=tokenizer.vocab_size, mask_id=tokenizer.mask_id,
-                               ignore_id=tokenizer.ignore_id).to(run_on.device)
+    n_layer, n_head, n_embd = checkpoints.size_of(model_size)
+    model = checkpoints.make_model(architecture, n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size,
+                                   vocab_size=tokenizer.vocab_size, mask_id=tokenizer.mask_id,
+                                   ignore_id=tokenizer.ignore_id).to(run_on.device)
     if run_on.device.type == 'cuda':
         model.compile()
     optimizers = optim.make_optimizers(model, 'muon', 1e-3, 0.9, 0.95, 0.1)

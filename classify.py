@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import checkpoints
 import classification
 import nanogpt
 import optim
@@ -18,7 +19,7 @@ import runtime
 from classification import Classifier, Examples, batch_of, evaluate_predictions
 from configurator import UserError, check_choice, check_range, configure
 from data import Tokenizer
-from model import SIZES, ModelConfig
+from model import SIZES
 from prepare import languages, tasks
 from published import FINETUNED, PUBLISHED, shape_of
 
@@ -126,11 +127,11 @@ check_range(config, 0, 1, 'beta1', 'beta2', 'dropout', 'label_smoothing', 'lora_
 
 # ---------------------------------------------------------------------------- what to continue
 
-checkpoint_path = runtime.resume_path(resume_from, out_dir)
+checkpoint_path = checkpoints.resume_path(resume_from, out_dir)
 checkpoint, changed = None, []
-continued = runtime.run_of(checkpoint_path or Path(out_dir, 'ckpt.pt')) if resume_from else None  # a run folder
+continued = checkpoints.run_of(checkpoint_path or Path(out_dir, 'ckpt.pt')) if resume_from else None  # a run folder
 if checkpoint_path:
-    checkpoint, changed = runtime.load_run(checkpoint_path, globals(), config, FIXED)
+    checkpoint, changed = checkpoints.load_run(checkpoint_path, globals(), config, FIXED)
 idle = config.given & (OF_A_TASK if task else OF_TEXTS)
 if idle and not checkpoint:
     raise UserError(f'{sorted(idle)[0]} says nothing about {"texts" if task else "an algorithmic task"}; leave it out'
@@ -147,7 +148,7 @@ init_from, tokenizer = (name.replace('{model_type}', model_type) for name in (in
 initial = checkpoint
 if init_from and not checkpoint:
     initial = (nanogpt.load(init_from, languages.load_tokenizer(tokenizer)) if 'tokenizer' in config.given else
-               runtime.load_checkpoint(init_from))
+               checkpoints.load(init_from))
 run = runtime.Runtime(device, dtype)
 
 # ---------------------------------------------------------------------------- labelled rows
@@ -173,7 +174,7 @@ if initial:
             raise UserError(f'{init_from} has another {key} than {config[key]!r}; leave --{key} out.')
     block_size = min(block_size, shape['block_size']) if 'block_size' in config.given else shape['block_size']
 else:
-    shape = dict(zip(('n_layer', 'n_head', 'n_embd'), runtime.size_of(model_size)))
+    shape = dict(zip(('n_layer', 'n_head', 'n_embd'), checkpoints.size_of(model_size)))
     if model in PUBLISHED:
         shape = shape_of(model, block_size)
     shape.update({key: config[key] for key in SHAPE if config[key] is not None}, block_size=block_size,
@@ -185,10 +186,10 @@ if not task:
                         f'{sequence_length} and a start; choose shorter sequences.')
     shape['block_size'] = block_size if shape.get('position', 'rope') == 'rope' else shape['block_size']
 torch.manual_seed(seed)
-trunk = runtime.make_model(architecture, **{**shape, 'dropout': dropout,
-                                            'gradient_checkpointing': gradient_checkpointing})
+trunk = checkpoints.make_model(architecture, **{**shape, 'dropout': dropout,
+                                                'gradient_checkpointing': gradient_checkpointing})
 if initial and not checkpoint:
-    runtime.load_weights(trunk, initial)
+    checkpoints.load_weights(trunk, initial)
 
 if task:
     sets, too_long = languages.encode_sets(texts, vocabulary, start_token, block_size)
@@ -246,7 +247,7 @@ if checkpoint:
         raise UserError(f'The run of {checkpoint_path} has {checkpoint["rows_per_step"]} rows per step of '
                         f'{checkpoint["num_rows"]}, not {rows_per_step} of {num_rows}; leave batch_size, ranks and '
                         'data as they were, or rows would be skipped or repeated.')
-    runtime.load_training_state(checkpoint, optimizers, scaler)
+    checkpoints.load_training_state(checkpoint, optimizers, scaler)
     finished = finished and not {'max_steps', 'num_epochs'} & {key for key, _, _ in changed}  # made longer
     if finished and (continued / 'predictions.npz').exists():
         run.exit(f'{checkpoint_path} is at step {step} of {max_steps}: the run is finished.')
@@ -258,13 +259,13 @@ classifier = run.wrap(raw_classifier)
 # ---------------------------------------------------------------------------- run folder, logs
 
 subject = f'{task}-{train_langs.replace(",", "+").replace(":", "-")}' if task else target_func
-out = Path(run.from_main(lambda: runtime.open_run_folder(
+out = Path(run.from_main(lambda: checkpoints.open_run_folder(
     out_dir or continued, f'{architecture}-{subject}-{model or model_size}', run_suffix, continued, overwrite)))
 config.update({key: getattr(trunk.config, key) for key in SHAPE}, architecture=architecture, max_steps=max_steps,
               block_size=block_size, dtype=run.dtype, num_classes=num_classes, pool=raw_classifier.pool,
               init_from=init_from, tokenizer=tokenizer, num_layers_to_finetune=num_layers_to_finetune)
 if run.is_main:
-    runtime.write_json(out / 'config.json', config)
+    checkpoints.write_json(out / 'config.json', config)
 log = runtime.Logger(out, run.is_main, step if checkpoint else -1, None if no_wandb else dict(
     project=wandb_project, name=wandb_run_name or out.name, config=dict(config),
     run_id=checkpoint['wandb_run_id'] if checkpoint else None))
@@ -283,7 +284,7 @@ for key, before, now in changed:
 
 def save(path, **state):
     """The trunk as all scripts know it, its head, and `state` that this one needs to go on."""
-    runtime.save_checkpoint(path, {
+    checkpoints.save(path, {
         'architecture': architecture, 'global_step': step, 'best_step': best_step, 'best_val_loss': best_val_loss,
         'model_state_dict': trunk.state_dict(), 'model_config': vars(trunk.config),
         'head_state_dict': raw_classifier.head.state_dict(),
@@ -337,8 +338,8 @@ def look():
             save(out / 'best.pt')
     if run.is_main:
         lines = ''.join(f'{key} = {value!r}\n' for key, value in history.items())
-        runtime.save_atomically(out / 'metrics.py', lambda file: file.write(lines.encode()))
-        runtime.write_json(out / 'eval_results.json', {'step': step, **figures})
+        checkpoints.save_atomically(out / 'metrics.py', lambda file: file.write(lines.encode()))
+        checkpoints.write_json(out / 'eval_results.json', {'step': step, **figures})
     return {'val/loss': chosen['loss'], 'val/accuracy': chosen['accuracy'],
             'val/perplexity': math.exp(min(chosen['loss'], 700))}
 
@@ -346,7 +347,7 @@ def look():
 def conclude():
     """The result: predictions and figures of the best weights by the validation rows, or else of the last."""
     if 'val' in sets and best_step != step:
-        best = runtime.load_checkpoint(out / 'best.pt')
+        best = checkpoints.load(out / 'best.pt')
         trunk.load_state_dict(best['model_state_dict'])
         raw_classifier.head.load_state_dict(best['head_state_dict'])
     results, arrays = {'step': best_step if 'val' in sets else step}, {'source': source}
@@ -361,8 +362,8 @@ def conclude():
             name: classification.randomisation_test(sets[name].labels, arrays[f'{name}_preds'], predictions)
             for name, predictions in others.items()}}
     if run.is_main:
-        runtime.write_json(out / 'eval_results.json', results)
-        runtime.save_atomically(out / 'predictions.npz', lambda file: np.savez_compressed(file, **arrays))
+        checkpoints.write_json(out / 'eval_results.json', results)
+        checkpoints.save_atomically(out / 'predictions.npz', lambda file: np.savez_compressed(file, **arrays))
     for name in tested:
         log.print(f'{name} at step {results["step"]}: ' + ', '.join(
             f'{key} {value:.4f}' for key, value in results[name].items() if isinstance(value, float)))

@@ -4,7 +4,6 @@
 """
 import json
 import mmap
-import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

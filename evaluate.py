@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+import checkpoints
 import data
 import likelihood
 import prompts
@@ -117,7 +118,7 @@ def read_items(key, path, fields):
 
 def load(path):
     """A checkpoint without what only training needs, and with where it lies."""
-    state = runtime.load_checkpoint(path, token, revision)
+    state = checkpoints.load(path, token, revision)
     state.pop('optimizer_state_dict', None)
     state['path'] = Path(path) / 'ckpt.pt' if (Path(path) / 'ckpt.pt').is_file() else Path(path)
     state.setdefault('start_token', data.Tokenizer(state['tokenizer']).endoftext_id)
@@ -150,7 +151,7 @@ def names_of(states):
 
 def build(state):
     try:
-        return runtime.load_model(state, run.device)
+        return checkpoints.load_model(state, run.device)
     except RuntimeError as error:
         raise UserError(f'{state["path"]} does not hold the weights of a model of architecture='
                         f'{state["architecture"]!r} ({str(error).splitlines()[-1].strip()}); leave --architecture out, '
@@ -481,8 +482,9 @@ results = {'dataset': folder.config['name'], 'mode': mode, 'block_size': block_s
 if run.is_main:
     print(report.table(results))
     if output:
-        runtime.write_json(output, results)
+        checkpoints.write_json(output, results)
     if html:
-        curves = {state['name']: report.read_curves(runtime.run_of(state['path']) / 'metrics.csv') for state in states}
-        runtime.save_atomically(html, lambda file: file.write(report.page(results, curves).encode()))
+        curves = {state['name']: report.read_curves(checkpoints.run_of(state['path']) / 'metrics.csv')
+                  for state in states}
+        checkpoints.save_atomically(html, lambda file: file.write(report.page(results, curves).encode()))
 run.close()

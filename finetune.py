@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import checkpoints
 import data
 import optim
 import prompts
@@ -121,11 +122,11 @@ if fsdp:
 
 # ---------------------------------------------------------------------------- what to continue
 
-checkpoint_path = runtime.resume_path(resume_from, out_dir)
+checkpoint_path = checkpoints.resume_path(resume_from, out_dir)
 checkpoint, changed = None, []
-continued = runtime.run_of(checkpoint_path or Path(out_dir, 'ckpt.pt')) if resume_from else None  # a run folder
+continued = checkpoints.run_of(checkpoint_path or Path(out_dir, 'ckpt.pt')) if resume_from else None  # a run folder
 if checkpoint_path:
-    checkpoint, changed = runtime.load_run(checkpoint_path, globals(), config, FIXED)
+    checkpoint, changed = checkpoints.load_run(checkpoint_path, globals(), config, FIXED)
 if not learning_rate:
     raise UserError('learning_rate is 0, so nothing would be trained; 2e-5 is usual for all weights.')
 if max_steps <= 0 and num_epochs <= 0:
@@ -150,15 +151,15 @@ if checkpoint and not use_peft:
 elif init_from == 'scratch':
     if run.is_main:
         print('warning: init_from=scratch; a model that has read nothing before will not learn to answer.')
-    n_layer, n_head, n_embd = runtime.size_of(model_size)
+    n_layer, n_head, n_embd = checkpoints.size_of(model_size)
     initial = {'architecture': architecture or 'ar', 'tokenizer': tokenizer.to_json(), 'model_config': {
         'n_layer': n_layer, 'n_head': n_head, 'n_embd': n_embd, 'block_size': block_size or 256,
         'vocab_size': tokenizer.vocab_size, 'mask_id': tokenizer.mask_id, 'ignore_id': tokenizer.ignore_id}}
 else:  # adapters go on from the weights that they were made for
-    initial = runtime.load_checkpoint(init_from, token, revision)
-    initial = runtime.as_start(initial, init_from, architecture or initial['architecture'])
+    initial = checkpoints.load(init_from, token, revision)
+    initial = checkpoints.as_start(initial, init_from, architecture or initial['architecture'])
 architecture = initial['architecture']
-runtime.check_fits(initial, init_from, architecture, tokenizer, folder.path)
+checkpoints.check_fits(initial, init_from, architecture, tokenizer, folder.path)
 shape = {**initial['model_config'], 'k': max(k_schedule), 'dropout': dropout,
          'gradient_checkpointing': gradient_checkpointing}
 block_size = block_size or shape['block_size']
@@ -166,9 +167,9 @@ if not 8 <= block_size <= shape['block_size']:
     raise UserError(f'block_size is {block_size}; choose at least 8 and at most the {shape["block_size"]} tokens that '
                     f'{init_from} sees.')
 torch.manual_seed(seed)
-raw_model = runtime.make_model(architecture, **shape)
+raw_model = checkpoints.make_model(architecture, **shape)
 if 'model_state_dict' in initial:
-    runtime.load_weights(raw_model, initial)
+    checkpoints.load_weights(raw_model, initial)
 if use_peft:
     import lora  # only where it is wanted
     targets = {'targets': tuple(name.strip() for name in peft_targets.split(','))} if peft_targets else {}
@@ -221,11 +222,11 @@ def is_stale():
 
 if checkpoint:
     step, best_step, best_val_loss = (checkpoint[key] for key in ('global_step', 'best_step', 'best_val_loss'))
-    runtime.check_same_rows(checkpoint, checkpoint_path, folder, batches.rows_per_step, config)
+    checkpoints.check_same_rows(checkpoint, checkpoint_path, folder, batches.rows_per_step, config)
     if fsdp:
         sharded.load(checkpoint_path, checkpoint['sharded'], raw_model, list(optimizers.values()))
     else:
-        runtime.load_training_state(checkpoint, optimizers, scaler)
+        checkpoints.load_training_state(checkpoint, optimizers, scaler)
     if step >= max_steps or is_stale():
         run.exit(f'{checkpoint_path} is at step {step} of {max_steps}, its best at step {best_step}: the run is '
                  'finished. --max_steps makes it longer, --early_stopping=0 more patient.')
@@ -236,12 +237,12 @@ model = raw_model if fsdp else run.wrap(raw_model)
 # ---------------------------------------------------------------------------- run folder, logs
 
 base = model_size if init_from == 'scratch' else Path(init_from).resolve().name.removesuffix('.pt')
-out = Path(run.from_main(lambda: runtime.open_run_folder(
+out = Path(run.from_main(lambda: checkpoints.open_run_folder(
     out_dir or continued, f'{architecture}-{folder.config["name"]}-{base}', run_suffix, continued, overwrite)))
 config.update(architecture=architecture, block_size=block_size, max_steps=max_steps, warmup_steps=warmup,
               dtype=run.dtype, anneal_steps=anneal_steps)
 if run.is_main:
-    runtime.write_json(out / 'config.json', config)
+    checkpoints.write_json(out / 'config.json', config)
 log = runtime.Logger(out, run.is_main, step if checkpoint else -1, None if no_wandb else dict(
     project=wandb_project, name=wandb_run_name or out.name, config=dict(config),
     run_id=checkpoint['wandb_run_id'] if checkpoint else None))
@@ -283,7 +284,7 @@ for key, before, now in changed:
 def save(path, weights, **state):
     """What the other scripts need to use the model, and `state` that this one needs to go on."""
     adapter = {'adapter_state_dict': {name: p.detach() for name, p in trainable.items()}} if use_peft else {}
-    runtime.save_checkpoint(path, {
+    checkpoints.save(path, {
         'architecture': architecture, 'global_step': step, 'best_step': best_step, 'best_val_loss': best_val_loss,
         **({'model_state_dict': weights} if weights else {}), 'model_config': vars(raw_model.config), **adapter,
         'train_config': dict(config), 'seed': seed, 'tokenizer': tokenizer.to_json(),
@@ -356,8 +357,8 @@ def look():
             if use_peft:
                 lora.save_adapter(raw_model, out / 'adapter', init_from)
     if run.is_main:
-        runtime.write_json(out / 'eval_results.json',
-                           {'step': step, **values, 'best_step': best_step, 'best_val_loss': best_val_loss})
+        checkpoints.write_json(out / 'eval_results.json',
+                               {'step': step, **values, 'best_step': best_step, 'best_val_loss': best_val_loss})
     return values
 
 
@@ -423,7 +424,7 @@ while step < max_steps and not stopping and not is_stale():
     if saving:
         save_all()
         if run.is_main and save_every and step % save_every == 0 and save_total_limit:
-            runtime.keep_checkpoint(out, step, save_total_limit, best_step)
+            checkpoints.keep(out, step, save_total_limit, best_step)
     if row:
         logged_step, logged_at = step, time.perf_counter()
 

@@ -19,9 +19,9 @@ import safetensors
 import safetensors.torch
 import torch
 
+import checkpoints
 import data
 import families
-import runtime
 from configurator import UserError, no_remote_code
 from model import ModelConfig
 
@@ -82,7 +82,7 @@ def our_tensors(folder, family, config):
     """The state dict of our model from a family's folder: complete, and nothing left over."""
     tensors = {families.bare(name): tensor for name, tensor in open_tensors(folder).items()}
     with torch.device('meta'):
-        shapes = {name: tensor.shape for name, tensor in runtime.make_model('ar', **config).state_dict().items()}
+        shapes = {name: tensor.shape for name, tensor in checkpoints.make_model('ar', **config).state_dict().items()}
     places = {name: families.their_name(name, family) for name in shapes}
     wanted = {families.bare(theirs): theirs for theirs, _, _ in places.values()}
     known = {*wanted, 'lm_head.weight'} if config['tied'] else set(wanted)  # a tied head is a copy of the embedding
@@ -157,7 +157,7 @@ def load_native(folder, c):
         raise UserError(f'{folder}/config.json lacks {", ".join(sorted(missing))}; export the model again.')
     tensors, tokenizer = open_tensors(folder), read_tokenizer(folder)
     with torch.device('meta'):
-        expected = runtime.make_model(c['architecture'], **c['model_config']).state_dict()
+        expected = checkpoints.make_model(c['architecture'], **c['model_config']).state_dict()
     complain(folder, missing=set(expected) - set(tensors), left_over=set(tensors) - set(expected))
     complain(folder, of_another_shape=[name for name in expected if expected[name].shape != tensors[name].shape])
     return {'architecture': c['architecture'], 'global_step': 0, 'model_config': c['model_config'], 'train_config': {},
@@ -230,10 +230,10 @@ def export(checkpoint, folder, family, c):
     if len(shards) > 1:
         total = sum(size_of(weights, ours) for ours in plan.values())
         places = {theirs: file for file, part in zip(names, shards) for theirs in part}
-        runtime.write_json(folder / 'model.safetensors.index.json',
-                           {'metadata': {'total_size': total}, 'weight_map': places})
+        checkpoints.write_json(folder / 'model.safetensors.index.json',
+                               {'metadata': {'total_size': total}, 'weight_map': places})
     dtype = next(iter(weights.values())).dtype
-    runtime.write_json(folder / 'config.json', {**c, 'torch_dtype': str(dtype).removeprefix('torch.')})
+    checkpoints.write_json(folder / 'config.json', {**c, 'torch_dtype': str(dtype).removeprefix('torch.')})
     return rows
 
 
@@ -282,9 +282,9 @@ def write_tokenizer(checkpoint, folder, c, rows):
     names = {kind: tokenizer.name_of(i) for kind, i in (('bos_token', start), ('eos_token', end))}
     text = tokenizer.to_json() if rows is None else without_own_tokens(tokenizer.to_json(), rows)
     (folder / 'tokenizer.json').write_text(text, encoding='utf-8')
-    runtime.write_json(folder / 'tokenizer_config.json', {'tokenizer_class': 'PreTrainedTokenizerFast', **names})
+    checkpoints.write_json(folder / 'tokenizer_config.json', {'tokenizer_class': 'PreTrainedTokenizerFast', **names})
     c.update(bos_token_id=start, eos_token_id=end)
-    runtime.write_json(folder / 'generation_config.json', {'bos_token_id': start, 'eos_token_id': end})
+    checkpoints.write_json(folder / 'generation_config.json', {'bos_token_id': start, 'eos_token_id': end})
 
 
 def without_own_tokens(text, rows):
@@ -302,7 +302,7 @@ def without_own_tokens(text, rows):
 
 def import_command(source, out, token=None, revision=None):
     checkpoint = load(source, token, revision)
-    runtime.save_checkpoint(out, checkpoint)
+    checkpoints.save(out, checkpoint)
     config = checkpoint['model_config']
     count = sum(tensor.numel() for tensor in checkpoint['model_state_dict'].values())
     print(f'{out}: {checkpoint["architecture"]}, {count:,} parameters, {config["n_layer"]} layers × '
@@ -314,11 +314,11 @@ def import_command(source, out, token=None, revision=None):
 
 
 def export_command(source, out):
-    checkpoint = runtime.load_checkpoint(source, mmap=True)
+    checkpoint = checkpoints.load(source, mmap=True)
     config = ModelConfig(**checkpoint['model_config'])
     family, c = families.family_of(checkpoint['architecture'], config)
     with torch.device('meta'):
-        expected = set(runtime.make_model(checkpoint['architecture'], **vars(config)).state_dict())
+        expected = set(checkpoints.make_model(checkpoint['architecture'], **vars(config)).state_dict())
     if expected != set(checkpoint['model_state_dict']):
         odd = ', '.join(sorted(expected ^ set(checkpoint['model_state_dict']))[:3])
         raise UserError(f'{source} does not hold the plain weights of its model ({odd}, ...); merge its adapter first: '
@@ -341,8 +341,8 @@ def export_command(source, out):
 @torch.no_grad()
 def merge_command(adapter, base, out, token=None, revision=None):
     import lora  # imports this module
-    checkpoint = runtime.load_checkpoint(base, token, revision)
-    model = runtime.load_model(checkpoint, 'cpu')
+    checkpoint = checkpoints.load(base, token, revision)
+    model = checkpoints.load_model(checkpoint, 'cpu')
     tokens = torch.randint(0, model.config.vocab_size, (4, min(64, model.config.block_size)),
                            generator=torch.Generator().manual_seed(0))
     lora.load_adapter(model, adapter)
@@ -350,7 +350,7 @@ def merge_command(adapter, base, out, token=None, revision=None):
     lora.merge(model)
     difference = (model.logits(tokens) - before)[before.isfinite()].abs().max().item()
     kept = {key: value for key, value in checkpoint.items() if not key.endswith('_state_dict')}
-    runtime.save_checkpoint(out, {**kept, 'model_state_dict': model.state_dict()})
+    checkpoints.save(out, {**kept, 'model_state_dict': model.state_dict()})
     print(f'{out}: {base} with {adapter} in its weights, in float32; its logits differ from those with the adapter '
           f'beside them by {difference:.1e} at most.')
 

@@ -6,7 +6,6 @@
 
 Adapters are saved and read in the layout of PEFT, in the names of the model's family (families.py).
 """
-import json
 import math
 import re
 from pathlib import Path
@@ -16,9 +15,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import checkpoints
 import families
 import hf
-import runtime
 from configurator import UserError
 
 TARGETS = ('q', 'k', 'v', 'out', 'up', 'gate', 'down')  # the linear layers of a block
@@ -204,9 +203,9 @@ def save_adapter(model, folder, base_name):
               'fan_in_fan_out': family == 'gpt2', 'inference_mode': True,
               'rank_pattern': {theirs: r for theirs, ((r, _), _) in found.items() if r != rank},
               'alpha_pattern': {theirs: a for theirs, ((_, a), _) in found.items() if a != alpha}}
-    runtime.save_atomically(folder / 'adapter_model.safetensors', lambda file: file.write(
+    checkpoints.save_atomically(folder / 'adapter_model.safetensors', lambda file: file.write(
         safetensors.torch.save(adapter_state(model), metadata={'format': 'pt'})))
-    runtime.write_json(folder / 'adapter_config.json', config)
+    checkpoints.write_json(folder / 'adapter_config.json', config)
 
 
 def load_adapter(model, folder):

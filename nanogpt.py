@@ -12,7 +12,7 @@ NAMES = {'ln_1': 'attention_norm', 'attn.c_proj': 'attention.out', 'ln_2': 'mlp_
 
 
 def load(path, tokenizer):
-    """The checkpoint, a dict as `runtime.load_checkpoint` returns it. tokenizer: the data.Tokenizer it was trained
+    """The checkpoint, a dict as `checkpoints.load` returns it. tokenizer: the data.Tokenizer it was trained
     with, which it does not hold itself. Rows of the vocabulary that it lacks start at the mean of the others."""
     try:
         saved = torch.load(path, map_location='cpu', weights_only=True)

@@ -9,8 +9,8 @@ import re
 import sys
 from pathlib import Path
 
-import torch
 
+import checkpoints
 import prompts
 import runtime
 from configurator import UserError, configure
@@ -47,7 +47,7 @@ configure(globals())
 
 
 def newest_checkpoint():
-    paths = sorted((runtime.ROOT / 'out').glob('*/ckpt.pt'), key=lambda path: path.stat().st_mtime)
+    paths = sorted((checkpoints.ROOT / 'out').glob('*/ckpt.pt'), key=lambda path: path.stat().st_mtime)
     if not paths:
         raise UserError('There is no run under out/ yet; train one with `python train.py`, or give --checkpoint=PATH.')
     return paths[-1]
@@ -136,9 +136,9 @@ if num_samples < 1:
     raise UserError(f'num_samples is {num_samples}; it has to be at least 1.')
 run = runtime.Runtime(device, dtype)
 path = checkpoint or newest_checkpoint()
-state = runtime.load_checkpoint(path, token, revision)
+state = checkpoints.load(path, token, revision)
 tokenizer = Tokenizer(state['tokenizer'])
-model = runtime.load_model(state, run.device)
+model = checkpoints.load_model(state, run.device)
 
 form = state.get('prompt_format') or prompts.DEFAULT
 ids = [] if chat else with_gaps(infill, tokenizer) if infill else tokenizer.encode(read_prompt(prompt))

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+import checkpoints
 import runtime
 from configurator import UserError
 
@@ -109,12 +110,12 @@ def load(checkpoint_path, name, model, optimizers):
 def consolidate(path):
     """Puts the weights of a sharded run into its ckpt.pt, from which every other script reads them."""
     path = Path(path) / 'ckpt.pt' if Path(path).is_dir() else Path(path)
-    checkpoint = runtime.load_checkpoint(path, sharded=True)
+    checkpoint = checkpoints.load(path, sharded=True)
     if 'sharded' not in checkpoint:
         raise UserError(f'{path} is no checkpoint of a sharded run; it can be used as it is.')
-    model = runtime.make_model(checkpoint['architecture'], **checkpoint['model_config'])
+    model = checkpoints.make_model(checkpoint['architecture'], **checkpoint['model_config'])
     state = {'model': model.state_dict()}
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         dcp.load(state, checkpoint_id=path.parent / 'sharded' / checkpoint['sharded'])
-    runtime.save_checkpoint(path, {**checkpoint, 'model_state_dict': state['model']})
+    checkpoints.save(path, {**checkpoint, 'model_state_dict': state['model']})

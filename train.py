@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+import checkpoints
 import data
 import optim
 import runtime
@@ -108,11 +109,11 @@ if fsdp:
 
 # ---------------------------------------------------------------------------- what to continue
 
-checkpoint_path = runtime.resume_path(resume_from, out_dir)
+checkpoint_path = checkpoints.resume_path(resume_from, out_dir)
 checkpoint, changed = None, []
-continued = runtime.run_of(checkpoint_path or Path(out_dir, 'ckpt.pt')) if resume_from else None  # a run folder
+continued = checkpoints.run_of(checkpoint_path or Path(out_dir, 'ckpt.pt')) if resume_from else None  # a run folder
 if checkpoint_path:
-    checkpoint, changed = runtime.load_run(checkpoint_path, globals(), config, FIXED)
+    checkpoint, changed = checkpoints.load_run(checkpoint_path, globals(), config, FIXED)
 
 run = runtime.Runtime(device, dtype)
 folder = data.open_dataset(dataset)
@@ -124,12 +125,12 @@ if 'block_size' not in config.given:
 
 initial = checkpoint
 if init_from and not checkpoint:
-    initial = runtime.as_start(runtime.load_checkpoint(init_from, token, revision), init_from, architecture,
-                               block_size if 'block_size' in config.given else None)
-shape = dict(zip(('n_layer', 'n_head', 'n_embd'), runtime.size_of(model_size)))
+    initial = checkpoints.as_start(checkpoints.load(init_from, token, revision), init_from, architecture,
+                                   block_size if 'block_size' in config.given else None)
+shape = dict(zip(('n_layer', 'n_head', 'n_embd'), checkpoints.size_of(model_size)))
 shape.update({key: config[key] for key in SHAPE if config[key] is not None})
 if initial:
-    runtime.check_fits(initial, checkpoint_path or init_from, architecture, tokenizer, folder.path)
+    checkpoints.check_fits(initial, checkpoint_path or init_from, architecture, tokenizer, folder.path)
     for key in sorted(config.given.intersection(SHAPE) - {'dropout', 'gradient_checkpointing'}):
         if config[key] != initial['model_config'][key]:
             raise UserError(f'{init_from} has {key}={initial["model_config"][key]!r}, not {config[key]!r}; leave '
@@ -138,11 +139,11 @@ if initial:
 shape.update(k=max(k_schedule), vocab_size=tokenizer.vocab_size, mask_id=tokenizer.mask_id,
              ignore_id=tokenizer.ignore_id)
 torch.manual_seed(seed)
-raw_model = runtime.make_model(architecture, **shape)
+raw_model = checkpoints.make_model(architecture, **shape)
 if checkpoint and 'sharded' not in checkpoint:
     raw_model.load_state_dict(checkpoint['model_state_dict'])
 elif initial and not checkpoint:  # as all other scripts, from the average where there is one
-    runtime.load_weights(raw_model, initial)
+    checkpoints.load_weights(raw_model, initial)
 raw_model = sharded.shard(raw_model, run) if fsdp else raw_model.to(run.device)
 block_size = raw_model.config.block_size
 
@@ -164,11 +165,11 @@ average = optim.WeightAverage(raw_model, ema_decay) if ema_decay else None
 step, best_step, best_val_loss = 0, 0, math.inf
 if checkpoint:
     step, best_step, best_val_loss = (checkpoint[key] for key in ('global_step', 'best_step', 'best_val_loss'))
-    runtime.check_same_rows(checkpoint, checkpoint_path, folder, batches.rows_per_step, config)
+    checkpoints.check_same_rows(checkpoint, checkpoint_path, folder, batches.rows_per_step, config)
     if fsdp:
         sharded.load(checkpoint_path, checkpoint['sharded'], raw_model, list(optimizers.values()))
     else:
-        runtime.load_training_state(checkpoint, optimizers, scaler)
+        checkpoints.load_training_state(checkpoint, optimizers, scaler)
     if average and 'ema_state_dict' in checkpoint:
         average.load(checkpoint['ema_state_dict'])
     if step >= max_steps:
@@ -180,12 +181,12 @@ model = raw_model if fsdp else run.wrap(raw_model)
 
 # ---------------------------------------------------------------------------- run folder, logs
 
-out = Path(run.from_main(lambda: runtime.open_run_folder(
+out = Path(run.from_main(lambda: checkpoints.open_run_folder(
     out_dir or continued, f'{architecture}-{folder.config["name"]}-{model_size}', run_suffix, continued, overwrite)))
 config.update({key: getattr(raw_model.config, key) for key in SHAPE}, max_steps=max_steps, dtype=run.dtype,
               anneal_steps=anneal_steps)
 if run.is_main:
-    runtime.write_json(out / 'config.json', config)
+    checkpoints.write_json(out / 'config.json', config)
 log = runtime.Logger(out, run.is_main, step if checkpoint else -1, None if no_wandb else dict(
     project=wandb_project, name=wandb_run_name or out.name, config=dict(config),
     run_id=checkpoint['wandb_run_id'] if checkpoint else None))
@@ -202,7 +203,7 @@ for key, before, now in changed:
 
 def save(path, weights, **state):
     """What the other scripts need to use the model, and `state` that this one needs to go on."""
-    runtime.save_checkpoint(path, {
+    checkpoints.save(path, {
         'architecture': architecture, 'global_step': step, 'best_step': best_step, 'best_val_loss': best_val_loss,
         **({'model_state_dict': weights} if weights else {}), 'model_config': vars(raw_model.config),
         **({'ema_state_dict': average.average} if average else {}),
@@ -257,8 +258,8 @@ def look():
         if run.is_main:
             save(out / 'best.pt', weights)
     if run.is_main:
-        runtime.write_json(out / 'eval_results.json',
-                           {'step': step, **values, 'best_step': best_step, 'best_val_loss': best_val_loss})
+        checkpoints.write_json(out / 'eval_results.json',
+                               {'step': step, **values, 'best_step': best_step, 'best_val_loss': best_val_loss})
     return values
 
 
@@ -325,7 +326,7 @@ while step < max_steps and not stopping:
     if saving:
         save_all()
         if run.is_main and save_every and step % save_every == 0 and save_total_limit:
-            runtime.keep_checkpoint(out, step, save_total_limit, best_step)
+            checkpoints.keep(out, step, save_total_limit, best_step)
     if row:
         logged_step, logged_at = step, time.perf_counter()
 

@@ -14,8 +14,8 @@ import shutil
 
 import numpy as np
 
+import checkpoints
 import data
-import runtime
 from configurator import UserError
 
 FORMAT = 1
@@ -152,7 +152,7 @@ class Journal:
 
     def write(self, state):
         """To be called when all that `state` counts is on the disk."""
-        runtime.write_json(self.path, {**self.command, 'state': state})
+        checkpoints.write_json(self.path, {**self.command, 'state': state})
         self.state = state
 
     def documents(self):

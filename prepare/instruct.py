@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import checkpoints
 import prompts
-import runtime
 from configurator import UserError, check_range, configure
 from prepare import readers, tokenizer as tokenizers
 from prepare.examples import Examples, conversation
@@ -46,7 +46,7 @@ def base_settings():
     path = Path(tokenizer)
     if tokenizer in tokenizers.KINDS or not (path.suffix == '.pt' or (path / 'ckpt.pt').is_file()):
         return None, None
-    base = runtime.load_checkpoint(tokenizer, mmap=True)
+    base = checkpoints.load(tokenizer, mmap=True)
     start, special = base.get('start_token'), tokenizers.build(tokenizer).special_ids
     return base['model_config']['block_size'], start if start in special.values() else None
 

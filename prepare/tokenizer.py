@@ -7,8 +7,8 @@ from pathlib import Path
 import tiktoken
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+import checkpoints
 import data
-import runtime
 from configurator import UserError
 
 KINDS = ('char', 'bytes', 'gpt2', 'bpe')    # else the path of a tokenizer.json, of a folder, of a checkpoint
@@ -37,7 +37,7 @@ def build(kind, texts=(), vocab_size=None):
                         'that name; choose one of these, or give the path of a tokenizer.json, of a folder '
                         'that holds one, or of a checkpoint.')
     if Path(kind).suffix == '.pt' or (Path(kind) / 'ckpt.pt').is_file():
-        return data.Tokenizer(runtime.load_checkpoint(kind, mmap=True)['tokenizer'])
+        return data.Tokenizer(checkpoints.load(kind, mmap=True)['tokenizer'])
     return data.Tokenizer.load(kind)
 
 

@@ -11,8 +11,8 @@ import pytest
 import tokenizers
 import torch
 
+import checkpoints
 import data
-import runtime
 from configurator import UserError
 
 BENCH = Path(__file__).resolve().parent.parent / 'bench.py'
@@ -61,8 +61,8 @@ def test_both_sides_are_timed_between_the_same_steps(bench, lines):
 def test_loss_counts_each_token_but_the_first_once(bench, tmp_path):
     folder = prepare(tmp_path / 'letters', 'abcdefgh', {'train': 200, 'val': 100})
     torch.manual_seed(0)
-    model = runtime.make_model('ar', vocab_size=folder.tokenizer.vocab_size, block_size=16, n_layer=1,
-                               n_head=2, n_embd=32)
+    model = checkpoints.make_model('ar', vocab_size=folder.tokenizer.vocab_size, block_size=16, n_layer=1,
+                                   n_head=2, n_embd=32)
     seen = []
 
     def logits(tokens):
@@ -97,9 +97,9 @@ def test_the_peer_gets_a_copy_and_its_clone_stays_as_it_is(bench, tmp_path):
 def test_parameters_are_counted_by_the_peers_convention(bench):
     shape = dict(vocab_size=68, mask_id=66, ignore_id=67, block_size=64, n_layer=4, n_head=4, n_embd=128)
     count = bench()['parameters_by_peer_convention']
-    gpt2 = runtime.make_model('ar', **shape, norm='layer', position='learned', mlp='gelu', qk_norm=False)
+    gpt2 = checkpoints.make_model('ar', **shape, norm='layer', position='learned', mlp='gelu', qk_norm=False)
     assert count(gpt2, 65) == 795_904  # what nanoGPT's get_num_params() says
-    assert count(runtime.make_model('ar', **shape), 65) == 794_752  # no gains in RMSNorm
+    assert count(checkpoints.make_model('ar', **shape), 65) == 794_752  # no gains in RMSNorm
 
 
 def test_targets_know_their_direction(bench):

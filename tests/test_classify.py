@@ -13,10 +13,10 @@ import pytest
 import torch
 from conftest import letter_tokenizer, random_model, signals_kept
 
+import checkpoints
 import data
 import nanogpt
 import optim
-import runtime
 from configurator import UserError
 from prepare import languages, tasks
 
@@ -100,7 +100,7 @@ def test_each_architecture_learns_a_simple_task(place, architecture):
              '--batch_size=50', '--num_epochs=45', '--learning_rate=1e-2', '--optimizer=muon', '--schedule=linear',
              f'--architecture={architecture}', '--n_embd=32', '--pool=mean', '--out_dir=run', '--eval_every=120')
     assert load_metrics(place / 'run')['test_accuracies'][-1] > 0.75
-    loaded = runtime.load_model(runtime.load_checkpoint(place / 'run'), 'cpu')  # as the other scripts do
+    loaded = checkpoints.load_model(checkpoints.load(place / 'run'), 'cpu')  # as the other scripts do
     assert loaded.config.n_embd == 32
 
 
@@ -241,7 +241,7 @@ def test_a_checkpoint_of_nanogpt_is_a_base(place):
     (place / 'tokenizer-ipa').mkdir()
     (place / 'tokenizer-ipa' / 'tokenizer.json').write_text(letter_tokenizer().to_json())
     tokens = torch.randint(0, 27, (2, 9))
-    loaded = runtime.load_model(nanogpt.load(path, letter_tokenizer()), 'cpu')
+    loaded = checkpoints.load_model(nanogpt.load(path, letter_tokenizer()), 'cpu')
     torch.testing.assert_close(loaded.hidden(tokens), model.hidden(tokens))
     run = classify(*TEXTS[:3], '--train_langs=rus', '--model_type=ipa', '--checkpoint_prefix=checkpoints',
                    '--model_prefix=letters-{model_type}', '--tokenizer=tokenizer-{model_type}', '--max_steps=1',
@@ -363,5 +363,5 @@ def test_the_published_shapes_have_their_number_of_parameters(model, billions):
     pytest.importorskip('families')
     import published
     with torch.device('meta'):
-        trunk = runtime.make_model('ar', vocab_size=3, mask_id=1, ignore_id=2, **published.shape_of(model, 51))
+        trunk = checkpoints.make_model('ar', vocab_size=3, mask_id=1, ignore_id=2, **published.shape_of(model, 51))
     assert round(trunk.num_parameters() / 1e9, 2) == billions

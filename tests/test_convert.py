@@ -4,9 +4,9 @@ import json
 import pytest
 import torch
 
+import checkpoints
 import data
 import likelihood
-import runtime
 import sampling
 from configurator import UserError
 from conftest import random_model, write_folder
@@ -21,7 +21,7 @@ def ar_checkpoint(**changes):
 
 
 def converted(checkpoint, architecture='diffusion', **settings):
-    return runtime.load_model(runtime.as_start(checkpoint, 'ar.pt', architecture, **settings), 'cpu')
+    return checkpoints.load_model(checkpoints.as_start(checkpoint, 'ar.pt', architecture, **settings), 'cpu')
 
 
 def some_tokens(length=16):
@@ -94,7 +94,7 @@ def test_what_a_diffusion_model_cannot_start_is_refused():
     checkpoint = {'architecture': 'diffusion', 'model_config': vars(model.config),
                   'model_state_dict': model.state_dict()}
     with pytest.raises(UserError, match="holds architecture='diffusion', which cannot start 'ar'; use --arch"):
-        runtime.as_start(checkpoint, 'run', 'ar')
+        checkpoints.as_start(checkpoint, 'run', 'ar')
 
 
 # ---------------------------------------------------------------------------- annealing

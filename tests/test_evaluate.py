@@ -14,9 +14,9 @@ import pytest
 import torch
 from conftest import letter_tokenizer, signals_kept, write_folder
 
+import checkpoints
 import data
 import report
-import runtime
 from configurator import UserError
 from prepare import grammar
 
@@ -38,13 +38,13 @@ def write_model(path, folder, architecture, mode='packed', seed=0, **shape):
     folder, shape = data.Folder(folder), {**SHAPE, **shape}
     tokenizer = folder.tokenizer
     shape.update(vocab_size=tokenizer.vocab_size, mask_id=tokenizer.mask_id, ignore_id=tokenizer.ignore_id)
-    model = runtime.make_model(architecture, **shape)
+    model = checkpoints.make_model(architecture, **shape)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in model.parameters():
             weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
     path.mkdir(exist_ok=True)
-    runtime.save_checkpoint(path / 'ckpt.pt', {
+    checkpoints.save(path / 'ckpt.pt', {
         'architecture': architecture, 'global_step': 7, 'model_state_dict': model.state_dict(),
         'model_config': vars(model.config), 'train_config': {'dataset': str(folder.path), 'mode': mode},
         'tokenizer': tokenizer.to_json(), 'start_token': folder.config['start_token'], 'prompt_format': None})

@@ -15,15 +15,15 @@ import torch
 from conftest import letter_tokenizer, random_model, signals_kept
 from test_train import contents, free_ports, interrupt, load, metrics, same
 
+import checkpoints
 import data
 import model as model_module
 import optim
 import prompts
-import runtime
 from configurator import UserError
 from model import ARCHITECTURES, Isolated
 
-ROOT = runtime.ROOT
+ROOT = checkpoints.ROOT
 ASCII = [chr(i) for i in range(32, 127)] + ['\n']
 FORM = 'Ask {instruction}\n{#input}On {input}\n{/input}Say {output}'
 SHAPE = dict(n_layer=2, n_head=2, n_embd=32, block_size=64)
@@ -68,7 +68,7 @@ def write_base(path, architecture, letters=ASCII, **shape):
     tokenizer = letter_tokenizer(letters)
     model = random_model(architecture, 0.1, **{**SHAPE, **ids_of(tokenizer), **shape})
     path.mkdir()
-    runtime.save_checkpoint(path / 'ckpt.pt', {
+    checkpoints.save(path / 'ckpt.pt', {
         'architecture': architecture, 'global_step': 7, 'model_state_dict': model.state_dict(),
         'model_config': vars(model.config), 'train_config': {}, 'tokenizer': tokenizer.to_json(),
         'start_token': tokenizer.endoftext_id, 'prompt_format': None})
@@ -214,8 +214,8 @@ def test_the_loss_is_on_answers_alone_or_on_the_prompt_too(place, tmp_path):
 
 
 def test_a_token_of_the_hub_is_passed_on_and_never_written(place, tmp_path, monkeypatch):
-    given, load_checkpoint = [], runtime.load_checkpoint
-    monkeypatch.setattr(runtime, 'load_checkpoint', lambda path, *hub: given.append(hub) or load_checkpoint(path))
+    given, load = [], checkpoints.load
+    monkeypatch.setattr(checkpoints, 'load', lambda path, *hub: given.append(hub) or load(path))
     tune(*settings(place, 'ar', f'--out_dir={tmp_path}/run', '--token=secret', '--max_steps=1'))
     assert given == [('secret', '')]
     assert 'secret' not in (tmp_path / 'run/config.json').read_text() + str(load(tmp_path / 'run')['train_config'])
@@ -255,8 +255,8 @@ def test_the_first_thing_shown_is_an_example_with_what_is_trained(place, tmp_pat
     tune(*settings(place, 'ar', f'--out_dir={tmp_path}/run'))
     output = capsys.readouterr().out
     assert output.startswith('--- an example; trained is what stands in «»\n<|endoftext|>Ask say ')
-    assert re.search(r'Say «[so itis!]+<\|endoftext\|>»\n---\n60 examples of [\d,]+ tokens, [\d,]+ of them trained, in '
-                     r'[\d,]+ rows of 64', output)
+    assert re.search(r'Say «[so itis!]+<\|endoftext\|>»\n---\n60 examples of [\d,]+ tokens, '
+                     r'[\d,]+ of them trained, in [\d,]+ rows of 64', output)
     assert re.search(r'memory, about: weights [\d.]+, gradients', output)
     assert len(re.findall(r'a held-out prompt and its answer at step \d\nAsk say 0', output)) == 3
 
@@ -419,7 +419,7 @@ def test_adapters_are_trained_alone_and_the_checkpoint_has_them_merged(place, tm
     assert not same(base, tuned['model_state_dict'])
     assert same(base['embedding.weight'], tuned['model_state_dict']['embedding.weight'])
     assert sum(p.numel() for p in variables['trainable'].values()) < sum(w.numel() for w in base.values()) / 2
-    model = runtime.load_model(tuned, 'cpu')
+    model = checkpoints.load_model(tuned, 'cpu')
     tokens = torch.arange(20)[None]
     torch.testing.assert_close(model.logits(tokens), variables['raw_model'].eval().logits(tokens), atol=1e-4, rtol=1e-4)
     assert (tmp_path / 'reference/adapter').is_dir()
@@ -462,7 +462,7 @@ BAD = {
 
 @pytest.mark.parametrize('arguments', BAD)
 def test_a_bad_setting_is_refused_before_anything_is_written(place, tmp_path, monkeypatch, arguments):
-    monkeypatch.setattr('runtime.ROOT', tmp_path)
+    monkeypatch.setattr('checkpoints.ROOT', tmp_path)
     for name, change in (('plain', 'train_masks.bin'), ('untrained', 'train_masks.bin')):
         if not (place / name).exists():
             shutil.copytree(place / 'examples', place / name)

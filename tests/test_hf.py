@@ -10,9 +10,9 @@ import pytest
 import tokenizers
 import torch
 
+import checkpoints
 import data
 import hf
-import runtime
 import sampling
 from configurator import UserError
 from conftest import letter_tokenizer, random_model
@@ -73,7 +73,7 @@ def some_tokens(rows=2, length=60):
 
 
 def ours(path):
-    return runtime.load_model(runtime.load_checkpoint(path), 'cpu')
+    return checkpoints.load_model(checkpoints.load(path), 'cpu')
 
 
 def run(*words):
@@ -142,7 +142,7 @@ def test_old_and_new_keys_of_rotary_positions_say_the_same(name, old, tmp_path):
     edit_json(tmp_path / 'config.json', rope_parameters=None, **old)
     assert 'rope_parameters' not in (tmp_path / 'config.json').read_text()
     assert torch.equal(ours(tmp_path).rope, new.rope)
-    plain = runtime.make_model('ar', vocab_size=9, n_head=1, n_embd=new.config.head_dim, block_size=LENGTH)
+    plain = checkpoints.make_model('ar', vocab_size=9, n_head=1, n_embd=new.config.head_dim, block_size=LENGTH)
     assert not torch.equal(plain.rope, new.rope)
 
 
@@ -199,7 +199,7 @@ def test_a_bin_that_would_run_code_is_refused(tmp_path):
     (tmp_path / 'model.safetensors').unlink()
     torch.save({'transformer.wte.weight': Payload()}, tmp_path / 'pytorch_model.bin')
     with pytest.raises(UserError, match='pytorch_model.bin is damaged or holds more than weights'):
-        runtime.load_checkpoint(tmp_path)
+        checkpoints.load(tmp_path)
     assert not (tmp_path / 'ran').exists()
 
 
@@ -247,12 +247,12 @@ def test_a_sharded_model_passes_through_memory_for_one_shard(tmp_path):
     assert len(sizes) > 5
     for words in (['import', f'{tmp_path}/in', f'--out={tmp_path}/ckpt.pt'],
                   ['export', f'{tmp_path}/ckpt.pt', f'--out={tmp_path}/out']):
-        code = WATCHED.format(root=str(runtime.ROOT), words=words)
+        code = WATCHED.format(root=str(checkpoints.ROOT), words=words)
         done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert int(done.stdout.split()[-1]) < 2 * max(sizes) < sum(sizes) / 3
-    checkpoint, again = runtime.load_checkpoint(tmp_path / 'ckpt.pt'), runtime.load_checkpoint(tmp_path / 'out')
-    original = runtime.load_checkpoint(tmp_path / 'in')['model_state_dict']
+    checkpoint, again = checkpoints.load(tmp_path / 'ckpt.pt'), checkpoints.load(tmp_path / 'out')
+    original = checkpoints.load(tmp_path / 'in')['model_state_dict']
     for name, weight in original.items():
         assert torch.equal(weight, checkpoint['model_state_dict'][name]), name
         assert torch.equal(weight, again['model_state_dict'][name]), name
@@ -278,7 +278,7 @@ def test_a_tokenizer_comes_and_goes_with_its_model(rows, tmp_path, capsys):
     theirs = make('llama', tmp_path / 'in', vocab_size=rows)
     before = write_tokenizer(tmp_path / 'in')
     run('import', tmp_path / 'in', '--out', tmp_path / 'ckpt.pt')
-    checkpoint = runtime.load_checkpoint(tmp_path / 'ckpt.pt')
+    checkpoint = checkpoints.load(tmp_path / 'ckpt.pt')
     tokenizer = data.Tokenizer(checkpoint['tokenizer'])
     assert (tokenizer.endoftext_id, tokenizer.mask_id, tokenizer.ignore_id) == (257, 258, 259)
     assert tokenizer.vocab_size == checkpoint['model_config']['vocab_size'] == 260
@@ -296,7 +296,7 @@ def test_a_tokenizer_comes_and_goes_with_its_model(rows, tmp_path, capsys):
     reader = transformers.AutoTokenizer.from_pretrained(tmp_path / 'out')
     assert reader('the cat').input_ids == before.encode('the cat').ids
     assert (reader.eos_token_id, again.generation_config.eos_token_id, again.config.bos_token_id) == (257, 257, 256)
-    assert runtime.load_checkpoint(tmp_path / 'out')['tokenizer'] == checkpoint['tokenizer']
+    assert checkpoints.load(tmp_path / 'out')['tokenizer'] == checkpoint['tokenizer']
 
 
 @pytest.mark.parametrize('settings, end', [
@@ -328,10 +328,10 @@ def test_a_folder_without_a_tokenizer_comes_with_a_warning(tmp_path, capsys, mon
     make('qwen2', tmp_path / 'in')
     run('import', tmp_path / 'in', '--out', tmp_path / 'ckpt.pt')
     assert 'warning:' in (said := capsys.readouterr().err) and 'tokenizer.json' in said
-    assert runtime.load_checkpoint(tmp_path / 'ckpt.pt')['tokenizer'] is None
+    assert checkpoints.load(tmp_path / 'ckpt.pt')['tokenizer'] is None
     monkeypatch.setattr(sys, 'argv', ['sample.py', f'--checkpoint={tmp_path}/ckpt.pt'])
     with pytest.raises(UserError, match='came without a tokenizer.json.*import it again'):
-        runpy.run_path(str(runtime.ROOT / 'sample.py'), run_name='__main__')
+        runpy.run_path(str(checkpoints.ROOT / 'sample.py'), run_name='__main__')
 
 
 def test_sample_reads_a_folder(tmp_path, capsys, monkeypatch):
@@ -339,7 +339,7 @@ def test_sample_reads_a_folder(tmp_path, capsys, monkeypatch):
     write_tokenizer(tmp_path)
     monkeypatch.setattr(sys, 'argv', ['sample.py', f'--checkpoint={tmp_path}', '--prompt=the cat', '--device=cpu',
                                       '--num_samples=1', '--max_new_tokens=9'])
-    runpy.run_path(str(runtime.ROOT / 'sample.py'), run_name='__main__')
+    runpy.run_path(str(checkpoints.ROOT / 'sample.py'), run_name='__main__')
     assert '\nthe cat' in capsys.readouterr().out
 
 
@@ -350,17 +350,17 @@ def test_the_native_trunk_is_a_family_of_its_own(architecture, tmp_path, capsys)
     tokenizer = letter_tokenizer()
     model = random_model(architecture, 0.4, vocab_size=tokenizer.vocab_size, block_size=16, n_layer=2, n_head=2,
                          n_embd=16, mask_id=tokenizer.mask_id, ignore_id=tokenizer.ignore_id)
-    runtime.save_checkpoint(tmp_path / 'ckpt.pt', {
+    checkpoints.save(tmp_path / 'ckpt.pt', {
         'architecture': architecture, 'model_state_dict': model.state_dict(), 'model_config': vars(model.config),
         'tokenizer': tokenizer.to_json(), 'start_token': 5, 'prompt_format': 'Q: {instruction}'})
     run('export', tmp_path / 'ckpt.pt', '--out', tmp_path / 'out')
     assert "'diffusion-lm'" in (said := capsys.readouterr().out) and 'transformers cannot read' in said
-    again = runtime.load_checkpoint(tmp_path / 'out')
+    again = checkpoints.load(tmp_path / 'out')
     assert (again['start_token'], again['prompt_format'], again['architecture']) == (
         5, 'Q: {instruction}', architecture)
     assert again['tokenizer'] == tokenizer.to_json()
     tokens = torch.arange(16)[None]
-    assert torch.equal(runtime.load_model(again, 'cpu').logits(tokens), model.logits(tokens))
+    assert torch.equal(checkpoints.load_model(again, 'cpu').logits(tokens), model.logits(tokens))
 
 
 def test_a_gpt2_of_our_own_training_is_one_for_transformers(tmp_path):
@@ -368,7 +368,7 @@ def test_a_gpt2_of_our_own_training_is_one_for_transformers(tmp_path):
     model = random_model('ar', 0.4, vocab_size=tokenizer.vocab_size, block_size=16, n_layer=2, n_head=2, n_embd=16,
                          norm='layer', position='learned', mlp='gelu', bias=True, qk_norm=False, logit_softcap=0.0,
                          mask_id=tokenizer.mask_id, ignore_id=tokenizer.ignore_id)
-    runtime.save_checkpoint(tmp_path / 'ckpt.pt', {
+    checkpoints.save(tmp_path / 'ckpt.pt', {
         'architecture': 'ar', 'model_state_dict': model.state_dict(), 'model_config': vars(model.config),
         'tokenizer': tokenizer.to_json(), 'start_token': tokenizer.endoftext_id, 'prompt_format': None})
     run('export', tmp_path / 'ckpt.pt', '--out', tmp_path / 'out')
@@ -439,16 +439,16 @@ def test_code_of_a_model_is_refused_by_every_script(monkeypatch):
     for script in ('train.py', 'sample.py', 'evaluate.py'):
         monkeypatch.setattr(sys, 'argv', [script, '--trust_remote_code=True'])
         with pytest.raises(UserError, match='trust_remote_code=True is refused'):
-            runpy.run_path(str(runtime.ROOT / script), run_name='__main__')
+            runpy.run_path(str(checkpoints.ROOT / script), run_name='__main__')
 
 
 def test_names_of_the_hub_and_paths_are_told_apart(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path('out').mkdir()
     for name in ('gpt2', 'Qwen/Qwen2.5-0.5B', 'facebook/opt-350m'):
-        assert runtime.is_pretrained(name), name
+        assert checkpoints.is_pretrained(name), name
     for name in ('run.pt', 'out/run', 'out', '/abs/olute', 'a/b/c', Path('gpt2')):
-        assert not runtime.is_pretrained(name), name
+        assert not checkpoints.is_pretrained(name), name
 
 
 def test_the_hub_is_asked_with_token_and_revision(tmp_path, monkeypatch):
@@ -457,5 +457,5 @@ def test_the_hub_is_asked_with_token_and_revision(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(huggingface_hub, 'snapshot_download',
                         lambda name, **how: asked.append((name, how['token'], how['revision'])) or str(tmp_path))
-    runtime.load_checkpoint('owner/name', token='secret', revision='v2')
+    checkpoints.load('owner/name', token='secret', revision='v2')
     assert asked == [('owner/name', 'secret', 'v2')]

@@ -11,12 +11,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import tokenizers
-import torch
 from conftest import letter_tokenizer
 
+import checkpoints
 import data
 import prompts
-import runtime
 from configurator import UserError
 from prepare import examples, verify, writer
 from prepare.examples import Examples, conversation
@@ -45,7 +44,7 @@ def prepare(monkeypatch, tmp_path):
             source.write_text(json.dumps(records))
         monkeypatch.setattr(sys, 'argv', ['instruct.py', f'--source={source}', f'--output_dir={tmp_path / folder}',
                                           '--tokenizer=bytes', '--val_fraction=0.5', '--num_workers=1', *arguments])
-        runpy.run_path(str(runtime.ROOT / 'prepare/instruct.py'), run_name='__main__')
+        runpy.run_path(str(checkpoints.ROOT / 'prepare/instruct.py'), run_name='__main__')
         return data.Folder(tmp_path / folder)
     return prepare
 
@@ -260,7 +259,7 @@ def test_a_bpe_learns_from_the_examples_and_a_checkpoint_gives_its_tokenizer(pre
     folder = prepare(alpaca(60), '--tokenizer=bpe', '--vocab_size=300', '--val_fraction=0.2')
     instruction = folder.tokenizer.encode('### Instruction:\n')
     assert len(instruction) < 8 and '{' not in folder.tokenizer.decode(folder.tokens['train'])  # no JSON
-    runtime.save_checkpoint(tmp_path / 'ckpt.pt', {
+    checkpoints.save(tmp_path / 'ckpt.pt', {
         'architecture': 'ar', 'model_config': {'block_size': 64}, 'model_state_dict': {}, 'start_token': 299,
         'tokenizer': folder.tokenizer.to_json()})
     for path in (tmp_path / 'ckpt.pt', tmp_path):

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn as nn
 
+import checkpoints
 import hf
 import lora
-import runtime
 from configurator import UserError
 from conftest import random_model
 
@@ -215,7 +215,7 @@ def test_merge_writes_a_checkpoint_and_says_how_exact_it_is(tmp_path, capsys):
     theirs.save_pretrained(tmp_path / 'adapter')
     hf.main(['merge', f'{tmp_path}/adapter', f'--base={tmp_path}/base', f'--out={tmp_path}/merged.pt'])
     assert float(re.search(r'by (\S+) at most', capsys.readouterr().out)[1]) < 1e-4
-    model = runtime.load_model(runtime.load_checkpoint(tmp_path / 'merged.pt'), 'cpu')
+    model = checkpoints.load_model(checkpoints.load(tmp_path / 'merged.pt'), 'cpu')
     torch.testing.assert_close(model.logits(some_tokens())[..., :VOCAB], theirs.eval()(some_tokens()).logits,
                                atol=1e-4, rtol=0)
 
@@ -247,7 +247,7 @@ def test_an_adapter_that_does_not_fit_is_refused(changes, base, said, tmp_path):
 def test_a_checkpoint_with_its_adapter_beside_is_not_exported(tmp_path):
     model = native()
     lora.add_lora(model, 2, 2)
-    runtime.save_checkpoint(tmp_path / 'ckpt.pt', {
+    checkpoints.save(tmp_path / 'ckpt.pt', {
         'architecture': 'ar', 'model_state_dict': model.state_dict(), 'model_config': vars(model.config),
         'tokenizer': None, 'start_token': 0, 'prompt_format': None})
     with pytest.raises(UserError, match='does not hold the plain weights.*merge its adapter first'):

@@ -5,17 +5,17 @@ import sys
 
 import pytest
 
+import checkpoints
 import optim
-import runtime
 from configurator import ALIASES, Config, apply_file, keys_of
 
 OTHERS = ('sweep_', 'language')  # what config files for other scripts begin with
-RECIPES = sorted(path.name for path in (runtime.ROOT / 'config').glob('*.py') if not path.name.startswith(OTHERS))
+RECIPES = sorted(path.name for path in (checkpoints.ROOT / 'config').glob('*.py') if not path.name.startswith(OTHERS))
 
 
 def train_config(script='train.py'):
     """The settings of a script, of which a recipe changes some."""
-    source = (runtime.ROOT / script).read_text()
+    source = (checkpoints.ROOT / script).read_text()
     defaults = {}
     exec(source[source.index('# --- data ---'):source.index('config = configure(')], defaults)
     return Config(keys_of(source, defaults))
@@ -27,7 +27,7 @@ def test_a_recipe_sets_what_its_script_knows(recipe):
     config = train_config(script)
     apply_file(config, f'config/{recipe}')
     assert config.given and config['optimizer'] in optim.OPTIMIZERS and config['schedule'] in optim.SCHEDULES
-    runtime.size_of(config['model_size'])
+    checkpoints.size_of(config['model_size'])
 
 
 def test_the_300m_recipe_checkpoints_and_accumulates():
@@ -43,14 +43,14 @@ def test_each_alias_of_train_py_leads_to_a_key():
 
 
 def test_the_readme_speaks_of_files_and_settings_that_exist(capsys, monkeypatch):
-    readme = (runtime.ROOT / 'README.md').read_text()
+    readme = (checkpoints.ROOT / 'README.md').read_text()
     for script, options in re.findall(r'python (\w+\.py|prepare/\w+\.py)([^\n#]*)', readme):
-        assert (runtime.ROOT / script).is_file(), script
+        assert (checkpoints.ROOT / script).is_file(), script
         monkeypatch.setattr(sys, 'argv', [script, '--help'])
         with pytest.raises(SystemExit):
-            runpy.run_path(str(runtime.ROOT / script), run_name='__main__')
+            runpy.run_path(str(checkpoints.ROOT / script), run_name='__main__')
         known = capsys.readouterr().out
         for recipe in re.findall(r'config/\w+\.py', options):
-            assert (runtime.ROOT / recipe).is_file(), recipe
+            assert (checkpoints.ROOT / recipe).is_file(), recipe
         for key in set(re.findall(r'--(\w+)', options)) - {'help'}:
             assert f'--{key}=' in known, f'{script} --{key}'

@@ -1,4 +1,4 @@
-"""What runtime.py and optim.py promise: checkpoints, run folders, logs, optimizers, schedules, averages."""
+"""What runtime.py, checkpoints.py and optim.py promise: run folders, logs, optimizers, schedules, averages."""
 import math
 import os
 import signal
@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import letter_tokenizer, signals_kept
 
+import checkpoints
 import optim
 import runtime
 from configurator import UserError
@@ -32,12 +33,12 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
         file.write(b'half of the ne')
         raise OSError('No space left on device')
     with pytest.raises(UserError, match='ckpt.pt could not be written .*No space left.*still is'):
-        runtime.save_atomically(tmp_path / 'ckpt.pt', write)
+        checkpoints.save_atomically(tmp_path / 'ckpt.pt', write)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {'ckpt.pt': 'old'}
 
 
 def test_a_process_killed_while_it_writes_leaves_the_old_file(tmp_path):
-    runtime.save_checkpoint(tmp_path / 'ckpt.pt', {'weights': torch.ones(3)})
+    checkpoints.save(tmp_path / 'ckpt.pt', {'weights': torch.ones(3)})
 
     def write(file):
         file.write(b'half')
@@ -45,10 +46,10 @@ def test_a_process_killed_while_it_writes_leaves_the_old_file(tmp_path):
         os.kill(os.getpid(), signal.SIGKILL)
     child = os.fork()
     if child == 0:
-        runtime.save_atomically(tmp_path / 'ckpt.pt', write)
+        checkpoints.save_atomically(tmp_path / 'ckpt.pt', write)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     assert torch.load(tmp_path / 'ckpt.pt', weights_only=True)['weights'].tolist() == [1, 1, 1]
-    runtime.save_checkpoint(tmp_path / 'ckpt.pt', {'weights': torch.zeros(3)})  # over what it left
+    checkpoints.save(tmp_path / 'ckpt.pt', {'weights': torch.zeros(3)})  # over what it left
     assert [path.name for path in tmp_path.iterdir()] == ['ckpt.pt']
 
 
@@ -56,41 +57,41 @@ def test_a_new_file_is_on_the_disk_before_it_takes_the_name(tmp_path, monkeypatc
     happened = []
     monkeypatch.setattr(os, 'fsync', lambda file: happened.append('fsync'))
     monkeypatch.setattr(os, 'replace', lambda source, target: happened.append('replace'))
-    runtime.save_atomically(tmp_path / 'file', lambda file: happened.append('write'))
+    checkpoints.save_atomically(tmp_path / 'file', lambda file: happened.append('write'))
     assert happened == ['write', 'fsync', 'replace']
 
 
 def test_a_checkpoint_cut_anywhere_or_of_another_kind_is_refused(tmp_path):
     path = tmp_path / 'ckpt.pt'
-    runtime.save_checkpoint(path, tiny_checkpoint())
+    checkpoints.save(path, tiny_checkpoint())
     whole = path.read_bytes()
     cut = (whole[:n] for n in range(1, len(whole), 4999))
     for content in [b'', b'{"a": 1}', b'.', b'not a checkpoint', *cut]:
         path.write_bytes(content)
         with pytest.raises(UserError, match=f'{path} is damaged or no checkpoint of ours .*; take another'):
-            runtime.load_checkpoint(path)
+            checkpoints.load(path)
     for value in (5, [1], {'model': {}}):
         torch.save(value, path)
         with pytest.raises(UserError, match=f'{path} lacks .*tokenizer.*; give the ckpt.pt'):
-            runtime.load_checkpoint(path)
+            checkpoints.load(path)
     with pytest.raises(UserError, match='no checkpoint at nowhere.pt; correct'):
-        runtime.load_checkpoint('nowhere.pt')
+        checkpoints.load('nowhere.pt')
 
 
 def test_a_run_folder_stands_for_its_checkpoint(tmp_path):
-    runtime.save_checkpoint(tmp_path / 'ckpt.pt', tiny_checkpoint())
-    assert runtime.load_checkpoint(tmp_path)['format'] == runtime.CHECKPOINT_FORMAT
-    assert runtime.resume_path(str(tmp_path), '') == tmp_path / 'ckpt.pt'
-    assert runtime.run_of(tmp_path / 'ckpt.pt') == tmp_path
-    assert runtime.run_of(tmp_path / 'checkpoints/checkpoint-5/ckpt.pt') == tmp_path
+    checkpoints.save(tmp_path / 'ckpt.pt', tiny_checkpoint())
+    assert checkpoints.load(tmp_path)['format'] == checkpoints.CHECKPOINT_FORMAT
+    assert checkpoints.resume_path(str(tmp_path), '') == tmp_path / 'ckpt.pt'
+    assert checkpoints.run_of(tmp_path / 'ckpt.pt') == tmp_path
+    assert checkpoints.run_of(tmp_path / 'checkpoints/checkpoint-5/ckpt.pt') == tmp_path
 
 
 def test_resume_auto_needs_an_out_dir_and_starts_afresh_without_a_checkpoint(tmp_path):
-    assert runtime.resume_path('auto', tmp_path) is None
+    assert checkpoints.resume_path('auto', tmp_path) is None
     (tmp_path / 'ckpt.pt').touch()
-    assert runtime.resume_path('auto', tmp_path) == tmp_path / 'ckpt.pt'
+    assert checkpoints.resume_path('auto', tmp_path) == tmp_path / 'ckpt.pt'
     with pytest.raises(UserError, match='--resume_from=auto needs an out_dir.*--out_dir='):
-        runtime.resume_path('auto', '')
+        checkpoints.resume_path('auto', '')
 
 
 def test_a_model_to_use_has_the_average_where_there_is_one():
@@ -98,7 +99,7 @@ def test_a_model_to_use_has_the_average_where_there_is_one():
     average = {name: weight + 1 for name, weight in checkpoint['model_state_dict'].items()}
     for state, expected in ((checkpoint, checkpoint['model_state_dict']),
                             ({**checkpoint, 'ema_state_dict': average}, average)):
-        model = runtime.load_model(state, 'cpu')
+        model = checkpoints.load_model(state, 'cpu')
         assert not model.training
         assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items())
 
@@ -110,35 +111,35 @@ def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path):
         return {int(path.parent.name.removeprefix('checkpoint-')): path.read_text()
                 for path in (tmp_path / 'checkpoints').glob('*/ckpt.pt')}
     for step in (2, 4, 6, 8, 10):
-        runtime.keep_checkpoint(tmp_path, step, limit=3, best_step=4)
+        checkpoints.keep(tmp_path, step, limit=3, best_step=4)
     assert kept() == {4: 'state', 8: 'state', 10: 'state'}
-    runtime.keep_checkpoint(tmp_path, 12, limit=2, best_step=12)
+    checkpoints.keep(tmp_path, 12, limit=2, best_step=12)
     assert set(kept()) == {10, 12}
 
 
 # ---------------------------------------------------------------------------- the run folder
 
 def test_run_folders_are_numbered_and_the_suffix_comes_last(tmp_path, monkeypatch):
-    monkeypatch.setattr(runtime, 'ROOT', tmp_path)
+    monkeypatch.setattr(checkpoints, 'ROOT', tmp_path)
     for name, suffix, expected in (('a', '', 'a-v1'), ('a', '', 'a-v2'), ('b', '', 'b-v1'), ('a', '', 'a-v3'),
                                    ('a', 'fixed-k8', 'a-v1-fixed-k8'), ('a', 'fixed-k8', 'a-v2-fixed-k8')):
-        assert runtime.open_run_folder('', name, suffix) == tmp_path / 'out' / expected
+        assert checkpoints.open_run_folder('', name, suffix) == tmp_path / 'out' / expected
     (tmp_path / 'out/a-v2').rmdir()
-    assert runtime.open_run_folder('', 'a').name == 'a-v2'
+    assert checkpoints.open_run_folder('', 'a').name == 'a-v2'
 
 
 def test_a_folder_that_holds_a_run_is_refused_unless_it_continues_or_is_given_up(tmp_path):
     run = tmp_path / 'run'
-    assert runtime.open_run_folder(run, 'a') == run
-    assert runtime.open_run_folder(run, 'a') == run  # an empty folder holds none
+    assert checkpoints.open_run_folder(run, 'a') == run
+    assert checkpoints.open_run_folder(run, 'a') == run  # an empty folder holds none
     for name in ('metrics.csv', 'notes.txt'):
         (run / name).write_text('precious')
     for continued in (None, tmp_path / 'another'):
         with pytest.raises(UserError, match=f'{run} already holds a run; .*--resume_from=auto.*--overwrite'):
-            runtime.open_run_folder(run, 'a', continued=continued)
-    assert runtime.open_run_folder(run, 'a', continued=run.resolve()) == run
+            checkpoints.open_run_folder(run, 'a', continued=continued)
+    assert checkpoints.open_run_folder(run, 'a', continued=run.resolve()) == run
     assert (run / 'metrics.csv').read_text() == 'precious'
-    runtime.open_run_folder(run, 'a', overwrite=True)
+    checkpoints.open_run_folder(run, 'a', overwrite=True)
     assert [path.name for path in run.iterdir()] == ['notes.txt']  # what is not the run's stays
 
 
@@ -235,10 +236,10 @@ def test_dropout_is_seeded_by_each_part_of_its_key():
     (lambda: runtime.pick_device('gpu'), "device is 'gpu'; choose auto, cpu, cuda"),
     (lambda: runtime.pick_device('meta'), "device is 'meta', but PyTorch finds none .*--device=cpu"),
     (lambda: runtime.pick_dtype('int8', torch.device('cpu')), "dtype is 'int8'; choose auto, bfloat16"),
-    (lambda: runtime.size_of('huge'), "model_size is 'huge'; choose tiny, small"),
-    (lambda: runtime.make_model('rnn', **TINY), "architecture is 'rnn'; choose ar or diffusion"),
-    (lambda: runtime.make_model('ar', **{**TINY, 'n_head': 5}), 'n_embd=32 over n_head=5 .*choose'),
-    (lambda: runtime.make_model('ar', **{**TINY, 'dropout': 1.5}), 'dropout is 1.5; it is a share'),
+    (lambda: checkpoints.size_of('huge'), "model_size is 'huge'; choose tiny, small"),
+    (lambda: checkpoints.make_model('rnn', **TINY), "architecture is 'rnn'; choose ar or diffusion"),
+    (lambda: checkpoints.make_model('ar', **{**TINY, 'n_head': 5}), 'n_embd=32 over n_head=5 .*choose'),
+    (lambda: checkpoints.make_model('ar', **{**TINY, 'dropout': 1.5}), 'dropout is 1.5; it is a share'),
 ])
 def test_a_name_or_number_that_cannot_be_is_refused(call, expected):
     with pytest.raises(UserError, match=expected):
@@ -247,11 +248,11 @@ def test_a_name_or_number_that_cannot_be_is_refused(call, expected):
 
 def test_a_checkpoint_of_another_architecture_or_vocabulary_is_refused():
     checkpoint = tiny_checkpoint()
-    runtime.check_fits(checkpoint, 'ckpt.pt', 'ar', letter_tokenizer(), 'data/letters')
+    checkpoints.check_fits(checkpoint, 'ckpt.pt', 'ar', letter_tokenizer(), 'data/letters')
     with pytest.raises(UserError, match="architecture='ar', not 'diffusion'; use --architecture=ar"):
-        runtime.check_fits(checkpoint, 'ckpt.pt', 'diffusion', letter_tokenizer(), 'data/letters')
+        checkpoints.check_fits(checkpoint, 'ckpt.pt', 'diffusion', letter_tokenizer(), 'data/letters')
     with pytest.raises(UserError, match=r'ckpt.pt .*vocabulary \(30 tokens\) than that of data/x \(6\)'):
-        runtime.check_fits(checkpoint, 'ckpt.pt', 'ar', letter_tokenizer('abc'), 'data/x')
+        checkpoints.check_fits(checkpoint, 'ckpt.pt', 'ar', letter_tokenizer('abc'), 'data/x')
 
 
 # ---------------------------------------------------------------------------- optimizers

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-import runtime
+import checkpoints
 from configurator import UserError
 from conftest import letter_tokenizer
 
@@ -22,10 +22,10 @@ def checkpoint(request, tmp_path):
 def make_checkpoint(architecture, folder):
     torch.manual_seed(0)
     tokenizer = letter_tokenizer()
-    model = runtime.make_model(architecture, vocab_size=tokenizer.vocab_size, block_size=BLOCK, n_layer=1, n_head=2,
-                               n_embd=16, mask_id=tokenizer.mask_id, ignore_id=tokenizer.ignore_id)
+    model = checkpoints.make_model(architecture, vocab_size=tokenizer.vocab_size, block_size=BLOCK, n_layer=1, n_head=2,
+                                   n_embd=16, mask_id=tokenizer.mask_id, ignore_id=tokenizer.ignore_id)
     path = folder / f'{architecture}.pt'
-    runtime.save_checkpoint(path, {
+    checkpoints.save(path, {
         'architecture': architecture, 'global_step': 7, 'model_state_dict': model.state_dict(),
         'model_config': vars(model.config), 'tokenizer': tokenizer.to_json(),
         'start_token': tokenizer.endoftext_id, 'prompt_format': None})
@@ -35,7 +35,7 @@ def make_checkpoint(architecture, folder):
 def sample(capsys, monkeypatch, *options):
     """The samples that sample.py prints, without the lines between them."""
     monkeypatch.setattr(sys, 'argv', ['sample.py', '--device=cpu', '--stop_at_end=False', *map(str, options)])
-    runpy.run_path(str(runtime.ROOT / 'sample.py'), run_name='__main__')
+    runpy.run_path(str(checkpoints.ROOT / 'sample.py'), run_name='__main__')
     header, *samples = capsys.readouterr().out.split('-' * 80 + '\n')
     assert 'step 7' in header
     return [text.removesuffix('\n') for text in samples]

@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 
 import model as model_module
-import sampling
 from conftest import assert_drawn_from, random_model
 from model import ARCHITECTURES, Diffusion, ModelConfig
 from sampling import SAMPLERS, draw_tokens, generate, remdm_rates, restrict

@@ -10,9 +10,9 @@ from conftest import signals_kept, write_folder
 from test_finetune import ROOT, TINY as TUNE, write_base, write_examples
 from test_train import GPT2, TINY as TRAIN, free_ports, load, metrics, start
 
+import checkpoints
 import hf
 import optim
-import runtime
 from configurator import UserError
 
 pytestmark = pytest.mark.slow
@@ -61,7 +61,7 @@ def test_two_ranks_are_one_process_and_their_state_resumes_on_one(tmp_path):
     for case, (name, arguments) in commands.items():
         one, two, half = (tmp_path / f'{case}-{kind}' for kind in ('one', 'two', 'half'))
         with pytest.raises(UserError, match='weights of .* are sharded in .*consolidate'):
-            runtime.load_checkpoint(half)
+            checkpoints.load(half)
         assert [path.name for path in (half / 'sharded').iterdir()] == ['step-3']
         script(name, *arguments, '--batch_size=4', '--fsdp', f'--out_dir={half}', '--resume_from=auto')
         expected = load(one)['model_state_dict']
@@ -73,7 +73,7 @@ def test_two_ranks_are_one_process_and_their_state_resumes_on_one(tmp_path):
             for row, wanted in zip(metrics(out), metrics(one), strict=True):
                 assert float(row['train/loss'] or 0) == pytest.approx(float(wanted['train/loss'] or 0), abs=1e-5)
                 assert float(row['val/loss'] or 0) == pytest.approx(float(wanted['val/loss'] or 0), abs=1e-5)
-        assert runtime.load_model(runtime.load_checkpoint(two / 'best.pt'), 'cpu')
+        assert checkpoints.load_model(checkpoints.load(two / 'best.pt'), 'cpu')
 
 
 def test_a_stopped_run_is_consolidated(tmp_path, monkeypatch):
