@@ -94,6 +94,7 @@ def test_the_quick_run_with_its_published_names_leaves_its_artifacts(place):
     assert config['pool'] == 'last' and (rows(out)[-1]['step'], rows(out)[-1]['train/lr'] != '') == ('4', True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('architecture', ['ar', 'diffusion'])
 def test_each_architecture_learns_a_simple_task(place, architecture):
     classify('--target_func=fn_c', '--sequence_length=14', '--train_set_size=400', '--test_set_size=100',
@@ -158,6 +159,7 @@ def test_two_ranks_end_where_one_does(place):
         np.testing.assert_allclose(a['test_logits'], b['test_logits'], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_texts_in_two_languages_are_joined_and_judged_apart(place):
     run = classify(*TEXTS, '--train_langs=rus,pol', '--eval_langs=pol,rus', '--num_epochs=30', '--learning_rate=1e-2',
                    '--optimizer=muon', '--out_dir=run', '--architecture=diffusion', '--n_embd=32')
