@@ -84,6 +84,8 @@ seed = 0
 no_wandb = False
 wandb_project = 'diffusion-lm-finetune'
 wandb_run_name = ''          # empty: the run folder's name
+push_to_hub = False          # in the end, the best weights with a model card; `hf.py push` does the same later
+hub_model_id = ''            # owner/name
 # --- the machine ---
 device = 'auto'              # cpu, cuda, cuda:N, mps
 dtype = 'auto'               # bfloat16, float16, float32
@@ -115,6 +117,9 @@ if (load_in_8bit or load_in_4bit or use_dora) and not use_peft:
     raise UserError('load_in_8bit, load_in_4bit and use_dora are about a model whose weights stay as they are while '
                     'adapters are trained; add --use_peft, or leave them out.')
 
+if push_to_hub:
+    import hub  # only where it is wanted
+    hub.check(hub_model_id, token)
 if fsdp:
     import sharded  # only where it is wanted
     sharded.check(use_peft=use_peft, save_total_limit=save_total_limit, optimizer_muon=optimizer == 'muon',
@@ -435,4 +440,6 @@ else:
     log.print(f'{early}: best val/loss {best_val_loss:.4f} at step {best_step}; ask it something: '
               f'python sample.py --checkpoint={out / "best.pt"} --chat')
 log.close()
+if push_to_hub and run.is_main and not stopping:
+    hub.push(out, hub_model_id, token)
 run.close()
