@@ -55,7 +55,9 @@ n_kv_head: int = None        # fewer than n_head: grouped-query attention
 block_size = 128             # most tokens of a text; an algorithmic task sets its own
 dropout = 0.0                # in the trunk and before the head
 gradient_checkpointing = False  # recompute each block in the backward pass: less memory, a third more time
-init_from = ''               # start from the weights of this ckpt.pt or run folder
+init_from = ''               # start from the weights of this ckpt.pt, run folder, Hugging Face folder or hub id
+token = ''                   # of the Hugging Face hub, for private models
+revision = ''                # a branch, tag or commit of the hub
 num_layers_to_finetune: int = None  # only so many top blocks and the head train; None: all, of *_finetune 2
 train_final_norm = False     # with them, the norm above the blocks
 lora_rank = 0                # train low-rank adapters and the head only; 0: none
@@ -102,6 +104,7 @@ device = 'auto'              # cpu, cuda, cuda:N, mps
 dtype = 'auto'               # bfloat16, float16, float32
 compile: bool = None         # torch.compile; None: on CUDA only
 config = configure(globals())
+del config['token']  # no secret goes into config.json, the checkpoint or W&B
 
 # What defines a run: a resumed one keeps it. Everything else may change, and the change is printed.
 FIXED = ('target_func', 'sequence_length', 'train_set_size', 'test_set_size', 'compat', 'task', 'train_langs',
@@ -148,7 +151,7 @@ init_from, tokenizer = (name.replace('{model_type}', model_type) for name in (in
 initial = checkpoint
 if init_from and not checkpoint:
     initial = (nanogpt.load(init_from, languages.load_tokenizer(tokenizer)) if 'tokenizer' in config.given else
-               checkpoints.load(init_from))
+               checkpoints.load(init_from, token, revision))
 run = runtime.Runtime(device, dtype)
 
 # ---------------------------------------------------------------------------- labelled rows

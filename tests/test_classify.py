@@ -346,6 +346,16 @@ def test_a_tokenizer_of_vocab_and_merges_is_read_with_its_space(tmp_path):
     assert isinstance(loaded, data.Tokenizer) and loaded.encode('low') == bpe.encode('low').ids
 
 
+def test_a_token_of_the_hub_is_passed_on_and_never_written(place, monkeypatch):
+    classify(*TASK, '--num_epochs=1', '--out_dir=base')
+    given, load = [], checkpoints.load
+    monkeypatch.setattr(checkpoints, 'load', lambda path, *hub: given.append((str(path), *hub)) or load('base'))
+    classify(*TASK, '--num_epochs=1', '--init_from=owner/name', '--token=secret', '--revision=v2', '--out_dir=run',
+             tiny=TINY[3:])
+    assert given == [('owner/name', 'secret', 'v2')]
+    assert 'secret' not in (place / 'run/config.json').read_text() + str(load('run')['train_config'])
+
+
 def test_adapters_and_the_head_train_and_the_rest_stays(place):
     pytest.importorskip('lora')
     classify(*TASK, '--num_epochs=1', '--out_dir=base')
