@@ -543,7 +543,7 @@ class SDD(Diffusion):
         table = self.embedding.weight
         if self.config.norm == 'rms':
             table = F.rms_norm(table, table.shape[-1:])
-        p = belief.probabilities * (tokens == self.config.mask_id).unsqueeze(-1)  # (B, T, k)
+        p = (belief.probabilities * (tokens == self.config.mask_id).unsqueeze(-1)).to(table.dtype)  # (B, T, k)
         mixture = F.embedding_bag(belief.tokens.flatten(0, 1), table, per_sample_weights=p.flatten(0, 1), mode='sum')
         return x + self.believed(mixture).view_as(x)
 

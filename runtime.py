@@ -211,19 +211,21 @@ def measure_peak_flops(device, dtype):
 def memory_estimate(model, batch_size, length, run):
     """Bytes that training takes, by what for: an estimate, before anything of it is there.
 
-    Of each trained weight there are its gradient and two moments in float32. With checkpointing a block's input
-    is kept and one block at a time recomputed; a block keeps about 22 numbers per token and channel, and where
-    the mask is written out two scores per pair of positions and head.
+    Of each trained weight there are its gradient and two moments, in its own precision. With checkpointing a
+    block's input is kept and one block at a time recomputed; a block keeps about 22 numbers per token and channel,
+    and where the mask is written out two scores per pair of positions and head.
     """
-    config, trained = model.config, sum(p.numel() for p in model.parameters() if p.requires_grad)
+    config = model.config
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    copies = 0 if run.dtype == 'float32' else 2 * sum(p.numel() for p in model.parameters())  # autocast's
+    copies = 0 if run.dtype == 'float32' else 2 * sum(p.numel() for p in model.parameters()
+                                                      if p.dtype == torch.float32)  # autocast's
     number = 4 if run.dtype == 'float32' else 2
     tokens = batch_size * length
     block = tokens * number * (22 * config.n_embd + 2 * config.n_head * length)
     blocks = config.n_layer * (tokens * 4 * config.n_embd if config.gradient_checkpointing else block) + block
     head = 3 * 4 * min(tokens, model.head_rows(model.never)) * config.padded_vocab_size
-    return {'weights': weights + copies, 'gradients': 4 * trained, 'optimizer': 8 * trained,
+    return {'weights': weights + copies, 'gradients': trained, 'optimizer': 2 * trained,
             'activations': blocks + head}
 
 
