@@ -166,7 +166,7 @@ elif init_from == 'scratch':
         'n_layer': n_layer, 'n_head': n_head, 'n_embd': n_embd, 'block_size': block_size or 256,
         'vocab_size': tokenizer.vocab_size, 'mask_id': tokenizer.mask_id, 'ignore_id': tokenizer.ignore_id}}
 else:  # adapters go on from the weights that they were made for
-    initial = checkpoints.load(init_from, token, revision)
+    initial = checkpoints.load(init_from, token, revision, mmap=True)
     initial = checkpoints.as_start(initial, init_from, architecture or initial['architecture'])
 architecture = initial['architecture']
 checkpoints.check_fits(initial, init_from, architecture, tokenizer, folder.path)
@@ -177,8 +177,10 @@ if not 8 <= block_size <= shape['block_size']:
     raise UserError(f'block_size is {block_size}; choose at least 8 and at most the {shape["block_size"]} tokens that '
                     f'{init_from} sees.')
 torch.manual_seed(seed)
-raw_model = checkpoints.make_model(architecture, **shape)
-if 'model_state_dict' in initial:
+is_file = not {'model_state_dict', 'sharded'}.isdisjoint(initial)
+with torch.device('meta' if fsdp and is_file else 'cpu'):  # a rank reads only its part of a sharded model
+    raw_model = checkpoints.make_model(architecture, **shape)
+if is_file and not fsdp:
     checkpoints.load_weights(raw_model, initial)
 if use_peft:
     import lora  # only where it is wanted
@@ -193,7 +195,9 @@ if use_peft:
         raw_model.load_state_dict(checkpoint['adapter_state_dict'], strict=False)
 if master_weights == 'bfloat16':
     raw_model.bfloat16()
-raw_model = sharded.shard(raw_model, run) if fsdp else raw_model.to(run.device)
+raw_model = (sharded.shard(raw_model, run, {} if checkpoint else initial.get('model_state_dict')) if fsdp else
+             raw_model.to(run.device))
+initial.pop('model_state_dict', None)  # not kept beside the model
 trainable = {name: p for name, p in raw_model.named_parameters() if p.requires_grad}
 
 

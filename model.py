@@ -250,18 +250,21 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.Identity() if config.norm_after else make_norm(config)
         self.opening = None  # (T, T): while training, what a position sees on the way from `ar` to bidirectional
-        if config.position == 'rope':
-            self.register_buffer('rope', rope_table(config), persistent=False)  # (2, block_size, D)
-        never = torch.zeros(config.padded_vocab_size)
-        never[self.never_predicted() + list(range(config.vocab_size, config.padded_vocab_size))] = -math.inf
-        self.register_buffer('never', never, persistent=False)  # added to the logits
+        for name, table in self.tables().items():
+            self.register_buffer(name, table, persistent=False)
         self.init_weights()
 
-    def _apply(self, *arguments):
-        super()._apply(*arguments)
+    def _apply(self, *arguments, **keywords):
+        super()._apply(*arguments, **keywords)
         if self.config.position == 'rope' and self.rope.dtype != torch.float32:  # bfloat16 cannot tell places apart
             self.rope = rope_table(self.config).to(self.rope.device)
         return self
+
+    def tables(self):
+        """The buffers by name: `never`, which is added to the logits, and `rope` (2, block_size, D)."""
+        never = torch.zeros(self.config.padded_vocab_size)
+        never[self.never_predicted() + list(range(self.config.vocab_size, self.config.padded_vocab_size))] = -math.inf
+        return {'never': never, **({'rope': rope_table(self.config)} if self.config.position == 'rope' else {})}
 
     def never_predicted(self):
         return [] if self.config.mask_id is None else [self.config.mask_id]

@@ -61,7 +61,7 @@ class StochasticAdamW(torch.optim.Optimizer):
         self.key = seed, rank
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):
         parameters = [(p, group) for group in self.param_groups for p in group['params']]
         for number, (p, group) in enumerate(parameters):
             if p.grad is None:

@@ -132,7 +132,7 @@ if 'block_size' not in config.given:
 
 initial = checkpoint
 if init_from and not checkpoint:
-    initial = checkpoints.as_start(checkpoints.load(init_from, token, revision), init_from, architecture,
+    initial = checkpoints.as_start(checkpoints.load(init_from, token, revision, mmap=True), init_from, architecture,
                                    block_size if 'block_size' in config.given else None)
 shape = dict(zip(('n_layer', 'n_head', 'n_embd'), checkpoints.size_of(model_size)))
 shape.update({key: config[key] for key in SHAPE if config[key] is not None})
@@ -146,14 +146,18 @@ if initial:
 shape.update(k=max(k_schedule), vocab_size=tokenizer.vocab_size, mask_id=tokenizer.mask_id,
              ignore_id=tokenizer.ignore_id)
 torch.manual_seed(seed)
-raw_model = checkpoints.make_model(architecture, **shape)
-if checkpoint and 'sharded' not in checkpoint:
+with torch.device('meta' if fsdp and initial else 'cpu'):  # a rank reads only its part of a sharded model
+    raw_model = checkpoints.make_model(architecture, **shape)
+if checkpoint and not fsdp:
     raw_model.load_state_dict(checkpoint['model_state_dict'])
-elif initial and not checkpoint:  # as all other scripts, from the average where there is one
+elif initial and not fsdp:  # as all other scripts, from the average where there is one
     checkpoints.load_weights(raw_model, initial)
 if master_weights == 'bfloat16':
     raw_model.bfloat16()
-raw_model = sharded.shard(raw_model, run) if fsdp else raw_model.to(run.device)
+raw_model = (sharded.shard(raw_model, run, initial['model_state_dict'] if initial and not checkpoint else {})
+             if fsdp else raw_model.to(run.device))
+if initial:
+    initial.pop('model_state_dict', None)  # not kept beside the model
 block_size = raw_model.config.block_size
 
 # ---------------------------------------------------------------------------- batches, optimizers, state

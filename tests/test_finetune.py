@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import letter_tokenizer, random_model, signals_kept
+from conftest import letter_tokenizer, random_model, several_scripts, signals_kept
 from test_train import contents, free_ports, interrupt, load, metrics, same
 
 import checkpoints
@@ -215,7 +215,7 @@ def test_the_loss_is_on_answers_alone_or_on_the_prompt_too(place, tmp_path):
 
 def test_a_token_of_the_hub_is_passed_on_and_never_written(place, tmp_path, monkeypatch):
     given, load = [], checkpoints.load
-    monkeypatch.setattr(checkpoints, 'load', lambda path, *hub: given.append(hub) or load(path))
+    monkeypatch.setattr(checkpoints, 'load', lambda path, *hub, **how: given.append(hub) or load(path))
     tune(*settings(place, 'ar', f'--out_dir={tmp_path}/run', '--token=secret', '--max_steps=1'))
     assert given == [('secret', '')]
     assert 'secret' not in (tmp_path / 'run/config.json').read_text() + str(load(tmp_path / 'run')['train_config'])
@@ -349,11 +349,12 @@ def division_cases(place, out, ranks):
 def run_rank(rank, ports, place, path):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1')
     results = []
-    for port, case in zip(ports, division_cases(place, path / 'ranks', 2)):
-        os.environ['MASTER_PORT'] = str(port)
-        results.append(first_gradients(*case))
-    if rank == 0:
-        torch.save(results, path / 'gradients.pt')
+    with several_scripts():
+        for port, case in zip(ports, division_cases(place, path / 'ranks', 2)):
+            os.environ['MASTER_PORT'] = str(port)
+            results.append(first_gradients(*case))
+        if rank == 0:
+            torch.save(results, path / 'gradients.pt')
 
 
 @pytest.mark.slow
