@@ -412,7 +412,8 @@ class Transformer(nn.Module):
         """Per architecture, all of them (B, T): nats, the tokens that count, and metrics by name.
 
         The metrics are `predicted`, where the model had to guess a token that counts, and `correct`; for filler
-        `ignore_targets`, where it had to be guessed, `ignore_guesses`, where it was, and `ignore_correct`, both.
+        `ignore_targets`, where it had to be guessed, `ignore_guesses`, where it was, and `ignore_correct`, both;
+        `text_loss`, the nats without those of filler.
         """
         raise NotImplementedError
 
@@ -507,7 +508,8 @@ class Diffusion(Transformer):
         metrics = {'correct': correct & counted, 'predicted': masked & counted}
         if self.config.ignore_id is not None:
             filler = tokens == self.config.ignore_id
-            metrics.update(ignore_correct=correct & filler, ignore_targets=masked & filler,
+            metrics.update(text_loss=(nats.detach() / level).masked_fill(filler, 0),
+                           ignore_correct=correct & filler, ignore_targets=masked & filler,
                            ignore_guesses=guess == self.config.ignore_id)
         return nats / level, counted, metrics
 

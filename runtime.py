@@ -120,7 +120,7 @@ def training_means(sums, beliefs):
 @torch.no_grad()
 def evaluate(model, batches, run, tokens_per_byte):
     """The metrics val/ over the batches of all ranks. tokens_per_byte: None where there is no text to speak of."""
-    names = ('loss', 'count', 'correct', 'predicted', 'ignore_correct', 'ignore_targets', 'ignore_guesses')
+    names = ('loss', 'count', 'correct', 'predicted', 'text_loss', 'ignore_correct', 'ignore_targets', 'ignore_guesses')
     sums, plain = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)  # a rank may have no batch
     model.eval()
     for batch in batches:
@@ -129,7 +129,10 @@ def evaluate(model, batches, run, tokens_per_byte):
             if model.believes:  # without beliefs, at the same masks
                 add(plain, *model(*batch, k=0))
     model.train()
-    values = means('val', run.total(sums))
+    sums = run.total(sums)
+    values = means('val', sums)
+    if sums['ignore_targets']:  # val/loss without the nats of filler, over the same tokens
+        values['val/text_loss'] = sums['text_loss'] / max(1, sums['count'])
     values['val/bpb'] = values['val/loss'] / math.log(2) * (tokens_per_byte or math.nan)
     if model.believes:
         values['val/loss_k0'] = means('val', run.total(plain))['val/loss']
@@ -255,7 +258,7 @@ class StopSignal:
 
 METRICS = ('train/loss', 'train/accuracy', 'train/perplexity', 'train/lr', 'train/tokens_per_sec',
            'train/grad_norm', 'train/mfu', 'train/epoch', 'val/loss', 'val/accuracy', 'val/perplexity', 'val/bpb',
-           'val/loss_k0', 'train/k', 'train/ignore_acc', 'train/ignore_precision')
+           'val/loss_k0', 'train/k', 'train/ignore_acc', 'train/ignore_precision', 'val/text_loss')
 
 
 class Logger:

@@ -140,6 +140,7 @@ def consolidate(path):
     if 'sharded' not in checkpoint:
         raise UserError(f'{path} is no checkpoint of a sharded run; it can be used as it is.')
     model = checkpoints.make_model(checkpoint['architecture'], **checkpoint['model_config'])
+    model.to(getattr(torch, checkpoint['train_config'].get('master_weights', 'float32')))
     state = {'model': model.state_dict()}
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')

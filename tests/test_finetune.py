@@ -245,6 +245,25 @@ def test_sdd_logs_its_candidates_and_its_loss_without_them(place, tmp_path):
     assert any(row['train/ignore_acc'] for row in rows)
 
 
+@pytest.mark.parametrize('architecture', ARCHITECTURES)
+def test_the_loss_of_the_text_stands_beside_that_with_filler(place, tmp_path, architecture, capsys):
+    variables = tune(*settings(place, architecture, f'--out_dir={tmp_path}/run', '--packing=False', '--max_steps=3'))
+    row, model = metrics(tmp_path / 'run')[-1], variables['raw_model'].eval()
+    if architecture == 'ar':  # has no filler
+        assert not row['val/text_loss']
+        return
+    text = filler = count = 0
+    for batch in data.evaluation_batches(variables['folder'], 'val', architecture, 64, 4, 'examples'):
+        with torch.no_grad():
+            nats, counted, _ = model.losses(*batch)
+        is_filler, count = batch[0] == model.config.ignore_id, count + counted.sum()
+        text, filler = text + nats[~is_filler].sum(), filler + nats[is_filler].sum()
+    assert filler > 0
+    assert float(row['val/text_loss']) == pytest.approx((text / count).item(), rel=1e-5)
+    assert float(row['val/loss']) == pytest.approx(((text + filler) / count).item(), rel=1e-5)
+    assert f'val/text_loss {float(row["val/text_loss"]):.4f}' in capsys.readouterr().out
+
+
 def test_steps_win_over_epochs(place, tmp_path):
     variables = tune(*settings(place, 'ar', f'--out_dir={tmp_path}/a', '--num_epochs=50', '--max_steps=2'))
     assert variables['step'] == 2
