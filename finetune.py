@@ -188,6 +188,8 @@ if use_peft:
     if load_in_8bit or load_in_4bit:
         lora.quantize(raw_model, bits=8 if load_in_8bit else 4)
     lora.add_lora(raw_model, peft_lora_r, peft_lora_alpha, peft_lora_dropout, dora=use_dora, **targets)
+    if initial.get('converted_from'):
+        lora.free_new_parts(raw_model)
     if run.dtype == 'bfloat16':  # as autocast would for each product
         for weight in raw_model.blocks.parameters():
             weight.data = weight.data if weight.requires_grad or weight.dim() < 2 else weight.data.bfloat16()

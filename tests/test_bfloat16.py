@@ -74,7 +74,7 @@ def test_a_step_is_that_of_adamw_but_for_the_rounding():
 
 
 @pytest.mark.parametrize('architecture', ['ar', 'sdd'])
-def test_a_run_is_in_bfloat16_learns_and_goes_on_bit_identical(place, tmp_path, monkeypatch, architecture):  # noqa: F811
+def test_a_run_learns_and_goes_on_bit_identical(place, tmp_path, monkeypatch, architecture):  # noqa: F811
     arguments = settings(place, architecture, *BF16, '--max_steps=40', '--eval_every=20')
     variables = tune(*arguments, f'--out_dir={tmp_path}/reference')
     assert {p.dtype for p in variables['raw_model'].parameters()} == {torch.bfloat16}
@@ -106,7 +106,8 @@ def test_pretraining_takes_it_and_the_estimate_knows_it(tmp_path):
 
 @pytest.mark.parametrize('setting, name', [
     ('--dtype=float32', 'dtype=float32'), ('--dtype=float16', 'dtype=float16'), ('--optimizer=muon', 'optimizer_muon'),
-    ('--ema_decay=0.9', 'ema_decay')])
+    ('--ema_decay=0.9', 'ema_decay'), ('--use_peft', 'use_peft')])
 def test_what_it_does_not_go_with_is_refused(setting, name):
+    name_of_script = 'finetune.py' if name == 'use_peft' else 'train.py'
     with pytest.raises(UserError, match=f'master_weights=bfloat16 does not go with {name}'):
-        script('train.py', '--master_weights=bfloat16', '--dtype=auto', setting)
+        script(name_of_script, '--master_weights=bfloat16', '--dtype=auto', setting)

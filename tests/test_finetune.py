@@ -445,8 +445,9 @@ def test_adapters_are_trained_alone_and_the_checkpoint_has_them_merged(place, tm
     assert (tmp_path / 'reference/adapter').is_dir()
 
 
-def test_adapters_resume_bit_identical(place, tmp_path, monkeypatch):
-    arguments = settings(place, 'ar', '--use_peft', '--peft_lora_r=4')
+@pytest.mark.parametrize('more', [[], ['--architecture=sdd', '--p_belief=((0,1),)']], ids=['ar', 'converted'])
+def test_adapters_resume_bit_identical(place, tmp_path, monkeypatch, more):
+    arguments = settings(place, 'ar', '--use_peft', '--peft_lora_r=4', *more)
     tune(*arguments, f'--out_dir={tmp_path}/reference')
     rate = optim.learning_rate_at
     with monkeypatch.context() as patch:
@@ -454,7 +455,12 @@ def test_adapters_resume_bit_identical(place, tmp_path, monkeypatch):
             step == 2 and os.kill(os.getpid(), signal.SIGTERM), rate(step, *rest))[1])
         tune(*arguments, f'--out_dir={tmp_path}/run')
     tune(f'--resume_from={tmp_path}/run', tiny=[])
-    assert same(load(tmp_path / 'run')['model_state_dict'], load(tmp_path / 'reference')['model_state_dict'])
+    tuned = load(tmp_path / 'reference')['model_state_dict']
+    assert same(load(tmp_path / 'run')['model_state_dict'], tuned)
+    changed = (tuned['embedding.weight'] != load(place / 'ar')['model_state_dict']['embedding.weight']).any(1)
+    ids = ids_of(letter_tokenizer(ASCII))
+    assert changed.nonzero().flatten().tolist() == [ids['mask_id'], ids['ignore_id']] if more else not changed.any()
+    assert not more or (tuned['believed.weight'] != torch.eye(SHAPE['n_embd'])).any()
 
 
 # ---------------------------------------------------------------------------- bad input
