@@ -348,6 +348,8 @@ def export_checkpoint(source, folder):
 def merge_command(adapter, base, out, token=None, revision=None):
     import lora  # imports this module
     checkpoint = checkpoints.load(base, token, revision)
+    if architecture := lora.read_config(adapter).get('architecture'):
+        checkpoint = checkpoints.as_start(checkpoint, base, architecture)
     model = checkpoints.load_model(checkpoint, 'cpu')
     tokens = torch.randint(0, model.config.vocab_size, (4, min(64, model.config.block_size)),
                            generator=torch.Generator().manual_seed(0))

@@ -250,18 +250,21 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.Identity() if config.norm_after else make_norm(config)
         self.opening = None  # (T, T): while training, what a position sees on the way from `ar` to bidirectional
-        if config.position == 'rope':
-            self.register_buffer('rope', rope_table(config), persistent=False)  # (2, block_size, D)
-        never = torch.zeros(config.padded_vocab_size)
-        never[self.never_predicted() + list(range(config.vocab_size, config.padded_vocab_size))] = -math.inf
-        self.register_buffer('never', never, persistent=False)  # added to the logits
+        for name, table in self.tables().items():
+            self.register_buffer(name, table, persistent=False)
         self.init_weights()
 
-    def _apply(self, *arguments):
-        super()._apply(*arguments)
+    def _apply(self, *arguments, **keywords):
+        super()._apply(*arguments, **keywords)
         if self.config.position == 'rope' and self.rope.dtype != torch.float32:  # bfloat16 cannot tell places apart
             self.rope = rope_table(self.config).to(self.rope.device)
         return self
+
+    def tables(self):
+        """The buffers by name: `never`, which is added to the logits, and `rope` (2, block_size, D)."""
+        never = torch.zeros(self.config.padded_vocab_size)
+        never[self.never_predicted() + list(range(self.config.vocab_size, self.config.padded_vocab_size))] = -math.inf
+        return {'never': never, **({'rope': rope_table(self.config)} if self.config.position == 'rope' else {})}
 
     def never_predicted(self):
         return [] if self.config.mask_id is None else [self.config.mask_id]
@@ -409,7 +412,8 @@ class Transformer(nn.Module):
         """Per architecture, all of them (B, T): nats, the tokens that count, and metrics by name.
 
         The metrics are `predicted`, where the model had to guess a token that counts, and `correct`; for filler
-        `ignore_targets`, where it had to be guessed, `ignore_guesses`, where it was, and `ignore_correct`, both.
+        `ignore_targets`, where it had to be guessed, `ignore_guesses`, where it was, and `ignore_correct`, both;
+        `text_loss`, the nats without those of filler.
         """
         raise NotImplementedError
 
@@ -504,7 +508,8 @@ class Diffusion(Transformer):
         metrics = {'correct': correct & counted, 'predicted': masked & counted}
         if self.config.ignore_id is not None:
             filler = tokens == self.config.ignore_id
-            metrics.update(ignore_correct=correct & filler, ignore_targets=masked & filler,
+            metrics.update(text_loss=(nats.detach() / level).masked_fill(filler, 0),
+                           ignore_correct=correct & filler, ignore_targets=masked & filler,
                            ignore_guesses=guess == self.config.ignore_id)
         return nats / level, counted, metrics
 
@@ -543,7 +548,7 @@ class SDD(Diffusion):
         table = self.embedding.weight
         if self.config.norm == 'rms':
             table = F.rms_norm(table, table.shape[-1:])
-        p = belief.probabilities * (tokens == self.config.mask_id).unsqueeze(-1)  # (B, T, k)
+        p = (belief.probabilities * (tokens == self.config.mask_id).unsqueeze(-1)).to(table.dtype)  # (B, T, k)
         mixture = F.embedding_bag(belief.tokens.flatten(0, 1), table, per_sample_weights=p.flatten(0, 1), mode='sum')
         return x + self.believed(mixture).view_as(x)
 
