@@ -207,7 +207,8 @@ class KVCache:
         """Counts what was read: `lengths` new tokens per row, or the same number of each."""
         if isinstance(lengths, int):
             self.lengths += lengths
-            self.longest += 0 if self.fixed else lengths
+            if not self.fixed:  # a number that changes would be compiled into the step
+                self.longest += lengths
             return
         self.lengths += torch.tensor(lengths, device=self.lengths.device)
         self.even = self.even and len(set(lengths)) == 1
