@@ -233,7 +233,7 @@ def quality():
                                judging['start_token'])
     if model.causal:
         raise UserError(f'{checkpoint} is autoregressive, which has no samplers to compare; give a diffusion model.')
-    stop = [tokenizer.endoftext_id] if state['train_config'].get('mode') == 'documents' else []
+    stop = [tokenizer.endoftext_id] if state.get('train_config', {}).get('mode') == 'documents' else []
     describe_machine(run.device)
     total = model.config.block_size - 1
     say(f'quality: {checkpoint}, {num_samples} texts of {total} tokens, {batch_size} at once, {dtype}; judge {judge}')
