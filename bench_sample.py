@@ -5,8 +5,8 @@
     python bench_sample.py --what=quality --checkpoint=out/stories-diffusion-0 --judge=out/stories-ar-0
     python bench_sample.py --what=gpu
 
-    ar         nanoGPT's sampling loop, which reads the whole text for each token, and ours with the peer's very weights,
-               in pairs; then ours by batch
+    ar         nanoGPT's sampling loop, which reads the whole text for each token, and ours with the peer's very
+               weights, in pairs; then ours by batch
     diffusion  the peer's samplers and ours, masked diffusion and SDD, the same shapes, steps and rows
     quality    each sampler of a checkpoint at several numbers of steps: tokens/s, what a judge thinks, entropy; then
                for each the fastest setting that is as good as the ancestral sampler with a step per token
@@ -63,8 +63,9 @@ GPU_SHAPES = {  # of GPT-2 and of Llama 3.2 1B
     '124M': dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50304, **GPT2),
     '1B': dict(n_layer=16, n_head=32, n_embd=2048, vocab_size=128256, **LLAMA)}
 PEER_OPTIONS = dict(temperature=0.8, top_k=200)  # what nanoGPT's sample.py starts with
-GRID = ('ancestral 1, ancestral 1/2, ancestral 1/4, ancestral 1/8, remdm 1, confidence 1/2, confidence 1/4, '
-        'confidence 1/8, blocks 1/2, blocks 1/4, blocks 1/8, cached 1, cached 1/2, cached 1/4, cached 1/8, '
+GRID = ('ancestral 1, ancestral 1/2, ancestral 1/4, ancestral 1/8, remdm 1, remdm 1/2, remdm 1/4, remdm 1/8, '
+        'confidence 1/2, confidence 1/4, confidence 1/8, blocks 1/2, blocks 1/4, blocks 1/8, '
+        'cached 1, cached 1/2, cached 1/4, cached 1/8, '  # blocks with cache_blocks
         'threshold 1 0.9, threshold 1 0.7, threshold 1 0.5, threshold 1 0.3')
 
 
@@ -242,8 +243,8 @@ def quality():
         seconds, texts, passes = write_texts(model, run, state['start_token'], total, stop, options)
         nats = likelihood.judge(judging, texts, tokenizer, run, batch_size, 1)['judge_nats']
         entropy = scoring.entropy([likelihood.plain(text, tokenizer) for text in texts])
-        table.append((name, options['sampler'], num_samples * total / seconds, nats, entropy))
-        say(f'  {name:22} {table[-1][2]:9,.0f} tokens/s, {passes / num_samples:6.1f} passes per text, '
+        table.append((name, num_samples * total / seconds, nats, entropy))
+        say(f'  {name:22} {table[-1][1]:9,.0f} tokens/s, {passes / num_samples:6.1f} passes per text, '
             f'judge {nats:.3f} nats, entropy {entropy:.3f}')
     say_fastest(table)
     return []
@@ -290,14 +291,14 @@ def write_texts(model, run, start, total, stop, options):
 
 def say_fastest(table):
     """For each sampler the fastest setting as good as the first line: judge nats and entropy."""
-    first, _, rate, nats, entropy = table[0]
+    first, rate, nats, entropy = table[0]
     say(f'  as good as {first}: at most {nats + 0.05:.3f} nats, entropy at least {0.97 * entropy:.3f}')
     for sampler in dict.fromkeys(row[0].split()[0] for row in table):
-        good = [row for row in table if row[0].split()[0] == sampler and row[3] <= nats + 0.05
-                and row[4] >= 0.97 * entropy]
-        best = max(good, key=lambda row: row[2], default=None)
+        good = [row for row in table if row[0].split()[0] == sampler and row[2] <= nats + 0.05
+                and row[3] >= 0.97 * entropy]
+        best = max(good, key=lambda row: row[1], default=None)
         say(f'  {sampler:12} ' + ('none' if best is None else
-                                  f'{best[0]}: {best[2]:,.0f} tokens/s, {best[2] / rate:.2f} times {first}'))
+                                  f'{best[0]}: {best[1]:,.0f} tokens/s, {best[1] / rate:.2f} times {first}'))
 
 
 # ---------------------------------------------------------------------------- gpu

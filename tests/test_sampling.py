@@ -365,7 +365,8 @@ def test_random_order_reveals_the_same_share_in_each_step(sampler):
 def test_remdm_hides_again_what_it_wrote_and_never_what_was_given():
     model = tiny('diffusion')
     seen = []
-    generate(model, [[1, 2, 3]] * 4, 9, sampler='remdm', eta=0.5, watch=lambda _, canvas, __: seen.append(canvas.clone()))
+    generate(model, [[1, 2, 3]] * 4, 9, sampler='remdm', eta=0.5,
+             watch=lambda step, canvas, belief: seen.append(canvas.clone()))
     hidden = torch.stack(seen) == MASK  # (steps, B, L)
     assert (hidden[1:] & ~hidden[:-1]).any()
     assert not hidden[:, :, :3].any()
