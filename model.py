@@ -17,6 +17,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from kernels import Linear, linear
+
 SIZES = {  # model_size: n_layer, n_head, n_embd
     'tiny':   (4, 4, 128),
     'small':  (6, 6, 384),
@@ -161,10 +163,10 @@ class Attention(nn.Module):
         self.dropout = config.dropout
         self.grouped = config.n_kv_head != config.n_head
         width, kv_width = config.n_head * self.head_dim, config.n_kv_head * self.head_dim
-        self.q = nn.Linear(config.n_embd, width, bias=config.qkv_bias)
-        self.k = nn.Linear(config.n_embd, kv_width, bias=config.qkv_bias)
-        self.v = nn.Linear(config.n_embd, kv_width, bias=config.qkv_bias)
-        self.out = nn.Linear(width, config.n_embd, bias=config.bias)
+        self.q = Linear(config.n_embd, width, bias=config.qkv_bias)
+        self.k = Linear(config.n_embd, kv_width, bias=config.qkv_bias)
+        self.v = Linear(config.n_embd, kv_width, bias=config.qkv_bias)
+        self.out = Linear(width, config.n_embd, bias=config.bias)
         self.q_norm, self.k_norm = (make_rms_norm(config, self.head_dim) if config.qk_norm else None
                                     for _ in range(2))
 
@@ -188,9 +190,9 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.up = nn.Linear(config.n_embd, config.mlp_width, bias=config.bias)
-        self.gate = nn.Linear(config.n_embd, config.mlp_width, bias=config.bias) if config.mlp == 'swiglu' else None
-        self.down = nn.Linear(config.mlp_width, config.n_embd, bias=config.bias)
+        self.up = Linear(config.n_embd, config.mlp_width, bias=config.bias)
+        self.gate = Linear(config.n_embd, config.mlp_width, bias=config.bias) if config.mlp == 'swiglu' else None
+        self.down = Linear(config.mlp_width, config.n_embd, bias=config.bias)
         self.activation = {'relu2': lambda x: F.relu(x).square(), 'relu': F.relu, 'gelu': F.gelu, 'swiglu': F.silu,
                            'gelu_tanh': lambda x: F.gelu(x, approximate='tanh')}[config.mlp]
 
@@ -240,9 +242,9 @@ class Transformer(nn.Module):
         self.config = config
         rows, width, narrow = config.padded_vocab_size, config.n_embd, config.embedding_width
         self.embedding = nn.Embedding(rows, narrow)  # the head as well, but where that is not tied to it
-        self.unembedding = None if config.tied else nn.Linear(narrow, rows, bias=False)
+        self.unembedding = None if config.tied else Linear(narrow, rows, bias=False)
         self.widen, self.narrow = (None, None) if narrow == width else (
-            nn.Linear(narrow, width, bias=False), nn.Linear(width, narrow, bias=False))
+            Linear(narrow, width, bias=False), Linear(width, narrow, bias=False))
         self.positions = None
         if config.position == 'learned':
             self.positions = nn.Embedding(config.position_offset + config.block_size, width)
@@ -348,7 +350,7 @@ class Transformer(nn.Module):
 
     def head(self, hidden):
         """Logits (..., padded vocabulary) in float32; -inf where the architecture never predicts."""
-        logits = F.linear(hidden, (self.embedding if self.unembedding is None else self.unembedding).weight).float()
+        logits = linear(hidden, (self.embedding if self.unembedding is None else self.unembedding).weight).float()
         if self.config.logit_softcap:
             logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
         return logits + self.never
@@ -538,7 +540,7 @@ class SDD(Diffusion):
     def __init__(self, config):
         super().__init__(config)  # draws the same weights as Diffusion
         width = self.embedding.embedding_dim
-        self.believed = nn.Linear(width, width, bias=False)
+        self.believed = Linear(width, width, bias=False)
         nn.init.eye_(self.believed.weight)
 
     def embed(self, tokens, belief=None):

@@ -1,0 +1,32 @@
+"""What is written out for speed gives what PyTorch's plain way gives."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kernels
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+@pytest.mark.skipif(kernels.MULTIPLY is None, reason='this PyTorch has no oneDNN')
+@pytest.mark.parametrize('bias', [True, False])
+def test_float32_linear_layers_use_onednn_and_agree_with_pytorchs(bias, monkeypatch):
+    x, weight, b = random(3, 70, 64), random(96, 64, seed=1), random(96, seed=2) if bias else None
+    inputs = [x, weight] + [b] * bias
+    expected = F.linear(x, weight, b)
+    gradient = random(3, 70, 96, seed=3).detach()
+    used, multiply = [], kernels.MULTIPLY
+    monkeypatch.setattr(kernels, 'MULTIPLY', lambda *given: used.append(1) or multiply(*given))
+    y = kernels.linear(x, weight, b)
+    torch.testing.assert_close(y, expected, atol=1e-4, rtol=1e-5)
+    for ours, theirs in zip(torch.autograd.grad(y, inputs, gradient), torch.autograd.grad(expected, inputs, gradient)):
+        torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-5)
+    assert len(used) == 3
+    kernels.linear(x, weight.detach(), None).sum().backward()
+    assert len(used) == 5  # what needs no gradient costs no product
+    kernels.linear(x[0, :2], weight, b)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert kernels.linear(x, weight, b).dtype == torch.bfloat16
+    assert len(used) == 5
