@@ -150,7 +150,8 @@ block_size = raw_model.config.block_size
 # ---------------------------------------------------------------------------- batches, optimizers, state
 
 batches = data.Batches(folder, architecture, block_size, batch_size, gradient_accumulation_steps, seed, mode,
-                       run.rank, run.world_size, run.device)
+                       run.rank, run.world_size, run.device,
+                       raw_model.predicted)
 data.make_rows(folder, 'val', architecture, block_size, mode, training=False)  # what it lacks is said now
 if num_epochs and 'max_steps' not in config.given:
     max_steps = math.ceil(num_epochs * batches.rows.num_rows / batches.rows_per_step)

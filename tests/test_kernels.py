@@ -30,3 +30,25 @@ def test_float32_linear_layers_use_onednn_and_agree_with_pytorchs(bias, monkeypa
     with torch.autocast('cpu', torch.bfloat16):
         assert kernels.linear(x, weight, b).dtype == torch.bfloat16
     assert len(used) == 5
+
+
+@pytest.mark.parametrize('cap', [0.0, 15.0])
+@pytest.mark.parametrize('rows', [7, 64])
+def test_the_head_loss_has_the_gradients_of_autograd(cap, rows):
+    hidden, weight, never = random(20, 16), random(64, 16, seed=1), torch.zeros(64)
+    never[[3, 60, 61, 62, 63]] = -torch.inf
+    targets = torch.arange(20) + 10
+    shares = torch.rand(20, generator=torch.Generator().manual_seed(2)) + 0.1
+    shares[-2:] = torch.inf  # of no account
+    logits = hidden @ weight.t()
+    logits = cap * torch.tanh(logits / cap) if cap else logits
+    plain = F.cross_entropy(logits + never, targets, reduction='none') / shares
+    expected = torch.autograd.grad(3 * plain.sum(), (hidden, weight))
+    nats, guess = kernels.HeadLoss.apply(hidden, weight, never, targets, shares, cap, rows, torch.float32)
+    torch.testing.assert_close(nats, plain)
+    assert torch.equal(guess, (logits + never).argmax(-1))
+    for ours, theirs in zip(torch.autograd.grad(3 * nats.sum(), (hidden, weight), retain_graph=True), expected):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    with pytest.raises(RuntimeError, match='summed'):
+        (nats * torch.arange(20)).sum().backward()
+    assert len(kernels.HeadLoss.apply(hidden[:0], weight, never, targets[:0], shares[:0], cap, rows, torch.float32)[0]) == 0
