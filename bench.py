@@ -135,8 +135,8 @@ def train():
 def belief_plans():
     """What the steps of `sdd` believe from, and {passes before: share of the steps of train.py's schedule}.
 
-    The steps go through the numbers of passes in turn, each time with another of the schedule's k and staleness; the
-    last one, whose memory is taken, has the most.
+    The steps go through the numbers of passes in turn, each time with another of the schedule's k and staleness;
+    the last one, whose memory is taken, has the most.
     """
     drawn = [data.draw_belief(step, SCHEDULE, 0, P_BELIEF, K_SCHEDULE, 0) for step in range(SCHEDULE)]
     groups = {depth: [plan for plan in drawn if plan.get('depth', 0) == depth] for depth in range(data.MAX_DEPTH + 1)}
@@ -155,19 +155,20 @@ def report_training(seconds, passes, shares, trainees, peaks, run_on):
              for name, other in (('diffusion', 'ar'), ('sdd', 'diffusion'))}
     by_passes = {depth: [ratio for ratio, done in zip(pairs['sdd'], passes) if done == depth] for depth in shares}
     over_schedule = sum(share * statistics.median(by_passes[depth]) for depth, share in shares.items())
-    say(f'  matrix products of {run_on.dtype}: {peak_flops / 1e9:,.0f} GFLOP/s; times: median, least to most')
+    say(f'  matrix products of {run_on.dtype}: {peak_flops / 1e9:,.0f} GFLOP/s; times: median (least to most)')
     for name, trainee in trainees.items():
         typical = statistics.median(seconds[name] if name != 'sdd' else seconds['diffusion'])
         typical *= over_schedule if name == 'sdd' else 1
         rate = batch_size * block_size / typical
-        say(f'  {name:10} {1000 * typical:8.1f} ms per step (steps: {spread([1000 * x for x in seconds[name]], "{:.1f}")}), '
-            f'{rate:,.0f} tokens/s, MFU {trainee.model.flops_per_token() * rate / peak_flops:.2f}, peak memory '
-            f'{peaks[name] / 2 ** 20:,.0f} MiB')
+        say(f'  {name:10} {1000 * typical:8.1f} ms per step ({1000 * min(seconds[name]):.1f} to '
+            f'{1000 * max(seconds[name]):.1f}), {rate:,.0f} tokens/s, MFU '
+            f'{trainee.model.flops_per_token() * rate / peak_flops:.2f}, peak memory {peaks[name] / 2 ** 20:,.0f} MiB')
     say('  a step of sdd over one of diffusion, by the passes before it and their share of the schedule:')
     for depth, ratios in by_passes.items():
         say(f'    {depth} ({shares[depth]:4.0%})  {spread(ratios, "{:.2f}")}')
     say(f'    over the whole schedule {over_schedule:.2f}')
-    return [Target('step of diffusion / step of ar, median of pairs', statistics.median(pairs['diffusion']), '<=', 1.05),
+    return [Target('step of diffusion / step of ar, median of pairs', statistics.median(pairs['diffusion']), '<=',
+                   1.05),
             Target('step of sdd / step of diffusion, over the schedule', over_schedule, '<=', 1.4)]
 
 
@@ -198,26 +199,32 @@ def batches_per_second(batches, part):
 
 
 def measure_memory():
-    """What a step of each architecture allocates, without gradient checkpointing and with it.
+    """What a step of each architecture allocates, without gradient checkpointing, with it and with its selective kind.
 
-    The tensors are fake: they have a shape and a device, and no numbers. Attention is the CPU's, which in bfloat16 keeps
-    the scores that a GPU's does not: an upper bound for that one.
+    The tensors are fake: they have a shape and a device, and no numbers. Attention is the CPU's, which in bfloat16
+    keeps the scores that a GPU's does not: an upper bound for that one.
     """
     if device not in ('auto', 'cpu'):
         raise UserError(f'device is {device!r}; memory is counted without computing, on the cpu.')
     run_on = runtime.Runtime('cpu', dtype)
     vocabulary = dict(vocab_size=50260, mask_id=50258, ignore_id=50259)  # GPT-2's and the special tokens
-    say(f'memory: model_size={model_size}, GPT-2\'s vocabulary, {batch_size} rows of {block_size} tokens, {run_on.dtype}, '
-        f'{optimizer}; GB of 10⁹ bytes')
+    say(f"memory: model_size={model_size}, GPT-2's vocabulary, {batch_size} rows of {block_size} tokens, "
+        f'{run_on.dtype}, {optimizer}; GB of 10⁹ bytes')
     peaks = {}
     for architecture in ARCHITECTURES:
         for name, changes in CHECKPOINTING.items():
             with FakeTensorMode():
                 trainee = Trainee(architecture, vocabulary, run_on, **changes)
-                batch = (torch.zeros(batch_size, block_size + (architecture == 'ar'), dtype=torch.long),)
+                tokens = torch.zeros(batch_size, block_size + (architecture == 'ar'), dtype=torch.long)
+                batch, beliefs = (tokens,), {}
+                if architecture != 'ar':  # as data.Batches pads them, at the mean share of hidden positions
+                    index = torch.arange(tokens.numel() * 9 // 16)
+                    batch = tokens, None, torch.zeros(batch_size, 1 + block_size), None, index
+                if architecture == 'sdd':
+                    beliefs = {'k': max(K_SCHEDULE), 'depth': data.MAX_DEPTH}
                 for _ in range(2):  # the first makes the moments
                     stays = memory.state_bytes(trainee.model, trainee.optimizers.values())
-                    peaks[architecture, name] = trainee.peak_bytes(batch, 1, {})
+                    peaks[architecture, name] = trainee.peak_bytes(batch, 1, beliefs)
             say(f'  {architecture:10} {name:24} {peaks[architecture, name] / 1e9:6.2f}, of which weights '
                 f'{stays["weights"] / 1e9:.2f} and moments {stays["moments"] / 1e9:.2f}')
     if model_size != 'xl' or block_size != 1024 or batch_size != 8:
@@ -228,7 +235,8 @@ def measure_memory():
 
 # ---------------------------------------------------------------------------- main
 
-CHECKPOINTING = {'none': {}, 'each block': {'gradient_checkpointing': True}}
+CHECKPOINTING = {'none': {}, 'each block': {'gradient_checkpointing': True},
+                 'all but the products': {'gradient_checkpointing': True, 'selective_checkpointing': True}}
 
 
 def sample():

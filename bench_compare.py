@@ -243,7 +243,8 @@ def work(settings, workplace, copy, folder):
 def work_pair(workplace, copy, folder, shape, steps, warmup, pair):
     """Our tokens per second over the peer's, of a run of each; every second pair is the other way round."""
     *_, block_size, batch_size = shape
-    words = [f'--{key}={value}' for key, value in zip(('n_layer', 'n_head', 'n_embd', 'block_size', 'batch_size'), shape)]
+    keys = 'n_layer', 'n_head', 'n_embd', 'block_size', 'batch_size'
+    words = [f'--{key}={value}' for key, value in zip(keys, shape)]
     every = max(1, min(10, warmup))
     sides = {
         'nanoGPT': lambda: run_peer(copy, *words, f'--max_iters={steps}', f'--eval_interval={NEVER}', '--eval_iters=1',
@@ -307,7 +308,8 @@ def compare(settings):
         if part not in PARTS:
             raise UserError(f'only has {part!r}; choose from {", ".join(PARTS)}, with commas between them.')
     if not 1 <= settings['new_tokens'] < 512:
-        raise UserError(f'new_tokens is {settings["new_tokens"]}; with the prompt they fit in a block of 512: 1 to 511.')
+        raise UserError(f'new_tokens is {settings["new_tokens"]}; with the prompt they fit in a block of 512: 1 to '
+                        '511.')
     for name in ('peer_steps', 'short_steps', 'work_steps'):
         if settings[name] < settings['warmup_steps'] + 20:
             raise UserError(f'{name} is {settings[name]}, and {settings["warmup_steps"]} steps of warm-up are not '

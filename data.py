@@ -389,7 +389,7 @@ class Batches:
         return [self.micro_batch(step, part, [rows[place] for place in part]) for part in mine], count
 
     def read_rows(self, step, places):
-        """{place: row} for places of a step; the rows of an epoch are found at once, which takes a tenth of the time."""
+        """{place: row} for places of a step; the rows of an epoch are found at once, in a tenth of the time."""
         groups = {}  # of an epoch of a folder: the places, and their numbers in the epoch
         for place in places:
             number, part, rows = step * self.rows_per_step + place, (), self.rows

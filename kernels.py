@@ -7,6 +7,13 @@ import torch.nn.functional as F
 MULTIPLY = getattr(torch.ops.mkldnn, '_linear_pointwise', None) if torch.backends.mkldnn.is_available() else None
 LEAST_PRODUCTS = 1 << 20  # below, the ten microseconds of a call outweigh what is won
 
+# What a block computes with many operations per number that comes out.
+COSTLY = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default,
+          torch.ops.aten._scaled_dot_product_flash_attention.default,
+          torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+          torch.ops.aten._scaled_dot_product_efficient_attention.default,
+          torch.ops.aten._scaled_dot_product_cudnn_attention.default] + [MULTIPLY.default] * (MULTIPLY is not None)
+
 
 class OneDNNLinear(torch.autograd.Function):
     """x Wᵀ + b in float32 on a CPU, with the two products of the backward pass, by oneDNN.

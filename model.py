@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
-from kernels import HeadLoss, Linear, linear
+from kernels import COSTLY, HeadLoss, Linear, linear
 
 SIZES = {  # model_size: n_layer, n_head, n_embd
     'tiny':   (4, 4, 128),
@@ -64,7 +64,8 @@ class ModelConfig:
     mask_id: int = None          # <|mask|>: can be seen, never predicted
     ignore_id: int = None        # <|ignore|>: filler of a short document, not counted as text
     k: int = 8                   # sdd: candidates per hidden position, where no other number is asked for
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = False   # recompute each block in the backward pass
+    selective_checkpointing: bool = False  # of that, all but matrix products and attention
 
     def __post_init__(self):
         self.n_kv_head = self.n_head if self.n_kv_head is None else self.n_kv_head
@@ -337,8 +338,10 @@ class Transformer(nn.Module):
         causal = self.sight(length)
         for block in self.blocks:
             if self.config.gradient_checkpointing and torch.is_grad_enabled():
+                kept = self.config.selective_checkpointing
                 x = checkpoint(block, x, rope, causal, cache, use_reentrant=False,
-                               preserve_rng_state=self.config.dropout > 0)
+                               preserve_rng_state=self.config.dropout > 0,
+                               context_fn=keep_costly if kept else noop_context_fn)
             else:
                 x = block(x, rope, causal, cache)
         x = self.norm(x)
@@ -412,7 +415,8 @@ class Transformer(nn.Module):
         inside = index % size
         if shares is not None:
             shares = shares.expand_as(targets).flatten()[inside].masked_fill(index >= size, math.inf)
-        nats, guess = self.cross_entropy(states.flatten(0, 1).index_select(0, inside), targets.flatten()[inside], shares)
+        nats, guess = self.cross_entropy(states.flatten(0, 1).index_select(0, inside), targets.flatten()[inside],
+                                         shares)
         return [torch.full((size + len(index),), blank, dtype=x.dtype, device=x.device).index_copy(0, index, x)[:size]
                 .view_as(targets) for x, blank in ((nats, 0), (guess, -1))]
 
@@ -452,6 +456,11 @@ class Transformer(nn.Module):
         trained[:, 0] = False
         counted = trained if self.config.ignore_id is None else trained & (tokens != self.config.ignore_id)
         return trained, counted
+
+
+def keep_costly():
+    """For `checkpoint`: keeps the results that take long to recompute, which are half of what a block keeps."""
+    return create_selective_checkpoint_contexts(COSTLY)
 
 
 def positions_of(where, spare=0):

@@ -337,14 +337,16 @@ def test_gradient_checkpointing_changes_nothing(architecture, dropout, monkeypat
             calls.append(1)
         return forward(*args)
     monkeypatch.setattr(model_module.Block, 'forward', counted)
-    for checkpointed in (False, True):
-        model = tiny(architecture, dropout=dropout, gradient_checkpointing=checkpointed).train()
+    for checkpointed in ({}, {'gradient_checkpointing': True}, {'gradient_checkpointing': True,
+                                                                'selective_checkpointing': True}):
+        model = tiny(architecture, dropout=dropout, **checkpointed).train()
         torch.manual_seed(1)
         loss = model(tokens, None, some_noise(tokens))[0]
         found.append((loss.detach(), gradients(model, loss)))
-    torch.testing.assert_close(found[0][0], found[1][0], rtol=0, atol=0)
-    assert_same(found[0][1], found[1][1], 1e-6)
-    assert len(calls) == 3 * SHAPE['n_layer']  # once without; with it, once more on the way back
+    for loss, of_weights in found[1:]:
+        torch.testing.assert_close(found[0][0], loss, rtol=0, atol=0)
+        assert_same(found[0][1], of_weights, 1e-6)
+    assert len(calls) == 5 * SHAPE['n_layer']  # once without; with it, once more on the way back
 
 
 # ---------------------------------------------------------------------------- attention
