@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
+import optim
 
 
 def random(*shape, seed=0):
@@ -53,3 +54,24 @@ def test_the_head_loss_has_the_gradients_of_autograd(cap, rows):
         (nats * torch.arange(20)).sum().backward()
     empty = kernels.HeadLoss.apply(hidden[:0], weight, never, targets[:0], shares[:0], cap, rows, torch.float32)
     assert len(empty[0]) == len(empty[1]) == 0
+
+
+def test_batched_muon_steps_and_resumes_as_pytorchs():
+    shapes = [(16, 16), (16, 64), (16, 16), (64, 16), (24, 16)]
+    ours, theirs = ([random(*shape, seed=i).detach().requires_grad_() for i, shape in enumerate(shapes)]
+                    for _ in range(2))
+    options = dict(lr=0.01, weight_decay=0.1, momentum=0.95, adjust_lr_fn='match_rms_adamw')
+    optimizers = optim.BatchedMuon(ours, **options), torch.optim.Muon(theirs, **options)
+    for step in range(4):
+        for i, (p, q) in enumerate(zip(ours, theirs)):
+            p.grad = random(*p.shape, seed=10 * step + i + 100).detach()
+            q.grad = p.grad.clone()
+        if step == 2:  # a matrix that a step does not touch
+            ours[0].grad = theirs[0].grad = None
+            states = [optimizer.state_dict() for optimizer in optimizers]
+            for optimizer, state in zip(optimizers, reversed(states)):
+                optimizer.load_state_dict(state)
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q in zip(ours, theirs):
+        torch.testing.assert_close(p, q, atol=1e-4, rtol=1e-3)
