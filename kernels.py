@@ -1,7 +1,8 @@
-"""Operations that are written here because they are faster so, each equal to PyTorch's plain way. Imports torch only."""
+"""float32 linear layers by oneDNN, which on some processors is twice as fast as what PyTorch takes."""
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+
+import model
 
 # oneDNN's matrix product, which PyTorch was built with on most processors but does not use for float32.
 MULTIPLY = getattr(torch.ops.mkldnn, '_linear_pointwise', None) if torch.backends.mkldnn.is_available() else None
@@ -39,12 +40,13 @@ def linear(x, weight, bias=None):
     """x Wᵀ + b for x (..., in), weight (out, in) and bias (out,): F.linear, but for float32 on a CPU."""
     if (MULTIPLY and x.is_cpu and x.dtype == weight.dtype == torch.float32 and x.dim() > 1
             and x.numel() * weight.size(0) >= LEAST_PRODUCTS
-            and not torch.is_autocast_enabled('cpu') and not torch.compiler.is_compiling()):
+            and not torch.compiler.is_compiling() and not torch.is_autocast_enabled('cpu')):
         return OneDNNLinear.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
-class Linear(nn.Linear):
-
-    def forward(self, x):
-        return linear(x, self.weight, self.bias)
+def install():
+    """Lets the models of this process use `linear`."""
+    model.linear = linear
+    if MULTIPLY and MULTIPLY.default not in model.COSTLY:
+        model.COSTLY.append(MULTIPLY.default)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 import data
+import kernels
 from checkpoints import save_atomically
 from configurator import UserError
 
@@ -33,6 +34,7 @@ class Runtime:
             torch.set_float32_matmul_precision('high')  # TF32 where float32 matrices meet
         if self.device.type == 'cpu':
             keep_freed_memory()
+            kernels.install()
         if self.world_size > 1:  # gloo carries what the ranks agree on, from the CPU, beside nccl's gradients
             dist.init_process_group('cpu:gloo,cuda:nccl' if self.device.type == 'cuda' else 'gloo')
 
