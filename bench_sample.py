@@ -15,7 +15,7 @@
 A missed target makes the exit status 1. Other programs on the machine disturb the figures, ratios of pairs the least.
 """
 import contextlib
-import importlib
+import importlib.util
 import io
 import math
 import statistics
