@@ -101,6 +101,12 @@ class Classifier(nn.Module):
                 {'correct': correct.sum(), 'predicted': torch.tensor(len(labels), device=tokens.device)})
 
 
+def restore(classifier, checkpoint):
+    """The weights of a checkpoint of classify.py into its classifier, adapters apart from what they adapt."""
+    classifier.trunk.load_state_dict(checkpoint.get('adapted_state_dict') or checkpoint['model_state_dict'])
+    classifier.head.load_state_dict(checkpoint['head_state_dict'])
+
+
 def losses(logits, labels, label_smoothing=0.0):
     """Nats (B,) of the labels; smoothing spreads that share of each label evenly over the classes."""
     if logits.size(1) > 1:
