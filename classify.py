@@ -55,6 +55,7 @@ n_embd: int = None
 n_kv_head: int = None        # fewer than n_head: grouped-query attention
 block_size = 128             # most tokens of a text; an algorithmic task sets its own
 dropout = 0.0                # in the trunk and before the head
+token_dropout = 0.0          # share of a training row's tokens that are hidden by <|mask|>
 gradient_checkpointing = False  # recompute each block in the backward pass: less memory, a third more time
 init_from = ''               # start from the weights of this ckpt.pt or run folder
 num_layers_to_finetune: int = None  # only so many top blocks and the head train; None: all, of *_finetune 2
@@ -124,7 +125,7 @@ check_range(config, 1, math.inf, 'batch_size', 'gradient_accumulation_steps', 'e
 check_range(config, 0, math.inf, 'num_epochs', 'learning_rate', 'min_lr', 'warmup_steps', 'warmup_ratio',
             'decay_ratio', 'weight_decay', 'grad_clip', 'eval_batches', 'save_every', 'val_set_size',
             'early_stopping', 'lora_rank', 'num_layers_to_finetune')
-check_range(config, 0, 1, 'beta1', 'beta2', 'dropout', 'label_smoothing', 'lora_dropout')
+check_range(config, 0, 1, 'beta1', 'beta2', 'dropout', 'token_dropout', 'label_smoothing', 'lora_dropout')
 
 # ---------------------------------------------------------------------------- what to continue
 
@@ -216,7 +217,7 @@ if early_stopping and 'val' not in sets:
                     '--val_set_size=N, or name a val split in the database.')
 weights = classification.weights_of_classes(class_weights, sets['train'].labels, max(2, num_classes))
 raw_classifier = Classifier(trunk, num_classes, pool or ('last' if trunk.causal else 'mean'), dropout, weights,
-                       label_smoothing)
+                            label_smoothing, token_dropout)
 if lora_rank:
     import lora  # only where it is wanted
     trunk.requires_grad_(False)

@@ -106,9 +106,10 @@ def test_each_architecture_learns_a_simple_task(place, architecture):
     assert loaded.config.n_embd == 32
 
 
-@pytest.mark.parametrize('options', [['--dropout=0.1', '--gradient_accumulation_steps=2', '--val_set_size=10'],
-                                     ['--architecture=diffusion', '--optimizer=muon', '--num_classes=2'],
-                                     ['--architecture=sdd', '--label_smoothing=0.1']])
+@pytest.mark.parametrize('options', [
+    ['--dropout=0.1', '--token_dropout=0.3', '--gradient_accumulation_steps=2', '--val_set_size=10'],
+    ['--architecture=diffusion', '--optimizer=muon', '--num_classes=2'],
+    ['--architecture=sdd', '--label_smoothing=0.1']])
 def test_resume_is_bit_identical(place, options):
     settings = [*TASK, '--max_steps=6', '--eval_every=2', '--log_every=1', *options]
     classify(*settings, '--out_dir=whole')
