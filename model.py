@@ -132,7 +132,14 @@ def make_norm(config):
 
 
 def make_rms_norm(config, width):
-    return nn.RMSNorm(width, config.norm_eps, elementwise_affine=config.norm == 'rms_gain')
+    return RMSNorm(width, config.norm_eps, elementwise_affine=config.norm == 'rms_gain')
+
+
+class RMSNorm(nn.RMSNorm):
+
+    def forward(self, x):  # under autocast x may be bfloat16: the fused kernel wants the gain in the same type
+        gain = None if self.weight is None else self.weight.type_as(x)
+        return F.rms_norm(x, self.normalized_shape, gain, self.eps)
 
 
 def rotate(x, rope):
