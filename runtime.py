@@ -15,6 +15,7 @@ import data
 import kernels
 from checkpoints import save_atomically
 from configurator import UserError
+from optim import local
 
 DTYPES = {'bfloat16': torch.bfloat16, 'float16': torch.float16, 'float32': torch.float32}
 
@@ -184,8 +185,11 @@ def keep_freed_memory():
     """Tells glibc to keep what is freed instead of handing it back to the kernel.
 
     Each step allocates the same megabytes; fetching them from the kernel anew costs a tenth of a small
-    model's step in page faults, and ten times the work itself for some element-wise operations.
+    model's step in page faults, and ten times the work itself for some element-wise operations. Its heap is then up
+    to three times as large as what is in use; with MALLOC_MMAP_THRESHOLD_=65536 in the environment it is not.
     """
+    if 'MALLOC_MMAP_THRESHOLD_' in os.environ:
+        return
     with contextlib.suppress(OSError, AttributeError):  # other C libraries have no mallopt
         mallopt = ctypes.CDLL(None).mallopt
         m_trim_threshold, m_mmap_threshold = -1, -3  # <malloc.h>
@@ -216,22 +220,27 @@ def measure_peak_flops(device, dtype):
 def memory_estimate(model, batch_size, length, run):
     """Bytes that training takes, by what for: an estimate, before anything of it is there.
 
-    Of each trained weight there are its gradient and two moments, in its own precision. With checkpointing a
-    block's input is kept and one block at a time recomputed; a block keeps about 22 numbers per token and channel,
-    and where the mask is written out two scores per pair of positions and head.
+    Of each trained weight there are its gradient and two moments, in its own precision. A block keeps about 13
+    numbers per token and channel of its stream, and three or four per channel of its MLP; with checkpointing this is
+    one block at a time, and of the others their inputs. The head's logits are there about five times. Autocast has
+    copies of float32 weights, and of sharded ones the root's and those of two blocks are gathered.
     """
-    config = model.config
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    copies = 0 if run.dtype == 'float32' else 2 * sum(p.numel() for p in model.parameters()
-                                                      if p.dtype == torch.float32)  # autocast's
+    config, parameters = model.config, list(model.parameters())
+    trained, weights = (sum(x.numel() * x.element_size() for x in map(local, tensors)) for tensors in (
+        [p for p in parameters if p.requires_grad], [*parameters, *model.buffers()]))
     number = 4 if run.dtype == 'float32' else 2
+    copies = 0 if run.dtype == 'float32' else number * sum(p.numel() for p in parameters if p.dtype == torch.float32)
+    if any(local(p) is not p for p in parameters):  # sharded: what is gathered at a time
+        blocks = sum(p.numel() for p in model.blocks.parameters())
+        copies = number * (sum(p.numel() for p in parameters) - blocks + 2 * blocks // config.n_layer)
     tokens = batch_size * length
-    block = tokens * number * (22 * config.n_embd + 2 * config.n_head * length)
-    blocks = config.n_layer * (tokens * 4 * config.n_embd if config.gradient_checkpointing else block) + block
-    head = 3 * 4 * min(tokens, model.head_rows(model.never)) * config.padded_vocab_size
-    return {'weights': weights + copies, 'gradients': trained, 'optimizer': 2 * trained,
-            'activations': blocks + head}
+    block = tokens * number * (13 * config.n_embd + (3 + (config.mlp == 'swiglu')) * config.mlp_width)
+    if run.device.type == 'cpu' and run.dtype == 'bfloat16':  # attention is written out
+        block += tokens * number * 3 * config.n_head * length
+    blocks = config.n_layer * (tokens * 4 * config.n_embd if config.gradient_checkpointing else block)
+    head = 5 * 4 * min(tokens, model.head_rows(model.never)) * config.padded_vocab_size
+    peak = max(head, block if config.gradient_checkpointing else 0)
+    return {'weights': weights + copies, 'gradients': trained, 'optimizer': 2 * trained, 'activations': blocks + peak}
 
 
 def synchronize(device):

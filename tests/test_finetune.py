@@ -7,6 +7,7 @@ import re
 import runpy
 import shutil
 import signal
+import subprocess
 import sys
 
 import numpy as np
@@ -461,6 +462,37 @@ def test_adapters_resume_bit_identical(place, tmp_path, monkeypatch, more):
     ids = ids_of(letter_tokenizer(ASCII))
     assert changed.nonzero().flatten().tolist() == [ids['mask_id'], ids['ignore_id']] if more else not changed.any()
     assert not more or (tuned['believed.weight'] != torch.eye(SHAPE['n_embd'])).any()
+
+
+PEAK = """
+import re, runpy, sys
+sys.argv = ['finetune.py', *sys.argv[1:]]
+runpy.run_path('finetune.py', run_name='__main__')
+print('peak', re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])
+"""
+
+
+def estimate_and_peak(place, base, out, *more):
+    """Megabytes that a run says it takes, and those that its process took at most."""
+    arguments = [*TINY, f'--dataset={place}/examples', f'--init_from={base}', f'--out_dir={out}', '--max_steps=1',
+                 '--batch_size=4', '--packing=False', '--num_samples=0', '--eval_batches=1', *more]
+    run = subprocess.run([sys.executable, '-c', PEAK, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
+                         env={**os.environ, 'MALLOC_MMAP_THRESHOLD_': '65536'})  # nothing that is freed is kept
+    assert run.returncode == 0, run.stderr
+    estimate = float(re.search(r'memory, about: .*; (\S+) GB in all', run.stdout)[1]) * 1e3
+    return estimate, int(re.search(r'peak (\d+)', run.stdout)[1]) * 1024 / 1e6
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='the peak is read from /proc')
+def test_the_memory_estimate_is_near_the_peak(place, tmp_path):
+    """Beside a run of next to nothing, so that what Python and torch themselves take is left out."""
+    write_examples(tmp_path / 'examples', 8, 4, examples=lambda count: [('say', '', 'so ' * 160)] * count)
+    write_base(tmp_path / 'base', 'ar', block_size=512, n_layer=4, n_head=4, n_embd=384)
+    nothing, least = estimate_and_peak(place, place / 'ar', tmp_path / 'least')
+    for name, more in (('full', []), ('lora', ['--use_peft']), ('nf4', ['--use_peft', '--load_in_4bit'])):
+        estimate, peak = estimate_and_peak(tmp_path, tmp_path / 'base', tmp_path / name, *more)
+        assert 2 / 3 < (estimate - nothing) / (peak - least) < 1.5, (name, estimate - nothing, peak - least)
 
 
 # ---------------------------------------------------------------------------- bad input

@@ -459,3 +459,22 @@ def test_the_hub_is_asked_with_token_and_revision(tmp_path, monkeypatch):
                         lambda name, **how: asked.append((name, how['token'], how['revision'])) or str(tmp_path))
     checkpoints.load('owner/name', token='secret', revision='v2')
     assert asked == [('owner/name', 'secret', 'v2')]
+
+
+@pytest.mark.parametrize('failed_at', [0, 1])
+def test_a_hub_that_fails_in_the_middle_is_one_sentence(tmp_path, monkeypatch, failed_at):
+    import httpx
+    import huggingface_hub
+    make('qwen2', tmp_path)
+    (tmp_path / 'model.safetensors').unlink()  # so that .bin files are asked for as well
+    calls = []
+
+    def broken(*_, **how):
+        calls.append(how)
+        if len(calls) > failed_at:
+            raise httpx.RemoteProtocolError('peer closed connection without sending complete message body')
+        return str(tmp_path)
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', broken)
+    with pytest.raises(UserError, match=r'no model by that name \(peer closed connection.*\)'):
+        hf.main(['import', 'owner/name', f'--out={tmp_path / "model.pt"}'])
+    assert not (tmp_path / 'model.pt').exists()

@@ -9,10 +9,12 @@ import shutil
 import time
 from pathlib import Path
 
+import httpx
 import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 import pytest
+import requests
 from test_prepare import SHARED, config_of, contents, make_texts, run, texts_of, write_jsonl
 
 import datasets
@@ -75,6 +77,39 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(run, monkeypatch):
     monkeypatch.setattr(huggingface_hub.HfApi, 'dataset_info', offline)
     with pytest.raises(UserError, match='openwebtext could not be read from the hub .*give their folder'):
         run('openwebtext.py')
+
+
+@pytest.mark.parametrize('failure', [
+    OSError('Connection broken: IncompleteRead'), requests.exceptions.ChunkedEncodingError('IncompleteRead'),
+    httpx.ReadTimeout('The read operation timed out'),
+    huggingface_hub.errors.HfHubHTTPError('429 Too Many Requests', response=httpx.Response(
+        429, request=httpx.Request('GET', 'https://huggingface.co')))], ids=lambda failure: type(failure).__name__)
+def test_a_hub_that_fails_in_the_middle_is_one_sentence_and_the_same_command_goes_on(run, monkeypatch, failure):
+    texts, is_down = make_texts(40), [True]
+
+    class Stream(datasets.IterableDataset):
+        def __init__(self, done=0):
+            self.done = done
+
+        def load_state_dict(self, state):
+            self.done = state
+
+        def state_dict(self):
+            return self.done
+
+        def __iter__(self):
+            for text in texts[self.done:]:
+                if self.done == 20 and is_down[0]:
+                    raise failure
+                self.done += 1
+                yield {'text': text}
+    monkeypatch.setattr(huggingface_hub.HfApi, 'dataset_info', lambda api, name: type('Info', (), {'sha': 'abc'}))
+    monkeypatch.setattr(datasets, 'load_dataset', lambda *_, **__: Stream())
+    with pytest.raises(UserError, match=r'openwebtext could not be read from the hub \(.+\); .*try again'):
+        run('openwebtext.py', *SMALL)
+    is_down[0] = False
+    folder = run('openwebtext.py', *SMALL)
+    assert sorted(texts_of(folder, 'train') + texts_of(folder, 'val')) == sorted(texts)
 
 
 @pytest.mark.parametrize('done', [0, 1, 7, 8, 29])
