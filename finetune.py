@@ -184,6 +184,13 @@ if is_file and not fsdp:
     checkpoints.load_weights(raw_model, initial)
 if use_peft:
     import lora  # only where it is wanted
+    control = prompts.control_tokens(form, tokenizer)
+    if unknown := lora.untrained(raw_model, list(control.values())):
+        names = ', '.join(name for name, i in control.items() if i in unknown)
+        if run.is_main:
+            print(f'warning: {init_from} has never been trained on {names}, which adapters cannot change, so answers may '
+                  'not end; prepare the data with another --prompt_format, tune all weights, or take a base that was '
+                  'tuned with this format.')
     targets = {'targets': tuple(name.strip() for name in peft_targets.split(','))} if peft_targets else {}
     if load_in_8bit or load_in_4bit:
         lora.quantize(raw_model, bits=8 if load_in_8bit else 4)

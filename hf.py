@@ -202,7 +202,8 @@ def download(name, token=None, revision=None):
     except Exception as error:  # the client's, the network's and httpx' own errors have no common class
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f'There is no checkpoint at {name}, and the Hugging Face hub gives no model by that name '
-                        f'({reason}); correct the path or name, try again, or give a --token for a private model.') from error
+                        f'({reason}); correct the path or name, try again, or give a --token for a private '
+                        'model.') from error
 
 
 # ---------------------------------------------------------------------------- out

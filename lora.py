@@ -148,6 +148,19 @@ def own_tokens(model):
     return [i for i in (model.config.mask_id, model.config.ignore_id) if i is not None]
 
 
+@torch.no_grad()
+def untrained(model, ids):
+    """Those of the token ids whose rows of the embedding look like its padding, which nothing ever trained (Land and
+    Bartolo 2024): they are as near to its mean as it is itself. None where a model has no padding of its own."""
+    config, rows = model.config, model.embedding.weight.float()
+    padding = rows[config.vocab_size:config.pretrained_rows or 0]
+    if not len(padding) or not ids:
+        return []
+    spread = (padding - padding.mean(0)).norm(dim=1).max() + 0.01 * rows[:config.vocab_size].norm(dim=1).median()
+    near = (rows[ids] - padding.mean(0)).norm(dim=1) <= 2 * spread
+    return [i for i, is_near in zip(ids, near.tolist()) if is_near]
+
+
 def architecture_of(model):
     return next(name for name, kind in ARCHITECTURES.items() if type(model) is kind)
 

@@ -80,6 +80,13 @@ def end_of(form, tokenizer):
     return tokenizer.endoftext_id if end is None else end, tail[marker.end():] if marker else tail
 
 
+def control_tokens(form, tokenizer):
+    """{name: id} of the special tokens that a format uses, the end of the answer included."""
+    names = re.findall(MARKER, form)
+    return {tokenizer.name_of(i): i for i in (*(tokenizer.special_ids[name] for name in names
+                                                if name in tokenizer.special_ids), end_of(form, tokenizer)[0])}
+
+
 def encode(tokenizer, form, turns, system=''):
     """Token ids of a conversation, and 1 where they are an answer or its end: two lists.
 
