@@ -177,10 +177,10 @@ if not 8 <= block_size <= shape['block_size']:
     raise UserError(f'block_size is {block_size}; choose at least 8 and at most the {shape["block_size"]} tokens that '
                     f'{init_from} sees.')
 torch.manual_seed(seed)
-is_file = not {'model_state_dict', 'sharded'}.isdisjoint(initial)
-with torch.device('meta' if fsdp and is_file else 'cpu'):  # a rank reads only its part of a sharded model
+has_weights = not {'model_state_dict', 'sharded'}.isdisjoint(initial)
+with torch.device('meta' if fsdp and has_weights else 'cpu'):  # a rank reads only its part of a sharded model
     raw_model = checkpoints.make_model(architecture, **shape)
-if is_file and not fsdp:
+if has_weights and not fsdp:
     checkpoints.load_weights(raw_model, initial)
 if use_peft:
     import lora  # only where it is wanted
@@ -188,9 +188,9 @@ if use_peft:
     if unknown := lora.untrained(raw_model, list(control.values())):
         names = ', '.join(name for name, i in control.items() if i in unknown)
         if run.is_main:
-            print(f'warning: {init_from} has never been trained on {names}, which adapters cannot change, so answers may '
-                  'not end; prepare the data with another --prompt_format, tune all weights, or take a base that was '
-                  'tuned with this format.')
+            print(f'warning: {init_from} has never been trained on {names}, which adapters cannot change, so answers '
+                  'may not end; prepare the data with another --prompt_format, tune all weights, or take a base that '
+                  'was tuned with this format.')
     targets = {'targets': tuple(name.strip() for name in peft_targets.split(','))} if peft_targets else {}
     if load_in_8bit or load_in_4bit:
         lora.quantize(raw_model, bits=8 if load_in_8bit else 4)

@@ -66,9 +66,8 @@ def fill(model, weights, run):
         odd = ', '.join(sorted(parameters.keys() ^ weights.keys())[:3])
         raise UserError(f'The checkpoint does not hold the plain weights of its model ({odd}, ...); give another one.')
     for name, weight in parameters.items():
-        parts = weights[name].chunk(run.world_size) if run.world_size > 1 else [weights[name]]
-        if run.rank < len(parts):
-            optim.local(weight).copy_(parts[run.rank] if run.world_size > 1 else parts[0])
+        for part in weights[name].chunk(run.world_size)[run.rank:run.rank + 1]:  # small ones have fewer parts
+            optim.local(weight).copy_(part)
 
 
 @contextmanager
