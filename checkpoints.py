@@ -89,7 +89,7 @@ def load_run(path, namespace, config, fixed):
 
     Every setting that the user did not give is set to the run's own; one of `fixed` that differs is refused.
     """
-    checkpoint = load(path, sharded=True)
+    checkpoint = load(path, mmap=config['fsdp'], sharded=True)
     if not {'optimizer_state_dict', 'sharded'} & set(checkpoint):
         raise UserError(f'{path} holds weights without the state of their training; continue from a ckpt.pt, or '
                         f'start a new run with --init_from={path}.')
@@ -176,17 +176,15 @@ def as_start(checkpoint, path, architecture, block_size=None):
         for name in {'embedding.weight', 'unembedding.weight'} & set(weights) if before == 'ar' else ():
             weights[name] = weights[name].float().clone()
             weights[name][own] = weights[name][others].mean(0)
+        if architecture == 'sdd':  # as it starts
+            weights['believed.weight'] = torch.eye(weights['embedding.weight'].size(1))
     return {**checkpoint, 'architecture': architecture, 'model_config': config, 'model_state_dict': weights,
             'ema_state_dict': None, 'converted_from': before if before != architecture else None}
 
 
 def load_weights(model, checkpoint):
-    """Into a model, the averaged weights where there are some. What the model has beyond the architecture that
-    the checkpoint is converted from stays as it is."""
-    weights = checkpoint.get('ema_state_dict') or checkpoint['model_state_dict']
-    if checkpoint.get('converted_from'):
-        weights = {**model.state_dict(), **weights}
-    model.load_state_dict(weights)
+    """Into a model, the averaged weights where there are some."""
+    model.load_state_dict(checkpoint.get('ema_state_dict') or checkpoint['model_state_dict'])
 
 
 def load_model(checkpoint, device, **changes):

@@ -65,11 +65,14 @@ class Classifier(nn.Module):
 
     num_classes: outputs of the head; 1 is one logit with binary cross-entropy, for two classes.
     pool: 'last', the state of the last token, or 'mean'. class_weights: (classes,) what an example weighs.
+    token_dropout: share of the tokens that `hide` hides in each row while training.
     """
 
-    def __init__(self, trunk, num_classes, pool, dropout=0.0, class_weights=None, label_smoothing=0.0):
+    def __init__(self, trunk, num_classes, pool, dropout=0.0, class_weights=None, label_smoothing=0.0,
+                 token_dropout=0.0):
         super().__init__()
         self.trunk, self.pool, self.label_smoothing = trunk, pool, label_smoothing
+        self.token_dropout = token_dropout
         if getattr(trunk, 'unembedding', None) is not None:  # a head for tokens takes no part
             trunk.unembedding.requires_grad_(False)
         self.dropout = nn.Dropout(dropout)
@@ -94,11 +97,26 @@ class Classifier(nn.Module):
 
     def forward(self, tokens, lengths, labels):
         """The weighted sum of the rows' losses in nats, the sum of their weights, and sums of metrics."""
+        if self.training and self.token_dropout:
+            tokens = hide(tokens, self.token_dropout, self.trunk.config.mask_id)
         logits = self.logits(tokens, lengths)
         weights = self.class_weights[labels]
         correct = predicted_classes(logits) == labels
         return ((weights * losses(logits, labels, self.label_smoothing)).sum(), weights.sum(),
                 {'correct': correct.sum(), 'predicted': torch.tensor(len(labels), device=tokens.device)})
+
+
+def hide(tokens, share, mask_id):
+    """Token ids (B, T) of which that share is <|mask|>, never a row's first: no single word decides (Iyyer 2015)."""
+    hidden = torch.rand(tokens.shape, device=tokens.device) < share
+    hidden[:, 0] = False
+    return tokens.masked_fill(hidden, mask_id)
+
+
+def restore(classifier, checkpoint):
+    """The weights of a checkpoint of classify.py into its classifier, adapters apart from what they adapt."""
+    classifier.trunk.load_state_dict(checkpoint.get('adapted_state_dict') or checkpoint['model_state_dict'])
+    classifier.head.load_state_dict(checkpoint['head_state_dict'])
 
 
 def losses(logits, labels, label_smoothing=0.0):

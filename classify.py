@@ -4,6 +4,7 @@
     python classify.py --task=sentiment --train_langs=eng --init_from=out/ar-books-tiny-v1
     torchrun --standalone --nproc_per_node=2 classify.py --target_func=fn_a --device=cpu
 """
+import copy
 import math
 import time
 from pathlib import Path
@@ -54,8 +55,11 @@ n_embd: int = None
 n_kv_head: int = None        # fewer than n_head: grouped-query attention
 block_size = 128             # most tokens of a text; an algorithmic task sets its own
 dropout = 0.0                # in the trunk and before the head
+token_dropout = 0.0          # share of a training row's tokens that are hidden by <|mask|>
 gradient_checkpointing = False  # recompute each block in the backward pass: less memory, a third more time
-init_from = ''               # start from the weights of this ckpt.pt or run folder
+init_from = ''               # start from the weights of this ckpt.pt, run folder, Hugging Face folder or hub id
+token = ''                   # of the Hugging Face hub, for private models
+revision = ''                # a branch, tag or commit of the hub
 num_layers_to_finetune: int = None  # only so many top blocks and the head train; None: all, of *_finetune 2
 train_final_norm = False     # with them, the norm above the blocks
 lora_rank = 0                # train low-rank adapters and the head only; 0: none
@@ -102,6 +106,7 @@ device = 'auto'              # cpu, cuda, cuda:N, mps
 dtype = 'auto'               # bfloat16, float16, float32
 compile: bool = None         # torch.compile; None: on CUDA only
 config = configure(globals())
+del config['token']  # no secret goes into config.json, the checkpoint or W&B
 
 # What defines a run: a resumed one keeps it. Everything else may change, and the change is printed.
 FIXED = ('target_func', 'sequence_length', 'train_set_size', 'test_set_size', 'compat', 'task', 'train_langs',
@@ -123,7 +128,7 @@ check_range(config, 1, math.inf, 'batch_size', 'gradient_accumulation_steps', 'e
 check_range(config, 0, math.inf, 'num_epochs', 'learning_rate', 'min_lr', 'warmup_steps', 'warmup_ratio',
             'decay_ratio', 'weight_decay', 'grad_clip', 'eval_batches', 'save_every', 'val_set_size',
             'early_stopping', 'lora_rank', 'num_layers_to_finetune')
-check_range(config, 0, 1, 'beta1', 'beta2', 'dropout', 'label_smoothing', 'lora_dropout')
+check_range(config, 0, 1, 'beta1', 'beta2', 'dropout', 'token_dropout', 'label_smoothing', 'lora_dropout')
 
 # ---------------------------------------------------------------------------- what to continue
 
@@ -148,7 +153,7 @@ init_from, tokenizer = (name.replace('{model_type}', model_type) for name in (in
 initial = checkpoint
 if init_from and not checkpoint:
     initial = (nanogpt.load(init_from, languages.load_tokenizer(tokenizer)) if 'tokenizer' in config.given else
-               checkpoints.load(init_from))
+               checkpoints.load(init_from, token, revision))
 run = runtime.Runtime(device, dtype)
 
 # ---------------------------------------------------------------------------- labelled rows
@@ -215,16 +220,15 @@ if early_stopping and 'val' not in sets:
                     '--val_set_size=N, or name a val split in the database.')
 weights = classification.weights_of_classes(class_weights, sets['train'].labels, max(2, num_classes))
 raw_classifier = Classifier(trunk, num_classes, pool or ('last' if trunk.causal else 'mean'), dropout, weights,
-                       label_smoothing)
+                            label_smoothing, token_dropout)
 if lora_rank:
-    from lora import add_lora
+    import lora  # only where it is wanted
     trunk.requires_grad_(False)
-    add_lora(trunk, lora_rank, lora_alpha, dropout=lora_dropout, dora=lora_dora)
+    lora.add_lora(trunk, lora_rank, lora_alpha, dropout=lora_dropout, dora=lora_dora)
 elif num_layers_to_finetune is not None:
     classification.train_only(raw_classifier, num_layers_to_finetune, train_final_norm)
 if checkpoint:
-    trunk.load_state_dict(checkpoint['model_state_dict'])
-    raw_classifier.head.load_state_dict(checkpoint['head_state_dict'])
+    classification.restore(raw_classifier, checkpoint)
 raw_classifier.to(run.device)
 
 # ---------------------------------------------------------------------------- steps, optimizers, state
@@ -283,10 +287,15 @@ for key, before, now in changed:
 # ---------------------------------------------------------------------------- what happens now and then
 
 def save(path, **state):
-    """The trunk as all scripts know it, its head, and `state` that this one needs to go on."""
+    """The trunk as all scripts know it, adapters merged, its head, and `state` that this one needs to go on."""
+    weights, adapted = trunk.state_dict(), {}
+    if lora_rank:
+        merged = copy.deepcopy(trunk)
+        lora.merge(merged)
+        weights, adapted = merged.state_dict(), {'adapted_state_dict': weights}
     checkpoints.save(path, {
         'architecture': architecture, 'global_step': step, 'best_step': best_step, 'best_val_loss': best_val_loss,
-        'model_state_dict': trunk.state_dict(), 'model_config': vars(trunk.config),
+        'model_state_dict': weights, **adapted, 'model_config': vars(trunk.config),
         'head_state_dict': raw_classifier.head.state_dict(),
         'train_config': dict(config), 'seed': seed, 'tokenizer': vocabulary.to_json(), 'start_token': start_token,
         'prompt_format': None, **state})
@@ -347,9 +356,7 @@ def look():
 def conclude():
     """The result: predictions and figures of the best weights by the validation rows, or else of the last."""
     if 'val' in sets and best_step != step:
-        best = checkpoints.load(out / 'best.pt')
-        trunk.load_state_dict(best['model_state_dict'])
-        raw_classifier.head.load_state_dict(best['head_state_dict'])
+        classification.restore(raw_classifier, checkpoints.load(out / 'best.pt'))
     results, arrays = {'step': best_step if 'val' in sets else step}, {'source': source}
     for name, examples in sets.items():
         logits = predict(examples)

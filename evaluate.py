@@ -62,6 +62,7 @@ top_p: float = None
 steps: int = None            # diffusion: forward passes; None: one per token
 sampler = 'ancestral'        # diffusion: ancestral, confidence, blocks, threshold, remdm
 block_length = 32            # of sampler=blocks
+cache_blocks = False         # of sampler=blocks: faster, an approximation
 threshold = 0.9              # of sampler=threshold
 eta = 0.1                    # of sampler=remdm
 seed = 0
@@ -216,7 +217,7 @@ def read_questions():
 def settings():
     """How samples are drawn: the keys that generate() takes."""
     return dict(temperature=temperature, top_k=top_k, top_p=top_p, steps=steps, sampler=sampler,
-                block_length=block_length, threshold=threshold, eta=eta, k=k)
+                block_length=block_length, cache_blocks=cache_blocks, threshold=threshold, eta=eta, k=k)
 
 
 def write_texts(model, prompts, stop_tokens):

@@ -84,9 +84,12 @@ seed = 0
 no_wandb = False
 wandb_project = 'diffusion-lm-finetune'
 wandb_run_name = ''          # empty: the run folder's name
+push_to_hub = False          # in the end, the best weights with a model card; `hf.py push` does the same later
+hub_model_id = ''            # owner/name
 # --- the machine ---
 device = 'auto'              # cpu, cuda, cuda:N, mps
 dtype = 'auto'               # bfloat16, float16, float32
+master_weights = 'float32'   # bfloat16: weights, gradients, moments in half the memory, rounded stochastically
 compile: bool = None         # torch.compile; None: on CUDA only, without fsdp
 fsdp = False                 # shard weights, gradients and moments over the ranks: for what no single GPU holds
 config = configure(globals())
@@ -95,10 +98,11 @@ del config['token']  # no secret goes into config.json, the checkpoint or W&B
 # What defines a run: a resumed one keeps it. Everything else may change, and the change is printed.
 FIXED = ('architecture', 'block_size', 'packing', 'train_on_prompt', 'init_from', 'model_size', 'use_peft',
          'peft_lora_r', 'peft_lora_alpha', 'peft_targets', 'use_dora', 'load_in_8bit', 'load_in_4bit', 'optimizer',
-         'fsdp', 'seed', 'anneal_steps')
+         'fsdp', 'master_weights', 'seed', 'anneal_steps')
 
 check_choice(config, 'optimizer', optim.OPTIMIZERS)
 check_choice(config, 'schedule', optim.SCHEDULES)
+check_choice(config, 'master_weights', optim.MASTER_WEIGHTS)
 check_range(config, 1, math.inf, 'batch_size', 'gradient_accumulation_steps', 'eval_every', 'log_every',
             'sample_tokens', 'peft_lora_r')
 check_range(config, 0, math.inf, 'learning_rate', 'min_lr', 'warmup_steps', 'decay_ratio', 'weight_decay',
@@ -115,11 +119,6 @@ if (load_in_8bit or load_in_4bit or use_dora) and not use_peft:
     raise UserError('load_in_8bit, load_in_4bit and use_dora are about a model whose weights stay as they are while '
                     'adapters are trained; add --use_peft, or leave them out.')
 
-if fsdp:
-    import sharded  # only where it is wanted
-    sharded.check(use_peft=use_peft, save_total_limit=save_total_limit, optimizer_muon=optimizer == 'muon',
-                  dtype_float16=dtype == 'float16')
-
 # ---------------------------------------------------------------------------- what to continue
 
 checkpoint_path = checkpoints.resume_path(resume_from, out_dir)
@@ -127,6 +126,17 @@ checkpoint, changed = None, []
 continued = checkpoints.run_of(checkpoint_path or Path(out_dir, 'ckpt.pt')) if resume_from else None  # a run folder
 if checkpoint_path:
     checkpoint, changed = checkpoints.load_run(checkpoint_path, globals(), config, FIXED)
+if push_to_hub:
+    import hub  # only where it is wanted
+    hub.check(hub_model_id, token)
+if fsdp:
+    import sharded  # only where it is wanted
+    sharded.check(use_peft=use_peft, save_total_limit=save_total_limit, optimizer_muon=optimizer == 'muon',
+                  dtype_float16=dtype == 'float16')
+if master_weights == 'bfloat16':
+    dtype = 'bfloat16' if dtype == 'auto' else dtype
+    optim.check_bfloat16_weights(use_peft=use_peft, optimizer_muon=optimizer == 'muon',
+                                 **{f'dtype={dtype}': dtype != 'bfloat16'})
 if not learning_rate:
     raise UserError('learning_rate is 0, so nothing would be trained; 2e-5 is usual for all weights.')
 if max_steps <= 0 and num_epochs <= 0:
@@ -156,7 +166,7 @@ elif init_from == 'scratch':
         'n_layer': n_layer, 'n_head': n_head, 'n_embd': n_embd, 'block_size': block_size or 256,
         'vocab_size': tokenizer.vocab_size, 'mask_id': tokenizer.mask_id, 'ignore_id': tokenizer.ignore_id}}
 else:  # adapters go on from the weights that they were made for
-    initial = checkpoints.load(init_from, token, revision)
+    initial = checkpoints.load(init_from, token, revision, mmap=True)
     initial = checkpoints.as_start(initial, init_from, architecture or initial['architecture'])
 architecture = initial['architecture']
 checkpoints.check_fits(initial, init_from, architecture, tokenizer, folder.path)
@@ -167,8 +177,10 @@ if not 8 <= block_size <= shape['block_size']:
     raise UserError(f'block_size is {block_size}; choose at least 8 and at most the {shape["block_size"]} tokens that '
                     f'{init_from} sees.')
 torch.manual_seed(seed)
-raw_model = checkpoints.make_model(architecture, **shape)
-if 'model_state_dict' in initial:
+is_file = not {'model_state_dict', 'sharded'}.isdisjoint(initial)
+with torch.device('meta' if fsdp and is_file else 'cpu'):  # a rank reads only its part of a sharded model
+    raw_model = checkpoints.make_model(architecture, **shape)
+if is_file and not fsdp:
     checkpoints.load_weights(raw_model, initial)
 if use_peft:
     import lora  # only where it is wanted
@@ -176,12 +188,18 @@ if use_peft:
     if load_in_8bit or load_in_4bit:
         lora.quantize(raw_model, bits=8 if load_in_8bit else 4)
     lora.add_lora(raw_model, peft_lora_r, peft_lora_alpha, peft_lora_dropout, dora=use_dora, **targets)
+    if initial.get('converted_from'):
+        lora.free_new_parts(raw_model)
     if run.dtype == 'bfloat16':  # as autocast would for each product
         for weight in raw_model.blocks.parameters():
             weight.data = weight.data if weight.requires_grad or weight.dim() < 2 else weight.data.bfloat16()
     if checkpoint:
         raw_model.load_state_dict(checkpoint['adapter_state_dict'], strict=False)
-raw_model = sharded.shard(raw_model, run) if fsdp else raw_model.to(run.device)
+if master_weights == 'bfloat16':
+    raw_model.bfloat16()
+raw_model = (sharded.shard(raw_model, run, {} if checkpoint else initial.get('model_state_dict')) if fsdp else
+             raw_model.to(run.device))
+initial.pop('model_state_dict', None)  # not kept beside the model
 trainable = {name: p for name, p in raw_model.named_parameters() if p.requires_grad}
 
 
@@ -211,7 +229,8 @@ if anneal_steps and raw_model.causal:
     raise UserError(f'anneal_steps is {anneal_steps}, but {architecture!r} never looks ahead; leave it out.')
 is_told = checkpoint or 'warmup_steps' in config.given
 warmup = warmup_steps if is_told else min(warmup_steps, max_steps // 10)
-optimizers = optim.make_optimizers(raw_model, optimizer, learning_rate, beta1, beta2, weight_decay)
+optimizers = optim.make_optimizers(raw_model, optimizer, learning_rate, beta1, beta2, weight_decay, seed,
+                                   run.rank if fsdp else 0)
 scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == 'float16')
 step, best_step, best_val_loss = 0, 0, math.inf
 
@@ -436,4 +455,6 @@ else:
     log.print(f'{early}: best val/loss {best_val_loss:.4f} at step {best_step}; ask it something: '
               f'python sample.py --checkpoint={out / "best.pt"} --chat')
 log.close()
+if push_to_hub and run.is_main and not stopping:
+    hub.push(out, hub_model_id, token)
 run.close()

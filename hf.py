@@ -3,6 +3,7 @@
     python hf.py import FOLDER_OR_HUB_ID --out=ckpt.pt
     python hf.py export ckpt.pt --out=FOLDER
     python hf.py merge ADAPTER_FOLDER --base=ckpt.pt --out=merged.pt
+    python hf.py push RUN_FOLDER --hub_model_id=owner/name --dry_run
     python hf.py consolidate RUN_FOLDER     # of a run with fsdp=True that was stopped
 
 The families that it knows are in families.py. Every other model of ours exports as the family 'diffusion-lm',
@@ -314,6 +315,17 @@ def import_command(source, out, token=None, revision=None):
 
 
 def export_command(source, out):
+    beside = out.with_name(out.name + '.tmp')
+    shutil.rmtree(beside, ignore_errors=True)
+    said = export_checkpoint(source, beside)
+    if out.exists():  # with --overwrite
+        shutil.rmtree(out)
+    os.replace(beside, out)
+    print(f'{out}: {said}')
+
+
+def export_checkpoint(source, folder):
+    """Writes a ckpt.pt or run folder into a new folder, and returns in words who can read it."""
     checkpoint = checkpoints.load(source, mmap=True)
     config = ModelConfig(**checkpoint['model_config'])
     family, c = families.family_of(checkpoint['architecture'], config)
@@ -323,25 +335,21 @@ def export_command(source, out):
         odd = ', '.join(sorted(expected ^ set(checkpoint['model_state_dict']))[:3])
         raise UserError(f'{source} does not hold the plain weights of its model ({odd}, ...); merge its adapter first: '
                         'python hf.py merge.')
-    beside = out.with_name(out.name + '.tmp')
-    shutil.rmtree(beside, ignore_errors=True)
-    rows = export(checkpoint, beside, family, c)
-    if out.exists():  # with --overwrite
-        shutil.rmtree(out)
-    os.replace(beside, out)
+    rows = export(checkpoint, folder, family, c)
     if family is None:
-        print(f'{out}: of our own family {NATIVE!r} (architecture={checkpoint["architecture"]}), which transformers '
-              'cannot read; `python hf.py import`, and --init_from and --checkpoint of these scripts, can.')
-    else:
-        left_out = config.vocab_size - rows
-        print(f'{out}: of the family {family!r}, for transformers and what reads its files; {rows} tokens'
-              + (f', without the {left_out} that were added ({data.MASK}, {data.IGNORE}).' if left_out > 0 else '.'))
+        return (f'of our own family {NATIVE!r} (architecture={checkpoint["architecture"]}), which transformers '
+                'cannot read; `python hf.py import`, and --init_from and --checkpoint of these scripts, can.')
+    left_out = config.vocab_size - rows
+    return (f'of the family {family!r}, for transformers and what reads its files; {rows} tokens'
+            + (f', without the {left_out} that were added ({data.MASK}, {data.IGNORE}).' if left_out > 0 else '.'))
 
 
 @torch.no_grad()
 def merge_command(adapter, base, out, token=None, revision=None):
     import lora  # imports this module
     checkpoint = checkpoints.load(base, token, revision)
+    if architecture := lora.read_config(adapter).get('architecture'):
+        checkpoint = checkpoints.as_start(checkpoint, base, architecture)
     model = checkpoints.load_model(checkpoint, 'cpu')
     tokens = torch.randint(0, model.config.vocab_size, (4, min(64, model.config.block_size)),
                            generator=torch.Generator().manual_seed(0))
@@ -370,11 +378,21 @@ def main(words=None):
             command.add_argument('--trust_remote_code', nargs='?', const='True', default='False')
         if name == 'merge':
             command.add_argument('--base', required=True, help='what the adapter was trained on')
+    command = commands.add_parser('push')
+    command.add_argument('source', help='a run folder, whose best weights are sent, or a ckpt.pt')
+    command.add_argument('--hub_model_id', required=True, help='owner/name')
+    command.add_argument('--token', help='of the hub; without it, what `hf auth login` keeps')
+    command.add_argument('--private', action='store_true', help='where the model is new there')
+    command.add_argument('--dry_run', action='store_true', help='show what would be sent, and send nothing')
     commands.add_parser('consolidate').add_argument('source', help='the run folder of a stopped run with fsdp=True')
     args = parser.parse_args(words)
     if args.command == 'consolidate':
         import sharded  # only where it is wanted
         sharded.consolidate(args.source)
+        return
+    if args.command == 'push':
+        import hub  # imports this module
+        hub.push(args.source, args.hub_model_id, args.token, args.private, args.dry_run)
         return
     no_remote_code(getattr(args, 'trust_remote_code', 'False').lower() != 'false')
     make_way(args.out, args.overwrite, folder=args.command == 'export')

@@ -19,6 +19,7 @@ import checkpoints
 import families
 import hf
 from configurator import UserError
+from model import ARCHITECTURES
 
 TARGETS = ('q', 'k', 'v', 'out', 'up', 'gate', 'down')  # the linear layers of a block
 THEIR_TARGETS = {'q_proj': 'q', 'k_proj': 'k', 'v_proj': 'v', 'o_proj': 'out', 'out_proj': 'out', 'up_proj': 'up',
@@ -116,6 +117,51 @@ def add_lora(model, rank, alpha, dropout=0.0, targets=TARGETS, dora=False):
     freeze_all_but_adapters(model)
 
 
+class TrainedRows(nn.Module):
+    """A frozen embedding or head (V, C) with rows that are trained."""
+
+    def __init__(self, table, ids):
+        super().__init__()
+        self.table, device = table, table.weight.device
+        self.register_buffer('ids', torch.tensor(ids, device=device), persistent=False)
+        self.rows = nn.Parameter(table.weight.detach()[ids].clone())
+
+    @property
+    def weight(self):
+        return self.table.weight.index_copy(0, self.ids, self.rows.to(self.table.weight.dtype))
+
+    def forward(self, tokens):
+        return F.embedding(tokens, self.weight)
+
+
+def free_new_parts(model):
+    """Trains, beside its adapters, what a model that was `ar` has only since it is another architecture: the rows
+    of <|mask|> and <|ignore|> and, for `sdd`, the matrix of beliefs."""
+    for name in ('embedding', 'unembedding'):
+        if (table := getattr(model, name)) is not None:
+            setattr(model, name, TrainedRows(table, own_tokens(model)))
+    if model.believes:
+        model.believed.weight.requires_grad_(True)
+
+
+def own_tokens(model):
+    return [i for i in (model.config.mask_id, model.config.ignore_id) if i is not None]
+
+
+def architecture_of(model):
+    return next(name for name, kind in ARCHITECTURES.items() if type(model) is kind)
+
+
+def trained_tables(model):
+    return [(name, table) for name, table in model.named_children() if isinstance(table, TrainedRows)]
+
+
+def new_parts(model):
+    """{PEFT's name: weight} of what `free_new_parts` has freed; nothing where it has not."""
+    parts = {f'{name}.token_adapter.trainable_tokens_delta': table.rows for name, table in trained_tables(model)}
+    return {**parts, 'believed.weight': model.believed.weight} if parts and model.believes else parts
+
+
 def our_targets(target):
     several = {'all-linear': TARGETS, 'c_attn': ('q', 'k', 'v'), 'c_proj': ('out', 'down')}
     names = several.get(target, (THEIR_TARGETS.get(target, target),))
@@ -136,6 +182,9 @@ def merge(model):
         if base.bias is not None:
             merged.bias.copy_(base.bias)
         replace(model, name, merged)
+    for name, table in trained_tables(model):
+        table.table.weight.copy_(table.weight)
+        setattr(model, name, table.table)
 
 
 # ---------------------------------------------------------------------------- PEFT's files
@@ -153,7 +202,8 @@ def places(model):
 
 def adapter_state(model):
     """The adapters as PEFT names them: {name: tensor}."""
-    return {name: tensor for _, tensors in adapters(model).values() for name, tensor in tensors.items()}
+    return {**{name: tensor for _, tensors in adapters(model).values() for name, tensor in tensors.items()},
+            **{PREFIX + name: weight.detach() for name, weight in new_parts(model).items()}}
 
 
 def adapters(model):
@@ -190,19 +240,29 @@ def fused(layers):
 
 
 def save_adapter(model, folder, base_name):
-    """Writes adapter_model.safetensors and adapter_config.json, which PEFT reads; base_name: what they belong on."""
+    """Writes adapter_model.safetensors and adapter_config.json, which PEFT reads; base_name: what they belong on.
+
+    Where the base was converted, the config also has a word of ours, `architecture`, which PEFT passes over: what
+    the base has to be turned into first.
+    """
     folder, found, (_, family) = Path(folder), adapters(model), places(model)
     folder.mkdir(parents=True, exist_ok=True)
     (rank, alpha), _ = next(iter(found.values()))
     first = adapted_layers(model)[0][1]
     tails = {theirs: '.'.join(theirs.split('.')[-2:]) if theirs.endswith('c_proj') else theirs.split('.')[-1]
              for theirs in found}
-    config = {'peft_type': 'LORA', 'task_type': 'CAUSAL_LM', 'base_model_name_or_path': str(base_name), 'r': rank,
-              'lora_alpha': alpha, 'lora_dropout': first.dropout.p, 'target_modules': sorted(set(tails.values())),
-              'bias': 'none', 'use_dora': first.magnitude is not None, 'use_rslora': False,
+    config = {'peft_type': 'LORA', 'task_type': 'CAUSAL_LM' if model.causal else None,
+              'base_model_name_or_path': str(base_name), 'r': rank, 'lora_alpha': alpha,
+              'lora_dropout': first.dropout.p, 'target_modules': sorted(set(tails.values())), 'bias': 'none',
+              'use_dora': first.magnitude is not None, 'use_rslora': False,
               'fan_in_fan_out': family == 'gpt2', 'inference_mode': True,
               'rank_pattern': {theirs: r for theirs, ((r, _), _) in found.items() if r != rank},
               'alpha_pattern': {theirs: a for theirs, ((_, a), _) in found.items() if a != alpha}}
+    if parts := new_parts(model):
+        tables = [name.partition('.')[0] for name in parts if 'token_adapter' in name]
+        config.update(trainable_token_indices=dict.fromkeys(tables, own_tokens(model)),
+                      modules_to_save=['believed'] if model.believes else None,
+                      architecture=architecture_of(model))
     checkpoints.save_atomically(folder / 'adapter_model.safetensors', lambda file: file.write(
         safetensors.torch.save(adapter_state(model), metadata={'format': 'pt'})))
     checkpoints.write_json(folder / 'adapter_config.json', config)
@@ -210,14 +270,13 @@ def save_adapter(model, folder, base_name):
 
 def load_adapter(model, folder):
     """Puts the adapters of a folder in PEFT's layout on the model, ready to be used, trained on or merged."""
-    folder = Path(folder)
-    if not (folder / 'adapter_config.json').is_file():
-        raise UserError(f'There is no adapter in {folder}: adapter_config.json is missing; give the folder that '
-                        'save_adapter or PEFT wrote.')
+    folder, config = Path(folder), read_config(folder)
     if adapted_layers(model):
         raise UserError(f'The model has an adapter already, so {folder} cannot be put on it; merge the first one.')
-    config = hf.read_json(folder / 'adapter_config.json')
-    for key, wanted in (('peft_type', 'LORA'), ('bias', 'none'), ('modules_to_save', None), ('lora_bias', False)):
+    converted = 'architecture' in config
+    for key, wanted in (('peft_type', 'LORA'), ('bias', 'none'), ('lora_bias', False),
+                        ('architecture', architecture_of(model)),
+                        ('modules_to_save', ['believed'] if converted and model.believes else None)):
         if config.get(key, wanted) != wanted:
             raise UserError(f'The adapter {folder} has {key}={config[key]!r}; only {wanted!r} is known here.')
     tensors = {re.sub(r'^base_model\.model\.|\.weight$', '', name): tensor
@@ -227,11 +286,32 @@ def load_adapter(model, folder):
         if f'{theirs}.lora_A' in tensors:
             used.update({f'{theirs}.{part}' for part in ('lora_A', 'lora_B', 'lora_magnitude_vector')} & set(tensors))
             replace(model, name, read_layer(layers[name], tensors, theirs, third, config, folder))
+    freeze_all_but_adapters(model)
+    if converted:
+        free_new_parts(model)
+        used.update(read_new_parts(model, tensors))
     if not used or used != set(tensors):
         left_over = ', '.join(sorted(set(tensors) - used)[:5]) or 'it'
         raise UserError(f'The adapter {folder} belongs on another base, {config.get("base_model_name_or_path")!r}: '
                         f'this model has no place for {left_over}; give the base that it was made for.')
-    freeze_all_but_adapters(model)
+
+
+def read_config(folder):
+    """The adapter_config.json of an adapter's folder."""
+    if not (Path(folder) / 'adapter_config.json').is_file():
+        raise UserError(f'There is no adapter in {folder}: adapter_config.json is missing; give the folder that '
+                        'save_adapter or PEFT wrote.')
+    return hf.read_json(Path(folder) / 'adapter_config.json')
+
+
+@torch.no_grad()
+def read_new_parts(model, tensors):
+    """Fills what is trained beside the adapters; returns the names of the tensors that it took."""
+    found = {name.removesuffix('.weight'): weight for name, weight in new_parts(model).items()}
+    names = {name for name, weight in found.items() if name in tensors and tensors[name].shape == weight.shape}
+    for name in names:
+        found[name].copy_(tensors[name])
+    return names
 
 
 def read_tensors(folder):

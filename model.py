@@ -17,8 +17,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
-from kernels import COSTLY, HeadLoss, Linear, linear
-
 SIZES = {  # model_size: n_layer, n_head, n_embd
     'tiny':   (4, 4, 128),
     'small':  (6, 6, 384),
@@ -29,6 +27,14 @@ SIZES = {  # model_size: n_layer, n_head, n_embd
 
 MIN_LEVEL = 1e-3          # the least share of a row that diffusion hides: 1/level stays finite (MDLM's eps)
 HEAD_ELEMENTS = 7 << 20   # logits that exist at once on a CPU: 28 MB in float32; 18 times as many on a GPU
+
+linear = F.linear         # x Wᵀ + b; on a CPU `kernels.install` puts a faster one here
+COSTLY = [                # what a block computes with many operations per number that comes out
+    torch.ops.aten.mm.default, torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default]
 
 
 @dataclass
@@ -126,7 +132,14 @@ def make_norm(config):
 
 
 def make_rms_norm(config, width):
-    return nn.RMSNorm(width, config.norm_eps, elementwise_affine=config.norm == 'rms_gain')
+    return RMSNorm(width, config.norm_eps, elementwise_affine=config.norm == 'rms_gain')
+
+
+class RMSNorm(nn.RMSNorm):
+
+    def forward(self, x):  # under autocast x may be bfloat16: the fused kernel wants the gain in the same type
+        gain = None if self.weight is None else self.weight.type_as(x)
+        return F.rms_norm(x, self.normalized_shape, gain, self.eps)
 
 
 def rotate(x, rope):
@@ -156,6 +169,12 @@ def attend_on_cpu(q, k, v, mask, causal, grouped, dropout):
     return F.dropout(weights.softmax(-1), dropout) @ v
 
 
+class Linear(nn.Linear):
+
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
 class Attention(nn.Module):
 
     def __init__(self, config):
@@ -173,8 +192,8 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, causal, cache=None):
         """x: (B, T, C); causal: true, false, or the mask (T, T) of what each position sees."""
-        q, k, v = (linear(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
-                   for linear in (self.q, self.k, self.v))
+        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
+                   for project in (self.q, self.k, self.v))
         if self.q_norm is not None:
             q, k = self.q_norm(q).type_as(v), self.k_norm(k).type_as(v)
         if rope is not None:
@@ -222,6 +241,56 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
+class HeadLoss(torch.autograd.Function):
+    """Nats (N,) of targets (N,) over `shares` (N,) from states (N, C), for who sums them; and the likeliest tokens.
+
+    Logits live for `rows` positions at a time, and while they do, their gradient is worked out as well, for a sum of
+    which each term counts alike: so they are made once, where recomputing in the backward pass would make them twice.
+    `weight`: (V, C); `never`: (V,), added to the logits; `cap`: the soft-cap, 0 for none; `dtype`: of the products.
+    A share of infinity is that of a position which does not count.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, never, targets, shares, cap, rows, dtype):
+        table, needs_hidden, needs_weight = weight.to(dtype), *ctx.needs_input_grad[:2]
+        of_hidden = torch.empty_like(hidden) if needs_hidden else None
+        of_weight = torch.zeros_like(weight) if needs_weight else None
+        nats, guess = [], []
+        for i in range(0, max(1, len(targets)), rows):
+            part = slice(i, i + rows)
+            states, chosen = hidden[part].to(dtype), targets[part].unsqueeze(1)
+            capped = linear(states, table).float()  # (n, V)
+            if cap:
+                capped = capped.div_(cap).tanh_().mul_(cap)
+            logits = capped + never
+            guess.append(logits.argmax(-1))
+            total = logits.logsumexp(-1, keepdim=True)
+            nats.append((total - logits.gather(1, chosen)).squeeze(1))
+            gradient = logits.sub_(total).exp_()  # softmax, less 1 at the target
+            gradient.scatter_add_(1, chosen, torch.full_like(total, -1.0)).div_(shares[part].unsqueeze(1))
+            if cap:  # d/dx of c tanh(x / c) is 1 - tanh²
+                gradient.mul_(capped.div_(cap).square_().neg_().add_(1))
+            gradient = gradient.to(dtype)
+            if needs_hidden:
+                of_hidden[part] = linear(gradient, table.t())
+            if needs_weight:
+                of_weight += linear(gradient.t(), states.t())
+        guess = torch.cat(guess)
+        ctx.save_for_backward(of_hidden, of_weight, shares)
+        ctx.mark_non_differentiable(guess)
+        return torch.cat(nats) / shares, guess
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient, _):
+        of_hidden, of_weight, shares = ctx.saved_tensors
+        scale = gradient[:1].sum()  # there may be none
+        torch._assert_async(((gradient == scale) | shares.isinf()).all(), 'the nats of a summed loss were not summed '
+                            'with equal weights; leave summed=True out of losses(), which gives them exact gradients')
+        return (None if of_hidden is None else of_hidden * scale, None if of_weight is None else of_weight * scale,
+                *[None] * 6)
+
+
 class Transformer(nn.Module):
     """The trunk and its head, and the interface that the architectures share.
 
@@ -254,18 +323,21 @@ class Transformer(nn.Module):
         self.norm = nn.Identity() if config.norm_after else make_norm(config)
         self.compiled = {}
         self.opening = None  # (T, T): while training, what a position sees on the way from `ar` to bidirectional
-        if config.position == 'rope':
-            self.register_buffer('rope', rope_table(config), persistent=False)  # (2, block_size, D)
-        never = torch.zeros(config.padded_vocab_size)
-        never[self.never_predicted() + list(range(config.vocab_size, config.padded_vocab_size))] = -math.inf
-        self.register_buffer('never', never, persistent=False)  # added to the logits
+        for name, table in self.tables().items():
+            self.register_buffer(name, table, persistent=False)
         self.init_weights()
 
-    def _apply(self, *arguments):
-        super()._apply(*arguments)
+    def _apply(self, *arguments, **keywords):
+        super()._apply(*arguments, **keywords)
         if self.config.position == 'rope' and self.rope.dtype != torch.float32:  # bfloat16 cannot tell places apart
             self.rope = rope_table(self.config).to(self.rope.device)
         return self
+
+    def tables(self):
+        """The buffers by name: `never`, which is added to the logits, and `rope` (2, block_size, D)."""
+        never = torch.zeros(self.config.padded_vocab_size)
+        never[self.never_predicted() + list(range(self.config.vocab_size, self.config.padded_vocab_size))] = -math.inf
+        return {'never': never, **({'rope': rope_table(self.config)} if self.config.position == 'rope' else {})}
 
     def never_predicted(self):
         return [] if self.config.mask_id is None else [self.config.mask_id]
@@ -445,7 +517,8 @@ class Transformer(nn.Module):
         summed: a promise to sum the nats, all with the same weight, if anything is to be learnt from them.
 
         The metrics are `predicted`, where the model had to guess a token that counts, and `correct`; for filler
-        `ignore_targets`, where it had to be guessed, `ignore_guesses`, where it was, and `ignore_correct`, both.
+        `ignore_targets`, where it had to be guessed, `ignore_guesses`, where it was, and `ignore_correct`, both;
+        `text_loss`, the nats without those of filler.
         """
         raise NotImplementedError
 
@@ -570,7 +643,8 @@ class Diffusion(Transformer):
         metrics = {'correct': correct & counted, 'predicted': masked & counted}
         if self.config.ignore_id is not None:
             filler = tokens == self.config.ignore_id
-            metrics.update(ignore_correct=correct & filler, ignore_targets=masked & filler,
+            metrics.update(text_loss=(nats.detach() / level).masked_fill(filler, 0),
+                           ignore_correct=correct & filler, ignore_targets=masked & filler,
                            ignore_guesses=guess == self.config.ignore_id)
         return nats, counted, metrics
 
@@ -609,7 +683,7 @@ class SDD(Diffusion):
         table = self.embedding.weight
         if self.config.norm == 'rms':
             table = F.rms_norm(table, table.shape[-1:])
-        p = belief.probabilities * (tokens == self.config.mask_id).unsqueeze(-1)  # (B, T, k)
+        p = (belief.probabilities * (tokens == self.config.mask_id).unsqueeze(-1)).to(table.dtype)  # (B, T, k)
         mixture = F.embedding_bag(belief.tokens.flatten(0, 1), table, per_sample_weights=p.flatten(0, 1), mode='sum')
         return x + self.believed(mixture).view_as(x)
 

@@ -4,12 +4,19 @@ from contextlib import contextmanager
 
 import torch
 
+from configurator import UserError
+from data import random_bits
+
 OPTIMIZERS = ('adamw', 'muon')
 SCHEDULES = ('cosine', 'linear', 'wsd', 'constant')
+MASTER_WEIGHTS = ('float32', 'bfloat16')
+CHUNK = 1 << 22  # elements that StochasticAdamW has in float32 at once
 
 
-def make_optimizers(model, optimizer, learning_rate, beta1, beta2, weight_decay):
+def make_optimizers(model, optimizer, learning_rate, beta1, beta2, weight_decay, seed=0, rank=0):
     """{name: optimizer} over the model's trainable parameters, each of them in exactly one.
+
+    Weights in bfloat16 get `StochasticAdamW`; seed is for its rounding, and rank where weights are sharded.
 
     'adamw' alone; or 'muon' for the matrices of the blocks and AdamW for the rest. Muon (Jordan et al. 2024)
     orthogonalises a matrix's momentum; its update is scaled to the size of AdamW's (Liu et al. 2025), so that
@@ -24,12 +31,74 @@ def make_optimizers(model, optimizer, learning_rate, beta1, beta2, weight_decay)
     rest = [p for name, p in named if not for_muon(name, p)]
     groups = [{'params': [p for p in rest if p.dim() >= 2], 'weight_decay': weight_decay},
               {'params': [p for p in rest if p.dim() < 2], 'weight_decay': 0.0}]
-    optimizers = {'adamw': torch.optim.AdamW([group for group in groups if group['params']], lr=learning_rate,
-                                             betas=(beta1, beta2), fused=True)}
+    groups = [group for group in groups if group['params']]
+    if any(p.dtype == torch.bfloat16 for p in rest):
+        return {'adamw': StochasticAdamW(groups, learning_rate, (beta1, beta2), seed, rank)}
+    optimizers = {'adamw': torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)}
     if to_muon:
         optimizers['muon'] = BatchedMuon(to_muon, lr=learning_rate, weight_decay=weight_decay, momentum=0.95,
                                          adjust_lr_fn='match_rms_adamw')
     return optimizers
+
+
+def check_bfloat16_weights(**settings):
+    """A UserError for each setting that does not go with them; those that are given as true are the wrong ones."""
+    for name, wrong in settings.items():
+        if wrong:
+            raise UserError(f'master_weights=bfloat16 does not go with {name}; leave one of them out.')
+
+
+class StochasticAdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov and Hutter 2019) whose weights and two moments are bfloat16, rounded stochastically.
+
+    Rounded to the nearest, an update of less than half the gap between two bfloat16 numbers (2⁻⁸ of the weight) is
+    lost, in every step anew. Here it is made with a probability of its share of the gap, so the weight's expectation
+    is the exact one (Zamirai et al. 2020). The random bits depend on (seed, step, parameter, rank) alone.
+    """
+
+    def __init__(self, params, lr, betas, seed=0, rank=0, eps=1e-8):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=0.0))
+        self.key = seed, rank
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        parameters = [(p, group) for group in self.param_groups for p in group['params']]
+        for number, (p, group) in enumerate(parameters):
+            if p.grad is None:
+                continue
+            state = self.state[p]
+            if not state:
+                state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            state['step'] += 1
+            step = int(state['step'])
+            generator = torch.Generator(p.device).manual_seed(int(random_bits(*self.key, step, number)) >> 1)
+            parts = (p, p.grad, state['exp_avg'], state['exp_avg_sq'])
+            for part in zip(*(local(x).view(-1).split(CHUNK) for x in parts)):
+                self.update(*part, step, group, generator)
+
+    @staticmethod
+    def update(weight, gradient, average, square, step, group, generator):
+        """One step of AdamW, in float32, for bfloat16 tensors (N,); all but the gradient are changed in place."""
+        (beta1, beta2), rate = group['betas'], group['lr']
+        gradient = gradient.float()
+        new_average = average.float().lerp_(gradient, 1 - beta1)
+        new_square = square.float().mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        size = (new_square / (1 - beta2 ** step)).sqrt_().add_(group['eps'])
+        new_weight = weight.float().mul_(1 - rate * group['weight_decay'])
+        new_weight.addcdiv_(new_average, size, value=-rate / (1 - beta1 ** step))
+        for old, new in ((weight, new_weight), (average, new_average), (square, new_square)):
+            old.copy_(stochastically_rounded(new, generator))
+
+
+def local(tensor):
+    """A rank's own part of a sharded tensor; any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, 'to_local') else tensor
+
+
+def stochastically_rounded(x, generator):
+    """float32 to bfloat16, up or down, by how near they are: 16 random bits are added to the 16 that are cut off."""
+    bits = torch.randint(1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
+    return ((x.view(torch.int32) + bits) & -65536).view(torch.float32).bfloat16()
 
 
 class BatchedMuon(torch.optim.Muon):

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 import data
+import kernels
 from checkpoints import save_atomically
 from configurator import UserError
 
@@ -33,6 +34,7 @@ class Runtime:
             torch.set_float32_matmul_precision('high')  # TF32 where float32 matrices meet
         if self.device.type == 'cpu':
             keep_freed_memory()
+            kernels.install()
         if self.world_size > 1:  # gloo carries what the ranks agree on, from the CPU, beside nccl's gradients
             dist.init_process_group('cpu:gloo,cuda:nccl' if self.device.type == 'cuda' else 'gloo')
 
@@ -120,7 +122,7 @@ def training_means(sums, beliefs):
 @torch.no_grad()
 def evaluate(model, batches, run, tokens_per_byte):
     """The metrics val/ over the batches of all ranks. tokens_per_byte: None where there is no text to speak of."""
-    names = ('loss', 'count', 'correct', 'predicted', 'ignore_correct', 'ignore_targets', 'ignore_guesses')
+    names = ('loss', 'count', 'correct', 'predicted', 'text_loss', 'ignore_correct', 'ignore_targets', 'ignore_guesses')
     sums, plain = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)  # a rank may have no batch
     model.eval()
     for batch in batches:
@@ -129,7 +131,10 @@ def evaluate(model, batches, run, tokens_per_byte):
             if model.believes:  # without beliefs, at the same masks
                 add(plain, *model(*batch, k=0))
     model.train()
-    values = means('val', run.total(sums))
+    sums = run.total(sums)
+    values = means('val', sums)
+    if sums['ignore_targets']:  # val/loss without the nats of filler, over the same tokens
+        values['val/text_loss'] = sums['text_loss'] / max(1, sums['count'])
     values['val/bpb'] = values['val/loss'] / math.log(2) * (tokens_per_byte or math.nan)
     if model.believes:
         values['val/loss_k0'] = means('val', run.total(plain))['val/loss']
@@ -211,19 +216,21 @@ def measure_peak_flops(device, dtype):
 def memory_estimate(model, batch_size, length, run):
     """Bytes that training takes, by what for: an estimate, before anything of it is there.
 
-    Of each trained weight there are its gradient and two moments in float32. With checkpointing a block's input
-    is kept and one block at a time recomputed; a block keeps about 22 numbers per token and channel, and where
-    the mask is written out two scores per pair of positions and head.
+    Of each trained weight there are its gradient and two moments, in its own precision. With checkpointing a
+    block's input is kept and one block at a time recomputed; a block keeps about 22 numbers per token and channel,
+    and where the mask is written out two scores per pair of positions and head.
     """
-    config, trained = model.config, sum(p.numel() for p in model.parameters() if p.requires_grad)
+    config = model.config
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    copies = 0 if run.dtype == 'float32' else 2 * sum(p.numel() for p in model.parameters())  # autocast's
+    copies = 0 if run.dtype == 'float32' else 2 * sum(p.numel() for p in model.parameters()
+                                                      if p.dtype == torch.float32)  # autocast's
     number = 4 if run.dtype == 'float32' else 2
     tokens = batch_size * length
     block = tokens * number * (22 * config.n_embd + 2 * config.n_head * length)
     blocks = config.n_layer * (tokens * 4 * config.n_embd if config.gradient_checkpointing else block) + block
     head = 3 * 4 * min(tokens, model.head_rows(model.never)) * config.padded_vocab_size
-    return {'weights': weights + copies, 'gradients': 4 * trained, 'optimizer': 8 * trained,
+    return {'weights': weights + copies, 'gradients': trained, 'optimizer': 2 * trained,
             'activations': blocks + head}
 
 
@@ -253,7 +260,7 @@ class StopSignal:
 
 METRICS = ('train/loss', 'train/accuracy', 'train/perplexity', 'train/lr', 'train/tokens_per_sec',
            'train/grad_norm', 'train/mfu', 'train/epoch', 'val/loss', 'val/accuracy', 'val/perplexity', 'val/bpb',
-           'val/loss_k0', 'train/k', 'train/ignore_acc', 'train/ignore_precision')
+           'val/loss_k0', 'train/k', 'train/ignore_acc', 'train/ignore_precision', 'val/text_loss')
 
 
 class Logger:

@@ -33,9 +33,11 @@ top_p: float = None      # draw among the fewest tokens that have this probabili
 seed = 0
 stop_at_end = True       # stop at <|endoftext|>
 use_cache = True         # ar: keep keys and values; False: the same text, slower
+compile = False          # ar: compile the step that writes a token; for long texts on a GPU
 steps: int = None        # diffusion: forward passes; None: one per token
 sampler = 'ancestral'    # diffusion: ancestral, confidence, blocks, threshold, remdm
 block_length = 32        # of sampler=blocks: tokens per block
+cache_blocks = False     # of sampler=blocks: read only the block in each step; faster, an approximation
 threshold = 0.9          # of sampler=threshold: the probability at which a token is kept
 eta = 0.1                # of sampler=remdm: the largest probability to hide a token again
 k: int = None            # sdd: candidates per hidden position, 0: none; None: the model's own number
@@ -103,7 +105,8 @@ def write(ids, count, stop):
     with run.autocast():
         return generate(model, [ids] * count, 0 if infill else max_new_tokens, temperature=temperature, top_k=top_k,
                         top_p=top_p, stop_tokens=[stop] if stop_at_end else [], seed=seed, use_cache=use_cache,
-                        steps=steps, sampler=sampler, block_length=block_length, threshold=threshold, eta=eta, k=k,
+                        compile=compile, steps=steps, sampler=sampler, block_length=block_length,
+                        cache_blocks=cache_blocks, threshold=threshold, eta=eta, k=k,
                         watch=show_beliefs if show_candidates else None)
 
 

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import checkpoints
+import optim
 import runtime
 from configurator import UserError
 
@@ -28,21 +29,46 @@ def check(**settings):
             raise UserError(f'fsdp does not go with {name}; leave one of them out.')
 
 
-def shard(model, run):
-    """Shards the model in place, block by block as it comes from the CPU: no device ever holds it whole.
+def shard(model, run, weights):
+    """Shards the model in place: no device ever holds it whole.
+
+    Nor does a rank where the model comes without values, on the device 'meta': each takes its part of `weights`,
+    {name: tensor}, which may lie in a file, one tensor after the other; where there are none, `load` is to follow.
 
     The embedding, which is the head as well, belongs to the root, so the loss is made within the root's forward.
     A single process keeps everything, and writes the same checkpoints.
     """
-    if run.world_size == 1:
+    empty = any(weight.is_meta for weight in model.parameters())
+    if run.world_size > 1:
+        mesh = init_device_mesh(run.device.type, (run.world_size,))
+        policy = MixedPrecisionPolicy()
+        if run.dtype != 'float32':
+            policy = MixedPrecisionPolicy(param_dtype=runtime.DTYPES[run.dtype], reduce_dtype=torch.float32,
+                                          cast_forward_inputs=False)  # noise and rotary tables stay as they are
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
+    if not empty:
         return model.to(run.device)
-    mesh = init_device_mesh(run.device.type, (run.world_size,))
-    policy = MixedPrecisionPolicy()
-    if run.dtype != 'float32':
-        policy = MixedPrecisionPolicy(param_dtype=runtime.DTYPES[run.dtype], reduce_dtype=torch.float32)
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    return fully_shard(model, mesh=mesh, mp_policy=policy)
+    model.to_empty(device=run.device)
+    for name, table in model.tables().items():
+        setattr(model, name, table.to(run.device))
+    if weights:
+        fill(model, weights, run)
+    return model
+
+
+@torch.no_grad()
+def fill(model, weights, run):
+    """A rank's parts of whole tensors by name: FSDP2 shards the first dimension as torch.chunk does."""
+    parameters = dict(model.named_parameters())
+    if parameters.keys() != weights.keys():
+        odd = ', '.join(sorted(parameters.keys() ^ weights.keys())[:3])
+        raise UserError(f'The checkpoint does not hold the plain weights of its model ({odd}, ...); give another one.')
+    for name, weight in parameters.items():
+        parts = weights[name].chunk(run.world_size) if run.world_size > 1 else [weights[name]]
+        if run.rank < len(parts):
+            optim.local(weight).copy_(parts[run.rank] if run.world_size > 1 else parts[0])
 
 
 @contextmanager
@@ -114,6 +140,7 @@ def consolidate(path):
     if 'sharded' not in checkpoint:
         raise UserError(f'{path} is no checkpoint of a sharded run; it can be used as it is.')
     model = checkpoints.make_model(checkpoint['architecture'], **checkpoint['model_config'])
+    model.to(getattr(torch, checkpoint['train_config'].get('master_weights', 'float32')))
     state = {'model': model.state_dict()}
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')

@@ -83,6 +83,7 @@ wandb_run_name = ''          # empty: the run folder's name
 # --- the machine ---
 device = 'auto'              # cpu, cuda, cuda:N, mps
 dtype = 'auto'               # bfloat16, float16, float32
+master_weights = 'float32'   # bfloat16: weights, gradients, moments in half the memory, rounded stochastically
 compile: bool = None         # torch.compile; None: on CUDA only, without fsdp
 fsdp = False                 # shard weights, gradients and moments over the ranks: for what no single GPU holds
 config = configure(globals())
@@ -91,12 +92,14 @@ del config['token']  # no secret goes into config.json, the checkpoint or W&B
 RECOMPUTED = ('gradient_checkpointing', 'selective_checkpointing')
 # What defines a run: a resumed one keeps it. Everything else may change, and the change is printed.
 FIXED = ('architecture', 'mode', 'model_size', 'n_layer', 'n_head', 'n_embd', 'n_kv_head', 'block_size', 'norm',
-         'position', 'mlp', 'bias', 'qk_norm', 'logit_softcap', 'optimizer', 'fsdp', 'seed', 'anneal_steps')
+         'position', 'mlp', 'bias', 'qk_norm', 'logit_softcap', 'optimizer', 'fsdp', 'master_weights', 'seed',
+         'anneal_steps')
 SHAPE = ('n_layer', 'n_head', 'n_embd', 'n_kv_head', 'block_size', 'norm', 'position', 'mlp', 'bias', 'qk_norm',
          'logit_softcap', 'dropout', *RECOMPUTED)  # keys that go to ModelConfig as they are
 
 check_choice(config, 'optimizer', optim.OPTIMIZERS)
 check_choice(config, 'schedule', optim.SCHEDULES)
+check_choice(config, 'master_weights', optim.MASTER_WEIGHTS)
 check_range(config, 1, math.inf, 'batch_size', 'gradient_accumulation_steps', 'max_steps', 'eval_every', 'log_every',
             'num_samples', 'sample_tokens')
 check_range(config, 0, math.inf, 'num_epochs', 'learning_rate', 'min_lr', 'warmup_steps', 'warmup_ratio',
@@ -104,10 +107,6 @@ check_range(config, 0, math.inf, 'num_epochs', 'learning_rate', 'min_lr', 'warmu
             'save_total_limit', 'anneal_steps')
 check_range(config, 0, 1, 'beta1', 'beta2', 'ema_decay')
 data.check_belief_plan(p_belief, k_schedule)
-if fsdp:
-    import sharded  # only where it is wanted
-    sharded.check(ema_decay=ema_decay, save_total_limit=save_total_limit, optimizer_muon=optimizer == 'muon',
-                  dtype_float16=dtype == 'float16')
 
 # ---------------------------------------------------------------------------- what to continue
 
@@ -116,6 +115,14 @@ checkpoint, changed = None, []
 continued = checkpoints.run_of(checkpoint_path or Path(out_dir, 'ckpt.pt')) if resume_from else None  # a run folder
 if checkpoint_path:
     checkpoint, changed = checkpoints.load_run(checkpoint_path, globals(), config, FIXED)
+if fsdp:
+    import sharded  # only where it is wanted
+    sharded.check(ema_decay=ema_decay, save_total_limit=save_total_limit, optimizer_muon=optimizer == 'muon',
+                  dtype_float16=dtype == 'float16')
+if master_weights == 'bfloat16':
+    dtype = 'bfloat16' if dtype == 'auto' else dtype
+    optim.check_bfloat16_weights(ema_decay=ema_decay, optimizer_muon=optimizer == 'muon',
+                                 **{f'dtype={dtype}': dtype != 'bfloat16'})
 
 run = runtime.Runtime(device, dtype)
 folder = data.open_dataset(dataset)
@@ -127,7 +134,7 @@ if 'block_size' not in config.given:
 
 initial = checkpoint
 if init_from and not checkpoint:
-    initial = checkpoints.as_start(checkpoints.load(init_from, token, revision), init_from, architecture,
+    initial = checkpoints.as_start(checkpoints.load(init_from, token, revision, mmap=True), init_from, architecture,
                                    block_size if 'block_size' in config.given else None)
 shape = dict(zip(('n_layer', 'n_head', 'n_embd'), checkpoints.size_of(model_size)))
 shape.update({key: config[key] for key in SHAPE if config[key] is not None})
@@ -141,12 +148,18 @@ if initial:
 shape.update(k=max(k_schedule), vocab_size=tokenizer.vocab_size, mask_id=tokenizer.mask_id,
              ignore_id=tokenizer.ignore_id)
 torch.manual_seed(seed)
-raw_model = checkpoints.make_model(architecture, **shape)
-if checkpoint and 'sharded' not in checkpoint:
+with torch.device('meta' if fsdp and initial else 'cpu'):  # a rank reads only its part of a sharded model
+    raw_model = checkpoints.make_model(architecture, **shape)
+if checkpoint and not fsdp:
     raw_model.load_state_dict(checkpoint['model_state_dict'])
-elif initial and not checkpoint:  # as all other scripts, from the average where there is one
+elif initial and not fsdp:  # as all other scripts, from the average where there is one
     checkpoints.load_weights(raw_model, initial)
-raw_model = sharded.shard(raw_model, run) if fsdp else raw_model.to(run.device)
+if master_weights == 'bfloat16':
+    raw_model.bfloat16()
+raw_model = (sharded.shard(raw_model, run, initial['model_state_dict'] if initial and not checkpoint else {})
+             if fsdp else raw_model.to(run.device))
+if initial:
+    initial.pop('model_state_dict', None)  # not kept beside the model
 block_size = raw_model.config.block_size
 
 # ---------------------------------------------------------------------------- batches, optimizers, state
@@ -162,7 +175,8 @@ if anneal_steps is None:
 if anneal_steps and raw_model.causal:
     raise UserError(f'anneal_steps is {anneal_steps}, but {architecture!r} never looks ahead; leave it out.')
 warmup = round(warmup_ratio * max_steps) if warmup_steps is None else warmup_steps
-optimizers = optim.make_optimizers(raw_model, optimizer, learning_rate, beta1, beta2, weight_decay)
+optimizers = optim.make_optimizers(raw_model, optimizer, learning_rate, beta1, beta2, weight_decay, seed,
+                                   run.rank if fsdp else 0)
 scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == 'float16')
 average = optim.WeightAverage(raw_model, ema_decay) if ema_decay else None
 step, best_step, best_val_loss = 0, 0, math.inf

@@ -109,6 +109,7 @@ def test_mistakes_are_one_sentence(arguments, named):
     assert 'Traceback' not in result.stderr and result.stdout == ''
 
 
+@pytest.mark.slow
 def test_training_steps_of_all_architectures_are_timed(make_folder):
     result = subprocess.run([sys.executable, str(BENCH), '--what=train', f'--dataset={make_folder()}', '--steps=10',
                              '--batch_size=2', '--block_size=16', '--device=cpu'], capture_output=True, text=True)

@@ -95,6 +95,19 @@ def test_losses_are_torchs_with_weights_and_with_smoothing():
     torch.testing.assert_close(c.losses(logits[:, :1], labels, 0.2), c.losses(two, labels, 0.2))
 
 
+def test_tokens_are_hidden_while_training_only_and_never_the_first():
+    tokens = torch.randint(0, 8, (200, 16))
+    hidden = c.hide(tokens, 0.3, mask_id=8) == 8
+    assert not hidden[:, 0].any() and abs(hidden[:, 1:].float().mean() - 0.3) < 0.04
+    model = c.Classifier(random_model('ar', 0.3, **SHAPE), 2, 'mean', token_dropout=0.5)
+    labels = torch.zeros(200, dtype=int)
+
+    def loss():
+        return model(tokens, None, labels)[0]
+    assert model.eval() and torch.equal(loss(), loss())
+    assert model.train() and not torch.isclose(loss(), loss(), rtol=1e-4)
+
+
 def test_balanced_weights_are_those_of_scikit_learn():
     from sklearn.utils.class_weight import compute_class_weight
     labels = np.array([0, 0, 0, 1, 2, 2])

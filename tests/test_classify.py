@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import letter_tokenizer, random_model, signals_kept
+from test_finetune import tune, write_base, write_examples
 
 import checkpoints
 import data
@@ -94,7 +95,8 @@ def test_the_quick_run_with_its_published_names_leaves_its_artifacts(place):
     assert config['pool'] == 'last' and (rows(out)[-1]['step'], rows(out)[-1]['train/lr'] != '') == ('4', True)
 
 
-@pytest.mark.parametrize('architecture', ['ar', 'diffusion'])
+@pytest.mark.slow
+@pytest.mark.parametrize('architecture', ['ar', 'diffusion', 'sdd'])
 def test_each_architecture_learns_a_simple_task(place, architecture):
     classify('--target_func=fn_c', '--sequence_length=14', '--train_set_size=400', '--test_set_size=100',
              '--batch_size=50', '--num_epochs=45', '--learning_rate=1e-2', '--optimizer=muon', '--schedule=linear',
@@ -104,8 +106,10 @@ def test_each_architecture_learns_a_simple_task(place, architecture):
     assert loaded.config.n_embd == 32
 
 
-@pytest.mark.parametrize('options', [['--dropout=0.1', '--gradient_accumulation_steps=2', '--val_set_size=10'],
-                                     ['--architecture=diffusion', '--optimizer=muon', '--num_classes=2']])
+@pytest.mark.parametrize('options', [
+    ['--dropout=0.1', '--token_dropout=0.3', '--gradient_accumulation_steps=2', '--val_set_size=10'],
+    ['--architecture=diffusion', '--optimizer=muon', '--num_classes=2'],
+    ['--architecture=sdd', '--label_smoothing=0.1']])
 def test_resume_is_bit_identical(place, options):
     settings = [*TASK, '--max_steps=6', '--eval_every=2', '--log_every=1', *options]
     classify(*settings, '--out_dir=whole')
@@ -158,6 +162,7 @@ def test_two_ranks_end_where_one_does(place):
         np.testing.assert_allclose(a['test_logits'], b['test_logits'], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_texts_in_two_languages_are_joined_and_judged_apart(place):
     run = classify(*TEXTS, '--train_langs=rus,pol', '--eval_langs=pol,rus', '--num_epochs=30', '--learning_rate=1e-2',
                    '--optimizer=muon', '--out_dir=run', '--architecture=diffusion', '--n_embd=32')
@@ -344,17 +349,50 @@ def test_a_tokenizer_of_vocab_and_merges_is_read_with_its_space(tmp_path):
     assert isinstance(loaded, data.Tokenizer) and loaded.encode('low') == bpe.encode('low').ids
 
 
-def test_adapters_and_the_head_train_and_the_rest_stays(place):
-    pytest.importorskip('lora')
+def test_a_token_of_the_hub_is_passed_on_and_never_written(place, monkeypatch):
     classify(*TASK, '--num_epochs=1', '--out_dir=base')
-    run = classify(*TASK, '--num_epochs=2', '--init_from=base', '--lora_rank=2', '--out_dir=tuned',
-                   '--learning_rate=0.01', tiny=TINY[3:])
+    given, load = [], checkpoints.load
+    monkeypatch.setattr(checkpoints, 'load', lambda path, *hub: given.append((str(path), *hub)) or load('base'))
+    classify(*TASK, '--num_epochs=1', '--init_from=owner/name', '--token=secret', '--revision=v2', '--out_dir=run',
+             tiny=TINY[3:])
+    assert given == [('owner/name', 'secret', 'v2')]
+    assert 'secret' not in (place / 'run/config.json').read_text() + str(load('run')['train_config'])
+
+
+def test_adapters_and_the_head_train_and_the_rest_stays(place):
+    classify(*TASK, '--num_epochs=1', '--out_dir=base')
+    settings = [*TASK, '--init_from=base', '--lora_rank=2', '--learning_rate=0.01', '--max_steps=8', '--eval_every=4']
+    run = classify(*settings, '--out_dir=tuned', tiny=TINY[3:])
     before = torch.load(place / 'base' / 'ckpt.pt', weights_only=True)['model_state_dict']
     weights = dict(run['trunk'].named_parameters())
     assert all(not weight.requires_grad or 'lora' in name for name, weight in weights.items())
     assert all(torch.equal(weight, before[name]) for name, weight in weights.items() if name in before)
     assert any('lora_B' in name and weight.abs().sum() > 0 for name, weight in weights.items())
-    classify('--resume_from=tuned', '--num_epochs=3')
+    tuned = checkpoints.load_model(checkpoints.load('tuned'), 'cpu')  # merged, as the other scripts want it
+    tokens = torch.randint(0, 2, (3, 11))
+    torch.testing.assert_close(tuned.hidden(tokens), run['trunk'].eval().hidden(tokens))
+    with pytest.MonkeyPatch.context() as patch:  # dies after the checkpoint of the fourth step, and goes on
+        rate = optim.learning_rate_at
+        patch.setattr(optim, 'learning_rate_at', lambda step, *rest: 1 / 0 if step == 5 else rate(step, *rest))
+        with pytest.raises(ZeroDivisionError):
+            classify(*settings, '--out_dir=killed', tiny=TINY[3:])
+    classify('--resume_from=killed', tiny=[])
+    one, other = (torch.load(place / name / 'ckpt.pt', weights_only=True) for name in ('tuned', 'killed'))
+    assert same(one['adapted_state_dict'], other['adapted_state_dict'])
+    assert same(one['model_state_dict'], other['model_state_dict'])
+
+
+@pytest.mark.parametrize('architecture', ['ar', 'sdd'])
+def test_what_finetune_leaves_is_a_start_its_adapters_included(place, architecture):
+    write_base(place / 'base', architecture)
+    write_examples(place / 'examples')
+    tune('--dataset=examples', '--init_from=base', '--use_peft', '--max_steps=2', '--num_samples=0', '--out_dir=tuned')
+    base, tuned = (checkpoints.load_model(checkpoints.load(name), 'cpu') for name in ('base', 'tuned'))
+    run = classify(*TEXTS[:3], '--train_langs=rus', '--init_from=tuned', '--learning_rate=0', '--weight_decay=0',
+                   '--max_steps=1', '--out_dir=run', tiny=TINY[3:])
+    tokens = torch.randint(0, 90, (2, 9))
+    assert torch.equal(run['trunk'].eval().hidden(tokens), tuned.hidden(tokens))
+    assert not torch.equal(tuned.hidden(tokens), base.hidden(tokens))
 
 
 @pytest.mark.parametrize('model, billions', [

@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import letter_tokenizer, random_model, signals_kept
+from conftest import letter_tokenizer, random_model, several_scripts, signals_kept
 from test_train import contents, free_ports, interrupt, load, metrics, same
 
 import checkpoints
@@ -215,7 +215,7 @@ def test_the_loss_is_on_answers_alone_or_on_the_prompt_too(place, tmp_path):
 
 def test_a_token_of_the_hub_is_passed_on_and_never_written(place, tmp_path, monkeypatch):
     given, load = [], checkpoints.load
-    monkeypatch.setattr(checkpoints, 'load', lambda path, *hub: given.append(hub) or load(path))
+    monkeypatch.setattr(checkpoints, 'load', lambda path, *hub, **how: given.append(hub) or load(path))
     tune(*settings(place, 'ar', f'--out_dir={tmp_path}/run', '--token=secret', '--max_steps=1'))
     assert given == [('secret', '')]
     assert 'secret' not in (tmp_path / 'run/config.json').read_text() + str(load(tmp_path / 'run')['train_config'])
@@ -243,6 +243,25 @@ def test_sdd_logs_its_candidates_and_its_loss_without_them(place, tmp_path):
     looks = [(float(row['val/loss']), float(row['val/loss_k0'])) for row in rows if row['val/loss']]
     assert len(looks) == 3 and looks[-1][0] != looks[-1][1]
     assert any(row['train/ignore_acc'] for row in rows)
+
+
+@pytest.mark.parametrize('architecture', ARCHITECTURES)
+def test_the_loss_of_the_text_stands_beside_that_with_filler(place, tmp_path, architecture, capsys):
+    variables = tune(*settings(place, architecture, f'--out_dir={tmp_path}/run', '--packing=False', '--max_steps=3'))
+    row, model = metrics(tmp_path / 'run')[-1], variables['raw_model'].eval()
+    if architecture == 'ar':  # has no filler
+        assert not row['val/text_loss']
+        return
+    text = filler = count = 0
+    for batch in data.evaluation_batches(variables['folder'], 'val', architecture, 64, 4, 'examples'):
+        with torch.no_grad():
+            nats, counted, _ = model.losses(*batch)
+        is_filler, count = batch[0] == model.config.ignore_id, count + counted.sum()
+        text, filler = text + nats[~is_filler].sum(), filler + nats[is_filler].sum()
+    assert filler > 0
+    assert float(row['val/text_loss']) == pytest.approx((text / count).item(), rel=1e-5)
+    assert float(row['val/loss']) == pytest.approx(((text + filler) / count).item(), rel=1e-5)
+    assert f'val/text_loss {float(row["val/text_loss"]):.4f}' in capsys.readouterr().out
 
 
 def test_steps_win_over_epochs(place, tmp_path):
@@ -349,11 +368,12 @@ def division_cases(place, out, ranks):
 def run_rank(rank, ports, place, path):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1')
     results = []
-    for port, case in zip(ports, division_cases(place, path / 'ranks', 2)):
-        os.environ['MASTER_PORT'] = str(port)
-        results.append(first_gradients(*case))
-    if rank == 0:
-        torch.save(results, path / 'gradients.pt')
+    with several_scripts():
+        for port, case in zip(ports, division_cases(place, path / 'ranks', 2)):
+            os.environ['MASTER_PORT'] = str(port)
+            results.append(first_gradients(*case))
+        if rank == 0:
+            torch.save(results, path / 'gradients.pt')
 
 
 @pytest.mark.slow
@@ -425,8 +445,9 @@ def test_adapters_are_trained_alone_and_the_checkpoint_has_them_merged(place, tm
     assert (tmp_path / 'reference/adapter').is_dir()
 
 
-def test_adapters_resume_bit_identical(place, tmp_path, monkeypatch):
-    arguments = settings(place, 'ar', '--use_peft', '--peft_lora_r=4')
+@pytest.mark.parametrize('more', [[], ['--architecture=sdd', '--p_belief=((0,1),)']], ids=['ar', 'converted'])
+def test_adapters_resume_bit_identical(place, tmp_path, monkeypatch, more):
+    arguments = settings(place, 'ar', '--use_peft', '--peft_lora_r=4', *more)
     tune(*arguments, f'--out_dir={tmp_path}/reference')
     rate = optim.learning_rate_at
     with monkeypatch.context() as patch:
@@ -434,7 +455,12 @@ def test_adapters_resume_bit_identical(place, tmp_path, monkeypatch):
             step == 2 and os.kill(os.getpid(), signal.SIGTERM), rate(step, *rest))[1])
         tune(*arguments, f'--out_dir={tmp_path}/run')
     tune(f'--resume_from={tmp_path}/run', tiny=[])
-    assert same(load(tmp_path / 'run')['model_state_dict'], load(tmp_path / 'reference')['model_state_dict'])
+    tuned = load(tmp_path / 'reference')['model_state_dict']
+    assert same(load(tmp_path / 'run')['model_state_dict'], tuned)
+    changed = (tuned['embedding.weight'] != load(place / 'ar')['model_state_dict']['embedding.weight']).any(1)
+    ids = ids_of(letter_tokenizer(ASCII))
+    assert changed.nonzero().flatten().tolist() == [ids['mask_id'], ids['ignore_id']] if more else not changed.any()
+    assert not more or (tuned['believed.weight'] != torch.eye(SHAPE['n_embd'])).any()
 
 
 # ---------------------------------------------------------------------------- bad input

@@ -436,7 +436,7 @@ def test_a_mistake_is_one_sentence_and_writes_nothing(words, said, tmp_path):
 
 
 def test_code_of_a_model_is_refused_by_every_script(monkeypatch):
-    for script in ('train.py', 'sample.py', 'evaluate.py'):
+    for script in ('train.py', 'finetune.py', 'classify.py', 'sample.py', 'evaluate.py'):
         monkeypatch.setattr(sys, 'argv', [script, '--trust_remote_code=True'])
         with pytest.raises(UserError, match='trust_remote_code=True is refused'):
             runpy.run_path(str(checkpoints.ROOT / script), run_name='__main__')

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
+import model
 import optim
 
 
@@ -45,14 +46,14 @@ def test_the_head_loss_has_the_gradients_of_autograd(cap, rows):
     logits = cap * torch.tanh(logits / cap) if cap else logits
     plain = F.cross_entropy(logits + never, targets, reduction='none') / shares
     expected = torch.autograd.grad(3 * plain.sum(), (hidden, weight))
-    nats, guess = kernels.HeadLoss.apply(hidden, weight, never, targets, shares, cap, rows, torch.float32)
+    nats, guess = model.HeadLoss.apply(hidden, weight, never, targets, shares, cap, rows, torch.float32)
     torch.testing.assert_close(nats, plain)
     assert torch.equal(guess, (logits + never).argmax(-1))
     for ours, theirs in zip(torch.autograd.grad(3 * nats.sum(), (hidden, weight), retain_graph=True), expected):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     with pytest.raises(RuntimeError, match='summed'):
         (nats * torch.arange(20)).sum().backward()
-    empty = kernels.HeadLoss.apply(hidden[:0], weight, never, targets[:0], shares[:0], cap, rows, torch.float32)
+    empty = model.HeadLoss.apply(hidden[:0], weight, never, targets[:0], shares[:0], cap, rows, torch.float32)
     assert len(empty[0]) == len(empty[1]) == 0
 
 

@@ -96,6 +96,51 @@ def test_the_native_trunk_keeps_its_own_names(architecture, tmp_path):
     assert torch.equal(again.logits(tokens_for(again)), model.logits(tokens_for(model)))
 
 
+def converted(architecture, base=None, **changes):
+    """A model of another architecture that starts from an `ar` model's weights."""
+    base = base or native(**changes)
+    checkpoint = checkpoints.as_start({'architecture': 'ar', 'model_config': vars(base.config),
+                                       'model_state_dict': base.state_dict()}, 'base', architecture)
+    return checkpoints.load_model(checkpoint, 'cpu')
+
+
+@pytest.mark.parametrize('architecture', ['diffusion', 'sdd'])
+@pytest.mark.parametrize('tied', [True, False], ids=['tied', 'untied'])
+def test_a_converted_model_learns_its_new_rows_and_peft_reads_them(architecture, tied, tmp_path):
+    model, tokens = converted(architecture, tied=tied).train(), tokens_for(native())
+    tokens[:, 8:] = 39  # filler
+    start = {name: weight.clone() for name, weight in model.state_dict().items()}
+    lora.add_lora(model, rank=2, alpha=4)
+    lora.free_new_parts(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    beliefs = {'k': 2} if architecture == 'sdd' else {}
+    for _ in range(3):
+        model(tokens, noise=torch.rand(3, 17, generator=torch.Generator().manual_seed(0)), **beliefs)[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    logits = model.logits(tokens).detach()
+    lora.save_adapter(model, tmp_path, 'base')
+
+    theirs = peft.PeftModel.from_pretrained(converted(architecture, tied=tied), tmp_path)
+    torch.testing.assert_close(theirs.base_model.model.logits(tokens), logits, atol=1e-4, rtol=0)
+    again = converted(architecture, tied=tied)
+    lora.load_adapter(again, tmp_path)
+    assert torch.equal(again.logits(tokens), logits)
+    with pytest.raises(UserError, match=f"has architecture='{architecture}'; only 'ar'"):
+        lora.load_adapter(native(tied=tied), tmp_path)
+
+    lora.merge(again)
+    end = again.state_dict()
+    torch.testing.assert_close(again.logits(tokens), logits, atol=1e-4, rtol=0)
+    assert end.keys() == start.keys()
+    for name in {'embedding.weight', 'unembedding.weight'} & set(start):
+        changed = (end[name] != start[name]).any(1).nonzero().flatten().tolist()
+        assert set(changed) <= {38, 39} and (39 in changed), name
+    if architecture == 'sdd':
+        assert not torch.equal(end['believed.weight'], start['believed.weight'])
+
+
 # ---------------------------------------------------------------------------- training
 
 @pytest.mark.parametrize('bits', [None, 8, 4])
@@ -218,6 +263,26 @@ def test_merge_writes_a_checkpoint_and_says_how_exact_it_is(tmp_path, capsys):
     model = checkpoints.load_model(checkpoints.load(tmp_path / 'merged.pt'), 'cpu')
     torch.testing.assert_close(model.logits(some_tokens())[..., :VOCAB], theirs.eval()(some_tokens()).logits,
                                atol=1e-4, rtol=0)
+
+
+def test_merge_converts_a_base_that_was_converted(tmp_path, capsys):
+    base = native()
+    checkpoints.save(tmp_path / 'ckpt.pt', {
+        'architecture': 'ar', 'model_state_dict': base.state_dict(), 'model_config': vars(base.config),
+        'tokenizer': None, 'start_token': 0, 'prompt_format': None})
+    model = converted('sdd', base)
+    lora.add_lora(model, 2, 4)
+    lora.free_new_parts(model)
+    randomise(model)
+    with torch.no_grad():
+        model.embedding.rows.add_(0.5)
+    lora.save_adapter(model, tmp_path / 'adapter', 'ckpt.pt')
+    hf.main(['merge', f'{tmp_path}/adapter', f'--base={tmp_path}/ckpt.pt', f'--out={tmp_path}/merged.pt'])
+    merged = checkpoints.load(tmp_path / 'merged.pt')
+    assert merged['architecture'] == 'sdd'
+    tokens = tokens_for(base).masked_fill(torch.arange(16) % 3 == 0, 38)
+    torch.testing.assert_close(checkpoints.load_model(merged, 'cpu').logits(tokens), model.logits(tokens), atol=1e-4,
+                               rtol=0)
 
 
 def adapter(tmp_path, **changes):

@@ -1,14 +1,17 @@
 """Generation, on models small enough to enumerate."""
+from functools import partial
 from itertools import product
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 
 import model as model_module
 from conftest import assert_drawn_from, random_model
 from model import ARCHITECTURES, Diffusion, ModelConfig
-from sampling import SAMPLERS, draw_tokens, generate, remdm_rates, restrict
+from sampling import SAMPLERS, BlockCache, Sampler, draw_tokens, generate, remdm_rates, restrict
 
 MASK, IGNORE, BLOCK = 10, 9, 12
 SHAPE = dict(vocab_size=11, block_size=BLOCK, n_layer=2, n_head=4, n_embd=32, mask_id=MASK, ignore_id=IGNORE)
@@ -69,6 +72,27 @@ def test_cache_reads_one_token_at_a_time():
     seen.clear()
     generate(model, [[1, 2, 3]], 4, temperature=0, use_cache=False)
     assert [x.size(1) for x in seen] == [3, 4, 5, 6]
+
+
+@pytest.mark.parametrize('changes, prompts', [({}, EQUAL), ({}, UNEQUAL), ({'n_kv_head': 2, **LEARNED}, UNEQUAL)],
+                         ids=['equal', 'unequal', 'learned-grouped'])
+def test_the_compiled_step_writes_the_same_and_is_compiled_once(changes, prompts, monkeypatch):
+    torch._dynamo.reset()
+    counters.clear()
+    backend = CompileCounterWithBackend('aot_eager')
+    monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend=backend))
+    model = tiny('ar', vocab_size=200, **changes)
+    for options in ({}, {'seed': 1}, {'seed': 2, 'stop_tokens': [7]}):
+        expected = generate(model, prompts, 3 * BLOCK, **options)
+        assert generate(model, prompts, 3 * BLOCK, compile=True, **options) == expected
+    assert backend.frame_count == 1 and not counters['graph_break']
+
+
+def test_a_batch_of_more_rows_than_logits_at_once_draws_the_same(monkeypatch):
+    model, prompts = tiny('ar'), [[i] for i in range(9)]
+    expected = generate(model, prompts, 20)
+    monkeypatch.setattr(model_module, 'HEAD_ELEMENTS', 64 * 2)
+    assert generate(model, prompts, 20) == expected
 
 
 def test_a_block_of_one_token_can_be_gone_past():
@@ -217,6 +241,7 @@ def test_nothing_to_write_gives_the_prompts_back(architecture):
     ('diffusion', [1], {'block_length': 0}, 'block_length is 0; '),
     ('diffusion', [1], {'threshold': 2.0}, 'threshold is 2.0; '),
     ('diffusion', [1], {'eta': -0.1}, 'eta is -0.1; '),
+    ('diffusion', [1], {'cache_blocks': True}, "cache_blocks belongs to sampler='blocks'"),
 ])
 def test_what_cannot_be_continued_is_refused_in_a_sentence(architecture, prompt, options, named):
     with pytest.raises(ValueError, match=named) as error:
@@ -307,7 +332,7 @@ def test_confidence_counts_the_holes_of_each_row():
     seen = watch(model)
     prompts = [[MASK, MASK, MASK, MASK], [0, MASK, 2, 3]]
     generate(model, prompts, 0, temperature=0, sampler='confidence', steps=2)
-    assert [(canvas == MASK).sum(1).tolist() for canvas in seen] == [[4, 1], [2, 0]]
+    assert [(canvas == MASK).sum(1).tolist() for canvas in seen] == [[4, 1], [2]]  # a finished row is not computed
 
 
 def test_threshold_writes_what_is_sure_and_at_least_one():
@@ -339,9 +364,10 @@ def test_random_order_reveals_the_same_share_in_each_step(sampler):
 
 def test_remdm_hides_again_what_it_wrote_and_never_what_was_given():
     model = tiny('diffusion')
-    seen = watch(model)
-    generate(model, [[1, 2, 3]] * 4, 9, sampler='remdm', eta=0.5)
-    hidden = torch.stack(seen) == MASK  # (passes, B, L)
+    seen = []
+    generate(model, [[1, 2, 3]] * 4, 9, sampler='remdm', eta=0.5,
+             watch=lambda step, canvas, belief: seen.append(canvas.clone()))
+    hidden = torch.stack(seen) == MASK  # (steps, B, L)
     assert (hidden[1:] & ~hidden[:-1]).any()
     assert not hidden[:, :, :3].any()
 
@@ -355,6 +381,98 @@ def test_remdm_rates_are_probabilities_and_keep_the_schedule(steps, eta):
         visible = 1 - steps_left / steps
         assert visible * (1 - again) + (1 - visible) * reveal == pytest.approx(visible + 1 / steps)
     assert (again, reveal) == (0, 1)  # the last step leaves nothing hidden
+
+
+# ---------------------------------------------------------------------------- what is not computed again
+
+@torch.no_grad()
+def fill_whole(model, canvas, sampler, steps, seed):
+    """`canvas` (B, L), filled with all rows and beliefs computed in each step, whatever has changed."""
+    canvas, generator = canvas.clone(), torch.Generator().manual_seed(seed)
+    choice = Sampler(sampler, 32, 0.5, 0.4, generator, [IGNORE])
+    holes, belief = canvas == MASK, None
+    for left in range(steps, 0, -1):
+        hidden = canvas == MASK
+        where = choice.candidates(hidden, left, steps)
+        remasked = choice.remask(holes & ~hidden, left, steps)
+        states = model.hidden(canvas, None, belief)
+        drawn, confidence = torch.zeros_like(canvas), torch.zeros(canvas.shape)
+        if where.any():
+            drawn[where], confidence[where] = draw_tokens(model, states[where], 1.0, None, None, generator)
+        keep = choice.keep(where, drawn, confidence, left)
+        canvas[keep] = drawn[keep]
+        belief = model.believe(states, canvas == MASK, model.config.k)
+        if remasked is not None:
+            canvas[remasked] = MASK
+    return canvas.tolist()
+
+
+ROWS = [[1, MASK, 3, MASK, MASK, 6], [5, 6, 7, 8, MASK, 1], [MASK] * 6, [1, 2, 3, 4, 5, 6], [MASK, 2, MASK, 1, 1, 1]]
+
+
+@pytest.mark.parametrize('sampler', ['ancestral', 'confidence', 'threshold', 'remdm'])
+@pytest.mark.parametrize('architecture', ['diffusion', 'sdd'])
+def test_what_is_left_out_changes_no_token(architecture, sampler):
+    model = tiny(architecture)
+    seen = watch(model)
+    for seed in range(3):
+        expected = fill_whole(model, torch.tensor(ROWS), sampler, 12, seed)
+        whole = sum(map(len, seen))
+        seen.clear()
+        written = generate(model, ROWS, 0, sampler=sampler, steps=12, threshold=0.5, eta=0.4, seed=seed)
+        assert written == expected
+        assert 0 < sum(map(len, seen)) < 0.8 * whole  # rows computed
+        seen.clear()
+
+
+def test_a_row_is_computed_only_in_steps_in_which_it_may_change():
+    model, steps = tiny('diffusion'), []
+    seen = watch(model)
+    generate(model, [[1]] * 8, 4, steps=40, watch=lambda step, *_: steps.append(step))
+    assert steps == list(range(1, 41))  # a step that computes nothing is a step
+    assert 8 <= sum(map(len, seen)) <= 8 * 4  # each of them revealed a token at least
+    seen.clear()
+    model = tiny('sdd')
+    seen = watch(model)
+    generate(model, [[1]], 4, steps=40, sampler='threshold', threshold=0.0)
+    assert len(seen) <= 4  # beliefs of nothing are not renewed
+
+
+def columns_seen(seen):
+    return [x.size(1) for x in seen]
+
+
+@pytest.mark.parametrize('architecture', ['diffusion', 'sdd'])
+def test_cached_blocks_read_a_block_and_are_asked_for(architecture):
+    model = tiny(architecture)
+    seen = watch(model)
+    options = dict(sampler='blocks', block_length=4, steps=6)
+    plain = generate(model, [[1, 2, 3, 4]] * 20, 8, **options)
+    assert columns_seen(seen) == [12] * 6  # never without being asked
+    seen.clear()
+    cached = generate(model, [[1, 2, 3, 4]] * 20, 8, cache_blocks=True, **options)
+    assert columns_seen(seen) == [12, 4, 4] * 2
+    assert cached != plain and all(MASK not in row and len(row) == 12 for row in cached)
+
+
+@pytest.mark.parametrize('architecture', ['diffusion', 'sdd'])
+def test_cached_blocks_are_exact_where_nothing_lies_outside_or_nothing_was_written(architecture):
+    model = tiny(architecture)
+    options = dict(sampler='blocks', temperature=0)
+    for block_length, steps in ((12, 5), (4, 3)):  # one block of all columns; one step for each block
+        plain, cached = (generate(model, [[MASK] * 12] * 2 + [[MASK] * 11 + [3]], 0, block_length=block_length,
+                                  steps=steps, cache_blocks=cache, **options) for cache in (False, True))
+        assert cached == plain
+
+
+def test_the_cache_of_a_block_holds_what_a_pass_over_the_whole_canvas_makes():
+    """With a canvas that has not changed, the states of a block are those of the whole."""
+    for changes in ({}, LEARNED, {'n_kv_head': 2}):
+        model, columns = tiny('diffusion', **changes), torch.tensor([2, 3, 7])
+        canvas, cache = torch.randint(0, MASK + 1, (3, 12)), BlockCache(columns)
+        with torch.no_grad():
+            whole = model.hidden(canvas, cache)
+            torch.testing.assert_close(model.hidden(canvas[:, columns], cache), whole[:, columns])
 
 
 def test_diffusion_goes_on_past_the_block():

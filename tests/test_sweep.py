@@ -73,6 +73,7 @@ def wait_until(true, seconds=60):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_and_no_run_is_done_twice(place):
     file = write(place, 'twelve.py', grid={'seed': [1, 2, 3, 4], 'lr': [0.1, 0.2, 0.3]})
     killed = start(place, file, '--jobs=2')
@@ -144,6 +145,7 @@ def test_yaml_and_json_of_other_systems_mean_the_same_runs(place):
     assert yaml == json_  # the hashes too
 
 
+@pytest.mark.slow
 def test_languages_become_runs(place):
     database = {name: {'sentiment': {}} for name in ('rus', 'pol')} | {'eng': {'qa': {}}}
     (place / 'db.json').write_text(json.dumps(database))

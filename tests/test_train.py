@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 import wandb
-from conftest import LETTERS, signals_kept, write_folder
+from conftest import LETTERS, several_scripts, signals_kept, write_folder
 
 import optim
 import runtime
@@ -242,11 +242,12 @@ def run_rank(rank, ports, folder, path):
     """What each of two processes does: every case, whose gradients rank 0 saves."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1')
     results = []
-    for port, case in zip(ports, normalisation_cases(folder, path / 'ranks', 2)):
-        os.environ['MASTER_PORT'] = str(port)
-        results.append(first_gradients(*case))
-    if rank == 0:
-        torch.save(results, path / 'gradients.pt')
+    with several_scripts():
+        for port, case in zip(ports, normalisation_cases(folder, path / 'ranks', 2)):
+            os.environ['MASTER_PORT'] = str(port)
+            results.append(first_gradients(*case))
+        if rank == 0:
+            torch.save(results, path / 'gradients.pt')
 
 
 def free_ports(count):

@@ -77,6 +77,7 @@ def test_any_damage_is_named_and_makes_the_exit_status_1(folder, case, capsys):
     assert re.search(words, said), said
 
 
+@pytest.mark.slow
 def test_the_command_exits_0_or_1(folder):
     def command(*words):
         return subprocess.run([sys.executable, str(ROOT / 'data.py'), *words], capture_output=True, text=True)
