@@ -11,7 +11,7 @@ compare   against nanoGPT, on the CPU: see bench_compare.py
 train     training steps of the three architectures on one data set and shape, one after the other in turn, on any
           device: milliseconds, tokens per second, the share of the machine's own matrix speed (MFU), peak memory, and
           each one's time over that of the one before it; the steps of `sdd` by the passes before them
-sample    how fast each architecture writes: see bench_sample.py
+sample    text beside nanoGPT's sample.py; bench_sample.py has more
 data      batches per second, without a model
 memory    what a training step allocates, without computing it: any shape on any machine
 gpu       all figures for a GPU, with --peer=, in ten minutes: see bench_gpu.py
@@ -58,7 +58,7 @@ def part():
         return bench_compare.compare
     if what == 'sample':
         import bench_sample
-        return bench_sample.measure
+        return lambda config: bench_sample.measure(peer=peer, runs=runs)
     if what == 'gpu':
         import bench_gpu
         return bench_gpu.measure

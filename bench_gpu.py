@@ -6,10 +6,10 @@
     nanoGPT    a 124M GPT-2 in bfloat16, compiled, trained there and here in turn on the same tokens
     xl         300M parameters, block 1024, each block checkpointed
     ratios     a step of diffusion over one of ar, one of sdd over one of diffusion
-    decoding   batch 1, at 124M and 1B parameters, against reading all weights once per token
+    decoding   bench_sample.py --what=gpu
 
-A share of the peak (MFU) is of the fastest matrix product that was measured, a share of the bandwidth of the fastest
-copy. On a CPU it is a rehearsal: everything is as small as --model_size says, and no figure means anything.
+A share of the peak (MFU) is of the fastest matrix product that was measured. On a CPU it is a rehearsal: everything
+is as small as --model_size says, and no figure means anything.
 """
 import contextlib
 import importlib.util
@@ -20,20 +20,17 @@ from pathlib import Path
 
 import torch
 
-import checkpoints
+import bench_sample
 import data
 import runtime
 from bench_train import Trainee, belief_plans
 from configurator import UserError
-from sampling import generate
 from timing import Target, describe_machine, say, spread
 
 GPT2 = dict(norm='layer', position='learned', mlp='gelu', bias=False, qk_norm=False, logit_softcap=0.0)
 SHAPES = {  # what a GPU measures: model_size, block, rows, changes
     'nanoGPT': ('large', 1024, 32, {}),
     'xl': ('xl', 1024, 16, {'gradient_checkpointing': True}),
-    'decode 124M': ('large', 1024, 1, {}),
-    'decode 1B': ('large', 1024, 1, dict(n_layer=22, n_head=16, n_embd=2048)),
 }
 VOCABULARY = 50257
 
@@ -44,8 +41,7 @@ def measure(settings):
     shapes = SHAPES
     if rehearsal:
         small = (settings['model_size'], settings['block_size'], settings['batch_size'])
-        shapes = {name: (*small, {key: value for key, value in changes.items() if key == 'gradient_checkpointing'})
-                  for name, (*_, changes) in SHAPES.items()}
+        shapes = {name: (*small, changes) for name, (*_, changes) in SHAPES.items()}
         say('gpu: a rehearsal on the CPU; its figures mean nothing')
     module = load_peer(settings['peer'])
     describe_machine(run_on.device)
@@ -54,7 +50,7 @@ def measure(settings):
     say(f'  matrix products of bfloat16: {peak / 1e12:,.1f} TFLOP/s')
     return [*beside_nanogpt(module, shapes['nanoGPT'], run_on, steps, peak),
             *xl(shapes['xl'], run_on, steps, peak), *ratios(shapes['nanoGPT'], run_on, steps),
-            *decoding(shapes, run_on, 32 if rehearsal else 256)]
+            *bench_sample.measure(what='gpu')]
 
 
 def load_peer(peer):
@@ -175,44 +171,3 @@ def ratios(shape, run_on, steps):
         + ', '.join(f'{depth}: {ratio:.2f}' for depth, ratio in by_passes.items()) + f'; of the schedule {overall:.3f}')
     return [Target('step of diffusion / step of ar', statistics.median(diffusion), '<=', 1.05),
             Target('step of sdd / step of diffusion, over the schedule', overall, '<=', 1.4)]
-
-
-# ---------------------------------------------------------------------------- decoding
-
-def decoding(shapes, run_on, new_tokens):
-    """Tokens per second of one row, over how often the weights can be read in a second."""
-    bandwidth, targets = measure_bandwidth(run_on.device), []
-    say(f'  memory: {bandwidth / 1e9:,.0f} GB/s')
-    for name in ('decode 124M', 'decode 1B'):
-        size, block, _, changes = shapes[name]
-        shape = dict(zip(('n_layer', 'n_head', 'n_embd'), checkpoints.size_of(size)))
-        with run_on.device:
-            model = checkpoints.make_model('ar', **{**shape, 'vocab_size': VOCABULARY, 'block_size': block, **changes})
-        model = model.to(torch.bfloat16).eval()
-        count = min(new_tokens, block - 1)
-        seconds = []
-        for _ in range(4):
-            runtime.synchronize(run_on.device)
-            start = time.perf_counter()
-            generate(model, [[0]], count)
-            runtime.synchronize(run_on.device)
-            seconds.append(time.perf_counter() - start)
-        rate = count / statistics.median(seconds[1:])
-        share = rate * sum(p.numel() * p.element_size() for p in model.parameters()) / bandwidth
-        say(f'  {name}: {rate:,.1f} tokens/s, {share:.1%} of what the memory allows')
-        if name == 'decode 1B':
-            targets.append(Target('share of the bandwidth bound, 1B, batch 1', share, '>=', 0.6))
-    return targets
-
-
-def measure_bandwidth(device):
-    """Bytes per second that a large copy reads and writes."""
-    numbers = torch.zeros((1 << 28) if device.type == 'cuda' else (1 << 24), device=device)
-    copy, best = torch.empty_like(numbers), float('inf')
-    for _ in range(5):
-        runtime.synchronize(device)
-        start = time.perf_counter()
-        copy.copy_(numbers)
-        runtime.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * numbers.numel() * numbers.element_size() / best

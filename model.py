@@ -643,7 +643,7 @@ class Diffusion(Transformer):
         metrics = {'correct': correct & counted, 'predicted': masked & counted}
         if self.config.ignore_id is not None:
             filler = tokens == self.config.ignore_id
-            metrics.update(text_loss=(nats.detach() / level).masked_fill(filler, 0),
+            metrics.update(text_loss=nats.detach().masked_fill(filler, 0),
                            ignore_correct=correct & filler, ignore_targets=masked & filler,
                            ignore_guesses=guess == self.config.ignore_id)
         return nats, counted, metrics
