@@ -11,31 +11,23 @@ compare   against nanoGPT, on the CPU: see bench_compare.py
 train     training steps of the three architectures on one data set and shape, one after the other in turn, on any
           device: milliseconds, tokens per second, the share of the machine's own matrix speed (MFU), peak memory, and
           each one's time over that of the one before it; the steps of `sdd` by the passes before them
-sample    how fast each architecture writes: see bench_sample.py
+sample    text beside nanoGPT's sample.py; bench_sample.py has more
 data      batches per second, without a model
 memory    what a training step allocates, without computing it: any shape on any machine
+gpu       all figures for a GPU, with --peer=, in ten minutes: see bench_gpu.py
 
 Raw figures come as they are measured, then each target, reached or missed; a missed one makes the exit
 status 1. Other programs on the machine disturb the figures, ratios of pairs the least.
 """
-import statistics
-import time
+import math
 
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-
-import checkpoints
-import data
-import memory
 import optim
-import runtime
-from configurator import UserError, check_choice, check_range, configure
-from model import ARCHITECTURES
-from timing import Target, describe_machine, say, spread
+from configurator import check_choice, check_range, configure
+from timing import say
 
 # --- what to measure ---
-what = 'compare'             # compare, train, sample, data, memory
-peer = ''                    # compare: path of a clone of nanoGPT, which is only read
+what = 'compare'             # compare, train, sample, data, memory, gpu
+peer = ''                    # compare, gpu: path of a clone of nanoGPT, which is only read
 only = 'learn,work,cache'    # compare: its parts
 dataset = 'shakespeare_char'  # as prepare/shakespeare.py writes it: a name under data/, or a path
 # --- what train, data and memory measure ---
@@ -56,206 +48,30 @@ warmup_steps = 50            # steps at the start of each run that no rate inclu
 new_tokens = 500             # cache: tokens written
 config = configure(globals())
 
-SCHEDULE = 10 ** 4  # steps of the training run whose beliefs are timed
-P_BELIEF, K_SCHEDULE = ((0.5, 0.5),), (1, 2, 4, 8)  # train.py's own
-
-
-# ---------------------------------------------------------------------------- train
-
-class Trainee:
-    """A model with all that a training step takes."""
-
-    def __init__(self, architecture, vocabulary, run_on, **changes):
-        self.run_on = run_on
-        torch.manual_seed(0)
-        shape = dict(zip(('n_layer', 'n_head', 'n_embd'), checkpoints.size_of(model_size)))
-        with run_on.device:
-            self.model = checkpoints.make_model(architecture, **{**shape, **vocabulary, 'block_size': block_size,
-                                                                 **changes})
-        if run_on.device.type == 'cuda':
-            self.model.compile()
-        self.optimizers = optim.make_optimizers(self.model, optimizer, 1e-3, 0.9, 0.95, 0.1)
-
-    def step(self, batch, count, beliefs):
-        with self.run_on.autocast():
-            loss, *_ = self.model(*batch, **beliefs)
-        (loss / count).backward()
-        runtime.clip_gradients(self.model.parameters(), 1.0)
-        for o in self.optimizers.values():
-            o.step()
-            o.zero_grad(set_to_none=True)
-
-    def seconds(self, *step):
-        runtime.synchronize(self.run_on.device)
-        start = time.perf_counter()
-        self.step(*step)
-        runtime.synchronize(self.run_on.device)
-        return time.perf_counter() - start
-
-    def peak_bytes(self, *step):
-        """The most that is allocated in a step, what stays between steps included."""
-        stays = sum(memory.state_bytes(self.model, self.optimizers.values()).values())
-        if self.run_on.device.type == 'cuda':
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            self.step(*step)
-            return stays + torch.cuda.max_memory_allocated() - before
-        with memory.Allocations() as allocations:
-            self.step(*step)
-        return stays + allocations.peak
-
-
-def train():
-    """Steps of each architecture in turn, so that what slows the machine down slows all of them down."""
-    run_on, folder = runtime.Runtime(device, dtype), data.Folder(dataset)
-    describe_machine(run_on.device)
-    say(f'train: {folder.config["name"]}, model_size={model_size}, {batch_size} rows of {block_size} tokens, '
-        f'{run_on.dtype}, {optimizer}; {steps} steps of each, alternating')
-    plans, shares = belief_plans()
-    sides = {architecture: Trainee(architecture, vocabulary_of(folder.tokenizer), run_on)
-             for architecture in ARCHITECTURES}
-    read = {name: data.Batches(folder, name, block_size, batch_size, mode=mode, device=run_on.device,
-                               predicted=trainee.model.predicted) for name, trainee in sides.items()}
-    seconds = {architecture: [] for architecture in sides}
-    peaks = {}
-    for i in range(-2 * len(shares), steps + 1):
-        for architecture, trainee in sides.items():
-            (batch,), count = read[architecture].get(i + 2 * len(shares))
-            step = batch, count, plans[i] if architecture == 'sdd' else {}
-            if i == steps:
-                peaks[architecture] = trainee.peak_bytes(*step)
-            elif i < 0:
-                trainee.seconds(*step)
-            else:
-                seconds[architecture].append(trainee.seconds(*step))
-    passes = [plan.get('depth', 0) for plan in plans[:steps]]
-    return report_training(seconds, passes, shares, sides, peaks, run_on)
-
-
-def belief_plans():
-    """What the steps of `sdd` believe from, and {passes before: share of the steps of train.py's schedule}.
-
-    The steps go through the numbers of passes in turn, each time with another of the schedule's k and staleness;
-    the last one, whose memory is taken, has the most.
-    """
-    drawn = [data.draw_belief(step, SCHEDULE, 0, P_BELIEF, K_SCHEDULE, 0) for step in range(SCHEDULE)]
-    groups = {depth: [plan for plan in drawn if plan.get('depth', 0) == depth] for depth in range(data.MAX_DEPTH + 1)}
-    plans = [groups[i % len(groups)][i // len(groups)] for i in range(steps)]
-    return [*plans, groups[data.MAX_DEPTH][0]], {depth: len(group) / SCHEDULE for depth, group in groups.items()}
-
-
-def vocabulary_of(tokenizer):
-    return dict(vocab_size=tokenizer.vocab_size, mask_id=tokenizer.mask_id, ignore_id=tokenizer.ignore_id)
-
-
-def report_training(seconds, passes, shares, trainees, peaks, run_on):
-    """Prints a line per architecture, sdd's by its passes, and returns the targets."""
-    peak_flops = runtime.measure_peak_flops(run_on.device, run_on.dtype)
-    pairs = {name: [a / b for a, b in zip(seconds[name], seconds[other])]
-             for name, other in (('diffusion', 'ar'), ('sdd', 'diffusion'))}
-    by_passes = {depth: [ratio for ratio, done in zip(pairs['sdd'], passes) if done == depth] for depth in shares}
-    over_schedule = sum(share * statistics.median(by_passes[depth]) for depth, share in shares.items())
-    say(f'  matrix products of {run_on.dtype}: {peak_flops / 1e9:,.0f} GFLOP/s; times: median (least to most)')
-    for name, trainee in trainees.items():
-        typical = statistics.median(seconds[name] if name != 'sdd' else seconds['diffusion'])
-        typical *= over_schedule if name == 'sdd' else 1
-        rate = batch_size * block_size / typical
-        say(f'  {name:10} {1000 * typical:8.1f} ms per step ({1000 * min(seconds[name]):.1f} to '
-            f'{1000 * max(seconds[name]):.1f}), {rate:,.0f} tokens/s, MFU '
-            f'{trainee.model.flops_per_token() * rate / peak_flops:.2f}, peak memory {peaks[name] / 2 ** 20:,.0f} MiB')
-    say('  a step of sdd over one of diffusion, by the passes before it and their share of the schedule:')
-    for depth, ratios in by_passes.items():
-        say(f'    {depth} ({shares[depth]:4.0%})  {spread(ratios, "{:.2f}")}')
-    say(f'    over the whole schedule {over_schedule:.2f}')
-    return [Target('step of diffusion / step of ar, median of pairs', statistics.median(pairs['diffusion']), '<=',
-                   1.05),
-            Target('step of sdd / step of diffusion, over the schedule', over_schedule, '<=', 1.4)]
-
-
-# ---------------------------------------------------------------------------- data, memory
-
-def read_data():
-    """Batches per second of each architecture and mode that the data have, without a model."""
-    folder, on = data.Folder(dataset), runtime.Runtime(device, 'float32').device
-    describe_machine(on)
-    say(f'data: {folder.config["name"]}, batches of {batch_size} rows of {block_size} tokens; per second, median of '
-        f'{runs} times {steps} batches, least to most')
-    modes = ['packed', 'documents'] + (['examples', 'packed examples'] if folder.masks['train'] is not None else [])
-    for name in modes:
-        for architecture in ('ar', 'diffusion'):  # those of sdd are diffusion's
-            batches = data.Batches(folder, architecture, block_size, batch_size, mode=name, device=on)
-            rates = [batches_per_second(batches, part) for part in range(-1, runs)][1:]
-            say(f'  {name:16} {architecture:10} {spread(rates, "{:,.0f}")}; '
-                f'{statistics.median(rates) * batch_size * block_size / 1e6:,.2f} million tokens/s')
-    return []
-
-
-def batches_per_second(batches, part):
-    start = time.perf_counter()
-    for step in range(steps):
-        batches.get((part + 1) * steps + step)
-    runtime.synchronize(batches.device)
-    return steps / (time.perf_counter() - start)
-
-
-def measure_memory():
-    """What a step of each architecture allocates, without gradient checkpointing, with it and with its selective kind.
-
-    The tensors are fake: they have a shape and a device, and no numbers. Attention is the CPU's, which in bfloat16
-    keeps the scores that a GPU's does not: an upper bound for that one.
-    """
-    if device not in ('auto', 'cpu'):
-        raise UserError(f'device is {device!r}; memory is counted without computing, on the cpu.')
-    run_on = runtime.Runtime('cpu', dtype)
-    vocabulary = dict(vocab_size=50260, mask_id=50258, ignore_id=50259)  # GPT-2's and the special tokens
-    say(f"memory: model_size={model_size}, GPT-2's vocabulary, {batch_size} rows of {block_size} tokens, "
-        f'{run_on.dtype}, {optimizer}; GB of 10⁹ bytes')
-    peaks = {}
-    for architecture in ARCHITECTURES:
-        for name, changes in CHECKPOINTING.items():
-            with FakeTensorMode():
-                trainee = Trainee(architecture, vocabulary, run_on, **changes)
-                tokens = torch.zeros(batch_size, block_size + (architecture == 'ar'), dtype=torch.long)
-                batch, beliefs = (tokens,), {}
-                if architecture != 'ar':  # as data.Batches pads them, at the mean share of hidden positions
-                    index = torch.arange(tokens.numel() * 9 // 16)
-                    batch = tokens, None, torch.zeros(batch_size, 1 + block_size), None, index
-                if architecture == 'sdd':
-                    beliefs = {'k': max(K_SCHEDULE), 'depth': data.MAX_DEPTH}
-                for _ in range(2):  # the first makes the moments
-                    stays = memory.state_bytes(trainee.model, trainee.optimizers.values())
-                    peaks[architecture, name] = trainee.peak_bytes(batch, 1, beliefs)
-            say(f'  {architecture:10} {name:24} {peaks[architecture, name] / 1e9:6.2f}, of which weights '
-                f'{stays["weights"] / 1e9:.2f} and moments {stays["moments"] / 1e9:.2f}')
-    if model_size != 'xl' or block_size != 1024 or batch_size != 8:
-        return []
-    return [Target('GB of a step of xl with checkpointing, block 1024, batch 8, the most of all',
-                   max(peaks[architecture, 'each block'] for architecture in ARCHITECTURES) / 1e9, '<=', 12.0)]
-
 
 # ---------------------------------------------------------------------------- main
 
-CHECKPOINTING = {'none': {}, 'each block': {'gradient_checkpointing': True},
-                 'all but the products': {'gradient_checkpointing': True, 'selective_checkpointing': True}}
-
-
-def sample():
-    import bench_sample  # beside `compare`, the only part that needs sampling.py
-    return bench_sample.measure(config)
-
-
-def compare():
-    import bench_compare
-    return bench_compare.compare(config)
+def part():
+    """The function that measures what is asked for; of its module alone are the imports paid."""
+    if what == 'compare':
+        import bench_compare
+        return bench_compare.compare
+    if what == 'sample':
+        import bench_sample
+        return lambda config: bench_sample.measure(peer=peer, runs=runs)
+    if what == 'gpu':
+        import bench_gpu
+        return bench_gpu.measure
+    import bench_train
+    return {'train': bench_train.train, 'data': bench_train.read_data, 'memory': bench_train.measure_memory}[what]
 
 
 if __name__ == '__main__':
-    parts = {'compare': compare, 'train': train, 'sample': sample, 'data': read_data, 'memory': measure_memory}
-    check_choice(config, 'what', parts)
+    check_choice(config, 'what', ('compare', 'train', 'sample', 'data', 'memory', 'gpu'))
     check_choice(config, 'optimizer', optim.OPTIMIZERS)
-    check_range(config, 1, float('inf'), 'runs', 'batch_size', 'block_size')
-    check_range(config, 10, float('inf'), 'steps')
-    results = parts[what]()
+    check_range(config, 1, math.inf, 'runs', 'batch_size', 'block_size')
+    check_range(config, 10, math.inf, 'steps')
+    results = part()(config)
     if results:
         say('targets')
     for result in results:

@@ -145,3 +145,47 @@ def test_reading_data_is_timed_without_a_model(make_folder):
                             text=True)
     assert result.returncode == 0, result.stderr
     assert len(re.findall(r'^  (?:packed|documents) +(?:ar|diffusion) +[\d,]+', result.stdout, re.M)) == 4
+
+
+STAND_IN = """
+import torch
+from dataclasses import dataclass
+
+
+@dataclass
+class GPTConfig:
+    n_layer: int
+    n_head: int
+    n_embd: int
+    block_size: int
+    vocab_size: int
+    bias: bool
+
+
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.table = torch.nn.Embedding(config.vocab_size, 8)
+
+    def forward(self, tokens, targets):
+        logits = self.table(tokens) @ self.table.weight.t()
+        return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        return torch.optim.AdamW(self.parameters(), lr=learning_rate)
+"""
+
+
+@pytest.mark.slow
+def test_the_measurement_for_a_gpu_runs_through_on_a_cpu(tmp_path):
+    (tmp_path / 'model.py').write_text(STAND_IN)
+    result = subprocess.run([sys.executable, str(BENCH), '--what=gpu', f'--peer={tmp_path}', '--device=cpu',
+                             '--block_size=16', '--batch_size=1'], capture_output=True, text=True)
+    assert 'Traceback' not in result.stderr and result.returncode in (0, 1), result.stderr
+    assert len(re.findall(r'^  (?:reached|MISSED) ', result.stdout, re.M)) == 6
+
+
+def test_the_measurement_for_a_gpu_wants_a_clone(tmp_path):
+    result = subprocess.run([sys.executable, str(BENCH), '--what=gpu', f'--peer={tmp_path}', '--device=cpu'],
+                            capture_output=True, text=True)
+    assert result.returncode == 1 and 'git clone' in result.stderr and 'Traceback' not in result.stderr
