@@ -89,7 +89,7 @@ def load_run(path, namespace, config, fixed):
 
     Every setting that the user did not give is set to the run's own; one of `fixed` that differs is refused.
     """
-    checkpoint = load(path, mmap=config['fsdp'], sharded=True)
+    checkpoint = load(path, mmap=config.get('fsdp', False), sharded=True)
     if not {'optimizer_state_dict', 'sharded'} & set(checkpoint):
         raise UserError(f'{path} holds weights without the state of their training; continue from a ckpt.pt, or '
                         f'start a new run with --init_from={path}.')
