@@ -153,7 +153,8 @@ def family_of(architecture, config):
 
     Found by writing it in each family's words and reading it again: what comes back equal is exact.
     """
-    chosen = {**vars(config), 'dropout': 0.0, 'gradient_checkpointing': False, 'shift': False}
+    chosen = {**vars(config), 'dropout': 0.0, 'gradient_checkpointing': False, 'selective_checkpointing': False,
+              'shift': False}
     if config.position == 'learned':
         chosen['rope_theta'] = 10000.0  # has no meaning there
     for family in WRITERS if architecture == 'ar' else ():

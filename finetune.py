@@ -200,7 +200,8 @@ if neftune_alpha:
 
 mode = 'packed examples' if packing else 'examples'
 batches = data.Batches(folder, architecture, block_size, batch_size, gradient_accumulation_steps, seed, mode,
-                       run.rank, run.world_size, run.device)
+                       run.rank, run.world_size, run.device,
+                       raw_model.predicted)
 data.make_rows(folder, 'val', architecture, block_size, mode, training=False)  # what it lacks is said now
 if max_steps <= 0:
     max_steps = math.ceil(num_epochs * batches.rows.num_rows / batches.rows_per_step)

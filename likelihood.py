@@ -24,7 +24,7 @@ import torch
 import data
 import scoring
 from configurator import UserError
-from model import MIN_LEVEL
+from model import MIN_LEVEL, positions_of
 
 LEVEL_BINS = 10      # masking levels at which accuracy is told apart
 FEW_DOCUMENTS = 30   # below this many, windows tell how sure we are
@@ -156,7 +156,7 @@ def nested_bound(model, tokens, loss_mask, noise, steps, k=None):
     for step in range(steps, 0, -1):
         hidden = trained & (noise < step / steps)
         states = model.hidden(tokens.masked_fill(hidden, model.config.mask_id), belief=belief)
-        nats += model.nats_at(states, tokens, hidden)[0] / step
+        nats += model.nats_at(states, tokens, positions_of(hidden))[0] / step
         belief = model.believe(states, hidden, k)
     return nats
 

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
-from kernels import Linear, linear
+from kernels import COSTLY, HeadLoss, Linear, linear
 
 SIZES = {  # model_size: n_layer, n_head, n_embd
     'tiny':   (4, 4, 128),
@@ -64,7 +64,8 @@ class ModelConfig:
     mask_id: int = None          # <|mask|>: can be seen, never predicted
     ignore_id: int = None        # <|ignore|>: filler of a short document, not counted as text
     k: int = 8                   # sdd: candidates per hidden position, where no other number is asked for
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = False   # recompute each block in the backward pass
+    selective_checkpointing: bool = False  # of that, all but matrix products and attention
 
     def __post_init__(self):
         self.n_kv_head = self.n_head if self.n_kv_head is None else self.n_kv_head
@@ -251,6 +252,7 @@ class Transformer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.Identity() if config.norm_after else make_norm(config)
+        self.compiled = {}
         self.opening = None  # (T, T): while training, what a position sees on the way from `ar` to bidirectional
         if config.position == 'rope':
             self.register_buffer('rope', rope_table(config), persistent=False)  # (2, block_size, D)
@@ -301,6 +303,16 @@ class Transformer(nn.Module):
 
     # ------------------------------------------------------------------------ forward
 
+    def compile(self, **options):
+        """torch.compile for training: of a pass, of the loss and of what is believed, each by itself, so that the
+        steps of `sdd`, which differ in their number of passes, are made of the same few graphs."""
+        self.compiled = {name: torch.compile(getattr(self, name), **options)
+                         for name in ('hidden', 'nats_at', 'believe') if hasattr(self, name)}
+
+    def part(self, name):
+        """A method by name, as it is or compiled."""
+        return self.compiled.get(name) or getattr(self, name)
+
     def embed(self, tokens, belief=None):
         """Token ids (B, T) to the stream that enters the blocks (B, T, C); only `SDD` takes a belief."""
         x = self.embedding(tokens)
@@ -326,8 +338,10 @@ class Transformer(nn.Module):
         causal = self.sight(length)
         for block in self.blocks:
             if self.config.gradient_checkpointing and torch.is_grad_enabled():
+                kept = self.config.selective_checkpointing
                 x = checkpoint(block, x, rope, causal, cache, use_reentrant=False,
-                               preserve_rng_state=self.config.dropout > 0)
+                               preserve_rng_state=self.config.dropout > 0,
+                               context_fn=keep_costly if kept else noop_context_fn)
             else:
                 x = block(x, rope, causal, cache)
         x = self.norm(x)
@@ -362,53 +376,73 @@ class Transformer(nn.Module):
         """Logits (B, T, padded vocabulary): what the model would put at, or for `ar` after, each position."""
         return self.head(self.hidden(tokens, cache))
 
-    def cross_entropy(self, hidden, targets):
+    def cross_entropy(self, hidden, targets, shares=None):
         """Nats (N,) of `targets` (N,) given states (N, C), and the likeliest tokens (N,).
 
-        Logits live for one chunk of positions at a time and are made again for the backward pass, so that
-        a large vocabulary never needs N × V numbers.
+        Logits live for one chunk of positions at a time, so that a large vocabulary never needs N × V numbers. They
+        are made again for the backward pass, unless `shares` (N,) are given: what the nats are divided by on the way
+        to a sum in which all count alike.
         """
+        rows = self.head_rows(hidden)
+        if shares is not None and torch.is_grad_enabled():
+            weight, on = (self.embedding if self.unembedding is None else self.unembedding).weight, hidden.device.type
+            dtype = torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else weight.dtype
+            with torch.autocast(on, enabled=False):
+                return HeadLoss.apply(hidden, weight, self.never, targets, shares, self.config.logit_softcap, rows,
+                                      dtype)
+
         def chunk(hidden, targets):
             logits = self.head(hidden)
             nats = F.cross_entropy(logits, targets, reduction='none')
             return nats, logits.detach().argmax(-1)
 
-        rows = self.head_rows(hidden)
-        if len(targets) <= rows:
-            return chunk(hidden, targets)
-        parts = [checkpoint(chunk, h, t, use_reentrant=False, preserve_rng_state=False)
-                 for h, t in zip(hidden.split(rows), targets.split(rows))]
-        return tuple(torch.cat(column) for column in zip(*parts))
+        parts = [checkpoint(chunk, h, t, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled()
+                 else chunk(h, t) for h, t in zip(hidden.split(rows), targets.split(rows))]
+        nats, guess = (torch.cat(column) for column in zip(*parts))
+        return nats if shares is None else nats / shares, guess
 
-    def nats_at(self, states, targets, where=None):
+    def nats_at(self, states, targets, index=None, shares=None):
         """Nats (B, T) of `targets` (B, T) given states (B, T, C), and the likeliest tokens (B, T).
 
-        where: (B, T), the only positions that need logits; the others get 0 nats and token -1.
+        index: (N,), the only positions that need logits, numbered through the batch; the others get 0 nats and token
+        -1. What lies beyond B × T is there for the shape's sake. shares: (B, 1) or (B, T), what the nats are divided
+        by, for who sums them: see `cross_entropy`.
         """
-        if where is None:
-            return [x.view_as(targets) for x in self.cross_entropy(states.flatten(0, 1), targets.flatten())]
-        index = where.flatten().nonzero().squeeze(1)
-        nats, guess = self.cross_entropy(states.flatten(0, 1).index_select(0, index), targets.flatten()[index])
-        all_nats = torch.zeros(targets.numel(), device=targets.device).index_add(0, index, nats)
-        return all_nats.view_as(targets), torch.full_like(targets, -1).masked_scatter(where, guess)
+        size = targets.numel()
+        if index is None:
+            shares = None if shares is None else shares.expand_as(targets).flatten()
+            return [x.view_as(targets) for x in self.cross_entropy(states.flatten(0, 1), targets.flatten(), shares)]
+        inside = index % size
+        if shares is not None:
+            shares = shares.expand_as(targets).flatten()[inside].masked_fill(index >= size, math.inf)
+        nats, guess = self.cross_entropy(states.flatten(0, 1).index_select(0, inside), targets.flatten()[inside],
+                                         shares)
+        return [torch.full((size + len(index),), blank, dtype=x.dtype, device=x.device).index_copy(0, index, x)[:size]
+                .view_as(targets) for x, blank in ((nats, 0), (guess, -1))]
 
-    def forward(self, tokens, loss_mask=None, noise=None, documents=None, **beliefs):
+    def forward(self, tokens, loss_mask=None, noise=None, documents=None, index=None, **beliefs):
         """The loss as a sum in nats, the count of tokens that it is over, and sums of metrics.
 
         tokens: (B, T) ids, of which the first of a row is context; loss_mask: (B, T), nonzero where the model
         is trained, all by default; noise: (B, 1 + T) uniform numbers, for the diffusion architectures;
         documents: (B, T) numbers of documents that do not see each other, the first token of each one context;
-        beliefs: for `sdd`, see `SDD.states`.
+        index: what `positions_of` gives for `predicted`, worked out elsewhere; beliefs: for `sdd`, see `SDD.states`.
         """
-        nats, counted, metrics = self.losses(tokens, loss_mask, noise, documents, **beliefs)
+        nats, counted, metrics = self.losses(tokens, loss_mask, noise, documents, index, summed=True, **beliefs)
         return nats.sum(), counted.sum(), {name: values.sum() for name, values in metrics.items()}
 
     def nll(self, tokens, loss_mask=None, noise=None):
         """Each row's negative log-likelihood (B,) in nats, or one unbiased draw of its upper bound."""
         return self.losses(tokens, loss_mask, noise)[0].sum(1)
 
-    def losses(self, tokens, loss_mask, noise, documents=None):
+    def predicted(self, tokens, loss_mask, noise):
+        """Where a batch needs logits, as a mask over what predicts its tokens; None: everywhere."""
+        raise NotImplementedError
+
+    def losses(self, tokens, loss_mask, noise, documents=None, index=None, summed=False):
         """Per architecture, all of them (B, T): nats, the tokens that count, and metrics by name.
+
+        summed: a promise to sum the nats, all with the same weight, if anything is to be learnt from them.
 
         The metrics are `predicted`, where the model had to guess a token that counts, and `correct`; for filler
         `ignore_targets`, where it had to be guessed, `ignore_guesses`, where it was, and `ignore_correct`, both.
@@ -422,6 +456,26 @@ class Transformer(nn.Module):
         trained[:, 0] = False
         counted = trained if self.config.ignore_id is None else trained & (tokens != self.config.ignore_id)
         return trained, counted
+
+
+def keep_costly():
+    """For `checkpoint`: keeps the results that take long to recompute, which are half of what a block keeps."""
+    return create_selective_checkpoint_contexts(COSTLY)
+
+
+def positions_of(where, spare=0):
+    """The numbers (N,) of the positions in a mask (B, T), counted through the batch.
+
+    spare: so many more, beyond B × T, that stand for no position: they bring N to a shape that was seen before.
+    """
+    index = where.flatten().nonzero().squeeze(1)
+    return torch.cat([index, where.numel() + torch.arange(spare, device=index.device)]) if spare else index
+
+
+def mask_of(index, tokens):
+    """The mask (B, T) of what `positions_of` counted."""
+    where = torch.zeros(tokens.numel() + len(index), dtype=torch.bool, device=index.device)
+    return where.index_fill(0, index, True)[:tokens.numel()].view_as(tokens)
 
 
 def rope_table(config):
@@ -454,11 +508,16 @@ class Autoregressive(Transformer):
     def never_predicted(self):
         return [i for i in (self.config.mask_id, self.config.ignore_id) if i is not None]
 
-    def losses(self, tokens, loss_mask=None, noise=None, documents=None):
+    def predicted(self, tokens, loss_mask=None, noise=None):
+        return None if loss_mask is None else self.trained(tokens, loss_mask)[1][:, 1:]
+
+    def losses(self, tokens, loss_mask=None, noise=None, documents=None, index=None, summed=False):
         _, counted = self.trained(tokens, loss_mask)
-        where = None if loss_mask is None else counted[:, 1:]
+        if index is None and loss_mask is not None:
+            index = positions_of(counted[:, 1:])
         alone = None if documents is None else Isolated(documents[:, :-1], self.causal)
-        nats, guess = self.nats_at(self.hidden(tokens[:, :-1], alone), tokens[:, 1:], where)
+        shares = torch.ones_like(tokens[:, 1:], dtype=torch.float32) if summed else None
+        nats, guess = self.part('nats_at')(self.part('hidden')(tokens[:, :-1], alone), tokens[:, 1:], index, shares)
         nats, guess = F.pad(nats, (1, 0)), F.pad(guess, (1, 0), value=-1)  # nothing predicts the first token
         return nats, counted, {'correct': (guess == tokens) & counted, 'predicted': counted}
 
@@ -480,35 +539,40 @@ class Diffusion(Transformer):
         """Level t (B, 1) of each row: a uniform number, kept above 0."""
         return MIN_LEVEL + (1 - MIN_LEVEL) * noise[:, :1]
 
-    def states(self, view, earlier=None, alone=None, **beliefs):
+    def states(self, view, earlier=None, alone=None, index=None, **beliefs):
         """What the tokens at the hidden positions of a view (B, T) are predicted from: (B, T, C)."""
-        return self.hidden(view, alone)
+        return self.part('hidden')(view, alone)
 
-    def believe(self, states, where, k):
+    def believe(self, states, where, k, index=None):
         """What is kept of a prediction for the next pass; see `SDD`. Here: nothing."""
 
-    def losses(self, tokens, loss_mask=None, noise=None, documents=None, **beliefs):
-        trained, counted = self.trained(tokens, loss_mask)
+    def predicted(self, tokens, loss_mask, noise, extra=0.0):
+        """What is masked (B, T) at the rows' levels, or that much above; what is at one level is at each higher one."""
+        return self.trained(tokens, loss_mask)[0] & (noise[:, 1:] < self.levels(noise) + extra)
+
+    def losses(self, tokens, loss_mask=None, noise=None, documents=None, index=None, summed=False, **beliefs):
+        _, counted = self.trained(tokens, loss_mask)
         if noise is None:
             noise = torch.rand(tokens.size(0), 1 + tokens.size(1), device=tokens.device)
-        level = self.levels(noise)
-
-        def masked_at(level):  # (B, T); what is masked at one level is masked at each higher one
-            return trained & (noise[:, 1:] < level)
+        if index is None:
+            index = positions_of(self.predicted(tokens, loss_mask, noise))
+        masked = mask_of(index, tokens)  # not worked out again: another device may round otherwise
 
         def view(extra=0.0):
-            return tokens.masked_fill(masked_at(level + extra), self.config.mask_id)
-        masked = masked_at(level)
+            more = self.predicted(tokens, loss_mask, noise, extra) if extra else masked
+            return tokens.masked_fill(masked | more, self.config.mask_id)
         alone = None if documents is None else Isolated(documents, self.sight(tokens.size(1)))
-        states = self.states(view(), earlier=view, alone=alone, **beliefs)
-        nats, guess = self.nats_at(states, tokens, masked)
+        states = self.states(view(), earlier=view, alone=alone, index=index, **beliefs)
+        level = self.levels(noise)
+        nats, guess = self.part('nats_at')(states, tokens, index, level if summed else None)
+        nats = nats if summed else nats / level
         correct = guess == tokens
         metrics = {'correct': correct & counted, 'predicted': masked & counted}
         if self.config.ignore_id is not None:
             filler = tokens == self.config.ignore_id
             metrics.update(ignore_correct=correct & filler, ignore_targets=masked & filler,
                            ignore_guesses=guess == self.config.ignore_id)
-        return nats / level, counted, metrics
+        return nats, counted, metrics
 
 
 class Belief(NamedTuple):
@@ -550,35 +614,39 @@ class SDD(Diffusion):
         return x + self.believed(mixture).view_as(x)
 
     @torch.no_grad()
-    def believe(self, states, where, k):
-        """The belief at the positions `where` (B, T) that follows from the states (B, T, C); None for k = 0."""
+    def believe(self, states, where, k, index=None):
+        """The belief at the positions `where` (B, T) that follows from the states (B, T, C); None for k = 0.
+
+        index: the same positions as `positions_of` gives them, where they are known.
+        """
         if k == 0:
             return None
-        k = min(k, self.config.vocab_size)
-        tokens = torch.zeros(where.numel(), k, dtype=torch.long, device=where.device)
-        probabilities = torch.zeros(where.numel(), k, device=where.device)
+        k, size = min(k, self.config.vocab_size), where.numel()
+        index = positions_of(where) if index is None else index
+        tokens = torch.zeros(size + len(index), k, dtype=torch.long, device=where.device)
+        probabilities = torch.zeros(size + len(index), k, device=where.device)
         states = states.flatten(0, 1)
-        for part in where.flatten().nonzero().squeeze(1).split(self.head_rows(states)):
-            logits = self.head(states[part])  # (n, V)
+        for part in index.split(self.head_rows(states)):
+            logits = self.head(states[part % size])  # (n, V)
             top = logits.topk(k)
             tokens[part] = top.indices
             probabilities[part] = (top.values - logits.logsumexp(-1, keepdim=True)).exp()
-        return Belief(tokens.view(*where.shape, k), probabilities.view(*where.shape, k))
+        return Belief(tokens[:size].view(*where.shape, k), probabilities[:size].view(*where.shape, k))
 
-    def states(self, view, earlier=None, alone=None, k=None, depth=1, stale=0.0):
+    def states(self, view, earlier=None, alone=None, index=None, k=None, depth=1, stale=0.0):
         """As in `Diffusion`, after `depth` passes each of which gave the next one its beliefs.
 
         k: candidates, None for the model's own number. stale: the first pass sees a row with this much more of
         it masked, earlier(stale), the next ones steadily less, as when sampling: beliefs grow old there.
         """
         k, belief = self.config.k if k is None else k, None
-        hidden = view == self.config.mask_id
+        hidden, run, believe = view == self.config.mask_id, self.part('hidden'), self.part('believe')
         with torch.no_grad():
             for i in range(depth if k else 0, 0, -1):
                 look = earlier(stale * i / depth) if stale else view
-                belief = self.believe(self.hidden(look, alone, belief), hidden, k)
+                belief = believe(run(look, alone, belief), hidden, k, index)
         torch.clear_autocast_cache()  # torch 2.9 would reuse here what it cast without gradient
-        return self.hidden(view, alone, belief)
+        return run(view, alone, belief)
 
 
 ARCHITECTURES = {'ar': Autoregressive, 'diffusion': Diffusion, 'sdd': SDD}

@@ -27,9 +27,48 @@ def make_optimizers(model, optimizer, learning_rate, beta1, beta2, weight_decay)
     optimizers = {'adamw': torch.optim.AdamW([group for group in groups if group['params']], lr=learning_rate,
                                              betas=(beta1, beta2), fused=True)}
     if to_muon:
-        optimizers['muon'] = torch.optim.Muon(to_muon, lr=learning_rate, weight_decay=weight_decay,
-                                              momentum=0.95, adjust_lr_fn='match_rms_adamw')
+        optimizers['muon'] = BatchedMuon(to_muon, lr=learning_rate, weight_decay=weight_decay, momentum=0.95,
+                                         adjust_lr_fn='match_rms_adamw')
     return optimizers
+
+
+class BatchedMuon(torch.optim.Muon):
+    """PyTorch's Muon with 'match_rms_adamw', all matrices of one shape, or its transpose, in one product: small ones
+    take half the time so, large ones as long. Its state is the same."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group['params']:
+                if p.grad is not None:
+                    shapes.setdefault((min(p.shape), max(p.shape)), []).append(p)
+            for (_, longer), matrices in shapes.items():
+                update = orthogonalised(self.momenta(matrices, group['momentum']), group)  # (n, shorter, longer)
+                torch._foreach_mul_(matrices, 1 - group['lr'] * group['weight_decay'])
+                torch._foreach_add_(matrices, [u.mT if p.size(0) > p.size(1) else u for u, p in zip(update, matrices)],
+                                    alpha=-group['lr'] * 0.2 * math.sqrt(longer))
+
+    def momenta(self, matrices, momentum):
+        """The gradients, led on by Nesterov's momentum: (n, shorter, longer)."""
+        for p in matrices:
+            if 'momentum_buffer' not in self.state[p]:
+                self.state[p]['momentum_buffer'] = torch.zeros_like(p.grad)
+        buffers, gradients = [self.state[p]['momentum_buffer'] for p in matrices], [p.grad for p in matrices]
+        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+        led = torch._foreach_lerp(gradients, buffers, momentum)
+        return torch.stack([x.mT if x.size(0) > x.size(1) else x for x in led])
+
+
+def orthogonalised(x, group):
+    """Newton-Schulz iterations of matrices (n, R, C), in bfloat16: all their singular values go to about 1."""
+    a, b, c = group['ns_coefficients']
+    x = x.bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group['eps'])
+    for _ in range(group['ns_steps']):
+        gram = x @ x.mT  # (n, R, R)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
 
 
 def learning_rate_at(step, max_steps, learning_rate, min_lr, warmup_steps, schedule, decay_ratio):

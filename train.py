@@ -42,6 +42,7 @@ k_schedule = (1, 2, 4, 8)    # sdd: candidates per hidden position, one of these
 k_warmup_steps = 0           # sdd: go through k_schedule in this many steps instead, then stay at its last
 p_belief = ((0.5, 0.5),)     # sdd: from these shares of the steps on, how many of them have beliefs
 gradient_checkpointing = False  # recompute each block in the backward pass: less memory, a third more time
+selective_checkpointing = False  # with it: keep matrix products and attention, half of a block, and recompute the rest
 init_from = ''               # start from the weights of a ckpt.pt, run folder, Hugging Face folder or hub id
 anneal_steps: int = None     # an ar start of another architecture sees ever more of what is ahead; None: a tenth of all
 token = ''                   # of the Hugging Face hub, for private models
@@ -87,11 +88,12 @@ fsdp = False                 # shard weights, gradients and moments over the ran
 config = configure(globals())
 del config['token']  # no secret goes into config.json, the checkpoint or W&B
 
+RECOMPUTED = ('gradient_checkpointing', 'selective_checkpointing')
 # What defines a run: a resumed one keeps it. Everything else may change, and the change is printed.
 FIXED = ('architecture', 'mode', 'model_size', 'n_layer', 'n_head', 'n_embd', 'n_kv_head', 'block_size', 'norm',
          'position', 'mlp', 'bias', 'qk_norm', 'logit_softcap', 'optimizer', 'fsdp', 'seed', 'anneal_steps')
 SHAPE = ('n_layer', 'n_head', 'n_embd', 'n_kv_head', 'block_size', 'norm', 'position', 'mlp', 'bias', 'qk_norm',
-         'logit_softcap', 'dropout', 'gradient_checkpointing')  # keys that go to ModelConfig as they are
+         'logit_softcap', 'dropout', *RECOMPUTED)  # keys that go to ModelConfig as they are
 
 check_choice(config, 'optimizer', optim.OPTIMIZERS)
 check_choice(config, 'schedule', optim.SCHEDULES)
@@ -131,11 +133,11 @@ shape = dict(zip(('n_layer', 'n_head', 'n_embd'), checkpoints.size_of(model_size
 shape.update({key: config[key] for key in SHAPE if config[key] is not None})
 if initial:
     checkpoints.check_fits(initial, checkpoint_path or init_from, architecture, tokenizer, folder.path)
-    for key in sorted(config.given.intersection(SHAPE) - {'dropout', 'gradient_checkpointing'}):
+    for key in sorted(config.given.intersection(SHAPE) - {'dropout', *RECOMPUTED}):
         if config[key] != initial['model_config'][key]:
             raise UserError(f'{init_from} has {key}={initial["model_config"][key]!r}, not {config[key]!r}; leave '
                             f'--{key} out.')
-    shape = {**initial['model_config'], 'dropout': dropout, 'gradient_checkpointing': gradient_checkpointing}
+    shape = {**initial['model_config'], 'dropout': dropout, **{key: config[key] for key in RECOMPUTED}}
 shape.update(k=max(k_schedule), vocab_size=tokenizer.vocab_size, mask_id=tokenizer.mask_id,
              ignore_id=tokenizer.ignore_id)
 torch.manual_seed(seed)
@@ -150,7 +152,8 @@ block_size = raw_model.config.block_size
 # ---------------------------------------------------------------------------- batches, optimizers, state
 
 batches = data.Batches(folder, architecture, block_size, batch_size, gradient_accumulation_steps, seed, mode,
-                       run.rank, run.world_size, run.device)
+                       run.rank, run.world_size, run.device,
+                       raw_model.predicted)
 data.make_rows(folder, 'val', architecture, block_size, mode, training=False)  # what it lacks is said now
 if num_epochs and 'max_steps' not in config.given:
     max_steps = math.ceil(num_epochs * batches.rows.num_rows / batches.rows_per_step)

@@ -1,7 +1,6 @@
 """What bench.py promises apart from its figures: no timing, no peer, no data but what is made here."""
 import json
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +10,11 @@ import pytest
 import tokenizers
 import torch
 
+import bench_compare
 import checkpoints
 import data
 from configurator import UserError
+from timing import Target
 
 BENCH = Path(__file__).resolve().parent.parent / 'bench.py'
 PEER_LINES = [(0.5, 'step 0: train loss 4.2, val loss 4.2'),
@@ -24,15 +25,6 @@ OUR_LINES = [(0.5, 'step 0: val/loss 4.2, val/accuracy 0.0'),
              (9.0, 'step 10/30: loss 3.0, lr 1e-3, 9 tokens/s, 0:01 left'),
              (12.0, 'step 30/30: loss 2.5, lr 0.0, 9 tokens/s, 0:00 left'),
              (15.0, 'step 30: val/loss 2.4')]
-
-
-@pytest.fixture
-def bench(monkeypatch):
-    """The functions of bench.py, with given arguments."""
-    def load(*arguments):
-        monkeypatch.setattr(sys, 'argv', ['bench.py', *arguments])
-        return runpy.run_path(str(BENCH))
-    return load
 
 
 def prepare(path, characters, sizes):
@@ -54,11 +46,11 @@ def prepare(path, characters, sizes):
 
 
 @pytest.mark.parametrize('lines', (PEER_LINES, OUR_LINES))
-def test_both_sides_are_timed_between_the_same_steps(bench, lines):
-    assert bench()['seconds_per_step'](lines, warmup=10) == pytest.approx(3 / 20)
+def test_both_sides_are_timed_between_the_same_steps(lines):
+    assert bench_compare.seconds_per_step(lines, warmup=10) == pytest.approx(3 / 20)
 
 
-def test_loss_counts_each_token_but_the_first_once(bench, tmp_path):
+def test_loss_counts_each_token_but_the_first_once(tmp_path):
     folder = prepare(tmp_path / 'letters', 'abcdefgh', {'train': 200, 'val': 100})
     torch.manual_seed(0)
     model = checkpoints.make_model('ar', vocab_size=folder.tokenizer.vocab_size, block_size=16, n_layer=1,
@@ -70,7 +62,7 @@ def test_loss_counts_each_token_but_the_first_once(bench, tmp_path):
         seen.append(tokens)
         return model.logits(tokens)
 
-    loss = bench()['whole_split_loss'](logits, folder, 16)
+    loss = bench_compare.whole_split_loss(logits, folder, 16)
     total = count = 0
     for batch in data.evaluation_batches(folder, 'val', 'ar', 16, 4):
         nats, counted, _ = model(*batch)
@@ -79,14 +71,14 @@ def test_loss_counts_each_token_but_the_first_once(bench, tmp_path):
     assert loss == pytest.approx(total / count, rel=1e-6)
 
 
-def test_the_peer_gets_a_copy_and_its_clone_stays_as_it_is(bench, tmp_path):
+def test_the_peer_gets_a_copy_and_its_clone_stays_as_it_is(tmp_path):
     clone = tmp_path / 'clone'
-    names = bench()['PEER_FILES']
+    names = bench_compare.PEER_FILES
     for name in names:
         (clone / name).parent.mkdir(parents=True, exist_ok=True)
         (clone / name).write_text(name)
     folder = prepare(tmp_path / 'letters', 'abc', {'train': 50, 'val': 20})
-    copy = bench(f'--peer={clone}')['copy_peer'](tmp_path, folder, list('abc'))
+    copy = bench_compare.copy_peer(clone, tmp_path, folder, list('abc'))
     left = [str(path.relative_to(clone)) for path in clone.rglob('*') if path.is_file()]
     assert sorted(left) == sorted(names)
     prepared = copy / 'data' / 'shakespeare_char'
@@ -94,16 +86,15 @@ def test_the_peer_gets_a_copy_and_its_clone_stays_as_it_is(bench, tmp_path):
     assert (copy / 'model.py').read_text() == 'model.py' and (prepared / 'meta.pkl').exists()
 
 
-def test_parameters_are_counted_by_the_peers_convention(bench):
+def test_parameters_are_counted_by_the_peers_convention():
     shape = dict(vocab_size=68, mask_id=66, ignore_id=67, block_size=64, n_layer=4, n_head=4, n_embd=128)
-    count = bench()['parameters_by_peer_convention']
+    count = bench_compare.parameters_by_peer_convention
     gpt2 = checkpoints.make_model('ar', **shape, norm='layer', position='learned', mlp='gelu', qk_norm=False)
     assert count(gpt2, 65) == 795_904  # what nanoGPT's get_num_params() says
     assert count(checkpoints.make_model('ar', **shape), 65) == 794_752  # no gains in RMSNorm
 
 
-def test_targets_know_their_direction(bench):
-    Target = bench()['Target']
+def test_targets_know_their_direction():
     assert Target('loss', 1.62, '<=', 1.62).reached and not Target('loss', 1.63, '<=', 1.62).reached
     assert Target('ratio', 1.0, '>=', 1.0).reached and 'MISSED' in str(Target('ratio', 0.99, '>=', 1.0))
 
@@ -123,24 +114,33 @@ def test_training_steps_of_all_architectures_are_timed(make_folder):
                              '--batch_size=2', '--block_size=16', '--device=cpu'], capture_output=True, text=True)
     assert 'Traceback' not in result.stderr and result.returncode in (0, 1)  # a time may be missed here
     for architecture in ('ar', 'diffusion', 'sdd'):
-        assert re.search(rf'^  {architecture} +[\d.]+ ms per step', result.stdout, re.M)
+        assert re.search(rf'^  {architecture} +[\d.]+ ms per step .*tokens/s, MFU .*MiB$', result.stdout, re.M)
+    assert re.findall(r'^    (\d) \(', result.stdout, re.M) == list('01234')  # passes before a step of sdd
     assert len(re.findall(r'^  (?:reached|MISSED) ', result.stdout, re.M)) == 2
 
 
-def test_a_folder_that_is_no_clone_is_named(bench, tmp_path):
+def test_a_folder_that_is_no_clone_is_named(tmp_path):
     folder = prepare(tmp_path / 'letters', 'abc', {'train': 50, 'val': 20})
     for peer in ('', tmp_path):
         with pytest.raises(UserError, match='git clone'):
-            bench(f'--peer={peer}')['copy_peer'](tmp_path, folder, list('abc'))
+            bench_compare.copy_peer(peer, tmp_path, folder, list('abc'))
 
 
-def test_other_data_than_the_peers_are_refused(bench, tmp_path):
+def test_other_data_than_the_peers_are_refused(tmp_path):
     prepare(tmp_path / 'letters', 'abc', {'train': 50, 'val': 20})
     with pytest.raises(UserError, match='65 characters'):
-        bench(f'--dataset={tmp_path / "letters"}')['open_dataset']()
+        bench_compare.open_dataset(tmp_path / 'letters')
 
 
-def test_a_script_that_fails_is_reported_with_what_it_said(bench, tmp_path):
+def test_a_script_that_fails_is_reported_with_what_it_said(tmp_path):
     (tmp_path / 'broken.py').write_text('print("so far so good"); raise SystemExit("no more")')
     with pytest.raises(UserError, match='status 1(.|\n)*no more'):
-        bench()['run']('broken.py', [], tmp_path)
+        bench_compare.run('broken.py', [], tmp_path)
+
+
+def test_reading_data_is_timed_without_a_model(make_folder):
+    result = subprocess.run([sys.executable, str(BENCH), '--what=data', f'--dataset={make_folder()}', '--steps=10',
+                             '--batch_size=2', '--block_size=16', '--device=cpu', '--runs=1'], capture_output=True,
+                            text=True)
+    assert result.returncode == 0, result.stderr
+    assert len(re.findall(r'^  (?:packed|documents) +(?:ar|diffusion) +[\d,]+', result.stdout, re.M)) == 4

@@ -85,7 +85,7 @@ def test_each_folder_has_epochs_of_its_own_without_repetition(make_folder, mode)
         for number in itertools.count():
             which, _ = reader.rows.place(number)
             if reader.rows.parts[which] is part:
-                drawn.append(tuple(reader.row(number)[0].tolist()))
+                drawn.append(tuple(reader.read_rows(0, [number])[number][0].tolist()))
             if len(drawn) == 2 * part.num_rows:
                 break
         assert len(set(drawn[:part.num_rows])) == len(set(drawn[part.num_rows:])) == part.num_rows

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import kernels
 import model as model_module
 from conftest import random_model
 from model import ARCHITECTURES, SIZES, ModelConfig, Transformer, attend_fused, attend_on_cpu, rotate
@@ -305,13 +306,12 @@ def fit(model, rows, p, steps=600, batch_size=256):
 def test_chunked_head_equals_the_whole_one(architecture, monkeypatch):
     model, tokens = tiny(architecture), some_tokens()
     batch = tokens, None, some_noise(tokens)
-    sizes, head = [], model.head
+    sizes, product = [], kernels.product
 
-    def counted(hidden):
-        if torch.is_grad_enabled():  # the beliefs of `sdd` come from a pass without
-            sizes.append(len(hidden))
-        return head(hidden)
-    monkeypatch.setattr(model, 'head', counted)
+    def counted(a, b):
+        sizes.extend([len(a)] * (len(b) == 64))  # logits, rather than what their gradient is multiplied with
+        return product(a, b)
+    monkeypatch.setattr(kernels, 'product', counted)
     whole = model(*batch)
     expected = gradients(model, whole[0])
     assert len(sizes) == 1
@@ -323,7 +323,7 @@ def test_chunked_head_equals_the_whole_one(architecture, monkeypatch):
     torch.testing.assert_close(chunked[0], whole[0])
     assert chunked[2] == whole[2]
     assert_same(gradients(model, chunked[0]), expected, 1e-4)
-    assert len(sizes) == 2 * pieces  # none was kept for the backward pass
+    assert len(sizes) == pieces  # nor are they made again for the backward pass
 
 
 @pytest.mark.parametrize('architecture', ARCHITECTURES)
@@ -337,14 +337,16 @@ def test_gradient_checkpointing_changes_nothing(architecture, dropout, monkeypat
             calls.append(1)
         return forward(*args)
     monkeypatch.setattr(model_module.Block, 'forward', counted)
-    for checkpointed in (False, True):
-        model = tiny(architecture, dropout=dropout, gradient_checkpointing=checkpointed).train()
+    for checkpointed in ({}, {'gradient_checkpointing': True}, {'gradient_checkpointing': True,
+                                                                'selective_checkpointing': True}):
+        model = tiny(architecture, dropout=dropout, **checkpointed).train()
         torch.manual_seed(1)
         loss = model(tokens, None, some_noise(tokens))[0]
         found.append((loss.detach(), gradients(model, loss)))
-    torch.testing.assert_close(found[0][0], found[1][0], rtol=0, atol=0)
-    assert_same(found[0][1], found[1][1], 1e-6)
-    assert len(calls) == 3 * SHAPE['n_layer']  # once without; with it, once more on the way back
+    for loss, of_weights in found[1:]:
+        torch.testing.assert_close(found[0][0], loss, rtol=0, atol=0)
+        assert_same(found[0][1], of_weights, 1e-6)
+    assert len(calls) == 5 * SHAPE['n_layer']  # once without; with it, once more on the way back
 
 
 # ---------------------------------------------------------------------------- attention

@@ -272,7 +272,7 @@ def test_beliefs_gain_and_shuffled_among_the_hidden_positions_they_lose_it(monke
         optimizer.step()
     batch, believe = (chains(512, 0), None, stratified_noise(512, 0)), model.believe
 
-    def shuffled(states, where, k):
+    def shuffled(states, where, k, *index):
         belief, index = believe(states, where, k), where.flatten().nonzero().squeeze(1)
         other = torch.arange(where.numel())
         other[index] = index[torch.randperm(len(index), generator=torch.Generator().manual_seed(0))]
