@@ -1,10 +1,12 @@
 """How fast models write, side by side: beside nanoGPT, beside aaholmes/diffusion-llm, and at equal quality.
 
-    python bench_sample.py --peer=nanoGPT                                     # five minutes on two idle cores
+    python bench_sample.py
+    python bench_sample.py --what=ar --peer=nanoGPT                           # five minutes on two idle cores
     python bench_sample.py --what=diffusion --peer=diffusion-llm
     python bench_sample.py --what=quality --checkpoint=out/stories-diffusion-0 --judge=out/stories-ar-0
     python bench_sample.py --what=gpu
 
+    speed      ours alone, by architecture, sampler and batch: tokens/s and the time to the first token
     ar         nanoGPT's sampling loop, which reads the whole text for each token, and ours with the peer's very
                weights, in pairs; then ours by batch
     diffusion  the peer's samplers and ours, masked diffusion and SDD, the same shapes, steps and rows
@@ -36,16 +38,16 @@ from configurator import UserError, check_choice, check_range, configure
 from sampling import generate
 from timing import Target, describe_machine, say, spread
 
-what = 'ar'                  # ar, diffusion, quality, gpu
+what = 'speed'               # speed, ar, diffusion, quality, gpu
 peer = ''                    # ar: path of a clone of nanoGPT; diffusion: of diffusion-llm; they are only read
 runs = 5                     # pairs of runs
 new_tokens = 512             # ar and gpu: tokens written
 block_size = 1024            # ar and gpu
 vocab_size = 65              # ar: as Shakespeare by characters
-batches = (1, 8, 32)         # ar: rows of ours alone
+batches = (1, 8, 32)         # speed and ar: texts at once of ours alone
 rows = 8                     # diffusion: texts at once
-length = 128                 # diffusion: tokens of each
-steps = 50                   # diffusion: forward passes
+length = 128                 # speed and diffusion: tokens of each
+steps = 50                   # speed and diffusion: forward passes
 checkpoint = ''              # quality: a ckpt.pt or run folder of diffusion or sdd
 judge = ''                   # quality: the same of what judges, better an ar
 num_samples = 128            # quality: texts of each setting
@@ -56,6 +58,7 @@ device = 'cpu'               # of quality
 dtype = 'float32'            # of quality
 config = configure(globals(), None if __name__ == '__main__' else [])
 
+VOCABULARY = 8192  # of diffusion-llm
 SHAPES = {'char': (4, 4, 128), '10M': (6, 6, 384)}  # n_layer, n_head, n_embd
 GPT2 = dict(norm='layer', position='learned', mlp='gelu', bias=True, qk_norm=False, logit_softcap=0.0)
 LLAMA = dict(n_kv_head=8, mlp='swiglu', mlp_width=8192, norm='rms_gain', qk_norm=False, logit_softcap=0.0)
@@ -98,6 +101,43 @@ def peer_module(folder, name):
 def quietly(call):
     with contextlib.redirect_stdout(io.StringIO()):  # a peer's model announces its size
         return call()
+
+
+# ---------------------------------------------------------------------------- speed
+
+def speed():
+    describe_machine()
+    say(f'speed: 4/4/256, {length} tokens, diffusion in {steps} steps, vocabulary {VOCABULARY}, float32; untrained '
+        'models, which are never sure, so threshold takes a step per token')
+    for architecture in ('ar', 'diffusion', 'sdd'):
+        model = our_model(architecture, 4, 4, 256)
+        for sampler in ('',) if architecture == 'ar' else (*sampling.SAMPLERS, 'cached'):
+            for count in batches:
+                figures = [rate_and_wait(model, sampler, count) for _ in range(3)]
+                rate, wait = (statistics.median(column) for column in zip(*figures))
+                say(f'  {architecture:9} {sampler:10} batch {count:3}: {rate:9,.0f} tokens/s, '
+                    f'first token after {1000 * wait:,.1f} ms')
+    return []
+
+
+def rate_and_wait(model, sampler, count):
+    """Tokens per second, and seconds until the first token can be read and will not change: with `blocks` that of
+    the first block, with other samplers of diffusion the last of all."""
+    arrived = []
+
+    def look(step, canvas, belief):
+        if not (canvas[:, 1:33] == model.config.mask_id).any():
+            arrived.append(time.perf_counter())
+    options = {} if model.causal else dict(steps=None if sampler == 'threshold' else steps, watch=look,
+                                           sampler='blocks' if sampler == 'cached' else sampler, block_length=32,
+                                           cache_blocks=sampler == 'cached')
+    prompts, start = [[0]] * count, time.perf_counter()
+    if model.causal:
+        wait = timed(lambda: generate(model, prompts, 1))[0]
+    seconds, _ = timed(lambda: generate(model, prompts, length - 1, **options))
+    if not model.causal:
+        wait = arrived[0] - start if options['sampler'] == 'blocks' else seconds
+    return count * (length - 1) / seconds, wait
 
 
 # ---------------------------------------------------------------------------- ar
@@ -168,9 +208,6 @@ def by_batch(name, model):
 
 # ---------------------------------------------------------------------------- diffusion
 
-VOCABULARY = 8192  # the peer's
-
-
 def diffusion():
     sides = {'diffusion': masked_sides(), 'sdd': sdd_sides()}
     describe_machine()
@@ -191,7 +228,7 @@ def diffusion():
     return targets
 
 
-def our_filler(architecture, n_layer, n_head, n_embd, **changes):
+def our_model(architecture, n_layer, n_head, n_embd, **changes):
     """A model of the peer's blocks: LayerNorm, learned positions, GELU, biases."""
     torch.manual_seed(0)
     return checkpoints.make_model(architecture, vocab_size=VOCABULARY, block_size=length, n_layer=n_layer,
@@ -205,7 +242,7 @@ def masked_sides():
     torch.manual_seed(0)
     theirs = quietly(lambda: models.create_model('tiny', vocab_size=VOCABULARY, max_seq_len=length)).eval()
     sampler = process.DiscreteDiffusion(vocab_size=VOCABULARY, mask_token_id=3)
-    model = our_filler('diffusion', shape.n_layers, shape.n_heads, shape.d_model)
+    model = our_model('diffusion', shape.n_layers, shape.n_heads, shape.d_model)
     return (lambda: sampler.sample(theirs, rows, length, num_steps=steps, device='cpu'), model,
             f'{shape.n_layers}/{shape.n_heads}/{shape.d_model}')
 
@@ -219,7 +256,7 @@ def sdd_sides():
         encoder_dim=None)).eval()
     sampler = process.SparseDiffusion(process.SDDConfig(vocab_size=VOCABULARY, k=8), theirs.get_embedding_table())
     return (lambda: sampler.sample(theirs, rows, length, num_steps=steps, device='cpu'),
-            our_filler('sdd', 4, 4, 256, k=8), '4/4/256')
+            our_model('sdd', 4, 4, 256, k=8), '4/4/256')
 
 
 # ---------------------------------------------------------------------------- quality
@@ -372,11 +409,16 @@ def decode_rate(model, count, compile):
 
 # ---------------------------------------------------------------------------- all
 
-PARTS = {'ar': ar, 'diffusion': diffusion, 'quality': quality, 'gpu': gpu}
+PARTS = {'speed': speed, 'ar': ar, 'diffusion': diffusion, 'quality': quality, 'gpu': gpu}
 
 
-def measure(**changes):
-    """Runs the part that `what` names, with other settings changed by name. Returns its targets."""
+def measure(given=None, **changes):
+    """Runs the part that `what` names, with settings changed by name. Returns its targets.
+
+    given: the settings of bench.py, whose --what=sample this is: with a peer `ar`, else `speed`.
+    """
+    if given:
+        config.update(what='ar' if given['peer'] else 'speed', peer=given['peer'], runs=given['runs'])
     config.update(changes)
     globals().update(config)
     check_choice(config, 'what', tuple(PARTS))

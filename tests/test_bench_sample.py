@@ -19,13 +19,20 @@ def test_a_mistake_is_one_sentence():
 
 
 @pytest.mark.parametrize('changes, said', [
-    (dict(what='best'), "what is 'best'; choose ar or"), (dict(what='ar'), 'has no model.py.*karpathy/nanoGPT'),
+    (dict(what='best'), "what is 'best'; choose speed or"), (dict(what='ar'), 'has no model.py.*karpathy/nanoGPT'),
     (dict(what='diffusion', peer='.'), r'--peer=\. has no src/core/model.py.*diffusion-llm'),
     (dict(what='quality'), 'needs --checkpoint'), (dict(new_tokens=2000), 'new_tokens is 2000')])
 def test_what_cannot_be_measured_is_refused(changes, said, monkeypatch):
     monkeypatch.setattr(bench_sample, 'config', type(bench_sample.config)(bench_sample.config.known))
     with pytest.raises(UserError, match=said):
         bench_sample.measure(**changes)
+
+
+def test_speed_is_of_each_architecture_sampler_and_batch(capsys, monkeypatch):
+    monkeypatch.setattr(bench_sample, 'VOCABULARY', 64)
+    bench_sample.measure({'peer': '', 'runs': 1}, length=40, steps=4, batches=(1, 2))  # as bench.py calls it
+    lines = [line.split(':')[0].split() for line in capsys.readouterr().out.splitlines() if 'first token' in line]
+    assert len(lines) == 2 * (1 + 2 * 6) and ['ar', 'batch', '2'] in lines and ['sdd', 'cached', 'batch', '1'] in lines
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
