@@ -235,6 +235,9 @@ def main():
     if not input or not peer_python:
         raise UserError('Give --input=FILE, instruction data, and --peer_python=PATH, the python of an environment '
                         'with trl, peft and transformers.')
+    if not shutil.which(peer_python):
+        raise UserError(f'--peer_python={peer_python} is no program; give the path of a python, such as '
+                        'ENVIRONMENT/bin/python.')
     if not set(what.split(',')) <= set(WHAT):
         raise UserError(f'what is {what!r}; choose from {", ".join(WHAT)}, with commas between them.')
     with tempfile.TemporaryDirectory(prefix='bench-') as folder:

@@ -54,7 +54,8 @@ def test_sides_that_did_different_work_are_not_compared(bench, key):
 
 
 @pytest.mark.parametrize('arguments, words', [
-    ((), 'Give --input'), (('--input=a', '--peer_python=b', '--what=ful'), 'ful')])
+    ((), 'Give --input'), (('--input=a', '--peer_python=no/python'), 'no/python is no program'),
+    (('--input=a', f'--peer_python={sys.executable}', '--what=ful'), 'ful')])
 def test_a_mistake_is_one_sentence(bench, arguments, words):
     with pytest.raises(UserError, match=words):
         bench(*arguments)['main']()
