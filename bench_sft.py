@@ -52,7 +52,7 @@ check_range(config, 1, math.inf, 'runs', 'max_examples', 'batch_size', 'block_si
 
 ROOT = Path(__file__).resolve().parent
 WHAT = ('full', 'lora', '4bit')
-LOG_EVERY = 5                # steps; the first ones, which only warm up, are left out of the time
+LOG_EVERY = 5                # steps of TRL (ours logs each one); the first ones only warm up, and are not timed
 SECONDS_BETWEEN_LOOKS = 0.1
 
 
@@ -121,22 +121,22 @@ def our_command(folder, kind):
             f'--out_dir={folder}/ours', '--overwrite', '--device=cpu', '--dtype=float32', f'--packing={packing}',
             f'--gradient_checkpointing={gradient_checkpointing}', f'--batch_size={batch_size}',
             f'--block_size={block_size}', '--num_epochs=1', f'--learning_rate={learning_rate}',
-            '--schedule=constant', '--warmup_steps=0', f'--log_every={LOG_EVERY}', '--eval_every=1000000',
-            '--eval_batches=1', '--num_samples=0', '--no_wandb', *adapters, *['--load_in_4bit'] * (kind == '4bit')]
+            '--schedule=constant', '--warmup_steps=0', '--log_every=1', '--eval_every=1000000', '--eval_batches=1',
+            '--num_samples=0', '--no_wandb', *adapters, *['--load_in_4bit'] * (kind == '4bit')]
 
 
 def our_result(folder):
     """The same figures from the run's metrics.csv; tokens per step are the mean over the data, as there."""
     with open(f'{folder}/ours/metrics.csv', newline='') as file:
         rows = [row for row in csv.DictReader(file) if row.get('train/loss')]
-    whole = [row for row in rows if int(row['step']) % LOG_EVERY == 0]
+    whole = rows[:len(rows) // LOG_EVERY * LOG_EVERY]
     log = Path(folder, 'ours/logs.log').read_text(encoding='utf-8')
     tokens, num_rows, trained = (int(part.replace(',', '')) for part in re.search(
         r'examples of ([\d,]+) tokens.* in ([\d,]+) rows .* ([\d,]+) of [\d,]+ parameters trained', log, re.S).groups())
     per_step = batch_size * tokens / num_rows
+    seconds = [per_step / float(row['train/tokens_per_sec']) for row in whole[LOG_EVERY:]]
     return {'steps': int(rows[-1]['step']), 'loss': statistics.mean(float(row['train/loss']) for row in whole),
-            'seconds_per_step': statistics.mean(per_step / float(row['train/tokens_per_sec']) for row in whole[1:]),
-            'trained': trained}
+            'seconds_per_step': statistics.mean(seconds), 'trained': trained}
 
 
 # ---------------------------------------------------------------------------- measuring
