@@ -51,7 +51,7 @@ class Adapted(nn.Module):
         x = x.to(base_dtype(self.base, x))
         y, dropping = self.base(x), self.training and self.dropout.p > 0
         x = self.dropout(x)
-        update = self.scale * F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B)
+        update = F.linear(self.scale * F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B)
         if self.magnitude is None:
             return y + update.to(y.dtype)
         with torch.no_grad():
