@@ -53,4 +53,4 @@ def test_the_readme_speaks_of_files_and_settings_that_exist(capsys, monkeypatch)
         for recipe in re.findall(r'config/\w+\.py', options):
             assert (checkpoints.ROOT / recipe).is_file(), recipe
         for key in set(re.findall(r'--(\w+)', options)) - {'help'}:
-            assert f'--{key}=' in known, f'{script} --{key}'
+            assert re.search(rf'--{key}\b', known), f'{script} --{key}'
