@@ -28,6 +28,7 @@ def test_what_cannot_be_measured_is_refused(changes, said, monkeypatch):
         bench_sample.measure(**changes)
 
 
+@pytest.mark.slow
 def test_speed_is_of_each_architecture_sampler_and_batch(capsys, monkeypatch):
     monkeypatch.setattr(bench_sample, 'VOCABULARY', 64)
     bench_sample.measure({'peer': '', 'runs': 1}, length=40, steps=4, batches=(1, 2))  # as bench.py calls it

@@ -134,6 +134,7 @@ def test_resume_is_bit_identical(place, options):
         classify('--target_func=fn_b', '--out_dir=killed', '--resume_from=auto')
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_run_goes_on(place):
     command = [sys.executable, ROOT / 'classify.py', *TINY, *TASK, '--max_steps=100000', '--out_dir=run']
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
