@@ -11,6 +11,9 @@ import torch
 from configurator import UserError
 from model import ModelConfig
 
+NATIVE = 'diffusion-lm'  # the family of what no other can hold
+
+
 # ---------------------------------------------------------------------------- names: ours, theirs
 
 LLAMA = {'embedding': 'model.embed_tokens', 'blocks': 'model.layers', 'norm': 'model.norm', 'unembedding': 'lm_head',

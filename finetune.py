@@ -463,5 +463,6 @@ else:
               f'python sample.py --checkpoint={out / "best.pt"} --chat')
 log.close()
 if push_to_hub and run.is_main and not stopping:
-    hub.push(out, hub_model_id, token)
+    import hf  # likewise
+    hf.push(out, hub_model_id, token)
 run.close()

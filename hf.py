@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import safetensors
@@ -23,10 +24,10 @@ import torch
 import checkpoints
 import data
 import families
+import hub
 from configurator import UserError, no_remote_code
 from model import ModelConfig
 
-NATIVE = 'diffusion-lm'
 SHARD_BYTES = 5 * 10 ** 9  # of an exported file, at most
 
 
@@ -125,7 +126,7 @@ def load(path, token=None, revision=None):
     """The checkpoint of a Hugging Face folder or hub id; its tensors lie in the folder's files until they are used."""
     folder = Path(path) if Path(path).is_dir() else download(path, token, revision)
     c = read_json(folder / 'config.json')
-    if c.get('model_type') == NATIVE:
+    if c.get('model_type') == families.NATIVE:
         return load_native(folder, c)
     if 'model_type' not in c:
         raise UserError(f'{folder}/config.json names no model_type, so this is no model; give a folder that '
@@ -215,7 +216,7 @@ def export(checkpoint, folder, family, c):
     rows = config.padded_vocab_size if family is None else kept_rows(config)
     folder.mkdir(parents=True)
     if family is None:
-        c = {'model_type': NATIVE, 'architecture': checkpoint['architecture'], 'model_config': vars(config)}
+        c = {'model_type': families.NATIVE, 'architecture': checkpoint['architecture'], 'model_config': vars(config)}
         plan = {name: [name] for name in weights}
     else:
         c = {**c, 'architectures': [families.CLASSES[family]], 'vocab_size': rows}
@@ -338,11 +339,33 @@ def export_checkpoint(source, folder):
                         'python hf.py merge.')
     rows = export(checkpoint, folder, family, c)
     if family is None:
-        return (f'of our own family {NATIVE!r} (architecture={checkpoint["architecture"]}), which transformers '
-                'cannot read; `python hf.py import`, and --init_from and --checkpoint of these scripts, can.')
+        return (f'of our own family {families.NATIVE!r} (architecture={checkpoint["architecture"]}), which '
+                'transformers cannot read; `python hf.py import`, and --init_from and --checkpoint of these scripts, '
+                'can.')
     left_out = config.vocab_size - rows
     return (f'of the family {family!r}, for transformers and what reads its files; {rows} tokens'
             + (f', without the {left_out} that were added ({data.MASK}, {data.IGNORE}).' if left_out > 0 else '.'))
+
+
+def push(source, hub_model_id, token=None, private=False, dry_run=False):
+    """Sends a ckpt.pt, or the best weights of a run folder, to the hub as a folder with a model card.
+
+    dry_run: only shows what would be sent.
+    """
+    hub.check_name(hub_model_id)
+    source = Path(source)
+    path = source / 'best.pt' if (source / 'best.pt').is_file() else source
+    with tempfile.TemporaryDirectory(dir=source if source.is_dir() else source.parent, prefix='push-') as place:
+        folder = Path(place) / 'model'
+        said = export_checkpoint(path, folder)
+        card = hub.model_card(checkpoints.load(path, mmap=True), hub_model_id)
+        (folder / 'README.md').write_text(card, encoding='utf-8')
+        if dry_run:
+            print(f'{hub_model_id} would get {path}, {said}')
+            hub.show(folder)
+        else:
+            hub.send(folder, hub_model_id, f'The model of {path.name}', token, private)
+            print(f'{hub_model_id} on the hub: {path}, {said}')
 
 
 @torch.no_grad()
@@ -392,8 +415,7 @@ def main(words=None):
         sharded.consolidate(args.source)
         return
     if args.command == 'push':
-        import hub  # imports this module
-        hub.push(args.source, args.hub_model_id, args.token, args.private, args.dry_run)
+        push(args.source, args.hub_model_id, args.token, args.private, args.dry_run)
         return
     no_remote_code(getattr(args, 'trust_remote_code', 'False').lower() != 'false')
     make_way(args.out, args.overwrite, folder=args.command == 'export')

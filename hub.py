@@ -1,11 +1,9 @@
-"""Finished models to the Hugging Face hub: what hf.py exports, with a model card written from the run's settings."""
+"""The way to the Hugging Face hub, and the card that a model has there, written from its run's settings."""
 import re
-import tempfile
 from pathlib import Path
 
 import checkpoints
 import families
-import hf
 from configurator import UserError
 from model import ModelConfig
 
@@ -27,28 +25,13 @@ def check_name(hub_model_id):
         raise UserError(f'hub_model_id is {hub_model_id!r}; it is the name on the hub, as --hub_model_id=owner/name.')
 
 
-def push(source, hub_model_id, token=None, private=False, dry_run=False):
-    """Uploads a ckpt.pt, or the best weights of a run folder, as one commit of the model `hub_model_id`.
-
-    The model is made where it does not exist; nothing is deleted there. dry_run: only shows what would be sent.
-    """
-    check_name(hub_model_id)
-    source = Path(source)
-    path = source / 'best.pt' if (source / 'best.pt').is_file() else source
-    with tempfile.TemporaryDirectory(dir=source if source.is_dir() else source.parent, prefix='push-') as place:
-        folder = Path(place) / 'model'
-        said = hf.export_checkpoint(path, folder)
-        (folder / 'README.md').write_text(model_card(checkpoints.load(path, mmap=True), hub_model_id), encoding='utf-8')
-        if dry_run:
-            show(folder, hub_model_id, said)
-            return
-
-        def upload(client):
-            client.create_repo(hub_model_id, private=private, exist_ok=True)
-            return client.upload_folder(repo_id=hub_model_id, folder_path=folder,
-                                        commit_message=f'The model of {path.name}')
-        attempt(f'{source} was not uploaded', upload, token)
-    print(f'{hub_model_id} on the hub: {path}, {said}')
+def send(folder, hub_model_id, message, token=None, private=False):
+    """Uploads a folder as one commit of the model `hub_model_id`, which is made where it does not exist; nothing is
+    deleted there."""
+    def upload(client):
+        client.create_repo(hub_model_id, private=private, exist_ok=True)
+        client.upload_folder(repo_id=hub_model_id, folder_path=folder, commit_message=message)
+    attempt(f'{hub_model_id} got nothing', upload, token)
 
 
 def attempt(failure, call, token=None):
@@ -62,8 +45,8 @@ def attempt(failure, call, token=None):
                         'finished run is sent by: python hf.py push RUN --hub_model_id=owner/name') from error
 
 
-def show(folder, hub_model_id, said):
-    print(f'{hub_model_id} would get {said}')
+def show(folder):
+    """What would be sent."""
     for path in sorted(folder.iterdir()):
         print(f'  {path.stat().st_size:>15,} bytes  {path.name}')
     print((folder / 'README.md').read_text(encoding='utf-8'))
@@ -76,8 +59,8 @@ def model_card(checkpoint, name):
     config, settings = ModelConfig(**checkpoint['model_config']), checkpoint['train_config']
     architecture, base = checkpoint['architecture'], settings.get('init_from', '')
     family, _ = families.family_of(architecture, config)
-    facts = {'library_name': 'transformers' if family else hf.NATIVE, 'pipeline_tag': 'text-generation',
-             'tags': f'[{hf.NATIVE}, {architecture}]'}
+    facts = {'library_name': 'transformers' if family else families.NATIVE, 'pipeline_tag': 'text-generation',
+             'tags': f'[{families.NATIVE}, {architecture}]'}
     if on_the_hub(base):
         facts['base_model'] = base
     count = sum(tensor.numel() for tensor in checkpoint['model_state_dict'].values())

@@ -26,8 +26,9 @@ def run_folder(tmp_path):
         checkpoints.save(folder / file, {
             'architecture': 'ar', 'global_step': 5, 'best_step': 3, 'best_val_loss': 1.25, 'start_token': 0,
             'model_config': vars(model.config), 'model_state_dict': model.state_dict(), 'prompt_format': None,
-            'tokenizer': tokenizer.to_json(), 'train_config': {'dataset': '/home/me/data/letters', 'init_from': 'owner/base', 'out_dir': '/home/me/out',
-                             'learning_rate': 2e-5, 'wandb_project': 'mine', 'block_size': None}})
+            'tokenizer': tokenizer.to_json(), 'train_config': {
+                'dataset': '/home/me/data/letters', 'init_from': 'owner/base', 'out_dir': '/home/me/out',
+                'learning_rate': 2e-5, 'wandb_project': 'mine', 'block_size': None}})
     return folder
 
 
@@ -87,7 +88,7 @@ def test_a_dry_run_shows_all_and_asks_no_one(run_folder, client, capsys):
 @pytest.mark.parametrize('words, said', [
     (['RUN', '--hub_model_id=letters'], "hub_model_id is 'letters'.*owner/name"),
     (['nowhere', f'--hub_model_id={NAME}'], 'no checkpoint at nowhere'),
-    (['RUN', f'--hub_model_id={NAME}'], 'was not uploaded .*no route.*hf auth login')])
+    (['RUN', f'--hub_model_id={NAME}'], 'got nothing .*no route.*hf auth login')])
 def test_a_mistake_is_a_sentence(words, said, run_folder, client, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     client.fails = ConnectionError('no route to the host')
