@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+import pretrained
 from configurator import UserError, restore
 from model import ARCHITECTURES, SIZES, ModelConfig
 
@@ -58,8 +59,7 @@ def load(path, token=None, revision=None, mmap=False, sharded=False):
     missing, because a folder beside it has them.
     """
     if is_pretrained(path):
-        import hf  # imports this module
-        return hf.load(path, token, revision)
+        return pretrained.load(path, token, revision)
     path = Path(path) / 'ckpt.pt' if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise UserError(f'There is no checkpoint at {path}; correct the path, or train one.')

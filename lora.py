@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import checkpoints
 import families
-import hf
+import pretrained
 from configurator import UserError
 from model import ARCHITECTURES
 
@@ -314,7 +314,7 @@ def read_config(folder):
     if not (Path(folder) / 'adapter_config.json').is_file():
         raise UserError(f'There is no adapter in {folder}: adapter_config.json is missing; give the folder that '
                         'save_adapter or PEFT wrote.')
-    return hf.read_json(Path(folder) / 'adapter_config.json')
+    return pretrained.read_json(Path(folder) / 'adapter_config.json')
 
 
 @torch.no_grad()
@@ -332,7 +332,7 @@ def read_tensors(folder):
     try:
         if path.is_file():
             return safetensors.torch.load_file(path)
-        return hf.load_bin(folder / 'adapter_model.bin')
+        return pretrained.load_bin(folder / 'adapter_model.bin')
     except Exception as error:  # damaged bytes make both libraries fail in a dozen ways
         raise UserError(f'The weights of the adapter {folder} cannot be read ({error}); save it again.') from error
 

@@ -13,6 +13,7 @@ import torch
 import checkpoints
 import data
 import hf
+import pretrained
 import sampling
 from configurator import UserError
 from conftest import letter_tokenizer, random_model
@@ -321,7 +322,7 @@ def test_the_older_pair_of_files_is_read(tmp_path):
     tokenizer = data.Tokenizer.load(tmp_path)
     assert tokenizer.encode('the cat') == [vocab[token] for token in ('the', 'Ġ', 'c', 'a', 't')]
     assert tokenizer.decode(tokenizer.encode('the cat') + [2]) == 'the cat'
-    assert tokenizer.endoftext_id == hf.start_of(tmp_path, tokenizer) == 2
+    assert tokenizer.endoftext_id == pretrained.start_of(tmp_path, tokenizer) == 2
 
 
 def test_a_folder_without_a_tokenizer_comes_with_a_warning(tmp_path, capsys, monkeypatch):
