@@ -425,6 +425,7 @@ def measure(given=None, **changes):
     check_range(config, 1, math.inf, 'runs', 'rows', 'steps', 'num_samples', 'batch_size')
     check_range(config, 2, math.inf, 'length', 'vocab_size')
     check_range(config, 66, block_size, 'new_tokens')
+    runtime.Runtime(device, dtype)  # as each script of ours starts: what it sets for the machine counts
     return PARTS[what]()
 
 
