@@ -99,6 +99,7 @@ def test_targets_know_their_direction():
     assert Target('ratio', 1.0, '>=', 1.0).reached and 'MISSED' in str(Target('ratio', 0.99, '>=', 1.0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('arguments, named', (
     (['--what=nonsense'], 'nonsense'), (['--only=learn,sleep'], 'sleep'), (['--runs=0'], '0'),
     (['--new_tokens=512'], '512'), (['--what=train', '--steps=3'], '3'), (['--work_steps=60'], '60'),

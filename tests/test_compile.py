@@ -8,6 +8,8 @@ import runtime
 from conftest import random_model
 from model import ARCHITECTURES
 
+pytestmark = pytest.mark.slow
+
 MASK, IGNORE = 10, 9
 SHAPE = dict(vocab_size=11, block_size=32, n_layer=1, n_head=2, n_embd=16, mask_id=MASK, ignore_id=IGNORE)
 

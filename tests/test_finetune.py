@@ -323,6 +323,7 @@ def test_checkpoints_are_kept_up_to_their_limit(place, tmp_path):
     assert {'checkpoint-5', 'checkpoint-6'} <= kept and len(kept) <= 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('case', CASES)
 def test_a_stopped_run_goes_on_bit_identical(place, tmp_path, monkeypatch, case):
     arguments = settings(place, case, '--max_steps=8', '--eval_every=4', *CASES[case])

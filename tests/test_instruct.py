@@ -201,6 +201,7 @@ def test_max_examples_are_the_first(prepare):
     assert len(examples_of(prepare(alpaca(20), '--max_examples=7'))) == 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['records.jsonl', 'records.parquet'])
 @pytest.mark.parametrize('at', [50, 130])
 def test_a_stopped_preparation_goes_on_and_gives_the_same_bytes(prepare, tmp_path, monkeypatch, capsys, name, at):

@@ -258,6 +258,7 @@ def stratified_noise(rows, seed, length=12):
     return noise
 
 
+@pytest.mark.slow
 def test_beliefs_gain_and_shuffled_among_the_hidden_positions_they_lose_it(monkeypatch):
     """One layer finds a letter from its neighbour; what a neighbour is believed to be leads it further."""
     torch.manual_seed(0)

@@ -134,6 +134,7 @@ def test_resume_after_sigkill_at_random_moments_is_bit_identical(make_folder, tm
     assert len(metrics(out)) == len(metrics(tmp_path / 'reference'))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('case', CASES)
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_at_the_next_step_and_the_run_goes_on_bit_identical(
