@@ -135,6 +135,7 @@ def base(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_an_ar_run_starts_a_diffusion_run_that_resumes_bit_for_bit(base, tmp_path):
     settings = [f'--dataset={base}/letters', '--architecture=diffusion', f'--init_from={base}/ar', '--max_steps=8',
                 '--anneal_steps=6', '--eval_every=4']

@@ -447,6 +447,7 @@ def test_adapters_are_trained_alone_and_the_checkpoint_has_them_merged(place, tm
     assert (tmp_path / 'reference/adapter').is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('more', [[], ['--architecture=sdd', '--p_belief=((0,1),)']], ids=['ar', 'converted'])
 def test_adapters_resume_bit_identical(place, tmp_path, monkeypatch, more):
     arguments = settings(place, 'ar', '--use_peft', '--peft_lora_r=4', *more)

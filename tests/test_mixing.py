@@ -167,6 +167,7 @@ def train(monkeypatch):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('mode', ['packed', 'documents'])
 def test_training_on_a_mix_resumes_bit_for_bit(train, make_folder, tmp_path, mode, capsys):
     paths = [make_folder(name, train=random_texts(60, 90, seed)) for name, seed in (('one', 3), ('two', 4))]
@@ -198,6 +199,7 @@ def resident_file_pages():
     return int(line.split()[1]) / 1024  # MB
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='there is no /proc')
 def test_reading_a_large_folder_keeps_no_pages(make_folder):
     folder = make_folder()

@@ -194,6 +194,7 @@ def test_long_documents_cross_workers_whole(run, tmp_path, monkeypatch):
     assert sorted(texts_of(folder, 'train') + texts_of(folder, 'val')) == sorted(texts)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CACHE.is_dir(), reason=f'the GPT-2 vocabulary is not in {CACHE}')
 def test_gpt2_ids_are_tiktokens(run, tmp_path, monkeypatch):
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(CACHE))
@@ -286,6 +287,7 @@ def test_foreign_folder_is_never_replaced(run, corpus, tmp_path):
     assert list(contents(foreign)) == ['config.json']
 
 
+@pytest.mark.slow
 def test_killed_run_leaves_nothing_that_looks_finished(run, tmp_path):
     corpus = write_jsonl(tmp_path / 'corpus.jsonl', make_texts(200) * 50)
     target, partial = tmp_path / 'out', tmp_path / '.out.partial'

@@ -168,6 +168,7 @@ def test_k_is_drawn_evenly_or_follows_its_curriculum():
     assert walked == [1] * 250 + [2] * 250 + [4] * 250 + [8] * 1250
 
 
+@pytest.mark.slow
 def test_what_a_step_believes_hangs_on_seed_and_step_only():
     assert plans(200) == plans(200) != plans(200, seed=1)
     views = plans(20000, p_belief=((0.0, 1.0),))

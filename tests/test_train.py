@@ -348,6 +348,7 @@ def test_init_from_starts_a_new_run_with_the_weights(finished, tmp_path, monkeyp
     assert not started['optimizer_state_dict']['adamw']['state']
 
 
+@pytest.mark.slow
 def test_the_model_learns(make_folder, tmp_path):
     for architecture in ('ar', 'diffusion', 'sdd'):
         train(f'--dataset={make_folder(architecture)}', f'--architecture={architecture}', '--max_steps=60',
