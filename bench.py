@@ -7,14 +7,14 @@
     python bench.py --what=memory --model_size=xl --block_size=1024 --batch_size=8 --dtype=bfloat16
     python bench.py --what=data --dataset=stories
 
-compare   against nanoGPT, on the CPU: see bench_compare.py
+compare   against nanoGPT, on the CPU: see benchmarks/compare.py
 train     training steps of the three architectures on one data set and shape, one after the other in turn, on any
           device: milliseconds, tokens per second, the share of the machine's own matrix speed (MFU), peak memory, and
           each one's time over that of the one before it; the steps of `sdd` by the passes before them
-sample    text beside nanoGPT's sample.py; bench_sample.py has more
+sample    text beside nanoGPT's sample.py; benchmarks/sample.py has more
 data      batches per second, without a model
 memory    what a training step allocates, without computing it: any shape on any machine
-gpu       all figures for a GPU, with --peer=, in ten minutes: see bench_gpu.py
+gpu       all figures for a GPU, with --peer=, in ten minutes: see benchmarks/gpu.py
 
 Raw figures come as they are measured, then each target, reached or missed; a missed one makes the exit
 status 1. Other programs on the machine disturb the figures, ratios of pairs the least.
@@ -54,16 +54,16 @@ config = configure(globals())
 def part():
     """The function that measures what is asked for; of its module alone are the imports paid."""
     if what == 'compare':
-        import bench_compare
-        return bench_compare.compare
+        from benchmarks import compare
+        return compare.compare
     if what == 'sample':
-        import bench_sample
-        return lambda config: bench_sample.measure(peer=peer, runs=runs)
+        from benchmarks import sample
+        return lambda config: sample.measure(peer=peer, runs=runs)
     if what == 'gpu':
-        import bench_gpu
-        return bench_gpu.measure
-    import bench_train
-    return {'train': bench_train.train, 'data': bench_train.read_data, 'memory': bench_train.measure_memory}[what]
+        from benchmarks import gpu
+        return gpu.measure
+    from benchmarks import train
+    return {'train': train.train, 'data': train.read_data, 'memory': train.measure_memory}[what]
 
 
 if __name__ == '__main__':

@@ -10,9 +10,9 @@ import pytest
 import tokenizers
 import torch
 
-import bench_compare
 import checkpoints
 import data
+from benchmarks import compare
 from configurator import UserError
 from timing import Target
 
@@ -47,7 +47,7 @@ def prepare(path, characters, sizes):
 
 @pytest.mark.parametrize('lines', (PEER_LINES, OUR_LINES))
 def test_both_sides_are_timed_between_the_same_steps(lines):
-    assert bench_compare.seconds_per_step(lines, warmup=10) == pytest.approx(3 / 20)
+    assert compare.seconds_per_step(lines, warmup=10) == pytest.approx(3 / 20)
 
 
 def test_loss_counts_each_token_but_the_first_once(tmp_path):
@@ -62,7 +62,7 @@ def test_loss_counts_each_token_but_the_first_once(tmp_path):
         seen.append(tokens)
         return model.logits(tokens)
 
-    loss = bench_compare.whole_split_loss(logits, folder, 16)
+    loss = compare.whole_split_loss(logits, folder, 16)
     total = count = 0
     for batch in data.evaluation_batches(folder, 'val', 'ar', 16, 4):
         nats, counted, _ = model(*batch)
@@ -73,12 +73,12 @@ def test_loss_counts_each_token_but_the_first_once(tmp_path):
 
 def test_the_peer_gets_a_copy_and_its_clone_stays_as_it_is(tmp_path):
     clone = tmp_path / 'clone'
-    names = bench_compare.PEER_FILES
+    names = compare.PEER_FILES
     for name in names:
         (clone / name).parent.mkdir(parents=True, exist_ok=True)
         (clone / name).write_text(name)
     folder = prepare(tmp_path / 'letters', 'abc', {'train': 50, 'val': 20})
-    copy = bench_compare.copy_peer(clone, tmp_path, folder, list('abc'))
+    copy = compare.copy_peer(clone, tmp_path, folder, list('abc'))
     left = [str(path.relative_to(clone)) for path in clone.rglob('*') if path.is_file()]
     assert sorted(left) == sorted(names)
     prepared = copy / 'data' / 'shakespeare_char'
@@ -88,7 +88,7 @@ def test_the_peer_gets_a_copy_and_its_clone_stays_as_it_is(tmp_path):
 
 def test_parameters_are_counted_by_the_peers_convention():
     shape = dict(vocab_size=68, mask_id=66, ignore_id=67, block_size=64, n_layer=4, n_head=4, n_embd=128)
-    count = bench_compare.parameters_by_peer_convention
+    count = compare.parameters_by_peer_convention
     gpt2 = checkpoints.make_model('ar', **shape, norm='layer', position='learned', mlp='gelu', qk_norm=False)
     assert count(gpt2, 65) == 795_904  # what nanoGPT's get_num_params() says
     assert count(checkpoints.make_model('ar', **shape), 65) == 794_752  # no gains in RMSNorm
@@ -125,19 +125,19 @@ def test_a_folder_that_is_no_clone_is_named(tmp_path):
     folder = prepare(tmp_path / 'letters', 'abc', {'train': 50, 'val': 20})
     for peer in ('', tmp_path):
         with pytest.raises(UserError, match='git clone'):
-            bench_compare.copy_peer(peer, tmp_path, folder, list('abc'))
+            compare.copy_peer(peer, tmp_path, folder, list('abc'))
 
 
 def test_other_data_than_the_peers_are_refused(tmp_path):
     prepare(tmp_path / 'letters', 'abc', {'train': 50, 'val': 20})
     with pytest.raises(UserError, match='65 characters'):
-        bench_compare.open_dataset(tmp_path / 'letters')
+        compare.open_dataset(tmp_path / 'letters')
 
 
 def test_a_script_that_fails_is_reported_with_what_it_said(tmp_path):
     (tmp_path / 'broken.py').write_text('print("so far so good"); raise SystemExit("no more")')
     with pytest.raises(UserError, match='status 1(.|\n)*no more'):
-        bench_compare.run('broken.py', [], tmp_path)
+        compare.run('broken.py', [], tmp_path)
 
 
 def test_reading_data_is_timed_without_a_model(make_folder):

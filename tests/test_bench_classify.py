@@ -1,4 +1,4 @@
-"""What bench_classify.py promises apart from its figures."""
+"""What benchmarks/classify.py promises apart from its figures."""
 import re
 import subprocess
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).resolve().parent.parent / 'bench_classify.py'
+BENCH = Path(__file__).resolve().parent.parent / 'benchmarks/classify.py'
 
 
 def bench(*options):

@@ -1,4 +1,4 @@
-"""What bench_prepare.py promises apart from its figures."""
+"""What benchmarks/prepare.py promises apart from its figures."""
 import os
 import runpy
 import subprocess
@@ -8,12 +8,12 @@ import time
 import pytest
 from test_prepare import CACHE, ROOT, make_texts, write_jsonl
 
-BENCH = ROOT / 'bench_prepare.py'
+BENCH = ROOT / 'benchmarks/prepare.py'
 pytestmark = pytest.mark.skipif(not os.path.exists('/proc/self/smaps_rollup'), reason='there is no /proc')
 
 
 def test_memory_is_that_of_the_whole_tree(monkeypatch):
-    monkeypatch.setattr(sys, 'argv', ['bench_prepare.py'])
+    monkeypatch.setattr(sys, 'argv', ['benchmarks/prepare.py'])
     tree_pss = runpy.run_path(str(BENCH))['tree_pss']
     inner = 'import time; held = bytes(40_000_000) + b"x"; time.sleep(60)'
     outer = f'import subprocess, sys; subprocess.run([sys.executable, "-c", {inner!r}])'

@@ -1,11 +1,11 @@
-"""What bench_sample.py promises apart from its figures."""
+"""What benchmarks/sample.py promises apart from its figures."""
 import subprocess
 import sys
 
 import pytest
 import torch
 
-import bench_sample
+from benchmarks import sample
 from configurator import UserError
 from conftest import random_model
 from test_sample import make_checkpoint
@@ -14,7 +14,7 @@ SHAPE = dict(vocab_size=100, block_size=24, n_layer=2, n_head=2, n_embd=32)
 
 
 def test_a_mistake_is_one_sentence():
-    done = subprocess.run([sys.executable, bench_sample.__file__, '--runs=0'], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, sample.__file__, '--runs=0'], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr == 'error: runs is 0; it must be at least 1.\n'
 
 
@@ -23,22 +23,22 @@ def test_a_mistake_is_one_sentence():
     (dict(what='diffusion', peer='.'), r'--peer=\. has no src/core/model.py.*diffusion-llm'),
     (dict(what='quality'), 'needs --checkpoint'), (dict(new_tokens=2000), 'new_tokens is 2000')])
 def test_what_cannot_be_measured_is_refused(changes, said, monkeypatch):
-    monkeypatch.setattr(bench_sample, 'config', type(bench_sample.config)(bench_sample.config.known))
+    monkeypatch.setattr(sample, 'config', type(sample.config)(sample.config.known))
     with pytest.raises(UserError, match=said):
-        bench_sample.measure(**changes)
+        sample.measure(**changes)
 
 
 @pytest.mark.slow
 def test_speed_is_of_each_architecture_sampler_and_batch(capsys, monkeypatch):
-    monkeypatch.setattr(bench_sample, 'VOCABULARY', 64)
-    bench_sample.measure({'peer': '', 'runs': 1}, length=40, steps=4, batches=(1, 2))  # as bench.py calls it
+    monkeypatch.setattr(sample, 'VOCABULARY', 64)
+    sample.measure({'peer': '', 'runs': 1}, length=40, steps=4, batches=(1, 2))  # as bench.py calls it
     lines = [line.split(':')[0].split() for line in capsys.readouterr().out.splitlines() if 'first token' in line]
     assert len(lines) == 2 * (1 + 2 * 6) and ['ar', 'batch', '2'] in lines and ['sdd', 'cached', 'batch', '1'] in lines
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
 def test_without_a_gpu_nothing_is_measured_and_nothing_missed(capsys):
-    assert bench_sample.measure(what='gpu') == [] and 'no GPU here' in capsys.readouterr().out
+    assert sample.measure(what='gpu') == [] and 'no GPU here' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('tied', [True, False])
@@ -46,7 +46,7 @@ def test_a_decoded_token_reads_all_weights_that_it_needs(tied):
     model = random_model('ar', 0.3, **SHAPE, n_kv_head=1, tied=tied)
     blocks = sum(p.numel() for p in model.blocks.parameters())
     cache = 2 * 2 * 16  # keys and values of two layers, one head of 16
-    assert bench_sample.bytes_per_token(model, 10) == 4 * (128 * 32 + blocks + 5 * cache)
+    assert sample.bytes_per_token(model, 10) == 4 * (128 * 32 + blocks + 5 * cache)
 
 
 @pytest.mark.parametrize('compile', [False, True])
@@ -58,12 +58,12 @@ def test_the_rate_of_decoding_is_of_a_token_at_a_time(compile, monkeypatch):
     hidden = model.hidden
     if not compile:
         model.hidden = lambda tokens, cache: seen.append(tokens.shape) or hidden(tokens, cache)
-    assert bench_sample.decode_rate(model, 20, compile) > 0
+    assert sample.decode_rate(model, 20, compile) > 0
     assert compile or seen == [(1, 1)] * 20
 
 
 def test_the_fastest_setting_is_as_good_as_the_first(capsys):
-    bench_sample.say_fastest([('ancestral 8', 10.0, 2.0, 5.0), ('confidence 4', 20.0, 1.5, 4.0),
+    sample.say_fastest([('ancestral 8', 10.0, 2.0, 5.0), ('confidence 4', 20.0, 1.5, 4.0),
                               ('confidence 8', 12.0, 2.04, 4.9), ('threshold 8', 90.0, 2.06, 5.0)])
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
     assert lines[1:] == [
@@ -75,7 +75,7 @@ def test_the_fastest_setting_is_as_good_as_the_first(capsys):
 @pytest.mark.parametrize('architecture', ['diffusion', 'sdd'])
 def test_quality_counts_what_was_computed(architecture, tmp_path, capsys):
     path, judge = make_checkpoint(architecture, tmp_path), make_checkpoint('ar', tmp_path)
-    bench_sample.measure(what='quality', checkpoint=str(path), judge=str(judge), num_samples=3, batch_size=2,
+    sample.measure(what='quality', checkpoint=str(path), judge=str(judge), num_samples=3, batch_size=2,
                          settings='confidence 1, confidence 3, cached 1/4, threshold 1 0.0', seed=0)
     passes = [float(line.split(' passes')[0].split()[-1]) for line in capsys.readouterr().out.splitlines()
               if 'passes' in line]

@@ -1,4 +1,4 @@
-"""What bench_sft.py promises apart from its figures: no peer, no data but what is made here."""
+"""What benchmarks/sft.py promises apart from its figures: no peer, no data but what is made here."""
 import runpy
 import sys
 
@@ -12,10 +12,10 @@ from configurator import UserError
 
 @pytest.fixture
 def bench(monkeypatch):
-    """The functions of bench_sft.py, with given arguments."""
+    """The functions of benchmarks/sft.py, with given arguments."""
     def load(*arguments):
-        monkeypatch.setattr(sys, 'argv', ['bench_sft.py', *arguments])
-        return runpy.run_path(str(ROOT / 'bench_sft.py'))
+        monkeypatch.setattr(sys, 'argv', ['benchmarks/sft.py', *arguments])
+        return runpy.run_path(str(ROOT / 'benchmarks/sft.py'))
     return load
 
 

@@ -28,11 +28,10 @@ import torch.nn.functional as F
 import checkpoints
 import data
 import runtime
-from configurator import UserError
+from configurator import ROOT, UserError
 from sampling import generate
 from timing import Target, describe_machine, say, spread
 
-ROOT = Path(__file__).resolve().parent
 URL = 'https://github.com/karpathy/nanoGPT'
 PEER_FILES = ('train.py', 'model.py', 'configurator.py', 'config/train_shakespeare_char.py')
 SPLITS = {'train': 1_003_854, 'val': 111_540}  # characters, in nanoGPT's split as in ours

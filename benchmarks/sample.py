@@ -1,10 +1,10 @@
 """How fast models write, side by side: beside nanoGPT, beside aaholmes/diffusion-llm, and at equal quality.
 
-    python bench_sample.py
-    python bench_sample.py --what=ar --peer=nanoGPT                           # five minutes on two idle cores
-    python bench_sample.py --what=diffusion --peer=diffusion-llm
-    python bench_sample.py --what=quality --checkpoint=out/stories-diffusion-0 --judge=out/stories-ar-0
-    python bench_sample.py --what=gpu
+    python benchmarks/sample.py
+    python benchmarks/sample.py --what=ar --peer=nanoGPT                           # five minutes on two idle cores
+    python benchmarks/sample.py --what=diffusion --peer=diffusion-llm
+    python benchmarks/sample.py --what=quality --checkpoint=out/stories-diffusion-0 --judge=out/stories-ar-0
+    python benchmarks/sample.py --what=gpu
 
     speed      ours alone, by architecture, sampler and batch: tokens/s and the time to the first token
     ar         nanoGPT's sampling loop, which reads the whole text for each token, and ours with the peer's very
@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder, whose names are those of scripts
 import checkpoints
 import data
 import likelihood

@@ -1,7 +1,7 @@
 """Training a classifier, side by side: tokens per second here and in transformers, from scratch on fn_a.
 
-    python bench_classify.py                              # minutes on two idle cores
-    python bench_classify.py --n_layer=1 --runs=1         # a rehearsal
+    python benchmarks/classify.py                              # minutes on two idle cores
+    python benchmarks/classify.py --n_layer=1 --runs=1         # a rehearsal
 
 Both sides train Qwen3-0.6B's blocks, as many as --n_layer says, under a head of one logit on the last token, on the
 same rows in the same order and precision: float32 weights, AdamW, gradients clipped. Ours takes the steps that
@@ -12,12 +12,15 @@ while slows both down. A target that is missed makes the exit status 1.
 import math
 import os
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder, whose names are those of scripts
 import checkpoints
 import classification
 import optim

@@ -1,6 +1,6 @@
 """Instruction tuning, side by side: speed and memory of finetune.py and of TRL's SFTTrainer on the CPU.
 
-    python bench_sft.py --input=alpaca_1k.json --peer_python=PATH/bin/python    # an environment with trl and peft
+    python benchmarks/sft.py --input=alpaca_1k.json --peer_python=PATH/bin/python    # an environment with trl and peft
 
 Both sides tune the same llama, made by transformers with random weights, in float32, on the same examples, each of
 them once, with equal rows per step, AdamW, learning rate and clipping, the loss on the answers only, and gradient
@@ -28,7 +28,8 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import UserError, check_range, configure
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder, whose names are those of scripts
+from configurator import ROOT, UserError, check_range, configure
 
 input = ''                   # instruction data, as prepare/instruct.py takes them
 peer_python = ''             # the python of an environment that has trl, peft and transformers
@@ -50,7 +51,6 @@ config = configure(globals())
 check_range(config, 1, math.inf, 'runs', 'max_examples', 'batch_size', 'block_size', 'n_layer', 'n_head', 'n_embd',
             'lora_r')
 
-ROOT = Path(__file__).resolve().parent
 WHAT = ('full', 'lora', '4bit')
 LOG_EVERY = 5                # steps of TRL (ours logs each one); the first ones only warm up, and are not timed
 SECONDS_BETWEEN_LOOKS = 0.1
@@ -173,7 +173,7 @@ def measure(name, kind, folder, tokens):
 def peer_command(folder, kind):
     settings = [f'--{key}={config[key]}' for key in ('packing', 'gradient_checkpointing', 'batch_size', 'block_size',
                                                      'n_layer', 'n_head', 'n_embd', 'lora_r', 'learning_rate')]
-    return [peer_python, ROOT / 'bench_sft.py', f'--side={kind}', f'--input={folder}', *settings]
+    return [peer_python, ROOT / 'benchmarks/sft.py', f'--side={kind}', f'--input={folder}', *settings]
 
 
 def prepare(folder):

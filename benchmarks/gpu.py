@@ -6,7 +6,7 @@
     nanoGPT    a 124M GPT-2 in bfloat16, compiled, trained there and here in turn on the same tokens
     xl         300M parameters, block 1024, each block checkpointed
     ratios     a step of diffusion over one of ar, one of sdd over one of diffusion
-    decoding   bench_sample.py --what=gpu
+    decoding   benchmarks/sample.py --what=gpu
 
 A share of the peak (MFU) is of the fastest matrix product that was measured. On a CPU it is a rehearsal: everything
 is as small as --model_size says, and no figure means anything.
@@ -20,10 +20,10 @@ from pathlib import Path
 
 import torch
 
-import bench_sample
 import data
 import runtime
-from bench_train import Trainee, belief_plans
+from benchmarks import sample
+from benchmarks.train import Trainee, belief_plans
 from configurator import UserError
 from timing import Target, describe_machine, say, spread
 
@@ -50,7 +50,7 @@ def measure(settings):
     say(f'  matrix products of bfloat16: {peak / 1e12:,.1f} TFLOP/s')
     return [*beside_nanogpt(module, shapes['nanoGPT'], run_on, steps, peak),
             *xl(shapes['xl'], run_on, steps, peak), *ratios(shapes['nanoGPT'], run_on, steps),
-            *bench_sample.measure(what='gpu')]
+            *sample.measure(what='gpu')]
 
 
 def load_peer(peer):

@@ -1,6 +1,6 @@
 """Preparation, side by side: speed and memory of prepare/text.py and of nanoGPT's way with OpenWebText.
 
-    python bench_prepare.py --input=books.jsonl          # minutes; takes five times --megabytes of the disk
+    python benchmarks/prepare.py --input=books.jsonl          # minutes; takes five times --megabytes of the disk
 
 Both sides encode the same file, the documents of --input repeated up to --megabytes, by the GPT-2 vocabulary with
 --num_workers processes into one flat file of uint16 per split. nanoGPT's way is that of its
@@ -23,7 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import UserError, check_range, configure
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder, whose names are those of scripts
+from configurator import ROOT, UserError, check_range, configure
 from prepare.readers import files
 
 input = ''                   # files of documents, as prepare/text.py takes them
@@ -35,7 +36,6 @@ side = ''                    # for the script itself: run one side on --input, i
 config = configure(globals())
 check_range(config, 1, math.inf, 'megabytes', 'num_workers', 'runs')
 
-ROOT = Path(__file__).resolve().parent
 SECONDS_BETWEEN_LOOKS = 0.2
 
 
@@ -69,7 +69,7 @@ def commands(path, folder):
     """For each side, its command and the token files that it leaves."""
     ours = ['prepare/text.py', f'--input={path}', f'--output_dir={folder}/ours', '--tokenizer=gpt2',
             '--val_fraction=0.01']
-    theirs = ['bench_prepare.py', f'--input={path}', f'--side={folder}']
+    theirs = ['benchmarks/prepare.py', f'--input={path}', f'--side={folder}']
     return {'nanoGPT': (theirs, ('train.bin', 'test.bin')),
             'ours': (ours, ('ours/train_tokens.bin', 'ours/val_tokens.bin'))}
 
