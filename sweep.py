@@ -61,7 +61,6 @@ check_range(config, 0, math.inf, 'num_trials', 'gpus_per_job')
 STOPPED = 'stopped at'  # how the last line of a run's log begins that saved on a signal
 
 
-
 def write(path, text):
     """Writes a file, complete or not at all."""
     beside = path.with_name(path.name + '.tmp')

@@ -9,25 +9,35 @@ import checkpoints
 import optim
 from configurator import ALIASES, Config, apply_file, keys_of
 
-OTHERS = ('sweep_', 'language')  # what config files for other scripts begin with
-RECIPES = sorted(path.name for path in (checkpoints.ROOT / 'config').glob('*.py') if not path.name.startswith(OTHERS))
+CONFIGS = sorted(path.name for path in (checkpoints.ROOT / 'config').glob('*.py') if path.name != 'languages.py')
+SWEEPS = [name for name in CONFIGS if name.startswith(('sweep_', 'language_pairs'))]
 
 
 def train_config(script='train.py'):
     """The settings of a script, of which a recipe changes some."""
     source = (checkpoints.ROOT / script).read_text()
     defaults = {}
-    exec(source[source.index('# --- data ---'):source.index('config = configure(')], defaults)
+    exec(source[source.index('# --- '):source.index('config = configure(')], defaults)
     return Config(keys_of(source, defaults))
 
 
-@pytest.mark.parametrize('recipe', RECIPES)
+@pytest.mark.parametrize('recipe', sorted({*CONFIGS} - {*SWEEPS}))
 def test_a_recipe_sets_what_its_script_knows(recipe):
     script = 'finetune.py' if recipe.startswith(('sft_', 'finetune_')) else 'train.py'
     config = train_config(script)
     apply_file(config, f'config/{recipe}')
     assert config.given and config['optimizer'] in optim.OPTIMIZERS and config['schedule'] in optim.SCHEDULES
     checkpoints.size_of(config['model_size'])
+
+
+@pytest.mark.parametrize('recipe', SWEEPS)
+def test_a_sweep_sets_what_classify_py_knows(recipe, capsys, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['sweep.py', f'config/{recipe}', '--dry_run'])
+    runpy.run_path(str(checkpoints.ROOT / 'sweep.py'), run_name='__main__')
+    *runs, count = capsys.readouterr().out.splitlines()
+    assert len(runs) > 1 and count == f'{len(runs)} runs'
+    for run in runs:
+        assert set(re.findall(r'--(\w+)=', run)) <= set(train_config('classify.py')), run
 
 
 def test_the_300m_recipe_checkpoints_and_accumulates():
@@ -44,7 +54,7 @@ def test_each_alias_of_train_py_leads_to_a_key():
 
 def test_the_readme_speaks_of_files_and_settings_that_exist(capsys, monkeypatch):
     readme = (checkpoints.ROOT / 'README.md').read_text()
-    for script, options in re.findall(r'python (\w+\.py|prepare/\w+\.py)([^\n#]*)', readme):
+    for script, options in re.findall(r'python ((?:prepare/|benchmarks/)?\w+\.py)([^\n#]*)', readme):
         assert (checkpoints.ROOT / script).is_file(), script
         monkeypatch.setattr(sys, 'argv', [script, '--help'])
         with pytest.raises(SystemExit):
