@@ -22,8 +22,8 @@ status 1. Other programs on the machine disturb the figures, ratios of pairs the
 import math
 
 import optim
+from benchmarks.timing import say
 from configurator import check_choice, check_range, configure
-from timing import say
 
 # --- what to measure ---
 what = 'compare'             # compare, train, sample, data, memory, gpu

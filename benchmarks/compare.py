@@ -28,9 +28,9 @@ import torch.nn.functional as F
 import checkpoints
 import data
 import runtime
+from benchmarks.timing import Target, describe_machine, say, spread
 from configurator import ROOT, UserError
 from sampling import generate
-from timing import Target, describe_machine, say, spread
 
 URL = 'https://github.com/karpathy/nanoGPT'
 PEER_FILES = ('train.py', 'model.py', 'configurator.py', 'config/train_shakespeare_char.py')

@@ -23,9 +23,9 @@ import torch
 import data
 import runtime
 from benchmarks import sample
+from benchmarks.timing import Target, describe_machine, say, spread
 from benchmarks.train import Trainee, belief_plans
 from configurator import UserError
-from timing import Target, describe_machine, say, spread
 
 GPT2 = dict(norm='layer', position='learned', mlp='gelu', bias=False, qk_norm=False, logit_softcap=0.0)
 SHAPES = {  # what a GPU measures: model_size, block, rows, changes

@@ -35,9 +35,9 @@ import nanogpt
 import runtime
 import sampling
 import scoring
+from benchmarks.timing import Target, describe_machine, say, spread
 from configurator import UserError, check_choice, check_range, configure
 from sampling import generate
-from timing import Target, describe_machine, say, spread
 
 what = 'speed'               # speed, ar, diffusion, quality, gpu
 peer = ''                    # ar: path of a clone of nanoGPT; diffusion: of diffusion-llm; they are only read

@@ -10,12 +10,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import checkpoints
 import data
-import memory
 import optim
 import runtime
+from benchmarks import memory
+from benchmarks.timing import Target, describe_machine, say, spread
 from configurator import UserError
 from model import ARCHITECTURES
-from timing import Target, describe_machine, say, spread
 
 SCHEDULE = 10 ** 4  # steps of the training run whose beliefs are timed
 P_BELIEF, K_SCHEDULE = ((0.5, 0.5),), (1, 2, 4, 8)  # train.py's own

@@ -13,8 +13,8 @@ import torch
 import checkpoints
 import data
 from benchmarks import compare
+from benchmarks.timing import Target
 from configurator import UserError
-from timing import Target
 
 BENCH = Path(__file__).resolve().parent.parent / 'bench.py'
 PEER_LINES = [(0.5, 'step 0: train loss 4.2, val loss 4.2'),

@@ -2,8 +2,8 @@
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import memory
 import optim
+from benchmarks import memory
 from model import ARCHITECTURES, ModelConfig
 
 
