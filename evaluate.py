@@ -106,7 +106,7 @@ def read_items(key, path, fields):
     try:
         text = path.read_text(encoding='utf-8')
         items = json.loads(text) if path.suffix == '.json' else [
-            json.loads(line) for line in text.splitlines() if line.strip()]
+            json.loads(line) for line in text.split('\n') if line.strip()]
     except (OSError, ValueError) as error:
         raise UserError(f'--{key}={path} cannot be read ({error}); give a file of {wanted}.') from error
     if not isinstance(items, list) or not items:

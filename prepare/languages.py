@@ -15,6 +15,7 @@ A task may also hold several such entries by name, {'sentiment': {'allegro': {..
 pol:allegro chooses one.
 """
 import csv
+import io
 import json
 import runpy
 from pathlib import Path
@@ -153,11 +154,11 @@ def from_hub(name, config, split):
 
 
 def read_table(path, columns):
-    text = decode(path.read_bytes(), path).lstrip('\ufeff')
+    file = io.StringIO(decode(path.read_bytes(), path).lstrip('\ufeff'), newline=None)
     if path.suffix == '.tsv':  # quotation marks in it are text
-        lines = [line.split('\t') for line in text.splitlines() if line.strip()]
+        lines = [line.rstrip('\n').split('\t') for line in file if line.strip()]
     else:
-        lines = [line for line in csv.reader(text.splitlines(keepends=True)) if line]
+        lines = [line for line in csv.reader(file) if line]
     names = columns or (lines.pop(0) if lines else [])
     for number, cells in enumerate(lines, 1):
         if len(cells) != len(names):

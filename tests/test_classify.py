@@ -289,6 +289,18 @@ def test_a_mistake_with_texts_is_named(place, options, change, part):
     assert part in str(error.value)
 
 
+@pytest.mark.parametrize('newline', ['\n', '\r\n', '\r'])
+def test_only_a_line_break_ends_a_row_not_what_unicode_calls_one(tmp_path, newline):
+    texts = ['one\u2028two', 'three\x85four\x0b', ' "five']
+    entry = {'dataset': str(tmp_path), 'train_features': ['text'], 'eval_feature': 'label', 'classes': 3}
+    for ending, tab, names in (('tsv', '\t', ['text', 'label']), ('csv', ',', None)):
+        rows = [] if names else ['text,label']
+        rows += [f'{text}{tab}{i}' for i, text in enumerate(texts)]
+        (tmp_path / f'{ending}-test.{ending}').write_bytes(newline.join([*rows, '']).encode())
+        got = languages.read({**entry, 'columns': names}, f'{ending}-test')
+        assert got.texts == [(text,) for text in texts] and list(got.labels) == [0, 1, 2]
+
+
 def test_a_json_database_and_each_file_format_read_the_same(place):
     entry = runpy.run_path('db.py')['LANGUAGES']['rus']['sentiment']
     expected = languages.read(entry, 'test')

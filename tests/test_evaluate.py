@@ -306,7 +306,7 @@ def test_the_grammars_verdict_and_the_floor(tmp_path, monkeypatch):
 
 def test_multiple_choice_by_likelihood_per_byte(place):
     file = place / 'choices.jsonl'
-    file.write_text('{"question": "the cat", "choices": ["sees", "zqxj"], "answer": 0}\n\n'
+    file.write_text('{"question": "the cat\u2028", "choices": ["sees", "zqxj"], "answer": 0}\n\n'
                     '{"question": "a dog", "choices": ["qqqq vvvv", "sings"], "answer": "sings"}\n')
     results = results_of(place, f'--checkpoint={place}/ar,{place}/diffusion', '--metrics=accuracy', f'--choices={file}')
     for model in results['models']:
