@@ -12,6 +12,8 @@ import data
 from configurator import UserError
 from model import Isolated
 
+WINDOW = 16  # steps whose rows are sorted by length
+
 
 # ---------------------------------------------------------------------------- labelled rows
 
@@ -51,11 +53,20 @@ def batch_of(examples, places, device):
     return data.to_device((tokens, lengths, torch.from_numpy(examples.labels[places])), device)
 
 
-def places_of_step(step, rows_per_step, num_rows, seed):
-    """Which rows (rows_per_step,) a step trains on: each once per epoch, a function of (seed, step) only."""
-    epoch, place = np.divmod(step * rows_per_step + np.arange(rows_per_step), num_rows)
-    return np.concatenate([data.permuted(place[epoch == e], num_rows, data.PERMUTE, seed, int(e))
-                           for e in np.unique(epoch)])
+def places_of_step(step, rows_per_step, num_rows, seed, lengths=None):
+    """Which rows (rows_per_step,) a step trains on: each once per epoch, a function of (seed, step) only.
+
+    lengths: (num_rows,) tokens. With them the rows of each WINDOW steps are sorted, so that a step's are of like
+    length and hardly padded; which of the window's steps gets the long ones is drawn.
+    """
+    window = 1 if lengths is None else WINDOW
+    epoch, place = np.divmod((step // window * window) * rows_per_step + np.arange(window * rows_per_step), num_rows)
+    places = np.concatenate([data.permuted(place[epoch == e], num_rows, data.PERMUTE, seed, int(e))
+                             for e in np.unique(epoch)])
+    if lengths is not None:
+        places = places[np.argsort(lengths[places], kind='stable')]
+    turn = np.random.default_rng((seed, step // window)).permutation(window)[step % window]
+    return places.reshape(window, rows_per_step)[turn]
 
 
 # ---------------------------------------------------------------------------- the model

@@ -45,6 +45,7 @@ val_set_size = 0             # rows held out of training to choose the best weig
 batch_size = 20              # rows per micro-step and rank
 gradient_accumulation_steps = 1
 eval_batch_size = 256
+group_by_length = True       # the rows of a step are of like length: less padding
 # --- model ---
 model = ''                   # llama3, deepseek, qwen0.6B, qwen1.7B; one of them with _finetune; or a model_size
 architecture = 'ar'          # from scratch: ar, diffusion or sdd
@@ -112,10 +113,11 @@ del config['token']  # no secret goes into config.json, the checkpoint or W&B
 FIXED = ('target_func', 'sequence_length', 'train_set_size', 'test_set_size', 'compat', 'task', 'train_langs',
          'eval_langs', 'model_type', 'val_set_size', 'model', 'architecture', 'model_size', 'n_layer', 'n_head',
          'n_embd', 'n_kv_head', 'block_size', 'num_layers_to_finetune', 'train_final_norm', 'lora_rank',
-         'lora_alpha', 'lora_dora', 'pool', 'num_classes', 'optimizer', 'seed')
+         'lora_alpha', 'lora_dora', 'pool', 'num_classes', 'optimizer', 'group_by_length', 'seed')
 SHAPE = ('n_layer', 'n_head', 'n_embd', 'n_kv_head')
 OF_A_TASK = {'target_func', 'sequence_length', 'train_set_size', 'test_set_size', 'compat'}
-OF_TEXTS = {'train_langs', 'eval_langs', 'language_database', 'model_type', 'tokenizer', 'vocab_size'}
+OF_TEXTS = {'train_langs', 'eval_langs', 'language_database', 'model_type', 'tokenizer', 'vocab_size',
+            'group_by_length'}
 
 check_choice(config, 'model', ('', *PUBLISHED, *FINETUNED, *SIZES))
 check_choice(config, 'model_type', ('normal', 'ipa'))
@@ -235,6 +237,7 @@ raw_classifier.to(run.device)
 
 rows_per_step = batch_size * gradient_accumulation_steps * run.world_size
 num_rows = len(sets['train'])
+lengths = np.array([len(row) for row in sets['train'].rows]) if task and group_by_length else None
 if max_steps is None or 'num_epochs' in config.given and 'max_steps' not in config.given:
     max_steps = math.ceil(num_epochs * num_rows / rows_per_step)
 eval_every = eval_every or max(1, math.ceil(max_steps / 10))
@@ -395,7 +398,7 @@ while step < max_steps and not stopping and not finished:
         for group in o.param_groups:
             group['lr'] = rate
 
-    places = classification.places_of_step(step, rows_per_step, num_rows, seed)
+    places = classification.places_of_step(step, rows_per_step, num_rows, seed, lengths)
     weight = max(1e-9, weights[sets['train'].labels[places]].sum())  # of the rows of all micro-steps and ranks
     mine = places.reshape(gradient_accumulation_steps, run.world_size, batch_size)[:, run.rank]
     sums = {}

@@ -134,3 +134,11 @@ def test_each_row_comes_once_per_epoch():
     steps = [c.places_of_step(step, 4, 10, seed=3) for step in range(5)]  # two epochs of ten rows
     seen = np.concatenate(steps)
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10)) and list(seen[:10]) != list(seen[10:])
+
+
+def test_grouped_by_length_a_step_has_rows_of_like_length_and_none_is_left_out():
+    lengths = np.random.default_rng(0).integers(1, 1000, 2 * c.WINDOW * 8)
+    steps = [c.places_of_step(step, 8, len(lengths), 3, lengths) for step in range(2 * c.WINDOW)]
+    assert sorted(np.concatenate(steps)) == list(range(len(lengths)))
+    ranges = [(lengths[step].min(), lengths[step].max()) for step in steps[:c.WINDOW]]
+    assert ranges != sorted(ranges) and all(a[1] <= b[0] for a, b in zip(sorted(ranges), sorted(ranges)[1:]))
