@@ -12,6 +12,8 @@ import data
 from configurator import UserError
 from model import Isolated
 
+BEST_BY = ('loss', 'accuracy', 'macro_f1')  # figures by which the best weights can be chosen
+
 
 # ---------------------------------------------------------------------------- labelled rows
 
@@ -72,7 +74,7 @@ class Classifier(nn.Module):
                  token_dropout=0.0):
         super().__init__()
         self.trunk, self.pool, self.label_smoothing = trunk, pool, label_smoothing
-        self.token_dropout = token_dropout
+        self.token_dropout, self.width = token_dropout, num_classes
         if getattr(trunk, 'unembedding', None) is not None:  # a head for tokens takes no part
             trunk.unembedding.requires_grad_(False)
         self.dropout = nn.Dropout(dropout)
@@ -95,6 +97,10 @@ class Classifier(nn.Module):
                 states.masked_fill(~inside[..., None], 0).sum(1) / lengths[:, None])
         return self.head(self.dropout(pooled)).float()
 
+    def outputs(self, tokens, lengths, labels):
+        """(B, width) in float32: what `evaluate_predictions` has to know about each row."""
+        return self.logits(tokens, lengths)
+
     def forward(self, tokens, lengths, labels):
         """The weighted sum of the rows' losses in nats, the sum of their weights, and sums of metrics."""
         if self.training and self.token_dropout:
@@ -111,6 +117,13 @@ def hide(tokens, share, mask_id):
     hidden = torch.rand(tokens.shape, device=tokens.device) < share
     hidden[:, 0] = False
     return tokens.masked_fill(hidden, mask_id)
+
+
+def make_classifier(trunk, examples, num_classes, pool, dropout, class_weights, label_smoothing, token_dropout):
+    """The Classifier that the settings of classify.py ask for, and what each of the examples weighs (N,)."""
+    weights = weights_of_classes(class_weights, examples.labels, max(2, num_classes))
+    return Classifier(trunk, num_classes, pool or ('last' if trunk.causal else 'mean'), dropout, weights,
+                      label_smoothing, token_dropout), weights[examples.labels]
 
 
 def restore(classifier, checkpoint):
@@ -217,6 +230,16 @@ def evaluate_predictions(labels, logits):
     if logits.shape[1] <= 2:
         figures['auroc'] = auroc(labels, logits[:, -1] - (logits[:, 0] if logits.shape[1] == 2 else 0))
     return {**figures, 'rows': len(labels), 'confusion': confusion.tolist()}
+
+
+def gold_of(labels):
+    """What predictions.npz holds of the labels."""
+    return labels
+
+
+def arrays_of(labels, logits):
+    """What predictions.npz holds of a set, by name."""
+    return {'labels': labels, 'preds': predicted_classes(torch.from_numpy(logits)).numpy(), 'logits': logits}
 
 
 def load_predictions(run, source):

@@ -76,6 +76,10 @@ class Tokenizer:
                                 'tokenizer; leave it out, or prepare the data with --tokenizer=bytes or bpe.')
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def offsets_batch(self, texts):
+        """Where each token that `encode_batch` gives stands in its text: (first character, the one after its last)."""
+        return [encoding.offsets for encoding in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
+
     @property
     def own_start(self):
         """Ids that a pretrained tokenizer puts before a text by itself; `encode` leaves that to its caller."""
