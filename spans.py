@@ -49,7 +49,8 @@ def read_answers(value, where):
     if not right:
         raise UserError(f'{where}: the answers are {str(value)[:60]!r}, not of the form {{"text": ["..."], '
                         '"answer_start": [0]}; correct the data, or eval_feature in the database.')
-    return texts, starts
+    pairs = [pair for pair in zip(texts, starts) if pair[0].strip()]
+    return tuple(text for text, _ in pairs), tuple(start for _, start in pairs)
 
 
 def from_squad(whole, where):
@@ -81,7 +82,7 @@ def locate(context, answers, offsets, begin, block_size):
     texts, starts = answers
     offsets = np.array(offsets, np.int32).reshape(-1, 2)[:max(0, block_size - begin)]
     answer = Answer(begin, -1, -1, context, offsets, texts)
-    if not texts or not texts[0].strip():
+    if not texts:
         return answer
     first = starts[0] if starts[0] >= 0 and context.startswith(texts[0], starts[0]) else context.find(texts[0])
     after = first + len(texts[0])
