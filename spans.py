@@ -8,6 +8,7 @@ import re
 import string
 from collections import Counter
 from typing import NamedTuple
+from unicodedata import category
 
 import numpy as np
 import torch
@@ -94,15 +95,15 @@ def locate(context, answers, offsets, begin, block_size):
 
 def answerable(examples, name, note):
     """The examples, in training those that have a span, and the note with how many have none."""
-    spans = np.array([answer.start >= 0 for answer in examples.labels])
-    if not spans.any():
+    there = np.array([answer.start >= 0 for answer in examples.labels])
+    if not there.any():
         raise UserError(f'No row of {name} has its answer in its context; choose a larger block_size, or correct the '
                         'data.')
-    lost = np.count_nonzero(~spans)
+    lost = np.count_nonzero(~there)
     if lost:
         note += f'{", " if note else ""}{lost} without an answer in what is left, ' + (
             'left out' if name == 'train' else 'counted as wrong')
-    return examples.take(np.flatnonzero(spans)) if name == 'train' else examples, note
+    return examples.take(np.flatnonzero(there)) if name == 'train' else examples, note
 
 
 def hold_out(examples, size, seed):
@@ -181,8 +182,11 @@ def make_classifier(trunk, examples, num_classes, pool, dropout, class_weights, 
 # ---------------------------------------------------------------------------- metrics
 
 def words_of(text):
-    """The words of a text as SQuAD compares them: lower case, without ASCII punctuation and English articles."""
-    text = text.lower().translate(str.maketrans('', '', string.punctuation))
+    """The words of a text as SQuAD compares them: lower case, without punctuation and English articles.
+
+    Punctuation is that of every script, as in MLQA (Lewis 2020); SQuAD's own rule knows no “ or «.
+    """
+    text = ''.join(char for char in text.lower() if char not in string.punctuation and category(char)[0] != 'P')
     return re.sub(r'\b(a|an|the)\b', ' ', text).split()
 
 

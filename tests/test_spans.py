@@ -168,7 +168,8 @@ def test_only_the_context_gets_gradient_from_the_head():
 @pytest.mark.parametrize('text, right, exact, f1', [
     ('The Cat!', ['cat'], 1, 1), ('a big cat', ['the cat'], 0, 2 / 3), ('dog', ['cat', 'Dog.'], 1, 1),
     ('cat cat dog', ['cat dog dog'], 0, 2 / 3), ('', ['cat'], 0, 0), ('the', ['a'], 1, 1), ('x', [], 0, 0),
-    ('в Москве', ['Москве', 'в  москве'], 1, 1), ('анна и её кот', ['кот анны', 'её кот'], 0, 2 / 3)])
+    ('«В Москве» —', ['Москве', 'в  москве'], 1, 1), ('5 $', ['5'], 1, 1),
+    ('анна и её кот', ['кот анны', 'её кот'], 0, 2 / 3)])
 def test_exact_match_and_f1_are_squads(text, right, exact, f1):
     assert spans.score(text, right) == pytest.approx((exact, f1))
 
