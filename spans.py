@@ -69,19 +69,19 @@ def from_squad(whole, where):
 def located(labelled, features, tokenizer, block_size):
     """The Answers (N,) of rows: their texts and answers, the token ids of their features, the tokens that are kept."""
     contexts = [texts[-1] for texts in labelled.texts]
-    offsets = tokenizer.offsets_batch(contexts)
+    offsets = {context: np.array(tokenizer.offsets(context), np.int32).reshape(-1, 2) for context in set(contexts)}
     begins = [1 + sum(len(part) + 1 for part in ids[:-1]) for ids in zip(*features)]  # behind start and separators
-    return np.fromiter((locate(*row, block_size) for row in zip(contexts, labelled.labels, offsets, begins)), object)
+    return np.fromiter((locate(context, answers, offsets[context][:max(0, block_size - begin)], begin)
+                        for context, answers, begin in zip(contexts, labelled.labels, begins)), object)
 
 
-def locate(context, answers, offsets, begin, block_size):
-    """The Answer in a context that begins at the token `begin` of its row.
+def locate(context, answers, offsets, begin):
+    """The Answer in a context that begins at the token `begin` of its row; offsets: of the tokens that are kept.
 
     It has no span if the row has no answer, if the answer's text is not in the context, or if it is cut away.
     An answer that is not where it is said to be is looked for.
     """
     texts, starts = answers
-    offsets = np.array(offsets, np.int32).reshape(-1, 2)[:max(0, block_size - begin)]
     answer = Answer(begin, -1, -1, context, offsets, texts)
     if not texts:
         return answer
