@@ -13,6 +13,7 @@ from configurator import UserError
 from model import Isolated
 
 WINDOW = 16  # steps whose rows are sorted by length
+BEST_BY = ('loss', 'accuracy', 'macro_f1')  # figures by which the best weights can be chosen
 
 
 # ---------------------------------------------------------------------------- labelled rows
@@ -56,10 +57,10 @@ def batch_of(examples, places, device):
 def places_of_step(step, rows_per_step, num_rows, seed, lengths=None):
     """Which rows (rows_per_step,) a step trains on: each once per epoch, a function of (seed, step) only.
 
-    lengths: (num_rows,) tokens. With them the rows of each WINDOW steps are sorted, so that a step's are of like
-    length and hardly padded; which of the window's steps gets the long ones is drawn.
+    lengths: (num_rows,) tokens. With them the rows of WINDOW steps, or of an epoch, are sorted, so that a step's are
+    of like length and hardly padded; which of the window's steps gets the long ones is drawn.
     """
-    window = 1 if lengths is None else WINDOW
+    window = 1 if lengths is None else max(1, min(WINDOW, num_rows // rows_per_step))
     epoch, place = np.divmod((step // window * window) * rows_per_step + np.arange(window * rows_per_step), num_rows)
     places = np.concatenate([data.permuted(place[epoch == e], num_rows, data.PERMUTE, seed, int(e))
                              for e in np.unique(epoch)])
@@ -83,7 +84,7 @@ class Classifier(nn.Module):
                  token_dropout=0.0):
         super().__init__()
         self.trunk, self.pool, self.label_smoothing = trunk, pool, label_smoothing
-        self.token_dropout = token_dropout
+        self.token_dropout, self.width = token_dropout, num_classes
         if getattr(trunk, 'unembedding', None) is not None:  # a head for tokens takes no part
             trunk.unembedding.requires_grad_(False)
         self.dropout = nn.Dropout(dropout)
@@ -106,6 +107,10 @@ class Classifier(nn.Module):
                 states.masked_fill(~inside[..., None], 0).sum(1) / lengths[:, None])
         return self.head(self.dropout(pooled)).float()
 
+    def outputs(self, tokens, lengths, labels):
+        """(B, width) in float32: what `evaluate_predictions` has to know about each row."""
+        return self.logits(tokens, lengths)
+
     def forward(self, tokens, lengths, labels):
         """The weighted sum of the rows' losses in nats, the sum of their weights, and sums of metrics."""
         if self.training and self.token_dropout:
@@ -122,6 +127,13 @@ def hide(tokens, share, mask_id):
     hidden = torch.rand(tokens.shape, device=tokens.device) < share
     hidden[:, 0] = False
     return tokens.masked_fill(hidden, mask_id)
+
+
+def make_classifier(trunk, examples, num_classes, pool, dropout, class_weights, label_smoothing, token_dropout):
+    """The Classifier that the settings of classify.py ask for, and what each of the examples weighs (N,)."""
+    weights = weights_of_classes(class_weights, examples.labels, max(2, num_classes))
+    return Classifier(trunk, num_classes, pool or ('last' if trunk.causal else 'mean'), dropout, weights,
+                      label_smoothing, token_dropout), weights[examples.labels]
 
 
 def restore(classifier, checkpoint):
@@ -228,6 +240,16 @@ def evaluate_predictions(labels, logits):
     if logits.shape[1] <= 2:
         figures['auroc'] = auroc(labels, logits[:, -1] - (logits[:, 0] if logits.shape[1] == 2 else 0))
     return {**figures, 'rows': len(labels), 'confusion': confusion.tolist()}
+
+
+def gold_of(labels):
+    """What predictions.npz holds of the labels."""
+    return labels
+
+
+def arrays_of(labels, logits):
+    """What predictions.npz holds of a set, by name."""
+    return {'labels': labels, 'preds': predicted_classes(torch.from_numpy(logits)).numpy(), 'logits': logits}
 
 
 def load_predictions(run, source):

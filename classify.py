@@ -1,4 +1,4 @@
-"""Trains or fine-tunes a model to classify sequences: algorithmic tasks, or texts in several languages.
+"""Trains or fine-tunes a model to classify sequences, algorithmic tasks or texts, or to find answers in texts.
 
     python classify.py --target_func=fn_c --sequence_length=20 --train_set_size=2000
     python classify.py --task=sentiment --train_langs=eng --init_from=out/ar-books-tiny-v1
@@ -17,7 +17,8 @@ import classification
 import nanogpt
 import optim
 import runtime
-from classification import Classifier, Examples, batch_of, evaluate_predictions
+import spans
+from classification import Examples
 from configurator import UserError, check_choice, check_range, configure
 from data import Tokenizer
 from model import SIZES
@@ -86,7 +87,7 @@ grad_clip = 1.0              # largest norm of the gradient; 0: not clipped
 class_weights = ''           # what a row of each class weighs: balanced, or numbers as in 1,2.5; empty: the same
 label_smoothing = 0.0
 early_stopping = 0           # evaluations on validation rows without a better one before it stops; 0: none
-best_by = 'loss'             # which weights are best on them: loss, accuracy, macro_f1
+best_by = 'loss'             # which weights are best on them: loss, accuracy, macro_f1; of answers exact_match, f1
 # --- looking ---
 eval_every: int = None       # steps; None: ten times
 eval_batches = 0             # batches of each set that are evaluated while training; 0: all; the last time all
@@ -122,7 +123,6 @@ OF_TEXTS = {'train_langs', 'eval_langs', 'language_database', 'model_type', 'tok
 check_choice(config, 'model', ('', *PUBLISHED, *FINETUNED, *SIZES))
 check_choice(config, 'model_type', ('normal', 'ipa'))
 check_choice(config, 'pool', ('', 'last', 'mean'))
-check_choice(config, 'best_by', ('loss', 'accuracy', 'macro_f1'))
 check_choice(config, 'optimizer', optim.OPTIMIZERS)
 check_choice(config, 'schedule', optim.SCHEDULES)
 check_range(config, 1, math.inf, 'batch_size', 'gradient_accumulation_steps', 'eval_batch_size', 'max_steps',
@@ -168,6 +168,8 @@ else:
     num_labels = 2
     source = tasks.key_of(target_func, sequence_length, train_set_size + val_set_size, test_set_size, seed, compat)
     digits = tasks.splits(target_func, sequence_length, train_set_size, test_set_size, val_set_size, seed, compat)
+kind = classification if num_labels else spans  # without classes, answers are spans
+check_choice(config, 'best_by', kind.BEST_BY)
 vocabulary = (Tokenizer(initial['tokenizer']) if initial else languages.make_tokenizer(tokenizer, texts, vocab_size)
               if task else tasks.digit_tokenizer(target_func))
 start_token = initial['start_token'] if initial else vocabulary.endoftext_id
@@ -199,30 +201,29 @@ if initial and not checkpoint:
     checkpoints.load_weights(trunk, initial)
 
 if task:
-    sets, too_long = languages.encode_sets(texts, vocabulary, start_token, block_size)
+    sets, notes = languages.encode_sets(texts, vocabulary, start_token, block_size)
 else:
-    ids, too_long = tasks.digit_ids(vocabulary, target_func), {}
+    ids, notes = tasks.digit_ids(vocabulary, target_func), {}
     sets = {name: Examples(list(np.insert(ids[rows], 0, start_token, axis=1)), labels)
             for name, (rows, labels) in digits.items() if len(rows)}
 if val_set_size and 'val' not in sets:
-    sets['train'], sets['val'] = classification.hold_out(sets['train'], val_set_size, seed)
+    sets['train'], sets['val'] = kind.hold_out(sets['train'], val_set_size, seed)
 tested = [name for name in sets if name not in ('train', 'val')]
 others = {name: predictions for name, (labels, predictions) in  # of the run to compare with
           (classification.load_predictions(compare_to, source) if compare_to else {}).items()
-          if name in tested and np.array_equal(labels, sets[name].labels)}
+          if name in tested and np.array_equal(labels, kind.gold_of(sets[name].labels))}
 if compare_to and not others:
     raise UserError(f'{compare_to} has no predictions for the rows of {", ".join(tested)}; compare runs of the same '
                     'data and seed.')
 if not num_classes:
     num_classes = num_labels if task else 1
-if num_labels > max(2, num_classes):
+if num_labels and num_labels > max(2, num_classes):
     raise UserError(f'num_classes is {num_classes}, but the labels are of {num_labels} classes; leave it out.')
 if early_stopping and 'val' not in sets:
     raise UserError('early_stopping needs validation rows, or the test would choose its own result; add '
                     '--val_set_size=N, or name a val split in the database.')
-weights = classification.weights_of_classes(class_weights, sets['train'].labels, max(2, num_classes))
-raw_classifier = Classifier(trunk, num_classes, pool or ('last' if trunk.causal else 'mean'), dropout, weights,
-                            label_smoothing, token_dropout)
+raw_classifier, weights = kind.make_classifier(trunk, sets['train'], num_classes, pool, dropout, class_weights,
+                                               label_smoothing, token_dropout)
 if lora_rank:
     import lora  # only where it is wanted
     trunk.requires_grad_(False)
@@ -280,8 +281,7 @@ stop = runtime.StopSignal()
 trained = sum(p.numel() for p in raw_classifier.parameters() if p.requires_grad)
 log.print(f'{out}: {architecture}, {trunk.num_parameters():,} parameters, {trained:,} of them and the head train, '
           f'{run.dtype} on {run.world_size} × {run.device.type}; {max_steps} steps of {rows_per_step} rows',
-          ', '.join(f'{name}: {len(examples)} rows' + (f' ({too_long[name]} too long for {block_size} tokens)'
-                                                       if too_long.get(name) else '')
+          ', '.join(f'{name}: {len(examples)} rows' + (f' ({notes[name]})' if notes.get(name) else '')
                     for name, examples in sets.items()))
 for key, before, now in changed:
     log.print(f'resumed with {key}={now!r}, which was {before!r}')
@@ -312,16 +312,16 @@ def save_all():
 
 @torch.no_grad()
 def predict(examples):
-    """Logits (N, outputs) as numpy, the same for any number of ranks; rows of like length come together."""
+    """Outputs (N, width) as numpy, the same for any number of ranks; rows of like length come together."""
     order = np.argsort([len(row) for row in examples.rows], kind='stable')
-    logits = torch.zeros(len(examples), num_classes)
+    outputs = torch.zeros(len(examples), raw_classifier.width)
     raw_classifier.eval()
     for start in range(run.rank * eval_batch_size, len(order), run.world_size * eval_batch_size):
         places = order[start:start + eval_batch_size]
         with run.autocast():
-            logits[places] = raw_classifier.logits(*batch_of(examples, places, run.device)[:2]).cpu()
+            outputs[places] = raw_classifier.outputs(*kind.batch_of(examples, places, run.device)).cpu()
     raw_classifier.train()
-    return run.sum(logits).numpy()
+    return run.sum(outputs).numpy()
 
 
 def some_of(examples):
@@ -333,10 +333,10 @@ def look():
     """Evaluates all sets, keeps the best weights by the validation rows, and writes down how it goes."""
     global best_step, best_val_loss, best_score
     part = {name: some_of(examples) for name, examples in sets.items()}
-    logits = {name: predict(examples) for name, examples in part.items()}
-    figures = {name: evaluate_predictions(examples.labels, logits[name]) for name, examples in part.items()}
-    test = evaluate_predictions(np.concatenate([part[name].labels for name in tested]),
-                                np.concatenate([logits[name] for name in tested]))  # all tests together
+    outputs = {name: predict(examples) for name, examples in part.items()}
+    figures = {name: kind.evaluate_predictions(examples.labels, outputs[name]) for name, examples in part.items()}
+    test = kind.evaluate_predictions(np.concatenate([part[name].labels for name in tested]),
+                                     np.concatenate([outputs[name] for name in tested]))  # all tests together
     chosen = figures.get('val', test)
     log.print(f'step {step}: ' + ', '.join(f'{name} loss {values["loss"]:.4f}, accuracy {values["accuracy"]:.4f}'
                                            for name, values in figures.items()))
@@ -362,14 +362,13 @@ def conclude():
         classification.restore(raw_classifier, checkpoints.load(out / 'best.pt'))
     results, arrays = {'step': best_step if 'val' in sets else step}, {'source': source}
     for name, examples in sets.items():
-        logits = predict(examples)
-        results[name] = evaluate_predictions(examples.labels, logits)
+        outputs = predict(examples)
+        results[name] = kind.evaluate_predictions(examples.labels, outputs)
         if name != 'train':
-            preds = classification.predicted_classes(torch.from_numpy(logits)).numpy()
-            arrays.update({f'{name}_labels': examples.labels, f'{name}_preds': preds, f'{name}_logits': logits})
+            arrays.update({f'{name}_{key}': array for key, array in kind.arrays_of(examples.labels, outputs).items()})
     if compare_to:
         results['compare_to'] = {'run': compare_to, **{
-            name: classification.randomisation_test(sets[name].labels, arrays[f'{name}_preds'], predictions)
+            name: kind.randomisation_test(sets[name].labels, arrays[f'{name}_preds'], predictions)
             for name, predictions in others.items()}}
     if run.is_main:
         checkpoints.write_json(out / 'eval_results.json', results)
@@ -399,14 +398,14 @@ while step < max_steps and not stopping and not finished:
             group['lr'] = rate
 
     places = classification.places_of_step(step, rows_per_step, num_rows, seed, lengths)
-    weight = max(1e-9, weights[sets['train'].labels[places]].sum())  # of the rows of all micro-steps and ranks
+    weight = max(1e-9, weights[places].sum())  # of the rows of all micro-steps and ranks
     mine = places.reshape(gradient_accumulation_steps, run.world_size, batch_size)[:, run.rank]
     sums = {}
     for i, micro in enumerate(mine):
         runtime.seed_dropout(seed, step, i, run.rank)
         classifier.require_backward_grad_sync = i == len(mine) - 1  # DDP sends gradients once per step
         with run.autocast():
-            loss, *rest = classifier(*batch_of(sets['train'], micro, run.device))
+            loss, *rest = classifier(*kind.batch_of(sets['train'], micro, run.device))
         scaler.scale(loss * (run.world_size / weight)).backward()  # DDP divides by the number of ranks
         runtime.add(sums, loss, *rest)
 

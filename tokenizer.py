@@ -76,6 +76,10 @@ class Tokenizer:
                                 'tokenizer; leave it out, or prepare the data with --tokenizer=bytes or bpe.')
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def offsets(self, text):
+        """Where each token that `encode` gives stands in the text: (first character, the one after its last)."""
+        return self._tokenizer.encode(text, add_special_tokens=False).offsets
+
     @property
     def own_start(self):
         """Ids that a pretrained tokenizer puts before a text by itself; `encode` leaves that to its caller."""

@@ -1,6 +1,17 @@
 # The language database of classify.py: language -> task -> data set; prepare/languages.py says what the fields mean.
 # A folder stands under data/ or is given as a path; what is none is looked for on the hub.
 #   python classify.py --task=sentiment --train_langs=eng --eval_langs=eng
+_glue = {  # columns and classes of nyu-mll/glue, whose sst2 is 'sentiment'
+    'cola': (['sentence'], ['unacceptable', 'acceptable']),
+    'mrpc': (['sentence1', 'sentence2'], ['not_equivalent', 'equivalent']),
+    'qnli': (['question', 'sentence'], ['entailment', 'not_entailment']),
+    'qqp': (['question1', 'question2'], ['not_duplicate', 'duplicate']),
+    'rte': (['sentence1', 'sentence2'], ['entailment', 'not_entailment']),
+    'wnli': (['sentence1', 'sentence2'], ['not_entailment', 'entailment']),
+    'mnli': (['premise', 'hypothesis'], ['entailment', 'neutral', 'contradiction']),
+}
+_qa = {'train_features': ['question', 'context'], 'eval_feature': 'answers', 'splits': ['train', 'validation'],
+       'task_type': 'qa'}
 LANGUAGES = {
     'eng': {  # SST-2: data/sst2/{train,dev,test}.tsv, a text and its label per line
         'sentiment': {'dataset': 'sst2', 'columns': ['text', 'label'], 'train_features': ['text'],
@@ -9,6 +20,10 @@ LANGUAGES = {
         'entailment': {'dataset': 'facebook/xnli', 'config': 'en', 'train_features': ['premise', 'hypothesis'],
                        'eval_feature': 'label', 'splits': ['train', 'validation', 'test'],
                        'task_type': 'classification', 'classes': ['entailment', 'neutral', 'contradiction']},
+        'qa': {'dataset': 'rajpurkar/squad', **_qa},
+        **{name: {'dataset': 'nyu-mll/glue', 'config': name, 'train_features': features, 'eval_feature': 'label',
+                  'splits': ['train', 'validation_matched' if name == 'mnli' else 'validation'],
+                  'task_type': 'classification', 'classes': classes} for name, (features, classes) in _glue.items()},
     },
     'spa': {
         'sentiment': {'dataset': 'cardiffnlp/tweet_sentiment_multilingual', 'config': 'spanish',
@@ -24,6 +39,7 @@ LANGUAGES = {
         'entailment': {'dataset': 'facebook/xnli', 'config': 'ru', 'train_features': ['premise', 'hypothesis'],
                        'eval_feature': 'label', 'splits': ['train', 'validation', 'test'],
                        'task_type': 'classification', 'classes': ['entailment', 'neutral', 'contradiction']},
+        'qa': {'dataset': 'kuznetsoffandrey/sberquad', **_qa},
     },
     'pol': {  # data/pol-sentiment/{train,test}.csv, as above
         'sentiment': {'dataset': 'pol-sentiment', 'train_features': ['text'], 'eval_feature': 'label',
@@ -31,5 +47,8 @@ LANGUAGES = {
         'entailment': {'dataset': 'pol-entailment', 'train_features': ['sentence_A', 'sentence_B'],
                        'eval_feature': 'entailment_judgment', 'splits': ['train', 'validation', 'test'],
                        'task_type': 'classification', 'classes': ['NEUTRAL', 'CONTRADICTION', 'ENTAILMENT']},
+        # What the hub has is read by a script, which `datasets` no longer runs: put its poquad-train.json and
+        # poquad-dev.json into data/clarin-pl/poquad/, as train.json and validation.json.
+        'qa': {'dataset': 'clarin-pl/poquad', **_qa},
     },
 }

@@ -5,11 +5,15 @@
         'config': None,                      # the hub's name for a part of it, where it has parts
         'columns': None,                     # the names of the columns of files without a header line
         'train_features': ['text'],          # one or more text columns
-        'eval_feature': 'label',             # the column of the label
+        'eval_feature': 'label',             # the column of the label, or of the answers
         'splits': ['train', 'val', 'test'],  # or ['train', 'test']
-        'task_type': 'classification',
-        'classes': ['negative', 'positive'],  # names, where the labels are names; or just how many
+        'task_type': 'classification',       # or 'qa'
+        'classes': ['negative', 'positive'],  # names, where the labels are names; or just how many; none for 'qa'
         'filter_length': False}}}            # True: rows that are too long are left out instead of cut
+
+The task_type 'qa' is SQuAD's: train_features are ['question', 'context'], and eval_feature 'answers' holds
+{'text': ['an answer', ...], 'answer_start': [its first character in the last feature, ...]}. model_type='ipa' needs a
+column answers-phoneme, for the positions are not those of the text as written.
 
 A task may also hold several such entries by name, {'sentiment': {'allegro': {...}, 'reviews': {...}}}: then
 pol:allegro chooses one.
@@ -26,17 +30,18 @@ import pyarrow.parquet
 import tokenizers
 
 import data
+import spans
 from classification import Examples
 from configurator import ROOT, UserError
 from prepare.readers import decode, parse
 from prepare.tokenizer import KINDS, build
 
-REQUIRED = ('dataset', 'train_features', 'eval_feature', 'splits', 'classes')
+REQUIRED = ('dataset', 'train_features', 'eval_feature', 'splits')
 
 
 class Labelled(NamedTuple):
     texts: list         # of tuples of texts, one per feature
-    labels: np.ndarray  # (N,) int64, from 0
+    labels: np.ndarray  # (N,) int64, from 0; or what spans.read_answers makes of answers
 
 
 # ---------------------------------------------------------------------------- the database
@@ -72,15 +77,18 @@ def find_entry(database, language, task):
         if name and name not in entry:
             raise UserError(f'{language!r} has no data set {name!r} for {task!r}; it has {", ".join(entry)}.')
         entry = entry[name or next(iter(entry))]
-    missing = [key for key in REQUIRED if key not in entry]
+    missing = [key for key in REQUIRED + (() if is_qa(entry) else ('classes',)) if key not in entry]
     if missing:
         raise UserError(f'The entry of {language!r}, {task!r} lacks {", ".join(missing)}.')
     if len(entry['splits']) not in (2, 3):
         raise UserError(f'The entry of {language!r}, {task!r} has the splits {entry["splits"]}; name two, train and '
                         'test, or three, train, val and test.')
-    if entry.get('task_type', 'classification') in ('qa', 'question-answering', 'span'):
-        raise UserError(f'The task {task!r} of {language!r} is {entry["task_type"]}; only classification is done here.')
     return entry
+
+
+def is_qa(entry):
+    """Whether answers that are spans of the last feature are wanted, not classes."""
+    return entry.get('task_type') in ('qa', 'question-answering')
 
 
 def split_of(entry, part):
@@ -90,6 +98,8 @@ def split_of(entry, part):
 
 
 def num_classes_of(entry):
+    if is_qa(entry):
+        return None
     return entry['classes'] if isinstance(entry['classes'], int) else len(entry['classes'])
 
 
@@ -97,19 +107,21 @@ def num_classes_of(entry):
 
 def read(entry, split, model_type='normal'):
     """The Labelled rows of a split. model_type='ipa' reads the column {feature}-phoneme for each feature."""
-    features = [feature + ('-phoneme' if model_type == 'ipa' else '') for feature in entry['train_features']]
+    phoneme, qa = '-phoneme' if model_type == 'ipa' else '', is_qa(entry)
+    features = [feature + phoneme for feature in entry['train_features']]
+    gold = entry['eval_feature'] + (phoneme if qa else '')
     texts, labels = [], []
     for number, row in enumerate(records(entry, split), 1):
         where = f'{entry["dataset"]}, {split}, row {number}'
-        for name in (*features, entry['eval_feature']):
+        for name in (*features, gold):
             if row.get(name) is None:
                 raise UserError(f'{where}: there is no {name!r}, only {", ".join(map(repr, row))}; correct the '
                                 "database's train_features, eval_feature or columns.")
         texts.append(tuple(str(row[feature]) for feature in features))
-        labels.append(class_of(row[entry['eval_feature']], entry['classes'], where))
+        labels.append(spans.read_answers(row[gold], where) if qa else class_of(row[gold], entry['classes'], where))
     if not texts:
         raise UserError(f'{entry["dataset"]}, {split}: there are no rows.')
-    return Labelled(texts, np.array(labels, np.int64))
+    return Labelled(texts, np.fromiter(labels, object if qa else np.int64))
 
 
 def class_of(value, classes, where):
@@ -176,7 +188,7 @@ def read_jsonl(path, columns):
 def read_json(path, columns):
     rows = parse(decode(path.read_bytes(), path), path)
     if not isinstance(rows, list):
-        raise UserError(f'{path} holds no list of records; write one, or one record per line as .jsonl.')
+        rows = spans.from_squad(rows, path)
     return (a_record(row, f'{path}, record {number}') for number, row in enumerate(rows, 1))
 
 
@@ -197,7 +209,8 @@ READERS = {'.tsv': read_table, '.csv': read_table, '.jsonl': read_jsonl, '.json'
 
 
 def read_sets(database, task, train_langs, eval_langs, model_type):
-    """{'train', perhaps 'val', each language of eval_langs: [(entry, Labelled)]}, and the number of classes.
+    """{'train', perhaps 'val', each language of eval_langs: [(entry, Labelled)]}, and the number of classes, None of
+    answers that are spans.
 
     The training languages' rows come together; validation rows are theirs too, so that no test chooses weights.
     """
@@ -206,8 +219,8 @@ def read_sets(database, task, train_langs, eval_langs, model_type):
                    for langs in (train_langs, eval_langs))
     counts = {language: num_classes_of(entry) for language, entry in {**train, **test}.items()}
     if not train or len(set(counts.values())) > 1:
-        raise UserError(f'The data sets of one run need the same number of classes, but these are {counts}; choose '
-                        'other languages.')
+        raise UserError(f'The data sets of one run need the same number of classes, but these are {counts} (None: the '
+                        'answers are spans); choose other languages.')
     wanted = {'train': [(entry, 'train') for entry in train.values()],
               'val': [(entry, 'val') for entry in train.values() if split_of(entry, 'val')],
               **{language: [(entry, 'test')] for language, entry in test.items()}}
@@ -218,28 +231,35 @@ def read_sets(database, task, train_langs, eval_langs, model_type):
 # ---------------------------------------------------------------------------- tokens
 
 def encode_sets(sets, tokenizer, start_token, block_size):
-    """{name: Examples} of `read_sets`, and {name: rows that were longer than block_size}.
+    """{name: Examples} of `read_sets`, and {name: how many were too long, or had no answer, in words}.
 
     A row is the start token and its features with <|endoftext|> between them. One that is too long loses its
-    end, or is left out where the database says filter_length.
+    end, or is left out where the database says filter_length. One whose answer is then nowhere in it is left out of
+    training; in a test it stays, and counts as wrong.
     """
-    examples, too_long = {}, {}
+    examples, notes = {}, {}
     for name, parts in sets.items():
-        rows, labels, too_long[name] = [], [], 0
+        rows, labels, too_long = [], [], 0
         for entry, labelled in parts:
             features = [tokenizer.encode_batch(list(texts)) for texts in zip(*labelled.texts)]
-            for label, ids in zip(labelled.labels, zip(*features)):
+            found = labelled.labels
+            if is_qa(entry):
+                found = spans.located(labelled, features, tokenizer, block_size)
+            for label, ids in zip(found, zip(*features)):
                 row = [start_token, *ids[0]]
                 for more in ids[1:]:
                     row += [tokenizer.endoftext_id, *more]
-                too_long[name] += len(row) > block_size
+                too_long += len(row) > block_size
                 if len(row) <= block_size or not entry.get('filter_length'):
                     rows.append(np.array(row[:block_size]))
                     labels.append(label)
         if not rows:
             raise UserError(f'All rows of {name} are longer than block_size={block_size}; choose a larger one.')
-        examples[name] = Examples(rows, np.array(labels, np.int64))
-    return examples, too_long
+        examples[name] = Examples(rows, np.fromiter(labels, found.dtype))
+        notes[name] = f'{too_long} too long for {block_size} tokens' if too_long else ''
+        if is_qa(entry):
+            examples[name], notes[name] = spans.answerable(examples[name], name, notes[name])
+    return examples, notes
 
 
 def make_tokenizer(tokenizer, sets, vocab_size):
