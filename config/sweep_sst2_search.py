@@ -1,0 +1,15 @@
+# Which settings suit SST-2, from scratch and from models pretrained on books: the same random draws for all four,
+# judged on the dev set alone. The best ones are in config/sweep_sst2.py, which says how to pretrain.
+#   python sweep.py config/sweep_sst2_search.py --jobs=2
+experiment_name = 'sst2-search'
+base_args = {'task': 'sentiment', 'train_langs': 'eng', 'pool': 'mean', 'block_size': 64, 'batch_size': 64,
+             'warmup_ratio': 0.1, 'schedule': 'linear', 'best_by': 'accuracy', 'eval_batches': 4, 'log_every': 100,
+             'device': 'cpu', 'no_wandb': True, 'seed': 0}
+zipped = {'architecture': ['ar', 'ar', 'diffusion', 'diffusion'],
+          'init_from': [None, 'out/plain-ar', None, 'out/plain-diffusion'],
+          'vocab_size': [8192, None, 8192, None]}  # of the tokenizer, which is learned from the training texts
+sampled = {'learning_rate': (3e-4, 3e-3, 'log'), 'num_epochs': (3, 8), 'token_dropout': (0.1, 0.6),
+           'dropout': [0.0, 0.2], 'weight_decay': (0.01, 1.0, 'log'), 'label_smoothing': [0.0, 0.1]}
+num_trials = 10
+metric = 'val.accuracy'
+show = 'train.accuracy,val.loss,val.accuracy'
