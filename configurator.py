@@ -14,6 +14,7 @@ import builtins
 import difflib
 import json
 import math
+import os
 import re
 import sys
 import tokenize
@@ -35,8 +36,18 @@ class UserError(ValueError):
 def print_without_traceback(kind, error, trace, previous=sys.excepthook):
     if issubclass(kind, UserError):
         print(f'error: {error}', file=sys.stderr)  # Python then exits with status 1
-    else:
+    elif not (issubclass(kind, BrokenPipeError) and output_is_cut()):
         previous(kind, error, trace)
+
+
+def output_is_cut():
+    """Whether what read this process's output has ended, as in `| head`."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it exits
+        return True
+    return False
 
 
 sys.excepthook = print_without_traceback

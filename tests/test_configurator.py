@@ -370,3 +370,10 @@ def test_a_mistake_prints_one_line_without_a_traceback_from_any_working_director
 def test_other_exceptions_keep_their_traceback(tmp_path):
     done = python(tmp_path, '-c', 'import configurator; 1 / 0')
     assert done.returncode == 1 and 'Traceback' in done.stderr and 'ZeroDivisionError' in done.stderr
+
+
+def test_a_reader_that_ends_early_is_no_error():
+    process = subprocess.Popen([sys.executable, configurator.ROOT / 'sweep.py', 'config/sweep_parity.py', '--dry_run'],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()  # as `| head -0` does, before anything is written
+    assert (process.stderr.read(), process.wait()) == ('', 1)
