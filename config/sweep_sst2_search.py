@@ -3,8 +3,8 @@
 #   python sweep.py config/sweep_sst2_search.py --jobs=2
 experiment_name = 'sst2-search'
 base_args = {'task': 'sentiment', 'train_langs': 'eng', 'pool': 'mean', 'block_size': 64, 'batch_size': 64,
-             'warmup_ratio': 0.1, 'schedule': 'linear', 'best_by': 'accuracy', 'eval_batches': 4, 'log_every': 100,
-             'device': 'cpu', 'no_wandb': True, 'seed': 0}
+             'warmup_ratio': 0.1, 'schedule': 'linear', 'eval_every': 10 ** 6, 'eval_batches': 4,
+             'log_every': 100, 'device': 'cpu', 'no_wandb': True, 'seed': 0}
 zipped = {'architecture': ['ar', 'ar', 'diffusion', 'diffusion'],
           'init_from': [None, 'out/plain-ar', None, 'out/plain-diffusion'],
           'vocab_size': [8192, None, 8192, None]}  # of the tokenizer, which is learned from the training texts
