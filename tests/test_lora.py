@@ -123,7 +123,7 @@ def test_a_converted_model_learns_its_new_rows_and_peft_reads_them(architecture,
     lora.save_adapter(model, tmp_path, 'base')
 
     theirs = peft.PeftModel.from_pretrained(converted(architecture, tied=tied), tmp_path)
-    torch.testing.assert_close(theirs.base_model.model.logits(tokens), logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(theirs.base_model.model.logits(tokens), logits, atol=1e-4, rtol=1e-4)
     again = converted(architecture, tied=tied)
     lora.load_adapter(again, tmp_path)
     assert torch.equal(again.logits(tokens), logits)
@@ -132,7 +132,7 @@ def test_a_converted_model_learns_its_new_rows_and_peft_reads_them(architecture,
 
     lora.merge(again)
     end = again.state_dict()
-    torch.testing.assert_close(again.logits(tokens), logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(again.logits(tokens), logits, atol=1e-4, rtol=1e-4)
     assert end.keys() == start.keys()
     for name in {'embedding.weight', 'unembedding.weight'} & set(start):
         changed = (end[name] != start[name]).any(1).nonzero().flatten().tolist()
