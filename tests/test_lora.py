@@ -107,6 +107,7 @@ def converted(architecture, base=None, **changes):
 @pytest.mark.parametrize('architecture', ['diffusion', 'sdd'])
 @pytest.mark.parametrize('tied', [True, False], ids=['tied', 'untied'])
 def test_a_converted_model_learns_its_new_rows_and_peft_reads_them(architecture, tied, tmp_path):
+    torch.manual_seed(0)  # with some others filler's logits grow so large before their cap that rounding shows
     model, tokens = converted(architecture, tied=tied).train(), tokens_for(native())
     tokens[:, 8:] = 39  # filler
     start = {name: weight.clone() for name, weight in model.state_dict().items()}
@@ -123,7 +124,7 @@ def test_a_converted_model_learns_its_new_rows_and_peft_reads_them(architecture,
     lora.save_adapter(model, tmp_path, 'base')
 
     theirs = peft.PeftModel.from_pretrained(converted(architecture, tied=tied), tmp_path)
-    torch.testing.assert_close(theirs.base_model.model.logits(tokens), logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(theirs.base_model.model.logits(tokens), logits, atol=1e-4, rtol=0)
     again = converted(architecture, tied=tied)
     lora.load_adapter(again, tmp_path)
     assert torch.equal(again.logits(tokens), logits)
@@ -132,7 +133,7 @@ def test_a_converted_model_learns_its_new_rows_and_peft_reads_them(architecture,
 
     lora.merge(again)
     end = again.state_dict()
-    torch.testing.assert_close(again.logits(tokens), logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(again.logits(tokens), logits, atol=1e-4, rtol=0)
     assert end.keys() == start.keys()
     for name in {'embedding.weight', 'unembedding.weight'} & set(start):
         changed = (end[name] != start[name]).any(1).nonzero().flatten().tolist()
