@@ -15,6 +15,7 @@ from conftest import letter_tokenizer, random_model, signals_kept
 from test_finetune import tune, write_base, write_examples
 
 import checkpoints
+import classification
 import data
 import nanogpt
 import optim
@@ -106,25 +107,30 @@ def test_each_architecture_learns_a_simple_task(place, architecture):
     assert loaded.config.n_embd == 32
 
 
-@pytest.mark.parametrize('options', [
-    ['--dropout=0.1', '--token_dropout=0.3', '--gradient_accumulation_steps=2', '--val_set_size=10'],
-    ['--architecture=diffusion', '--optimizer=muon', '--num_classes=2'],
-    ['--architecture=sdd', '--label_smoothing=0.1']])
-def test_resume_is_bit_identical(place, options):
-    settings = [*TASK, '--max_steps=6', '--eval_every=2', '--log_every=1', *options]
+def assert_a_killed_run_ends_the_same(place, settings, *resume, **tiny):
+    """One run whole, one killed in its fourth step, after the checkpoint of the second, and resumed by `resume`."""
     classify(*settings, '--out_dir=whole')
-    with pytest.MonkeyPatch.context() as patch:  # dies in its fourth step, after the checkpoint of the second
+    with pytest.MonkeyPatch.context() as patch:
         rate = optim.learning_rate_at
         patch.setattr(optim, 'learning_rate_at', lambda step, *rest: 1 / 0 if step == 3 else rate(step, *rest))
         with pytest.raises(ZeroDivisionError):
             classify(*settings, '--out_dir=killed')
-    classify(*settings, '--out_dir=killed', '--resume_from=auto')
+    classify(*resume, **tiny)
     one, other = (torch.load(place / name / 'ckpt.pt', weights_only=True) for name in ('whole', 'killed'))
     for key in ('model_state_dict', 'head_state_dict', 'optimizer_state_dict', 'history', 'global_step', 'best_step'):
         assert same(one[key], other[key]), key
     assert rows(place / 'whole') == rows(place / 'killed')
     with np.load(place / 'whole' / 'predictions.npz') as a, np.load(place / 'killed' / 'predictions.npz') as b:
         assert all(np.array_equal(a[name], b[name]) for name in a.files)
+
+
+@pytest.mark.parametrize('options', [
+    ['--dropout=0.1', '--token_dropout=0.3', '--gradient_accumulation_steps=2', '--val_set_size=10'],
+    ['--architecture=diffusion', '--optimizer=muon', '--num_classes=2'],
+    ['--architecture=sdd', '--label_smoothing=0.1']])
+def test_resume_is_bit_identical(place, options):
+    settings = [*TASK, '--max_steps=6', '--eval_every=2', '--log_every=1', *options]
+    assert_a_killed_run_ends_the_same(place, settings, *settings, '--out_dir=killed', '--resume_from=auto')
     with pytest.raises(SystemExit) as end:
         classify(*settings, '--out_dir=killed', '--resume_from=auto')
     assert end.value.code == 0
@@ -287,6 +293,18 @@ def test_a_mistake_with_texts_is_named(place, options, change, part):
     with pytest.raises(UserError) as error:
         classify(*TEXTS, *options, '--out_dir=run')
     assert part in str(error.value)
+
+
+@pytest.mark.parametrize('words, like', [([], True), (['--group_by_length=False'], False)])
+def test_texts_of_like_length_share_a_step(place, monkeypatch, words, like):
+    widths, batch_of = [], classification.batch_of
+    monkeypatch.setattr(classification, 'batch_of', lambda examples, places, device: (
+        widths.append([len(examples.rows[place]) for place in places]), batch_of(examples, places, device))[1])
+    lines = [f'{"x" * (1 + 7 * i % 16)}\ty\t{("neg", "pos")[i % 2]}' for i in range(16)]  # of sixteen lengths
+    (place / 'rus' / 'train.tsv').write_text('\n'.join(['a\tb\tlabel', *lines]))
+    classify(*TEXTS, '--train_langs=rus', '--max_steps=4', '--eval_every=9', '--out_dir=run', *words)
+    steps = [step for step in widths if len(step) == 4]
+    assert len(steps) == 4 and all(max(step) - min(step) == 3 for step in steps) is like
 
 
 @pytest.mark.parametrize('newline', ['\n', '\r\n', '\r'])

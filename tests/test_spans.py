@@ -10,11 +10,10 @@ import pytest
 import tokenizers
 import torch
 from conftest import letter_tokenizer, random_model
-from test_classify import ROOT, TINY, classify, rows, same
+from test_classify import ROOT, TINY, assert_a_killed_run_ends_the_same, classify
 
 import classification
 import data
-import optim
 import prepare.tokenizer
 import spans
 from configurator import UserError
@@ -205,19 +204,9 @@ def test_a_backbone_learns_to_find_an_answer(place, architecture):
     ['--architecture=diffusion', '--eval_langs=rus,eng', '--lora_rank=2']])
 def test_resume_is_bit_identical(place, options):
     settings = [*QA, '--batch_size=5', '--max_steps=5', '--eval_every=2', '--log_every=1', *options]
-    classify(*settings, '--out_dir=whole')
-    with pytest.MonkeyPatch.context() as patch:  # dies in its fourth step, after the checkpoint of the second
-        rate = optim.learning_rate_at
-        patch.setattr(optim, 'learning_rate_at', lambda step, *rest: 1 / 0 if step == 3 else rate(step, *rest))
-        with pytest.raises(ZeroDivisionError):
-            classify(*settings, '--out_dir=killed')
-    classify('--resume_from=killed', tiny=[])
-    one, other = (torch.load(place / name / 'ckpt.pt', weights_only=True) for name in ('whole', 'killed'))
-    for key in ('model_state_dict', 'head_state_dict', 'optimizer_state_dict', 'history', 'global_step', 'best_step'):
-        assert same(one[key], other[key]), key
-    assert rows(place / 'whole') == rows(place / 'killed')
-    with np.load(place / 'whole' / 'predictions.npz') as a, np.load(place / 'killed' / 'predictions.npz') as b:
-        assert all(np.array_equal(a[name], b[name]) for name in a.files) and 'rus_spans' in a.files
+    assert_a_killed_run_ends_the_same(place, settings, '--resume_from=killed', tiny=[])
+    with np.load(place / 'whole' / 'predictions.npz') as predictions:
+        assert 'rus_spans' in predictions.files
 
 
 def test_the_best_by_f1_stops_early_and_is_compared(place):
