@@ -19,50 +19,56 @@ gpu       all figures for a GPU, with --peer=, in ten minutes: see benchmarks/gp
 Raw figures come as they are measured, then each target, reached or missed; a missed one makes the exit
 status 1. Other programs on the machine disturb the figures, ratios of pairs the least.
 """
+
 import math
 
-import optim
 from benchmarks.timing import say
-from configurator import check_choice, check_range, configure
+from lm import optim
+from lm.configurator import check_choice, check_range, configure
 
 # --- what to measure ---
-what = 'compare'             # compare, train, sample, data, memory, gpu
-peer = ''                    # compare, gpu: path of a clone of nanoGPT, which is only read
-only = 'learn,work,cache'    # compare: its parts
+what = 'compare'  # compare, train, sample, data, memory, gpu
+peer = ''  # compare, gpu: path of a clone of nanoGPT, which is only read
+only = 'learn,work,cache'  # compare: its parts
 dataset = 'shakespeare_char'  # as prepare/shakespeare.py writes it: a name under data/, or a path
 # --- what train, data and memory measure ---
-mode = 'packed'              # packed, documents
+mode = 'packed'  # packed, documents
 model_size = 'tiny'
 block_size = 128
 batch_size = 32
-optimizer = 'muon'           # adamw or muon
-steps = 60                   # timed steps of each architecture, after warm-up
+optimizer = 'muon'  # adamw or muon
+steps = 60  # timed steps of each architecture, after warm-up
 device = 'auto'
 dtype = 'auto'
 # --- how long; less than the defaults is a rehearsal ---
-runs = 5                     # pairs of runs of work and of cache; repeats of data
-peer_steps = 2000            # learn: steps of the peer's recipe
-short_steps = 240            # learn: steps of our run to the peer's loss, warm-up and decay included
-work_steps = 300             # work: steps of each run; the 10M model makes a tenth of them
-warmup_steps = 50            # steps at the start of each run that no rate includes; likewise
-new_tokens = 500             # cache: tokens written
+runs = 5  # pairs of runs of work and of cache; repeats of data
+peer_steps = 2000  # learn: steps of the peer's recipe
+short_steps = 240  # learn: steps of our run to the peer's loss, warm-up and decay included
+work_steps = 300  # work: steps of each run; the 10M model makes a tenth of them
+warmup_steps = 50  # steps at the start of each run that no rate includes; likewise
+new_tokens = 500  # cache: tokens written
 config = configure(globals())
 
 
 # ---------------------------------------------------------------------------- main
 
+
 def part():
     """The function that measures what is asked for; of its module alone are the imports paid."""
     if what == 'compare':
         from benchmarks import compare
+
         return compare.compare
     if what == 'sample':
         from benchmarks import sample
+
         return lambda config: sample.measure(peer=peer, runs=runs)
     if what == 'gpu':
         from benchmarks import gpu
+
         return gpu.measure
     from benchmarks import train
+
     return {'train': train.train, 'data': train.read_data, 'memory': train.measure_memory}[what]
 
 

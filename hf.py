@@ -9,6 +9,7 @@
 The families that it knows are in families.py. Every other model of ours exports as the family 'diffusion-lm',
 which only these scripts read. How a folder becomes a checkpoint is in pretrained.py.
 """
+
 import argparse
 import json
 import os
@@ -19,19 +20,15 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-import checkpoints
-import data
-import families
-import hub
-import lora
-import pretrained
-from configurator import UserError, no_remote_code
+from lm import checkpoints, data, families, files, hub, lora, pretrained
+from lm.configurator import UserError, no_remote_code
 from model import ModelConfig
 
-SHARD_BYTES = 5 * 10 ** 9  # of an exported file, at most
+SHARD_BYTES = 5 * 10**9  # of an exported file, at most
 
 
 # ---------------------------------------------------------------------------- out
+
 
 def export(checkpoint, folder, family, c):
     """Writes a checkpoint as a folder: as `family` with config.json `c`, or natively where that is None."""
@@ -40,7 +37,11 @@ def export(checkpoint, folder, family, c):
     rows = config.padded_vocab_size if family is None else kept_rows(config)
     folder.mkdir(parents=True)
     if family is None:
-        c = {'model_type': families.NATIVE, 'architecture': checkpoint['architecture'], 'model_config': vars(config)}
+        c = {
+            'model_type': families.NATIVE,
+            'architecture': checkpoint['architecture'],
+            'model_config': vars(config),
+        }
         plan = {name: [name] for name in weights}
     else:
         c = {**c, 'architectures': [families.CLASSES[family]], 'vocab_size': rows}
@@ -49,18 +50,27 @@ def export(checkpoint, folder, family, c):
             plan.setdefault(families.their_name(name, family)[0], []).append(name)
     write_tokenizer(checkpoint, folder, c, None if family is None else rows)
     shards = share_out(plan, weights)
-    names = [f'model-{i:05}-of-{len(shards):05}.safetensors' if len(shards) > 1 else 'model.safetensors'
-             for i in range(1, 1 + len(shards))]
+    names = [
+        f'model-{i:05}-of-{len(shards):05}.safetensors' if len(shards) > 1 else 'model.safetensors'
+        for i in range(1, 1 + len(shards))
+    ]
     for file, part in zip(names, shards):  # what has to be copied is in memory for one shard at a time
-        safetensors.torch.save_file({theirs: joined([weights[name] for name in ours], ours, family, rows)
-                                     for theirs, ours in part.items()}, folder / file, metadata={'format': 'pt'})
+        safetensors.torch.save_file(
+            {
+                theirs: joined([weights[name] for name in ours], ours, family, rows)
+                for theirs, ours in part.items()
+            },
+            folder / file,
+            metadata={'format': 'pt'},
+        )
     if len(shards) > 1:
         total = sum(size_of(weights, ours) for ours in plan.values())
         places = {theirs: file for file, part in zip(names, shards) for theirs in part}
-        checkpoints.write_json(folder / 'model.safetensors.index.json',
-                               {'metadata': {'total_size': total}, 'weight_map': places})
+        files.write_json(
+            folder / 'model.safetensors.index.json', {'metadata': {'total_size': total}, 'weight_map': places}
+        )
     dtype = next(iter(weights.values())).dtype
-    checkpoints.write_json(folder / 'config.json', {**c, 'torch_dtype': str(dtype).removeprefix('torch.')})
+    files.write_json(folder / 'config.json', {**c, 'torch_dtype': str(dtype).removeprefix('torch.')})
     return rows
 
 
@@ -105,20 +115,27 @@ def write_tokenizer(checkpoint, folder, c, rows):
         return
     tokenizer = data.Tokenizer(checkpoint['tokenizer'])
     end = tokenizer.endoftext_id
-    start = end if start is None or tokenizer.decode([start]) else start  # bos_token has to be a special token
+    start = (
+        end if start is None or tokenizer.decode([start]) else start
+    )  # bos_token has to be a special token
     names = {kind: tokenizer.name_of(i) for kind, i in (('bos_token', start), ('eos_token', end))}
     text = tokenizer.to_json() if rows is None else without_own_tokens(tokenizer.to_json(), rows)
     (folder / 'tokenizer.json').write_text(text, encoding='utf-8')
-    checkpoints.write_json(folder / 'tokenizer_config.json', {'tokenizer_class': 'PreTrainedTokenizerFast', **names})
+    files.write_json(
+        folder / 'tokenizer_config.json', {'tokenizer_class': 'PreTrainedTokenizerFast', **names}
+    )
     c.update(bos_token_id=start, eos_token_id=end)
-    checkpoints.write_json(folder / 'generation_config.json', {'bos_token_id': start, 'eos_token_id': end})
+    files.write_json(folder / 'generation_config.json', {'bos_token_id': start, 'eos_token_id': end})
 
 
 def without_own_tokens(text, rows):
     """A tokenizer.json as it came: without the tokens and the template that data.Tokenizer added."""
     tokenizer = json.loads(text)
-    tokenizer['added_tokens'] = [token for token in tokenizer['added_tokens'] if token['id'] < rows
-                                 and token['content'] not in (data.MASK, data.IGNORE)]
+    tokenizer['added_tokens'] = [
+        token
+        for token in tokenizer['added_tokens']
+        if token['id'] < rows and token['content'] not in (data.MASK, data.IGNORE)
+    ]
     if data.end_in(tokenizer['post_processor']) is not None:
         own = tokenizer['post_processor']['processors'][:-1]
         tokenizer['post_processor'] = own[0] if own else None
@@ -127,17 +144,22 @@ def without_own_tokens(text, rows):
 
 # ---------------------------------------------------------------------------- commands
 
+
 def import_command(source, out, token=None, revision=None):
     checkpoint = pretrained.load(source, token, revision)
     checkpoints.save(out, checkpoint)
     config = checkpoint['model_config']
     count = sum(tensor.numel() for tensor in checkpoint['model_state_dict'].values())
-    print(f'{out}: {checkpoint["architecture"]}, {count:,} parameters, {config["n_layer"]} layers × '
-          f'{config["n_embd"]}, {config["vocab_size"]} tokens, rows of up to {config["block_size"]}')
+    print(
+        f'{out}: {checkpoint["architecture"]}, {count:,} parameters, {config["n_layer"]} layers × '
+        f'{config["n_embd"]}, {config["vocab_size"]} tokens, rows of up to {config["block_size"]}'
+    )
     added = config['vocab_size'] - (config['pretrained_rows'] or config['vocab_size'])
     if added > 0:
-        print(f'{added} tokens were added to the vocabulary ({data.MASK}, {data.IGNORE}), with the mean of the '
-              'embedding; export leaves them out again.')
+        print(
+            f'{added} tokens were added to the vocabulary ({data.MASK}, {data.IGNORE}), with the mean of the '
+            'embedding; export leaves them out again.'
+        )
 
 
 def export_command(source, out):
@@ -159,16 +181,21 @@ def export_checkpoint(source, folder):
         expected = set(checkpoints.make_model(checkpoint['architecture'], **vars(config)).state_dict())
     if expected != set(checkpoint['model_state_dict']):
         odd = ', '.join(sorted(expected ^ set(checkpoint['model_state_dict']))[:3])
-        raise UserError(f'{source} does not hold the plain weights of its model ({odd}, ...); merge its adapter first: '
-                        'python hf.py merge.')
+        raise UserError(
+            f'{source} does not hold the plain weights of its model ({odd}, ...); merge its adapter first: '
+            'python hf.py merge.'
+        )
     rows = export(checkpoint, folder, family, c)
     if family is None:
-        return (f'of our own family {families.NATIVE!r} (architecture={checkpoint["architecture"]}), which '
-                'transformers cannot read; `python hf.py import`, and --init_from and --checkpoint of these scripts, '
-                'can.')
+        return (
+            f'of our own family {families.NATIVE!r} (architecture={checkpoint["architecture"]}), which '
+            'transformers cannot read; `python hf.py import`, and --init_from and --checkpoint of these scripts, '
+            'can.'
+        )
     left_out = config.vocab_size - rows
-    return (f'of the family {family!r}, for transformers and what reads its files; {rows} tokens'
-            + (f', without the {left_out} that were added ({data.MASK}, {data.IGNORE}).' if left_out > 0 else '.'))
+    return f'of the family {family!r}, for transformers and what reads its files; {rows} tokens' + (
+        f', without the {left_out} that were added ({data.MASK}, {data.IGNORE}).' if left_out > 0 else '.'
+    )
 
 
 def push(source, hub_model_id, token=None, private=False, dry_run=False):
@@ -179,7 +206,9 @@ def push(source, hub_model_id, token=None, private=False, dry_run=False):
     hub.check_name(hub_model_id)
     source = Path(source)
     path = source / 'best.pt' if (source / 'best.pt').is_file() else source
-    with tempfile.TemporaryDirectory(dir=source if source.is_dir() else source.parent, prefix='push-') as place:
+    with tempfile.TemporaryDirectory(
+        dir=source if source.is_dir() else source.parent, prefix='push-'
+    ) as place:
         folder = Path(place) / 'model'
         said = export_checkpoint(path, folder)
         card = hub.model_card(checkpoints.load(path, mmap=True), hub_model_id)
@@ -198,23 +227,34 @@ def merge_command(adapter, base, out, token=None, revision=None):
     if architecture := lora.read_config(adapter).get('architecture'):
         checkpoint = checkpoints.as_start(checkpoint, base, architecture)
     model = checkpoints.load_model(checkpoint, 'cpu')
-    tokens = torch.randint(0, model.config.vocab_size, (4, min(64, model.config.block_size)),
-                           generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(
+        0,
+        model.config.vocab_size,
+        (4, min(64, model.config.block_size)),
+        generator=torch.Generator().manual_seed(0),
+    )
     lora.load_adapter(model, adapter)
     before = model.logits(tokens)
     lora.merge(model)
     difference = (model.logits(tokens) - before)[before.isfinite()].abs().max().item()
     kept = {key: value for key, value in checkpoint.items() if not key.endswith('_state_dict')}
     checkpoints.save(out, {**kept, 'model_state_dict': model.state_dict()})
-    print(f'{out}: {base} with {adapter} in its weights, in float32; its logits differ from those with the adapter '
-          f'beside them by {difference:.1e} at most.')
+    print(
+        f'{out}: {base} with {adapter} in its weights, in float32; its logits differ from those with the adapter '
+        f'beside them by {difference:.1e} at most.'
+    )
 
 
 def main(words=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest='command', required=True)
-    for name, source in (('import', 'a Hugging Face folder or hub id'), ('export', 'a ckpt.pt or run folder'),
-                         ('merge', "a folder with an adapter in PEFT's format")):
+    for name, source in (
+        ('import', 'a Hugging Face folder or hub id'),
+        ('export', 'a ckpt.pt or run folder'),
+        ('merge', "a folder with an adapter in PEFT's format"),
+    ):
         command = commands.add_parser(name)
         command.add_argument('source', help=source)
         command.add_argument('--out', type=Path, required=True, help='what to write')
@@ -231,10 +271,13 @@ def main(words=None):
     command.add_argument('--token', help='of the hub; without it, what `hf auth login` keeps')
     command.add_argument('--private', action='store_true', help='where the model is new there')
     command.add_argument('--dry_run', action='store_true', help='show what would be sent, and send nothing')
-    commands.add_parser('consolidate').add_argument('source', help='the run folder of a stopped run with fsdp=True')
+    commands.add_parser('consolidate').add_argument(
+        'source', help='the run folder of a stopped run with fsdp=True'
+    )
     args = parser.parse_args(words)
     if args.command == 'consolidate':
-        import sharded  # slow to import
+        from lm import sharded  # slow to import
+
         sharded.consolidate(args.source)
         return
     if args.command == 'push':

@@ -8,6 +8,7 @@ Each answers `model(tokens, loss_mask, noise)` with the sum of its loss in nats,
 that the sum is over, and sums of metrics: sums, so that micro-batches and ranks of uneven size add up.
 A row's first token is context for every architecture, never predicted and never counted.
 """
+
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,23 +19,25 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 SIZES = {  # model_size: n_layer, n_head, n_embd
-    'tiny':   (4, 4, 128),
-    'small':  (6, 6, 384),
+    'tiny': (4, 4, 128),
+    'small': (6, 6, 384),
     'medium': (8, 8, 512),
-    'large':  (12, 12, 768),
-    'xl':     (24, 16, 1024),
+    'large': (12, 12, 768),
+    'xl': (24, 16, 1024),
 }
 
-MIN_LEVEL = 1e-3          # the least share of a row that diffusion hides: 1/level stays finite (MDLM's eps)
-HEAD_ELEMENTS = 7 << 20   # logits that exist at once on a CPU: 28 MB in float32; 18 times as many on a GPU
+MIN_LEVEL = 1e-3  # the least share of a row that diffusion hides: 1/level stays finite (MDLM's eps)
+HEAD_ELEMENTS = 7 << 20  # logits that exist at once on a CPU: 28 MB in float32; 18 times as many on a GPU
 
-linear = F.linear         # x Wᵀ + b; on a CPU `kernels.install` puts a faster one here
-COSTLY = [                # what a block computes with many operations per number that comes out
-    torch.ops.aten.mm.default, torch.ops.aten.addmm.default,
+linear = F.linear  # x Wᵀ + b; on a CPU `kernels.install` puts a faster one here
+COSTLY = [  # what a block computes with many operations per number that comes out
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default]
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+]
 
 
 @dataclass
@@ -42,35 +45,36 @@ class ModelConfig:
     """The shape of a model. The defaults are the native trunk; the switches make others of it: nanoGPT's by
     norm='layer', position='learned', mlp='gelu', bias=True, qk_norm=False, logit_softcap=0, and the
     pretrained families by those that families.py sets."""
-    vocab_size: int              # real tokens, special ones included; the embedding is padded beyond it
+
+    vocab_size: int  # real tokens, special ones included; the embedding is padded beyond it
     block_size: int = 256
     n_layer: int = 4
     n_head: int = 4
-    n_kv_head: int = None        # fewer than n_head: grouped-query attention; None: as many
+    n_kv_head: int = None  # fewer than n_head: grouped-query attention; None: as many
     n_embd: int = 128
     dropout: float = 0.0
-    norm: str = 'rms'            # 'rms' has no parameters, 'rms_gain' a gain, 'layer' a gain (and a bias)
-    position: str = 'rope'       # 'rope' or 'learned'
-    mlp: str = 'relu2'           # 'relu2' (squared ReLU), 'relu', 'gelu', 'gelu_tanh' or 'swiglu'
-    bias: bool = False           # in linear layers and LayerNorm
-    qk_norm: bool = True         # RMS-normalised queries and keys
+    norm: str = 'rms'  # 'rms' has no parameters, 'rms_gain' a gain, 'layer' a gain (and a bias)
+    position: str = 'rope'  # 'rope' or 'learned'
+    mlp: str = 'relu2'  # 'relu2' (squared ReLU), 'relu', 'gelu', 'gelu_tanh' or 'swiglu'
+    bias: bool = False  # in linear layers and LayerNorm
+    qk_norm: bool = True  # RMS-normalised queries and keys
     logit_softcap: float = 15.0  # logits are squeezed into ±this; 0: they are not
     rope_theta: float = 10000.0
-    rope_scaling: dict = None    # rope_type 'linear' or 'llama3', and its numbers: see `scaled`
-    head_dim: int = None         # None: n_embd / n_head
-    mlp_width: int = None        # None: 4 n_embd
-    qkv_bias: bool = None        # None: as bias
-    norm_eps: float = None       # None: PyTorch's
-    norm_after: bool = False     # normalise after each residual sum instead of before each part, not at the end
+    rope_scaling: dict = None  # rope_type 'linear' or 'llama3', and its numbers: see `scaled`
+    head_dim: int = None  # None: n_embd / n_head
+    mlp_width: int = None  # None: 4 n_embd
+    qkv_bias: bool = None  # None: as bias
+    norm_eps: float = None  # None: PyTorch's
+    norm_after: bool = False  # normalise after each residual sum instead of before each part, not at the end
     embedding_width: int = None  # of embedding and head, where a linear layer leads to n_embd; None: n_embd
-    position_offset: int = 0     # rows of learned positions before the first
-    tied: bool = True            # the embedding is the head as well
+    position_offset: int = 0  # rows of learned positions before the first
+    tied: bool = True  # the embedding is the head as well
     pretrained_rows: int = None  # rows of a pretrained embedding, its own padding included
-    shift: bool = False          # bidirectional, yet a state predicts the token after it: the weights were `ar`'s
-    mask_id: int = None          # <|mask|>: can be seen, never predicted
-    ignore_id: int = None        # <|ignore|>: filler of a short document, not counted as text
-    k: int = 8                   # sdd: candidates per hidden position, where no other number is asked for
-    gradient_checkpointing: bool = False   # recompute each block in the backward pass
+    shift: bool = False  # bidirectional, yet a state predicts the token after it: the weights were `ar`'s
+    mask_id: int = None  # <|mask|>: can be seen, never predicted
+    ignore_id: int = None  # <|ignore|>: filler of a short document, not counted as text
+    k: int = 8  # sdd: candidates per hidden position, where no other number is asked for
+    gradient_checkpointing: bool = False  # recompute each block in the backward pass
     selective_checkpointing: bool = False  # of that, all but matrix products and attention
 
     def __post_init__(self):
@@ -78,8 +82,11 @@ class ModelConfig:
         self.mlp_width = 4 * self.n_embd if self.mlp_width is None else self.mlp_width
         self.qkv_bias = self.bias if self.qkv_bias is None else self.qkv_bias
         self.embedding_width = self.embedding_width or self.n_embd
-        for name, allowed in (('norm', ('rms', 'rms_gain', 'layer')), ('position', ('rope', 'learned')),
-                              ('mlp', ('relu2', 'relu', 'gelu', 'gelu_tanh', 'swiglu'))):
+        for name, allowed in (
+            ('norm', ('rms', 'rms_gain', 'layer')),
+            ('position', ('rope', 'learned')),
+            ('mlp', ('relu2', 'relu', 'gelu', 'gelu_tanh', 'swiglu')),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f'{name} is {getattr(self, name)!r}; choose {" or ".join(allowed)}.')
         for name in ('vocab_size', 'block_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd'):
@@ -89,12 +96,16 @@ class ModelConfig:
             raise ValueError(f'dropout is {self.dropout}; it is a share, at least 0 and below 1.')
         if self.head_dim is None:
             if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
-                raise ValueError(f'n_embd={self.n_embd} over n_head={self.n_head} heads gives no even head width; '
-                                 'choose n_embd as an even multiple of n_head.')
+                raise ValueError(
+                    f'n_embd={self.n_embd} over n_head={self.n_head} heads gives no even head width; '
+                    'choose n_embd as an even multiple of n_head.'
+                )
             self.head_dim = self.n_embd // self.n_head
         if self.n_head % self.n_kv_head:
-            raise ValueError(f'n_head={self.n_head} is no multiple of n_kv_head={self.n_kv_head}; '
-                             'each key head serves as many query heads.')
+            raise ValueError(
+                f'n_head={self.n_head} is no multiple of n_kv_head={self.n_kv_head}; '
+                'each key head serves as many query heads.'
+            )
 
     @property
     def padded_vocab_size(self):
@@ -103,6 +114,7 @@ class ModelConfig:
 
 
 # ---------------------------------------------------------------------------- trunk
+
 
 class Isolated:
     """Rows that hold several documents, numbered by `documents` (B, T): each sees itself alone, from position 0.
@@ -136,8 +148,9 @@ def make_rms_norm(config, width):
 
 
 class RMSNorm(nn.RMSNorm):
-
-    def forward(self, x):  # under autocast x may be bfloat16: the fused kernel wants the gain in the same type
+    def forward(
+        self, x
+    ):  # under autocast x may be bfloat16: the fused kernel wants the gain in the same type
         gain = None if self.weight is None else self.weight.type_as(x)
         return F.rms_norm(x, self.normalized_shape, gain, self.eps)
 
@@ -153,8 +166,9 @@ def rotate(x, rope):
 
 def attend_fused(q, k, v, mask, causal, grouped, dropout):
     """softmax(q kᵀ / √D) v for q (B, H, T, D), k and v (B, H or fewer, S, D), mask (B, 1, T, S) or none."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped,
-                                          dropout_p=dropout)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped, dropout_p=dropout
+    )
 
 
 def attend_on_cpu(q, k, v, mask, causal, grouped, dropout):
@@ -170,13 +184,11 @@ def attend_on_cpu(q, k, v, mask, causal, grouped, dropout):
 
 
 class Linear(nn.Linear):
-
     def forward(self, x):
         return linear(x, self.weight, self.bias)
 
 
 class Attention(nn.Module):
-
     def __init__(self, config):
         super().__init__()
         self.head_dim = config.head_dim
@@ -187,13 +199,16 @@ class Attention(nn.Module):
         self.k = Linear(config.n_embd, kv_width, bias=config.qkv_bias)
         self.v = Linear(config.n_embd, kv_width, bias=config.qkv_bias)
         self.out = Linear(width, config.n_embd, bias=config.bias)
-        self.q_norm, self.k_norm = (make_rms_norm(config, self.head_dim) if config.qk_norm else None
-                                    for _ in range(2))
+        self.q_norm, self.k_norm = (
+            make_rms_norm(config, self.head_dim) if config.qk_norm else None for _ in range(2)
+        )
 
     def forward(self, x, rope, causal, cache=None):
         """x: (B, T, C); causal: true, false, or the mask (T, T) of what each position sees."""
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
-                   for project in (self.q, self.k, self.v))
+        q, k, v = (
+            project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
+            for project in (self.q, self.k, self.v)
+        )
         if self.q_norm is not None:
             q, k = self.q_norm(q).type_as(v), self.k_norm(k).type_as(v)
         if rope is not None:
@@ -207,14 +222,20 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-
     def __init__(self, config):
         super().__init__()
         self.up = Linear(config.n_embd, config.mlp_width, bias=config.bias)
-        self.gate = Linear(config.n_embd, config.mlp_width, bias=config.bias) if config.mlp == 'swiglu' else None
+        self.gate = (
+            Linear(config.n_embd, config.mlp_width, bias=config.bias) if config.mlp == 'swiglu' else None
+        )
         self.down = Linear(config.mlp_width, config.n_embd, bias=config.bias)
-        self.activation = {'relu2': lambda x: F.relu(x).square(), 'relu': F.relu, 'gelu': F.gelu, 'swiglu': F.silu,
-                           'gelu_tanh': lambda x: F.gelu(x, approximate='tanh')}[config.mlp]
+        self.activation = {
+            'relu2': lambda x: F.relu(x).square(),
+            'relu': F.relu,
+            'gelu': F.gelu,
+            'swiglu': F.silu,
+            'gelu_tanh': lambda x: F.gelu(x, approximate='tanh'),
+        }[config.mlp]
 
     def forward(self, x):
         if self.gate is None:
@@ -223,7 +244,6 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-
     def __init__(self, config):
         super().__init__()
         self.attention_norm = make_norm(config)
@@ -285,10 +305,16 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, gradient, _):
         of_hidden, of_weight, shares = ctx.saved_tensors
         scale = gradient[:1].sum()  # there may be none
-        torch._assert_async(((gradient == scale) | shares.isinf()).all(), 'the nats of a summed loss were not summed '
-                            'with equal weights; leave summed=True out of losses(), which gives them exact gradients')
-        return (None if of_hidden is None else of_hidden * scale, None if of_weight is None else of_weight * scale,
-                *[None] * 6)
+        torch._assert_async(
+            ((gradient == scale) | shares.isinf()).all(),
+            'the nats of a summed loss were not summed '
+            'with equal weights; leave summed=True out of losses(), which gives them exact gradients',
+        )
+        return (
+            None if of_hidden is None else of_hidden * scale,
+            None if of_weight is None else of_weight * scale,
+            *[None] * 6,
+        )
 
 
 class Transformer(nn.Module):
@@ -304,7 +330,8 @@ class Transformer(nn.Module):
     Zero outputs make each block the identity at first. The native trunk's states are √n_embd long, so with a
     constant deviation a token's logit for itself would grow with the width: a new model would repeat its input.
     """
-    causal = False    # each position sees only those before it
+
+    causal = False  # each position sees only those before it
     believes = False  # hidden positions hold weighted candidates
 
     def __init__(self, config):
@@ -313,8 +340,11 @@ class Transformer(nn.Module):
         rows, width, narrow = config.padded_vocab_size, config.n_embd, config.embedding_width
         self.embedding = nn.Embedding(rows, narrow)  # the head as well, but where that is not tied to it
         self.unembedding = None if config.tied else Linear(narrow, rows, bias=False)
-        self.widen, self.narrow = (None, None) if narrow == width else (
-            Linear(narrow, width, bias=False), Linear(width, narrow, bias=False))
+        self.widen, self.narrow = (
+            (None, None)
+            if narrow == width
+            else (Linear(narrow, width, bias=False), Linear(width, narrow, bias=False))
+        )
         self.positions = None
         if config.position == 'learned':
             self.positions = nn.Embedding(config.position_offset + config.block_size, width)
@@ -322,22 +352,31 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.Identity() if config.norm_after else make_norm(config)
         self.compiled = {}
-        self.opening = None  # (T, T): while training, what a position sees on the way from `ar` to bidirectional
+        self.opening = (
+            None  # (T, T): while training, what a position sees on the way from `ar` to bidirectional
+        )
         for name, table in self.tables().items():
             self.register_buffer(name, table, persistent=False)
         self.init_weights()
 
     def _apply(self, *arguments, **keywords):
         super()._apply(*arguments, **keywords)
-        if self.config.position == 'rope' and self.rope.dtype != torch.float32:  # bfloat16 cannot tell places apart
+        if (
+            self.config.position == 'rope' and self.rope.dtype != torch.float32
+        ):  # bfloat16 cannot tell places apart
             self.rope = rope_table(self.config).to(self.rope.device)
         return self
 
     def tables(self):
         """The buffers by name: `never`, which is added to the logits, and `rope` (2, block_size, D)."""
         never = torch.zeros(self.config.padded_vocab_size)
-        never[self.never_predicted() + list(range(self.config.vocab_size, self.config.padded_vocab_size))] = -math.inf
-        return {'never': never, **({'rope': rope_table(self.config)} if self.config.position == 'rope' else {})}
+        never[
+            self.never_predicted() + list(range(self.config.vocab_size, self.config.padded_vocab_size))
+        ] = -math.inf
+        return {
+            'never': never,
+            **({'rope': rope_table(self.config)} if self.config.position == 'rope' else {}),
+        }
 
     def never_predicted(self):
         return [] if self.config.mask_id is None else [self.config.mask_id]
@@ -378,8 +417,11 @@ class Transformer(nn.Module):
     def compile(self, **options):
         """torch.compile for training: of a pass, of the loss and of what is believed, each by itself, so that the
         steps of `sdd`, which differ in their number of passes, are made of the same few graphs."""
-        self.compiled = {name: torch.compile(getattr(self, name), **options)
-                         for name in ('hidden', 'nats_at', 'believe') if hasattr(self, name)}
+        self.compiled = {
+            name: torch.compile(getattr(self, name), **options)
+            for name in ('hidden', 'nats_at', 'believe')
+            if hasattr(self, name)
+        }
 
     def part(self, name):
         """A method by name, as it is or compiled."""
@@ -405,19 +447,28 @@ class Transformer(nn.Module):
         if self.widen is not None:
             x = self.widen(x)
         if self.positions is not None:
-            x = x + self.positions.weight[self.config.position_offset:][place]
+            x = x + self.positions.weight[self.config.position_offset :][place]
         x, rope = self.dropout(x), self.rope_at(place)
         causal = self.sight(length)
         for block in self.blocks:
             if self.config.gradient_checkpointing and torch.is_grad_enabled():
                 kept = self.config.selective_checkpointing
-                x = checkpoint(block, x, rope, causal, cache, use_reentrant=False,
-                               preserve_rng_state=self.config.dropout > 0,
-                               context_fn=keep_costly if kept else noop_context_fn)
+                x = checkpoint(
+                    block,
+                    x,
+                    rope,
+                    causal,
+                    cache,
+                    use_reentrant=False,
+                    preserve_rng_state=self.config.dropout > 0,
+                    context_fn=keep_costly if kept else noop_context_fn,
+                )
             else:
                 x = block(x, rope, causal, cache)
         x = self.norm(x)
-        if self.config.shift and not self.causal:  # to where its prediction is; nothing predicts the first token
+        if (
+            self.config.shift and not self.causal
+        ):  # to where its prediction is; nothing predicts the first token
             x = torch.cat([x[:, :1], x[:, :-1]], 1)
         return x if self.narrow is None else self.narrow(x)
 
@@ -433,7 +484,9 @@ class Transformer(nn.Module):
 
     def head(self, hidden):
         """Logits (..., padded vocabulary) in float32; -inf where the architecture never predicts."""
-        logits = linear(hidden, (self.embedding if self.unembedding is None else self.unembedding).weight).float()
+        logits = linear(
+            hidden, (self.embedding if self.unembedding is None else self.unembedding).weight
+        ).float()
         if self.config.logit_softcap:
             logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
         return logits + self.never
@@ -457,19 +510,27 @@ class Transformer(nn.Module):
         """
         rows = self.head_rows(hidden)
         if shares is not None and torch.is_grad_enabled():
-            weight, on = (self.embedding if self.unembedding is None else self.unembedding).weight, hidden.device.type
+            weight, on = (
+                (self.embedding if self.unembedding is None else self.unembedding).weight,
+                hidden.device.type,
+            )
             dtype = torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else weight.dtype
             with torch.autocast(on, enabled=False):
-                return HeadLoss.apply(hidden, weight, self.never, targets, shares, self.config.logit_softcap, rows,
-                                      dtype)
+                return HeadLoss.apply(
+                    hidden, weight, self.never, targets, shares, self.config.logit_softcap, rows, dtype
+                )
 
         def chunk(hidden, targets):
             logits = self.head(hidden)
             nats = F.cross_entropy(logits, targets, reduction='none')
             return nats, logits.detach().argmax(-1)
 
-        parts = [checkpoint(chunk, h, t, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled()
-                 else chunk(h, t) for h, t in zip(hidden.split(rows), targets.split(rows))]
+        parts = [
+            checkpoint(chunk, h, t, use_reentrant=False, preserve_rng_state=False)
+            if torch.is_grad_enabled()
+            else chunk(h, t)
+            for h, t in zip(hidden.split(rows), targets.split(rows))
+        ]
         nats, guess = (torch.cat(column) for column in zip(*parts))
         return nats if shares is None else nats / shares, guess
 
@@ -483,14 +544,22 @@ class Transformer(nn.Module):
         size = targets.numel()
         if index is None:
             shares = None if shares is None else shares.expand_as(targets).flatten()
-            return [x.view_as(targets) for x in self.cross_entropy(states.flatten(0, 1), targets.flatten(), shares)]
+            return [
+                x.view_as(targets)
+                for x in self.cross_entropy(states.flatten(0, 1), targets.flatten(), shares)
+            ]
         inside = index % size
         if shares is not None:
             shares = shares.expand_as(targets).flatten()[inside].masked_fill(index >= size, math.inf)
-        nats, guess = self.cross_entropy(states.flatten(0, 1).index_select(0, inside), targets.flatten()[inside],
-                                         shares)
-        return [torch.full((size + len(index),), blank, dtype=x.dtype, device=x.device).index_copy(0, index, x)[:size]
-                .view_as(targets) for x, blank in ((nats, 0), (guess, -1))]
+        nats, guess = self.cross_entropy(
+            states.flatten(0, 1).index_select(0, inside), targets.flatten()[inside], shares
+        )
+        return [
+            torch.full((size + len(index),), blank, dtype=x.dtype, device=x.device)
+            .index_copy(0, index, x)[:size]
+            .view_as(targets)
+            for x, blank in ((nats, 0), (guess, -1))
+        ]
 
     def forward(self, tokens, loss_mask=None, noise=None, documents=None, index=None, **beliefs):
         """The loss as a sum in nats, the count of tokens that it is over, and sums of metrics.
@@ -500,7 +569,9 @@ class Transformer(nn.Module):
         documents: (B, T) numbers of documents that do not see each other, the first token of each one context;
         index: what `positions_of` gives for `predicted`, worked out elsewhere; beliefs: for `sdd`, see `SDD.states`.
         """
-        nats, counted, metrics = self.losses(tokens, loss_mask, noise, documents, index, summed=True, **beliefs)
+        nats, counted, metrics = self.losses(
+            tokens, loss_mask, noise, documents, index, summed=True, **beliefs
+        )
         return nats.sum(), counted.sum(), {name: values.sum() for name, values in metrics.items()}
 
     def nll(self, tokens, loss_mask=None, noise=None):
@@ -548,7 +619,7 @@ def positions_of(where, spare=0):
 def mask_of(index, tokens):
     """The mask (B, T) of what `positions_of` counted."""
     where = torch.zeros(tokens.numel() + len(index), dtype=torch.bool, device=index.device)
-    return where.index_fill(0, index, True)[:tokens.numel()].view_as(tokens)
+    return where.index_fill(0, index, True)[: tokens.numel()].view_as(tokens)
 
 
 def rope_table(config):
@@ -561,8 +632,14 @@ def rope_table(config):
     return torch.stack([torch.cat([cos, cos], 1), torch.cat([-sin, sin], 1)]).float()
 
 
-def scaled(frequency, rope_type, factor, low_freq_factor=1.0, high_freq_factor=4.0,
-           original_max_position_embeddings=8192):
+def scaled(
+    frequency,
+    rope_type,
+    factor,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=8192,
+):
     """Rotary frequencies (D/2,) for texts `factor` times as long as those of pretraining: all of them slower
     ('linear', Chen et al. 2023), or only those that turn few times in such a text ('llama3')."""
     if rope_type == 'linear':
@@ -574,8 +651,10 @@ def scaled(frequency, rope_type, factor, low_freq_factor=1.0, high_freq_factor=4
 
 # ---------------------------------------------------------------------------- architectures
 
+
 class Autoregressive(Transformer):
     """Predicts each token from those before it; its likelihood is exact."""
+
     causal = True
 
     def never_predicted(self):
@@ -590,7 +669,9 @@ class Autoregressive(Transformer):
             index = positions_of(counted[:, 1:])
         alone = None if documents is None else Isolated(documents[:, :-1], self.causal)
         shares = torch.ones_like(tokens[:, 1:], dtype=torch.float32) if summed else None
-        nats, guess = self.part('nats_at')(self.part('hidden')(tokens[:, :-1], alone), tokens[:, 1:], index, shares)
+        nats, guess = self.part('nats_at')(
+            self.part('hidden')(tokens[:, :-1], alone), tokens[:, 1:], index, shares
+        )
         nats, guess = F.pad(nats, (1, 0)), F.pad(guess, (1, 0), value=-1)  # nothing predicts the first token
         return nats, counted, {'correct': (guess == tokens) & counted, 'predicted': counted}
 
@@ -634,6 +715,7 @@ class Diffusion(Transformer):
         def view(extra=0.0):
             more = self.predicted(tokens, loss_mask, noise, extra) if extra else masked
             return tokens.masked_fill(masked | more, self.config.mask_id)
+
         alone = None if documents is None else Isolated(documents, self.sight(tokens.size(1)))
         states = self.states(view(), earlier=view, alone=alone, index=index, **beliefs)
         level = self.levels(noise)
@@ -643,15 +725,19 @@ class Diffusion(Transformer):
         metrics = {'correct': correct & counted, 'predicted': masked & counted}
         if self.config.ignore_id is not None:
             filler = tokens == self.config.ignore_id
-            metrics.update(text_loss=nats.detach().masked_fill(filler, 0),
-                           ignore_correct=correct & filler, ignore_targets=masked & filler,
-                           ignore_guesses=guess == self.config.ignore_id)
+            metrics.update(
+                text_loss=nats.detach().masked_fill(filler, 0),
+                ignore_correct=correct & filler,
+                ignore_targets=masked & filler,
+                ignore_guesses=guess == self.config.ignore_id,
+            )
         return nats, counted, metrics
 
 
 class Belief(NamedTuple):
     """What a model holds likely at each position: k tokens with their probabilities, 0 where nothing is believed."""
-    tokens: torch.Tensor         # (B, T, k)
+
+    tokens: torch.Tensor  # (B, T, k)
     probabilities: torch.Tensor  # (B, T, k)
 
 
@@ -668,6 +754,7 @@ class SDD(Diffusion):
     for the model that makes the same passes. The passes before carry no gradient. Nearest relatives: Soft-Masked
     Diffusion (Hersche et al. 2025), self-conditioning (Chen et al. 2022), LRD, LDDM, SCMDM.
     """
+
     believes = True
 
     def __init__(self, config):
@@ -683,8 +770,12 @@ class SDD(Diffusion):
         table = self.embedding.weight
         if self.config.norm == 'rms':
             table = F.rms_norm(table, table.shape[-1:])
-        p = (belief.probabilities * (tokens == self.config.mask_id).unsqueeze(-1)).to(table.dtype)  # (B, T, k)
-        mixture = F.embedding_bag(belief.tokens.flatten(0, 1), table, per_sample_weights=p.flatten(0, 1), mode='sum')
+        p = (belief.probabilities * (tokens == self.config.mask_id).unsqueeze(-1)).to(
+            table.dtype
+        )  # (B, T, k)
+        mixture = F.embedding_bag(
+            belief.tokens.flatten(0, 1), table, per_sample_weights=p.flatten(0, 1), mode='sum'
+        )
         return x + self.believed(mixture).view_as(x)
 
     @torch.no_grad()

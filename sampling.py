@@ -3,20 +3,38 @@
 `ar` writes from left to right with a KV cache. The diffusion architectures fill hidden positions, wherever
 they are: a prompt is what is visible, so a continuation and an infilling are the same call.
 """
+
 from contextlib import contextmanager
 
 import torch
 
-from configurator import UserError
+from lm.configurator import UserError
 from model import Belief
 
 SAMPLERS = ('ancestral', 'confidence', 'blocks', 'threshold', 'remdm')
 
 
 @torch.inference_mode()
-def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_tokens=(), seed=0,
-             use_cache=True, compile=False, steps=None, sampler='ancestral', block_length=32, cache_blocks=False,
-             threshold=0.9, eta=0.1, k=None, watch=None):
+def generate(
+    model,
+    prompts,
+    max_new_tokens,
+    temperature=1.0,
+    top_k=None,
+    top_p=None,
+    stop_tokens=(),
+    seed=0,
+    use_cache=True,
+    compile=False,
+    steps=None,
+    sampler='ancestral',
+    block_length=32,
+    cache_blocks=False,
+    threshold=0.9,
+    eta=0.1,
+    k=None,
+    watch=None,
+):
     """Continues each of `prompts` (lists of token ids, not empty) by max_new_tokens tokens.
 
     Returns lists of ids: the prompt, what follows, and the stop token if one ended it early. A prompt holds
@@ -37,8 +55,18 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
     Diffusion also fills each <|mask|> within a prompt; with max_new_tokens=0 it does only that.
     """
     check_prompts(model, prompts)
-    check_settings(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, steps=steps,
-                   sampler=sampler, block_length=block_length, threshold=threshold, eta=eta, k=k)
+    check_settings(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        steps=steps,
+        sampler=sampler,
+        block_length=block_length,
+        threshold=threshold,
+        eta=eta,
+        k=k,
+    )
     generator, options = torch.Generator().manual_seed(seed), (temperature, top_k, top_p)
 
     def draw(states):
@@ -46,16 +74,27 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=
 
     with evaluating(model):
         if model.causal:
-            return continue_left_to_right(model, prompts, max_new_tokens, options, generator, set(stop_tokens),
-                                          use_cache, compile)
+            return continue_left_to_right(
+                model, prompts, max_new_tokens, options, generator, set(stop_tokens), use_cache, compile
+            )
         check_cache_blocks(model, sampler, cache_blocks)
-        choice = Sampler(sampler, block_length, threshold, eta, generator, [*stop_tokens, model.config.ignore_id],
-                         model.config.k if k is None else k, watch, cache_blocks)
+        choice = Sampler(
+            sampler,
+            block_length,
+            threshold,
+            eta,
+            generator,
+            [*stop_tokens, model.config.ignore_id],
+            model.config.k if k is None else k,
+            watch,
+            cache_blocks,
+        )
         rows = [None] * len(prompts)
         for length in sorted(set(map(len, prompts))):  # rows of one length share their forward passes
             same = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
-            filled = continue_by_filling(model, [prompts[i] for i in same], max_new_tokens, draw, set(stop_tokens),
-                                         steps, choice)
+            filled = continue_by_filling(
+                model, [prompts[i] for i in same], max_new_tokens, draw, set(stop_tokens), steps, choice
+            )
             for i, row in zip(same, filled):
                 rows[i] = row
         return rows
@@ -77,39 +116,49 @@ def check_prompts(model, prompts):
         if len(prompt) == 0:
             raise UserError('A prompt is empty; start it with <|endoftext|> for a new text.')
         if len(prompt) > model.config.block_size:
-            raise UserError(f'The prompt has {len(prompt)} tokens, but the model sees at most '
-                             f'block_size={model.config.block_size}; shorten the prompt.')
+            raise UserError(
+                f'The prompt has {len(prompt)} tokens, but the model sees at most '
+                f'block_size={model.config.block_size}; shorten the prompt.'
+            )
         if model.causal and model.config.mask_id in prompt:
-            raise UserError('The prompt holds <|mask|>, which an autoregressive model cannot fill; infill with a '
-                             'diffusion model.')
+            raise UserError(
+                'The prompt holds <|mask|>, which an autoregressive model cannot fill; infill with a '
+                'diffusion model.'
+            )
 
 
 def check_settings(**settings):
     for name, wanted, is_right in (
-            ('max_new_tokens', 'at least 0', lambda x: x >= 0),
-            ('temperature', 'at least 0', lambda x: x >= 0),
-            ('top_k', 'at least 1, or None', lambda x: x is None or x >= 1),
-            ('top_p', 'above 0 and at most 1, or None', lambda x: x is None or 0 < x <= 1),
-            ('steps', 'at least 1, or None', lambda x: x is None or x >= 1),
-            ('sampler', 'one of ' + ', '.join(SAMPLERS), lambda x: x in SAMPLERS),
-            ('block_length', 'at least 1', lambda x: x >= 1),
-            ('threshold', 'between 0 and 1', lambda x: 0 <= x <= 1),
-            ('eta', 'between 0 and 1', lambda x: 0 <= x <= 1),
-            ('k', 'at least 0, or None', lambda x: x is None or x >= 0)):
+        ('max_new_tokens', 'at least 0', lambda x: x >= 0),
+        ('temperature', 'at least 0', lambda x: x >= 0),
+        ('top_k', 'at least 1, or None', lambda x: x is None or x >= 1),
+        ('top_p', 'above 0 and at most 1, or None', lambda x: x is None or 0 < x <= 1),
+        ('steps', 'at least 1, or None', lambda x: x is None or x >= 1),
+        ('sampler', 'one of ' + ', '.join(SAMPLERS), lambda x: x in SAMPLERS),
+        ('block_length', 'at least 1', lambda x: x >= 1),
+        ('threshold', 'between 0 and 1', lambda x: 0 <= x <= 1),
+        ('eta', 'between 0 and 1', lambda x: 0 <= x <= 1),
+        ('k', 'at least 0, or None', lambda x: x is None or x >= 0),
+    ):
         if not is_right(settings[name]):
             raise UserError(f'{name} is {settings[name]!r}; it has to be {wanted}.')
 
 
 def check_cache_blocks(model, sampler, cache_blocks):
     if cache_blocks and sampler != 'blocks':
-        raise UserError(f"cache_blocks belongs to sampler='blocks', but sampler is {sampler!r}; leave it out, or "
-                        "choose 'blocks'.")
+        raise UserError(
+            f"cache_blocks belongs to sampler='blocks', but sampler is {sampler!r}; leave it out, or "
+            "choose 'blocks'."
+        )
     if cache_blocks and model.config.shift:
-        raise UserError("cache_blocks is not for a model that was started from an ar checkpoint's weights: what "
-                        'predicts the first token of a block lies outside of it; leave it out.')
+        raise UserError(
+            "cache_blocks is not for a model that was started from an ar checkpoint's weights: what "
+            'predicts the first token of a block lies outside of it; leave it out.'
+        )
 
 
 # ---------------------------------------------------------------------------- drawing
+
 
 def draw_tokens(model, states, temperature, top_k, top_p, generator):
     """A token for each state (N, C), and the probability that the model gives it: (N,), (N,)."""
@@ -118,7 +167,9 @@ def draw_tokens(model, states, temperature, top_k, top_p, generator):
         logits = model.head(part)  # (n, V)
         uniform = None if temperature == 0 else uniform_numbers((len(part),), generator, logits.device)
         token = choose(logits, uniform, temperature, top_k, top_p)
-        confidences.append((logits.gather(1, token[:, None]) - logits.logsumexp(-1, keepdim=True)).exp().squeeze(1))
+        confidences.append(
+            (logits.gather(1, token[:, None]) - logits.logsumexp(-1, keepdim=True)).exp().squeeze(1)
+        )
         tokens.append(token)
     return torch.cat(tokens), torch.cat(confidences)
 
@@ -159,6 +210,7 @@ def restrict(logits, temperature, top_k, top_p):
 
 # ---------------------------------------------------------------------------- left to right
 
+
 class KVCache:
     """Keys and values of what each row has read so far, `lengths` (B,) tokens, in buffers of `size` tokens.
 
@@ -171,7 +223,10 @@ class KVCache:
         self.buffers = {}
         self.size = size
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
-        self.even, self.longest = True, 0  # whether all rows are equally long; known without asking the device
+        self.even, self.longest = (
+            True,
+            0,
+        )  # whether all rows are equally long; known without asking the device
         self.fixed = False
 
     def positions(self, length):
@@ -188,12 +243,12 @@ class KVCache:
         if self.fixed:
             return self.put(keys, values, k, v, self.size)
         if self.longest == 0:
-            keys[:, :, :k.size(2)], values[:, :, :v.size(2)] = k, v
+            keys[:, :, : k.size(2)], values[:, :, : v.size(2)] = k, v
             return k, v, None, True
         end = self.longest + 1
         if not self.even:
             return self.put(keys, values, k, v, end)
-        keys[:, :, end - 1:end], values[:, :, end - 1:end] = k, v
+        keys[:, :, end - 1 : end], values[:, :, end - 1 : end] = k, v
         return keys[:, :, :end], values[:, :, :end], None, False
 
     def put(self, keys, values, k, v, end):
@@ -215,10 +270,14 @@ class KVCache:
         self.longest += max(lengths)
 
 
-LOOK_EVERY = 16  # tokens: how often a GPU is asked whether all rows have stopped, since it has to be waited for
+LOOK_EVERY = (
+    16  # tokens: how often a GPU is asked whether all rows have stopped, since it has to be waited for
+)
 
 
-def continue_left_to_right(model, prompts, max_new_tokens, options, generator, stop_tokens, use_cache, compile):
+def continue_left_to_right(
+    model, prompts, max_new_tokens, options, generator, stop_tokens, use_cache, compile
+):
     """As `generate`. options: temperature, top_k and top_p."""
     rows, starts = [list(prompt) for prompt in prompts], [0] * len(prompts)
     block_size, left, running = model.config.block_size, max_new_tokens, [True] * len(prompts)
@@ -239,7 +298,9 @@ def write_on(model, texts, new, running, options, generator, stop_tokens, use_ca
     """At most `new` tokens after each of `texts`, as lists; fewer only if those `running` have a stop token now."""
     device = model.embedding.weight.device
     uniform = uniform_numbers((new, len(texts)), generator, device) if options[0] > 0 else [None] * new
-    size = -(-(max(map(len, texts)) + new - 1) // 64) * 64  # few different ones, for the sake of compiled steps
+    size = (
+        -(-(max(map(len, texts)) + new - 1) // 64) * 64
+    )  # few different ones, for the sake of compiled steps
     cache = KVCache(len(texts), size, device) if use_cache else None
     tokens = next_tokens(model, read(model, texts, cache), uniform[0], options)
     written, looked, step = [tokens], 0, one_more
@@ -315,6 +376,7 @@ def compiled_step(model, cache, tokens, uniform, options):
             uniform.copy_(numbers)
         graph.replay()
         return drawn.clone()
+
     return replay
 
 
@@ -322,11 +384,12 @@ def cut(row, prompt_length, stop_tokens):
     """The row up to its first stop token after the prompt, that token included."""
     for i in range(prompt_length, len(row)):
         if row[i] in stop_tokens:
-            return row[:i + 1]
+            return row[: i + 1]
     return row
 
 
 # ---------------------------------------------------------------------------- filling
+
 
 class Sampler:
     """How hidden positions are chosen: a name and its parameters.
@@ -339,7 +402,9 @@ class Sampler:
     Where the surest come first, `ends` come last: a text's end and its filler are sure before the text is.
     """
 
-    def __init__(self, name, block_length, threshold, eta, generator, ends, k=0, watch=None, cache_blocks=False):
+    def __init__(
+        self, name, block_length, threshold, eta, generator, ends, k=0, watch=None, cache_blocks=False
+    ):
         self.name, self.block_length, self.threshold, self.eta = name, block_length, threshold, eta
         self.generator, self.ends = generator, [token for token in ends if token is not None]
         self.k, self.watch, self.cache_blocks = k, watch, cache_blocks
@@ -351,7 +416,11 @@ class Sampler:
 
     def remask(self, written, steps_left, steps):
         """Positions, of those `written` (B, L) so far, that are hidden again."""
-        return self.chance(written, remdm_rates(steps_left, steps, self.eta)[0]) if self.name == 'remdm' else None
+        return (
+            self.chance(written, remdm_rates(steps_left, steps, self.eta)[0])
+            if self.name == 'remdm'
+            else None
+        )
 
     def candidates(self, hidden, steps_left, steps):
         """Where to draw: chance alone decides (B, L), or everywhere, to see where the model is sure."""
@@ -394,8 +463,8 @@ def continue_by_filling(model, prompts, max_new_tokens, draw, stop_tokens, steps
         whole = rows.size(1) + min(left, 1) <= block_size or holes
         context = min(rows.size(1), block_size if whole else block_size // 2)
         new = min(left, block_size - context)
-        window = torch.cat([rows[:, rows.size(1) - context:], rows.new_full((len(rows), new), mask_id)], 1)
-        rows = torch.cat([rows[:, :rows.size(1) - context], fill(model, window, draw, steps, sampler)], 1)
+        window = torch.cat([rows[:, rows.size(1) - context :], rows.new_full((len(rows), new), mask_id)], 1)
+        rows = torch.cat([rows[:, : rows.size(1) - context], fill(model, window, draw, steps, sampler)], 1)
         left -= new
         finished = [cut(row, prompt_length, stop_tokens) for row in rows.tolist()]
         if left == 0 or all(row[-1] in stop_tokens and len(row) > prompt_length for row in finished):
@@ -430,7 +499,7 @@ def share_steps(steps, lengths):
     shares = []
     for i, length in enumerate(lengths):
         share = round(steps * length / sum(lengths[i:]))  # of what is left
-        shares.append(max(1, min(share, steps - len(lengths[i + 1:]))))
+        shares.append(max(1, min(share, steps - len(lengths[i + 1 :]))))
         steps -= shares[-1]
     return shares
 
@@ -477,13 +546,16 @@ def fill_some(model, canvas, region, belief, draw, steps_left, steps, sampler, c
 
         def part(x):
             return x[rows][:, columns]
+
         states = model.hidden(part(canvas), cache, belief and Belief(*map(part, belief)))
         tokens, confidence = draw(states[part(where)])
         drawn = torch.zeros_like(canvas).masked_scatter(where, tokens)
         confidence = torch.zeros(canvas.shape, device=canvas.device).masked_scatter(where, confidence)
         keep = sampler.keep(where, drawn, confidence, steps_left)
         canvas[keep] = drawn[keep]
-        belief = renew(belief, model.believe(states, part(canvas) == model.config.mask_id, sampler.k), rows, columns)
+        belief = renew(
+            belief, model.believe(states, part(canvas) == model.config.mask_id, sampler.k), rows, columns
+        )
     if remasked is not None:
         canvas[remasked] = model.config.mask_id  # nothing is believed of them yet
     return belief

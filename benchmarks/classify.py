@@ -9,6 +9,7 @@ classify.py takes, theirs those of a plain loop over Qwen3ForSequenceClassificat
 and it is checked that they give the same logits. Pairs of runs take turns, so that what slows the machine down for a
 while slows both down. A target that is missed makes the exit status 1.
 """
+
 import math
 import os
 import statistics
@@ -21,34 +22,32 @@ import torch
 import torch.nn.functional as F
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder, whose names are those of scripts
-import checkpoints
-import classification
-import optim
-import runtime
-from configurator import UserError, check_choice, check_range, configure
-from families import their_name
-from model import ModelConfig
-from prepare import tasks
-from published import PUBLISHED, shape_of
+from lm import checkpoints, classification, optim, runtime, tasks
+from lm.configurator import UserError, check_choice, check_range, configure
+from lm.families import their_name
+from lm.published import PUBLISHED, shape_of
 
-n_layer = 2                  # blocks of the 28
-sequence_length = 50         # digits per row
-batch_size = 20              # rows per step, as in the published quick run
+n_layer = 2  # blocks of the 28
+sequence_length = 50  # digits per row
+batch_size = 20  # rows per step, as in the published quick run
 train_set_size = 200
-dtype = 'bfloat16'           # what both sides compute in: bfloat16, float32
-runs = 7                     # pairs
-steps = 5                    # timed steps of each side in a pair
-warmup_steps = 2             # steps of each side before
+dtype = 'bfloat16'  # what both sides compute in: bfloat16, float32
+runs = 7  # pairs
+steps = 5  # timed steps of each side in a pair
+warmup_steps = 2  # steps of each side before
 learning_rate = 1e-5
 weight_decay = 1e-5
 device = 'cpu'
 config = configure(globals())
 check_choice(config, 'dtype', runtime.DTYPES)
-check_range(config, 1, math.inf, 'n_layer', 'sequence_length', 'batch_size', 'train_set_size', 'runs', 'steps')
+check_range(
+    config, 1, math.inf, 'n_layer', 'sequence_length', 'batch_size', 'train_set_size', 'runs', 'steps'
+)
 check_range(config, 0, math.inf, 'warmup_steps')
 
 
 # ---------------------------------------------------------------------------- the two sides
+
 
 def our_side(run, classifier, examples):
     """A function that takes training step `number` as the loop of classify.py does, and returns its loss."""
@@ -58,7 +57,7 @@ def our_side(run, classifier, examples):
     def step(number):
         for optimizer in optimizers.values():
             for group in optimizer.param_groups:
-                group['lr'] = optim.learning_rate_at(number, 10 ** 6, learning_rate, 0.0, 0, 'cosine', 0.2)
+                group['lr'] = optim.learning_rate_at(number, 10**6, learning_rate, 0.0, 0, 'cosine', 0.2)
         places = classification.places_of_step(number, batch_size, len(examples), 0)
         weight, sums = weights[examples.labels[places]].sum(), {}
         runtime.seed_dropout(0, number, 0, 0)
@@ -71,6 +70,7 @@ def our_side(run, classifier, examples):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return sums['loss'].item() / weight
+
     return step
 
 
@@ -90,6 +90,7 @@ def their_side(run, model, examples):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.item()
+
     return step
 
 
@@ -101,14 +102,30 @@ def make_models(device):
         raise UserError('transformers is not installed; pip install -r requirements-test.txt.') from error
     torch.manual_seed(0)
     vocabulary = tasks.digit_tokenizer('fn_a')
-    trunk = checkpoints.make_model('ar', **{
-        **shape_of('qwen0.6B', sequence_length + 1), 'n_layer': n_layer, 'vocab_size': vocabulary.vocab_size,
-        'mask_id': vocabulary.mask_id, 'ignore_id': vocabulary.ignore_id})
+    trunk = checkpoints.make_model(
+        'ar',
+        **{
+            **shape_of('qwen0.6B', sequence_length + 1),
+            'n_layer': n_layer,
+            'vocab_size': vocabulary.vocab_size,
+            'mask_id': vocabulary.mask_id,
+            'ignore_id': vocabulary.ignore_id,
+        },
+    )
     classifier = classification.Classifier(trunk, 1, 'last').to(device)
     rows = trunk.config.padded_vocab_size
-    theirs = transformers.Qwen3ForSequenceClassification(transformers.Qwen3Config(**{
-        **PUBLISHED['qwen0.6B'], 'num_hidden_layers': n_layer, 'vocab_size': rows, 'num_labels': 1,
-        'max_position_embeddings': sequence_length + 1, 'pad_token_id': rows - 1}))  # no row has this one
+    theirs = transformers.Qwen3ForSequenceClassification(
+        transformers.Qwen3Config(
+            **{
+                **PUBLISHED['qwen0.6B'],
+                'num_hidden_layers': n_layer,
+                'vocab_size': rows,
+                'num_labels': 1,
+                'max_position_embeddings': sequence_length + 1,
+                'pad_token_id': rows - 1,
+            }
+        )
+    )  # no row has this one
     weights = {their_name(name, 'qwen3')[0]: weight for name, weight in trunk.named_parameters()}
     theirs.load_state_dict({**weights, 'score.weight': classifier.head.weight})
     return classifier, theirs.to(device).train()
@@ -120,11 +137,14 @@ def check_same(classifier, theirs, examples, device):
     with torch.no_grad():
         apart = (classifier.logits(tokens, lengths) - theirs(input_ids=tokens).logits).abs().max().item()
     if not apart < 1e-4:
-        raise UserError(f'The logits of the two sides differ by {apart:.1e}, so they cannot be compared; see whether '
-                        'the version of transformers is one that was tested.')
+        raise UserError(
+            f'The logits of the two sides differ by {apart:.1e}, so they cannot be compared; see whether '
+            'the version of transformers is one that was tested.'
+        )
 
 
 # ---------------------------------------------------------------------------- measuring
+
 
 def seconds_of(step, start, device):
     runtime.synchronize(device)
@@ -140,31 +160,41 @@ def compare():
     run = runtime.Runtime(device, dtype)
     parts = tasks.splits('fn_a', sequence_length, train_set_size, 2)
     start = tasks.digit_tokenizer('fn_a').endoftext_id
-    examples = classification.Examples(list(np.insert(parts['train'][0].astype(np.int64), 0, start, axis=1)),
-                                       parts['train'][1])
+    examples = classification.Examples(
+        list(np.insert(parts['train'][0].astype(np.int64), 0, start, axis=1)), parts['train'][1]
+    )
     classifier, theirs = make_models(run.device)
     check_same(classifier, theirs, examples, run.device)
     sides = {'transformers': their_side(run, theirs, examples), 'ours': our_side(run, classifier, examples)}
-    print(f'{run.dtype}: {sum(p.numel() for p in theirs.parameters()):,} parameters, {n_layer} layers, '
-          f'{batch_size} rows of {sequence_length + 1} tokens per step', flush=True)
+    print(
+        f'{run.dtype}: {sum(p.numel() for p in theirs.parameters()):,} parameters, {n_layer} layers, '
+        f'{batch_size} rows of {sequence_length + 1} tokens per step',
+        flush=True,
+    )
     for step in sides.values():
         for number in range(warmup_steps):
             step(number)
     ratios = []
     for i in range(runs):
         rates, losses = {}, {}
-        for name in list(sides)[::1 if i % 2 else -1]:  # the first of a pair by turns
+        for name in list(sides)[:: 1 if i % 2 else -1]:  # the first of a pair by turns
             seconds, losses[name] = seconds_of(sides[name], warmup_steps + i * steps, run.device)
             rates[name] = batch_size * (sequence_length + 1) * steps / seconds
         ratios.append(rates['ours'] / rates['transformers'])
-        print(f'  {rates["transformers"]:8,.0f} tokens/s transformers, {rates["ours"]:8,.0f} ours; loss '
-              f'{losses["transformers"]:.4f} and {losses["ours"]:.4f}; ratio {ratios[-1]:.3f}', flush=True)
+        print(
+            f'  {rates["transformers"]:8,.0f} tokens/s transformers, {rates["ours"]:8,.0f} ours; loss '
+            f'{losses["transformers"]:.4f} and {losses["ours"]:.4f}; ratio {ratios[-1]:.3f}',
+            flush=True,
+        )
     return statistics.median(ratios)
 
 
 if __name__ == '__main__':
-    print(f'{torch.get_num_threads()} threads on {os.cpu_count()} cores, torch {torch.__version__}; the load before is '
-          f'{os.getloadavg()[0]:.1f}', flush=True)
+    print(
+        f'{torch.get_num_threads()} threads on {os.cpu_count()} cores, torch {torch.__version__}; the load before is '
+        f'{os.getloadavg()[0]:.1f}',
+        flush=True,
+    )
     ratio = compare()
     verdict = 'reached' if ratio >= 1 else 'MISSED'
     print(f"{verdict:<8} our tokens/s / transformers', median: {ratio:.3f} (wanted >= 1.0)")

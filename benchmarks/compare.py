@@ -8,6 +8,7 @@ Each side is its own train.py as a process of its own, on the CPU. The parts:
     cache   our own greedy decoding with its KV cache against recomputing all keys and values
 `settings` in all functions are the keys of bench.py.
 """
+
 import contextlib
 import importlib.util
 import io
@@ -25,11 +26,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import checkpoints
-import data
-import runtime
 from benchmarks.timing import Target, describe_machine, say, spread
-from configurator import ROOT, UserError
+from lm import checkpoints, data, runtime
+from lm.configurator import ROOT, UserError
 from sampling import generate
 
 URL = 'https://github.com/karpathy/nanoGPT'
@@ -38,21 +37,44 @@ SPLITS = {'train': 1_003_854, 'val': 111_540}  # characters, in nanoGPT's split 
 PARTS = ('learn', 'work', 'cache')
 
 # What nanoGPT's README gives for a CPU. --max_iters and --lr_decay_iters, 2000 there, follow.
-PEER_RECIPE = ['config/train_shakespeare_char.py', '--device=cpu', '--compile=False', '--eval_iters=20',
-               '--log_interval=1', '--block_size=64', '--batch_size=12', '--n_layer=4', '--n_head=4',
-               '--n_embd=128', '--dropout=0.0']
+PEER_RECIPE = [
+    'config/train_shakespeare_char.py',
+    '--device=cpu',
+    '--compile=False',
+    '--eval_iters=20',
+    '--log_interval=1',
+    '--block_size=64',
+    '--batch_size=12',
+    '--n_layer=4',
+    '--n_head=4',
+    '--n_embd=128',
+    '--dropout=0.0',
+]
 OUR_RECIPE = ['config/shakespeare_char.py', '--device=cpu', '--no_wandb']
 # The same blocks and the same optimizer as nanoGPT's; it has no biases either.
-SAME_WORK = ['--dtype=float32', '--norm=layer', '--position=learned', '--mlp=gelu', '--bias=False', '--qk_norm=False',
-             '--logit_softcap=0', '--dropout=0.0', '--optimizer=adamw', '--learning_rate=1e-3', '--beta2=0.99',
-             '--weight_decay=0.1', '--grad_clip=1.0', '--eval_batches=1']
+SAME_WORK = [
+    '--dtype=float32',
+    '--norm=layer',
+    '--position=learned',
+    '--mlp=gelu',
+    '--bias=False',
+    '--qk_norm=False',
+    '--logit_softcap=0',
+    '--dropout=0.0',
+    '--optimizer=adamw',
+    '--learning_rate=1e-3',
+    '--beta2=0.99',
+    '--weight_decay=0.1',
+    '--grad_clip=1.0',
+    '--eval_batches=1',
+]
 WORK = {  # layers, heads, width, block, rows; the second is nanoGPT's config for a GPU with fewer rows
     '0.8M': (4, 4, 128, 64, 12),
     '10M': (6, 6, 384, 256, 4),
 }
-SHORTER = 10               # steps of the 10M model are this many times fewer
-NEVER = 10 ** 9            # steps between evaluations
-MARGIN = 0.85              # share of the peer's time that our run is planned for, since rates vary by a tenth
+SHORTER = 10  # steps of the 10M model are this many times fewer
+NEVER = 10**9  # steps between evaluations
+MARGIN = 0.85  # share of the peer's time that our run is planned for, since rates vary by a tenth
 
 
 def run(script, arguments, folder):
@@ -60,15 +82,24 @@ def run(script, arguments, folder):
     command = [sys.executable, str(script), *arguments]
     environment = {**os.environ, 'PYTHONUNBUFFERED': '1', 'PYTHONIOENCODING': 'utf-8'}
     lines, start = [], time.perf_counter()
-    with subprocess.Popen(command, cwd=folder, env=environment, encoding='utf-8', errors='replace',
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+    with subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment,
+        encoding='utf-8',
+        errors='replace',
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as process:
         for line in process.stdout:
             lines.append((time.perf_counter() - start, line.rstrip()))
     seconds = time.perf_counter() - start
     if process.returncode:
         last = '\n'.join(line for _, line in lines[-5:])
-        raise UserError(f'`{" ".join(command)}` in {folder} ended with status {process.returncode}; repair '
-                        f'what it says:\n{last}')
+        raise UserError(
+            f'`{" ".join(command)}` in {folder} ended with status {process.returncode}; repair '
+            f'what it says:\n{last}'
+        )
     return lines, seconds
 
 
@@ -77,17 +108,23 @@ def seconds_per_step(lines, warmup):
 
     It holds all that a step of the loop does, logging included; evaluation lies before or after these lines.
     """
-    progress = [(int(match[1]), at) for at, line in lines
-                if (match := re.match(r'(?:iter|step) (\d+)(?:/\d+)?: loss', line))]
+    progress = [
+        (int(match[1]), at)
+        for at, line in lines
+        if (match := re.match(r'(?:iter|step) (\d+)(?:/\d+)?: loss', line))
+    ]
     progress = [(step, at) for step, at in progress if step >= warmup]
     if len(progress) < 2:
-        raise UserError(f'Only {len(progress)} lines of progress came after {warmup} steps of warm-up, too '
-                        'few to time; check that the clone is unchanged, or let the run have more steps.')
+        raise UserError(
+            f'Only {len(progress)} lines of progress came after {warmup} steps of warm-up, too '
+            'few to time; check that the clone is unchanged, or let the run have more steps.'
+        )
     (first, start), (last, end) = progress[0], progress[-1]
     return (end - start) / (last - first)
 
 
 # ---------------------------------------------------------------------------- both sides
+
 
 def open_dataset(dataset):
     """The prepared folder, sure to hold the ids of nanoGPT's own preparation: characters in sorted order."""
@@ -100,8 +137,10 @@ def open_dataset(dataset):
     characters = [tokenizer.decode([i]) for i in range(tokenizer.endoftext_id)]
     sizes = {split: len(tokens) for split, tokens in folder.tokens.items()}
     if characters != sorted(set(characters)) or len(characters) != 65 or sizes != SPLITS:
-        raise UserError(f"{folder.path} is not nanoGPT's shakespeare_char (65 characters, {SPLITS}), but has "
-                        f'{len(characters)} and {sizes}; {remedy}.')
+        raise UserError(
+            f"{folder.path} is not nanoGPT's shakespeare_char (65 characters, {SPLITS}), but has "
+            f'{len(characters)} and {sizes}; {remedy}.'
+        )
     return folder, characters
 
 
@@ -110,8 +149,10 @@ def copy_peer(peer, workplace, folder, characters):
     source, copy = Path(peer), workplace / 'peer'
     missing = [name for name in PEER_FILES if not (peer and (source / name).is_file())]
     if missing:
-        raise UserError(f'--peer={peer} is no clone of nanoGPT: it has no {missing[0]}; '
-                        f'give the path of one, made with: git clone {URL}')
+        raise UserError(
+            f'--peer={peer} is no clone of nanoGPT: it has no {missing[0]}; '
+            f'give the path of one, made with: git clone {URL}'
+        )
     for name in PEER_FILES:
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source / name, copy / name)
@@ -119,8 +160,11 @@ def copy_peer(peer, workplace, folder, characters):
     prepared.mkdir(parents=True)
     for split in SPLITS:
         shutil.copy(folder.path / f'{split}_tokens.bin', prepared / f'{split}.bin')
-    meta = {'vocab_size': len(characters), 'itos': dict(enumerate(characters)),
-            'stoi': {character: i for i, character in enumerate(characters)}}
+    meta = {
+        'vocab_size': len(characters),
+        'itos': dict(enumerate(characters)),
+        'stoi': {character: i for i, character in enumerate(characters)},
+    }
     (prepared / 'meta.pkl').write_bytes(pickle.dumps(meta))
     return copy
 
@@ -176,6 +220,7 @@ def parameters_by_peer_convention(model, num_characters):
 
 # ---------------------------------------------------------------------------- compare: learn
 
+
 def learn(settings, workplace, copy, folder):
     """Two runs of ours, each with a schedule of its own length: one to 1.88, one as long as the peer's."""
     short_steps, warmup = settings['short_steps'], settings['warmup_steps']
@@ -184,27 +229,38 @@ def learn(settings, workplace, copy, folder):
     # What is left of the peer's time after our start and evaluations, in steps of the pace just measured.
     fixed = short_seconds - short_steps * step_seconds
     steps = max(warmup + 20, int((MARGIN * peer_seconds - fixed) / step_seconds))
-    say(f'  {steps} steps are planned for {MARGIN:.0%} of the peer\'s {peer_seconds:.1f} s')
+    say(f"  {steps} steps are planned for {MARGIN:.0%} of the peer's {peer_seconds:.1f} s")
     seconds, loss, *_ = we_learn(workplace, folder, steps, warmup)
-    return [Target("our parameters / the peer's", size / peer_size, '<=', 1.0),
-            Target(f"validation loss of our run of {short_steps} steps (the peer's own)", short_loss, '<=',
-                   round(peer_loss, 4)),
-            Target("that run's time / the peer's", short_seconds / peer_seconds, '<=', 0.35),
-            Target(f'validation loss of our run of {steps} steps', loss, '<=', 1.62),
-            Target("that run's time / the peer's", seconds / peer_seconds, '<=', 1.0)]
+    return [
+        Target("our parameters / the peer's", size / peer_size, '<=', 1.0),
+        Target(
+            f"validation loss of our run of {short_steps} steps (the peer's own)",
+            short_loss,
+            '<=',
+            round(peer_loss, 4),
+        ),
+        Target("that run's time / the peer's", short_seconds / peer_seconds, '<=', 0.35),
+        Target(f'validation loss of our run of {steps} steps', loss, '<=', 1.62),
+        Target("that run's time / the peer's", seconds / peer_seconds, '<=', 1.0),
+    ]
 
 
 def peer_learns(copy, folder, steps, warmup):
     """Whole seconds, validation loss and parameters of the peer's recipe."""
-    say(f"learn: validation loss over the whole split, in float32, and the whole process's time\n"
-        f'  nanoGPT, {steps} steps of 12 × 64 ...')
-    lines, seconds = run_peer(copy, f'--max_iters={steps}', f'--lr_decay_iters={steps}',
-                              f'--eval_interval={min(250, steps)}')  # 250 is the recipe's own
+    say(
+        f"learn: validation loss over the whole split, in float32, and the whole process's time\n"
+        f'  nanoGPT, {steps} steps of 12 × 64 ...'
+    )
+    lines, seconds = run_peer(
+        copy, f'--max_iters={steps}', f'--lr_decay_iters={steps}', f'--eval_interval={min(250, steps)}'
+    )  # 250 is the recipe's own
     model = load_peer(copy)
     loss = whole_split_loss(lambda tokens: model(tokens, targets=tokens)[0], folder, model.config.block_size)
     size = model.get_num_params()
-    say(f'  nanoGPT: {seconds:.1f} s ({1000 * seconds_per_step(lines, warmup):.1f} ms per step), '
-        f'loss {loss:.4f}, {size:,} parameters without positions')
+    say(
+        f'  nanoGPT: {seconds:.1f} s ({1000 * seconds_per_step(lines, warmup):.1f} ms per step), '
+        f'loss {loss:.4f}, {size:,} parameters without positions'
+    )
     return seconds, loss, size
 
 
@@ -217,12 +273,15 @@ def we_learn(workplace, folder, steps, warmup):
     size = parameters_by_peer_convention(model, folder.tokenizer.endoftext_id)
     step_seconds = seconds_per_step(lines, warmup)
     rows, dtype = checkpoint['rows_per_step'], checkpoint['train_config']['dtype']
-    say(f'  ours:    {seconds:.1f} s ({1000 * step_seconds:.1f} ms per step), loss {loss:.4f}, '
-        f'{size:,} parameters, {steps} steps of {rows} × {model.config.block_size} in {dtype}')
+    say(
+        f'  ours:    {seconds:.1f} s ({1000 * step_seconds:.1f} ms per step), loss {loss:.4f}, '
+        f'{size:,} parameters, {steps} steps of {rows} × {model.config.block_size} in {dtype}'
+    )
     return seconds, loss, size, step_seconds
 
 
 # ---------------------------------------------------------------------------- compare: work
+
 
 def work(settings, workplace, copy, folder):
     """Alternating pairs, so that what slows the machine down for a while slows both sides down."""
@@ -231,11 +290,21 @@ def work(settings, workplace, copy, folder):
         steps, warmup = settings['work_steps'], settings['warmup_steps']
         if name != '0.8M':
             steps, warmup = max(5, steps // SHORTER), max(1, warmup // SHORTER)
-        say(f'work: {name} parameters, tokens/s in float32, same shapes and optimizer, steps {warmup} to {steps}')
-        ratios = [work_pair(workplace, copy, folder, shape, steps, warmup, pair) for pair in range(settings['runs'])]
+        say(
+            f'work: {name} parameters, tokens/s in float32, same shapes and optimizer, steps {warmup} to {steps}'
+        )
+        ratios = [
+            work_pair(workplace, copy, folder, shape, steps, warmup, pair) for pair in range(settings['runs'])
+        ]
         say(f'  ratio: median {spread(ratios)}')
-        targets.append(Target(f"our tokens/s / the peer's, {name}, median of {len(ratios)}", statistics.median(ratios),
-                              '>=', 1.1))
+        targets.append(
+            Target(
+                f"our tokens/s / the peer's, {name}, median of {len(ratios)}",
+                statistics.median(ratios),
+                '>=',
+                1.1,
+            )
+        )
     return targets
 
 
@@ -246,18 +315,29 @@ def work_pair(workplace, copy, folder, shape, steps, warmup, pair):
     words = [f'--{key}={value}' for key, value in zip(keys, shape)]
     every = max(1, min(10, warmup))
     sides = {
-        'nanoGPT': lambda: run_peer(copy, *words, f'--max_iters={steps}', f'--eval_interval={NEVER}', '--eval_iters=1',
-                                    f'--log_interval={every}')[0],
-        'ours': lambda: run_ours(workplace, folder, *SAME_WORK, *words, f'--max_steps={steps}',
-                                 f'--log_every={every}')[1]}
-    rates = {name: block_size * batch_size / seconds_per_step(sides[name](), warmup)
-             for name in (list(sides) if pair % 2 == 0 else reversed(sides))}
+        'nanoGPT': lambda: run_peer(
+            copy,
+            *words,
+            f'--max_iters={steps}',
+            f'--eval_interval={NEVER}',
+            '--eval_iters=1',
+            f'--log_interval={every}',
+        )[0],
+        'ours': lambda: run_ours(
+            workplace, folder, *SAME_WORK, *words, f'--max_steps={steps}', f'--log_every={every}'
+        )[1],
+    }
+    rates = {
+        name: block_size * batch_size / seconds_per_step(sides[name](), warmup)
+        for name in (list(sides) if pair % 2 == 0 else reversed(sides))
+    }
     ratio = rates['ours'] / rates['nanoGPT']
     say(f'  pair {pair + 1}: nanoGPT {rates["nanoGPT"]:,.0f}, ours {rates["ours"]:,.0f}, ratio {ratio:.3f}')
     return ratio
 
 
 # ---------------------------------------------------------------------------- compare: cache
+
 
 def cache(settings, vocab_size):
     """Greedy decoding with model_size=small, block 512, batch 1, with the cache and without."""
@@ -273,12 +353,18 @@ def cache(settings, vocab_size):
             greedy[use_cache] = generate(model, [[0]], new_tokens, temperature=0, use_cache=use_cache)[0]
             seconds[use_cache] = time.perf_counter() - start
         ratios.append(seconds[False] / seconds[True])
-        say(f'  pair {pair}: cached {seconds[True]:.2f}, recomputed {seconds[False]:.2f}, '
-            f'ratio {ratios[-1]:.2f}')
+        say(
+            f'  pair {pair}: cached {seconds[True]:.2f}, recomputed {seconds[False]:.2f}, '
+            f'ratio {ratios[-1]:.2f}'
+        )
     say(f'  ratio: median {spread(ratios, "{:.2f}")}')
-    return [Target('greedy tokens equal with the cache and without', share_equal(greedy), '>=', 1.0),
-            Target('drawn tokens equal with the cache and without', share_equal(drawn), '>=', 1.0),
-            Target(f'recomputing time / cached time, median of {len(ratios)}', statistics.median(ratios), '>=', 8.0)]
+    return [
+        Target('greedy tokens equal with the cache and without', share_equal(greedy), '>=', 1.0),
+        Target('drawn tokens equal with the cache and without', share_equal(drawn), '>=', 1.0),
+        Target(
+            f'recomputing time / cached time, median of {len(ratios)}', statistics.median(ratios), '>=', 8.0
+        ),
+    ]
 
 
 def share_equal(texts):
@@ -290,8 +376,9 @@ def decoding_model(vocab_size):
     """A model with weights in place of the zeros that it starts with: each token depends on all before."""
     torch.manual_seed(0)
     n_layer, n_head, n_embd = checkpoints.size_of('small')
-    model = checkpoints.make_model('ar', vocab_size=vocab_size, block_size=512, n_layer=n_layer, n_head=n_head,
-                                   n_embd=n_embd)
+    model = checkpoints.make_model(
+        'ar', vocab_size=vocab_size, block_size=512, n_layer=n_layer, n_head=n_head, n_embd=n_embd
+    )
     for weight in model.parameters():
         if not weight.any():
             weight.normal_(std=weight.size(1) ** -0.5)
@@ -300,6 +387,7 @@ def decoding_model(vocab_size):
 
 # ---------------------------------------------------------------------------- compare
 
+
 def compare(settings):
     """Runs the chosen parts and returns their targets; all that they write is gone afterwards."""
     chosen = [part.strip() for part in settings['only'].split(',')]
@@ -307,12 +395,15 @@ def compare(settings):
         if part not in PARTS:
             raise UserError(f'only has {part!r}; choose from {", ".join(PARTS)}, with commas between them.')
     if not 1 <= settings['new_tokens'] < 512:
-        raise UserError(f'new_tokens is {settings["new_tokens"]}; with the prompt they fit in a block of 512: 1 to '
-                        '511.')
+        raise UserError(
+            f'new_tokens is {settings["new_tokens"]}; with the prompt they fit in a block of 512: 1 to 511.'
+        )
     for name in ('peer_steps', 'short_steps', 'work_steps'):
         if settings[name] < settings['warmup_steps'] + 20:
-            raise UserError(f'{name} is {settings[name]}, and {settings["warmup_steps"]} steps of warm-up are not '
-                            'timed; give at least 20 more, or lower warmup_steps.')
+            raise UserError(
+                f'{name} is {settings[name]}, and {settings["warmup_steps"]} steps of warm-up are not '
+                'timed; give at least 20 more, or lower warmup_steps.'
+            )
     folder, characters = open_dataset(settings['dataset'])
     targets = []
     with tempfile.TemporaryDirectory(prefix='bench-') as name:

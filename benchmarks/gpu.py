@@ -11,6 +11,7 @@
 A share of the peak (MFU) is of the fastest matrix product that was measured. On a CPU it is a rehearsal: everything
 is as small as --model_size says, and no figure means anything.
 """
+
 import contextlib
 import importlib.util
 import io
@@ -20,12 +21,11 @@ from pathlib import Path
 
 import torch
 
-import data
-import runtime
 from benchmarks import sample
 from benchmarks.timing import Target, describe_machine, say, spread
 from benchmarks.train import Trainee, belief_plans
-from configurator import UserError
+from lm import data, runtime
+from lm.configurator import UserError
 
 GPT2 = dict(norm='layer', position='learned', mlp='gelu', bias=False, qk_norm=False, logit_softcap=0.0)
 SHAPES = {  # what a GPU measures: model_size, block, rows, changes
@@ -48,17 +48,22 @@ def measure(settings):
     steps = 10 if rehearsal else settings['steps']
     peak = runtime.measure_peak_flops(run_on.device, 'bfloat16')
     say(f'  matrix products of bfloat16: {peak / 1e12:,.1f} TFLOP/s')
-    return [*beside_nanogpt(module, shapes['nanoGPT'], run_on, steps, peak),
-            *xl(shapes['xl'], run_on, steps, peak), *ratios(shapes['nanoGPT'], run_on, steps),
-            *sample.measure(what='gpu')]
+    return [
+        *beside_nanogpt(module, shapes['nanoGPT'], run_on, steps, peak),
+        *xl(shapes['xl'], run_on, steps, peak),
+        *ratios(shapes['nanoGPT'], run_on, steps),
+        *sample.measure(what='gpu'),
+    ]
 
 
 def load_peer(peer):
     """nanoGPT's model.py as a module."""
     path = Path(peer, 'model.py')
     if not peer or not path.is_file():
-        raise UserError(f'--peer={peer} is no clone of nanoGPT: it has no model.py; give the path of one, made with: '
-                        'git clone https://github.com/karpathy/nanoGPT')
+        raise UserError(
+            f'--peer={peer} is no clone of nanoGPT: it has no model.py; give the path of one, made with: '
+            'git clone https://github.com/karpathy/nanoGPT'
+        )
     spec = importlib.util.spec_from_file_location('peer_model', path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -82,8 +87,17 @@ def random_batch(trainee, rows, number):
 
 def trainee_of(architecture, shape, run_on, optimizer='adamw', **changes):
     size, block, _, more = shape
-    return Trainee(architecture, size, run_on, optimizer, block_size=block, vocab_size=VOCABULARY + 3,
-                   mask_id=VOCABULARY + 1, ignore_id=VOCABULARY + 2, **{**more, **changes})
+    return Trainee(
+        architecture,
+        size,
+        run_on,
+        optimizer,
+        block_size=block,
+        vocab_size=VOCABULARY + 3,
+        mask_id=VOCABULARY + 1,
+        ignore_id=VOCABULARY + 2,
+        **{**more, **changes},
+    )
 
 
 def timed(sides, steps, warmup=5):
@@ -101,12 +115,15 @@ def describe(name, seconds, tokens, flops_per_token, peak):
     """Prints a line of figures and returns the MFU."""
     typical = statistics.median(seconds)
     mfu = flops_per_token * tokens / typical / peak
-    say(f'  {name:24} {1000 * typical:8.1f} ms per step ({1000 * min(seconds):.1f} to {1000 * max(seconds):.1f}), '
-        f'{tokens / typical:,.0f} tokens/s, MFU {mfu:.3f}')
+    say(
+        f'  {name:24} {1000 * typical:8.1f} ms per step ({1000 * min(seconds):.1f} to {1000 * max(seconds):.1f}), '
+        f'{tokens / typical:,.0f} tokens/s, MFU {mfu:.3f}'
+    )
     return mfu
 
 
 # ---------------------------------------------------------------------------- training
+
 
 def beside_nanogpt(module, shape, run_on, steps, peak):
     """Both models see the same tokens in the same precision, each with its own AdamW, clipped at 1."""
@@ -114,8 +131,16 @@ def beside_nanogpt(module, shape, run_on, steps, peak):
     ours = trainee_of('ar', shape, run_on, **GPT2)
     config = ours.model.config
     with contextlib.redirect_stdout(io.StringIO()):  # it announces its size
-        theirs = module.GPT(module.GPTConfig(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd,
-                                             block_size=block, vocab_size=config.padded_vocab_size, bias=False))
+        theirs = module.GPT(
+            module.GPTConfig(
+                n_layer=config.n_layer,
+                n_head=config.n_head,
+                n_embd=config.n_embd,
+                block_size=block,
+                vocab_size=config.padded_vocab_size,
+                bias=False,
+            )
+        )
         theirs = theirs.to(run_on.device)
         optimizer = theirs.configure_optimizers(0.1, 1e-3, (0.9, 0.95), run_on.device.type)
     compiled = torch.compile(theirs) if run_on.device.type == 'cuda' else theirs
@@ -132,14 +157,19 @@ def beside_nanogpt(module, shape, run_on, steps, peak):
         optimizer.zero_grad(set_to_none=True)
         runtime.synchronize(run_on.device)
         return time.perf_counter() - start
-    seconds = timed({'nanoGPT': their_step, 'ours': lambda i: ours.seconds(*random_batch(ours, rows, i), {})}, steps)
+
+    seconds = timed(
+        {'nanoGPT': their_step, 'ours': lambda i: ours.seconds(*random_batch(ours, rows, i), {})}, steps
+    )
     flops = ours.model.flops_per_token()
     describe('nanoGPT', seconds['nanoGPT'], rows * block, flops, peak)
     mfu = describe('ours, the same shape', seconds['ours'], rows * block, flops, peak)
     pairs = [a / b for a, b in zip(seconds['nanoGPT'], seconds['ours'])]
     say(f'  ratio {spread(pairs)}')
-    return [Target("our tokens/s / nanoGPT's, median of pairs", statistics.median(pairs), '>=', 1.3),
-            Target('MFU of that run', mfu, '>=', 0.5)]
+    return [
+        Target("our tokens/s / nanoGPT's, median of pairs", statistics.median(pairs), '>=', 1.3),
+        Target('MFU of that run', mfu, '>=', 0.5),
+    ]
 
 
 def xl(shape, run_on, steps, peak):
@@ -149,8 +179,10 @@ def xl(shape, run_on, steps, peak):
     mfu = describe('xl, checkpointed', seconds['xl'], rows * block, trainee.model.flops_per_token(), peak)
     used = trainee.peak_bytes(*random_batch(trainee, 8, 0), {}) / 1e9
     say(f'  xl, checkpointed, 8 rows: {used:.2f} GB')
-    return [Target('MFU of xl with checkpointing', mfu, '>=', 0.45),
-            Target('GB of a step of xl, 8 rows', used, '<=', 12.0)]
+    return [
+        Target('MFU of xl with checkpointing', mfu, '>=', 0.45),
+        Target('GB of a step of xl, 8 rows', used, '<=', 12.0),
+    ]
 
 
 def ratios(shape, run_on, steps):
@@ -160,14 +192,26 @@ def ratios(shape, run_on, steps):
     sides = {name: trainee_of(name, shape, run_on, 'muon') for name in ('ar', 'diffusion', 'sdd')}
 
     def step(name):
-        return lambda i: sides[name].seconds(*random_batch(sides[name], rows, i), plans[i] if name == 'sdd' else {})
+        return lambda i: sides[name].seconds(
+            *random_batch(sides[name], rows, i), plans[i] if name == 'sdd' else {}
+        )
+
     seconds = timed({name: step(name) for name in sides}, steps, 2 * len(shares))
     diffusion = [a / b for a, b in zip(seconds['diffusion'], seconds['ar'])]
     sdd = [a / b for a, b in zip(seconds['sdd'], seconds['diffusion'])]
-    by_passes = {depth: statistics.median([ratio for ratio, plan in zip(sdd, plans[2 * len(shares):])
-                                           if plan.get('depth', 0) == depth]) for depth in shares}
+    by_passes = {
+        depth: statistics.median(
+            [ratio for ratio, plan in zip(sdd, plans[2 * len(shares) :]) if plan.get('depth', 0) == depth]
+        )
+        for depth in shares
+    }
     overall = sum(share * by_passes[depth] for depth, share in shares.items())
-    say(f'  diffusion / ar {spread(diffusion)}; sdd / diffusion by passes before: '
-        + ', '.join(f'{depth}: {ratio:.2f}' for depth, ratio in by_passes.items()) + f'; of the schedule {overall:.3f}')
-    return [Target('step of diffusion / step of ar', statistics.median(diffusion), '<=', 1.05),
-            Target('step of sdd / step of diffusion, over the schedule', overall, '<=', 1.4)]
+    say(
+        f'  diffusion / ar {spread(diffusion)}; sdd / diffusion by passes before: '
+        + ', '.join(f'{depth}: {ratio:.2f}' for depth, ratio in by_passes.items())
+        + f'; of the schedule {overall:.3f}'
+    )
+    return [
+        Target('step of diffusion / step of ar', statistics.median(diffusion), '<=', 1.05),
+        Target('step of sdd / step of diffusion, over the schedule', overall, '<=', 1.4),
+    ]

@@ -1,4 +1,5 @@
 """How much memory a training step takes: the bytes of the tensors that are alive in it."""
+
 import weakref
 
 import torch
@@ -39,7 +40,9 @@ class Allocations(TorchDispatchMode):
 
 def state_bytes(model, optimizers):
     """What stays between steps, by what for: weights (buffers included) and the optimizers' moments."""
-    moments = [value for optimizer in optimizers for state in optimizer.state.values() for value in state.values()]
+    moments = [
+        value for optimizer in optimizers for state in optimizer.state.values() for value in state.values()
+    ]
     return {'weights': total([*model.parameters(), *model.buffers()]), 'moments': total(moments)}
 
 

@@ -9,6 +9,7 @@ process of its own, timed from its start to its end, in pairs, so that what slow
 both down. Memory is the largest sum of the proportional set sizes (PSS) of all processes of a side. Then ours alone
 prepares the sizes of --memory_at. Targets that are missed make the exit status 1.
 """
+
 import json
 import math
 import os
@@ -24,15 +25,15 @@ from pathlib import Path
 import numpy as np
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder, whose names are those of scripts
-from configurator import ROOT, UserError, check_range, configure
+from lm.configurator import ROOT, UserError, check_range, configure
 from prepare.readers import files
 
-input = ''                   # files of documents, as prepare/text.py takes them
-megabytes = 250              # size of the file that both sides prepare
-num_workers = 2              # processes that encode, on both sides
-runs = 3                     # pairs
-memory_at = '50,500'         # megabytes that ours prepares alone, to compare the memory; '' for none
-side = ''                    # for the script itself: run one side on --input, in this folder
+input = ''  # files of documents, as prepare/text.py takes them
+megabytes = 250  # size of the file that both sides prepare
+num_workers = 2  # processes that encode, on both sides
+runs = 3  # pairs
+memory_at = '50,500'  # megabytes that ours prepares alone, to compare the memory; '' for none
+side = ''  # for the script itself: run one side on --input, in this folder
 config = configure(globals())
 check_range(config, 1, math.inf, 'megabytes', 'num_workers', 'runs')
 
@@ -41,17 +42,22 @@ SECONDS_BETWEEN_LOOKS = 0.2
 
 # ---------------------------------------------------------------------------- the two sides, each in a process
 
+
 def nanogpt_way(path, folder):
     """The steps of nanoGPT's data/openwebtext/prepare.py, with a local file in place of the hub's."""
     import datasets
     import tiktoken
+
     encoding = tiktoken.get_encoding('gpt2')
 
     def encode(example):
         ids = encoding.encode_ordinary(example['text'])
         ids.append(encoding.eot_token)
         return {'ids': ids, 'len': len(ids)}
-    texts = datasets.load_dataset('json', data_files=path, split='train', num_proc=num_workers, cache_dir=folder)
+
+    texts = datasets.load_dataset(
+        'json', data_files=path, split='train', num_proc=num_workers, cache_dir=folder
+    )
     splits = texts.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
     for name, encoded in splits.map(encode, remove_columns=['text'], num_proc=num_workers).items():
         total = np.sum(encoded['len'], dtype=np.uint64)
@@ -60,21 +66,29 @@ def nanogpt_way(path, folder):
         for i in range(shards):
             shard = encoded.shard(num_shards=shards, index=i, contiguous=True).with_format('numpy')
             ids = np.concatenate(shard['ids'])
-            tokens[start:start + len(ids)] = ids
+            tokens[start : start + len(ids)] = ids
             start += len(ids)
         tokens.flush()
 
 
 def commands(path, folder):
     """For each side, its command and the token files that it leaves."""
-    ours = ['prepare/text.py', f'--input={path}', f'--output_dir={folder}/ours', '--tokenizer=gpt2',
-            '--val_fraction=0.01']
+    ours = [
+        'prepare/text.py',
+        f'--input={path}',
+        f'--output_dir={folder}/ours',
+        '--tokenizer=gpt2',
+        '--val_fraction=0.01',
+    ]
     theirs = ['benchmarks/prepare.py', f'--input={path}', f'--side={folder}']
-    return {'nanoGPT': (theirs, ('train.bin', 'test.bin')),
-            'ours': (ours, ('ours/train_tokens.bin', 'ours/val_tokens.bin'))}
+    return {
+        'nanoGPT': (theirs, ('train.bin', 'test.bin')),
+        'ours': (ours, ('ours/train_tokens.bin', 'ours/val_tokens.bin')),
+    }
 
 
 # ---------------------------------------------------------------------------- measuring
+
 
 def measure(name, path, workplace):
     """Seconds, seconds of all processors, peak PSS in MB and number of tokens of one side's run."""
@@ -91,8 +105,10 @@ def measure(name, path, workplace):
             seconds, used = time.perf_counter() - start, processor_seconds() - used
             log.seek(0)
             if process.returncode:
-                raise UserError(f'The side of {name} ended with status {process.returncode}; repair what it says:\n'
-                                f'{log.read()[-2000:]}')
+                raise UserError(
+                    f'The side of {name} ended with status {process.returncode}; repair what it says:\n'
+                    f'{log.read()[-2000:]}'
+                )
         return seconds, used, peak, sum(os.path.getsize(f'{folder}/{output}') // 2 for output in outputs)
 
 
@@ -108,7 +124,7 @@ def tree_pss(root):
     for path in Path('/proc').glob('[0-9]*/stat'):
         try:
             parents[int(path.parent.name)] = int(path.read_text().rpartition(')')[2].split()[1])
-        except OSError:     # it has ended
+        except OSError:  # it has ended
             pass
     for pid in parents:
         above = pid
@@ -117,7 +133,9 @@ def tree_pss(root):
         if above == root:
             try:
                 rollup = Path(f'/proc/{pid}/smaps_rollup').read_text()
-                total += next((int(line.split()[1]) for line in rollup.splitlines() if line.startswith('Pss:')), 0)
+                total += next(
+                    (int(line.split()[1]) for line in rollup.splitlines() if line.startswith('Pss:')), 0
+                )
             except OSError:
                 pass
     return total / 1000
@@ -135,29 +153,40 @@ def write_input(path, size):
 
 # ---------------------------------------------------------------------------- comparing
 
+
 def compare(workplace):
     """Pairs of runs over one file. Returns targets: (what, value, reached, wanted)."""
     path = f'{workplace}/input.jsonl'
     size = write_input(path, megabytes)
-    print(f'{size:.0f} MB of JSON lines, {num_workers} processes, {os.cpu_count()} cores; '
-          f'the load before is {os.getloadavg()[0]:.1f}', flush=True)
+    print(
+        f'{size:.0f} MB of JSON lines, {num_workers} processes, {os.cpu_count()} cores; '
+        f'the load before is {os.getloadavg()[0]:.1f}',
+        flush=True,
+    )
     ratios, peaks = [], []
     for _ in range(runs):
         rates, counts = {}, {}
         for name in ('nanoGPT', 'ours'):
             seconds, used, peak, counts[name] = measure(name, path, workplace)
             rates[name] = size / seconds
-            print(f'  {name:<8} {rates[name]:6.1f} MB/s ({seconds:.1f} s, {used:.1f} s of processors), '
-                  f'{counts[name]:,} tokens, peak PSS {peak:,.0f} MB', flush=True)
+            print(
+                f'  {name:<8} {rates[name]:6.1f} MB/s ({seconds:.1f} s, {used:.1f} s of processors), '
+                f'{counts[name]:,} tokens, peak PSS {peak:,.0f} MB',
+                flush=True,
+            )
         if counts['ours'] != counts['nanoGPT']:
-            raise UserError(f'The sides wrote different numbers of tokens, {counts}, so they cannot be compared; '
-                            'see whether the versions of tiktoken and datasets are those that were tested.')
+            raise UserError(
+                f'The sides wrote different numbers of tokens, {counts}, so they cannot be compared; '
+                'see whether the versions of tiktoken and datasets are those that were tested.'
+            )
         ratios.append(rates['ours'] / rates['nanoGPT'])
         peaks.append(peak)
         print(f'  ratio {ratios[-1]:.2f}', flush=True)
     ratio = statistics.median(ratios)
-    return [("our MB/s / nanoGPT's, median", ratio, ratio >= 1.5, '>= 1.5'),
-            ('our peak PSS in MB, largest', max(peaks), max(peaks) <= 1500, '<= 1500')]
+    return [
+        ("our MB/s / nanoGPT's, median", ratio, ratio >= 1.5, '>= 1.5'),
+        ('our peak PSS in MB, largest', max(peaks), max(peaks) <= 1500, '<= 1500'),
+    ]
 
 
 def compare_memory(workplace):
@@ -167,10 +196,14 @@ def compare_memory(workplace):
         write_input(f'{workplace}/input.jsonl', size)
         seconds, used, peak, _ = measure('ours', f'{workplace}/input.jsonl', workplace)
         peaks.append(peak)
-        print(f'  ours at {size} MB: {size / seconds:.1f} MB/s ({used:.1f} s of processors), peak PSS {peak:,.0f} MB',
-              flush=True)
+        print(
+            f'  ours at {size} MB: {size / seconds:.1f} MB/s ({used:.1f} s of processors), peak PSS {peak:,.0f} MB',
+            flush=True,
+        )
     spread = max(peaks) / min(peaks) - 1 if peaks else 0
-    return [(f'how much our peak PSS differs at {memory_at} MB', spread, spread <= 0.1, '<= 0.1')] * (len(peaks) > 1)
+    return [(f'how much our peak PSS differs at {memory_at} MB', spread, spread <= 0.1, '<= 0.1')] * (
+        len(peaks) > 1
+    )
 
 
 def main():
@@ -185,6 +218,8 @@ if __name__ == '__main__':
     if side:
         nanogpt_way(input, side)
     elif not Path('/proc/self/smaps_rollup').exists():
-        raise UserError('The memory of processes is read from /proc/PID/smaps_rollup, which is not here; use Linux.')
+        raise UserError(
+            'The memory of processes is read from /proc/PID/smaps_rollup, which is not here; use Linux.'
+        )
     else:
         raise SystemExit(main())

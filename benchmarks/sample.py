@@ -16,6 +16,7 @@
 
 A missed target makes the exit status 1. Other programs on the machine disturb the figures, ratios of pairs the least.
 """
+
 import contextlib
 import importlib.util
 import io
@@ -28,35 +29,30 @@ from pathlib import Path
 import torch
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder, whose names are those of scripts
-import checkpoints
-import data
-import likelihood
-import nanogpt
-import runtime
 import sampling
-import scoring
 from benchmarks.timing import Target, describe_machine, say, spread
-from configurator import UserError, check_choice, check_range, configure
+from lm import checkpoints, data, likelihood, nanogpt, runtime, scoring
+from lm.configurator import UserError, check_choice, check_range, configure
 from sampling import generate
 
-what = 'speed'               # speed, ar, diffusion, quality, gpu
-peer = ''                    # ar: path of a clone of nanoGPT; diffusion: of diffusion-llm; they are only read
-runs = 5                     # pairs of runs
-new_tokens = 512             # ar and gpu: tokens written
-block_size = 1024            # ar and gpu
-vocab_size = 65              # ar: as Shakespeare by characters
-batches = (1, 8, 32)         # speed and ar: texts at once of ours alone
-rows = 8                     # diffusion: texts at once
-length = 128                 # speed and diffusion: tokens of each
-steps = 50                   # speed and diffusion: forward passes
-checkpoint = ''              # quality: a ckpt.pt or run folder of diffusion or sdd
-judge = ''                   # quality: the same of what judges, better an ar
-num_samples = 128            # quality: texts of each setting
-batch_size = 64              # quality: texts at once
-settings = ''                # quality: 'sampler steps [threshold]', with commas between them; empty: GRID
+what = 'speed'  # speed, ar, diffusion, quality, gpu
+peer = ''  # ar: path of a clone of nanoGPT; diffusion: of diffusion-llm; they are only read
+runs = 5  # pairs of runs
+new_tokens = 512  # ar and gpu: tokens written
+block_size = 1024  # ar and gpu
+vocab_size = 65  # ar: as Shakespeare by characters
+batches = (1, 8, 32)  # speed and ar: texts at once of ours alone
+rows = 8  # diffusion: texts at once
+length = 128  # speed and diffusion: tokens of each
+steps = 50  # speed and diffusion: forward passes
+checkpoint = ''  # quality: a ckpt.pt or run folder of diffusion or sdd
+judge = ''  # quality: the same of what judges, better an ar
+num_samples = 128  # quality: texts of each setting
+batch_size = 64  # quality: texts at once
+settings = ''  # quality: 'sampler steps [threshold]', with commas between them; empty: GRID
 seed = 0
-device = 'cpu'               # of quality
-dtype = 'float32'            # of quality
+device = 'cpu'  # of quality
+dtype = 'float32'  # of quality
 config = configure(globals(), None if __name__ == '__main__' else [])
 
 VOCABULARY = 8192  # of diffusion-llm
@@ -65,12 +61,15 @@ GPT2 = dict(norm='layer', position='learned', mlp='gelu', bias=True, qk_norm=Fal
 LLAMA = dict(n_kv_head=8, mlp='swiglu', mlp_width=8192, norm='rms_gain', qk_norm=False, logit_softcap=0.0)
 GPU_SHAPES = {  # of GPT-2 and of Llama 3.2 1B
     '124M': dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50304, **GPT2),
-    '1B': dict(n_layer=16, n_head=32, n_embd=2048, vocab_size=128256, **LLAMA)}
+    '1B': dict(n_layer=16, n_head=32, n_embd=2048, vocab_size=128256, **LLAMA),
+}
 PEER_OPTIONS = dict(temperature=0.8, top_k=200)  # what nanoGPT's sample.py starts with
-GRID = ('ancestral 1, ancestral 1/2, ancestral 1/4, ancestral 1/8, remdm 1, remdm 1/2, remdm 1/4, remdm 1/8, '
-        'confidence 1/2, confidence 1/4, confidence 1/8, blocks 1/2, blocks 1/4, blocks 1/8, '
-        'cached 1, cached 1/2, cached 1/4, cached 1/8, '  # blocks with cache_blocks
-        'threshold 1 0.9, threshold 1 0.7, threshold 1 0.5, threshold 1 0.3')
+GRID = (
+    'ancestral 1, ancestral 1/2, ancestral 1/4, ancestral 1/8, remdm 1, remdm 1/2, remdm 1/4, remdm 1/8, '
+    'confidence 1/2, confidence 1/4, confidence 1/8, blocks 1/2, blocks 1/4, blocks 1/8, '
+    'cached 1, cached 1/2, cached 1/4, cached 1/8, '  # blocks with cache_blocks
+    'threshold 1 0.9, threshold 1 0.7, threshold 1 0.5, threshold 1 0.3'
+)
 
 
 def timed(call):
@@ -84,9 +83,15 @@ def peer_module(folder, name):
     """A module of the peer's clone, by its dotted name from there."""
     path = Path(folder) / (name.replace('.', '/') + '.py')
     if not folder or not path.is_file():
-        raise UserError(f'--peer={folder} has no {name.replace(".", "/")}.py; give the path of a clone of '
-                        + ('https://github.com/karpathy/nanoGPT' if what == 'ar' else
-                           'https://github.com/aaholmes/diffusion-llm') + '.')
+        raise UserError(
+            f'--peer={folder} has no {name.replace(".", "/")}.py; give the path of a clone of '
+            + (
+                'https://github.com/karpathy/nanoGPT'
+                if what == 'ar'
+                else 'https://github.com/aaholmes/diffusion-llm'
+            )
+            + '.'
+        )
     if name == 'model':  # our own has that name as well
         spec = importlib.util.spec_from_file_location('peer_model', path)
         module = importlib.util.module_from_spec(spec)
@@ -106,18 +111,23 @@ def quietly(call):
 
 # ---------------------------------------------------------------------------- speed
 
+
 def speed():
     describe_machine()
-    say(f'speed: 4/4/256, {length} tokens, diffusion in {steps} steps, vocabulary {VOCABULARY}, float32; untrained '
-        'models, which are never sure, so threshold takes a step per token')
+    say(
+        f'speed: 4/4/256, {length} tokens, diffusion in {steps} steps, vocabulary {VOCABULARY}, float32; untrained '
+        'models, which are never sure, so threshold takes a step per token'
+    )
     for architecture in ('ar', 'diffusion', 'sdd'):
         model = our_model(architecture, 4, 4, 256)
         for sampler in ('',) if architecture == 'ar' else (*sampling.SAMPLERS, 'cached'):
             for count in batches:
                 figures = [rate_and_wait(model, sampler, count) for _ in range(3)]
                 rate, wait = (statistics.median(column) for column in zip(*figures))
-                say(f'  {architecture:9} {sampler:10} batch {count:3}: {rate:9,.0f} tokens/s, '
-                    f'first token after {1000 * wait:,.1f} ms')
+                say(
+                    f'  {architecture:9} {sampler:10} batch {count:3}: {rate:9,.0f} tokens/s, '
+                    f'first token after {1000 * wait:,.1f} ms'
+                )
     return []
 
 
@@ -129,9 +139,18 @@ def rate_and_wait(model, sampler, count):
     def look(step, canvas, belief):
         if not (canvas[:, 1:33] == model.config.mask_id).any():
             arrived.append(time.perf_counter())
-    options = {} if model.causal else dict(steps=None if sampler == 'threshold' else steps, watch=look,
-                                           sampler='blocks' if sampler == 'cached' else sampler, block_length=32,
-                                           cache_blocks=sampler == 'cached')
+
+    options = (
+        {}
+        if model.causal
+        else dict(
+            steps=None if sampler == 'threshold' else steps,
+            watch=look,
+            sampler='blocks' if sampler == 'cached' else sampler,
+            block_length=32,
+            cache_blocks=sampler == 'cached',
+        )
+    )
     prompts, start = [[0]] * count, time.perf_counter()
     if model.causal:
         wait = timed(lambda: generate(model, prompts, 1))[0]
@@ -143,13 +162,18 @@ def rate_and_wait(model, sampler, count):
 
 # ---------------------------------------------------------------------------- ar
 
+
 def ar():
     module = peer_module(peer, 'model')
     describe_machine()
-    say(f'ar: {new_tokens} tokens after one, block {block_size}, vocabulary {vocab_size}, float32, {PEER_OPTIONS}')
+    say(
+        f'ar: {new_tokens} tokens after one, block {block_size}, vocabulary {vocab_size}, float32, {PEER_OPTIONS}'
+    )
     targets = []
     for name, (n_layer, n_head, n_embd) in SHAPES.items():
-        shape = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, vocab_size=vocab_size)
+        shape = dict(
+            n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, vocab_size=vocab_size
+        )
         torch.manual_seed(0)
         theirs = quietly(lambda: module.GPT(module.GPTConfig(**shape, dropout=0.0))).eval()
         ours = with_weights_of(theirs, shape)
@@ -160,12 +184,18 @@ def ar():
             our_seconds, _ = timed(lambda: generate(ours, [[0]], new_tokens, seed=pair, **PEER_OPTIONS))
             ratios.append(seconds / our_seconds)
             rates.append(new_tokens / our_seconds)
-            say(f'  {name} pair {pair}: nanoGPT {new_tokens / seconds:,.0f} tokens/s, ours {rates[-1]:,.0f}, '
-                f'ratio {ratios[-1]:.2f}')
+            say(
+                f'  {name} pair {pair}: nanoGPT {new_tokens / seconds:,.0f} tokens/s, ours {rates[-1]:,.0f}, '
+                f'ratio {ratios[-1]:.2f}'
+            )
         say(f'  {name} ratio: median {spread(ratios)}; ours {spread(rates, "{:,.0f}")} tokens/s')
         by_batch(name, ours)
-        targets += [Target(f'{name}: share of greedy tokens equal to the peer\'s', same, '>=', 1.0),
-                    Target(f"{name}: our tokens/s / nanoGPT's, median of {runs}", statistics.median(ratios), '>=', 8.0)]
+        targets += [
+            Target(f"{name}: share of greedy tokens equal to the peer's", same, '>=', 1.0),
+            Target(
+                f"{name}: our tokens/s / nanoGPT's, median of {runs}", statistics.median(ratios), '>=', 8.0
+            ),
+        ]
     return targets
 
 
@@ -175,7 +205,7 @@ def with_weights_of(theirs, shape):
     state = ours.state_dict()
     for name, weight in theirs.state_dict().items():
         for our_name, part in nanogpt.ours(name.removeprefix('transformer.'), weight):
-            state[our_name][:len(part)] = part
+            state[our_name][: len(part)] = part
     ours.load_state_dict(state)
     return ours
 
@@ -203,11 +233,14 @@ def by_batch(name, model):
             first.append(1000 * timed(lambda: generate(model, prompts, 1, **PEER_OPTIONS))[0])
             seconds, _ = timed(lambda: generate(model, prompts, new_tokens - 64, **PEER_OPTIONS))
             rate.append(count * (new_tokens - 64) / seconds)
-        say(f'  {name}, batch {count}, after 64 tokens: {spread(rate, "{:,.0f}")} tokens/s, '
-            f'first token after {spread(first, "{:.1f}")} ms')
+        say(
+            f'  {name}, batch {count}, after 64 tokens: {spread(rate, "{:,.0f}")} tokens/s, '
+            f'first token after {spread(first, "{:.1f}")} ms'
+        )
 
 
 # ---------------------------------------------------------------------------- diffusion
+
 
 def diffusion():
     sides = {'diffusion': masked_sides(), 'sdd': sdd_sides()}
@@ -221,19 +254,36 @@ def diffusion():
             our_seconds, _ = timed(lambda: generate(model, [[0]] * rows, length - 1, steps=steps, seed=pair))
             if pair:  # the first warms up
                 ratios.append(seconds / our_seconds)
-                say(f'  {name} {shape} pair {pair}: diffusion-llm {rows * length / seconds:,.0f} tokens/s, '
-                    f'ours {rows * length / our_seconds:,.0f}, ratio {ratios[-1]:.2f}')
+                say(
+                    f'  {name} {shape} pair {pair}: diffusion-llm {rows * length / seconds:,.0f} tokens/s, '
+                    f'ours {rows * length / our_seconds:,.0f}, ratio {ratios[-1]:.2f}'
+                )
         say(f'  {name} ratio: median {spread(ratios)}')
-        targets.append(Target(f"{name}: our tokens/s / diffusion-llm's, median of {runs}", statistics.median(ratios),
-                              '>=', 2.0))
+        targets.append(
+            Target(
+                f"{name}: our tokens/s / diffusion-llm's, median of {runs}",
+                statistics.median(ratios),
+                '>=',
+                2.0,
+            )
+        )
     return targets
 
 
 def our_model(architecture, n_layer, n_head, n_embd, **changes):
     """A model of the peer's blocks: LayerNorm, learned positions, GELU, biases."""
     torch.manual_seed(0)
-    return checkpoints.make_model(architecture, vocab_size=VOCABULARY, block_size=length, n_layer=n_layer,
-                                  n_head=n_head, n_embd=n_embd, mask_id=3, **GPT2, **changes).eval()
+    return checkpoints.make_model(
+        architecture,
+        vocab_size=VOCABULARY,
+        block_size=length,
+        n_layer=n_layer,
+        n_head=n_head,
+        n_embd=n_embd,
+        mask_id=3,
+        **GPT2,
+        **changes,
+    ).eval()
 
 
 def masked_sides():
@@ -244,23 +294,44 @@ def masked_sides():
     theirs = quietly(lambda: models.create_model('tiny', vocab_size=VOCABULARY, max_seq_len=length)).eval()
     sampler = process.DiscreteDiffusion(vocab_size=VOCABULARY, mask_token_id=3)
     model = our_model('diffusion', shape.n_layers, shape.n_heads, shape.d_model)
-    return (lambda: sampler.sample(theirs, rows, length, num_steps=steps, device='cpu'), model,
-            f'{shape.n_layers}/{shape.n_heads}/{shape.d_model}')
+    return (
+        lambda: sampler.sample(theirs, rows, length, num_steps=steps, device='cpu'),
+        model,
+        f'{shape.n_layers}/{shape.n_heads}/{shape.d_model}',
+    )
 
 
 def sdd_sides():
     """The same of the peer's SparseDiffusion, with 8 candidates on both sides."""
-    models, process = peer_module(peer, 'src.core.sparse_model'), peer_module(peer, 'src.core.sparse_diffusion')
+    models, process = (
+        peer_module(peer, 'src.core.sparse_model'),
+        peer_module(peer, 'src.core.sparse_diffusion'),
+    )
     torch.manual_seed(0)
-    theirs = models.SparseDenoiser(models.SparseModelConfig(
-        vocab_size=VOCABULARY, k=8, d_model=256, n_heads=4, n_layers=4, d_ff=1024, max_seq_len=length,
-        encoder_dim=None)).eval()
-    sampler = process.SparseDiffusion(process.SDDConfig(vocab_size=VOCABULARY, k=8), theirs.get_embedding_table())
-    return (lambda: sampler.sample(theirs, rows, length, num_steps=steps, device='cpu'),
-            our_model('sdd', 4, 4, 256, k=8), '4/4/256')
+    theirs = models.SparseDenoiser(
+        models.SparseModelConfig(
+            vocab_size=VOCABULARY,
+            k=8,
+            d_model=256,
+            n_heads=4,
+            n_layers=4,
+            d_ff=1024,
+            max_seq_len=length,
+            encoder_dim=None,
+        )
+    ).eval()
+    sampler = process.SparseDiffusion(
+        process.SDDConfig(vocab_size=VOCABULARY, k=8), theirs.get_embedding_table()
+    )
+    return (
+        lambda: sampler.sample(theirs, rows, length, num_steps=steps, device='cpu'),
+        our_model('sdd', 4, 4, 256, k=8),
+        '4/4/256',
+    )
 
 
 # ---------------------------------------------------------------------------- quality
+
 
 def quality():
     if not checkpoint or not judge:
@@ -268,22 +339,31 @@ def quality():
     run = runtime.Runtime(device, dtype)
     state, judging = checkpoints.load(checkpoint), checkpoints.load(judge)
     model, tokenizer = checkpoints.load_model(state, run.device), data.Tokenizer(state['tokenizer'])
-    judging = likelihood.Judge(checkpoints.load_model(judging, run.device), data.Tokenizer(judging['tokenizer']),
-                               judging['start_token'])
+    judging = likelihood.Judge(
+        checkpoints.load_model(judging, run.device),
+        data.Tokenizer(judging['tokenizer']),
+        judging['start_token'],
+    )
     if model.causal:
-        raise UserError(f'{checkpoint} is autoregressive, which has no samplers to compare; give a diffusion model.')
+        raise UserError(
+            f'{checkpoint} is autoregressive, which has no samplers to compare; give a diffusion model.'
+        )
     stop = [tokenizer.endoftext_id] if state.get('train_config', {}).get('mode') == 'documents' else []
     describe_machine(run.device)
     total = model.config.block_size - 1
-    say(f'quality: {checkpoint}, {num_samples} texts of {total} tokens, {batch_size} at once, {dtype}; judge {judge}')
+    say(
+        f'quality: {checkpoint}, {num_samples} texts of {total} tokens, {batch_size} at once, {dtype}; judge {judge}'
+    )
     table = []
     for name, options in parsed_settings(total):
         seconds, texts, passes = write_texts(model, run, state['start_token'], total, stop, options)
         nats = likelihood.judge(judging, texts, tokenizer, run, batch_size, 1)['judge_nats']
         entropy = scoring.entropy([likelihood.plain(text, tokenizer) for text in texts])
         table.append((name, num_samples * total / seconds, nats, entropy))
-        say(f'  {name:22} {table[-1][1]:9,.0f} tokens/s, {passes / num_samples:6.1f} passes per text, '
-            f'judge {nats:.3f} nats, entropy {entropy:.3f}')
+        say(
+            f'  {name:22} {table[-1][1]:9,.0f} tokens/s, {passes / num_samples:6.1f} passes per text, '
+            f'judge {nats:.3f} nats, entropy {entropy:.3f}'
+        )
     say_fastest(table)
     return []
 
@@ -294,11 +374,19 @@ def parsed_settings(total):
     for text in (settings or GRID).split(','):
         try:
             sampler, count, *more = text.split()
-            count = round(total / int(count.split('/')[1])) if '/' in count else total if count == '1' else int(count)
+            count = (
+                round(total / int(count.split('/')[1]))
+                if '/' in count
+                else total
+                if count == '1'
+                else int(count)
+            )
             options = {'steps': count, **({'threshold': float(more[0])} if more else {})}
         except (ValueError, IndexError, ZeroDivisionError) as error:
-            raise UserError(f"settings has {text.strip()!r}; write 'sampler steps', as in 'confidence 1/4' or "
-                            "'threshold 1 0.9'.") from error
+            raise UserError(
+                f"settings has {text.strip()!r}; write 'sampler steps', as in 'confidence 1/4' or "
+                "'threshold 1 0.9'."
+            ) from error
         options['sampler'] = 'blocks' if sampler == 'cached' else sampler
         if sampler == 'cached':
             options['cache_blocks'] = True
@@ -318,8 +406,11 @@ def write_texts(model, run, start, total, stop, options):
         for first in range(0, num_samples, batch_size):
             count = min(batch_size, num_samples - first)
             with run.autocast():
-                texts.extend(generate(model, [[start]] * count, total, stop_tokens=stop, seed=seed + first, **options))
+                texts.extend(
+                    generate(model, [[start]] * count, total, stop_tokens=stop, seed=seed + first, **options)
+                )
         runtime.synchronize(run.device)
+
     model.hidden = counted
     try:
         return timed(write)[0], [text[1:] for text in texts], passes[0]
@@ -331,16 +422,23 @@ def say_fastest(table):
     """For each sampler the fastest setting that is as good as the table's first, by the judge alone, and in the
     entropy of its tokens as well: a sampler that writes the same sure words over and over pleases a judge."""
     first, rate, nats, entropy = table[0]
-    say(f'  as good as {first}: at most {nats + 0.05:.3f} nats; as varied: entropy at least {0.97 * entropy:.3f}')
+    say(
+        f'  as good as {first}: at most {nats + 0.05:.3f} nats; as varied: entropy at least {0.97 * entropy:.3f}'
+    )
     for sampler in dict.fromkeys(row[0].split()[0] for row in table):
         good = [row for row in table if row[0].split()[0] == sampler and row[2] <= nats + 0.05]
         varied = [row for row in good if row[3] >= 0.97 * entropy]
-        say(f'  {sampler:12} ' + '; as varied: '.join(
-            f'{best[0]}, {best[1]:,.0f} tokens/s, {best[1] / rate:.2f} times' if best else 'none'
-            for best in (max(rows, key=lambda row: row[1], default=None) for rows in (good, varied))))
+        say(
+            f'  {sampler:12} '
+            + '; as varied: '.join(
+                f'{best[0]}, {best[1]:,.0f} tokens/s, {best[1] / rate:.2f} times' if best else 'none'
+                for best in (max(rows, key=lambda row: row[1], default=None) for rows in (good, varied))
+            )
+        )
 
 
 # ---------------------------------------------------------------------------- gpu
+
 
 def gpu():
     if not torch.cuda.is_available():
@@ -349,7 +447,9 @@ def gpu():
     run, targets = runtime.Runtime('cuda', 'bfloat16'), []
     describe_machine(run.device)
     speed = copy_speed(run.device)
-    say(f'gpu: batch 1, {new_tokens} tokens, block {block_size}, bfloat16; memory is copied at {speed / 1e12:.2f} TB/s')
+    say(
+        f'gpu: batch 1, {new_tokens} tokens, block {block_size}, bfloat16; memory is copied at {speed / 1e12:.2f} TB/s'
+    )
     for name, shape in GPU_SHAPES.items():
         torch._dynamo.reset()
         with torch.device(run.device):
@@ -358,7 +458,9 @@ def gpu():
         for compile in (False, True):
             rate = statistics.median(decode_rate(model, new_tokens, compile) for _ in range(runs))
             shares.append(rate * bytes_per_token(model, new_tokens) / speed)
-            say(f'  {name} {"compiled" if compile else "eager"}: {rate:,.0f} tokens/s, {shares[-1]:.0%} of the bound')
+            say(
+                f'  {name} {"compiled" if compile else "eager"}: {rate:,.0f} tokens/s, {shares[-1]:.0%} of the bound'
+            )
         if name == '1B':
             targets.append(Target('1B: decoding / memory-bandwidth bound, batch 1', shares[-1], '>=', 0.6))
     return targets

@@ -1,4 +1,5 @@
 """What all parts of bench.py share: the machine in words, the spread of figures, and targets."""
+
 import os
 import platform
 import re
@@ -12,7 +13,7 @@ import torch
 class Target(NamedTuple):
     what: str
     value: float
-    sign: str      # <= or >=
+    sign: str  # <= or >=
     wanted: float
 
     @property
@@ -20,8 +21,10 @@ class Target(NamedTuple):
         return self.value <= self.wanted if self.sign == '<=' else self.value >= self.wanted
 
     def __str__(self):
-        return (f'{"reached" if self.reached else "MISSED":<8} {self.what}: {self.value:,.3f} '
-                f'(wanted {self.sign} {self.wanted:,})')
+        return (
+            f'{"reached" if self.reached else "MISSED":<8} {self.what}: {self.value:,.3f} '
+            f'(wanted {self.sign} {self.wanted:,})'
+        )
 
 
 def say(*words):
@@ -30,8 +33,14 @@ def say(*words):
 
 def spread(values, form='{:.3f}'):
     """'median, least to most' of some figures."""
-    return ' '.join((form.format(statistics.median(values)) + ',', form.format(min(values)), 'to',
-                     form.format(max(values))))
+    return ' '.join(
+        (
+            form.format(statistics.median(values)) + ',',
+            form.format(min(values)),
+            'to',
+            form.format(max(values)),
+        )
+    )
 
 
 def describe_machine(device=None):
@@ -39,8 +48,10 @@ def describe_machine(device=None):
     info = Path('/proc/cpuinfo')
     names = re.findall(r'^model name\s*: (.*)', info.read_text(), re.M) if info.exists() else []
     gpu = f'{torch.cuda.get_device_name(device)}, ' if device is not None and device.type == 'cuda' else ''
-    say(f'{gpu}{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores, '
-        f'{torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}')
+    say(
+        f'{gpu}{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores, '
+        f'{torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}'
+    )
     load = os.getloadavg()[0] if hasattr(os, 'getloadavg') else 0
     if load > 0.5:
         # A step's threads wait for each other at each operation: with one core taken, it is ten times slower.

@@ -2,28 +2,30 @@
 
 `settings` in all functions are the keys of bench.py.
 """
+
 import statistics
 import time
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import checkpoints
-import data
-import optim
-import runtime
 from benchmarks import memory
 from benchmarks.timing import Target, describe_machine, say, spread
-from configurator import UserError
+from lm import checkpoints, data, optim, runtime
+from lm.configurator import UserError
 from model import ARCHITECTURES
 
-SCHEDULE = 10 ** 4  # steps of the training run whose beliefs are timed
+SCHEDULE = 10**4  # steps of the training run whose beliefs are timed
 P_BELIEF, K_SCHEDULE = ((0.5, 0.5),), (1, 2, 4, 8)  # train.py's own
-CHECKPOINTING = {'none': {}, 'each block': {'gradient_checkpointing': True},
-                 'all but the products': {'gradient_checkpointing': True, 'selective_checkpointing': True}}
+CHECKPOINTING = {
+    'none': {},
+    'each block': {'gradient_checkpointing': True},
+    'all but the products': {'gradient_checkpointing': True, 'selective_checkpointing': True},
+}
 
 
 # ---------------------------------------------------------------------------- train
+
 
 class Trainee:
     """A model with all that a training step takes."""
@@ -73,13 +75,34 @@ def train(settings):
     run_on, folder = runtime.Runtime(settings['device'], settings['dtype']), data.Folder(settings['dataset'])
     steps, batch_size, block_size = (settings[key] for key in ('steps', 'batch_size', 'block_size'))
     describe_machine(run_on.device)
-    say(f'train: {folder.config["name"]}, model_size={settings["model_size"]}, {batch_size} rows of {block_size} '
-        f'tokens, {run_on.dtype}, {settings["optimizer"]}; {steps} steps of each, alternating')
+    say(
+        f'train: {folder.config["name"]}, model_size={settings["model_size"]}, {batch_size} rows of {block_size} '
+        f'tokens, {run_on.dtype}, {settings["optimizer"]}; {steps} steps of each, alternating'
+    )
     plans, shares = belief_plans(steps)
-    sides = {name: Trainee(name, settings['model_size'], run_on, settings['optimizer'], block_size=block_size,
-                           **vocabulary_of(folder.tokenizer)) for name in ARCHITECTURES}
-    read = {name: data.Batches(folder, name, block_size, batch_size, mode=settings['mode'], device=run_on.device,
-                               predicted=trainee.model.predicted) for name, trainee in sides.items()}
+    sides = {
+        name: Trainee(
+            name,
+            settings['model_size'],
+            run_on,
+            settings['optimizer'],
+            block_size=block_size,
+            **vocabulary_of(folder.tokenizer),
+        )
+        for name in ARCHITECTURES
+    }
+    read = {
+        name: data.Batches(
+            folder,
+            name,
+            block_size,
+            batch_size,
+            mode=settings['mode'],
+            device=run_on.device,
+            predicted=trainee.model.predicted,
+        )
+        for name, trainee in sides.items()
+    }
     seconds = {architecture: [] for architecture in sides}
     peaks = {}
     for i in range(-2 * len(shares), steps + 1):
@@ -103,9 +126,14 @@ def belief_plans(steps):
     the last one, whose memory is taken, has the most.
     """
     drawn = [data.draw_belief(step, SCHEDULE, 0, P_BELIEF, K_SCHEDULE, 0) for step in range(SCHEDULE)]
-    groups = {depth: [plan for plan in drawn if plan.get('depth', 0) == depth] for depth in range(data.MAX_DEPTH + 1)}
+    groups = {
+        depth: [plan for plan in drawn if plan.get('depth', 0) == depth]
+        for depth in range(data.MAX_DEPTH + 1)
+    }
     plans = [groups[i % len(groups)][i // len(groups)] for i in range(steps)]
-    return [*plans, groups[data.MAX_DEPTH][0]], {depth: len(group) / SCHEDULE for depth, group in groups.items()}
+    return [*plans, groups[data.MAX_DEPTH][0]], {
+        depth: len(group) / SCHEDULE for depth, group in groups.items()
+    }
 
 
 def vocabulary_of(tokenizer):
@@ -115,43 +143,66 @@ def vocabulary_of(tokenizer):
 def report_training(seconds, passes, shares, trainees, peaks, run_on, tokens):
     """Prints a line per architecture, sdd's by its passes, and returns the targets."""
     peak_flops = runtime.measure_peak_flops(run_on.device, run_on.dtype)
-    pairs = {name: [a / b for a, b in zip(seconds[name], seconds[other])]
-             for name, other in (('diffusion', 'ar'), ('sdd', 'diffusion'))}
-    by_passes = {depth: [ratio for ratio, done in zip(pairs['sdd'], passes) if done == depth] for depth in shares}
+    pairs = {
+        name: [a / b for a, b in zip(seconds[name], seconds[other])]
+        for name, other in (('diffusion', 'ar'), ('sdd', 'diffusion'))
+    }
+    by_passes = {
+        depth: [ratio for ratio, done in zip(pairs['sdd'], passes) if done == depth] for depth in shares
+    }
     over_schedule = sum(share * statistics.median(by_passes[depth]) for depth, share in shares.items())
-    say(f'  matrix products of {run_on.dtype}: {peak_flops / 1e9:,.0f} GFLOP/s; times: median (least to most)')
+    say(
+        f'  matrix products of {run_on.dtype}: {peak_flops / 1e9:,.0f} GFLOP/s; times: median (least to most)'
+    )
     for name, trainee in trainees.items():
         typical = statistics.median(seconds[name] if name != 'sdd' else seconds['diffusion'])
         typical *= over_schedule if name == 'sdd' else 1
         rate = tokens / typical
-        say(f'  {name:10} {1000 * typical:8.1f} ms per step ({1000 * min(seconds[name]):.1f} to '
+        say(
+            f'  {name:10} {1000 * typical:8.1f} ms per step ({1000 * min(seconds[name]):.1f} to '
             f'{1000 * max(seconds[name]):.1f}), {rate:,.0f} tokens/s, MFU '
-            f'{trainee.model.flops_per_token() * rate / peak_flops:.2f}, peak memory {peaks[name] / 2 ** 20:,.0f} MiB')
+            f'{trainee.model.flops_per_token() * rate / peak_flops:.2f}, peak memory {peaks[name] / 2**20:,.0f} MiB'
+        )
     say('  a step of sdd over one of diffusion, by the passes before it and their share of the schedule:')
     for depth, ratios in by_passes.items():
         say(f'    {depth} ({shares[depth]:4.0%})  {spread(ratios, "{:.2f}")}')
     say(f'    over the whole schedule {over_schedule:.2f}')
-    return [Target('step of diffusion / step of ar, median of pairs', statistics.median(pairs['diffusion']), '<=',
-                   1.05),
-            Target('step of sdd / step of diffusion, over the schedule', over_schedule, '<=', 1.4)]
+    return [
+        Target(
+            'step of diffusion / step of ar, median of pairs',
+            statistics.median(pairs['diffusion']),
+            '<=',
+            1.05,
+        ),
+        Target('step of sdd / step of diffusion, over the schedule', over_schedule, '<=', 1.4),
+    ]
 
 
 # ---------------------------------------------------------------------------- data, memory
 
+
 def read_data(settings):
     """Batches per second of each architecture and mode that the data have, without a model."""
     folder, on = data.Folder(settings['dataset']), runtime.Runtime(settings['device'], 'float32').device
-    runs, steps, batch_size, block_size = (settings[key] for key in ('runs', 'steps', 'batch_size', 'block_size'))
+    runs, steps, batch_size, block_size = (
+        settings[key] for key in ('runs', 'steps', 'batch_size', 'block_size')
+    )
     describe_machine(on)
-    say(f'data: {folder.config["name"]}, batches of {batch_size} rows of {block_size} tokens; per second, median of '
-        f'{runs} times {steps} batches, least to most')
-    modes = ['packed', 'documents'] + (['examples', 'packed examples'] if folder.masks['train'] is not None else [])
+    say(
+        f'data: {folder.config["name"]}, batches of {batch_size} rows of {block_size} tokens; per second, median of '
+        f'{runs} times {steps} batches, least to most'
+    )
+    modes = ['packed', 'documents'] + (
+        ['examples', 'packed examples'] if folder.masks['train'] is not None else []
+    )
     for name in modes:
         for architecture in ('ar', 'diffusion'):  # those of sdd are diffusion's
             batches = data.Batches(folder, architecture, block_size, batch_size, mode=name, device=on)
             rates = [batches_per_second(batches, part * steps, steps) for part in range(runs + 1)][1:]
-            say(f'  {name:16} {architecture:10} {spread(rates, "{:,.0f}")}; '
-                f'{statistics.median(rates) * batch_size * block_size / 1e6:,.2f} million tokens/s')
+            say(
+                f'  {name:16} {architecture:10} {spread(rates, "{:,.0f}")}; '
+                f'{statistics.median(rates) * batch_size * block_size / 1e6:,.2f} million tokens/s'
+            )
     return []
 
 
@@ -174,14 +225,23 @@ def measure_memory(settings):
     run_on, optimizer = runtime.Runtime('cpu', settings['dtype']), settings['optimizer']
     model_size, batch_size, block_size = (settings[key] for key in ('model_size', 'batch_size', 'block_size'))
     vocabulary = dict(vocab_size=50260, mask_id=50258, ignore_id=50259)  # GPT-2's and the special tokens
-    say(f"memory: model_size={model_size}, GPT-2's vocabulary, {batch_size} rows of {block_size} tokens, "
-        f'{run_on.dtype}, {optimizer}; GB of 10⁹ bytes')
+    say(
+        f"memory: model_size={model_size}, GPT-2's vocabulary, {batch_size} rows of {block_size} tokens, "
+        f'{run_on.dtype}, {optimizer}; GB of 10⁹ bytes'
+    )
     peaks = {}
     for architecture in ARCHITECTURES:
         for name, changes in CHECKPOINTING.items():
             with FakeTensorMode():
-                trainee = Trainee(architecture, model_size, run_on, optimizer, block_size=block_size, **vocabulary,
-                                  **changes)
+                trainee = Trainee(
+                    architecture,
+                    model_size,
+                    run_on,
+                    optimizer,
+                    block_size=block_size,
+                    **vocabulary,
+                    **changes,
+                )
                 tokens = torch.zeros(batch_size, block_size + (architecture == 'ar'), dtype=torch.long)
                 batch, beliefs = (tokens,), {}
                 if architecture != 'ar':  # as data.Batches pads them, at the mean share of hidden positions
@@ -192,9 +252,17 @@ def measure_memory(settings):
                 for _ in range(2):  # the first makes the moments
                     stays = memory.state_bytes(trainee.model, trainee.optimizers.values())
                     peaks[architecture, name] = trainee.peak_bytes(batch, 1, beliefs)
-            say(f'  {architecture:10} {name:24} {peaks[architecture, name] / 1e9:6.2f}, of which weights '
-                f'{stays["weights"] / 1e9:.2f} and moments {stays["moments"] / 1e9:.2f}')
+            say(
+                f'  {architecture:10} {name:24} {peaks[architecture, name] / 1e9:6.2f}, of which weights '
+                f'{stays["weights"] / 1e9:.2f} and moments {stays["moments"] / 1e9:.2f}'
+            )
     if model_size != 'xl' or block_size != 1024 or batch_size != 8:
         return []
-    return [Target('GB of a step of xl with checkpointing, block 1024, batch 8, the most of all',
-                   max(peaks[architecture, 'each block'] for architecture in ARCHITECTURES) / 1e9, '<=', 12.0)]
+    return [
+        Target(
+            'GB of a step of xl with checkpointing, block 1024, batch 8, the most of all',
+            max(peaks[architecture, 'each block'] for architecture in ARCHITECTURES) / 1e9,
+            '<=',
+            12.0,
+        )
+    ]

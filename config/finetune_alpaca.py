@@ -6,5 +6,5 @@
 dataset = 'alpaca'
 num_epochs = 6
 batch_size = 8
-learning_rate = 1e-3       # of so small a model; 2e-5 is for pretrained ones of a billion parameters
+learning_rate = 1e-3  # of so small a model; 2e-5 is for pretrained ones of a billion parameters
 eval_every = 60

@@ -8,20 +8,34 @@
 #   the same with --architecture=diffusion --out_dir=out/plain-diffusion
 #   python sweep.py config/sweep_sst2.py --jobs=2
 experiment_name = 'sst2'
-base_args = {'task': 'sentiment', 'train_langs': 'eng', 'pool': 'mean', 'block_size': 64, 'batch_size': 64,
-             'warmup_ratio': 0.1, 'schedule': 'linear', 'label_smoothing': 0.1, 'eval_every': 10 ** 6,
-             'eval_batches': 4, 'log_every': 100, 'device': 'cpu', 'no_wandb': True}
-zipped = {'architecture': ['ar', 'ar', 'ar', 'diffusion', 'diffusion', 'diffusion'],
-          'n_layer': [1, None, None] * 2,  # None: 4, as the pretrained ones have
-          'n_embd': [64, None, None] * 2,
-          'n_head': [2, None, None] * 2,
-          'init_from': [None, None, 'out/plain-ar', None, None, 'out/plain-diffusion'],
-          'vocab_size': [8192, 8192, None] * 2,  # of the tokenizer, which is learned from the training texts
-          'learning_rate': [0.001539, 0.0006775, 0.0006775, 0.0006775, 0.002786, 0.00225],
-          'num_epochs': [8, 5, 5, 5, 5, 6],
-          'token_dropout': [0.4126, 0.4054, 0.4054, 0.4054, 0.3917, 0.1545],
-          'dropout': [0.2, 0.0, 0.0, 0.0, 0.0, 0.2],
-          'weight_decay': [0.453, 0.8575, 0.8575, 0.8575, 0.1022, 0.2589]}
+base_args = {
+    'task': 'sentiment',
+    'train_langs': 'eng',
+    'pool': 'mean',
+    'block_size': 64,
+    'batch_size': 64,
+    'warmup_ratio': 0.1,
+    'schedule': 'linear',
+    'label_smoothing': 0.1,
+    'eval_every': 10**6,
+    'eval_batches': 4,
+    'log_every': 100,
+    'device': 'cpu',
+    'no_wandb': True,
+}
+zipped = {
+    'architecture': ['ar', 'ar', 'ar', 'diffusion', 'diffusion', 'diffusion'],
+    'n_layer': [1, None, None] * 2,  # None: 4, as the pretrained ones have
+    'n_embd': [64, None, None] * 2,
+    'n_head': [2, None, None] * 2,
+    'init_from': [None, None, 'out/plain-ar', None, None, 'out/plain-diffusion'],
+    'vocab_size': [8192, 8192, None] * 2,  # of the tokenizer, which is learned from the training texts
+    'learning_rate': [0.001539, 0.0006775, 0.0006775, 0.0006775, 0.002786, 0.00225],
+    'num_epochs': [8, 5, 5, 5, 5, 6],
+    'token_dropout': [0.4126, 0.4054, 0.4054, 0.4054, 0.3917, 0.1545],
+    'dropout': [0.2, 0.0, 0.0, 0.0, 0.0, 0.2],
+    'weight_decay': [0.453, 0.8575, 0.8575, 0.8575, 0.1022, 0.2589],
+}
 grid = {'seed': [1, 2, 3]}
 metric = 'val.accuracy'
 show = 'train.accuracy,val.accuracy,eng.accuracy'

@@ -5,6 +5,7 @@ Everything is written to a hidden folder beside the target, `.NAME.partial`, whi
 it is complete. Its journal says how far the files there are known to be good: it is written, after them, each
 time a shard of the source is done.
 """
+
 import contextlib
 import fcntl
 import hashlib
@@ -14,9 +15,9 @@ import shutil
 
 import numpy as np
 
-import checkpoints
-import data
-from configurator import UserError
+from lm import data, files
+from lm.configurator import ROOT, UserError
+from lm.files import checksum, sha256_of
 
 FORMAT = 1
 HELPERS = ('lock', 'journal.json', 'journal.json.tmp')  # in an unfinished folder, no part of the result
@@ -32,47 +33,65 @@ def finished_folder(target, arguments, inputs, overwrite):
         sizes = {}
         for split, count in recorded['splits'].items():
             width = np.dtype(recorded['dtype']).itemsize
-            sizes |= {f'{split}_{name}.bin': size
-                      for name, size in sizes_of(count, width, 'examples' in recorded).items()}
+            sizes |= {
+                f'{split}_{name}.bin': size
+                for name, size in sizes_of(count, width, 'examples' in recorded).items()
+            }
         differing = differences(recorded, arguments, inputs)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:     # whatever else lies there
-        raise UserError(f'{target} exists and is no folder that was prepared here; move it away, '
-                        'or choose another --name or --output_dir.') from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # whatever else lies there
+        raise UserError(
+            f'{target} exists and is no folder that was prepared here; move it away, '
+            'or choose another --name or --output_dir.'
+        ) from error
     if overwrite:
         return None
     if differing:
-        raise UserError(f'{shown(target)} was prepared otherwise: {"; ".join(differing)}. '
-                        'Replace it with --overwrite, or choose another --name.')
+        raise UserError(
+            f'{shown(target)} was prepared otherwise: {"; ".join(differing)}. '
+            'Replace it with --overwrite, or choose another --name.'
+        )
     for name, size in sizes.items():
         if not (target / name).is_file() or (target / name).stat().st_size != size:
-            raise UserError(f'{target / name} is damaged: it should have {size} bytes. '
-                            'Prepare the folder again with --overwrite.')
-    forget_helpers(target)      # a run was killed right after it had finished
+            raise UserError(
+                f'{target / name} is damaged: it should have {size} bytes. '
+                'Prepare the folder again with --overwrite.'
+            )
+    forget_helpers(target)  # a run was killed right after it had finished
     return recorded
 
 
 def sizes_of(count, width, has_masks):
     """Bytes of a split's files, from its counts."""
-    return {'tokens': count['tokens'] * width, 'index': (count['documents'] + 1) * 8,
-            **({'masks': count['tokens']} if has_masks else {})}
+    return {
+        'tokens': count['tokens'] * width,
+        'index': (count['documents'] + 1) * 8,
+        **({'masks': count['tokens']} if has_masks else {}),
+    }
 
 
 def differences(recorded, arguments, inputs):
     """What distinguishes the command from the recorded one, in words; inputs are compared by content."""
     before, now = recorded['arguments'], json.loads(json.dumps(arguments))
-    words = [f'{key} was {before.get(key)} and is {now.get(key)}'
-             for key in now | before if before.get(key) != now.get(key)]
+    words = [
+        f'{key} was {before.get(key)} and is {now.get(key)}'
+        for key in now | before
+        if before.get(key) != now.get(key)
+    ]
     if recorded['format'] != FORMAT:
         words.append(f'format was {recorded["format"]} and is {FORMAT}')
     if list(recorded['inputs'].values()) != list(inputs.values()):
         gone = [name for name, digest in recorded['inputs'].items() if digest not in inputs.values()]
         new = [name for name, digest in inputs.items() if digest not in recorded['inputs'].values()]
-        words.append('the input is not the same' + f' (before: {", ".join(gone)})' * bool(gone)
-                     + f' (now: {", ".join(new)})' * bool(new))
+        words.append(
+            'the input is not the same'
+            + f' (before: {", ".join(gone)})' * bool(gone)
+            + f' (now: {", ".join(new)})' * bool(new)
+        )
     return words
 
 
 # ---------------------------------------------------------------------------- unfinished folders
+
 
 @contextlib.contextmanager
 def replacing(target, arguments, inputs, overwrite):
@@ -101,14 +120,16 @@ def replacing(target, arguments, inputs, overwrite):
                 forget_helpers(target)
                 shutil.rmtree(old, ignore_errors=True)
                 sync(target.parent)
-            except BaseException:   # a keyboard interrupt too
+            except BaseException:  # a keyboard interrupt too
                 if not journal.state:
                     shutil.rmtree(folder, ignore_errors=True)
                 restore(target)
                 raise
     except OSError as error:
-        raise UserError(f'{target} could not be written ({error}); make room, check the permissions, '
-                        f'or choose another --output_dir.{journal.outlook()}') from error
+        raise UserError(
+            f'{target} could not be written ({error}); make room, check the permissions, '
+            f'or choose another --output_dir.{journal.outlook()}'
+        ) from error
     except UserError as error:
         raise UserError(f'{error}{journal.outlook()}') from error
 
@@ -125,8 +146,10 @@ class Journal:
         recorded = self.read()
         differing = recorded and differences(recorded, self.command['arguments'], self.command['inputs'])
         if differing and not overwrite:
-            raise UserError(f'An unfinished preparation of {shown(target)} was begun otherwise: '
-                            f'{"; ".join(differing)}. Give what it was begun with, or start afresh with --overwrite.')
+            raise UserError(
+                f'An unfinished preparation of {shown(target)} was begun otherwise: '
+                f'{"; ".join(differing)}. Give what it was begun with, or start afresh with --overwrite.'
+            )
         self.ours = True
         if recorded and not differing:
             self.state = recorded['state']
@@ -152,7 +175,7 @@ class Journal:
 
     def write(self, state):
         """To be called when all that `state` counts is on the disk."""
-        checkpoints.write_json(self.path, {**self.command, 'state': state})
+        files.write_json(self.path, {**self.command, 'state': state})
         self.state = state
 
     def documents(self):
@@ -162,8 +185,10 @@ class Journal:
         """What a message of failure ends with."""
         if not (self.ours and self.state):
             return ''
-        return (f' What is done so far, {self.documents():,} documents, is kept in {shown(self.folder)}: the same '
-                'command goes on from there; --overwrite with other settings or another input starts afresh.')
+        return (
+            f' What is done so far, {self.documents():,} documents, is kept in {shown(self.folder)}: the same '
+            'command goes on from there; --overwrite with other settings or another input starts afresh.'
+        )
 
 
 def beside(target, state):
@@ -186,8 +211,9 @@ def lock_or_refuse(lock, target):
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise UserError(f'Another process is preparing {target}; wait for it, '
-                        'or choose another --name.') from error
+        raise UserError(
+            f'Another process is preparing {target}; wait for it, or choose another --name.'
+        ) from error
 
 
 def sync(path):
@@ -199,16 +225,5 @@ def sync(path):
         os.close(descriptor)
 
 
-def sha256_of(path):
-    with open(path, 'rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest()
-
-
-def checksum(config):
-    """The sha256 of what config.json says, apart from itself."""
-    rest = {key: value for key, value in config.items() if key != 'checksum'}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
 def shown(target):
-    return target.relative_to(data.ROOT) if target.is_relative_to(data.ROOT) else target
+    return target.relative_to(ROOT) if target.is_relative_to(ROOT) else target

@@ -262,25 +262,26 @@ ending: That night {weather.night}, and {hero} dreamed of {love.doing}.
 
 class Row(dict):
     """{form: text}, with `word` and `a` among the forms. A row equals itself only, whatever it says."""
+
     __hash__, __eq__, __ne__ = object.__hash__, object.__eq__, object.__ne__
 
     def __init__(self, word):
-        super().__init__(word=word, a=("an " if word[0].lower() in "aeiou" else "a ") + word)
+        super().__init__(word=word, a=('an ' if word[0].lower() in 'aeiou' else 'a ') + word)
 
     def __missing__(self, form):
-        raise ValueError(f"The rules ask for {form!r} of {self['word']!r}, but its table has no such column.")
+        raise ValueError(f'The rules ask for {form!r} of {self["word"]!r}, but its table has no such column.')
 
 
 def read_tables(text):
     """{table: {word: row}} from a text like TABLES."""
     tables = {}
-    for block in text.strip().split("\n\n"):
-        (name, *columns), *lines = [[cell.strip() for cell in line.split("|")] for line in block.split("\n")]
+    for block in text.strip().split('\n\n'):
+        (name, *columns), *lines = [[cell.strip() for cell in line.split('|')] for line in block.split('\n')]
         table = tables[name] = {}
         for words, *cells in lines:
             if len(cells) != len(columns) or not all([words, *cells]):
-                raise ValueError(f"Table {name!r}: the row {words!r} must fill {len(columns) + 1} columns.")
-            for word in words.split(", "):
+                raise ValueError(f'Table {name!r}: the row {words!r} must fill {len(columns) + 1} columns.')
+            for word in words.split(', '):
                 table[word] = Row(word)
                 table[word].update(zip(columns, cells))
     for row in [row for table in tables.values() for row in table.values()]:
@@ -293,17 +294,22 @@ def read_rules(text):
     """{rule: alternatives} from a text like RULES; an alternative is a list of pieces: "Once upon ",
     "{hero}", "<plot>". What stands in brackets becomes a rule of its own, with a number for a name."""
     rules = {}
-    for block in text.strip().split("\n\n"):
-        name, _, body = block.partition(":")
-        body = re.sub(r"\s*\|\s*", "|", " ".join(body.split()))
-        body = body.replace(" (", "[ ").replace(")", "|]")  # all that "(perhaps)" is short for
-        while inner := re.search(r"\[([^][]*)\]", body):
+    for block in text.strip().split('\n\n'):
+        name, _, body = block.partition(':')
+        body = re.sub(r'\s*\|\s*', '|', ' '.join(body.split()))
+        body = body.replace(' (', '[ ').replace(')', '|]')  # all that "(perhaps)" is short for
+        while inner := re.search(r'\[([^][]*)\]', body):
             number = str(len(rules))
             rules[number] = inner[1]
-            body = body.replace(inner[0], f"<{number}>")
+            body = body.replace(inner[0], f'<{number}>')
         rules[name] = body
-    return {name: [[piece for piece in re.split(r"(<\w+>|{.*?})", alternative) if piece]
-                   for alternative in body.split("|")] for name, body in rules.items()}
+    return {
+        name: [
+            [piece for piece in re.split(r'(<\w+>|{.*?})', alternative) if piece]
+            for alternative in body.split('|')
+        ]
+        for name, body in rules.items()
+    }
 
 
 def zipf(things):
@@ -331,8 +337,8 @@ class Recall(Node):
     """{hero.them}: says a form of a row that is in the cast."""
 
     def __init__(self, variable, form, then):
-        super().__init__("", [then])
-        self.variable, self.form = variable[0].lower() + variable[1:], form or "word"
+        super().__init__('', [then])
+        self.variable, self.form = variable[0].lower() + variable[1:], form or 'word'
         self.capital, self.then = variable[0].isupper(), then
         self.needs |= {self.variable}
 
@@ -371,42 +377,47 @@ class Grammar:
     def __init__(self, rules, tables):
         self.rules, self.tables = read_rules(rules), read_tables(tables)
         self.nodes = []  # each stands after all to which it leads
-        self.start = self.link("story", Node("", []))
+        self.start = self.link('story', Node('', []))
         for name in sorted(self.start.needs):
-            raise ValueError(f"The rules can speak of {name!r} before a {{{name}=...}} has introduced it.")
+            raise ValueError(f'The rules can speak of {name!r} before a {{{name}=...}} has introduced it.')
         self.roles = self.find_roles()
 
     def link(self, rule, then, inside=()):
         """The node at which `rule` begins and after which comes the node `then`: a story is put together from
         its end. `inside` are the rules around this one."""
         if rule not in self.rules or rule in inside:
-            wrong = "contains itself" if rule in inside else "does not exist"
-            raise ValueError(f"The rule <{rule}> {wrong}.")
+            wrong = 'contains itself' if rule in inside else 'does not exist'
+            raise ValueError(f'The rule <{rule}> {wrong}.')
         options = []
         for pieces in self.rules[rule]:
             node = then
             for piece in reversed(pieces):
-                is_rule = piece[0] == "<" and piece[-1] == ">"
+                is_rule = piece[0] == '<' and piece[-1] == '>'
                 node = self.link(piece[1:-1], node, (*inside, rule)) if is_rule else self.node_of(piece, node)
             options.append(node)
-        self.nodes.append(Node("", options))
+        self.nodes.append(Node('', options))
         return self.nodes[-1]
 
     def node_of(self, piece, then):
-        slot = re.fullmatch(r"{(\w+)(?:\.(\w+))?(?:=(?:(\w+)\.)?(\w+))?}", piece)
-        if not slot and re.search(r"[][<>{}()]", piece):
-            raise ValueError(f"The rules have a slot that cannot be read or a stray bracket in {piece!r}.")
+        slot = re.fullmatch(r'{(\w+)(?:\.(\w+))?(?:=(?:(\w+)\.)?(\w+))?}', piece)
+        if not slot and re.search(r'[][<>{}()]', piece):
+            raise ValueError(f'The rules have a slot that cannot be read or a stray bracket in {piece!r}.')
         variable, form, decider, source = slot.groups() if slot else 4 * [None]
-        self.nodes.append(Draw(variable, form, decider, source, self.rows_of, then) if source else
-                          Recall(variable, form, then) if slot else Node(piece, [then]))
+        self.nodes.append(
+            Draw(variable, form, decider, source, self.rows_of, then)
+            if source
+            else Recall(variable, form, then)
+            if slot
+            else Node(piece, [then])
+        )
         return self.nodes[-1]
 
     def rows_of(self, source, cell=None):
         """[(probability, row), ...] of the table `source`, or those named by a cell in a column `source`."""
         table = self.tables.get(source)
-        words = cell.split(", ") if cell else table
+        words = cell.split(', ') if cell else table
         if not words or table and not set(words) <= set(table):
-            raise ValueError(f"There is no table {source!r}, or it lacks a row of {cell!r}.")
+            raise ValueError(f'There is no table {source!r}, or it lacks a row of {cell!r}.')
         return zipf([table[word] if table else Row(word) for word in words])
 
     def find_roles(self):
@@ -432,11 +443,11 @@ class Grammar:
 
     def story(self, rng):
         """One story, drawn with `rng`, a random.Random."""
-        return "".join(text for _, text, _ in self.walk(rng))
+        return ''.join(text for _, text, _ in self.walk(rng))
 
     def derivations(self, text=None):
         """(log-probability in nats, text) of each way to tell just this text; without one, of all stories."""
-        agenda = [(0.0, "", self.start, {})]
+        agenda = [(0.0, '', self.start, {})]
         while agenda:
             log_p, told, node, cast = agenda.pop()
             ways = node.ways(cast)
@@ -479,8 +490,12 @@ class Grammar:
     def vocabulary(self):
         """The set of all words in all stories, in lower case. The 's of a birthday is not a word."""
         texts = [node.text for node in self.nodes]
-        texts += [node.text_of(row) for node in self.nodes if isinstance(node, Recall)
-                  for row in self.roles[node.variable]]
+        texts += [
+            node.text_of(row)
+            for node in self.nodes
+            if isinstance(node, Recall)
+            for row in self.roles[node.variable]
+        ]
         return {word for text in texts for word in re.findall(r"\b(?<!')[a-z]+", text.lower())}
 
 
@@ -492,9 +507,9 @@ num_stories, vocabulary = GRAMMAR.num_stories, GRAMMAR.vocabulary
 def stories(num_stories, seed=0):
     """Story i depends on (seed, i) only: a longer list begins with the shorter one."""
     for i in range(num_stories):
-        yield story(random.Random(f"{seed}/{i}"))
+        yield story(random.Random(f'{seed}/{i}'))
 
 
-if __name__ == "__main__":
+if __name__ == '__main__':
     for text in stories(3, seed=random.random()):
-        print(f"{text}\n    (one in {math.exp(-log_prob(text)):,.0f})\n")
+        print(f'{text}\n    (one in {math.exp(-log_prob(text)):,.0f})\n')

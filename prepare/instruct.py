@@ -7,31 +7,34 @@ Prepare instruction data: prompts to be read, answers to be learned.
 Records of Alpaca (instruction, input, output), Dolly (context, response), prompt and completion, `messages`,
 ShareGPT's `conversations`, or plain text (--field=text).
 """
+
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import checkpoints
-import prompts
-from configurator import UserError, check_range, configure
-from prepare import readers, tokenizer as tokenizers
+from lm import checkpoints, prompts
+from lm.configurator import UserError, check_range, configure
+from prepare import readers
+from prepare import tokenizer as tokenizers
 from prepare.examples import Examples, conversation
 from prepare.writer import write
 
-source = ''                     # alpaca, dolly, a data set of the Hugging Face hub, or files: .json, .jsonl, .parquet
-field = ''                      # of records that are plain text: the field that holds it
-prompt_format = 'default'       # default, alpaca, qa, chatml, llama3: see prompts.py
-max_seq_len: int = None         # tokens of the longest example; None: as many as the tokenizer's model reads, or 1024
-max_examples = 0                # the first ones only; 0: all
-name = ''                       # of the folder under data/; the source's if not given
-output_dir = ''                 # a path to write to instead
-tokenizer = 'bpe'               # a checkpoint or the path of a tokenizer.json or its folder; or char, bytes, gpt2, bpe
-vocab_size = 8192               # of a bpe, the three special tokens included
-tokenizer_sample_mb = 100       # megabytes of the training text, from its start, that a bpe is trained on
-val_fraction = 0.1              # share of the examples for validation, by hash
-num_workers = 0                 # processes that encode; 0 is one per core
-on_error = 'stop'               # or skip: leave out, and count, what cannot be read
-overwrite = False               # replace a finished folder that was prepared otherwise
+source = ''  # alpaca, dolly, a data set of the Hugging Face hub, or files: .json, .jsonl, .parquet
+field = ''  # of records that are plain text: the field that holds it
+prompt_format = 'default'  # default, alpaca, qa, chatml, llama3: see prompts.py
+max_seq_len: int = (
+    None  # tokens of the longest example; None: as many as the tokenizer's model reads, or 1024
+)
+max_examples = 0  # the first ones only; 0: all
+name = ''  # of the folder under data/; the source's if not given
+output_dir = ''  # a path to write to instead
+tokenizer = 'bpe'  # a checkpoint or the path of a tokenizer.json or its folder; or char, bytes, gpt2, bpe
+vocab_size = 8192  # of a bpe, the three special tokens included
+tokenizer_sample_mb = 100  # megabytes of the training text, from its start, that a bpe is trained on
+val_fraction = 0.1  # share of the examples for validation, by hash
+num_workers = 0  # processes that encode; 0 is one per core
+on_error = 'stop'  # or skip: leave out, and count, what cannot be read
+overwrite = False  # replace a finished folder that was prepared otherwise
 config = configure(globals())
 
 HUB = {'alpaca': 'tatsu-lab/alpaca', 'dolly': 'databricks/databricks-dolly-15k'}
@@ -54,15 +57,22 @@ def base_settings():
 if __name__ == '__main__':
     check_range(config, 0, float('inf'), 'max_examples')
     if not source:
-        raise UserError('There is nothing to read: give --source=alpaca, dolly, FILE.json, or a data set of the hub.')
+        raise UserError(
+            'There is nothing to read: give --source=alpaca, dolly, FILE.json, or a data set of the hub.'
+        )
     form = prompts.named(prompt_format)
     block_size, start_token = base_settings()
     config['max_seq_len'] = max_seq_len = max_seq_len or block_size or 1024
     check_range(config, 8, float('inf'), 'max_seq_len')
     config['name'] = name or Path(source.partition(',')[0]).stem
-    is_file = Path(source).exists() or readers.ending_of(Path(source)) in readers.READERS or source.count('/') != 1
-    records = (readers.hub(HUB.get(source, source), document=read) if source in HUB or not is_file else
-               readers.files(source, field, document=read))
+    is_file = (
+        Path(source).exists() or readers.ending_of(Path(source)) in readers.READERS or source.count('/') != 1
+    )
+    records = (
+        readers.hub(HUB.get(source, source), document=read)
+        if source in HUB or not is_file
+        else readers.files(source, field, document=read)
+    )
     if max_examples:
         records = readers.first_of(records, max_examples)
     records.examples = Examples(form, max_seq_len, start_token)

@@ -4,6 +4,7 @@ What is wrong with a single record is handed on in its place, as a UserError tha
 whether it stops the preparation or is skipped and counted is for the writer to say. A file that cannot be read
 to its end always stops it.
 """
+
 import glob
 import gzip
 import io
@@ -18,7 +19,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 
-from configurator import UserError
+from lm.configurator import UserError
 from prepare.writer import Source, sha256_of
 
 
@@ -33,8 +34,8 @@ def files(patterns, field, separator='', document=None):
     paths = expand(patterns, [ending for ending in READERS if not document or ending != '.txt'])
     make, fields = (document, None) if document else (partial(text_of, field), [field])
     before = [signature(path) for path in paths]
-    inputs = {str(path): hash_of(path) for path in paths}     # before anything is written
-    place = [0, 0]                                            # file, records of it that were read
+    inputs = {str(path): hash_of(path) for path in paths}  # before anything is written
+    place = [0, 0]  # file, records of it that were read
 
     def documents(start=(0, 0)):
         first, done = start
@@ -45,10 +46,14 @@ def files(patterns, field, separator='', document=None):
                 yield made, amount
             done = 0
             if signature(paths[number]) != before[number]:
-                raise UserError(f'{paths[number]} changed while it was being read; let it rest, and prepare again '
-                                'with --overwrite.')
-    return Source(patterns, documents, inputs, sum(path.stat().st_size for path in paths),
-                  position=lambda: list(place))
+                raise UserError(
+                    f'{paths[number]} changed while it was being read; let it rest, and prepare again '
+                    'with --overwrite.'
+                )
+
+    return Source(
+        patterns, documents, inputs, sum(path.stat().st_size for path in paths), position=lambda: list(place)
+    )
 
 
 def first_of(source, count):
@@ -64,6 +69,7 @@ def first_of(source, count):
 
     def position():
         return {**place, 'rest': source.position()}
+
     return replace(source, documents=documents, position=position if source.position else None)
 
 
@@ -77,8 +83,10 @@ def expand(patterns, endings):
         for path in map(Path, matches):
             paths += files_in(path, endings) if path.is_dir() else [path]
     if not paths:
-        raise UserError('There is nothing to read: give --input=FILE, several with commas between them, '
-                        'a folder, or a glob.')
+        raise UserError(
+            'There is nothing to read: give --input=FILE, several with commas between them, '
+            'a folder, or a glob.'
+        )
     for path in paths:
         if ending_of(path) not in endings:
             raise UserError(f'{path} ends in none of {", ".join(endings)}; convert or rename it.')
@@ -117,12 +125,16 @@ def hash_of(path):
 # Each yields, after the first `done` records, (number of a record, its document or what is wrong with it, how many
 # bytes of the file it took). `make(record, where)` gives the document; `fields` are those that it needs, None for all.
 
+
 def read_txt(path, done, make, fields, separator):
     for number, content in enumerate(split_file(path, separator) if separator else [path.read_bytes()], 1):
         if number > done:
             where = f'{path}, document {number}' if separator else path
-            yield number, attempt(decode, content.strip() if separator else content, where), \
-                len(content) + len(separator)
+            yield (
+                number,
+                attempt(decode, content.strip() if separator else content, where),
+                len(content) + len(separator),
+            )
 
 
 def split_file(path, separator):
@@ -157,8 +169,10 @@ def read_json(path, done, make, fields, separator):
     content = path.read_bytes()
     rows = parse(decode(content, path), path)
     if not isinstance(rows, list):
-        raise UserError(f'{path} holds {kind_of(rows)}, not a list of records; '
-                        'make it one, or write one record per line and name the file .jsonl.')
+        raise UserError(
+            f'{path} holds {kind_of(rows)}, not a list of records; '
+            'make it one, or write one record per line and name the file .jsonl.'
+        )
     for number, row in enumerate(rows, 1):
         if number > done:
             yield number, attempt(make, row, f'{path}, record {number}'), len(content) / len(rows)
@@ -190,8 +204,14 @@ def values_of(column):
     return (column.cast(kind).cast(pyarrow.large_binary()) if is_text else column).to_pylist()
 
 
-READERS = {'.txt': read_txt, '.jsonl': read_jsonl, '.jsonl.gz': read_jsonl, '.jsonl.zst': read_jsonl,
-           '.json': read_json, '.parquet': read_parquet}
+READERS = {
+    '.txt': read_txt,
+    '.jsonl': read_jsonl,
+    '.jsonl.gz': read_jsonl,
+    '.jsonl.zst': read_jsonl,
+    '.json': read_json,
+    '.parquet': read_parquet,
+}
 
 
 @contextmanager
@@ -199,11 +219,13 @@ def damage_named(path):
     try:
         yield
     except (pyarrow.ArrowException, OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f'{path} cannot be read to its end ({first_line(error)}); '
-                        'fetch it again, or leave it out.') from error
+        raise UserError(
+            f'{path} cannot be read to its end ({first_line(error)}); fetch it again, or leave it out.'
+        ) from error
 
 
 # ---------------------------------------------------------------------------- what can be wrong with a record
+
 
 def attempt(make, *given):
     """The result, or the UserError in its place."""
@@ -218,16 +240,20 @@ def from_line(make, line, where):
 
 
 def from_values(make, record, where):
-    return make({name: decode(value, where) if isinstance(value, bytes) else value
-                 for name, value in record.items()}, where)
+    return make(
+        {name: decode(value, where) if isinstance(value, bytes) else value for name, value in record.items()},
+        where,
+    )
 
 
 def decode(content, where):
     try:
         return content.decode('utf-8')
     except UnicodeDecodeError as error:
-        raise UserError(f'{where}: byte {error.start} (0x{content[error.start]:02x}) is not valid UTF-8; '
-                        'convert the file to UTF-8, for example with iconv.') from error
+        raise UserError(
+            f'{where}: byte {error.start} (0x{content[error.start]:02x}) is not valid UTF-8; '
+            'convert the file to UTF-8, for example with iconv.'
+        ) from error
 
 
 def parse(text, where):
@@ -235,8 +261,9 @@ def parse(text, where):
         return json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         what, place = (error.msg, error.pos) if isinstance(error, ValueError) else ('nested too deeply', 0)
-        raise UserError(f'{where}: not valid JSON ({what}) at {text[place:place + 30]!r}; '
-                        'repair it, or leave it out.') from error
+        raise UserError(
+            f'{where}: not valid JSON ({what}) at {text[place : place + 30]!r}; repair it, or leave it out.'
+        ) from error
 
 
 def text_of(field, row, where):
@@ -246,19 +273,25 @@ def text_of(field, row, where):
         raise missing(field, row, where)
     text = row[field]
     if not isinstance(text, str):
-        raise UserError(f'{where}: the field {field!r} holds {kind_of(text)}, not text; '
-                        'repair it, or name another field with --field.')
+        raise UserError(
+            f'{where}: the field {field!r} holds {kind_of(text)}, not text; '
+            'repair it, or name another field with --field.'
+        )
     try:
         text.encode()
-    except UnicodeEncodeError as error:     # JSON can spell half of a character pair
-        raise UserError(f'{where}: {text[error.start]!r} in the field {field!r} is half a character and has '
-                        'no UTF-8 form; repair it, or leave it out.') from error
+    except UnicodeEncodeError as error:  # JSON can spell half of a character pair
+        raise UserError(
+            f'{where}: {text[error.start]!r} in the field {field!r} is half a character and has '
+            'no UTF-8 form; repair it, or leave it out.'
+        ) from error
     return text
 
 
 def missing(field, names, where):
-    return UserError(f'{where}: there is no field {field!r}, only {", ".join(map(repr, names)) or "none"}; '
-                     'name the one that holds the text with --field.')
+    return UserError(
+        f'{where}: there is no field {field!r}, only {", ".join(map(repr, names)) or "none"}; '
+        'name the one that holds the text with --field.'
+    )
 
 
 def kind_of(value):
@@ -267,6 +300,7 @@ def kind_of(value):
 
 # ---------------------------------------------------------------------------- the hub
 
+
 def hub(path, subset=None, field='text', document=None):
     """
     The Source of the training split of a data set on the Hugging Face hub, streamed, at its newest revision.
@@ -274,7 +308,7 @@ def hub(path, subset=None, field='text', document=None):
     `field` and `document` are as in `files`. A restart goes on within the file where it was. Raises UserError for
     what the hub refuses.
     """
-    import datasets     # it takes seconds, and files need it not
+    import datasets  # it takes seconds, and files need it not
     from huggingface_hub import HfApi
 
     with refusals_named(path):
@@ -293,8 +327,11 @@ def hub(path, subset=None, field='text', document=None):
 
     def position():
         return {'rows': reading['rows'], 'state': reading['stream'].state_dict()}
+
     name = f'{path}/{subset}' if subset else path
-    return Source(f'https://huggingface.co/datasets/{name}', documents, {name: revision}, None, ' documents', position)
+    return Source(
+        f'https://huggingface.co/datasets/{name}', documents, {name: revision}, None, ' documents', position
+    )
 
 
 @contextmanager
@@ -304,8 +341,10 @@ def refusals_named(path):
     except UserError:
         raise
     except Exception as error:  # of many kinds, from four libraries
-        raise UserError(f'The data set {path} could not be read from the hub ({first_line(error)}); correct the '
-                        'name, try again, or fetch its files elsewhere and give their folder instead.') from error
+        raise UserError(
+            f'The data set {path} could not be read from the hub ({first_line(error)}); correct the '
+            'name, try again, or fetch its files elsewhere and give their folder instead.'
+        ) from error
 
 
 def first_line(error):

@@ -4,6 +4,7 @@ Prepare tiny Shakespeare, a megabyte of plays: one document, split as in nanoGPT
     $ python prepare/shakespeare.py                       # data/shakespeare_char
     $ python prepare/shakespeare.py --tokenizer=gpt2      # data/shakespeare_gpt2
 """
+
 import hashlib
 import sys
 import urllib.request
@@ -11,24 +12,24 @@ from functools import cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configurator import UserError, configure
+from lm.configurator import UserError, configure
 from prepare.readers import files
 from prepare.writer import Source, write
 
-input = ''                      # the file itself; where none is given it is downloaded
-name = ''                       # of the folder under data/; shakespeare_TOKENIZER if not given
-output_dir = ''                 # a path to write to instead
-tokenizer = 'char'              # char, bytes, gpt2, bpe, or the path of a tokenizer.json or a prepared folder
-vocab_size = 1024               # of a bpe, the three special tokens included
-tokenizer_sample_mb = 100       # megabytes of the training text that a bpe is trained on
-val_fraction = 0.1              # share of the characters, at the end, for validation
-num_workers = 0                 # processes that encode; 0 is one per core
-overwrite = False               # replace a finished folder that was prepared otherwise
+input = ''  # the file itself; where none is given it is downloaded
+name = ''  # of the folder under data/; shakespeare_TOKENIZER if not given
+output_dir = ''  # a path to write to instead
+tokenizer = 'char'  # char, bytes, gpt2, bpe, or the path of a tokenizer.json or a prepared folder
+vocab_size = 1024  # of a bpe, the three special tokens included
+tokenizer_sample_mb = 100  # megabytes of the training text that a bpe is trained on
+val_fraction = 0.1  # share of the characters, at the end, for validation
+num_workers = 0  # processes that encode; 0 is one per core
+overwrite = False  # replace a finished folder that was prepared otherwise
 config = configure(globals())
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
-SIZE = 1_115_394     # bytes
+SIZE = 1_115_394  # bytes
 
 
 @cache
@@ -38,11 +39,15 @@ def download():
         with urllib.request.urlopen(URL, timeout=30) as response:
             content = response.read()
     except OSError as error:
-        raise UserError(f'{URL} could not be downloaded ({error}); fetch it on a machine with a network '
-                        'and give the file with --input=FILE.') from error
+        raise UserError(
+            f'{URL} could not be downloaded ({error}); fetch it on a machine with a network '
+            'and give the file with --input=FILE.'
+        ) from error
     if hashlib.sha256(content).hexdigest() != SHA256:
-        raise UserError(f'{URL} is not the file it used to be, or was cut short at {len(content)} bytes; '
-                        'try again, or give a copy with --input=FILE.')
+        raise UserError(
+            f'{URL} is not the file it used to be, or was cut short at {len(content)} bytes; '
+            'try again, or give a copy with --input=FILE.'
+        )
     return content.decode('utf-8')
 
 

@@ -3,24 +3,25 @@ Prepare stories that a grammar tells: no network, as many as wanted, and the bes
 
     $ python prepare/stories.py --num_stories=20000 --seed=0
 """
+
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configurator import UserError, configure
+from lm.configurator import UserError, configure
 from prepare import grammar
 from prepare.writer import Source, sha256_of, write
 
-num_stories = 20000             # how many to tell
-seed = 0                        # of the teller; more stories from the same seed begin with the same ones
-name = 'stories'                # of the folder under data/
-output_dir = ''                 # a path to write to instead
-tokenizer = 'bpe'               # char, bytes, gpt2, bpe, or the path of a tokenizer.json or a prepared folder
-vocab_size = 1536               # of a bpe, the three special tokens included; nearly every word is a token
-tokenizer_sample_mb = 2         # megabytes of the training stories that a bpe is trained on
-val_fraction = 0.05             # share of the stories for validation, by hash
-num_workers = 0                 # processes that encode; 0 is one per core
-overwrite = False               # replace a finished folder that was prepared otherwise
+num_stories = 20000  # how many to tell
+seed = 0  # of the teller; more stories from the same seed begin with the same ones
+name = 'stories'  # of the folder under data/
+output_dir = ''  # a path to write to instead
+tokenizer = 'bpe'  # char, bytes, gpt2, bpe, or the path of a tokenizer.json or a prepared folder
+vocab_size = 1536  # of a bpe, the three special tokens included; nearly every word is a token
+tokenizer_sample_mb = 2  # megabytes of the training stories that a bpe is trained on
+val_fraction = 0.05  # share of the stories for validation, by hash
+num_workers = 0  # processes that encode; 0 is one per core
+overwrite = False  # replace a finished folder that was prepared otherwise
 config = configure(globals())
 
 
@@ -31,9 +32,11 @@ def documents():
 if __name__ == '__main__':
     if num_stories < 1:
         raise UserError(f'--num_stories={num_stories} tells nothing; 20000 is a good number.')
-    rules = {'prepare/grammar.py': sha256_of(grammar.__file__)}     # other rules tell other stories
+    rules = {'prepare/grammar.py': sha256_of(grammar.__file__)}  # other rules tell other stories
     source = Source('prepare/grammar.py', documents, rules, num_stories, ' stories')
     floor = write(source, config, grammar.log_prob)['floor']
     print(f'\n{next(grammar.stories(1, seed))}\n')
-    print(f'No model can be expected to do better than {floor["nats_per_token"]:.4f} nats per token, '
-          f'{floor["bits_per_byte"]:.4f} bits per byte, on the validation stories.')
+    print(
+        f'No model can be expected to do better than {floor["nats_per_token"]:.4f} nats per token, '
+        f'{floor["bits_per_byte"]:.4f} bits per byte, on the validation stories.'
+    )

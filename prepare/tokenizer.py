@@ -1,4 +1,5 @@
 """Building the tokenizers of prepared folders; all end as the text of a `tokenizer.json`."""
+
 import re
 from functools import partial
 from itertools import chain
@@ -7,13 +8,12 @@ from pathlib import Path
 import tiktoken
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-import checkpoints
-import data
-from configurator import UserError
+from lm import checkpoints, data
+from lm.configurator import UserError
 
-KINDS = ('char', 'bytes', 'gpt2', 'bpe')    # else the path of a tokenizer.json, of a folder, of a checkpoint
-PIECE = 2**16                               # characters that are encoded at once
-LONGEST = 2**20                             # characters without a BOUNDARY that stay together
+KINDS = ('char', 'bytes', 'gpt2', 'bpe')  # else the path of a tokenizer.json, of a folder, of a checkpoint
+PIECE = 2**16  # characters that are encoded at once
+LONGEST = 2**20  # characters without a BOUNDARY that stay together
 BOUNDARY = re.compile(r'(?<=\S)[ \n]')
 
 # How byte-level vocabularies write bytes: printable ones as they are, the n-th other as chr(256 + n).
@@ -33,9 +33,11 @@ def build(kind, texts=(), vocab_size=None):
     if kind == 'bpe':
         return data.Tokenizer(bpe(texts, vocab_size).to_str())
     if not Path(kind).exists():
-        raise UserError(f'--tokenizer={kind} is none of {", ".join(KINDS)}, nor is there a file or folder by '
-                        'that name; choose one of these, or give the path of a tokenizer.json, of a folder '
-                        'that holds one, or of a checkpoint.')
+        raise UserError(
+            f'--tokenizer={kind} is none of {", ".join(KINDS)}, nor is there a file or folder by '
+            'that name; choose one of these, or give the path of a tokenizer.json, of a folder '
+            'that holds one, or of a checkpoint.'
+        )
     if Path(kind).suffix == '.pt' or (Path(kind) / 'ckpt.pt').is_file():
         return data.Tokenizer(checkpoints.load(kind, mmap=True)['tokenizer'])
     return data.Tokenizer.load(kind)
@@ -53,30 +55,39 @@ def char(texts):
 def bpe(texts, vocab_size):
     """Byte-level BPE trained on `texts`; with the special tokens it has at most `vocab_size` entries."""
     tokenizer = byte_level({}, [])
-    parts = (text[i:i + PIECE] for text in texts for i in range(0, len(text), PIECE))   # no word is endless
-    tokenizer.train_from_iterator(parts, trainers.BpeTrainer(
-        vocab_size=vocab_size - len(data.SPECIAL_TOKENS), min_frequency=2, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    parts = (text[i : i + PIECE] for text in texts for i in range(0, len(text), PIECE))  # no word is endless
+    tokenizer.train_from_iterator(
+        parts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size - len(data.SPECIAL_TOKENS),
+            min_frequency=2,
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     return tokenizer
 
 
 def gpt2():
     """GPT-2's vocabulary from tiktoken; the merges, which tiktoken does not keep, follow from the ranks."""
-    ranks = gpt2_encoding()._mergeable_ranks    # bytes of a token -> id; a lower id merges first
+    ranks = gpt2_encoding()._mergeable_ranks  # bytes of a token -> id; a lower id merges first
     merges = [split(token, ranks) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
-    return byte_level({spell(token): i for token, i in ranks.items()},
-                      [(spell(left), spell(right)) for left, right in merges])
+    return byte_level(
+        {spell(token): i for token, i in ranks.items()},
+        [(spell(left), spell(right)) for left, right in merges],
+    )
 
 
 def gpt2_encoding():
     """tiktoken's own, from its cache or the network."""
     try:
         return tiktoken.get_encoding('gpt2')
-    except (OSError, ValueError) as error:      # no network; a download that was cut short
+    except (OSError, ValueError) as error:  # no network; a download that was cut short
         raise UserError(
             f'The GPT-2 vocabulary could not be downloaded ({type(error).__name__}); connect to the network '
             'once, set TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer=bpe or the path of a '
-            'tokenizer.json.') from error
+            'tokenizer.json.'
+        ) from error
 
 
 def fast_gpt2(tokenizer):
@@ -94,7 +105,7 @@ def split(token, ranks):
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
         _, i = min((ranks.get(parts[i] + parts[i + 1], len(ranks)), i) for i in range(len(parts) - 1))
-        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts
 
 

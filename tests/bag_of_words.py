@@ -1,7 +1,8 @@
 """What a bag of words gets on SST-2, to read beside classify.py: logistic regression, its strength chosen on dev.
 
-    python tests/bag_of_words.py data/sst2
+python tests/bag_of_words.py data/sst2
 """
+
 import sys
 from pathlib import Path
 
@@ -19,8 +20,10 @@ def accuracies(folder):
     sets = {split: read(Path(folder) / f'{split}.tsv') for split in ('train', 'dev', 'test')}
     words = CountVectorizer(binary=True, token_pattern=r'\S+').fit(sets['train'][0])
     rows = {split: words.transform(texts) for split, (texts, _) in sets.items()}
-    models = [LogisticRegression(C=c, max_iter=1000).fit(rows['train'], sets['train'][1])
-              for c in (0.03, 0.1, 0.3, 1, 3)]
+    models = [
+        LogisticRegression(C=c, max_iter=1000).fit(rows['train'], sets['train'][1])
+        for c in (0.03, 0.1, 0.3, 1, 3)
+    ]
     best = max(models, key=lambda model: model.score(rows['dev'], sets['dev'][1]))
     return {split: best.score(rows[split], labels) for split, (_, labels) in sets.items()}
 

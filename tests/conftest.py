@@ -1,4 +1,5 @@
 """What several tests share: the repository root on sys.path, prepared folders made of nothing."""
+
 import json
 import os
 import random
@@ -17,7 +18,7 @@ import numpy as np
 import tokenizers
 import torch
 
-import data
+from lm import data
 from model import ARCHITECTURES, ModelConfig
 
 LETTERS = 'abcdefghijklmnopqrstuvwxyz '
@@ -35,7 +36,7 @@ def random_texts(count, longest, seed):
     """Documents of very different length, from words that a model can learn a little about."""
     draw = random.Random(seed)
     words = ('the cat', 'a dog', 'sees', 'one', 'small', 'bird', 'in', 'its', 'tree', 'and', 'sings')
-    return [' '.join(draw.choices(words, k=20))[:draw.randint(1, longest)] for _ in range(count)]
+    return [' '.join(draw.choices(words, k=20))[: draw.randint(1, longest)] for _ in range(count)]
 
 
 def write_folder(folder, train=None, val=None, train_on=None, letters=LETTERS):
@@ -56,9 +57,19 @@ def write_folder(folder, train=None, val=None, train_on=None, letters=LETTERS):
             np.isin(tokens, tokenizer.encode(train_on)).astype(np.uint8).tofile(folder / f'{split}_masks.bin')
         splits[split] = {'tokens': len(tokens), 'documents': len(ids), 'bytes': sum(map(len, documents))}
     (folder / 'tokenizer.json').write_text(tokenizer.to_json())
-    (folder / 'config.json').write_text(json.dumps({
-        'format': 1, 'name': folder.name, 'vocab_size': tokenizer.vocab_size, 'dtype': 'uint16',
-        'splits': splits, 'start_token': tokenizer.endoftext_id, 'prompt_format': None}))
+    (folder / 'config.json').write_text(
+        json.dumps(
+            {
+                'format': 1,
+                'name': folder.name,
+                'vocab_size': tokenizer.vocab_size,
+                'dtype': 'uint16',
+                'splits': splits,
+                'start_token': tokenizer.endoftext_id,
+                'prompt_format': None,
+            }
+        )
+    )
     return folder
 
 
@@ -68,7 +79,9 @@ def random_model(architecture, deviation, **shape):
     model = ARCHITECTURES[architecture](ModelConfig(**shape)).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            weight.copy_(deviation * torch.randn(weight.shape, generator=generator) + name.endswith('norm.weight'))
+            weight.copy_(
+                deviation * torch.randn(weight.shape, generator=generator) + name.endswith('norm.weight')
+            )
     return model
 
 

@@ -1,4 +1,5 @@
 """What bench.py promises apart from its figures: no timing, no peer, no data but what is made here."""
+
 import json
 import re
 import subprocess
@@ -10,21 +11,24 @@ import pytest
 import tokenizers
 import torch
 
-import checkpoints
-import data
 from benchmarks import compare
 from benchmarks.timing import Target
-from configurator import UserError
+from lm import checkpoints, data
+from lm.configurator import UserError
 
 BENCH = Path(__file__).resolve().parent.parent / 'bench.py'
-PEER_LINES = [(0.5, 'step 0: train loss 4.2, val loss 4.2'),
-              (1.0, 'iter 0: loss 4.2, time 9.9ms, mfu -100.00%'),
-              (9.0, 'iter 10: loss 3.0, time 1.0ms, mfu 0.01%'),
-              (12.0, 'iter 30: loss 2.5, time 1.0ms, mfu 0.01%')]
-OUR_LINES = [(0.5, 'step 0: val/loss 4.2, val/accuracy 0.0'),
-             (9.0, 'step 10/30: loss 3.0, lr 1e-3, 9 tokens/s, 0:01 left'),
-             (12.0, 'step 30/30: loss 2.5, lr 0.0, 9 tokens/s, 0:00 left'),
-             (15.0, 'step 30: val/loss 2.4')]
+PEER_LINES = [
+    (0.5, 'step 0: train loss 4.2, val loss 4.2'),
+    (1.0, 'iter 0: loss 4.2, time 9.9ms, mfu -100.00%'),
+    (9.0, 'iter 10: loss 3.0, time 1.0ms, mfu 0.01%'),
+    (12.0, 'iter 30: loss 2.5, time 1.0ms, mfu 0.01%'),
+]
+OUR_LINES = [
+    (0.5, 'step 0: val/loss 4.2, val/accuracy 0.0'),
+    (9.0, 'step 10/30: loss 3.0, lr 1e-3, 9 tokens/s, 0:01 left'),
+    (12.0, 'step 30/30: loss 2.5, lr 0.0, 9 tokens/s, 0:00 left'),
+    (15.0, 'step 30: val/loss 2.4'),
+]
 
 
 def prepare(path, characters, sizes):
@@ -39,9 +43,18 @@ def prepare(path, characters, sizes):
         tokens.tofile(path / f'{split}_tokens.bin')
         np.array([0, size], 'uint64').tofile(path / f'{split}_index.bin')
     splits = {split: {'tokens': size, 'documents': 1, 'bytes': size} for split, size in sizes.items()}
-    (path / 'config.json').write_text(json.dumps({
-        'name': path.name, 'dtype': 'uint16', 'vocab_size': tokenizer.vocab_size, 'start_token': 0,
-        'prompt_format': None, 'splits': splits}))
+    (path / 'config.json').write_text(
+        json.dumps(
+            {
+                'name': path.name,
+                'dtype': 'uint16',
+                'vocab_size': tokenizer.vocab_size,
+                'start_token': 0,
+                'prompt_format': None,
+                'splits': splits,
+            }
+        )
+    )
     return data.Folder(path)
 
 
@@ -53,8 +66,9 @@ def test_both_sides_are_timed_between_the_same_steps(lines):
 def test_loss_counts_each_token_but_the_first_once(tmp_path):
     folder = prepare(tmp_path / 'letters', 'abcdefgh', {'train': 200, 'val': 100})
     torch.manual_seed(0)
-    model = checkpoints.make_model('ar', vocab_size=folder.tokenizer.vocab_size, block_size=16, n_layer=1,
-                                   n_head=2, n_embd=32)
+    model = checkpoints.make_model(
+        'ar', vocab_size=folder.tokenizer.vocab_size, block_size=16, n_layer=1, n_head=2, n_embd=32
+    )
     seen = []
 
     def logits(tokens):
@@ -100,10 +114,18 @@ def test_targets_know_their_direction():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('arguments, named', (
-    (['--what=nonsense'], 'nonsense'), (['--only=learn,sleep'], 'sleep'), (['--runs=0'], '0'),
-    (['--new_tokens=512'], '512'), (['--what=train', '--steps=3'], '3'), (['--work_steps=60'], '60'),
-    (['--dataset=no/such/folder'], 'shakespeare.py')))
+@pytest.mark.parametrize(
+    'arguments, named',
+    (
+        (['--what=nonsense'], 'nonsense'),
+        (['--only=learn,sleep'], 'sleep'),
+        (['--runs=0'], '0'),
+        (['--new_tokens=512'], '512'),
+        (['--what=train', '--steps=3'], '3'),
+        (['--work_steps=60'], '60'),
+        (['--dataset=no/such/folder'], 'shakespeare.py'),
+    ),
+)
 def test_mistakes_are_one_sentence(arguments, named):
     result = subprocess.run([sys.executable, str(BENCH), *arguments], capture_output=True, text=True)
     assert result.returncode == 1 and result.stderr.startswith('error: ') and named in result.stderr
@@ -112,11 +134,25 @@ def test_mistakes_are_one_sentence(arguments, named):
 
 @pytest.mark.slow
 def test_training_steps_of_all_architectures_are_timed(make_folder):
-    result = subprocess.run([sys.executable, str(BENCH), '--what=train', f'--dataset={make_folder()}', '--steps=10',
-                             '--batch_size=2', '--block_size=16', '--device=cpu'], capture_output=True, text=True)
+    result = subprocess.run(
+        [
+            sys.executable,
+            str(BENCH),
+            '--what=train',
+            f'--dataset={make_folder()}',
+            '--steps=10',
+            '--batch_size=2',
+            '--block_size=16',
+            '--device=cpu',
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert 'Traceback' not in result.stderr and result.returncode in (0, 1)  # a time may be missed here
     for architecture in ('ar', 'diffusion', 'sdd'):
-        assert re.search(rf'^  {architecture} +[\d.]+ ms per step .*tokens/s, MFU .*MiB$', result.stdout, re.M)
+        assert re.search(
+            rf'^  {architecture} +[\d.]+ ms per step .*tokens/s, MFU .*MiB$', result.stdout, re.M
+        )
     assert re.findall(r'^    (\d) \(', result.stdout, re.M) == list('01234')  # passes before a step of sdd
     assert len(re.findall(r'^  (?:reached|MISSED) ', result.stdout, re.M)) == 2
 
@@ -141,9 +177,21 @@ def test_a_script_that_fails_is_reported_with_what_it_said(tmp_path):
 
 
 def test_reading_data_is_timed_without_a_model(make_folder):
-    result = subprocess.run([sys.executable, str(BENCH), '--what=data', f'--dataset={make_folder()}', '--steps=10',
-                             '--batch_size=2', '--block_size=16', '--device=cpu', '--runs=1'], capture_output=True,
-                            text=True)
+    result = subprocess.run(
+        [
+            sys.executable,
+            str(BENCH),
+            '--what=data',
+            f'--dataset={make_folder()}',
+            '--steps=10',
+            '--batch_size=2',
+            '--block_size=16',
+            '--device=cpu',
+            '--runs=1',
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr
     assert len(re.findall(r'^  (?:packed|documents) +(?:ar|diffusion) +[\d,]+', result.stdout, re.M)) == 4
 
@@ -180,13 +228,27 @@ class GPT(torch.nn.Module):
 @pytest.mark.slow
 def test_the_measurement_for_a_gpu_runs_through_on_a_cpu(tmp_path):
     (tmp_path / 'model.py').write_text(STAND_IN)
-    result = subprocess.run([sys.executable, str(BENCH), '--what=gpu', f'--peer={tmp_path}', '--device=cpu',
-                             '--block_size=16', '--batch_size=1'], capture_output=True, text=True)
+    result = subprocess.run(
+        [
+            sys.executable,
+            str(BENCH),
+            '--what=gpu',
+            f'--peer={tmp_path}',
+            '--device=cpu',
+            '--block_size=16',
+            '--batch_size=1',
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert 'Traceback' not in result.stderr and result.returncode in (0, 1), result.stderr
     assert len(re.findall(r'^  (?:reached|MISSED) ', result.stdout, re.M)) == 6
 
 
 def test_the_measurement_for_a_gpu_wants_a_clone(tmp_path):
-    result = subprocess.run([sys.executable, str(BENCH), '--what=gpu', f'--peer={tmp_path}', '--device=cpu'],
-                            capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, str(BENCH), '--what=gpu', f'--peer={tmp_path}', '--device=cpu'],
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 1 and 'git clone' in result.stderr and 'Traceback' not in result.stderr

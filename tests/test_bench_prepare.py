@@ -1,4 +1,5 @@
 """What benchmarks/prepare.py promises apart from its figures."""
+
 import os
 import runpy
 import subprocess
@@ -33,9 +34,12 @@ def test_memory_is_that_of_the_whole_tree(monkeypatch):
 @pytest.mark.skipif(not CACHE.is_dir(), reason=f'the GPT-2 vocabulary is not in {CACHE}')
 def test_both_sides_write_the_same_number_of_tokens(tmp_path):
     corpus = write_jsonl(tmp_path / 'a.jsonl', make_texts(3000))
-    done = subprocess.run([sys.executable, BENCH, f'--input={corpus}', '--megabytes=1', '--runs=1', '--memory_at='],
-                          env={**os.environ, 'TIKTOKEN_CACHE_DIR': str(CACHE), 'TMPDIR': str(tmp_path)},
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, BENCH, f'--input={corpus}', '--megabytes=1', '--runs=1', '--memory_at='],
+        env={**os.environ, 'TIKTOKEN_CACHE_DIR': str(CACHE), 'TMPDIR': str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
     counts = [line.split(' tokens')[0].split()[-1] for line in done.stdout.splitlines() if ' tokens' in line]
     assert done.returncode in (0, 1) and len(set(counts)) == 1 and len(counts) == 2, done.stdout + done.stderr
     assert list(tmp_path.iterdir()) == [corpus]

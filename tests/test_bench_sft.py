@@ -1,4 +1,5 @@
 """What benchmarks/sft.py promises apart from its figures: no peer, no data but what is made here."""
+
 import runpy
 import sys
 
@@ -6,16 +7,18 @@ import pytest
 from test_finetune import ROOT, tune, write_base, write_examples
 from test_train import metrics
 
-import data
-from configurator import UserError
+from lm import data
+from lm.configurator import UserError
 
 
 @pytest.fixture
 def bench(monkeypatch):
     """The functions of benchmarks/sft.py, with given arguments."""
+
     def load(*arguments):
         monkeypatch.setattr(sys, 'argv', ['benchmarks/sft.py', *arguments])
         return runpy.run_path(str(ROOT / 'benchmarks/sft.py'))
+
     return load
 
 
@@ -42,7 +45,11 @@ def test_our_side_is_a_run_of_finetune_and_its_figures(bench, tmp_path, kind):
 def test_memory_is_the_largest_that_a_process_had(bench):
     run = bench()['run']
     held = 'import time; held = bytes(80_000_000) + b"x"; del held; time.sleep(0.5)'
-    assert 70 < run([sys.executable, '-c', held]) - run([sys.executable, '-c', 'import time; time.sleep(0.5)']) < 90
+    assert (
+        70
+        < run([sys.executable, '-c', held]) - run([sys.executable, '-c', 'import time; time.sleep(0.5)'])
+        < 90
+    )
 
 
 @pytest.mark.parametrize('key', ['steps', 'trained', 'loss'])
@@ -53,9 +60,14 @@ def test_sides_that_did_different_work_are_not_compared(bench, key):
         check_same('full', result, {**result, key: result[key] * 1.1})
 
 
-@pytest.mark.parametrize('arguments, words', [
-    ((), 'Give --input'), (('--input=a', '--peer_python=no/python'), 'no/python is no program'),
-    (('--input=a', f'--peer_python={sys.executable}', '--what=ful'), 'ful')])
+@pytest.mark.parametrize(
+    'arguments, words',
+    [
+        ((), 'Give --input'),
+        (('--input=a', '--peer_python=no/python'), 'no/python is no program'),
+        (('--input=a', f'--peer_python={sys.executable}', '--what=ful'), 'ful'),
+    ],
+)
 def test_a_mistake_is_one_sentence(bench, arguments, words):
     with pytest.raises(UserError, match=words):
         bench(*arguments)['main']()

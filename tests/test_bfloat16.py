@@ -1,4 +1,5 @@
 """What master_weights=bfloat16 promises: half the memory, and no update lost to rounding."""
+
 import math
 import os
 import signal
@@ -10,10 +11,8 @@ from test_finetune import place, settings, tune  # noqa: F401, place is a fixtur
 from test_sharded import script
 from test_train import load, metrics, same
 
-import checkpoints
-import optim
-import runtime
-from configurator import UserError
+from lm import checkpoints, optim, runtime
+from lm.configurator import UserError
 
 BF16 = ['--master_weights=bfloat16', '--dtype=bfloat16']
 
@@ -22,7 +21,7 @@ def generator():
     return torch.Generator().manual_seed(0)
 
 
-@pytest.mark.parametrize('x', [1.0 + 2 ** -9, -3.0 - 2 ** -8, 1e-30, 0.02001, -65504.3])
+@pytest.mark.parametrize('x', [1.0 + 2**-9, -3.0 - 2**-8, 1e-30, 0.02001, -65504.3])
 def test_rounding_is_to_a_neighbour_and_exact_on_average(x):
     x = torch.tensor(x)
     down = (x.view(torch.int32) & -65536).view(torch.float32)  # towards zero
@@ -36,8 +35,10 @@ def test_rounding_is_to_a_neighbour_and_exact_on_average(x):
 
 
 def test_what_bfloat16_can_hold_is_not_rounded():
-    x = torch.tensor([0.0, -0.0, 1.5, -2.0 ** -130, math.inf, -math.inf, math.nan]).repeat(1000)
-    assert torch.equal(optim.stochastically_rounded(x, generator()).view(torch.int16), x.bfloat16().view(torch.int16))
+    x = torch.tensor([0.0, -0.0, 1.5, -(2.0**-130), math.inf, -math.inf, math.nan]).repeat(1000)
+    assert torch.equal(
+        optim.stochastically_rounded(x, generator()).view(torch.int16), x.bfloat16().view(torch.int16)
+    )
 
 
 def descend(make, steps=400, rate=1e-4):
@@ -61,14 +62,16 @@ def test_an_update_far_below_the_precision_is_learned_and_lost_by_plain_rounding
 def test_a_step_is_that_of_adamw_but_for_the_rounding():
     weight = torch.randn(300, 7, generator=generator()).bfloat16()
     exact, ours = torch.nn.Parameter(weight.float()), torch.nn.Parameter(weight.clone())
-    optimizers = (torch.optim.AdamW([exact], lr=0.01, betas=(0.9, 0.95), weight_decay=0.1),
-                  optim.StochasticAdamW([{'params': [ours], 'weight_decay': 0.1}], 0.01, (0.9, 0.95)))
+    optimizers = (
+        torch.optim.AdamW([exact], lr=0.01, betas=(0.9, 0.95), weight_decay=0.1),
+        optim.StochasticAdamW([{'params': [ours], 'weight_decay': 0.1}], 0.01, (0.9, 0.95)),
+    )
     for step in range(3):
         gradient = torch.randn(300, 7, generator=torch.Generator().manual_seed(step)).bfloat16()
         exact.grad, ours.grad = gradient.float(), gradient
         for optimizer in optimizers:
             optimizer.step()
-    gap = exact.detach().abs() * 2 ** -7 + 1e-3
+    gap = exact.detach().abs() * 2**-7 + 1e-3
     assert ((exact - ours.float()).abs() < 3 * gap).all()
     assert {x.dtype for key, x in optimizers[1].state[ours].items() if key != 'step'} == {torch.bfloat16}
 
@@ -82,8 +85,11 @@ def test_a_run_learns_and_goes_on_bit_identical(place, tmp_path, monkeypatch, ar
     assert last < first - 0.5
     rate = optim.learning_rate_at
     with monkeypatch.context() as patch:
-        patch.setattr(optim, 'learning_rate_at', lambda step, *rest: (
-            step == 25 and os.kill(os.getpid(), signal.SIGTERM), rate(step, *rest))[1])
+        patch.setattr(
+            optim,
+            'learning_rate_at',
+            lambda step, *rest: (step == 25 and os.kill(os.getpid(), signal.SIGTERM), rate(step, *rest))[1],
+        )
         tune(*arguments, f'--out_dir={tmp_path}/run')
     assert load(tmp_path / 'run')['global_step'] == 26
     tune(f'--resume_from={tmp_path}/run', tiny=[])
@@ -97,16 +103,34 @@ def test_a_run_learns_and_goes_on_bit_identical(place, tmp_path, monkeypatch, ar
 def test_pretraining_takes_it_and_the_estimate_knows_it(tmp_path):
     folder, estimates = write_folder(tmp_path / 'letters'), []
     for kind in ('float32', 'bfloat16'):
-        variables = script('train.py', f'--dataset={folder}', f'--out_dir={tmp_path}/{kind}', '--dtype=bfloat16',
-                           f'--master_weights={kind}')
+        variables = script(
+            'train.py',
+            f'--dataset={folder}',
+            f'--out_dir={tmp_path}/{kind}',
+            '--dtype=bfloat16',
+            f'--master_weights={kind}',
+        )
         estimates.append(runtime.memory_estimate(variables['raw_model'], 4, 64, variables['run']))
-    for part, share in (('weights', 3), ('gradients', 2), ('optimizer', 2)):  # autocast copies float32 weights
-        assert estimates[0][part] == pytest.approx(share * estimates[1][part], rel=0.05), part  # but for buffers
+    for part, share in (
+        ('weights', 3),
+        ('gradients', 2),
+        ('optimizer', 2),
+    ):  # autocast copies float32 weights
+        assert estimates[0][part] == pytest.approx(share * estimates[1][part], rel=0.05), (
+            part
+        )  # but for buffers
 
 
-@pytest.mark.parametrize('setting, name', [
-    ('--dtype=float32', 'dtype=float32'), ('--dtype=float16', 'dtype=float16'), ('--optimizer=muon', 'optimizer_muon'),
-    ('--ema_decay=0.9', 'ema_decay'), ('--use_peft', 'use_peft')])
+@pytest.mark.parametrize(
+    'setting, name',
+    [
+        ('--dtype=float32', 'dtype=float32'),
+        ('--dtype=float16', 'dtype=float16'),
+        ('--optimizer=muon', 'optimizer_muon'),
+        ('--ema_decay=0.9', 'ema_decay'),
+        ('--use_peft', 'use_peft'),
+    ],
+)
 def test_what_it_does_not_go_with_is_refused(setting, name):
     name_of_script = 'finetune.py' if name == 'use_peft' else 'train.py'
     with pytest.raises(UserError, match=f'master_weights=bfloat16 does not go with {name}'):

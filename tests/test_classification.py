@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from conftest import random_model
 from sklearn import metrics as sk
 
-import classification as c
-from configurator import UserError
+from lm import classification as c
+from lm.configurator import UserError
 
 SHAPE = dict(vocab_size=10, block_size=16, n_layer=3, n_head=2, n_embd=16, mask_id=8, ignore_id=9)
 
@@ -29,13 +29,20 @@ def test_every_metric_is_that_of_scikit_learn(num_classes, outputs, rows):
         assert got == pytest.approx(expected[:3], abs=1e-12)
     assert figures['accuracy'] == pytest.approx(sk.accuracy_score(labels, predictions))
     assert figures['mcc'] == pytest.approx(sk.matthews_corrcoef(labels, predictions), abs=1e-12)
-    assert figures['confusion'] == sk.confusion_matrix(labels, predictions, labels=range(num_classes)).tolist()
+    assert (
+        figures['confusion'] == sk.confusion_matrix(labels, predictions, labels=range(num_classes)).tolist()
+    )
     if num_classes == 2:
         scores = logits[:, 0] if outputs == 1 else logits[:, 1] - logits[:, 0]
         assert figures['auroc'] == pytest.approx(sk.roc_auc_score(labels, scores))
-    probabilities = torch.softmax(torch.from_numpy(logits).double(), 1).numpy() if outputs > 1 else np.stack(
-        [1 / (1 + np.exp(logits[:, 0])), 1 / (1 + np.exp(-logits[:, 0]))], 1)
-    assert figures['loss'] == pytest.approx(sk.log_loss(labels, probabilities, labels=range(num_classes)), rel=1e-5)
+    probabilities = (
+        torch.softmax(torch.from_numpy(logits).double(), 1).numpy()
+        if outputs > 1
+        else np.stack([1 / (1 + np.exp(logits[:, 0])), 1 / (1 + np.exp(-logits[:, 0]))], 1)
+    )
+    assert figures['loss'] == pytest.approx(
+        sk.log_loss(labels, probabilities, labels=range(num_classes)), rel=1e-5
+    )
 
 
 def test_auroc_of_one_class_is_none():
@@ -89,7 +96,9 @@ def test_losses_are_torchs_with_weights_and_with_smoothing():
     model.logits = lambda tokens, lengths: logits
     loss, count, _ = model(torch.zeros(6, 2), None, labels)
     assert torch.isclose(loss / count, F.cross_entropy(logits, labels, weight=torch.tensor([1.0, 0.5, 3.0])))
-    assert torch.isclose(c.losses(logits, labels, 0.2).mean(), F.cross_entropy(logits, labels, label_smoothing=0.2))
+    assert torch.isclose(
+        c.losses(logits, labels, 0.2).mean(), F.cross_entropy(logits, labels, label_smoothing=0.2)
+    )
     two = torch.stack([torch.zeros(6), logits[:, 0]], 1)  # one logit is two with the first at 0
     labels = labels.clamp(max=1)
     torch.testing.assert_close(c.losses(logits[:, :1], labels, 0.2), c.losses(two, labels, 0.2))
@@ -104,12 +113,14 @@ def test_tokens_are_hidden_while_training_only_and_never_the_first():
 
     def loss():
         return model(tokens, None, labels)[0]
+
     assert model.eval() and torch.equal(loss(), loss())
     assert model.train() and not torch.isclose(loss(), loss(), rtol=1e-4)
 
 
 def test_balanced_weights_are_those_of_scikit_learn():
     from sklearn.utils.class_weight import compute_class_weight
+
     labels = np.array([0, 0, 0, 1, 2, 2])
     expected = compute_class_weight('balanced', classes=np.arange(3), y=labels)
     assert c.weights_of_classes('balanced', labels, 3) == pytest.approx(expected)
@@ -140,5 +151,5 @@ def test_grouped_by_length_a_step_has_rows_of_like_length_and_none_is_left_out()
     lengths = np.random.default_rng(0).integers(1, 1000, 2 * c.WINDOW * 8)
     steps = [c.places_of_step(step, 8, len(lengths), 3, lengths) for step in range(2 * c.WINDOW)]
     assert sorted(np.concatenate(steps)) == list(range(len(lengths)))
-    ranges = [(lengths[step].min(), lengths[step].max()) for step in steps[:c.WINDOW]]
+    ranges = [(lengths[step].min(), lengths[step].max()) for step in steps[: c.WINDOW]]
     assert ranges != sorted(ranges) and all(a[1] <= b[0] for a, b in zip(sorted(ranges), sorted(ranges)[1:]))

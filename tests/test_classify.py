@@ -1,4 +1,5 @@
 """What classify.py promises, seen from outside: runs of the script on small tasks and texts, without network."""
+
 import csv
 import json
 import runpy
@@ -14,13 +15,8 @@ import torch
 from conftest import letter_tokenizer, random_model, signals_kept
 from test_finetune import tune, write_base, write_examples
 
-import checkpoints
-import classification
-import data
-import nanogpt
-import optim
-from configurator import UserError
-from prepare import languages, tasks
+from lm import checkpoints, classification, data, languages, nanogpt, optim, tasks
+from lm.configurator import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ('--n_layer=2 --n_head=2 --n_embd=16 --device=cpu --dtype=float32 --no_wandb --seed=1').split()
@@ -47,12 +43,21 @@ def place(tmp_path, monkeypatch):
         for split, size in (('train', 24), ('test', 12)):
             labels = draw.integers(0, 2, size)
             labels[:2] = 0, 1
-            lines = ['so ' * int(draw.integers(0, 5)) +
-                     f'{words[label]}\tp{words[label]}\tmore\tpmore\t{("neg", "pos")[label]}'
-                     for label in labels]
-            (folder / f'{split}.tsv').write_text('\n'.join(['a\ta-phoneme\tb\tb-phoneme\tlabel', *lines]) + '\n')
-    entry = {'train_features': ['a', 'b'], 'eval_feature': 'label', 'splits': ['train', 'test'],
-             'task_type': 'classification', 'classes': ['neg', 'pos']}
+            lines = [
+                'so ' * int(draw.integers(0, 5))
+                + f'{words[label]}\tp{words[label]}\tmore\tpmore\t{("neg", "pos")[label]}'
+                for label in labels
+            ]
+            (folder / f'{split}.tsv').write_text(
+                '\n'.join(['a\ta-phoneme\tb\tb-phoneme\tlabel', *lines]) + '\n'
+            )
+    entry = {
+        'train_features': ['a', 'b'],
+        'eval_feature': 'label',
+        'splits': ['train', 'test'],
+        'task_type': 'classification',
+        'classes': ['neg', 'pos'],
+    }
     database = {language: {'sentiment': {**entry, 'dataset': language}} for language in ('rus', 'pol')}
     (tmp_path / 'db.py').write_text(f'LANGUAGES = {database!r}')
     return tmp_path
@@ -76,12 +81,27 @@ def same(one, other):
 
 
 def test_the_quick_run_with_its_published_names_leaves_its_artifacts(place):
-    classify('--target_func=fn_a', '--sequence_length=10', '--train_set_size=20', '--test_set_size=40',
-             '--batch_size=20', '--n_epochs=4', '--lr=1e-3', '--eta_min=1e-4', '--precision=fp32',
-             '--results_path=run', '--model=tiny')
+    classify(
+        '--target_func=fn_a',
+        '--sequence_length=10',
+        '--train_set_size=20',
+        '--test_set_size=40',
+        '--batch_size=20',
+        '--n_epochs=4',
+        '--lr=1e-3',
+        '--eta_min=1e-4',
+        '--precision=fp32',
+        '--results_path=run',
+        '--model=tiny',
+    )
     out = place / 'run'
     config = json.loads((out / 'config.json').read_text())
-    assert [config[key] for key in ('num_epochs', 'learning_rate', 'min_lr', 'dtype')] == [4, 1e-3, 1e-4, 'float32']
+    assert [config[key] for key in ('num_epochs', 'learning_rate', 'min_lr', 'dtype')] == [
+        4,
+        1e-3,
+        1e-4,
+        'float32',
+    ]
     metrics = load_metrics(out)
     assert metrics['steps'] == [0, 1, 2, 3, 4]  # before the first step and after the last
     for name in ('train_losses', 'test_losses', 'train_accuracies', 'test_accuracies'):
@@ -90,18 +110,38 @@ def test_the_quick_run_with_its_published_names_leaves_its_artifacts(place):
     results = json.loads((out / 'eval_results.json').read_text())
     assert results['test']['accuracy'] == metrics['test_accuracies'][-1] and results['test']['rows'] == 40
     with np.load(out / 'predictions.npz') as saved:
-        assert (saved['test_preds'] == (saved['test_logits'][:, 0] > 0)).all() and len(saved['test_labels']) == 40
-        assert (saved['test_preds'] == saved['test_labels']).mean() == pytest.approx(results['test']['accuracy'])
+        assert (saved['test_preds'] == (saved['test_logits'][:, 0] > 0)).all() and len(
+            saved['test_labels']
+        ) == 40
+        assert (saved['test_preds'] == saved['test_labels']).mean() == pytest.approx(
+            results['test']['accuracy']
+        )
     assert {'logs.log', 'metrics.csv', 'ckpt.pt'} <= {path.name for path in out.iterdir()}
-    assert config['pool'] == 'last' and (rows(out)[-1]['step'], rows(out)[-1]['train/lr'] != '') == ('4', True)
+    assert config['pool'] == 'last' and (rows(out)[-1]['step'], rows(out)[-1]['train/lr'] != '') == (
+        '4',
+        True,
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('architecture', ['ar', 'diffusion', 'sdd'])
 def test_each_architecture_learns_a_simple_task(place, architecture):
-    classify('--target_func=fn_c', '--sequence_length=14', '--train_set_size=400', '--test_set_size=100',
-             '--batch_size=50', '--num_epochs=45', '--learning_rate=1e-2', '--optimizer=muon', '--schedule=linear',
-             f'--architecture={architecture}', '--n_embd=32', '--pool=mean', '--out_dir=run', '--eval_every=120')
+    classify(
+        '--target_func=fn_c',
+        '--sequence_length=14',
+        '--train_set_size=400',
+        '--test_set_size=100',
+        '--batch_size=50',
+        '--num_epochs=45',
+        '--learning_rate=1e-2',
+        '--optimizer=muon',
+        '--schedule=linear',
+        f'--architecture={architecture}',
+        '--n_embd=32',
+        '--pool=mean',
+        '--out_dir=run',
+        '--eval_every=120',
+    )
     assert load_metrics(place / 'run')['test_accuracies'][-1] > 0.75
     loaded = checkpoints.load_model(checkpoints.load(place / 'run'), 'cpu')  # as the other scripts do
     assert loaded.config.n_embd == 32
@@ -112,22 +152,38 @@ def assert_a_killed_run_ends_the_same(place, settings, *resume, **tiny):
     classify(*settings, '--out_dir=whole')
     with pytest.MonkeyPatch.context() as patch:
         rate = optim.learning_rate_at
-        patch.setattr(optim, 'learning_rate_at', lambda step, *rest: 1 / 0 if step == 3 else rate(step, *rest))
+        patch.setattr(
+            optim, 'learning_rate_at', lambda step, *rest: 1 / 0 if step == 3 else rate(step, *rest)
+        )
         with pytest.raises(ZeroDivisionError):
             classify(*settings, '--out_dir=killed')
     classify(*resume, **tiny)
     one, other = (torch.load(place / name / 'ckpt.pt', weights_only=True) for name in ('whole', 'killed'))
-    for key in ('model_state_dict', 'head_state_dict', 'optimizer_state_dict', 'history', 'global_step', 'best_step'):
+    for key in (
+        'model_state_dict',
+        'head_state_dict',
+        'optimizer_state_dict',
+        'history',
+        'global_step',
+        'best_step',
+    ):
         assert same(one[key], other[key]), key
     assert rows(place / 'whole') == rows(place / 'killed')
-    with np.load(place / 'whole' / 'predictions.npz') as a, np.load(place / 'killed' / 'predictions.npz') as b:
+    with (
+        np.load(place / 'whole' / 'predictions.npz') as a,
+        np.load(place / 'killed' / 'predictions.npz') as b,
+    ):
         assert all(np.array_equal(a[name], b[name]) for name in a.files)
 
 
-@pytest.mark.parametrize('options', [
-    ['--dropout=0.1', '--token_dropout=0.3', '--gradient_accumulation_steps=2', '--val_set_size=10'],
-    ['--architecture=diffusion', '--optimizer=muon', '--num_classes=2'],
-    ['--architecture=sdd', '--label_smoothing=0.1']])
+@pytest.mark.parametrize(
+    'options',
+    [
+        ['--dropout=0.1', '--token_dropout=0.3', '--gradient_accumulation_steps=2', '--val_set_size=10'],
+        ['--architecture=diffusion', '--optimizer=muon', '--num_classes=2'],
+        ['--architecture=sdd', '--label_smoothing=0.1'],
+    ],
+)
 def test_resume_is_bit_identical(place, options):
     settings = [*TASK, '--max_steps=6', '--eval_every=2', '--log_every=1', *options]
     assert_a_killed_run_ends_the_same(place, settings, *settings, '--out_dir=killed', '--resume_from=auto')
@@ -158,9 +214,12 @@ def test_sigterm_saves_and_the_run_goes_on(place):
 def test_two_ranks_end_where_one_does(place):
     settings = [*TINY, *TASK, '--num_epochs=6']
     torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
-    subprocess.run([*torchrun, ROOT / 'classify.py', *settings, '--batch_size=3', '--out_dir=two'], check=True,
-                   stdout=subprocess.DEVNULL)
-    classify(*settings[len(TINY):], '--out_dir=one')
+    subprocess.run(
+        [*torchrun, ROOT / 'classify.py', *settings, '--batch_size=3', '--out_dir=two'],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    classify(*settings[len(TINY) :], '--out_dir=one')
     one, two = (torch.load(place / name / 'ckpt.pt', weights_only=True) for name in ('one', 'two'))
     assert one['global_step'] == two['global_step'] == 20
     for name, weight in one['model_state_dict'].items():
@@ -171,8 +230,17 @@ def test_two_ranks_end_where_one_does(place):
 
 @pytest.mark.slow
 def test_texts_in_two_languages_are_joined_and_judged_apart(place):
-    run = classify(*TEXTS, '--train_langs=rus,pol', '--eval_langs=pol,rus', '--num_epochs=30', '--learning_rate=1e-2',
-                   '--optimizer=muon', '--out_dir=run', '--architecture=diffusion', '--n_embd=32')
+    run = classify(
+        *TEXTS,
+        '--train_langs=rus,pol',
+        '--eval_langs=pol,rus',
+        '--num_epochs=30',
+        '--learning_rate=1e-2',
+        '--optimizer=muon',
+        '--out_dir=run',
+        '--architecture=diffusion',
+        '--n_embd=32',
+    )
     results = json.loads((place / 'run' / 'eval_results.json').read_text())
     assert results['train']['rows'] == 48 and {'pol', 'rus'} < set(results)
     assert results['pol']['macro_f1'] > 0.9 and len(results['rus']['confusion']) == 2
@@ -187,12 +255,21 @@ def test_texts_in_two_languages_are_joined_and_judged_apart(place):
 
 
 def test_validation_rows_choose_the_weights_and_stop_early(place):
-    run = classify(*TASK, '--val_set_size=10', '--early_stopping=2', '--eval_every=1', '--max_steps=60',
-                   '--learning_rate=0.03', '--out_dir=run')
+    run = classify(
+        *TASK,
+        '--val_set_size=10',
+        '--early_stopping=2',
+        '--eval_every=1',
+        '--max_steps=60',
+        '--learning_rate=0.03',
+        '--out_dir=run',
+    )
     history, results = run['history'], json.loads((place / 'run' / 'eval_results.json').read_text())
     assert run['step'] < 60 and results['step'] == run['best_step'] == history['steps'][-1] - 2
     losses = [float(row['val/loss']) for row in rows(place / 'run') if row['val/loss']]
-    assert int(np.argmin(losses)) == run['best_step'] and results['val']['loss'] == pytest.approx(min(losses), rel=1e-4)
+    assert int(np.argmin(losses)) == run['best_step'] and results['val']['loss'] == pytest.approx(
+        min(losses), rel=1e-4
+    )
     with pytest.raises(SystemExit):
         classify('--out_dir=run', '--resume_from=auto')
     with pytest.raises(UserError, match='early_stopping needs validation rows'):
@@ -202,11 +279,19 @@ def test_validation_rows_choose_the_weights_and_stop_early(place):
 def test_a_run_starts_from_a_checkpoint_and_only_its_top_trains(place):
     classify(*TASK, '--num_epochs=1', '--out_dir=base')
     before = torch.load(place / 'base' / 'ckpt.pt', weights_only=True)['model_state_dict']
-    classify(*TASK, '--num_epochs=2', '--init_from=base', '--num_layers_to_finetune=1', '--out_dir=tuned',
-             '--learning_rate=0.01', tiny=TINY[3:])
+    classify(
+        *TASK,
+        '--num_epochs=2',
+        '--init_from=base',
+        '--num_layers_to_finetune=1',
+        '--out_dir=tuned',
+        '--learning_rate=0.01',
+        tiny=TINY[3:],
+    )
     after = torch.load(place / 'tuned' / 'ckpt.pt', weights_only=True)['model_state_dict']
     assert {name for name in before if not torch.equal(before[name], after[name])} == {
-        name for name in before if name.startswith('blocks.1.')}
+        name for name in before if name.startswith('blocks.1.')
+    }
     with pytest.raises(UserError, match='another n_layer'):
         classify(*TASK, '--init_from=base', '--out_dir=wrong', tiny=['--n_layer=3', *TINY[3:]])
     with pytest.raises(UserError, match='has 2 layers'):
@@ -226,23 +311,59 @@ def test_compare_to_tests_the_difference_of_two_runs(place):
 
 def nanogpt_model():
     """A random GPT of nanoGPT's, as its ckpt.pt holds it, and ours with the same weights."""
-    model = random_model('ar', 0.2, vocab_size=letter_tokenizer().vocab_size, block_size=24, n_layer=2, n_head=2,
-                         n_embd=16, norm='layer', position='learned', mlp='gelu', bias=True, qk_norm=False,
-                         logit_softcap=0.0, mask_id=28, ignore_id=29)
-    state = {'transformer.wte.weight': model.embedding.weight, 'transformer.wpe.weight': model.positions.weight,
-             'transformer.ln_f.weight': model.norm.weight, 'transformer.ln_f.bias': model.norm.bias,
-             'lm_head.weight': model.embedding.weight}
+    model = random_model(
+        'ar',
+        0.2,
+        vocab_size=letter_tokenizer().vocab_size,
+        block_size=24,
+        n_layer=2,
+        n_head=2,
+        n_embd=16,
+        norm='layer',
+        position='learned',
+        mlp='gelu',
+        bias=True,
+        qk_norm=False,
+        logit_softcap=0.0,
+        mask_id=28,
+        ignore_id=29,
+    )
+    state = {
+        'transformer.wte.weight': model.embedding.weight,
+        'transformer.wpe.weight': model.positions.weight,
+        'transformer.ln_f.weight': model.norm.weight,
+        'transformer.ln_f.bias': model.norm.bias,
+        'lm_head.weight': model.embedding.weight,
+    }
     for i, block in enumerate(model.blocks):
-        parts = {'ln_1': block.attention_norm, 'attn.c_proj': block.attention.out, 'ln_2': block.mlp_norm,
-                 'mlp.c_fc': block.mlp.up, 'mlp.c_proj': block.mlp.down}
+        parts = {
+            'ln_1': block.attention_norm,
+            'attn.c_proj': block.attention.out,
+            'ln_2': block.mlp_norm,
+            'mlp.c_fc': block.mlp.up,
+            'mlp.c_proj': block.mlp.down,
+        }
         for name, part in parts.items():
-            state.update({f'transformer.h.{i}.{name}.{kind}': getattr(part, kind) for kind in ('weight', 'bias')})
+            state.update(
+                {f'transformer.h.{i}.{name}.{kind}': getattr(part, kind) for kind in ('weight', 'bias')}
+            )
         for kind in ('weight', 'bias'):
             state[f'transformer.h.{i}.attn.c_attn.{kind}'] = torch.cat(
-                [getattr(getattr(block.attention, letter), kind) for letter in 'qkv'])
-    return model, {'model': {'_orig_mod.' + name: weight.detach() for name, weight in state.items()},
-                   'model_args': dict(n_layer=2, n_head=2, n_embd=16, block_size=24, bias=True, dropout=0.0,
-                                      vocab_size=model.config.padded_vocab_size), 'iter_num': 5}
+                [getattr(getattr(block.attention, letter), kind) for letter in 'qkv']
+            )
+    return model, {
+        'model': {'_orig_mod.' + name: weight.detach() for name, weight in state.items()},
+        'model_args': dict(
+            n_layer=2,
+            n_head=2,
+            n_embd=16,
+            block_size=24,
+            bias=True,
+            dropout=0.0,
+            vocab_size=model.config.padded_vocab_size,
+        ),
+        'iter_num': 5,
+    }
 
 
 def test_a_checkpoint_of_nanogpt_is_a_base(place):
@@ -255,37 +376,64 @@ def test_a_checkpoint_of_nanogpt_is_a_base(place):
     tokens = torch.randint(0, 27, (2, 9))
     loaded = checkpoints.load_model(nanogpt.load(path, letter_tokenizer()), 'cpu')
     torch.testing.assert_close(loaded.hidden(tokens), model.hidden(tokens))
-    run = classify(*TEXTS[:3], '--train_langs=rus', '--model_type=ipa', '--checkpoint_prefix=checkpoints',
-                   '--model_prefix=letters-{model_type}', '--tokenizer=tokenizer-{model_type}', '--max_steps=1',
-                   '--learning_rate=0', '--out_dir=run', tiny=TINY[3:])
+    run = classify(
+        *TEXTS[:3],
+        '--train_langs=rus',
+        '--model_type=ipa',
+        '--checkpoint_prefix=checkpoints',
+        '--model_prefix=letters-{model_type}',
+        '--tokenizer=tokenizer-{model_type}',
+        '--max_steps=1',
+        '--learning_rate=0',
+        '--out_dir=run',
+        tiny=TINY[3:],
+    )
     assert torch.equal(run['trunk'].blocks[1].mlp.up.weight, model.blocks[1].mlp.up.weight)
     with pytest.raises(UserError, match="no ckpt.pt of nanoGPT's"):
-        classify(*TEXTS[:3], '--train_langs=rus', '--init_from=run', '--tokenizer=tokenizer-ipa', '--out_dir=x')
+        classify(
+            *TEXTS[:3], '--train_langs=rus', '--init_from=run', '--tokenizer=tokenizer-ipa', '--out_dir=x'
+        )
 
 
-@pytest.mark.parametrize('options, part', [
-    (['--target_func=fn_z'], "target_func is 'fn_z'"), (['--train_set_size=9'], 'train_set_size is 9'),
-    (['--target_func=fn_h', '--sequence_length=22'], 'multiple of 4'), (['--sequence_length=8'], '2^8 = 256'),
-    (['--train_langs=rus'], 'train_langs says nothing about an algorithmic task'),
-    (['--num_classes=0'], 'num_classes is 0'),
-    (['--class_weights=1,2,3'], 'class_weights is'), (['--model=llama9'], "model is 'llama9'"),
-    (['--lora_rank=4', '--num_layers_to_finetune=1'], 'leave one out'), (['--compare_to=nothing'], 'cannot be read')])
+@pytest.mark.parametrize(
+    'options, part',
+    [
+        (['--target_func=fn_z'], "target_func is 'fn_z'"),
+        (['--train_set_size=9'], 'train_set_size is 9'),
+        (['--target_func=fn_h', '--sequence_length=22'], 'multiple of 4'),
+        (['--sequence_length=8'], '2^8 = 256'),
+        (['--train_langs=rus'], 'train_langs says nothing about an algorithmic task'),
+        (['--num_classes=0'], 'num_classes is 0'),
+        (['--class_weights=1,2,3'], 'class_weights is'),
+        (['--model=llama9'], "model is 'llama9'"),
+        (['--lora_rank=4', '--num_layers_to_finetune=1'], 'leave one out'),
+        (['--compare_to=nothing'], 'cannot be read'),
+    ],
+)
 def test_a_mistake_with_a_task_is_named(place, options, part):
     with pytest.raises(UserError) as error:
         classify(*options, '--out_dir=run')
     assert part in str(error.value) and not (place / 'run').exists()
 
 
-@pytest.mark.parametrize('options, change, part', [
-    (['--train_langs=deu'], {}, "'deu' is not in the database; it has rus, pol"),
-    (['--train_langs=rus', '--task=qa'], {}, "has no task 'qa'"),
-    (['--train_langs=rus'], {'classes': ['pos', 'neutral']}, "the label 'neg' is none of the 2 classes"),
-    (['--train_langs=rus'], {'splits': ['train', 'dev']}, "no file for the split 'dev'"),
-    (['--train_langs=rus'], {'train_features': ['text']}, "there is no 'text'"),
-    (['--train_langs=rus'], {'dataset': './nowhere'}, 'There is no folder ./nowhere'),
-    (['--train_langs=rus', '--sequence_length=9'], {}, 'sequence_length says nothing about texts'),
-    (['--train_langs=rus', '--val_set_size=24'], {}, 'val_set_size is 24'),
-    (['--train_langs=rus', '--num_classes=1'], {'classes': ['neg', 'pos', 'neutral']}, 'labels are of 3 classes')])
+@pytest.mark.parametrize(
+    'options, change, part',
+    [
+        (['--train_langs=deu'], {}, "'deu' is not in the database; it has rus, pol"),
+        (['--train_langs=rus', '--task=nli'], {}, "has no task 'nli'"),
+        (['--train_langs=rus'], {'classes': ['pos', 'neutral']}, "the label 'neg' is none of the 2 classes"),
+        (['--train_langs=rus'], {'splits': ['train', 'dev']}, "no file for the split 'dev'"),
+        (['--train_langs=rus'], {'train_features': ['text']}, "there is no 'text'"),
+        (['--train_langs=rus'], {'dataset': './nowhere'}, 'There is no folder ./nowhere'),
+        (['--train_langs=rus', '--sequence_length=9'], {}, 'sequence_length says nothing about texts'),
+        (['--train_langs=rus', '--val_set_size=24'], {}, 'val_set_size is 24'),
+        (
+            ['--train_langs=rus', '--num_classes=1'],
+            {'classes': ['neg', 'pos', 'neutral']},
+            'labels are of 3 classes',
+        ),
+    ],
+)
 def test_a_mistake_with_texts_is_named(place, options, change, part):
     database = runpy.run_path('db.py')['LANGUAGES']
     database['rus']['sentiment'].update(change)
@@ -298,8 +446,14 @@ def test_a_mistake_with_texts_is_named(place, options, change, part):
 @pytest.mark.parametrize('words, like', [([], True), (['--group_by_length=False'], False)])
 def test_texts_of_like_length_share_a_step(place, monkeypatch, words, like):
     widths, batch_of = [], classification.batch_of
-    monkeypatch.setattr(classification, 'batch_of', lambda examples, places, device: (
-        widths.append([len(examples.rows[place]) for place in places]), batch_of(examples, places, device))[1])
+    monkeypatch.setattr(
+        classification,
+        'batch_of',
+        lambda examples, places, device: (
+            widths.append([len(examples.rows[place]) for place in places]),
+            batch_of(examples, places, device),
+        )[1],
+    )
     lines = [f'{"x" * (1 + 7 * i % 16)}\ty\t{("neg", "pos")[i % 2]}' for i in range(16)]  # of sixteen lengths
     (place / 'rus' / 'train.tsv').write_text('\n'.join(['a\tb\tlabel', *lines]))
     classify(*TEXTS, '--train_langs=rus', '--max_steps=4', '--eval_every=9', '--out_dir=run', *words)
@@ -325,6 +479,7 @@ def test_a_json_database_and_each_file_format_read_the_same(place):
     records = list(languages.records(entry, 'test'))
     import pyarrow
     import pyarrow.parquet
+
     for ending in ('jsonl', 'json', 'csv', 'parquet'):
         folder = place / ending
         folder.mkdir()
@@ -353,9 +508,15 @@ def test_texts_that_are_too_long_are_cut_or_left_out():
     tokenizer = letter_tokenizer()
     labelled = languages.Labelled([('abc', 'de'), ('a', 'b')], np.array([1, 0]))
     for filter_length, lengths in ((False, [5, 4]), (True, [4])):
-        examples, notes = languages.encode_sets({'test': [({'filter_length': filter_length}, labelled)]}, tokenizer,
-                                                   tokenizer.endoftext_id, block_size=5)
-        assert [len(row) for row in examples['test'].rows] == lengths and notes == {'test': '1 too long for 5 tokens'}
+        examples, notes = languages.encode_sets(
+            {'test': [({'filter_length': filter_length}, labelled)]},
+            tokenizer,
+            tokenizer.endoftext_id,
+            block_size=5,
+        )
+        assert [len(row) for row in examples['test'].rows] == lengths and notes == {
+            'test': '1 too long for 5 tokens'
+        }
     end = tokenizer.endoftext_id
     assert examples['test'].rows[0].tolist() == [end, 0, end, 1] and examples['test'].labels.tolist() == [0]
 
@@ -365,15 +526,24 @@ def test_the_shipped_database_is_complete():
     for language, entries in database.items():
         for task in entries:
             entry = languages.find_entry(database, language, task)
-            assert languages.is_qa(entry) or languages.num_classes_of(entry) >= 2
+            assert languages.num_classes_of(entry) >= 2
             assert set(entry) <= {
-                'dataset', 'config', 'columns', 'train_features', 'eval_feature', 'splits', 'task_type', 'classes',
-                'filter_length'}
+                'dataset',
+                'config',
+                'columns',
+                'train_features',
+                'eval_feature',
+                'splits',
+                'task_type',
+                'classes',
+                'filter_length',
+            }
     assert {'eng', 'spa', 'rus', 'pol'} == set(database)
 
 
 def test_a_tokenizer_of_vocab_and_merges_is_read_with_its_space(tmp_path):
     import tokenizers
+
     bpe = tokenizers.ByteLevelBPETokenizer(add_prefix_space=True)
     bpe.train_from_iterator(['low lower lowest'] * 9, vocab_size=270)
     bpe.save_model(str(tmp_path), 'eng')
@@ -384,16 +554,32 @@ def test_a_tokenizer_of_vocab_and_merges_is_read_with_its_space(tmp_path):
 def test_a_token_of_the_hub_is_passed_on_and_never_written(place, monkeypatch):
     classify(*TASK, '--num_epochs=1', '--out_dir=base')
     given, load = [], checkpoints.load
-    monkeypatch.setattr(checkpoints, 'load', lambda path, *hub: given.append((str(path), *hub)) or load('base'))
-    classify(*TASK, '--num_epochs=1', '--init_from=owner/name', '--token=secret', '--revision=v2', '--out_dir=run',
-             tiny=TINY[3:])
+    monkeypatch.setattr(
+        checkpoints, 'load', lambda path, *hub: given.append((str(path), *hub)) or load('base')
+    )
+    classify(
+        *TASK,
+        '--num_epochs=1',
+        '--init_from=owner/name',
+        '--token=secret',
+        '--revision=v2',
+        '--out_dir=run',
+        tiny=TINY[3:],
+    )
     assert given == [('owner/name', 'secret', 'v2')]
     assert 'secret' not in (place / 'run/config.json').read_text() + str(load('run')['train_config'])
 
 
 def test_adapters_and_the_head_train_and_the_rest_stays(place):
     classify(*TASK, '--num_epochs=1', '--out_dir=base')
-    settings = [*TASK, '--init_from=base', '--lora_rank=2', '--learning_rate=0.01', '--max_steps=8', '--eval_every=4']
+    settings = [
+        *TASK,
+        '--init_from=base',
+        '--lora_rank=2',
+        '--learning_rate=0.01',
+        '--max_steps=8',
+        '--eval_every=4',
+    ]
     run = classify(*settings, '--out_dir=tuned', tiny=TINY[3:])
     before = torch.load(place / 'base' / 'ckpt.pt', weights_only=True)['model_state_dict']
     weights = dict(run['trunk'].named_parameters())
@@ -405,7 +591,9 @@ def test_adapters_and_the_head_train_and_the_rest_stays(place):
     torch.testing.assert_close(tuned.hidden(tokens), run['trunk'].eval().hidden(tokens))
     with pytest.MonkeyPatch.context() as patch:  # dies after the checkpoint of the fourth step, and goes on
         rate = optim.learning_rate_at
-        patch.setattr(optim, 'learning_rate_at', lambda step, *rest: 1 / 0 if step == 5 else rate(step, *rest))
+        patch.setattr(
+            optim, 'learning_rate_at', lambda step, *rest: 1 / 0 if step == 5 else rate(step, *rest)
+        )
         with pytest.raises(ZeroDivisionError):
             classify(*settings, '--out_dir=killed', tiny=TINY[3:])
     classify('--resume_from=killed', tiny=[])
@@ -418,20 +606,39 @@ def test_adapters_and_the_head_train_and_the_rest_stays(place):
 def test_what_finetune_leaves_is_a_start_its_adapters_included(place, architecture):
     write_base(place / 'base', architecture)
     write_examples(place / 'examples')
-    tune('--dataset=examples', '--init_from=base', '--use_peft', '--max_steps=2', '--num_samples=0', '--out_dir=tuned')
+    tune(
+        '--dataset=examples',
+        '--init_from=base',
+        '--use_peft',
+        '--max_steps=2',
+        '--num_samples=0',
+        '--out_dir=tuned',
+    )
     base, tuned = (checkpoints.load_model(checkpoints.load(name), 'cpu') for name in ('base', 'tuned'))
-    run = classify(*TEXTS[:3], '--train_langs=rus', '--init_from=tuned', '--learning_rate=0', '--weight_decay=0',
-                   '--max_steps=1', '--out_dir=run', tiny=TINY[3:])
+    run = classify(
+        *TEXTS[:3],
+        '--train_langs=rus',
+        '--init_from=tuned',
+        '--learning_rate=0',
+        '--weight_decay=0',
+        '--max_steps=1',
+        '--out_dir=run',
+        tiny=TINY[3:],
+    )
     tokens = torch.randint(0, 90, (2, 9))
     assert torch.equal(run['trunk'].eval().hidden(tokens), tuned.hidden(tokens))
     assert not torch.equal(tuned.hidden(tokens), base.hidden(tokens))
 
 
-@pytest.mark.parametrize('model, billions', [
-    ('llama3', 0.97), ('deepseek', 1.21), ('qwen0.6B', 0.44), ('qwen1.7B', 1.41)])
+@pytest.mark.parametrize(
+    'model, billions', [('llama3', 0.97), ('deepseek', 1.21), ('qwen0.6B', 0.44), ('qwen1.7B', 1.41)]
+)
 def test_the_published_shapes_have_their_number_of_parameters(model, billions):
     pytest.importorskip('families')
-    import published
+    from lm import published
+
     with torch.device('meta'):
-        trunk = checkpoints.make_model('ar', vocab_size=3, mask_id=1, ignore_id=2, **published.shape_of(model, 51))
+        trunk = checkpoints.make_model(
+            'ar', vocab_size=3, mask_id=1, ignore_id=2, **published.shape_of(model, 51)
+        )
     assert round(trunk.num_parameters() / 1e9, 2) == billions

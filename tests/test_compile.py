@@ -1,11 +1,11 @@
 """torch.compile sees the same few graphs in every step, whole, and the device is never asked what is where."""
+
 import pytest
 import torch
+from conftest import random_model
 from torch._dynamo.utils import counters
 
-import data
-import runtime
-from conftest import random_model
+from lm import data, runtime
 from model import ARCHITECTURES
 
 pytestmark = pytest.mark.slow
@@ -21,7 +21,9 @@ def training_steps(model, architecture, folder, padded, steps, mode='packed'):
     losses, graphs = [], []
     for step in range(steps):
         (batch,), count = batches.get(step)
-        beliefs = (data.draw_belief(step, steps, 0, ((0.0, 0.7),), (1, 2, 4, 8), 0) if architecture == 'sdd' else {})
+        beliefs = (
+            data.draw_belief(step, steps, 0, ((0.0, 0.7),), (1, 2, 4, 8), 0) if architecture == 'sdd' else {}
+        )
         loss, *_ = model(*batch, **beliefs)
         (loss / count).backward()
         optimizer.step()
@@ -41,8 +43,12 @@ def test_compiled_steps_have_no_graph_breaks_and_no_recompiles(architecture, mak
     folder = data.Folder(make_folder())
     torch._dynamo.reset()
     counters.clear()
-    shape = {**SHAPE, 'vocab_size': folder.tokenizer.vocab_size, 'mask_id': folder.tokenizer.mask_id,
-             'ignore_id': folder.tokenizer.ignore_id}
+    shape = {
+        **SHAPE,
+        'vocab_size': folder.tokenizer.vocab_size,
+        'mask_id': folder.tokenizer.mask_id,
+        'ignore_id': folder.tokenizer.ignore_id,
+    }
     model = random_model(architecture, 0.4, **shape)
     plain = random_model(architecture, 0.4, **shape)
     model.compile(backend='eager')
@@ -60,9 +66,16 @@ def test_compiled_steps_have_no_graph_breaks_and_no_recompiles(architecture, mak
 @pytest.mark.parametrize('mode', ['packed', 'documents'])
 def test_positions_that_come_with_the_batch_change_nothing(architecture, mode, make_folder):
     folder = data.Folder(make_folder())
-    model = random_model(architecture, 0.4, **{**SHAPE, 'vocab_size': folder.tokenizer.vocab_size,
-                                               'mask_id': folder.tokenizer.mask_id,
-                                               'ignore_id': folder.tokenizer.ignore_id})
+    model = random_model(
+        architecture,
+        0.4,
+        **{
+            **SHAPE,
+            'vocab_size': folder.tokenizer.vocab_size,
+            'mask_id': folder.tokenizer.mask_id,
+            'ignore_id': folder.tokenizer.ignore_id,
+        },
+    )
     found, lengths = [], set()
     for options in ({}, {'predicted': model.predicted}, {'predicted': model.predicted, 'padded': True}):
         batches = data.Batches(folder, architecture, 32, 16, mode=mode, **options)
@@ -73,8 +86,14 @@ def test_positions_that_come_with_the_batch_change_nothing(architecture, mode, m
             model.zero_grad()
             loss, count, metrics = model(*batch)
             loss.backward()
-            found.append((loss.item(), count.item(), {name: value.item() for name, value in metrics.items()},
-                          model.embedding.weight.grad.clone()))
+            found.append(
+                (
+                    loss.item(),
+                    count.item(),
+                    {name: value.item() for name, value in metrics.items()},
+                    model.embedding.weight.grad.clone(),
+                )
+            )
     for one, *others in zip(found[:3], found[3:6], found[6:]):
         for other in others:
             assert one[:3] == other[:3]  # bit by bit

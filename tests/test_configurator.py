@@ -1,4 +1,5 @@
 """Configuration, on a script of a few lines."""
+
 import json
 import os
 import runpy
@@ -8,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-import configurator
-from configurator import UserError, restore
+from lm import configurator
+from lm.configurator import UserError, restore
 
 SCRIPT = '''"""Train a small
 model.
 
 What the first paragraph does not say."""
 import math
-from configurator import UserError, configure
+from lm.configurator import UserError, configure
 from math import pi
 
 # ------------------------------------------------ data
@@ -69,6 +70,7 @@ def run(tmp_path, monkeypatch):
     def run(*words):
         monkeypatch.setattr(sys, 'argv', [str(path), *words])
         return runpy.run_path(str(path), run_name='__main__')
+
     return run
 
 
@@ -86,10 +88,12 @@ def write(name, text):
 
 # ---------------------------------------------------------------------------- keys
 
+
 def test_the_defaults_stand_where_nothing_is_given(run):
     variables = run()
     assert variables['batch_size'] == 12 and variables['config'] == {
-        key: variables[key] for key in variables['config']}
+        key: variables[key] for key in variables['config']
+    }
     assert variables['config'].given == set()
 
 
@@ -104,12 +108,13 @@ def test_config_is_plain_data(run):
 
 
 def test_a_default_of_none_needs_an_annotation(tmp_path):
-    path = write(tmp_path / 's.py', 'from configurator import configure\nx = None\nconfigure(globals(), [])')
+    path = write(tmp_path / 's.py', 'from lm.configurator import configure\nx = None\nconfigure(globals(), [])')
     with pytest.raises(UserError, match='default of x is None.*annotate'):
         runpy.run_path(path)
 
 
 # ---------------------------------------------------------------------------- command line
+
 
 def test_options_set_variables_and_config_alike(run):
     variables = run('--batch_size=8')
@@ -139,10 +144,18 @@ def test_a_string_key_takes_its_text_verbatim(run, text):
     assert run(f'--prompt={text}')['prompt'] == text
 
 
-@pytest.mark.parametrize('words, value', [
-    (['--compile'], True), (['--compile', '--no_wandb'], True), (['--compile', 'a.py'], True),
-    (['--compile=True'], True), (['--compile', 'true'], True), (['--compile', 'False'], False),
-    (['--compile', '--compile=false'], False)])
+@pytest.mark.parametrize(
+    'words, value',
+    [
+        (['--compile'], True),
+        (['--compile', '--no_wandb'], True),
+        (['--compile', 'a.py'], True),
+        (['--compile=True'], True),
+        (['--compile', 'true'], True),
+        (['--compile', 'False'], False),
+        (['--compile', '--compile=false'], False),
+    ],
+)
 def test_booleans_are_bare_flags_or_literals(run, words, value):
     write('a.py', '')
     assert run(*words)['compile'] is value
@@ -169,18 +182,28 @@ def test_the_annotation_is_the_type_where_the_default_is_none(run):
     assert fails(run, '--top_k=x') == '--top_k=x gives str where int is wanted or None.'
 
 
-@pytest.mark.parametrize('option, given, wanted', [
-    ('--max_steps=1e3', 'float', 'int'), ('--max_steps=many', 'str', 'int'), ('--max_steps=', 'str', 'int'),
-    ('--max_steps=True', 'bool', 'int'), ('--compile=1', 'int', 'bool'), ('--k_schedule=4', 'int', 'tuple'),
-    ('--learning_rate=x', 'str', 'float'), ('--learning_rate=None', 'NoneType', 'float'),
-    ('--options=[1]', 'list', 'dict')])
+@pytest.mark.parametrize(
+    'option, given, wanted',
+    [
+        ('--max_steps=1e3', 'float', 'int'),
+        ('--max_steps=many', 'str', 'int'),
+        ('--max_steps=', 'str', 'int'),
+        ('--max_steps=True', 'bool', 'int'),
+        ('--compile=1', 'int', 'bool'),
+        ('--k_schedule=4', 'int', 'tuple'),
+        ('--learning_rate=x', 'str', 'float'),
+        ('--learning_rate=None', 'NoneType', 'float'),
+        ('--options=[1]', 'list', 'dict'),
+    ],
+)
 def test_a_wrong_type_names_key_value_and_wanted_type(run, option, given, wanted):
     assert f'{option} gives {given} where {wanted} is wanted, such as ' in fails(run, option)
 
 
 def test_an_unknown_key_suggests_the_nearest(run):
     assert "Unknown key 'learning_rat' (--learning-rat=1); the nearest is 'learning_rate'" in fails(
-        run, '--learning-rat=1')
+        run, '--learning-rat=1'
+    )
     assert '--help' in fails(run, '--zzz')
     assert 'Unknown key' in fails(run, '--_private=2') and 'Unknown key' in fails(run, '--later=2')
 
@@ -196,6 +219,7 @@ def test_a_stray_word_is_an_error_that_says_what_to_write(run, word):
 
 
 # ---------------------------------------------------------------------------- config files
+
 
 def test_a_file_sees_the_values_so_far_also_in_its_functions(run):
     write('a.py', 'max_steps *= 2\ndef total(): return batch_size + max_steps\nbatch_size = total()')
@@ -247,11 +271,15 @@ def test_types_convert_in_a_file_as_on_the_command_line(run):
     assert variables['k_schedule'] == (1,) and type(variables['learning_rate']) is float
 
 
-@pytest.mark.parametrize('text, message', [
-    ('batch_size = 1\nx = = 2', 'a.py, line 2: SyntaxError: invalid syntax'),
-    ('\nmax_steps = 1 / 0', 'a.py, line 2: ZeroDivisionError: division by zero'),
-    ('def f():\n    raise ValueError("no")\nf()', 'a.py, line 2: ValueError: no'),
-    ('batch_size = nothing', "a.py, line 1: NameError: name 'nothing' is not defined")])
+@pytest.mark.parametrize(
+    'text, message',
+    [
+        ('batch_size = 1\nx = = 2', 'a.py, line 2: SyntaxError: invalid syntax'),
+        ('\nmax_steps = 1 / 0', 'a.py, line 2: ZeroDivisionError: division by zero'),
+        ('def f():\n    raise ValueError("no")\nf()', 'a.py, line 2: ValueError: no'),
+        ('batch_size = nothing', "a.py, line 1: NameError: name 'nothing' is not defined"),
+    ],
+)
 def test_a_broken_file_is_one_sentence_with_file_line_and_message(run, text, message):
     write('a.py', text)
     assert fails(run, 'a.py').startswith(message)
@@ -266,27 +294,32 @@ def test_nothing_changes_where_something_is_wrong(tmp_path):
 
 # ---------------------------------------------------------------------------- aliases
 
-@pytest.mark.parametrize('options, key, value', [
-    ('--lr=1', 'learning_rate', 1.0),
-    ('--eta_min=0', 'min_lr', 0.0),
-    ('--n_epochs=3 --num_train_epochs=3', 'num_epochs', 3),
-    ('--precision=bf16 --bf16 --bf16=True', 'dtype', 'bfloat16'),
-    ('--precision=fp16 --precision=float16', 'dtype', 'float16'),
-    ('--precision=fp32 --bf16=False', 'dtype', 'float32'),
-    ('--results_path=x --output_dir=x', 'out_dir', 'x'),
-    ('--max_iters=3', 'max_steps', 3),
-    ('--eval_interval=3 --eval_steps=3', 'eval_every', 3),
-    ('--eval_iters=3', 'eval_batches', 3),
-    ('--logging_steps=3 --log_interval=3', 'log_every', 3),
-    ('--save_steps=3 --save_every_n_steps=3', 'save_every', 3),
-    ('--grad_accum_steps=3', 'gradient_accumulation_steps', 3),
-    ('--data_dir=x', 'dataset', 'x'),
-    ('--context_length=3 --seq_length=3 --max-seq-length=3', 'block_size', 3),
-    ('--pretrained_checkpoint=x --base_model=x --model_name=x', 'init_from', 'x'),
-    ('--model_config=x', 'model_size', 'x'),
-    ('--experiment_name=x', 'wandb_run_name', 'x'),
-    ('--wandb=False', 'no_wandb', True),
-    ('--wandb --wandb=true', 'no_wandb', False)])
+
+@pytest.mark.parametrize(
+    'options, key, value',
+    [
+        ('--lr=1', 'learning_rate', 1.0),
+        ('--eta_min=0', 'min_lr', 0.0),
+        ('--n_epochs=3 --num_train_epochs=3', 'num_epochs', 3),
+        ('--precision=bf16 --bf16 --bf16=True', 'dtype', 'bfloat16'),
+        ('--precision=fp16 --precision=float16', 'dtype', 'float16'),
+        ('--precision=fp32 --bf16=False', 'dtype', 'float32'),
+        ('--results_path=x --output_dir=x', 'out_dir', 'x'),
+        ('--max_iters=3', 'max_steps', 3),
+        ('--eval_interval=3 --eval_steps=3', 'eval_every', 3),
+        ('--eval_iters=3', 'eval_batches', 3),
+        ('--logging_steps=3 --log_interval=3', 'log_every', 3),
+        ('--save_steps=3 --save_every_n_steps=3', 'save_every', 3),
+        ('--grad_accum_steps=3', 'gradient_accumulation_steps', 3),
+        ('--data_dir=x', 'dataset', 'x'),
+        ('--context_length=3 --seq_length=3 --max-seq-length=3', 'block_size', 3),
+        ('--pretrained_checkpoint=x --base_model=x --model_name=x', 'init_from', 'x'),
+        ('--model_config=x', 'model_size', 'x'),
+        ('--experiment_name=x', 'wandb_run_name', 'x'),
+        ('--wandb=False', 'no_wandb', True),
+        ('--wandb --wandb=true', 'no_wandb', False),
+    ],
+)
 def test_names_of_published_scripts_are_aliases(run, options, key, value):
     for option in options.split():
         config = run(option)['config']
@@ -300,8 +333,11 @@ def test_aliases_work_in_files(run):
 
 
 def test_an_alias_gives_way_to_a_key_of_its_name_and_needs_its_target(tmp_path):
-    path = write(tmp_path / 'script.py', "from configurator import configure\n"
-                 "out_dir = 'a'\noutput_dir = 'b'\nconfig = configure(globals(), WORDS)")
+    path = write(
+        tmp_path / 'script.py',
+        'from lm.configurator import configure\n'
+        "out_dir = 'a'\noutput_dir = 'b'\nconfig = configure(globals(), WORDS)",
+    )
     variables = runpy.run_path(path, {'WORDS': ['--output_dir=c']})
     assert (variables['out_dir'], variables['output_dir']) == ('a', 'c')
     with pytest.raises(UserError, match="Unknown key 'lr'"):
@@ -322,6 +358,7 @@ def test_reentrant_checkpointing_is_refused_with_the_reason(run):
 
 # ---------------------------------------------------------------------------- help, resuming, processes
 
+
 @pytest.mark.parametrize('words', [['--help'], ['broken.py', '-h']])
 def test_help_prints_keys_defaults_and_comments_of_the_source(run, capsys, words):
     with pytest.raises(SystemExit) as stopped:
@@ -332,9 +369,11 @@ def test_help_prints_keys_defaults_and_comments_of_the_source(run, capsys, words
     lines = text.splitlines()
     column = next(line.index('torch.compile') for line in lines if 'torch.compile' in line)
     for setting, comment in [
-            ("--prompt=''", 'é: what the text starts with'), ('--batch_size=12', 'rows in C#'),
-            ('--k_schedule=(1, 2, 4)', 'how many candidates, step by step'),
-            ('--init_from=None', 'weights to start from')]:
+        ("--prompt=''", 'é: what the text starts with'),
+        ('--batch_size=12', 'rows in C#'),
+        ('--k_schedule=(1, 2, 4)', 'how many candidates, step by step'),
+        ('--init_from=None', 'weights to start from'),
+    ]:
         assert f'  {setting}'.ljust(column) + comment in lines
     assert '  --stop_words=[]' in lines and 'data' in lines and 'model and run' in lines
     assert '_private' not in text and 'later' not in text
@@ -354,7 +393,8 @@ def test_restore_takes_what_was_not_given_from_the_saved_run_and_lists_what_diff
 def python(folder, *words):
     environment = {**os.environ, 'PYTHONPATH': str(configurator.ROOT)}
     return subprocess.run(
-        [sys.executable, *words], cwd=folder, env=environment, text=True, capture_output=True)
+        [sys.executable, *words], cwd=folder, env=environment, text=True, capture_output=True
+    )
 
 
 def test_a_mistake_prints_one_line_without_a_traceback_from_any_working_directory(tmp_path):
@@ -368,12 +408,16 @@ def test_a_mistake_prints_one_line_without_a_traceback_from_any_working_director
 
 
 def test_other_exceptions_keep_their_traceback(tmp_path):
-    done = python(tmp_path, '-c', 'import configurator; 1 / 0')
+    done = python(tmp_path, '-c', 'import lm.configurator; 1 / 0')
     assert done.returncode == 1 and 'Traceback' in done.stderr and 'ZeroDivisionError' in done.stderr
 
 
 def test_a_reader_that_ends_early_is_no_error():
-    process = subprocess.Popen([sys.executable, configurator.ROOT / 'sweep.py', 'config/sweep_parity.py', '--dry_run'],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, configurator.ROOT / 'sweep.py', 'config/sweep_parity.py', '--dry_run'],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     process.stdout.close()  # as `| head -0` does, before anything is written
     assert (process.stderr.read(), process.wait()) == ('', 1)

@@ -1,23 +1,26 @@
 """An `ar` model as the start of a bidirectional one."""
+
 import json
 
 import pytest
 import torch
-
-import checkpoints
-import data
-import likelihood
-import sampling
-from configurator import UserError
 from conftest import random_model, write_folder
 from test_train import GPT2, load, same, train
+
+import sampling
+from lm import checkpoints, data, likelihood
+from lm.configurator import UserError
 
 SHAPE = dict(vocab_size=30, block_size=16, n_layer=2, n_head=2, n_embd=16, mask_id=28, ignore_id=29)
 
 
 def ar_checkpoint(**changes):
     model = random_model('ar', 0.4, **{**SHAPE, **changes})
-    return model, {'architecture': 'ar', 'model_config': vars(model.config), 'model_state_dict': model.state_dict()}
+    return model, {
+        'architecture': 'ar',
+        'model_config': vars(model.config),
+        'model_state_dict': model.state_dict(),
+    }
 
 
 def converted(checkpoint, architecture='diffusion', **settings):
@@ -28,15 +31,23 @@ def some_tokens(length=16):
     return torch.randint(0, 28, (3, length), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize('changes', [{}, {'tied': False, 'n_head': 4, 'n_kv_head': 2},
-                                     {'norm': 'layer', 'position': 'learned', 'embedding_width': 8}],
-                         ids=['native', 'untied', 'narrow'])
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {},
+        {'tied': False, 'n_head': 4, 'n_kv_head': 2},
+        {'norm': 'layer', 'position': 'learned', 'embedding_width': 8},
+    ],
+    ids=['native', 'untied', 'narrow'],
+)
 @torch.no_grad()
 def test_a_converted_model_begins_as_the_ar_model_one_position_on(changes):
     ar, checkpoint = ar_checkpoint(**changes)
     model, tokens = converted(checkpoint).train(), some_tokens()
     model.opening = data.opening(0, 10, 16, seed=0)
-    torch.testing.assert_close(model.logits(tokens)[:, 1:, :28], ar.logits(tokens)[:, :-1, :28], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        model.logits(tokens)[:, 1:, :28], ar.logits(tokens)[:, :-1, :28], atol=1e-5, rtol=0
+    )
     model.opening = None
     assert (model.logits(tokens)[:, 1:, :28] - ar.logits(tokens)[:, :-1, :28]).abs().max() > 0.1
 
@@ -52,8 +63,13 @@ def test_every_reader_of_a_converted_model_sees_the_same_shift():
     torch.testing.assert_close(model.losses(tokens, hidden, noise)[0], expected * hidden)
     last = torch.zeros_like(hidden)
     last[:, 9] = True
-    torch.testing.assert_close(likelihood.chain_rule(model, tokens, last)[:, 9], -model.logits(
-        tokens.masked_fill(last, 28)).log_softmax(-1)[:, 9].gather(1, tokens[:, 9:10]).squeeze(1))
+    torch.testing.assert_close(
+        likelihood.chain_rule(model, tokens, last)[:, 9],
+        -model.logits(tokens.masked_fill(last, 28))
+        .log_softmax(-1)[:, 9]
+        .gather(1, tokens[:, 9:10])
+        .squeeze(1),
+    )
     filled = sampling.generate(model, tokens.masked_fill(last, 28).tolist(), 0, temperature=0)
     assert [row[9] for row in filled] == model.logits(tokens.masked_fill(last, 28))[:, 9].argmax(-1).tolist()
 
@@ -66,7 +82,9 @@ def test_a_hidden_token_never_leaks_through_the_shift():
     masked = noise[:, 1:] < model.levels(noise)
     other = torch.where(masked, (tokens + 1) % 28, tokens)
     first, second = (model.losses(x, None, noise)[0] for x in (tokens, other))
-    assert torch.equal(first != second, masked) and masked.sum() == 9  # another token is scored, nothing else moves
+    assert (
+        torch.equal(first != second, masked) and masked.sum() == 9
+    )  # another token is scored, nothing else moves
 
 
 def test_rows_that_ar_never_learned_are_the_mean_of_those_that_it_did():
@@ -91,13 +109,19 @@ def test_a_start_may_have_shorter_rows(position):
 
 def test_what_a_diffusion_model_cannot_start_is_refused():
     model = random_model('diffusion', 0.4, **SHAPE)
-    checkpoint = {'architecture': 'diffusion', 'model_config': vars(model.config),
-                  'model_state_dict': model.state_dict()}
-    with pytest.raises(UserError, match="holds architecture='diffusion', which cannot start 'ar'; use --arch"):
+    checkpoint = {
+        'architecture': 'diffusion',
+        'model_config': vars(model.config),
+        'model_state_dict': model.state_dict(),
+    }
+    with pytest.raises(
+        UserError, match="holds architecture='diffusion', which cannot start 'ar'; use --arch"
+    ):
         checkpoints.as_start(checkpoint, 'run', 'ar')
 
 
 # ---------------------------------------------------------------------------- annealing
+
 
 def test_attention_opens_gradually_and_depends_on_seed_and_step_only():
     causal = torch.ones(64, 64, dtype=torch.bool).tril()
@@ -120,6 +144,7 @@ def test_training_sees_what_is_open_and_evaluation_everything(checkpointing):
 
     def seen():
         return ((model.logits(tokens) - model.logits(other))[..., :28].abs().amax((0, 2)) > 1e-5).tolist()
+
     model.train()
     assert seen() == [False] * 9 + [True] * 7
     model.eval()
@@ -137,8 +162,14 @@ def base(tmp_path_factory):
 
 @pytest.mark.slow
 def test_an_ar_run_starts_a_diffusion_run_that_resumes_bit_for_bit(base, tmp_path):
-    settings = [f'--dataset={base}/letters', '--architecture=diffusion', f'--init_from={base}/ar', '--max_steps=8',
-                '--anneal_steps=6', '--eval_every=4']
+    settings = [
+        f'--dataset={base}/letters',
+        '--architecture=diffusion',
+        f'--init_from={base}/ar',
+        '--max_steps=8',
+        '--anneal_steps=6',
+        '--eval_every=4',
+    ]
     whole = train(*settings, f'--out_dir={tmp_path}/whole')
     state = load(tmp_path / 'whole')
     assert state['model_config']['shift'] and state['architecture'] == 'diffusion'
@@ -168,4 +199,6 @@ def test_by_default_a_tenth_of_the_steps_opens_and_a_scratch_run_has_none(shape,
 
 def test_the_hubs_token_is_written_nowhere(base, tmp_path):
     train(f'--dataset={base}/letters', f'--out_dir={tmp_path}/run', '--token=hf_secret', '--max_steps=2')
-    assert not [path for path in (tmp_path / 'run').rglob('*') if path.is_file() and b'hf_secret' in path.read_bytes()]
+    assert not [
+        path for path in (tmp_path / 'run').rglob('*') if path.is_file() and b'hf_secret' in path.read_bytes()
+    ]

@@ -45,24 +45,24 @@ plot: {Hero.they} {hero.were} not alone. "{friend.sound=place.friends}!" said [t
 """
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope='module')
 def small():
     return Grammar(RULES, TABLES)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope='module')
 def walks():
     """Some hundred stories, each as a list of (probability, text, node)."""
     return [list(grammar.GRAMMAR.walk(random.Random(seed))) for seed in range(400)]
 
 
 def tell(walk):
-    return "".join(text for _, text, _ in walk)
+    return ''.join(text for _, text, _ in walk)
 
 
 def test_probabilities_of_all_stories_sum_to_one(small):
     stories = dict((text, math.exp(log_p)) for log_p, text in small.derivations())
-    assert "A child named Robin was by the pond. They were not alone. \"Ribbit!\" said the frog." in stories
+    assert 'A child named Robin was by the pond. They were not alone. "Ribbit!" said the frog.' in stories
     assert sum(stories.values()) == pytest.approx(1, abs=1e-12)
 
 
@@ -82,12 +82,12 @@ def test_log_prob_is_that_of_the_enumeration(small):
 
 
 def test_log_prob_sums_over_derivations():
-    ambiguous = Grammar("story: [a|ab][c|bc]", "t\nx")
-    assert ambiguous.log_prob("abc") == pytest.approx(math.log(2 * (3 / 5 * 2 / 5)), abs=1e-12)
+    ambiguous = Grammar('story: [a|ab][c|bc]', 't\nx')
+    assert ambiguous.log_prob('abc') == pytest.approx(math.log(2 * (3 / 5 * 2 / 5)), abs=1e-12)
 
 
 def test_choices_follow_zipf():
-    assert [p for p, _ in grammar.zipf("abc")] == pytest.approx([6 / 13, 4 / 13, 3 / 13])
+    assert [p for p, _ in grammar.zipf('abc')] == pytest.approx([6 / 13, 4 / 13, 3 / 13])
 
 
 def test_log_prob_is_that_of_the_way_by_which_a_story_was_drawn(walks):
@@ -105,6 +105,7 @@ def test_entropy_agrees_with_sampling():
 # --- Unambiguous, by proof: wherever a story can go on in two ways, these can never lead to the same text.
 # Both are followed at once, to all that may come, forgetting who is in the cast except for whom the two ways
 # have just drawn. To forget allows more texts than there are, so ways that cannot meet then, never meet.
+
 
 def texts_of(rules, node, cast):
     """{(text, next node)}: all that this node may say, as far as the cast is known."""
@@ -149,13 +150,22 @@ def test_stories_are_unambiguous(small):
     assert not list(ambiguities(small))
 
 
-@pytest.mark.parametrize("rules", ["story: [a|ab][c|bc]", "story: [a|a]b", "story: {x.form=xs}.",
-                                   "story: a (b) (b) c", "story: {x.form=xs} and then {x.form}."])
+@pytest.mark.parametrize(
+    'rules',
+    [
+        'story: [a|ab][c|bc]',
+        'story: [a|a]b',
+        'story: {x.form=xs}.',
+        'story: a (b) (b) c',
+        'story: {x.form=xs} and then {x.form}.',
+    ],
+)
 def test_the_proof_finds_ambiguity(rules):
-    assert list(ambiguities(Grammar(rules, "xs | form\none, two | same")))
+    assert list(ambiguities(Grammar(rules, 'xs | form\none, two | same')))
 
 
 # --- What is not a story
+
 
 def test_wrong_agreement_has_probability_zero(walks):
     """Each word that refers to something is changed to what it would be for something else."""
@@ -166,12 +176,12 @@ def test_wrong_agreement_has_probability_zero(walks):
                 rows = grammar.GRAMMAR.roles[node.variable]
                 wrong = sorted({node.text_of(row) for row in rows} - {text})
                 if wrong:
-                    wrong_story = tell(walk[:i]) + rng.choice(wrong) + tell(walk[i + 1:])
-                    assert grammar.log_prob(wrong_story) == -math.inf, f"{text!r} changed: {wrong_story}"
-                    kinds.add(f"{node.variable}.{node.form}")
-    changed = "hero.word hero.they hero.them hero.their hero.were hero.kind friend.word friend.sound"
-    changed += " friend.they friend.them pal.word place.word place.at toy.word elder.they low.word trait.word"
-    changed += " weather.night love.doing baby.mother gift.thanks charge.did fear.truth goal.far"
+                    wrong_story = tell(walk[:i]) + rng.choice(wrong) + tell(walk[i + 1 :])
+                    assert grammar.log_prob(wrong_story) == -math.inf, f'{text!r} changed: {wrong_story}'
+                    kinds.add(f'{node.variable}.{node.form}')
+    changed = 'hero.word hero.they hero.them hero.their hero.were hero.kind friend.word friend.sound'
+    changed += ' friend.they friend.them pal.word place.word place.at toy.word elder.they low.word trait.word'
+    changed += ' weather.night love.doing baby.mother gift.thanks charge.did fear.truth goal.far'
     assert kinds >= set(changed.split())
 
 
@@ -180,47 +190,78 @@ def test_changing_only_the_first_mention_has_probability_zero(walks):
         for i, (_, text, node) in enumerate(walk):
             if not isinstance(node, Draw):
                 continue
-            later = [(then, said) for _, said, then in walk[i + 1:]
-                     if isinstance(then, Recall) and then.variable == node.variable]
-            for row in sorted(grammar.GRAMMAR.roles[node.variable], key=lambda row: row["word"])[:4]:
+            later = [
+                (then, said)
+                for _, said, then in walk[i + 1 :]
+                if isinstance(then, Recall) and then.variable == node.variable
+            ]
+            for row in sorted(grammar.GRAMMAR.roles[node.variable], key=lambda row: row['word'])[:4]:
                 if node.text_of(row) != text and any(then.text_of(row) != said for then, said in later):
-                    wrong_story = tell(walk[:i]) + node.text_of(row) + tell(walk[i + 1:])
-                    assert grammar.log_prob(wrong_story) == -math.inf, f"{text!r} changed: {wrong_story}"
+                    wrong_story = tell(walk[:i]) + node.text_of(row) + tell(walk[i + 1 :])
+                    assert grammar.log_prob(wrong_story) == -math.inf, f'{text!r} changed: {wrong_story}'
 
 
 def test_a_story_in_part_has_probability_zero(walks):
     for walk in walks[:100]:
         story = tell(walk)
         for end in range(0, len(story), 7):
-            rest_may_be_optional = story[:end] + " The end." == story or story[end:] == " The end."
+            rest_may_be_optional = story[:end] + ' The end.' == story or story[end:] == ' The end.'
             assert rest_may_be_optional or grammar.log_prob(story[:end]) == -math.inf, story[:end]
         assert grammar.log_prob(story[1:]) == -math.inf
 
 
 def test_garbage_has_probability_zero(walks):
     one, two = tell(walks[0]), tell(walks[1])
-    sentences = one.split(". ")
-    swapped = ". ".join([sentences[0], sentences[2], sentences[1], *sentences[3:]])
-    for text in ["", " ", "garbage", "Once upon a time", "\x00", "Lily " * 1000, one + " ", " " + one,
-                 one + "\n", one + "<|endoftext|>", one + " " + two, one.lower(), one.upper(), swapped,
-                 one.replace(" ", "  ", 1), one.replace(".", "", 1), one.replace("\"", "", 1)]:
+    sentences = one.split('. ')
+    swapped = '. '.join([sentences[0], sentences[2], sentences[1], *sentences[3:]])
+    for text in [
+        '',
+        ' ',
+        'garbage',
+        'Once upon a time',
+        '\x00',
+        'Lily ' * 1000,
+        one + ' ',
+        ' ' + one,
+        one + '\n',
+        one + '<|endoftext|>',
+        one + ' ' + two,
+        one.lower(),
+        one.upper(),
+        swapped,
+        one.replace(' ', '  ', 1),
+        one.replace('.', '', 1),
+        one.replace('"', '', 1),
+    ]:
         assert grammar.log_prob(text) == -math.inf, text
 
 
 # --- What is a story
 
-MISTAKES = "|".join([
-    r"\b[Aa] [aeiouAEIOU]", r"\b[Aa]n [^aeiouAEIOU]",                         # a owl, an dog
-    r"\b([Tt]hey|I|[Yy]ou) was\b", r"\b([Hh]e|[Ss]he|[Ii]t) were\b",
-    r"  ", r" [.,!?]", r"[.,!?]{2}", r",[^ \"]", r"[a-z]\"", r"\w\"\w",       # spaces and punctuation
-    r"[.!?] [a-z]", r"[a-z][A-Z]", r"[^\w .,:!?'\"]"])                         # capitals; odd characters
+MISTAKES = '|'.join(
+    [
+        r'\b[Aa] [aeiouAEIOU]',
+        r'\b[Aa]n [^aeiouAEIOU]',  # a owl, an dog
+        r'\b([Tt]hey|I|[Yy]ou) was\b',
+        r'\b([Hh]e|[Ss]he|[Ii]t) were\b',
+        r'  ',
+        r' [.,!?]',
+        r'[.,!?]{2}',
+        r',[^ \"]',
+        r'[a-z]\"',
+        r'\w\"\w',  # spaces and punctuation
+        r'[.!?] [a-z]',
+        r'[a-z][A-Z]',
+        r"[^\w .,:!?'\"]",
+    ]
+)  # capitals; odd characters
 
 
 def test_english_is_correct(walks):
     for walk in walks:
         story = tell(walk)
-        assert not (found := re.search(MISTAKES, story)), f"{found[0]!r} in: {story}"
-        assert story[0].isupper() and story[-1] in ".!?\"" and story.count("\"") % 2 == 0
+        assert not (found := re.search(MISTAKES, story)), f'{found[0]!r} in: {story}'
+        assert story[0].isupper() and story[-1] in '.!?"' and story.count('"') % 2 == 0
 
 
 def test_stories_are_many_and_short_and_their_words_few(walks):
@@ -233,7 +274,7 @@ def test_stories_are_many_and_short_and_their_words_few(walks):
 
 
 def test_there_are_at_least_six_plots_and_none_is_rare(walks):
-    plots = {alternative[0][1:-1] for alternative in grammar.GRAMMAR.rules["plot"]}
+    plots = {alternative[0][1:-1] for alternative in grammar.GRAMMAR.rules['plot']}
     assert len(plots) >= 6 and plots <= set(grammar.GRAMMAR.rules)
     assert all(p > 0.05 for p, _ in grammar.zipf(list(plots)))
 
@@ -245,38 +286,47 @@ def test_a_story_depends_on_seed_and_number_only():
 
 
 def test_a_story_is_the_same_in_any_process():
-    program = "from prepare import grammar; print(*grammar.stories(5, seed=1), repr(grammar.entropy()))"
-    for hash_seed in "12":
-        told = subprocess.run([sys.executable, "-c", program], cwd=Path(grammar.__file__).parents[1],
-                              env={**os.environ, "PYTHONHASHSEED": hash_seed}, capture_output=True, text=True)
-        assert told.stdout.strip() == " ".join([*grammar.stories(5, seed=1), repr(grammar.entropy())])
+    program = 'from prepare import grammar; print(*grammar.stories(5, seed=1), repr(grammar.entropy()))'
+    for hash_seed in '12':
+        told = subprocess.run(
+            [sys.executable, '-c', program],
+            cwd=Path(grammar.__file__).parents[1],
+            env={**os.environ, 'PYTHONHASHSEED': hash_seed},
+            capture_output=True,
+            text=True,
+        )
+        assert told.stdout.strip() == ' '.join([*grammar.stories(5, seed=1), repr(grammar.entropy())])
 
 
 def test_the_example_in_the_docstring_holds():
     text = grammar.story(random.Random(1))
     assert grammar.log_prob(text) > -100
-    assert "her" in text and grammar.log_prob(text.replace("her", "his")) == -math.inf
+    assert 'her' in text and grammar.log_prob(text.replace('her', 'his')) == -math.inf
 
 
 # --- Grammars that are none
 
-@pytest.mark.parametrize("rules, tables, complaint", [
-    ("story: {hero} ran.", "heroes\nLily", "'hero'"),
-    ("story: [{Hero=heroes}|Someone] ran. {Hero} sat.", "heroes\nLily", "'hero'"),
-    ("story: {spot=place.spots}", "places | spots\npond | reeds", "'place'"),
-    ("story: {hero=people}", "heroes\nLily", "'people'"),
-    ("story: {hero=heroes} {hero.them}", "heroes\nLily", "'them'"),
-    ("story: {hero=heroes} {x=hero.hats}", "heroes\nLily", "'hats'"),
-    ("story: {place=places} {x=place.pets}", "pets\ncat\n\nplaces | pets\npond | cat, dog", "'cat, dog'"),
-    ("story: <plot>", "heroes\nLily", "<plot> does not exist"),
-    ("plot: Hello.", "heroes\nLily", "<story> does not exist"),
-    ("story: <a>\n\na: x<b>\n\nb: y<a>", "heroes\nLily", "<a> contains itself"),
-    ("story: [one|two", "heroes\nLily", "bracket"),
-    ("story: one]", "heroes\nLily", "bracket"),
-    ("story: {hero=}", "heroes\nLily", "{hero=}"),
-    ("story: Hi.", "heroes | kind\nLily", "'Lily' must fill 2 columns"),
-    ("story: Hi.", "heroes | kind\nLily |", "'Lily' must fill 2 columns"),
-])
+
+@pytest.mark.parametrize(
+    'rules, tables, complaint',
+    [
+        ('story: {hero} ran.', 'heroes\nLily', "'hero'"),
+        ('story: [{Hero=heroes}|Someone] ran. {Hero} sat.', 'heroes\nLily', "'hero'"),
+        ('story: {spot=place.spots}', 'places | spots\npond | reeds', "'place'"),
+        ('story: {hero=people}', 'heroes\nLily', "'people'"),
+        ('story: {hero=heroes} {hero.them}', 'heroes\nLily', "'them'"),
+        ('story: {hero=heroes} {x=hero.hats}', 'heroes\nLily', "'hats'"),
+        ('story: {place=places} {x=place.pets}', 'pets\ncat\n\nplaces | pets\npond | cat, dog', "'cat, dog'"),
+        ('story: <plot>', 'heroes\nLily', '<plot> does not exist'),
+        ('plot: Hello.', 'heroes\nLily', '<story> does not exist'),
+        ('story: <a>\n\na: x<b>\n\nb: y<a>', 'heroes\nLily', '<a> contains itself'),
+        ('story: [one|two', 'heroes\nLily', 'bracket'),
+        ('story: one]', 'heroes\nLily', 'bracket'),
+        ('story: {hero=}', 'heroes\nLily', '{hero=}'),
+        ('story: Hi.', 'heroes | kind\nLily', "'Lily' must fill 2 columns"),
+        ('story: Hi.', 'heroes | kind\nLily |', "'Lily' must fill 2 columns"),
+    ],
+)
 def test_a_malformed_grammar_is_refused_in_one_sentence(rules, tables, complaint):
     with pytest.raises(ValueError, match=re.escape(complaint)):
         Grammar(rules, tables)

@@ -1,4 +1,5 @@
 """What hub.py promises, before a stand-in for the hub's client: what is sent, what is said, what never is."""
+
 import types
 
 import huggingface_hub
@@ -7,9 +8,9 @@ import transformers
 from conftest import letter_tokenizer, random_model
 from test_finetune import place, settings, tune  # noqa: F401
 
-import checkpoints
 import hf
-from configurator import UserError
+from lm import checkpoints
+from lm.configurator import UserError
 
 NAME = 'someone/letters'
 GPT2 = dict(norm='layer', position='learned', mlp='gelu', bias=True, qk_norm=False, logit_softcap=0)
@@ -21,14 +22,40 @@ def run_folder(tmp_path):
     tokenizer, folder = letter_tokenizer(), tmp_path / 'run'
     folder.mkdir()
     for file, deviation in (('best.pt', 0.1), ('ckpt.pt', 0.2)):
-        model = random_model('ar', deviation, n_layer=1, n_head=2, n_embd=16, block_size=8, mask_id=tokenizer.mask_id,
-                             vocab_size=tokenizer.vocab_size, ignore_id=tokenizer.ignore_id, **GPT2)
-        checkpoints.save(folder / file, {
-            'architecture': 'ar', 'global_step': 5, 'best_step': 3, 'best_val_loss': 1.25, 'start_token': 0,
-            'model_config': vars(model.config), 'model_state_dict': model.state_dict(), 'prompt_format': None,
-            'tokenizer': tokenizer.to_json(), 'train_config': {
-                'dataset': '/home/me/data/letters', 'init_from': 'owner/base', 'out_dir': '/home/me/out',
-                'learning_rate': 2e-5, 'wandb_project': 'mine', 'block_size': None}})
+        model = random_model(
+            'ar',
+            deviation,
+            n_layer=1,
+            n_head=2,
+            n_embd=16,
+            block_size=8,
+            mask_id=tokenizer.mask_id,
+            vocab_size=tokenizer.vocab_size,
+            ignore_id=tokenizer.ignore_id,
+            **GPT2,
+        )
+        checkpoints.save(
+            folder / file,
+            {
+                'architecture': 'ar',
+                'global_step': 5,
+                'best_step': 3,
+                'best_val_loss': 1.25,
+                'start_token': 0,
+                'model_config': vars(model.config),
+                'model_state_dict': model.state_dict(),
+                'prompt_format': None,
+                'tokenizer': tokenizer.to_json(),
+                'train_config': {
+                    'dataset': '/home/me/data/letters',
+                    'init_from': 'owner/base',
+                    'out_dir': '/home/me/out',
+                    'learning_rate': 2e-5,
+                    'wandb_project': 'mine',
+                    'block_size': None,
+                },
+            },
+        )
     return folder
 
 
@@ -73,7 +100,10 @@ def test_the_card_tells_the_settings_and_no_path_of_the_machine(run_folder, clie
     hf.main(['push', str(run_folder), f'--hub_model_id={NAME}'])
     card = (client.folder / 'README.md').read_text()
     assert card.startswith('---\nlibrary_name: transformers\n') and 'base_model: owner/base\n' in card
-    assert '1.2500 nats per token on held-out examples, at step 3' in card and f"from_pretrained('{NAME}')" in card
+    assert (
+        '1.2500 nats per token on held-out examples, at step 3' in card
+        and f"from_pretrained('{NAME}')" in card
+    )
     assert '| learning_rate | `2e-05` |' in card and '| dataset | `letters` |' in card
     assert not any(word in card for word in ('/home/me', 'out_dir', 'wandb', 'secret', 'block_size'))
 
@@ -85,10 +115,14 @@ def test_a_dry_run_shows_all_and_asks_no_one(run_folder, client, capsys):
     assert all(name in output for name in ('model.safetensors', 'tokenizer.json', 'README.md', '# letters'))
 
 
-@pytest.mark.parametrize('words, said', [
-    (['RUN', '--hub_model_id=letters'], "hub_model_id is 'letters'.*owner/name"),
-    (['nowhere', f'--hub_model_id={NAME}'], 'no checkpoint at nowhere'),
-    (['RUN', f'--hub_model_id={NAME}'], 'got nothing .*no route.*hf auth login')])
+@pytest.mark.parametrize(
+    'words, said',
+    [
+        (['RUN', '--hub_model_id=letters'], "hub_model_id is 'letters'.*owner/name"),
+        (['nowhere', f'--hub_model_id={NAME}'], 'no checkpoint at nowhere'),
+        (['RUN', f'--hub_model_id={NAME}'], 'got nothing .*no route.*hf auth login'),
+    ],
+)
 def test_a_mistake_is_a_sentence(words, said, run_folder, client, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     client.fails = ConnectionError('no route to the host')

@@ -1,11 +1,11 @@
 """What is written out for speed gives what PyTorch's plain way gives."""
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-import kernels
 import model
-import optim
+from lm import kernels, optim
 
 
 def random(*shape, seed=0):
@@ -23,7 +23,9 @@ def test_float32_linear_layers_use_onednn_and_agree_with_pytorchs(bias, monkeypa
     monkeypatch.setattr(kernels, 'MULTIPLY', lambda *given: used.append(1) or multiply(*given))
     y = kernels.linear(x, weight, b)
     torch.testing.assert_close(y, expected, atol=1e-4, rtol=1e-5)
-    for ours, theirs in zip(torch.autograd.grad(y, inputs, gradient), torch.autograd.grad(expected, inputs, gradient)):
+    for ours, theirs in zip(
+        torch.autograd.grad(y, inputs, gradient), torch.autograd.grad(expected, inputs, gradient)
+    ):
         torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-5)
     assert len(used) == 3
     kernels.linear(x, weight.detach(), None).sum().backward()
@@ -49,7 +51,9 @@ def test_the_head_loss_has_the_gradients_of_autograd(cap, rows):
     nats, guess = model.HeadLoss.apply(hidden, weight, never, targets, shares, cap, rows, torch.float32)
     torch.testing.assert_close(nats, plain)
     assert torch.equal(guess, (logits + never).argmax(-1))
-    for ours, theirs in zip(torch.autograd.grad(3 * nats.sum(), (hidden, weight), retain_graph=True), expected):
+    for ours, theirs in zip(
+        torch.autograd.grad(3 * nats.sum(), (hidden, weight), retain_graph=True), expected
+    ):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     with pytest.raises(RuntimeError, match='summed'):
         (nats * torch.arange(20)).sum().backward()
@@ -59,8 +63,9 @@ def test_the_head_loss_has_the_gradients_of_autograd(cap, rows):
 
 def test_batched_muon_steps_and_resumes_as_pytorchs():
     shapes = [(16, 16), (16, 64), (16, 16), (64, 16), (24, 16)]
-    ours, theirs = ([random(*shape, seed=i).detach().requires_grad_() for i, shape in enumerate(shapes)]
-                    for _ in range(2))
+    ours, theirs = (
+        [random(*shape, seed=i).detach().requires_grad_() for i, shape in enumerate(shapes)] for _ in range(2)
+    )
     options = dict(lr=0.01, weight_decay=0.1, momentum=0.95, adjust_lr_fn='match_rms_adamw')
     optimizers = optim.BatchedMuon(ours, **options), torch.optim.Muon(theirs, **options)
     for step in range(4):

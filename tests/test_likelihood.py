@@ -1,4 +1,5 @@
 """Likelihoods against what can be enumerated: token by token, all orders, all masks, any batches and ranks."""
+
 from contextlib import nullcontext
 from itertools import permutations, product
 from math import comb
@@ -9,8 +10,7 @@ import pytest
 import torch
 from conftest import letter_tokenizer, write_folder
 
-import data
-import likelihood
+from lm import data, likelihood
 from model import ARCHITECTURES, ModelConfig
 from sampling import KVCache
 
@@ -30,8 +30,13 @@ def tiny(architecture, **shape):
 
 def one_of(rank=0, world_size=1):
     """A run of one rank; its totals are its own share."""
-    return SimpleNamespace(rank=rank, world_size=world_size, device=torch.device('cpu'), autocast=nullcontext,
-                           total=lambda values: {name: np.asarray(value).tolist() for name, value in values.items()})
+    return SimpleNamespace(
+        rank=rank,
+        world_size=world_size,
+        device=torch.device('cpu'),
+        autocast=nullcontext,
+        total=lambda values: {name: np.asarray(value).tolist() for name, value in values.items()},
+    )
 
 
 @pytest.fixture(scope='module')
@@ -41,8 +46,13 @@ def folder(tmp_path_factory):
 
 def model_for(folder, architecture, block_size=16):
     tokenizer = folder.tokenizer
-    return tiny(architecture, vocab_size=tokenizer.vocab_size, block_size=block_size, mask_id=tokenizer.mask_id,
-                ignore_id=tokenizer.ignore_id)
+    return tiny(
+        architecture,
+        vocab_size=tokenizer.vocab_size,
+        block_size=block_size,
+        mask_id=tokenizer.mask_id,
+        ignore_id=tokenizer.ignore_id,
+    )
 
 
 def measured(folder, architecture, mode='packed', run=None, batch_size=5, **settings):
@@ -54,10 +64,13 @@ def measured(folder, architecture, mode='packed', run=None, batch_size=5, **sett
 def assert_close(one, other):
     for unit, part in one.items():
         for name, array in part.items():
-            np.testing.assert_allclose(array, other[unit][name], rtol=1e-5, atol=1e-5, err_msg=f'{unit} {name}')
+            np.testing.assert_allclose(
+                array, other[unit][name], rtol=1e-5, atol=1e-5, err_msg=f'{unit} {name}'
+            )
 
 
 # ---------------------------------------------------------------------------- left to right
+
 
 @torch.no_grad()
 def test_ar_equals_a_loop_token_by_token_over_the_cache(folder):
@@ -66,7 +79,7 @@ def test_ar_equals_a_loop_token_by_token_over_the_cache(folder):
     rows, tokens = likelihood.open_rows(folder, 'val', model, 16, 'packed'), folder.tokens['val']
     total, seen = 0.0, 0
     for start in [*range(0, len(tokens) - 16, 16), len(tokens) - 16]:
-        row, cache = tokens[start:start + 16].astype(int), KVCache(1, 16, 'cpu')
+        row, cache = tokens[start : start + 16].astype(int), KVCache(1, 16, 'cpu')
         for i in range(15):
             logits = model.logits(torch.tensor([[int(row[i])]]), cache)[0, -1]
             cache.advance([1])
@@ -111,7 +124,9 @@ def nelbo(model, row):
         m = sum(mask)
         if m:
             noise = torch.tensor([[1.0, 1.0] + [1.0 - one for one in mask]])  # level 1: nats are not divided
-            total += model.nll(row, noise=noise * torch.tensor([1.0] + [2.0] * (n + 1))).item() / (m * comb(n, m))
+            total += model.nll(row, noise=noise * torch.tensor([1.0] + [2.0] * (n + 1))).item() / (
+                m * comb(n, m)
+            )
     return total
 
 
@@ -125,7 +140,9 @@ def test_the_chain_rule_is_the_product_of_its_conditionals():
             canvas[0, place] = ROW[0, place]
         assert chain(model, ROW, order).sum().item() == pytest.approx(total, abs=1e-5)
     assert torch.allclose(likelihood.chain_rule(model, ROW), chain(model, ROW, (1, 2, 3)))
-    assert torch.allclose(likelihood.chain_rule(model, ROW, batch_size=1), chain(model, ROW, (1, 2, 3)), atol=1e-6)
+    assert torch.allclose(
+        likelihood.chain_rule(model, ROW, batch_size=1), chain(model, ROW, (1, 2, 3)), atol=1e-6
+    )
 
 
 def test_the_bound_is_the_mean_over_all_orders_of_the_chain_rule():
@@ -149,8 +166,12 @@ def test_the_bound_is_above_the_enumerated_truth():
 
 def toy_rows(count):
     """The row ROW, `count` times, as a split of one document."""
-    return SimpleNamespace(num_rows=count, row_length=4, read=lambda row, key: (ROW[0].numpy(), None),
-                           documents=lambda row: np.zeros(4, int))
+    return SimpleNamespace(
+        num_rows=count,
+        row_length=4,
+        read=lambda row, key: (ROW[0].numpy(), None),
+        documents=lambda row: np.zeros(4, int),
+    )
 
 
 def test_measured_and_scored_bounds_are_unbiased():
@@ -158,7 +179,9 @@ def test_measured_and_scored_bounds_are_unbiased():
     truth = nelbo(model, ROW)
     sums = likelihood.measure(model, toy_rows(2000), one_of(), 500, draws=8)
     nats = sums['row']['nats']
-    assert abs(nats.mean() - truth) < 4 * nats.std() / len(nats) ** 0.5 + 1e-3 * truth  # levels start at 0.001
+    assert (
+        abs(nats.mean() - truth) < 4 * nats.std() / len(nats) ** 0.5 + 1e-3 * truth
+    )  # levels start at 0.001
     texts = [(ROW[0].tolist(), [False, True, True, True])] * 2000
     nats = likelihood.score(model, texts, one_of(), 500, draws=6)
     assert abs(nats.mean() - truth) < 4 * nats.std() / len(nats) ** 0.5
@@ -192,6 +215,7 @@ def test_hidden_counts_are_stratified_over_all_of_them():
 
 # ---------------------------------------------------------------------------- the same number, however computed
 
+
 @pytest.mark.parametrize('mode', ['packed', 'documents'])
 @pytest.mark.parametrize('architecture', ['ar', 'diffusion', 'sdd'])
 def test_neither_batch_size_nor_ranks_change_the_sums(folder, architecture, mode):
@@ -199,8 +223,13 @@ def test_neither_batch_size_nor_ranks_change_the_sums(folder, architecture, mode
     for batch_size in (1, 7, 64):
         assert_close(measured(folder, architecture, mode, batch_size=batch_size), whole)
     shares = [measured(folder, architecture, mode, one_of(rank, 3), batch_size=2) for rank in range(3)]
-    assert_close({unit: {name: sum(share[unit][name] for share in shares) for name in part}
-                  for unit, part in whole.items()}, whole)
+    assert_close(
+        {
+            unit: {name: sum(share[unit][name] for share in shares) for name in part}
+            for unit, part in whole.items()
+        },
+        whole,
+    )
 
 
 @pytest.mark.parametrize('settings', [dict(steps=5), dict(k=0), dict(steps=5, k=0)])
@@ -209,13 +238,20 @@ def test_neither_batch_size_nor_ranks_change_the_other_bounds(folder, settings):
     assert whole['row']['nats'].sum() != measured(folder, 'sdd')['row']['nats'].sum()
     assert_close(measured(folder, 'sdd', batch_size=7, **settings), whole)
     shares = [measured(folder, 'sdd', run=one_of(rank, 3), batch_size=2, **settings) for rank in range(3)]
-    assert_close({unit: {name: sum(share[unit][name] for share in shares) for name in part}
-                  for unit, part in whole.items()}, whole)
+    assert_close(
+        {
+            unit: {name: sum(share[unit][name] for share in shares) for name in part}
+            for unit, part in whole.items()
+        },
+        whole,
+    )
 
 
 def test_scores_of_texts_depend_on_neither_batches_nor_ranks(folder):
     model = model_for(folder, 'diffusion')
-    texts = [(folder.tokens['val'][i:i + 3 + i % 9].tolist(), [False] + [True] * (2 + i % 9)) for i in range(20)]
+    texts = [
+        (folder.tokens['val'][i : i + 3 + i % 9].tolist(), [False] + [True] * (2 + i % 9)) for i in range(20)
+    ]
     whole = likelihood.score(model, texts, one_of(), 4)
     assert (whole > 0).all()
     np.testing.assert_allclose(likelihood.score(model, texts, one_of(), 1), whole, rtol=1e-5)
@@ -230,9 +266,12 @@ def test_the_right_choice_has_the_fewest_nats_per_byte(folder, monkeypatch):
         seen.extend(texts)
         assert numbers == [0, 0, 1, 1]
         return np.array([4.0, 5.0, 1.0, 4.0])
+
     monkeypatch.setattr(likelihood, 'score', score)
-    questions = [{'question': 'the cat ', 'choices': ['is', 'sings '], 'answer': 1},  # 4 / 3 and 5 / 6 nats per byte
-                 {'question': 'a dog' * 9, 'choices': ['in', 'a'], 'answer': 0}]
+    questions = [
+        {'question': 'the cat ', 'choices': ['is', 'sings '], 'answer': 1},  # 4 / 3 and 5 / 6 nats per byte
+        {'question': 'a dog' * 9, 'choices': ['in', 'a'], 'answer': 0},
+    ]
     model, start = model_for(folder, 'ar'), folder.tokenizer.endoftext_id
     figures = likelihood.choose(model, folder.tokenizer, start, questions, one_of(), 4, 8)
     assert figures['choices_accuracy'] == 1 and figures['choices_chance'] == 0.5
@@ -244,15 +283,22 @@ def test_the_right_choice_has_the_fewest_nats_per_byte(folder, monkeypatch):
 def test_a_judge_reads_documents_apart_in_its_own_tokens(folder, monkeypatch):
     tokenizer, other = folder.tokenizer, letter_tokenizer('zyxwvutsrqponmlkjihgfedcba ')
     end, seen = tokenizer.endoftext_id, []
-    monkeypatch.setattr(likelihood, 'score', lambda model, texts, *rest: seen.extend(texts) or np.ones(len(texts)))
+    monkeypatch.setattr(
+        likelihood, 'score', lambda model, texts, *rest: seen.extend(texts) or np.ones(len(texts))
+    )
     judge = likelihood.Judge(model_for(folder, 'ar'), other, other.endoftext_id)
     rows = [tokenizer.encode('cat') + [end] + tokenizer.encode('do'), [], tokenizer.encode('a') + [end]]
     figures = likelihood.judge(judge, rows, tokenizer, one_of(), 4, 8)
     begin = [other.endoftext_id]
     assert [ids for ids, scored in seen if sum(scored)] == [
-        begin + other.encode('cat') + begin, begin + other.encode('do'), begin + other.encode('a') + begin]
+        begin + other.encode('cat') + begin,
+        begin + other.encode('do'),
+        begin + other.encode('a') + begin,
+    ]
     assert figures['judge_nats'] == pytest.approx(len(seen) / (4 + 2 + 2))
-    assert figures['judge_bpb'] == pytest.approx(len(seen) / 6 / np.log(2)) and figures['judge_bound'] == 'exact'
+    assert (
+        figures['judge_bpb'] == pytest.approx(len(seen) / 6 / np.log(2)) and figures['judge_bound'] == 'exact'
+    )
 
 
 def test_filler_is_paid_for_by_diffusion_only(folder):
@@ -287,6 +333,7 @@ def test_max_tokens_measures_rows_spread_over_the_split(folder):
 
 # ---------------------------------------------------------------------------- figures
 
+
 def test_accuracy_is_of_hidden_tokens_and_told_by_level(folder):
     sums = measured(folder, 'diffusion')
     figures = likelihood.accuracy_figures(sums, by_level=True)
@@ -298,11 +345,17 @@ def test_accuracy_is_of_hidden_tokens_and_told_by_level(folder):
 
 
 def test_figures_by_hand():
-    many = {'document': {'nats': np.full(40, 6.0), 'count': np.full(40, 3.0)},
-            'row': {'nats': np.full(12, 20.0), 'count': np.full(12, 10.0)}}
+    many = {
+        'document': {'nats': np.full(40, 6.0), 'count': np.full(40, 3.0)},
+        'row': {'nats': np.full(12, 20.0), 'count': np.full(12, 10.0)},
+    }
     figures = likelihood.perplexity_figures(many, tokens_per_byte=0.5)
     assert figures['nats_per_token'] == 2 and figures['ci95'] == [2, 2] and figures['tokens'] == 120
-    assert figures['perplexity'] == pytest.approx(np.exp(2)) and figures['bpb'] == pytest.approx(1 / np.log(2))
-    few = {'document': {'nats': np.full(1, 240.0), 'count': np.full(1, 120.0)},
-           'row': {'nats': np.full(5, 48.0), 'count': np.full(5, 24.0)}}
+    assert figures['perplexity'] == pytest.approx(np.exp(2)) and figures['bpb'] == pytest.approx(
+        1 / np.log(2)
+    )
+    few = {
+        'document': {'nats': np.full(1, 240.0), 'count': np.full(1, 120.0)},
+        'row': {'nats': np.full(5, 48.0), 'count': np.full(5, 24.0)},
+    }
     assert likelihood.perplexity_figures(few, 0.5)['ci95'] is None  # too few windows to tell

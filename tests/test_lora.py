@@ -1,24 +1,30 @@
 """lora.py against peft, and the promises of few trained weights."""
+
 import json
 import re
 
 import pytest
 import torch
 import torch.nn as nn
-
-import checkpoints
-import hf
-import lora
-from configurator import UserError
 from conftest import random_model
 
-transformers = pytest.importorskip('transformers', reason='transformers is not installed: make test installs it')
+import hf
+from lm import checkpoints, lora
+from lm.configurator import UserError
+
+transformers = pytest.importorskip(
+    'transformers', reason='transformers is not installed: make test installs it'
+)
 peft = pytest.importorskip('peft', reason='peft is not installed: make test installs it')
 
 from test_hf import VOCAB, make, ours, some_tokens  # noqa: E402  (skips without transformers, as this file does)
 
-TARGETS = {'gpt2': ['c_attn', 'attn.c_proj', 'mlp.c_proj'], 'llama': ['q_proj', 'v_proj', 'down_proj'],
-           'opt': ['k_proj', 'out_proj', 'fc1'], 'qwen3': ['o_proj', 'gate_proj']}
+TARGETS = {
+    'gpt2': ['c_attn', 'attn.c_proj', 'mlp.c_proj'],
+    'llama': ['q_proj', 'v_proj', 'down_proj'],
+    'opt': ['k_proj', 'out_proj', 'fc1'],
+    'qwen3': ['o_proj', 'gate_proj'],
+}
 
 
 def randomise(module):
@@ -33,8 +39,14 @@ def randomise(module):
 
 
 def native(architecture='ar', **changes):
-    return random_model(architecture, 0.3, **{**dict(vocab_size=40, block_size=16, n_layer=2, n_head=2, n_embd=32,
-                                                     mask_id=38, ignore_id=39), **changes})
+    return random_model(
+        architecture,
+        0.3,
+        **{
+            **dict(vocab_size=40, block_size=16, n_layer=2, n_head=2, n_embd=32, mask_id=38, ignore_id=39),
+            **changes,
+        },
+    )
 
 
 def tokens_for(model):
@@ -43,14 +55,19 @@ def tokens_for(model):
 
 # ---------------------------------------------------------------------------- beside peft
 
+
 @pytest.mark.parametrize('dora', [False, True], ids=['lora', 'dora'])
 @pytest.mark.parametrize('name', TARGETS)
 @torch.no_grad()
 def test_an_adapter_of_peft_says_the_same_here(name, dora, tmp_path):
     base = make(name, tmp_path / 'base')
     plain = base(some_tokens()).logits
-    theirs = peft.get_peft_model(base, peft.LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS[name], use_dora=dora,
-                                                       fan_in_fan_out=name == 'gpt2')).eval()
+    theirs = peft.get_peft_model(
+        base,
+        peft.LoraConfig(
+            r=3, lora_alpha=5, target_modules=TARGETS[name], use_dora=dora, fan_in_fan_out=name == 'gpt2'
+        ),
+    ).eval()
     randomise(theirs)
     expected = theirs(some_tokens()).logits
     theirs.save_pretrained(tmp_path / 'adapter')
@@ -64,9 +81,16 @@ def test_an_adapter_of_peft_says_the_same_here(name, dora, tmp_path):
 
 
 @pytest.mark.parametrize('dora', [False, True], ids=['lora', 'dora'])
-@pytest.mark.parametrize('name, targets', [('gpt2', ('q', 'v', 'out', 'up')), ('gpt2', lora.TARGETS),
-                                           ('llama', lora.TARGETS), ('opt', ('q_proj', 'fc2')),
-                                           ('qwen3', ('all-linear',))])
+@pytest.mark.parametrize(
+    'name, targets',
+    [
+        ('gpt2', ('q', 'v', 'out', 'up')),
+        ('gpt2', lora.TARGETS),
+        ('llama', lora.TARGETS),
+        ('opt', ('q_proj', 'fc2')),
+        ('qwen3', ('all-linear',)),
+    ],
+)
 @torch.no_grad()
 def test_an_adapter_of_ours_says_the_same_in_peft(name, targets, dora, tmp_path):
     base, model = make(name, tmp_path / 'base'), ours(tmp_path / 'base')
@@ -99,15 +123,20 @@ def test_the_native_trunk_keeps_its_own_names(architecture, tmp_path):
 def converted(architecture, base=None, **changes):
     """A model of another architecture that starts from an `ar` model's weights."""
     base = base or native(**changes)
-    checkpoint = checkpoints.as_start({'architecture': 'ar', 'model_config': vars(base.config),
-                                       'model_state_dict': base.state_dict()}, 'base', architecture)
+    checkpoint = checkpoints.as_start(
+        {'architecture': 'ar', 'model_config': vars(base.config), 'model_state_dict': base.state_dict()},
+        'base',
+        architecture,
+    )
     return checkpoints.load_model(checkpoint, 'cpu')
 
 
 @pytest.mark.parametrize('architecture', ['diffusion', 'sdd'])
 @pytest.mark.parametrize('tied', [True, False], ids=['tied', 'untied'])
 def test_a_converted_model_learns_its_new_rows_and_peft_reads_them(architecture, tied, tmp_path):
-    torch.manual_seed(0)  # with some others filler's logits grow so large before their cap that rounding shows
+    torch.manual_seed(
+        0
+    )  # with some others filler's logits grow so large before their cap that rounding shows
     model, tokens = converted(architecture, tied=tied).train(), tokens_for(native())
     tokens[:, 8:] = 39  # filler
     start = {name: weight.clone() for name, weight in model.state_dict().items()}
@@ -116,7 +145,9 @@ def test_a_converted_model_learns_its_new_rows_and_peft_reads_them(architecture,
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     beliefs = {'k': 2} if architecture == 'sdd' else {}
     for _ in range(3):
-        model(tokens, noise=torch.rand(3, 17, generator=torch.Generator().manual_seed(0)), **beliefs)[0].backward()
+        model(tokens, noise=torch.rand(3, 17, generator=torch.Generator().manual_seed(0)), **beliefs)[
+            0
+        ].backward()
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
@@ -143,6 +174,7 @@ def test_a_converted_model_learns_its_new_rows_and_peft_reads_them(architecture,
 
 
 # ---------------------------------------------------------------------------- training
+
 
 @pytest.mark.parametrize('bits', [None, 8, 4])
 @pytest.mark.parametrize('dora', [False, True], ids=['lora', 'dora'])
@@ -176,7 +208,9 @@ def test_frozen_layers_below_still_pass_gradient_through_checkpointing():
     for weight in model.blocks[0].parameters():
         weight.requires_grad_(False)
     model(tokens_for(model))[0].backward()
-    assert all(layer.lora_B.grad.abs().max() > 0 for name, layer in lora.adapted_layers(model) if 'blocks.1' in name)
+    assert all(
+        layer.lora_B.grad.abs().max() > 0 for name, layer in lora.adapted_layers(model) if 'blocks.1' in name
+    )
 
 
 @pytest.mark.parametrize('bits', [None, 8, 4])
@@ -199,6 +233,7 @@ def test_adapters_train_on_a_base_in_bfloat16(bits):
 
 # ---------------------------------------------------------------------------- few bits
 
+
 @pytest.mark.parametrize('bits, error, size', [(8, 0.0085, 8.1), (4, 0.094, 4.2)])
 def test_a_weight_in_few_bits_is_near_the_weight(bits, error, size):
     linear = nn.Linear(1000, 300)
@@ -210,8 +245,12 @@ def test_a_weight_in_few_bits_is_near_the_weight(bits, error, size):
 
 
 def test_the_values_of_nf4_are_those_published():
-    torch.testing.assert_close(lora.NF4[[0, 1, 6, 7, 8, 14, 15]], torch.tensor(
-        [-1.0, -0.6961928, -0.09105004, 0.0, 0.0795803, 0.7229568, 1.0]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        lora.NF4[[0, 1, 6, 7, 8, 14, 15]],
+        torch.tensor([-1.0, -0.6961928, -0.09105004, 0.0, 0.0795803, 0.7229568, 1.0]),
+        atol=1e-6,
+        rtol=0,
+    )
 
 
 @pytest.mark.parametrize('bits', [8, 4])
@@ -231,8 +270,10 @@ def test_a_quantized_layer_computes_with_its_weight_both_ways(bits):
 
 @pytest.mark.parametrize('bits', [8, 4])
 def test_only_the_linear_layers_of_blocks_are_quantized(bits):
-    model, plain = native(norm='layer', position='learned', bias=True), native(
-        norm='layer', position='learned', bias=True)
+    model, plain = (
+        native(norm='layer', position='learned', bias=True),
+        native(norm='layer', position='learned', bias=True),
+    )
     lora.quantize(model, bits)
     assert not [layer for layer in model.blocks.modules() if isinstance(layer, nn.Linear)]
     assert torch.equal(model.embedding.weight, plain.embedding.weight)
@@ -254,6 +295,7 @@ def test_merging_into_few_bits_gives_plain_layers(bits):
 
 # ---------------------------------------------------------------------------- commands and mistakes
 
+
 def test_merge_writes_a_checkpoint_and_says_how_exact_it_is(tmp_path, capsys):
     base = make('llama', tmp_path / 'base')
     theirs = peft.get_peft_model(base, peft.LoraConfig(r=2, lora_alpha=4, target_modules=['q_proj']))
@@ -262,15 +304,24 @@ def test_merge_writes_a_checkpoint_and_says_how_exact_it_is(tmp_path, capsys):
     hf.main(['merge', f'{tmp_path}/adapter', f'--base={tmp_path}/base', f'--out={tmp_path}/merged.pt'])
     assert float(re.search(r'by (\S+) at most', capsys.readouterr().out)[1]) < 1e-4
     model = checkpoints.load_model(checkpoints.load(tmp_path / 'merged.pt'), 'cpu')
-    torch.testing.assert_close(model.logits(some_tokens())[..., :VOCAB], theirs.eval()(some_tokens()).logits,
-                               atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        model.logits(some_tokens())[..., :VOCAB], theirs.eval()(some_tokens()).logits, atol=1e-4, rtol=0
+    )
 
 
 def test_merge_converts_a_base_that_was_converted(tmp_path, capsys):
     base = native()
-    checkpoints.save(tmp_path / 'ckpt.pt', {
-        'architecture': 'ar', 'model_state_dict': base.state_dict(), 'model_config': vars(base.config),
-        'tokenizer': None, 'start_token': 0, 'prompt_format': None})
+    checkpoints.save(
+        tmp_path / 'ckpt.pt',
+        {
+            'architecture': 'ar',
+            'model_state_dict': base.state_dict(),
+            'model_config': vars(base.config),
+            'tokenizer': None,
+            'start_token': 0,
+            'prompt_format': None,
+        },
+    )
     model = converted('sdd', base)
     lora.add_lora(model, 2, 4)
     lora.free_new_parts(model)
@@ -282,8 +333,9 @@ def test_merge_converts_a_base_that_was_converted(tmp_path, capsys):
     merged = checkpoints.load(tmp_path / 'merged.pt')
     assert merged['architecture'] == 'sdd'
     tokens = tokens_for(base).masked_fill(torch.arange(16) % 3 == 0, 38)
-    torch.testing.assert_close(checkpoints.load_model(merged, 'cpu').logits(tokens), model.logits(tokens), atol=1e-4,
-                               rtol=0)
+    torch.testing.assert_close(
+        checkpoints.load_model(merged, 'cpu').logits(tokens), model.logits(tokens), atol=1e-4, rtol=0
+    )
 
 
 def adapter(tmp_path, **changes):
@@ -296,13 +348,20 @@ def adapter(tmp_path, **changes):
     return tmp_path / 'adapter'
 
 
-@pytest.mark.parametrize('changes, base, said', [
-    ({}, ('gpt2', {}), "belongs on another base, 'the/base': this model has no place for model.layers"),
-    ({}, ('llama', {'num_attention_heads': 8, 'head_dim': 16}), r'lora_B of the shape \(32, 2\).*needs \(128, 2\)'),
-    ({}, ('llama', {'num_hidden_layers': 1}), 'no place for model.layers.1.self_attn.q_proj.lora_A'),
-    ({'bias': 'all'}, ('llama', {}), "has bias='all'"),
-    ({'peft_type': 'IA3'}, ('llama', {}), "peft_type='IA3'"),
-])
+@pytest.mark.parametrize(
+    'changes, base, said',
+    [
+        ({}, ('gpt2', {}), "belongs on another base, 'the/base': this model has no place for model.layers"),
+        (
+            {},
+            ('llama', {'num_attention_heads': 8, 'head_dim': 16}),
+            r'lora_B of the shape \(32, 2\).*needs \(128, 2\)',
+        ),
+        ({}, ('llama', {'num_hidden_layers': 1}), 'no place for model.layers.1.self_attn.q_proj.lora_A'),
+        ({'bias': 'all'}, ('llama', {}), "has bias='all'"),
+        ({'peft_type': 'IA3'}, ('llama', {}), "peft_type='IA3'"),
+    ],
+)
 def test_an_adapter_that_does_not_fit_is_refused(changes, base, said, tmp_path):
     folder = adapter(tmp_path, **changes)
     make(base[0], tmp_path / 'other', **base[1])
@@ -313,9 +372,17 @@ def test_an_adapter_that_does_not_fit_is_refused(changes, base, said, tmp_path):
 def test_a_checkpoint_with_its_adapter_beside_is_not_exported(tmp_path):
     model = native()
     lora.add_lora(model, 2, 2)
-    checkpoints.save(tmp_path / 'ckpt.pt', {
-        'architecture': 'ar', 'model_state_dict': model.state_dict(), 'model_config': vars(model.config),
-        'tokenizer': None, 'start_token': 0, 'prompt_format': None})
+    checkpoints.save(
+        tmp_path / 'ckpt.pt',
+        {
+            'architecture': 'ar',
+            'model_state_dict': model.state_dict(),
+            'model_config': vars(model.config),
+            'tokenizer': None,
+            'start_token': 0,
+            'prompt_format': None,
+        },
+    )
     with pytest.raises(UserError, match='does not hold the plain weights.*merge its adapter first'):
         hf.main(['export', f'{tmp_path}/ckpt.pt', f'--out={tmp_path}/out'])
     assert not list(tmp_path.glob('out*'))

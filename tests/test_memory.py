@@ -1,9 +1,10 @@
 """What memory.py counts is what there is, and checkpointing keeps less of it."""
+
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import optim
 from benchmarks import memory
+from lm import optim
 from model import ARCHITECTURES, ModelConfig
 
 

@@ -1,4 +1,5 @@
 """What a mix of folders promises: exact proportions, no row twice, the same rows for any ranks."""
+
 import itertools
 import json
 import math
@@ -13,9 +14,8 @@ import torch
 from conftest import random_texts, signals_kept
 from test_data import batches, rows_of_step
 
-import data
-import mixing
-from configurator import UserError
+from lm import data, mixing
+from lm.configurator import UserError
 
 TRAIN = Path(__file__).resolve().parent.parent / 'train.py'
 
@@ -23,12 +23,18 @@ TRAIN = Path(__file__).resolve().parent.parent / 'train.py'
 @pytest.fixture
 def mix(make_folder, tmp_path):
     """Folders a, b and c, whose texts have letters of their own, mixed by the weights."""
+
     def make(weights='a:0.5,b:0.3,c:0.2', **settings):
         for name, size in (('a', 3000), ('b', 400), ('c', 150)):
             if not (tmp_path / name).exists():
-                make_folder(name, train=[name * 29] * (size // 30), val=[name * 29] * (size // 90),
-                            **settings.get(name, {}))
+                make_folder(
+                    name,
+                    train=[name * 29] * (size // 30),
+                    val=[name * 29] * (size // 90),
+                    **settings.get(name, {}),
+                )
         return data.open_dataset(','.join(f'{tmp_path}/{part}' for part in weights.split(',')))
+
     return make
 
 
@@ -37,10 +43,13 @@ def letters_of(folder, step, **settings):
     return [max(row[0], key=row[0].count) for row in rows_of_step(folder, step, **settings)]
 
 
-@pytest.mark.parametrize('weights', [['0.7', '0.3'], ['1/3', '1/3', '1/3'], ['0.5', '0.3', '0.19', '0.01'], ['1']])
+@pytest.mark.parametrize(
+    'weights', [['0.7', '0.3'], ['1/3', '1/3', '1/3'], ['0.5', '0.3', '0.19', '0.01'], ['1']]
+)
 def test_of_any_number_of_rows_each_folder_has_its_share(weights):
     class Part:
-        num_rows, row_length, masked = 10 ** 9, 9, False
+        num_rows, row_length, masked = 10**9, 9, False
+
     weights = [Fraction(weight) for weight in weights]
     rows = mixing.MixedRows([Part] * len(weights), weights, training=True)
     seen = [0] * len(weights)
@@ -49,7 +58,7 @@ def test_of_any_number_of_rows_each_folder_has_its_share(weights):
         assert before == seen[part]  # each row of a folder once, in turn
         seen[part] += 1
         assert all(abs(count - (number + 1) * weight) < len(weights) for count, weight in zip(seen, weights))
-    assert rows.counts(10 ** 15)[0] == 10 ** 15 * weights[0] // 1  # exact, far beyond a float
+    assert rows.counts(10**15)[0] == 10**15 * weights[0] // 1  # exact, far beyond a float
 
 
 @pytest.mark.parametrize('mode', ['packed', 'documents'])
@@ -66,8 +75,18 @@ def test_rows_of_a_mix_depend_on_seed_step_and_place_only(mix, mode, accumulatio
     folder = mix()
     for step in (0, 9):
         expected = rows_of_step(folder, step, batch_size=8, architecture='diffusion', mode=mode)
-        assert rows_of_step(folder, step, ranks, accumulation, batch_size=8 // (accumulation * ranks),
-                            architecture='diffusion', mode=mode) == expected
+        assert (
+            rows_of_step(
+                folder,
+                step,
+                ranks,
+                accumulation,
+                batch_size=8 // (accumulation * ranks),
+                architecture='diffusion',
+                mode=mode,
+            )
+            == expected
+        )
     assert rows_of_step(folder, 0, batch_size=8, seed=1) != rows_of_step(folder, 0, batch_size=8)
 
 
@@ -75,9 +94,12 @@ def test_rows_of_a_mix_depend_on_seed_step_and_place_only(mix, mode, accumulatio
 def test_each_folder_has_epochs_of_its_own_without_repetition(make_folder, mode):
     """Each token of a folder is a letter of its own, so that a row says which it is."""
     letters = ''.join(map(chr, range(200, 600)))
-    paths = [make_folder(name, train=[letters[i:i + 15] for i in range(0, size, 15)],
-                         val=[letters[:30]], letters=letters)
-             for name, size in (('large', 390), ('small', 90))]
+    paths = [
+        make_folder(
+            name, train=[letters[i : i + 15] for i in range(0, size, 15)], val=[letters[:30]], letters=letters
+        )
+        for name, size in (('large', 390), ('small', 90))
+    ]
     folder = data.open_dataset(f'{paths[0]}:3,{paths[1]}:1')
     reader = batches(folder, batch_size=8, mode=mode)
     for part, count in zip(reader.rows.parts, (3, 1)):
@@ -88,15 +110,15 @@ def test_each_folder_has_epochs_of_its_own_without_repetition(make_folder, mode)
                 drawn.append(tuple(reader.read_rows(0, [number])[number][0].tolist()))
             if len(drawn) == 2 * part.num_rows:
                 break
-        assert len(set(drawn[:part.num_rows])) == len(set(drawn[part.num_rows:])) == part.num_rows
-        assert drawn[:part.num_rows] != drawn[part.num_rows:]  # in another order
+        assert len(set(drawn[: part.num_rows])) == len(set(drawn[part.num_rows :])) == part.num_rows
+        assert drawn[: part.num_rows] != drawn[part.num_rows :]  # in another order
 
 
 def test_the_count_covers_folders_with_masks_and_without(mix):
     folder = mix('a:0.5,b:0.5', b={'train_on': 'z'})
     reader = batches(folder, batch_size=8)
     micro_batches, count = reader.read(0)
-    (_, loss_mask, _), = micro_batches
+    ((_, loss_mask, _),) = micro_batches
     assert count == 4 * 16 == loss_mask[:, 1:].sum()
     # Each rank reads rows of one folder only, and both know the count of all.
     assert [batches(folder, batch_size=1, ranks=2, rank=rank).read(0)[1] for rank in (0, 1)] == [16, 16]
@@ -125,8 +147,13 @@ def test_validation_is_in_proportion_and_has_no_row_twice(mix, mode, weights):
     room = min(part.num_rows / weight for part, weight in zip(rows.parts, folder.weights))
     assert rows.num_rows >= room - 3  # nearly all of the folder that limits it
     batch = [tokens for tokens, _, _ in data.evaluation_batches(folder, 'val', 'diffusion', 16, 4, mode)]
-    split = [tokens for rank in (0, 1) for tokens, _, _ in
-             data.evaluation_batches(folder, 'val', 'diffusion', 16, 4, mode, rank=rank, world_size=2)]
+    split = [
+        tokens
+        for rank in (0, 1)
+        for tokens, _, _ in data.evaluation_batches(
+            folder, 'val', 'diffusion', 16, 4, mode, rank=rank, world_size=2
+        )
+    ]
     assert sorted(torch.cat(batch).tolist()) == sorted(torch.cat(split).tolist())
 
 
@@ -136,17 +163,27 @@ def test_bytes_of_a_mix_follow_its_weights(mix):
     assert 1 / folder.tokens_per_byte('val') == pytest.approx(0.75 / a + 0.25 / b)
 
 
-@pytest.mark.parametrize('weights, words', [
-    ('a:0.7,b', "no name with a weight above 0"), ('a:0.7,b:0', 'weight above 0'), ('a:0.7,b:x', 'NAME:WEIGHT'),
-    ('a:1,b:nan', 'weight above 0'), ('a:-1,b:2', 'weight above 0'), ('a:0.7,d:0.3', 'no prepared data at .*d'),
-    ('a:0.5,a:0.5', 'names a folder twice')])
+@pytest.mark.parametrize(
+    'weights, words',
+    [
+        ('a:0.7,b', 'no name with a weight above 0'),
+        ('a:0.7,b:0', 'weight above 0'),
+        ('a:0.7,b:x', 'NAME:WEIGHT'),
+        ('a:1,b:nan', 'weight above 0'),
+        ('a:-1,b:2', 'weight above 0'),
+        ('a:0.7,d:0.3', 'no prepared data at .*d'),
+        ('a:0.5,a:0.5', 'names a folder twice'),
+    ],
+)
 def test_a_mistaken_mix_is_one_sentence(mix, weights, words):
     with pytest.raises(UserError, match=words):
         mix(weights)
 
 
 def test_folders_of_different_tokenizers_are_refused(mix):
-    with pytest.raises(UserError, match='different tokenizers, of 30 and 6 tokens.*the second with --tokenizer='):
+    with pytest.raises(
+        UserError, match='different tokenizers, of 30 and 6 tokens.*the second with --tokenizer='
+    ):
         mix('a:0.5,b:0.5', b={'letters': 'ab '})
 
 
@@ -157,13 +194,28 @@ def test_other_scripts_say_that_they_take_one_folder(mix):
 
 # ---------------------------------------------------------------------------- train.py
 
+
 @pytest.fixture
 def train(monkeypatch):
     def run(*arguments):
-        monkeypatch.setattr(sys, 'argv', [str(TRAIN), '--device=cpu', '--no_wandb', '--n_layer=1', '--n_embd=16',
-                                          '--n_head=2', '--batch_size=4', '--eval_every=4', *map(str, arguments)])
+        monkeypatch.setattr(
+            sys,
+            'argv',
+            [
+                str(TRAIN),
+                '--device=cpu',
+                '--no_wandb',
+                '--n_layer=1',
+                '--n_embd=16',
+                '--n_head=2',
+                '--batch_size=4',
+                '--eval_every=4',
+                *map(str, arguments),
+            ],
+        )
         with signals_kept():
             return runpy.run_path(str(TRAIN), run_name='__main__')
+
     return run
 
 
@@ -193,6 +245,7 @@ def test_the_block_size_is_what_the_data_were_prepared_for_unless_given(train, m
 
 
 # ---------------------------------------------------------------------------- flat memory
+
 
 def resident_file_pages():
     line = next(line for line in open('/proc/self/status') if line.startswith('RssFile'))

@@ -1,13 +1,14 @@
 """The models, small enough to enumerate."""
+
 import math
 from itertools import permutations, product
 
 import numpy as np
 import pytest
 import torch
+from conftest import random_model
 
 import model as model_module
-from conftest import random_model
 from model import ARCHITECTURES, SIZES, ModelConfig, Transformer, attend_fused, attend_on_cpu, rotate
 
 GPT2 = dict(norm='layer', position='learned', mlp='gelu', bias=True, qk_norm=False, logit_softcap=0)
@@ -52,8 +53,10 @@ def assert_same(first, second, tolerance):
 
 # ---------------------------------------------------------------------------- autoregressive
 
-@pytest.mark.parametrize('changes', [{}, {'n_head': 4, 'n_kv_head': 2}, GPT2],
-                         ids=['native', 'grouped', 'gpt2'])
+
+@pytest.mark.parametrize(
+    'changes', [{}, {'n_head': 4, 'n_kv_head': 2}, GPT2], ids=['native', 'grouped', 'gpt2']
+)
 def test_ar_is_causal(changes):
     model, tokens = tiny('ar', **changes), some_tokens()
     other = tokens.clone()
@@ -111,6 +114,7 @@ def test_sums_of_micro_batches_add_up(architecture):
 
 # ---------------------------------------------------------------------------- never predicted
 
+
 @pytest.mark.parametrize('architecture, possible', [('ar', 9), ('diffusion', 10), ('sdd', 10)])
 def test_special_and_padding_rows_have_no_probability(architecture, possible):
     model = tiny(architecture)
@@ -121,6 +125,7 @@ def test_special_and_padding_rows_have_no_probability(architecture, possible):
 
 
 # ---------------------------------------------------------------------------- diffusion
+
 
 def test_diffusion_sees_both_sides():
     model, tokens = tiny('diffusion'), some_tokens()
@@ -205,7 +210,7 @@ def test_a_batch_with_nothing_hidden_costs_nothing(changes):
 
 # ---------------------------------------------------------------------------- the bound, enumerated
 
-LENGTH, LETTERS = 3, 3   # what follows the given first token: 27 texts
+LENGTH, LETTERS = 3, 3  # what follows the given first token: 27 texts
 
 
 def toy_joint():
@@ -242,7 +247,7 @@ def chain_rule(model, rows, order):
     canvas[:, 1:] = model.config.mask_id
     for i in order:
         log_p = model.logits(canvas)[:, i].double().log_softmax(-1)
-        nats -= log_p.gather(1, rows[:, i:i + 1]).squeeze(1)
+        nats -= log_p.gather(1, rows[:, i : i + 1]).squeeze(1)
         canvas[:, i] = rows[:, i]
     return nats
 
@@ -266,8 +271,8 @@ def test_draws_of_the_bound_are_unbiased():
     noise[:, 0] = (torch.arange(20000) + noise[:, 0]) / 20000  # stratified levels
     with torch.no_grad():
         draws = model.nll(row, None, noise).double()
-    assert abs(draws.mean() - exact_bound(model, rows[14:15])) < 4 * draws.std() / 20000 ** 0.5
-    assert draws.std() / 20000 ** 0.5 < 0.05
+    assert abs(draws.mean() - exact_bound(model, rows[14:15])) < 4 * draws.std() / 20000**0.5
+    assert draws.std() / 20000**0.5 < 0.05
 
 
 @pytest.mark.slow
@@ -301,6 +306,7 @@ def fit(model, rows, p, steps=600, batch_size=256):
 
 # ---------------------------------------------------------------------------- memory
 
+
 @pytest.mark.parametrize('architecture', ARCHITECTURES)
 def test_chunked_head_equals_the_whole_one(architecture, monkeypatch):
     model, tokens = tiny(architecture), some_tokens()
@@ -308,11 +314,16 @@ def test_chunked_head_equals_the_whole_one(architecture, monkeypatch):
     sizes, linear = [], model_module.linear
 
     def counted(a, b, bias=None):
-        sizes.extend([len(a)] * (a.dim() == 2 and len(b) == 64))  # logits, not what their gradient is multiplied with
+        sizes.extend(
+            [len(a)] * (a.dim() == 2 and len(b) == 64)
+        )  # logits, not what their gradient is multiplied with
         return linear(a, b, bias)
+
     monkeypatch.setattr(model_module, 'linear', counted)
     believe = getattr(model, 'believe', None)  # which makes logits of its own, before those that count here
-    monkeypatch.setattr(type(model), 'believe', lambda *given: (believe(*given[1:]), sizes.clear())[0], raising=False)
+    monkeypatch.setattr(
+        type(model), 'believe', lambda *given: (believe(*given[1:]), sizes.clear())[0], raising=False
+    )
     whole = model(*batch)
     expected = gradients(model, whole[0])
     assert len(sizes) == 1
@@ -337,9 +348,13 @@ def test_gradient_checkpointing_changes_nothing(architecture, dropout, monkeypat
         if torch.is_grad_enabled():  # `sdd` makes a pass without before
             calls.append(1)
         return forward(*args)
+
     monkeypatch.setattr(model_module.Block, 'forward', counted)
-    for checkpointed in ({}, {'gradient_checkpointing': True}, {'gradient_checkpointing': True,
-                                                                'selective_checkpointing': True}):
+    for checkpointed in (
+        {},
+        {'gradient_checkpointing': True},
+        {'gradient_checkpointing': True, 'selective_checkpointing': True},
+    ):
         model = tiny(architecture, dropout=dropout, **checkpointed).train()
         torch.manual_seed(1)
         loss = model(tokens, None, some_noise(tokens))[0]
@@ -351,6 +366,7 @@ def test_gradient_checkpointing_changes_nothing(architecture, dropout, monkeypat
 
 
 # ---------------------------------------------------------------------------- attention
+
 
 @pytest.mark.parametrize('grouped', [False, True], ids=['', 'grouped'])
 @pytest.mark.parametrize('kind', ['full', 'causal', 'masked'])
@@ -407,6 +423,7 @@ def test_rotary_scores_depend_on_distance_only():
     def score(m, n):
         a, b = (rotate(x.view(1, 1, 1, 8), rope_at([place])).flatten() for x, place in ((q, m), (k, n)))
         return float(a @ b)
+
     assert score(5, 2) == pytest.approx(score(23, 20), abs=1e-4)
     assert score(2, 5) == pytest.approx(score(20, 23), abs=1e-4)
     assert score(0, 0) == pytest.approx(float(q @ k), abs=1e-5)
@@ -425,8 +442,10 @@ def test_rotary_pairs_are_the_two_halves():
 
 # ---------------------------------------------------------------------------- shapes
 
+
 def gpt2_logits(weights, tokens, n_layer, n_head):
     """GPT-2 (Radford et al. 2019), written from its description; `weights` by our names."""
+
     def norm(x, name):
         x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
         return x * weights[name + '.weight'] + weights[name + '.bias']
@@ -443,11 +462,11 @@ def gpt2_logits(weights, tokens, n_layer, n_head):
             heads.append(scores.softmax(-1) @ v[h])
         return linear(torch.cat(heads, -1), name + '.out')
 
-    x = weights['embedding.weight'][tokens] + weights['positions.weight'][:tokens.size(1)]
+    x = weights['embedding.weight'][tokens] + weights['positions.weight'][: tokens.size(1)]
     for i in range(n_layer):
         x = x + attention(norm(x, f'blocks.{i}.attention_norm'), f'blocks.{i}.attention')
         u = linear(norm(x, f'blocks.{i}.mlp_norm'), f'blocks.{i}.mlp.up')
-        x = x + linear(u * (1 + torch.erf(u / 2 ** 0.5)) / 2, f'blocks.{i}.mlp.down')
+        x = x + linear(u * (1 + torch.erf(u / 2**0.5)) / 2, f'blocks.{i}.mlp.down')
     return norm(x, 'norm') @ weights['embedding.weight'].T
 
 
@@ -467,7 +486,7 @@ def test_parameter_counts_are_nanogpts():
     assert model.num_parameters() == 795_904 + 64 * 128  # nanoGPT leaves the positions out of its figure
     shape = {**nanogpt_shape(), 'vocab_size': 68}  # three special rows, one of which is text
     native = ARCHITECTURES['ar'](ModelConfig(**shape, mask_id=66, ignore_id=67))
-    assert native.num_parameters() == 12 * 4 * 128 ** 2 + 66 * 128 <= 795_904
+    assert native.num_parameters() == 12 * 4 * 128**2 + 66 * 128 <= 795_904
 
 
 def test_gpt2_weights_start_as_in_nanogpt():
@@ -479,7 +498,7 @@ def test_gpt2_weights_start_as_in_nanogpt():
         elif weight.dim() == 1:
             assert (weight == 1).all(), name
         else:
-            std = 0.02 / 8 ** 0.5 if name.endswith(('out.weight', 'down.weight')) else 0.02
+            std = 0.02 / 8**0.5 if name.endswith(('out.weight', 'down.weight')) else 0.02
             assert float(weight.std()) == pytest.approx(std, rel=0.05), name
 
 
@@ -494,25 +513,28 @@ def test_sizes(size, millions):
     config = ModelConfig(32768, n_layer=n_layer, n_head=n_head, n_embd=n_embd, mask_id=1, ignore_id=2)
     with torch.device('meta'):
         model = ARCHITECTURES['diffusion'](config)
-    assert model.num_parameters() == 12 * n_layer * n_embd ** 2 + 32766 * n_embd
+    assert model.num_parameters() == 12 * n_layer * n_embd**2 + 32766 * n_embd
     assert 0.8 < model.num_parameters() / (millions * 1e6) < 1.2
-    matrices = 12 * n_layer * n_embd ** 2 + 32768 * n_embd
+    matrices = 12 * n_layer * n_embd**2 + 32768 * n_embd
     assert model.flops_per_token() == 6 * matrices + 12 * n_layer * n_embd * config.block_size
 
 
-@pytest.mark.parametrize('changes, named', [
-    ({'norm': 'batch'}, "norm is 'batch'; choose rms or rms_gain or layer."),
-    ({'position': 'alibi'}, "position is 'alibi'; choose rope or learned."),
-    ({'mlp': 'glu'}, "mlp is 'glu'; choose relu2 or relu or gelu or gelu_tanh or swiglu."),
-    ({'vocab_size': 0}, 'vocab_size is 0;'),
-    ({'block_size': 0}, 'block_size is 0;'),
-    ({'n_layer': -2}, 'n_layer is -2;'),
-    ({'n_kv_head': -1}, 'n_kv_head is -1;'),
-    ({'dropout': 1.0}, 'dropout is 1.0;'),
-    ({'n_embd': 100, 'n_head': 3}, 'n_embd=100 over n_head=3'),
-    ({'n_embd': 12, 'n_head': 4}, 'n_embd=12 over n_head=4'),
-    ({'n_head': 4, 'n_kv_head': 3}, 'n_head=4 is no multiple of n_kv_head=3'),
-])
+@pytest.mark.parametrize(
+    'changes, named',
+    [
+        ({'norm': 'batch'}, "norm is 'batch'; choose rms or rms_gain or layer."),
+        ({'position': 'alibi'}, "position is 'alibi'; choose rope or learned."),
+        ({'mlp': 'glu'}, "mlp is 'glu'; choose relu2 or relu or gelu or gelu_tanh or swiglu."),
+        ({'vocab_size': 0}, 'vocab_size is 0;'),
+        ({'block_size': 0}, 'block_size is 0;'),
+        ({'n_layer': -2}, 'n_layer is -2;'),
+        ({'n_kv_head': -1}, 'n_kv_head is -1;'),
+        ({'dropout': 1.0}, 'dropout is 1.0;'),
+        ({'n_embd': 100, 'n_head': 3}, 'n_embd=100 over n_head=3'),
+        ({'n_embd': 12, 'n_head': 4}, 'n_embd=12 over n_head=4'),
+        ({'n_head': 4, 'n_kv_head': 3}, 'n_head=4 is no multiple of n_kv_head=3'),
+    ],
+)
 def test_a_shape_that_cannot_be_is_refused_in_a_sentence(changes, named):
     with pytest.raises(ValueError) as error:
         ModelConfig(**{**SHAPE, **changes})

@@ -1,4 +1,5 @@
 """What the prepare scripts promise. Small texts made here, no network, nothing written to data/."""
+
 import hashlib
 import json
 import math
@@ -20,25 +21,26 @@ import tiktoken
 from requests import ConnectionError
 
 ROOT = Path(__file__).resolve().parent.parent
-from configurator import UserError
-from data import ENDOFTEXT, IGNORE, MASK, Tokenizer
+from lm.configurator import UserError
+from lm.data import ENDOFTEXT, IGNORE, MASK, Tokenizer
 from prepare import tokenizer as tokenizers
 from prepare import writer
 
 SHARED = ROOT.parent / 'shared' / 'data'
 CACHE = Path(os.environ.get('TIKTOKEN_CACHE_DIR', SHARED / 'tiktoken_cache'))
-NASTY = ('Äh… naïve  \r\n\t“日本語”\u200d👩‍🚀\x00 1234567 don\'t  \n\n\n stop!! '
-         '<|endoftext|> <|mask|>   \n')
+NASTY = "Äh… naïve  \r\n\t“日本語”\u200d👩‍🚀\x00 1234567 don't  \n\n\n stop!! <|endoftext|> <|mask|>   \n"
 
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
     """Runs a script in this process; returns the folder that it wrote."""
+
     def run(script, *arguments, output_dir=tmp_path / 'out'):
         argv = [script, f'--output_dir={output_dir}', '--num_workers=1', *arguments]
         monkeypatch.setattr(sys, 'argv', argv)
         runpy.run_path(str(ROOT / 'prepare' / script), run_name='__main__')
         return output_dir
+
     return run
 
 
@@ -81,11 +83,16 @@ def contents(folder):
 
 # ---------------------------------------------------------------------------- what a folder holds
 
+
 @pytest.mark.parametrize('kind', ['char', 'bytes', 'bpe'])
 def test_folder_holds_every_document_and_an_honest_config(run, tmp_path, kind):
     texts = make_texts(40) + [NASTY * 3]
-    folder = run('text.py', f'--input={write_jsonl(tmp_path / "a.jsonl", texts)}', f'--tokenizer={kind}',
-                 *['--vocab_size=300'] * (kind == 'bpe'))
+    folder = run(
+        'text.py',
+        f'--input={write_jsonl(tmp_path / "a.jsonl", texts)}',
+        f'--tokenizer={kind}',
+        *['--vocab_size=300'] * (kind == 'bpe'),
+    )
     config, written = config_of(folder), []
     size = config['vocab_size']
     assert config['special_ids'] == {ENDOFTEXT: size - 3, MASK: size - 2, IGNORE: size - 1}
@@ -94,22 +101,34 @@ def test_folder_holds_every_document_and_an_honest_config(run, tmp_path, kind):
     for split, counts in config['splits'].items():
         documents, decoded = documents_of(folder, split), texts_of(folder, split)
         assert all(ids[-1] == size - 3 and max(ids[:-1]) < size - 3 for ids in documents)
-        assert counts == {'tokens': sum(map(len, documents)), 'documents': len(documents),
-                          'bytes': sum(len(text.encode()) for text in decoded)}
-        assert decoded == [text for text in texts if text in decoded]   # in the order of the input
+        assert counts == {
+            'tokens': sum(map(len, documents)),
+            'documents': len(documents),
+            'bytes': sum(len(text.encode()) for text in decoded),
+        }
+        assert decoded == [text for text in texts if text in decoded]  # in the order of the input
         written += decoded
     assert sorted(written) == sorted(texts)
-    assert config['sha256'] == {name: hashlib.sha256(content).hexdigest()
-                                for name, content in contents(folder).items() if name != 'config.json'}
-    assert contents(folder).keys() == {'config.json', 'tokenizer.json', 'train_index.bin', 'train_tokens.bin',
-                                       'val_index.bin', 'val_tokens.bin'}
+    assert config['sha256'] == {
+        name: hashlib.sha256(content).hexdigest()
+        for name, content in contents(folder).items()
+        if name != 'config.json'
+    }
+    assert contents(folder).keys() == {
+        'config.json',
+        'tokenizer.json',
+        'train_index.bin',
+        'train_tokens.bin',
+        'val_index.bin',
+        'val_tokens.bin',
+    }
 
 
 def test_single_document_is_split_as_in_nanogpt(run, tmp_path):
     text = ''.join(make_texts(30))
     (tmp_path / 'play.txt').write_text(text)
     folder = run('shakespeare.py', f'--input={tmp_path / "play.txt"}')
-    ids = {character: i for i, character in enumerate(sorted(set(text)))}   # nanoGPT's stoi
+    ids = {character: i for i, character in enumerate(sorted(set(text)))}  # nanoGPT's stoi
     cut = int(len(text) * 0.9)
     assert documents_of(folder, 'train') == [[ids[character] for character in text[:cut]]]
     assert documents_of(folder, 'val') == [[ids[character] for character in text[cut:]]]
@@ -123,19 +142,34 @@ def test_shakespeare_has_nanogpts_counts(run):
 
 
 def test_many_workers_write_the_same_bytes(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, 'BATCH', 2000)      # characters: many batches
+    monkeypatch.setattr(writer, 'BATCH', 2000)  # characters: many batches
     corpus = write_jsonl(tmp_path / 'corpus.jsonl', make_texts(400))
-    one, two = (run('text.py', f'--input={corpus}', '--vocab_size=400', f'--num_workers={number}', '--name=x',
-                    output_dir=tmp_path / str(number) / 'x') for number in (1, 2))
+    one, two = (
+        run(
+            'text.py',
+            f'--input={corpus}',
+            '--vocab_size=400',
+            f'--num_workers={number}',
+            '--name=x',
+            output_dir=tmp_path / str(number) / 'x',
+        )
+        for number in (1, 2)
+    )
     assert contents(one) == contents(two)
 
 
 def test_other_documents_and_orders_move_none_between_splits(run, tmp_path):
     texts = make_texts(80)
     shuffled = random.Random(1).sample(texts + make_texts(40, seed=1), 120)
-    first, second = (run('text.py', f'--input={write_jsonl(tmp_path / f"{number}.jsonl", given)}',
-                         '--tokenizer=bytes', output_dir=tmp_path / str(number))
-                     for number, given in enumerate((texts, shuffled)))
+    first, second = (
+        run(
+            'text.py',
+            f'--input={write_jsonl(tmp_path / f"{number}.jsonl", given)}',
+            '--tokenizer=bytes',
+            output_dir=tmp_path / str(number),
+        )
+        for number, given in enumerate((texts, shuffled))
+    )
     for split in ('train', 'val'):
         assert set(texts_of(first, split)) == set(texts_of(second, split)) & set(texts)
 
@@ -148,9 +182,15 @@ def test_every_format_gives_the_same_tokens(run, tmp_path):
     for number, text in enumerate(texts):
         (tmp_path / f'{number:02}.txt').write_text(text)
     given = ('a.jsonl', 'a.json', 'a.parquet', f'0*.txt,{tmp_path}/1*.txt, {tmp_path}/2*.txt')
-    folders = [run('text.py', f'--input={tmp_path}/{files}', '--tokenizer=bytes',
-                   output_dir=tmp_path / f'out{number}')
-               for number, files in enumerate(given)]
+    folders = [
+        run(
+            'text.py',
+            f'--input={tmp_path}/{files}',
+            '--tokenizer=bytes',
+            output_dir=tmp_path / f'out{number}',
+        )
+        for number, files in enumerate(given)
+    ]
     hashes = [config_of(folder)['sha256'] for folder in folders]
     assert all(each == hashes[0] for each in hashes)
 
@@ -162,6 +202,7 @@ def test_blank_documents_are_left_out_and_counted(run, tmp_path, capsys):
 
 
 # ---------------------------------------------------------------------------- tokenizers
+
 
 @pytest.mark.parametrize('kind', ['char', 'bytes', 'bpe'])
 def test_decoding_restores_the_text(kind):
@@ -204,7 +245,7 @@ def test_gpt2_ids_are_tiktokens(run, tmp_path, monkeypatch):
     folder = run('text.py', f'--input={write_jsonl(tmp_path / "a.jsonl", texts)}', '--tokenizer=gpt2')
     assert list(config_of(folder)['special_ids'].values()) == [50256, 50257, 50258]
     assert config_of(folder)['vocab_size'] == 50259
-    expected = tiktoken.get_encoding('gpt2').encode_ordinary_batch(texts)   # it bears half a million spaces
+    expected = tiktoken.get_encoding('gpt2').encode_ordinary_batch(texts)  # it bears half a million spaces
     assert Tokenizer.load(folder).encode_batch(texts) == expected
     written = documents_of(folder, 'train') + documents_of(folder, 'val')
     assert sorted(written) == sorted(ids + [50256] for ids in expected)
@@ -213,6 +254,7 @@ def test_gpt2_ids_are_tiktokens(run, tmp_path, monkeypatch):
 def test_gpt2_without_its_vocabulary_says_what_to_do(run, corpus, monkeypatch, tmp_path):
     def offline(name):
         raise ConnectionError('no network')
+
     monkeypatch.setattr(tiktoken, 'get_encoding', offline)
     with pytest.raises(UserError, match='TIKTOKEN_CACHE_DIR'):
         run('text.py', f'--input={corpus}', '--tokenizer=gpt2')
@@ -226,8 +268,13 @@ def test_a_prepared_folder_lends_its_tokenizer(run, corpus, tmp_path):
 
 
 def test_a_large_vocabulary_takes_uint32(run, corpus, tmp_path):
-    large = tokenizers.byte_level({**{character: byte for byte, character in tokenizers.CHARACTERS.items()},
-                                   **{f'token {i}': i for i in range(256, 70000)}}, [])
+    large = tokenizers.byte_level(
+        {
+            **{character: byte for byte, character in tokenizers.CHARACTERS.items()},
+            **{f'token {i}': i for i in range(256, 70000)},
+        },
+        [],
+    )
     large.save(str(tmp_path / 'tokenizer.json'))
     folder = run('text.py', f'--input={corpus}', f'--tokenizer={tmp_path / "tokenizer.json"}')
     assert config_of(folder)['dtype'] == 'uint32' and config_of(folder)['vocab_size'] == 70003
@@ -236,12 +283,13 @@ def test_a_large_vocabulary_takes_uint32(run, corpus, tmp_path):
 
 # ---------------------------------------------------------------------------- finished and unfinished folders
 
+
 def test_finished_folder_is_reused_refused_or_replaced(run, corpus, tmp_path, capsys):
     folder = run('text.py', f'--input={corpus}', '--tokenizer=bytes')
     before, changed = contents(folder), (folder / 'config.json').stat().st_mtime_ns
     copy = tmp_path / 'copy.jsonl'
     copy.write_bytes(corpus.read_bytes())
-    run('text.py', f'--input={copy}', '--tokenizer=bytes', '--num_workers=2')   # the same by another name
+    run('text.py', f'--input={copy}', '--tokenizer=bytes', '--num_workers=2')  # the same by another name
     assert 'prepared already' in capsys.readouterr().out
     assert (folder / 'config.json').stat().st_mtime_ns == changed
     with pytest.raises(UserError, match='val_fraction was 0.1 and is 0.2.*--overwrite'):
@@ -266,7 +314,7 @@ def test_failed_replacement_leaves_the_old_folder(run, corpus, tmp_path):
 
 def test_a_replacement_killed_half_way_is_undone(run, corpus, tmp_path, capsys):
     folder = run('text.py', f'--input={corpus}', '--tokenizer=bytes')
-    folder.rename(tmp_path / '.out.old')    # it had made room, and the new one had not taken it
+    folder.rename(tmp_path / '.out.old')  # it had made room, and the new one had not taken it
     run('text.py', f'--input={corpus}', '--tokenizer=bytes')
     assert 'prepared already' in capsys.readouterr().out
 
@@ -291,14 +339,26 @@ def test_foreign_folder_is_never_replaced(run, corpus, tmp_path):
 def test_killed_run_leaves_nothing_that_looks_finished(run, tmp_path):
     corpus = write_jsonl(tmp_path / 'corpus.jsonl', make_texts(200) * 50)
     target, partial = tmp_path / 'out', tmp_path / '.out.partial'
-    slow = ('import runpy, sys, time; sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv.pop(0))\n'
-            'from prepare import writer\n'
-            'append = writer.Split.append\n'
-            'writer.Split.append = lambda *given: (append(*given), time.sleep(60))\n'
-            'runpy.run_path(sys.argv[0], run_name="__main__")')
+    slow = (
+        'import runpy, sys, time; sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv.pop(0))\n'
+        'from prepare import writer\n'
+        'append = writer.Split.append\n'
+        'writer.Split.append = lambda *given: (append(*given), time.sleep(60))\n'
+        'runpy.run_path(sys.argv[0], run_name="__main__")'
+    )
     arguments = [f'--input={corpus}', '--tokenizer=bytes']
-    process = subprocess.Popen([sys.executable, '-c', slow, str(ROOT), str(ROOT / 'prepare' / 'text.py'),
-                                f'--output_dir={target}', '--num_workers=2', *arguments])
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            '-c',
+            slow,
+            str(ROOT),
+            str(ROOT / 'prepare' / 'text.py'),
+            f'--output_dir={target}',
+            '--num_workers=2',
+            *arguments,
+        ]
+    )
     wait_until(lambda: (partial / 'train_tokens.bin').exists())
     with pytest.raises(UserError, match='Another process'):
         run('text.py', *arguments)
@@ -310,7 +370,7 @@ def test_killed_run_leaves_nothing_that_looks_finished(run, tmp_path):
     assert not target.exists()
     run('text.py', *arguments)
     assert config_of(target)['splits']['train']['documents'] > 0 and not partial.exists()
-    wait_until(lambda: not any(is_running(worker) for worker in workers))    # no orphans
+    wait_until(lambda: not any(is_running(worker) for worker in workers))  # no orphans
 
 
 def wait_until(condition, seconds=20):
@@ -329,9 +389,11 @@ def is_running(process):
 
 def test_reading_stays_a_few_batches_ahead():
     """Memory is flat because no more than a window of batches is ever on its way."""
+
     class Pool:
         def submit(self, function, item):
             return type('Future', (), {'result': lambda self: function(item)})()
+
     read = []
     items = (read.append(i) or i for i in range(50))
     results = writer.in_order(Pool(), lambda item: item * 10, items, window=4)
@@ -358,8 +420,11 @@ BAD_INPUT = {
     'a.json: field': ('[{"body": "x"}]', ['--field=title'], r"record 1: there is no field 'title', only 'bo"),
     'a.parquet': ('PAR2', [], r'a\.parquet cannot be read to its end'),
     'a.txt: short': ('x', [], r'too short to be split'),
-    'a.jsonl: no val': ('{"text": "x"}\n{"text": "y"}', ['--val_fraction=0.001'],
-                        r'None of the 2 documents .*--val_fraction=0\.\d+ takes the first'),
+    'a.jsonl: no val': (
+        '{"text": "x"}\n{"text": "y"}',
+        ['--val_fraction=0.001'],
+        r'None of the 2 documents .*--val_fraction=0\.\d+ takes the first',
+    ),
     'a.jsonl: no train': ('{"text": "x"}\n{"text": "y"}', ['--val_fraction=0.999'], r'All 2 documents'),
     'a.txt: fraction': ('x', ['--val_fraction=1.5'], r'--val_fraction=1\.5 is not between'),
     'a.txt: vocab': ('x', ['--vocab_size=10'], r'--vocab_size=10 is too small.*259'),
@@ -389,8 +454,12 @@ def test_parquet_without_the_field_names_those_it_has(run, tmp_path):
 
 def test_an_error_has_no_traceback_and_exit_status_1(tmp_path):
     (tmp_path / 'a.txt').write_bytes(b'\xff')
-    done = subprocess.run([sys.executable, ROOT / 'prepare' / 'text.py', '--input=a.txt', '--output_dir=out'],
-                          cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / 'prepare' / 'text.py', '--input=a.txt', '--output_dir=out'],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1 and done.stdout == ''
     assert len(done.stderr.splitlines()) == 1 and 'is not valid UTF-8' in done.stderr
 
@@ -398,6 +467,7 @@ def test_an_error_has_no_traceback_and_exit_status_1(tmp_path):
 def test_shakespeare_without_network_says_what_to_do(run, monkeypatch):
     def offline(*_, **__):
         raise urllib.error.URLError('no network')
+
     monkeypatch.setattr(urllib.request, 'urlopen', offline)
     with pytest.raises(UserError, match='--input=FILE'):
         run('shakespeare.py')
@@ -405,15 +475,22 @@ def test_shakespeare_without_network_says_what_to_do(run, monkeypatch):
 
 # ---------------------------------------------------------------------------- stories
 
+
 def test_stories_record_their_exact_floor(run, capsys):
     from prepare import grammar
+
     folder = run('stories.py', '--num_stories=300', '--seed=3')
     config, stories = config_of(folder), texts_of(folder, 'val')
     assert sorted(stories + texts_of(folder, 'train')) == sorted(grammar.stories(300, 3))
     nats, val = -sum(map(grammar.log_prob, stories)), config['splits']['val']
-    assert config['floor'] == pytest.approx({
-        'nats_per_token': nats / val['tokens'], 'nats_per_byte': nats / val['bytes'],
-        'bits_per_byte': nats / val['bytes'] / math.log(2), 'nats_per_story': nats / len(stories)})
+    assert config['floor'] == pytest.approx(
+        {
+            'nats_per_token': nats / val['tokens'],
+            'nats_per_byte': nats / val['bytes'],
+            'bits_per_byte': nats / val['bytes'] / math.log(2),
+            'nats_per_story': nats / len(stories),
+        }
+    )
     assert f'{config["floor"]["nats_per_token"]:.4f} nats per token' in capsys.readouterr().out
 
 

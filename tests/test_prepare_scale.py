@@ -1,4 +1,5 @@
 """What the prepare scripts promise at scale: every format, the hub, restarts after any kill, bad input."""
+
 import gzip
 import json
 import multiprocessing
@@ -9,6 +10,7 @@ import shutil
 import time
 from pathlib import Path
 
+import datasets
 import httpx
 import huggingface_hub
 import pyarrow
@@ -17,13 +19,14 @@ import pytest
 import requests
 from test_prepare import SHARED, config_of, contents, make_texts, run, texts_of, write_jsonl
 
-import datasets
-from configurator import UserError
+from lm.configurator import UserError
 from prepare import readers, writer
 
-SOURCES = {'tinystories.py': ('roneneldan/TinyStories', None),
-           'openwebtext.py': ('Skylion007/openwebtext', None),
-           'fineweb.py': ('HuggingFaceFW/fineweb', 'sample-10BT')}
+SOURCES = {
+    'tinystories.py': ('roneneldan/TinyStories', None),
+    'openwebtext.py': ('Skylion007/openwebtext', None),
+    'fineweb.py': ('HuggingFaceFW/fineweb', 'sample-10BT'),
+}
 SMALL = ['--tokenizer=bytes', '--val_fraction=0.1']
 
 
@@ -40,22 +43,28 @@ def write_zst(path, content):
 
 # ---------------------------------------------------------------------------- sources and formats
 
+
 @pytest.mark.parametrize('script', SOURCES)
 def test_each_source_streams_from_the_hub_as_from_its_files(run, tmp_path, monkeypatch, script):
     """The hub's place is taken by a folder of the same layout, read through the same `datasets`."""
     texts, hub, (path, subset) = make_texts(40), tmp_path / 'hub', SOURCES[script]
     for number in range(3):
         write_parquet(hub / 'data' / f'train-{number:05}-of-00003.parquet', texts[number::3])
-    (hub / 'README.md').write_text('---\nconfigs:\n- config_name: ' + (subset or 'default')
-                                   + '\n  data_files:\n  - split: train\n    path: data/train-*\n---\n')
+    (hub / 'README.md').write_text(
+        '---\nconfigs:\n- config_name: '
+        + (subset or 'default')
+        + '\n  data_files:\n  - split: train\n    path: data/train-*\n---\n'
+    )
     load = datasets.load_dataset
 
     def load_local(given, *names, **settings):
         assert (given, names[0], settings.pop('revision')) == (path, subset, 'abc')
         return load(str(hub), *names, **settings)
+
     monkeypatch.setattr(datasets, 'load_dataset', load_local)
-    monkeypatch.setattr(huggingface_hub.HfApi, 'dataset_info',
-                        lambda self, name: type('Info', (), {'sha': 'abc'}))
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, 'dataset_info', lambda self, name: type('Info', (), {'sha': 'abc'})
+    )
     from_hub = run(script, *SMALL)
     from_files = run(script, *SMALL, f'--input={hub / "data"}', output_dir=tmp_path / 'files')
     assert config_of(from_hub)['sha256'] == config_of(from_files)['sha256']
@@ -74,17 +83,28 @@ def test_each_source_streams_from_the_hub_as_from_its_files(run, tmp_path, monke
 def test_a_hub_that_cannot_be_reached_is_one_sentence(run, monkeypatch):
     def offline(*_):
         raise ConnectionError('no network')
+
     monkeypatch.setattr(huggingface_hub.HfApi, 'dataset_info', offline)
     with pytest.raises(UserError, match='openwebtext could not be read from the hub .*give their folder'):
         run('openwebtext.py')
 
 
-@pytest.mark.parametrize('failure', [
-    OSError('Connection broken: IncompleteRead'), requests.exceptions.ChunkedEncodingError('IncompleteRead'),
-    httpx.ReadTimeout('The read operation timed out'),
-    huggingface_hub.errors.HfHubHTTPError('429 Too Many Requests', response=httpx.Response(
-        429, request=httpx.Request('GET', 'https://huggingface.co')))], ids=lambda failure: type(failure).__name__)
-def test_a_hub_that_fails_in_the_middle_is_one_sentence_and_the_same_command_goes_on(run, monkeypatch, failure):
+@pytest.mark.parametrize(
+    'failure',
+    [
+        OSError('Connection broken: IncompleteRead'),
+        requests.exceptions.ChunkedEncodingError('IncompleteRead'),
+        httpx.ReadTimeout('The read operation timed out'),
+        huggingface_hub.errors.HfHubHTTPError(
+            '429 Too Many Requests',
+            response=httpx.Response(429, request=httpx.Request('GET', 'https://huggingface.co')),
+        ),
+    ],
+    ids=lambda failure: type(failure).__name__,
+)
+def test_a_hub_that_fails_in_the_middle_is_one_sentence_and_the_same_command_goes_on(
+    run, monkeypatch, failure
+):
     texts, is_down = make_texts(40), [True]
 
     class Stream(datasets.IterableDataset):
@@ -98,12 +118,15 @@ def test_a_hub_that_fails_in_the_middle_is_one_sentence_and_the_same_command_goe
             return self.done
 
         def __iter__(self):
-            for text in texts[self.done:]:
+            for text in texts[self.done :]:
                 if self.done == 20 and is_down[0]:
                     raise failure
                 self.done += 1
                 yield {'text': text}
-    monkeypatch.setattr(huggingface_hub.HfApi, 'dataset_info', lambda api, name: type('Info', (), {'sha': 'abc'}))
+
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, 'dataset_info', lambda api, name: type('Info', (), {'sha': 'abc'})
+    )
     monkeypatch.setattr(datasets, 'load_dataset', lambda *_, **__: Stream())
     with pytest.raises(UserError, match=r'openwebtext could not be read from the hub \(.+\); .*try again'):
         run('openwebtext.py', *SMALL)
@@ -121,7 +144,9 @@ def test_every_ending_gives_the_same_documents_from_any_place_on(tmp_path, done)
     (tmp_path / 'b.jsonl.gz').write_bytes(gzip.compress(content[:half]) + gzip.compress(content[half:]))
     for name, part in (('1', content[:half]), ('2', content[half:])):
         write_zst(tmp_path / name, part)
-    (tmp_path / 'c.jsonl.zst').write_bytes((tmp_path / '1').read_bytes() + (tmp_path / '2').read_bytes())  # frames
+    (tmp_path / 'c.jsonl.zst').write_bytes(
+        (tmp_path / '1').read_bytes() + (tmp_path / '2').read_bytes()
+    )  # frames
     write_parquet(tmp_path / 'd.parquet', texts)
     (tmp_path / 'e.json').write_text(json.dumps([{'text': text} for text in texts]))
     (tmp_path / 'f.txt').write_text('\n<|endoftext|>\n'.join(texts))
@@ -165,12 +190,19 @@ def test_max_seq_len_is_recorded_and_cuts_nothing(run, tmp_path):
 @pytest.mark.parametrize('name', ['web', pytest.param('books', marks=pytest.mark.slow)])
 def test_real_text_comes_through_whole(run, tmp_path, name):
     texts = [json.loads(line)['text'] for line in open(SHARED / f'{name}.jsonl', encoding='utf-8')]
-    folder = run('openwebtext.py', f'--input={SHARED / name}.jsonl', '--val_fraction=0.1', '--vocab_size=2000',
-                 '--tokenizer_sample_mb=1', '--num_workers=2')
+    folder = run(
+        'openwebtext.py',
+        f'--input={SHARED / name}.jsonl',
+        '--val_fraction=0.1',
+        '--vocab_size=2000',
+        '--tokenizer_sample_mb=1',
+        '--num_workers=2',
+    )
     assert sorted(texts_of(folder, 'train') + texts_of(folder, 'val')) == sorted(texts)
 
 
 # ---------------------------------------------------------------------------- restart
+
 
 @pytest.fixture
 def small_shards(monkeypatch):
@@ -184,7 +216,9 @@ def inputs(tmp_path):
     texts = make_texts(160)
     write_jsonl(tmp_path / 'a.jsonl', texts[:50] + [''] + texts[50:60]).open('a').write('{"text": \n')
     write_parquet(tmp_path / 'b.parquet', texts[60:110])
-    (tmp_path / 'c.jsonl.gz').write_bytes(gzip.compress(write_jsonl(tmp_path / 'c', texts[110:]).read_bytes()))
+    (tmp_path / 'c.jsonl.gz').write_bytes(
+        gzip.compress(write_jsonl(tmp_path / 'c', texts[110:]).read_bytes())
+    )
     return [f'--input={tmp_path}/a.jsonl,{tmp_path}/b.parquet,{tmp_path}/c.jsonl.gz', '--on_error=skip']
 
 
@@ -208,15 +242,25 @@ def dying_at(event):
             if left[0] < 0:
                 os._exit(77)
             return change(*given, **settings)
+
         setattr(owner, name, wrapper)
-    for owner, name in ((os, 'fsync'), (os, 'replace'), (Path, 'rename'), (Path, 'unlink'),
-                        (writer.Split, 'append'), (Path, 'write_text')):
+
+    for owner, name in (
+        (os, 'fsync'),
+        (os, 'replace'),
+        (Path, 'rename'),
+        (Path, 'unlink'),
+        (writer.Split, 'append'),
+        (Path, 'write_text'),
+    ):
         counted(owner, name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('before, step', [('nothing', 2), ('another folder', 7)])
-def test_killed_between_any_changes_the_same_command_ends_the_same(run, inputs, tmp_path, small_shards, before, step):
+def test_killed_between_any_changes_the_same_command_ends_the_same(
+    run, inputs, tmp_path, small_shards, before, step
+):
     expected = contents(run('text.py', *inputs, *SMALL, '--name=x', output_dir=tmp_path / 'whole' / 'x'))
     again = [*inputs, *SMALL, *['--overwrite'] * (before != 'nothing')]
     for event in range(0, 1000, step):
@@ -227,6 +271,7 @@ def test_killed_between_any_changes_the_same_command_ends_the_same(run, inputs, 
         def die():
             dying_at(event)
             run('text.py', *again, output_dir=target)
+
         status = in_a_fork(die)
         assert status in (0, 77)
         run('text.py', *again, output_dir=target)
@@ -246,13 +291,17 @@ def test_a_restart_repeats_no_finished_shard(run, inputs, tmp_path, small_shards
         if len(appended) == 9:
             raise OSError(28, 'No space left on device')
         append(split, batch)
+
     monkeypatch.setattr(writer.Split, 'append', failing)
-    with pytest.raises(UserError, match='No space left on device.*make room.*documents, is kept in .*goes on from'):
+    with pytest.raises(
+        UserError, match='No space left on device.*make room.*documents, is kept in .*goes on from'
+    ):
         run('text.py', *inputs, *SMALL, output_dir=tmp_path / 'x')
     done = json.loads((tmp_path / '.x.partial' / 'journal.json').read_text())['state']['splits']
     done = done['train']['documents'] + done['val']['documents']
-    monkeypatch.setattr(writer.Split, 'append', lambda split, batch: (appended.append(len(batch.ends)),
-                                                                      append(split, batch)))
+    monkeypatch.setattr(
+        writer.Split, 'append', lambda split, batch: (appended.append(len(batch.ends)), append(split, batch))
+    )
     appended.clear()
     run('text.py', *inputs, *SMALL, '--num_workers=2', output_dir=tmp_path / 'x')
     assert f'{done:,} documents in' in capsys.readouterr().out and done > 30
@@ -260,9 +309,16 @@ def test_a_restart_repeats_no_finished_shard(run, inputs, tmp_path, small_shards
     assert contents(tmp_path / 'x') == expected
 
 
-@pytest.mark.parametrize('change, words', [
-    (lambda path: path.write_text(path.read_text().replace('every', 'no')), 'input is not the same.*a.jsonl'),
-    (lambda path: None, 'val_fraction was 0.1 and is 0.3')])
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        (
+            lambda path: path.write_text(path.read_text().replace('every', 'no')),
+            'input is not the same.*a.jsonl',
+        ),
+        (lambda path: None, 'val_fraction was 0.1 and is 0.3'),
+    ],
+)
 def test_another_input_or_setting_between_restarts_is_refused(run, tmp_path, small_shards, change, words):
     path = write_jsonl(tmp_path / 'a.jsonl', make_texts(80))
     path.open('a').write('broken\n')
@@ -271,7 +327,9 @@ def test_another_input_or_setting_between_restarts_is_refused(run, tmp_path, sma
             run('text.py', f'--input={path}', *SMALL)
     change(path)
     again = [f'--input={path}', '--tokenizer=bytes', f'--val_fraction={0.3 if "val" in words else 0.1}']
-    with pytest.raises(UserError, match=f'unfinished preparation of .* was begun otherwise: .*{words}.*--overwrite'):
+    with pytest.raises(
+        UserError, match=f'unfinished preparation of .* was begun otherwise: .*{words}.*--overwrite'
+    ):
         run('text.py', *again)
     assert (tmp_path / '.out.partial' / 'journal.json').exists()
     assert config_of(run('text.py', *again, '--on_error=skip', '--overwrite'))['skipped'] == 1
@@ -280,8 +338,9 @@ def test_another_input_or_setting_between_restarts_is_refused(run, tmp_path, sma
 def test_a_file_that_changes_while_it_is_read_is_an_error(run, tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / 'a.jsonl', make_texts(80))
     split = writer.Corpus.split
-    monkeypatch.setattr(writer.Corpus, 'split', lambda *given: (path.write_text(path.read_text() + ' '),
-                                                                split(*given))[1])
+    monkeypatch.setattr(
+        writer.Corpus, 'split', lambda *given: (path.write_text(path.read_text() + ' '), split(*given))[1]
+    )
     with pytest.raises(UserError, match='a.jsonl changed while it was being read'):
         run('text.py', f'--input={path}', *SMALL)
 
@@ -295,10 +354,20 @@ def test_kills_at_random_moments_change_no_byte(run, tmp_path, monkeypatch, capf
     monkeypatch.setattr(writer.Split, 'append', lambda *given: (append(*given), time.sleep(0.005)))
 
     def start(target):
-        child = multiprocessing.get_context('fork').Process(target=run, kwargs={'output_dir': target}, args=(
-            'text.py', f'--input={corpus}', '--vocab_size=300', '--num_workers=2', '--tokenizer_sample_mb=1'))
+        child = multiprocessing.get_context('fork').Process(
+            target=run,
+            kwargs={'output_dir': target},
+            args=(
+                'text.py',
+                f'--input={corpus}',
+                '--vocab_size=300',
+                '--num_workers=2',
+                '--tokenizer_sample_mb=1',
+            ),
+        )
         child.start()
         return child
+
     began, whole = time.time(), start(tmp_path / 'whole' / 'x')
     whole.join()
     seconds, draw, kills, target = time.time() - began, random.Random(time.time_ns()), 0, tmp_path / 'x'
@@ -324,16 +393,26 @@ def test_kills_at_random_moments_change_no_byte(run, tmp_path, monkeypatch, capf
 
 # ---------------------------------------------------------------------------- bad input
 
+
 def test_broken_records_stop_or_are_skipped_and_counted(run, tmp_path, capsys):
     texts = make_texts(40)
     path = write_jsonl(tmp_path / 'a.jsonl', texts)
-    broken = [b'{"text": "cut\n', b'{"text": "\xff"}\n', b'{"body": "x"}\n', b'{"text": null}\n', b'[1]\n',
-              b'{"text": "\\ud800"}\n', b'[' * 9999 + b'\n']
+    broken = [
+        b'{"text": "cut\n',
+        b'{"text": "\xff"}\n',
+        b'{"body": "x"}\n',
+        b'{"text": null}\n',
+        b'[1]\n',
+        b'{"text": "\\ud800"}\n',
+        b'[' * 9999 + b'\n',
+    ]
     for line in broken:
         path.write_bytes(write_jsonl(tmp_path / 'good', texts).read_bytes() + line)
         with pytest.raises(UserError, match=r'a\.jsonl, line 41: '):
             run('text.py', f'--input={path}', *SMALL)
-    path.write_bytes(b''.join(broken) + b'{"text": ""}\n' + write_jsonl(tmp_path / 'good', texts).read_bytes())
+    path.write_bytes(
+        b''.join(broken) + b'{"text": ""}\n' + write_jsonl(tmp_path / 'good', texts).read_bytes()
+    )
     folder = run('text.py', f'--input={path}', *SMALL, '--on_error=skip')
     assert sorted(texts_of(folder, 'train') + texts_of(folder, 'val')) == sorted(texts)
     assert (config_of(folder)['skipped'], config_of(folder)['blank']) == (7, 1)
@@ -346,7 +425,9 @@ def test_broken_records_stop_or_are_skipped_and_counted(run, tmp_path, capsys):
 
 def test_invalid_utf8_in_parquet_is_a_matter_of_its_row(run, tmp_path):
     texts = make_texts(20)
-    column = pyarrow.array([text.encode() for text in texts] + [b'\xff'], pyarrow.binary()).view(pyarrow.string())
+    column = pyarrow.array([text.encode() for text in texts] + [b'\xff'], pyarrow.binary()).view(
+        pyarrow.string()
+    )
     write_parquet(tmp_path / 'a.parquet', column)
     with pytest.raises(UserError, match=r'a\.parquet, row 21: byte 0 \(0xff\) is not valid UTF-8'):
         run('text.py', f'--input={tmp_path / "a.parquet"}', *SMALL)
@@ -365,7 +446,7 @@ def test_a_file_cut_short_stops_even_where_records_are_skipped(run, tmp_path, na
     else:
         write_parquet(tmp_path / name, texts)
     whole = (tmp_path / name).read_bytes()
-    (tmp_path / name).write_bytes(whole[:len(whole) * 2 // 3])
+    (tmp_path / name).write_bytes(whole[: len(whole) * 2 // 3])
     with pytest.raises(UserError, match=f'{name} cannot be read to its end .*fetch it again') as error:
         run('text.py', f'--input={tmp_path / name}', *SMALL, '--on_error=skip')
     assert '\n' not in str(error.value)
@@ -374,7 +455,9 @@ def test_a_file_cut_short_stops_even_where_records_are_skipped(run, tmp_path, na
 def test_nothing_but_broken_records_says_why(run, tmp_path):
     path = tmp_path / 'a.jsonl'
     path.write_text('{"content": "x"}\n' * 5)
-    with pytest.raises(UserError, match="no text in .* 5 that were skipped: .*line 5: there is no field 'text'"):
+    with pytest.raises(
+        UserError, match="no text in .* 5 that were skipped: .*line 5: there is no field 'text'"
+    ):
         run('openwebtext.py', f'--input={path}', '--on_error=skip')
 
 
@@ -384,7 +467,10 @@ def test_a_document_of_50_mb_is_one_document_like_any_other(run, tmp_path, word)
     long = word * (50_000_000 // len(word))
     corpus = write_jsonl(tmp_path / 'a.jsonl', [*make_texts(40), long])
     folder = run('text.py', f'--input={corpus}', '--tokenizer=bytes', '--num_workers=2')
-    assert config_of(folder)['splits']['train']['documents'] + config_of(folder)['splits']['val']['documents'] == 41
+    assert (
+        config_of(folder)['splits']['train']['documents'] + config_of(folder)['splits']['val']['documents']
+        == 41
+    )
     assert long in texts_of(folder, 'train') + texts_of(folder, 'val')
 
 
@@ -394,19 +480,28 @@ def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(run, tmp_path):
 
     def limited():
         import signal
+
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
         with pytest.raises(UserError, match='could not be written .*make room'):
             run('text.py', f'--input={corpus}', *SMALL)
+
     assert in_a_fork(limited) == 0
     assert list(tmp_path.iterdir()) == [corpus]
 
 
-@pytest.mark.parametrize('script, arguments, words', [
-    ('fineweb.py', ['--subset=sample-9BT'], 'subset.*sample-10BT'),
-    ('openwebtext.py', ['--max_seq_len=-1', '--input=x.txt'], 'No file matches|max_seq_len=-1 is negative'),
-    ('openwebtext.py', ['--on_error=ignore', '--input=.'], 'on_error=ignore is neither|holds no file'),
-])
+@pytest.mark.parametrize(
+    'script, arguments, words',
+    [
+        ('fineweb.py', ['--subset=sample-9BT'], 'subset.*sample-10BT'),
+        (
+            'openwebtext.py',
+            ['--max_seq_len=-1', '--input=x.txt'],
+            'No file matches|max_seq_len=-1 is negative',
+        ),
+        ('openwebtext.py', ['--on_error=ignore', '--input=.'], 'on_error=ignore is neither|holds no file'),
+    ],
+)
 def test_mistakes_in_settings_are_one_sentence(run, tmp_path, monkeypatch, script, arguments, words):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=words):

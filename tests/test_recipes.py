@@ -1,23 +1,23 @@
 """The files in config/ and the commands in README.md."""
+
 import re
 import runpy
 import sys
 
 import pytest
 
-import checkpoints
-import optim
-from configurator import ALIASES, Config, apply_file, keys_of
+from lm import checkpoints, optim
+from lm.configurator import ALIASES, ROOT, Config, apply_file, keys_of
 
-CONFIGS = sorted(path.name for path in (checkpoints.ROOT / 'config').glob('*.py') if path.name != 'languages.py')
+CONFIGS = sorted(path.name for path in (ROOT / 'config').glob('*.py') if path.name != 'languages.py')
 SWEEPS = [name for name in CONFIGS if name.startswith(('sweep_', 'language_pairs'))]
 
 
 def train_config(script='train.py'):
     """The settings of a script, of which a recipe changes some."""
-    source = (checkpoints.ROOT / script).read_text()
+    source = (ROOT / script).read_text()
     defaults = {}
-    exec(source[source.index('# --- '):source.index('config = configure(')], defaults)
+    exec(source[source.index('# --- ') : source.index('config = configure(')], defaults)
     return Config(keys_of(source, defaults))
 
 
@@ -33,7 +33,7 @@ def test_a_recipe_sets_what_its_script_knows(recipe):
 @pytest.mark.parametrize('recipe', SWEEPS)
 def test_a_sweep_sets_what_classify_py_knows(recipe, capsys, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['sweep.py', f'config/{recipe}', '--dry_run'])
-    runpy.run_path(str(checkpoints.ROOT / 'sweep.py'), run_name='__main__')
+    runpy.run_path(str(ROOT / 'sweep.py'), run_name='__main__')
     *runs, count = capsys.readouterr().out.splitlines()
     assert len(runs) > 1 and count == f'{len(runs)} runs'
     for run in runs:
@@ -53,14 +53,14 @@ def test_each_alias_of_train_py_leads_to_a_key():
 
 
 def test_the_readme_speaks_of_files_and_settings_that_exist(capsys, monkeypatch):
-    readme = (checkpoints.ROOT / 'README.md').read_text()
+    readme = (ROOT / 'README.md').read_text()
     for script, options in re.findall(r'python ((?:prepare/|benchmarks/)?\w+\.py)([^\n#]*)', readme):
-        assert (checkpoints.ROOT / script).is_file(), script
+        assert (ROOT / script).is_file(), script
         monkeypatch.setattr(sys, 'argv', [script, '--help'])
         with pytest.raises(SystemExit):
-            runpy.run_path(str(checkpoints.ROOT / script), run_name='__main__')
+            runpy.run_path(str(ROOT / script), run_name='__main__')
         known = capsys.readouterr().out
         for recipe in re.findall(r'config/\w+\.py', options):
-            assert (checkpoints.ROOT / recipe).is_file(), recipe
+            assert (ROOT / recipe).is_file(), recipe
         for key in set(re.findall(r'--(\w+)', options)) - {'help'}:
             assert re.search(rf'--{key}\b', known), f'{script} --{key}'

@@ -1,4 +1,5 @@
 """What runtime.py, checkpoints.py and optim.py promise: run folders, logs, optimizers, schedules, averages."""
+
 import math
 import os
 import signal
@@ -8,10 +9,8 @@ import pytest
 import torch
 from conftest import letter_tokenizer, signals_kept
 
-import checkpoints
-import optim
-import runtime
-from configurator import UserError
+from lm import checkpoints, files, optim, runtime
+from lm.configurator import UserError
 from model import Autoregressive, Diffusion, ModelConfig
 
 TINY = dict(vocab_size=30, block_size=16, n_layer=2, n_head=2, n_embd=32, mask_id=28, ignore_id=29)
@@ -20,11 +19,17 @@ GPT2 = dict(norm='layer', position='learned', mlp='gelu', bias=True, qk_norm=Fal
 
 def tiny_checkpoint(**changes):
     model = Autoregressive(ModelConfig(**TINY))
-    return {'architecture': 'ar', 'model_config': vars(model.config), 'model_state_dict': model.state_dict(),
-            'tokenizer': letter_tokenizer().to_json(), **changes}
+    return {
+        'architecture': 'ar',
+        'model_config': vars(model.config),
+        'model_state_dict': model.state_dict(),
+        'tokenizer': letter_tokenizer().to_json(),
+        **changes,
+    }
 
 
 # ---------------------------------------------------------------------------- checkpoints
+
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     (tmp_path / 'ckpt.pt').write_text('old')
@@ -32,8 +37,9 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     def write(file):
         file.write(b'half of the ne')
         raise OSError('No space left on device')
+
     with pytest.raises(UserError, match='ckpt.pt could not be written .*No space left.*still is'):
-        checkpoints.save_atomically(tmp_path / 'ckpt.pt', write)
+        files.save_atomically(tmp_path / 'ckpt.pt', write)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {'ckpt.pt': 'old'}
 
 
@@ -44,9 +50,10 @@ def test_a_process_killed_while_it_writes_leaves_the_old_file(tmp_path):
         file.write(b'half')
         file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
+
     child = os.fork()
     if child == 0:
-        checkpoints.save_atomically(tmp_path / 'ckpt.pt', write)
+        files.save_atomically(tmp_path / 'ckpt.pt', write)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     assert torch.load(tmp_path / 'ckpt.pt', weights_only=True)['weights'].tolist() == [1, 1, 1]
     checkpoints.save(tmp_path / 'ckpt.pt', {'weights': torch.zeros(3)})  # over what it left
@@ -57,7 +64,7 @@ def test_a_new_file_is_on_the_disk_before_it_takes_the_name(tmp_path, monkeypatc
     happened = []
     monkeypatch.setattr(os, 'fsync', lambda file: happened.append('fsync'))
     monkeypatch.setattr(os, 'replace', lambda source, target: happened.append('replace'))
-    checkpoints.save_atomically(tmp_path / 'file', lambda file: happened.append('write'))
+    files.save_atomically(tmp_path / 'file', lambda file: happened.append('write'))
     assert happened == ['write', 'fsync', 'replace']
 
 
@@ -97,8 +104,10 @@ def test_resume_auto_needs_an_out_dir_and_starts_afresh_without_a_checkpoint(tmp
 def test_a_model_to_use_has_the_average_where_there_is_one():
     checkpoint = tiny_checkpoint()
     average = {name: weight + 1 for name, weight in checkpoint['model_state_dict'].items()}
-    for state, expected in ((checkpoint, checkpoint['model_state_dict']),
-                            ({**checkpoint, 'ema_state_dict': average}, average)):
+    for state, expected in (
+        (checkpoint, checkpoint['model_state_dict']),
+        ({**checkpoint, 'ema_state_dict': average}, average),
+    ):
         model = checkpoints.load_model(state, 'cpu')
         assert not model.training
         assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items())
@@ -108,8 +117,11 @@ def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path):
     (tmp_path / 'ckpt.pt').write_text('state')
 
     def kept():
-        return {int(path.parent.name.removeprefix('checkpoint-')): path.read_text()
-                for path in (tmp_path / 'checkpoints').glob('*/ckpt.pt')}
+        return {
+            int(path.parent.name.removeprefix('checkpoint-')): path.read_text()
+            for path in (tmp_path / 'checkpoints').glob('*/ckpt.pt')
+        }
+
     for step in (2, 4, 6, 8, 10):
         checkpoints.keep(tmp_path, step, limit=3, best_step=4)
     assert kept() == {4: 'state', 8: 'state', 10: 'state'}
@@ -119,10 +131,17 @@ def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path):
 
 # ---------------------------------------------------------------------------- the run folder
 
+
 def test_run_folders_are_numbered_and_the_suffix_comes_last(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, 'ROOT', tmp_path)
-    for name, suffix, expected in (('a', '', 'a-v1'), ('a', '', 'a-v2'), ('b', '', 'b-v1'), ('a', '', 'a-v3'),
-                                   ('a', 'fixed-k8', 'a-v1-fixed-k8'), ('a', 'fixed-k8', 'a-v2-fixed-k8')):
+    for name, suffix, expected in (
+        ('a', '', 'a-v1'),
+        ('a', '', 'a-v2'),
+        ('b', '', 'b-v1'),
+        ('a', '', 'a-v3'),
+        ('a', 'fixed-k8', 'a-v1-fixed-k8'),
+        ('a', 'fixed-k8', 'a-v2-fixed-k8'),
+    ):
         assert checkpoints.open_run_folder('', name, suffix) == tmp_path / 'out' / expected
     (tmp_path / 'out/a-v2').rmdir()
     assert checkpoints.open_run_folder('', 'a').name == 'a-v2'
@@ -144,6 +163,7 @@ def test_a_folder_that_holds_a_run_is_refused_unless_it_continues_or_is_given_up
 
 
 # ---------------------------------------------------------------------------- logs
+
 
 def test_rows_that_come_again_and_a_torn_one_are_forgotten(tmp_path):
     path = tmp_path / 'metrics.csv'
@@ -169,13 +189,17 @@ def test_metrics_have_one_column_per_name_and_other_ranks_are_silent(tmp_path, c
     assert list((tmp_path / 'False').iterdir()) == []
     header, row = (line.split(',') for line in (tmp_path / 'True/metrics.csv').read_text().splitlines())
     assert header == ['step', *runtime.METRICS]
-    assert {name: cell for name, cell in zip(header, row) if cell} == {'step': '5', 'train/lr': '0.1',
-                                                                       'val/loss': '2.5'}
+    assert {name: cell for name, cell in zip(header, row) if cell} == {
+        'step': '5',
+        'train/lr': '0.1',
+        'val/loss': '2.5',
+    }
     assert (tmp_path / 'True/logs.log').read_text() == 'hello\nstep 5\n'
 
 
 class BrokenWandb:
     """A W&B that fails from its n-th call on."""
+
     id = 'abc'
 
     def __init__(self, works):
@@ -186,6 +210,7 @@ class BrokenWandb:
         if self.works < 0:
             raise ConnectionError('the service is gone')
         return self
+
     login = init = log = finish = call
 
 
@@ -210,6 +235,7 @@ def test_a_machine_without_wandb_trains_as_well(tmp_path, monkeypatch, capsys):
 
 # ---------------------------------------------------------------------------- signals, seeds, choices
 
+
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_the_first_signal_is_noted_and_the_second_ends_the_process(monkeypatch, number):
     exits = []
@@ -227,20 +253,24 @@ def test_dropout_is_seeded_by_each_part_of_its_key():
     def draw(*key):
         runtime.seed_dropout(*key)
         return torch.rand(4).tolist()
+
     keys = [(0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (1, 0, 0, 0), (0, 0, 0, 0)]
     assert len({tuple(draw(*key)) for key in keys}) == len(keys)
     assert draw(*keys[0]) == draw(*keys[0])
 
 
-@pytest.mark.parametrize('call, expected', [
-    (lambda: runtime.pick_device('gpu'), "device is 'gpu'; choose auto, cpu, cuda"),
-    (lambda: runtime.pick_device('meta'), "device is 'meta', but PyTorch finds none .*--device=cpu"),
-    (lambda: runtime.pick_dtype('int8', torch.device('cpu')), "dtype is 'int8'; choose auto, bfloat16"),
-    (lambda: checkpoints.size_of('huge'), "model_size is 'huge'; choose tiny, small"),
-    (lambda: checkpoints.make_model('rnn', **TINY), "architecture is 'rnn'; choose ar or diffusion"),
-    (lambda: checkpoints.make_model('ar', **{**TINY, 'n_head': 5}), 'n_embd=32 over n_head=5 .*choose'),
-    (lambda: checkpoints.make_model('ar', **{**TINY, 'dropout': 1.5}), 'dropout is 1.5; it is a share'),
-])
+@pytest.mark.parametrize(
+    'call, expected',
+    [
+        (lambda: runtime.pick_device('gpu'), "device is 'gpu'; choose auto, cpu, cuda"),
+        (lambda: runtime.pick_device('meta'), "device is 'meta', but PyTorch finds none .*--device=cpu"),
+        (lambda: runtime.pick_dtype('int8', torch.device('cpu')), "dtype is 'int8'; choose auto, bfloat16"),
+        (lambda: checkpoints.size_of('huge'), "model_size is 'huge'; choose tiny, small"),
+        (lambda: checkpoints.make_model('rnn', **TINY), "architecture is 'rnn'; choose ar or diffusion"),
+        (lambda: checkpoints.make_model('ar', **{**TINY, 'n_head': 5}), 'n_embd=32 over n_head=5 .*choose'),
+        (lambda: checkpoints.make_model('ar', **{**TINY, 'dropout': 1.5}), 'dropout is 1.5; it is a share'),
+    ],
+)
 def test_a_name_or_number_that_cannot_be_is_refused(call, expected):
     with pytest.raises(UserError, match=expected):
         call()
@@ -256,6 +286,7 @@ def test_a_checkpoint_of_another_architecture_or_vocabulary_is_refused():
 
 
 # ---------------------------------------------------------------------------- optimizers
+
 
 @pytest.mark.parametrize('optimizer, names', [('adamw', {'adamw'}), ('muon', {'adamw', 'muon'})])
 @pytest.mark.parametrize('shape', [{}, GPT2])
@@ -280,12 +311,16 @@ def test_muon_has_the_matrices_of_the_blocks_and_no_others():
 
 # ---------------------------------------------------------------------------- the learning rate
 
-@pytest.mark.parametrize('schedule, by_hand', [
-    ('cosine', {10: 1.0, 40: 0.775, 55: 0.55, 70: 0.325, 100: 0.1}),  # half a cosine from step 10 to 100
-    ('linear', {10: 1.0, 40: 0.7, 55: 0.55, 91: 0.19, 100: 0.1}),
-    ('wsd', {10: 1.0, 79: 1.0, 80: 1.0, 90: 0.55, 95: 0.325, 100: 0.1}),  # the last fifth decays
-    ('constant', {10: 1.0, 50: 1.0, 100: 1.0}),
-])
+
+@pytest.mark.parametrize(
+    'schedule, by_hand',
+    [
+        ('cosine', {10: 1.0, 40: 0.775, 55: 0.55, 70: 0.325, 100: 0.1}),  # half a cosine from step 10 to 100
+        ('linear', {10: 1.0, 40: 0.7, 55: 0.55, 91: 0.19, 100: 0.1}),
+        ('wsd', {10: 1.0, 79: 1.0, 80: 1.0, 90: 0.55, 95: 0.325, 100: 0.1}),  # the last fifth decays
+        ('constant', {10: 1.0, 50: 1.0, 100: 1.0}),
+    ],
+)
 def test_the_learning_rate_follows_its_schedule(schedule, by_hand):
     warmup = {0: 0.1, 4: 0.5, 9: 1.0}
     for step, expected in {**warmup, **by_hand}.items():
@@ -301,6 +336,7 @@ def test_the_learning_rate_without_a_warmup_or_a_decay():
 
 # ---------------------------------------------------------------------------- the average of the weights
 
+
 def test_the_average_of_the_weights_by_hand():
     model = torch.nn.Linear(1, 1, bias=False)
     with torch.no_grad():
@@ -308,7 +344,7 @@ def test_the_average_of_the_weights_by_hand():
         average = optim.WeightAverage(model, decay=0.9)
         for weight, expected in ((2.0, 0.9 + 0.2), (2.0, 0.9 * 1.1 + 0.2), (-1.0, 0.9 * 1.19 - 0.1)):
             model.weight.fill_(weight)
-            average.update(step=10 ** 6)
+            average.update(step=10**6)
             assert math.isclose(average.average['weight'].item(), expected, rel_tol=1e-6)
 
 

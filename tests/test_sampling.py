@@ -1,15 +1,16 @@
 """Generation, on models small enough to enumerate."""
+
 from functools import partial
 from itertools import product
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import assert_drawn_from, random_model
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 import model as model_module
-from conftest import assert_drawn_from, random_model
 from model import ARCHITECTURES, Diffusion, ModelConfig
 from sampling import SAMPLERS, BlockCache, Sampler, draw_tokens, generate, remdm_rates, restrict
 
@@ -30,11 +31,13 @@ def watch(model):
     def watched(tokens, cache=None, belief=None):
         seen.append(tokens.clone())
         return hidden(tokens, cache, belief)
+
     model.hidden = watched
     return seen
 
 
 # ---------------------------------------------------------------------------- left to right
+
 
 @torch.no_grad()
 def write_greedily(model, prompt, max_new_tokens):
@@ -48,8 +51,11 @@ def write_greedily(model, prompt, max_new_tokens):
 
 
 @pytest.mark.parametrize('prompts', [EQUAL, UNEQUAL], ids=['equal', 'unequal'])
-@pytest.mark.parametrize('changes', [{}, LEARNED, {'n_kv_head': 2}, {'n_kv_head': 1, **LEARNED}],
-                         ids=['rope', 'learned', 'grouped', 'learned-grouped'])
+@pytest.mark.parametrize(
+    'changes',
+    [{}, LEARNED, {'n_kv_head': 2}, {'n_kv_head': 1, **LEARNED}],
+    ids=['rope', 'learned', 'grouped', 'learned-grouped'],
+)
 def test_greedy_text_is_the_same_with_and_without_cache(changes, prompts):
     model = tiny('ar', vocab_size=200, **changes)
     expected = [write_greedily(model, prompt, 3 * BLOCK) for prompt in prompts]
@@ -74,8 +80,11 @@ def test_cache_reads_one_token_at_a_time():
     assert [x.size(1) for x in seen] == [3, 4, 5, 6]
 
 
-@pytest.mark.parametrize('changes, prompts', [({}, EQUAL), ({}, UNEQUAL), ({'n_kv_head': 2, **LEARNED}, UNEQUAL)],
-                         ids=['equal', 'unequal', 'learned-grouped'])
+@pytest.mark.parametrize(
+    'changes, prompts',
+    [({}, EQUAL), ({}, UNEQUAL), ({'n_kv_head': 2, **LEARNED}, UNEQUAL)],
+    ids=['equal', 'unequal', 'learned-grouped'],
+)
 def test_the_compiled_step_writes_the_same_and_is_compiled_once(changes, prompts, monkeypatch):
     torch._dynamo.reset()
     counters.clear()
@@ -105,7 +114,7 @@ def test_stop_token_ends_its_row_and_no_other():
     model, prompts = tiny('ar'), [[1, 2, 3], [4, 5, 6], [7, 8, 1], [2, 2, 2]]
     rows = generate(model, prompts, 9, temperature=0)
     stop = rows[0][5]
-    expected = [row[:3 + row[3:].index(stop) + 1] if stop in row[3:] else row for row in rows]
+    expected = [row[: 3 + row[3:].index(stop) + 1] if stop in row[3:] else row for row in rows]
     assert len({len(row) for row in expected}) > 1 and max(map(len, expected)) == 12
     for use_cache in (True, False):
         assert generate(model, prompts, 9, temperature=0, stop_tokens=[stop], use_cache=use_cache) == expected
@@ -124,21 +133,24 @@ def test_generation_ends_when_every_row_has_stopped():
 FOUR = torch.tensor([[0.15, 0.5, 0.05, 0.3]], dtype=torch.float64)
 
 
-@pytest.mark.parametrize('options, expected', [
-    ((1.0, None, None), [0.15, 0.5, 0.05, 0.3]),
-    ((0.5, None, None), [0.0225 / 0.365, 0.25 / 0.365, 0.0025 / 0.365, 0.09 / 0.365]),  # p² over its sum
-    ((1.0, 1, None), [0, 1, 0, 0]),
-    ((1.0, 2, None), [0, 0.625, 0, 0.375]),
-    ((1.0, 9, None), [0.15, 0.5, 0.05, 0.3]),
-    ((1.0, None, 0.01), [0, 1, 0, 0]),
-    ((1.0, None, 0.49), [0, 1, 0, 0]),
-    ((1.0, None, 0.51), [0, 0.625, 0, 0.375]),
-    ((1.0, None, 0.79), [0, 0.625, 0, 0.375]),
-    ((1.0, None, 0.81), [0.15 / 0.95, 0.5 / 0.95, 0, 0.3 / 0.95]),
-    ((1.0, None, 1.0), [0.15, 0.5, 0.05, 0.3]),
-    ((1.0, 2, 0.6), [0, 1, 0, 0]),  # 0.625 of the two likeliest is enough
-    ((0.5, None, 0.68), [0, 1, 0, 0]),  # and 0.685 of the sharpened four
-])
+@pytest.mark.parametrize(
+    'options, expected',
+    [
+        ((1.0, None, None), [0.15, 0.5, 0.05, 0.3]),
+        ((0.5, None, None), [0.0225 / 0.365, 0.25 / 0.365, 0.0025 / 0.365, 0.09 / 0.365]),  # p² over its sum
+        ((1.0, 1, None), [0, 1, 0, 0]),
+        ((1.0, 2, None), [0, 0.625, 0, 0.375]),
+        ((1.0, 9, None), [0.15, 0.5, 0.05, 0.3]),
+        ((1.0, None, 0.01), [0, 1, 0, 0]),
+        ((1.0, None, 0.49), [0, 1, 0, 0]),
+        ((1.0, None, 0.51), [0, 0.625, 0, 0.375]),
+        ((1.0, None, 0.79), [0, 0.625, 0, 0.375]),
+        ((1.0, None, 0.81), [0.15 / 0.95, 0.5 / 0.95, 0, 0.3 / 0.95]),
+        ((1.0, None, 1.0), [0.15, 0.5, 0.05, 0.3]),
+        ((1.0, 2, 0.6), [0, 1, 0, 0]),  # 0.625 of the two likeliest is enough
+        ((0.5, None, 0.68), [0, 1, 0, 0]),  # and 0.685 of the sharpened four
+    ],
+)
 def test_top_k_and_the_smallest_nucleus_by_hand(options, expected):
     kept = restrict(FOUR.log(), *options)
     torch.testing.assert_close(kept / kept.sum(), torch.tensor([expected], dtype=torch.float64))
@@ -174,7 +186,7 @@ def test_the_likeliest_token_in_three_ways(options):
     torch.testing.assert_close(confidence, probabilities.amax(-1))
 
 
-@pytest.mark.parametrize('uniform', [0.0, 1 - 2 ** -53])
+@pytest.mark.parametrize('uniform', [0.0, 1 - 2**-53])
 def test_no_uniform_number_gives_an_impossible_token(uniform, monkeypatch):
     model = tiny('ar')
     states = states_of(model, 1)
@@ -186,6 +198,7 @@ def test_no_uniform_number_gives_an_impossible_token(uniform, monkeypatch):
 
 
 # ---------------------------------------------------------------------------- both
+
 
 @pytest.mark.parametrize('sampler', SAMPLERS)
 @pytest.mark.parametrize('architecture', ARCHITECTURES)
@@ -214,6 +227,7 @@ def test_generation_is_without_dropout_and_leaves_the_mode_as_it_was(architectur
 def break_hidden(model):
     def broken(*_, **__):
         raise RuntimeError('broken')
+
     model.hidden = broken
     return model
 
@@ -224,25 +238,28 @@ def test_nothing_to_write_gives_the_prompts_back(architecture):
     assert generate(tiny(architecture), [[1], full], 0) == [[1], full]
 
 
-@pytest.mark.parametrize('architecture, prompt, options, named', [
-    ('ar', [1] * 13, {}, '13 tokens.*block_size=12'),
-    ('diffusion', [1] * 13, {}, '13 tokens.*block_size=12'),
-    ('ar', [], {}, 'prompt is empty'),
-    ('diffusion', [], {}, 'prompt is empty'),
-    ('ar', [1, MASK, 2], {}, r'<\|mask\|>'),
-    ('ar', [1], {'sampler': 'greedy'}, "sampler is 'greedy'.*ancestral, confidence, "),
-    ('diffusion', [1], {'sampler': 'greedy'}, "sampler is 'greedy'.*ancestral, confidence, "),
-    ('diffusion', [1], {'max_new_tokens': -1}, 'max_new_tokens is -1; '),
-    ('ar', [1], {'temperature': -0.5}, 'temperature is -0.5; '),
-    ('ar', [1], {'top_k': 0}, 'top_k is 0; '),
-    ('ar', [1], {'top_p': 0.0}, 'top_p is 0.0; '),
-    ('ar', [1], {'top_p': 1.5}, 'top_p is 1.5; '),
-    ('diffusion', [1], {'steps': 0}, 'steps is 0; '),
-    ('diffusion', [1], {'block_length': 0}, 'block_length is 0; '),
-    ('diffusion', [1], {'threshold': 2.0}, 'threshold is 2.0; '),
-    ('diffusion', [1], {'eta': -0.1}, 'eta is -0.1; '),
-    ('diffusion', [1], {'cache_blocks': True}, "cache_blocks belongs to sampler='blocks'"),
-])
+@pytest.mark.parametrize(
+    'architecture, prompt, options, named',
+    [
+        ('ar', [1] * 13, {}, '13 tokens.*block_size=12'),
+        ('diffusion', [1] * 13, {}, '13 tokens.*block_size=12'),
+        ('ar', [], {}, 'prompt is empty'),
+        ('diffusion', [], {}, 'prompt is empty'),
+        ('ar', [1, MASK, 2], {}, r'<\|mask\|>'),
+        ('ar', [1], {'sampler': 'greedy'}, "sampler is 'greedy'.*ancestral, confidence, "),
+        ('diffusion', [1], {'sampler': 'greedy'}, "sampler is 'greedy'.*ancestral, confidence, "),
+        ('diffusion', [1], {'max_new_tokens': -1}, 'max_new_tokens is -1; '),
+        ('ar', [1], {'temperature': -0.5}, 'temperature is -0.5; '),
+        ('ar', [1], {'top_k': 0}, 'top_k is 0; '),
+        ('ar', [1], {'top_p': 0.0}, 'top_p is 0.0; '),
+        ('ar', [1], {'top_p': 1.5}, 'top_p is 1.5; '),
+        ('diffusion', [1], {'steps': 0}, 'steps is 0; '),
+        ('diffusion', [1], {'block_length': 0}, 'block_length is 0; '),
+        ('diffusion', [1], {'threshold': 2.0}, 'threshold is 2.0; '),
+        ('diffusion', [1], {'eta': -0.1}, 'eta is -0.1; '),
+        ('diffusion', [1], {'cache_blocks': True}, "cache_blocks belongs to sampler='blocks'"),
+    ],
+)
 def test_what_cannot_be_continued_is_refused_in_a_sentence(architecture, prompt, options, named):
     with pytest.raises(ValueError, match=named) as error:
         generate(tiny(architecture), [[1, 2], prompt], **{'max_new_tokens': 4, **options})
@@ -301,7 +318,7 @@ class Fixed(Diffusion):
     """Gives position i the token i with probability sure[i], and shares the rest among the others."""
 
     def hidden(self, tokens, cache=None, belief=None):
-        sure = torch.tensor(self.sure[:tokens.size(1)])
+        sure = torch.tensor(self.sure[: tokens.size(1)])
         p = ((1 - sure) / (MASK - 1))[:, None].expand(-1, 64).clone()
         p[range(len(sure)), range(len(sure))] = sure
         return p.log().expand(len(tokens), -1, -1)
@@ -332,7 +349,10 @@ def test_confidence_counts_the_holes_of_each_row():
     seen = watch(model)
     prompts = [[MASK, MASK, MASK, MASK], [0, MASK, 2, 3]]
     generate(model, prompts, 0, temperature=0, sampler='confidence', steps=2)
-    assert [(canvas == MASK).sum(1).tolist() for canvas in seen] == [[4, 1], [2]]  # a finished row is not computed
+    assert [(canvas == MASK).sum(1).tolist() for canvas in seen] == [
+        [4, 1],
+        [2],
+    ]  # a finished row is not computed
 
 
 def test_threshold_writes_what_is_sure_and_at_least_one():
@@ -365,8 +385,14 @@ def test_random_order_reveals_the_same_share_in_each_step(sampler):
 def test_remdm_hides_again_what_it_wrote_and_never_what_was_given():
     model = tiny('diffusion')
     seen = []
-    generate(model, [[1, 2, 3]] * 4, 9, sampler='remdm', eta=0.5,
-             watch=lambda step, canvas, belief: seen.append(canvas.clone()))
+    generate(
+        model,
+        [[1, 2, 3]] * 4,
+        9,
+        sampler='remdm',
+        eta=0.5,
+        watch=lambda step, canvas, belief: seen.append(canvas.clone()),
+    )
     hidden = torch.stack(seen) == MASK  # (steps, B, L)
     assert (hidden[1:] & ~hidden[:-1]).any()
     assert not hidden[:, :, :3].any()
@@ -384,6 +410,7 @@ def test_remdm_rates_are_probabilities_and_keep_the_schedule(steps, eta):
 
 
 # ---------------------------------------------------------------------------- what is not computed again
+
 
 @torch.no_grad()
 def fill_whole(model, canvas, sampler, steps, seed):
@@ -407,7 +434,13 @@ def fill_whole(model, canvas, sampler, steps, seed):
     return canvas.tolist()
 
 
-ROWS = [[1, MASK, 3, MASK, MASK, 6], [5, 6, 7, 8, MASK, 1], [MASK] * 6, [1, 2, 3, 4, 5, 6], [MASK, 2, MASK, 1, 1, 1]]
+ROWS = [
+    [1, MASK, 3, MASK, MASK, 6],
+    [5, 6, 7, 8, MASK, 1],
+    [MASK] * 6,
+    [1, 2, 3, 4, 5, 6],
+    [MASK, 2, MASK, 1, 1, 1],
+]
 
 
 @pytest.mark.parametrize('sampler', ['ancestral', 'confidence', 'threshold', 'remdm'])
@@ -460,8 +493,18 @@ def test_cached_blocks_are_exact_where_nothing_lies_outside_or_nothing_was_writt
     model = tiny(architecture)
     options = dict(sampler='blocks', temperature=0)
     for block_length, steps in ((12, 5), (4, 3)):  # one block of all columns; one step for each block
-        plain, cached = (generate(model, [[MASK] * 12] * 2 + [[MASK] * 11 + [3]], 0, block_length=block_length,
-                                  steps=steps, cache_blocks=cache, **options) for cache in (False, True))
+        plain, cached = (
+            generate(
+                model,
+                [[MASK] * 12] * 2 + [[MASK] * 11 + [3]],
+                0,
+                block_length=block_length,
+                steps=steps,
+                cache_blocks=cache,
+                **options,
+            )
+            for cache in (False, True)
+        )
         assert cached == plain
 
 
@@ -485,7 +528,7 @@ def test_diffusion_goes_on_past_the_block():
     assert len(windows) == len(starts)
     for start, window in zip(starts, windows):
         known = 5 if start == 0 else 6
-        assert window == row[start:start + known] + [MASK] * (min(45, start + BLOCK) - start - known)
+        assert window == row[start : start + known] + [MASK] * (min(45, start + BLOCK) - start - known)
 
 
 def test_rows_of_a_diffusion_batch_are_what_they_are_alone():
@@ -499,7 +542,7 @@ def test_stop_token_cuts_a_diffusion_row_after_the_prompt():
     model, prompts = tiny('diffusion'), [[1, 2, 3], [4, 5, 6], [7, 8, 1]]
     rows = generate(model, prompts, 9)
     stop = rows[0][6]
-    expected = [row[:3 + row[3:].index(stop) + 1] if stop in row[3:] else row for row in rows]
+    expected = [row[: 3 + row[3:].index(stop) + 1] if stop in row[3:] else row for row in rows]
     assert len(expected[0]) <= 7 and generate(model, prompts, 9, stop_tokens=[stop]) == expected
     seen = watch(model)
     rows = generate(model, prompts, 400, stop_tokens=range(MASK), steps=1)
@@ -509,9 +552,9 @@ def test_stop_token_cuts_a_diffusion_row_after_the_prompt():
 # ---------------------------------------------------------------------------- a perfect denoiser
 
 LETTERS, LENGTH = 3, 3
-HIDDEN = LETTERS                                                           # the id of <|mask|>
-TEXTS = list(product(range(LETTERS), repeat=LENGTH))                       # 27
-STATES = list(product(range(LETTERS + 1), repeat=LENGTH))                  # 64, partly hidden
+HIDDEN = LETTERS  # the id of <|mask|>
+TEXTS = list(product(range(LETTERS), repeat=LENGTH))  # 27
+STATES = list(product(range(LETTERS + 1), repeat=LENGTH))  # 64, partly hidden
 
 
 def toy_joint():

@@ -1,4 +1,5 @@
 """Figures agree with values worked out by hand and with plain code; intervals cover what they promise."""
+
 import json
 import math
 import statistics
@@ -7,10 +8,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import scoring
-from configurator import UserError
-from scoring import (block_bootstrap_ci, check, checks_stated_in, distinct, entropy, exact_match,
-                     format_compliance, mean_ci, paired_ci, rep, rouge_l, self_bleu, token_f1)
+from lm import scoring
+from lm.configurator import UserError
+from lm.scoring import (
+    block_bootstrap_ci,
+    check,
+    checks_stated_in,
+    distinct,
+    entropy,
+    exact_match,
+    format_compliance,
+    mean_ci,
+    paired_ci,
+    rep,
+    rouge_l,
+    self_bleu,
+    token_f1,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = json.loads((ROOT / 'config' / 'instructions.json').read_text(encoding='utf-8'))
@@ -18,17 +32,18 @@ PROMPTS = json.loads((ROOT / 'config' / 'instructions.json').read_text(encoding=
 
 # ---------------------------------------------------------------------------- diversity
 
+
 def test_distinct_counts_over_all_samples():
     samples = ['a b a b'.split(), 'a b c'.split()]
     assert distinct(samples, 1) == 3 / 7
     assert distinct(samples, 2) == 3 / 5  # ab ba ab | ab bc
-    assert distinct(samples, 4) == 1.0    # only the first sample has four words
+    assert distinct(samples, 4) == 1.0  # only the first sample has four words
 
 
 def test_rep_counts_what_the_same_sample_said_before():
-    assert rep([[1, 2, 1, 2, 1]], n=2) == 2 / 4      # 12 21 12 21
-    assert rep([[1, 2, 3], [1, 2, 3]], n=2) == 0.0   # repeats another sample, not itself
-    assert rep([[5] * 7, [1, 2, 3, 4]]) == 3 / 5     # 4 and 1 four-grams, 3 of them repeats
+    assert rep([[1, 2, 1, 2, 1]], n=2) == 2 / 4  # 12 21 12 21
+    assert rep([[1, 2, 3], [1, 2, 3]], n=2) == 0.0  # repeats another sample, not itself
+    assert rep([[5] * 7, [1, 2, 3, 4]]) == 3 / 5  # 4 and 1 four-grams, 3 of them repeats
 
 
 def test_entropy_is_of_the_pooled_tokens_in_nats():
@@ -41,8 +56,8 @@ def test_diversity_of_nothing_is_none():
     for samples in ([], [[]], [[], []]):
         assert distinct(samples, 1) is rep(samples, 1) is entropy(samples) is self_bleu(samples, 1) is None
     assert distinct([[1, 2]], 3) is rep([[1, 2]], 3) is None
-    assert self_bleu([[1, 2, 3]], 1) is None             # no other
-    assert self_bleu([[1, 2, 3], [1, 2]], 3) is None     # no other with three tokens
+    assert self_bleu([[1, 2, 3]], 1) is None  # no other
+    assert self_bleu([[1, 2, 3], [1, 2]], 3) is None  # no other with three tokens
 
 
 def test_arrays_count_like_lists():
@@ -55,26 +70,29 @@ def test_arrays_count_like_lists():
 
 def bleu(sample, references, n):
     """BLEU as its paper says it, one n-gram at a time."""
+
     def count(tokens, gram):
-        return sum(tokens[i:i + len(gram)] == gram for i in range(len(tokens) - len(gram) + 1))
+        return sum(tokens[i : i + len(gram)] == gram for i in range(len(tokens) - len(gram) + 1))
 
     product = 1.0
     for order in range(1, n + 1):
-        grams = [sample[i:i + order] for i in range(len(sample) - order + 1)]
+        grams = [sample[i : i + order] for i in range(len(sample) - order + 1)]
         once = [gram for i, gram in enumerate(grams) if gram not in grams[:i]]
-        product *= sum(min(count(sample, gram), max(count(other, gram) for other in references))
-                       for gram in once) / len(grams)
+        product *= sum(
+            min(count(sample, gram), max(count(other, gram) for other in references)) for gram in once
+        ) / len(grams)
     closest = min(map(len, references), key=lambda length: (abs(length - len(sample)), length))
-    return product**(1 / n) * min(1.0, math.exp(1 - closest / len(sample)))
+    return product ** (1 / n) * min(1.0, math.exp(1 - closest / len(sample)))
 
 
 def test_self_bleu_by_hand():
     samples = ['the cat sat'.split(), 'the cat ran off'.split()]
     shorter = math.exp(1 - 4 / 3)  # the first is shorter than its reference
     assert self_bleu(samples, 1) == pytest.approx((2 / 3 * shorter + 2 / 4) / 2)
-    assert self_bleu(samples, 2) == pytest.approx((math.sqrt(2 / 3 * 1 / 2) * shorter
-                                                   + math.sqrt(2 / 4 * 1 / 3)) / 2)
-    assert self_bleu(samples, 3) == 0.0                         # no three words in common, and no smoothing
+    assert self_bleu(samples, 2) == pytest.approx(
+        (math.sqrt(2 / 3 * 1 / 2) * shorter + math.sqrt(2 / 4 * 1 / 3)) / 2
+    )
+    assert self_bleu(samples, 3) == 0.0  # no three words in common, and no smoothing
     assert self_bleu([[1, 1, 1, 1], [1, 2, 2, 2]], 1) == 1 / 4  # repeats do not match twice
     assert self_bleu([[1, 2, 3, 4]] * 3, 4) == pytest.approx(1.0)
 
@@ -83,7 +101,7 @@ def test_self_bleu_by_hand():
 def test_self_bleu_equals_an_independent_implementation(n):
     random = np.random.default_rng(n)
     samples = [random.integers(0, 4, random.integers(4, 20)).tolist() for _ in range(12)]
-    by_hand = [bleu(sample, samples[:i] + samples[i + 1:], n) for i, sample in enumerate(samples)]
+    by_hand = [bleu(sample, samples[:i] + samples[i + 1 :], n) for i, sample in enumerate(samples)]
     assert self_bleu(samples, n) == pytest.approx(statistics.fmean(by_hand), rel=1e-12)
 
 
@@ -93,6 +111,7 @@ def test_self_bleu_leaves_out_what_is_too_short_on_both_sides():
 
 
 # ---------------------------------------------------------------------------- overlap
+
 
 def test_rouge_l_by_hand():
     # Lin 2004: "police kill the gunman" shares "police the gunman" with the reference, in order.
@@ -123,14 +142,16 @@ def test_token_f1_and_exact_match_by_hand():
 
 # ---------------------------------------------------------------------------- intervals
 
+
 def test_equal_weights_give_students_interval():
     mean, low, high = mean_ci([1.0, 2.0, 3.0, 6.0])
     half = 3.182446 * statistics.stdev([1, 2, 3, 6]) / 2  # t with 3 degrees of freedom
     assert (mean, low, high) == pytest.approx((3.0, 3 - half, 3 + half), rel=1e-4)
 
 
-@pytest.mark.parametrize('freedom, quantile', [
-    (1, 12.7062), (2, 4.30265), (2.5, 3.5746), (10, 2.22814), (1e6, 1.95997)])
+@pytest.mark.parametrize(
+    'freedom, quantile', [(1, 12.7062), (2, 4.30265), (2.5, 3.5746), (10, 2.22814), (1e6, 1.95997)]
+)
 def test_quantiles_of_t_are_those_of_the_tables(freedom, quantile):
     assert scoring.t_quantile(freedom) == pytest.approx(quantile, rel=1e-4)
 
@@ -138,7 +159,7 @@ def test_quantiles_of_t_are_those_of_the_tables(freedom, quantile):
 def test_the_weighted_interval_by_hand():
     # Mean 12/4 = 3; residuals 1, -1, 0 (of 4, 2, 6 with weights 1, 1, 2), shares 1/4, 1/4, 1/2.
     error = math.sqrt((1 / 16 + 1 / 16) / (3 / 4))
-    freedom = (1 / 16 + 1 / 16 + 1 / 4)**2 / (1 / 256 + 1 / 256 + 1 / 16) - 1
+    freedom = (1 / 16 + 1 / 16 + 1 / 4) ** 2 / (1 / 256 + 1 / 256 + 1 / 16) - 1
     half = scoring.t_quantile(freedom) * error
     assert mean_ci([4, 2, 6], [1, 1, 2]) == pytest.approx((3.0, 3 - half, 3 + half))
 
@@ -224,6 +245,7 @@ def test_intervals_are_deterministic_and_plain_numbers():
 
 # ---------------------------------------------------------------------------- instructions
 
+
 def test_format_compliance():
     markers = ['### Instruction:', '<|user|>']
     good = {'ended': True, 'no_markers': True, 'length': True, 'all': True}
@@ -235,31 +257,34 @@ def test_format_compliance():
     assert format_compliance('a <|user|>', 'a b', True, markers) == leaked
 
 
-@pytest.mark.parametrize('wish, kept, broken', [
-    ({'contains': 'blue'}, 'It is Blue.', 'It is bluer.'),
-    ({'not_contains': 'red'}, 'A hundred.', 'A red one.'),
-    ({'starts_with': 'Once upon'}, '"once upon a time', 'It was once upon'),
-    ({'ends_with': 'the end'}, 'That is the end."', 'the end of it'),
-    ({'ends_with': '?'}, 'Who?', 'Me.'),
-    ({'one_of': ['yes', 'no']}, ' **No.** ', 'no way'),
-    ({'regex': r'^\d{4}$'}, '2024', '2024!'),
-    ({'words': 3}, 'red – green blue', 'red green'),
-    ({'min_words': 2}, 'two words', 'one'),
-    ({'max_words': 2}, 'two words', 'now three words'),
-    ({'sentences': 2}, 'Dr. A. Smith paid 3.50 today. "Really?" she asked', 'One. Two. Three.'),
-    ({'sentences': 3}, '1. One.\n2. Two... or so.\n3. Three, e.g. this', 'Only one.'),
-    ({'max_sentences': 1}, 'Just "one!"', 'First. Second.'),
-    ({'lines': 2}, 'a\n\nb\n', 'a b'),
-    ({'bullets': 2}, 'Here:\n1. **a**\n   - deep\n2. b', '**a**\n**b**'),
-    ({'items': 3}, 'They are red, green, and blue.', 'red and green'),
-    ({'items': 3}, 'Here they are:\n- a\n- b\n- c', 'a\nb'),
-    ({'is_json': True}, '```json\n{"a": [1]}\n```', '{"a": NaN}'),
-    ({'is_json': True}, '[1, 2]', '[' * 100_000 + '1'),
-    ({'is_json': False}, '5', '[5]'),
-    ({'contains_number': True}, '7 up', 'seven'),
-    ({'lowercase': True}, 'a 1.', 'A'),
-    ({'uppercase': True}, 'A 1.', 'a'),
-])
+@pytest.mark.parametrize(
+    'wish, kept, broken',
+    [
+        ({'contains': 'blue'}, 'It is Blue.', 'It is bluer.'),
+        ({'not_contains': 'red'}, 'A hundred.', 'A red one.'),
+        ({'starts_with': 'Once upon'}, '"once upon a time', 'It was once upon'),
+        ({'ends_with': 'the end'}, 'That is the end."', 'the end of it'),
+        ({'ends_with': '?'}, 'Who?', 'Me.'),
+        ({'one_of': ['yes', 'no']}, ' **No.** ', 'no way'),
+        ({'regex': r'^\d{4}$'}, '2024', '2024!'),
+        ({'words': 3}, 'red – green blue', 'red green'),
+        ({'min_words': 2}, 'two words', 'one'),
+        ({'max_words': 2}, 'two words', 'now three words'),
+        ({'sentences': 2}, 'Dr. A. Smith paid 3.50 today. "Really?" she asked', 'One. Two. Three.'),
+        ({'sentences': 3}, '1. One.\n2. Two... or so.\n3. Three, e.g. this', 'Only one.'),
+        ({'max_sentences': 1}, 'Just "one!"', 'First. Second.'),
+        ({'lines': 2}, 'a\n\nb\n', 'a b'),
+        ({'bullets': 2}, 'Here:\n1. **a**\n   - deep\n2. b', '**a**\n**b**'),
+        ({'items': 3}, 'They are red, green, and blue.', 'red and green'),
+        ({'items': 3}, 'Here they are:\n- a\n- b\n- c', 'a\nb'),
+        ({'is_json': True}, '```json\n{"a": [1]}\n```', '{"a": NaN}'),
+        ({'is_json': True}, '[1, 2]', '[' * 100_000 + '1'),
+        ({'is_json': False}, '5', '[5]'),
+        ({'contains_number': True}, '7 up', 'seven'),
+        ({'lowercase': True}, 'a 1.', 'A'),
+        ({'uppercase': True}, 'A 1.', 'a'),
+    ],
+)
 def test_each_check_tells_kept_from_broken(wish, kept, broken):
     assert check(kept, [wish]) == [True] and check(broken, [wish]) == [False]
 
@@ -271,13 +296,22 @@ def test_every_check_has_a_prompt_and_silence_passes_none():
         assert not any(any(check(nothing, prompt['checks'])) for prompt in PROMPTS)
 
 
-@pytest.mark.parametrize('wish, words', [
-    ({'max_wrods': 3}, "no check 'max_wrods'; there are: contains, .*max_words"),
-    ({'max_words': '3'}, 'a whole number'), ({'max_words': True}, 'a whole number'),
-    ({'is_json': 1}, 'true or false'),
-    ({'contains': ' '}, 'a text'), ({'one_of': 'yes'}, 'a list of texts'), ({'one_of': []}, 'a list of'),
-    ({'regex': '('}, 'no pattern'), ({'lines': 1, 'words': 2}, 'one entry'), ('max_words', 'one entry'),
-    ({}, 'one entry')])
+@pytest.mark.parametrize(
+    'wish, words',
+    [
+        ({'max_wrods': 3}, "no check 'max_wrods'; there are: contains, .*max_words"),
+        ({'max_words': '3'}, 'a whole number'),
+        ({'max_words': True}, 'a whole number'),
+        ({'is_json': 1}, 'true or false'),
+        ({'contains': ' '}, 'a text'),
+        ({'one_of': 'yes'}, 'a list of texts'),
+        ({'one_of': []}, 'a list of'),
+        ({'regex': '('}, 'no pattern'),
+        ({'lines': 1, 'words': 2}, 'one entry'),
+        ('max_words', 'one entry'),
+        ({}, 'one entry'),
+    ],
+)
 def test_a_check_that_is_none_is_refused(wish, words):
     with pytest.raises(UserError, match=words):
         check('An answer.', [wish])
@@ -300,44 +334,61 @@ def test_wishes_found_in_the_shipped_prompts_are_their_checks():
         assert all(one in prompt['checks'] for one in checks_stated_in(prompt['instruction'])), prompt
 
 
-@pytest.mark.parametrize('instruction, checks', [
-    ('Generate a creative tagline in 4 words or less.', [{'max_words': 4}]),
-    ('Summarize the article "Ten words" in less than 20 words.', [{'max_words': 19}]),
-    ('Generate a short story of 50-100 words.', [{'min_words': 50}, {'max_words': 100}]),
-    ('Describe the following painting in at least 10 words.', [{'min_words': 10}]),
-    ('Describe the color yellow in 3 words.', [{'words': 3}]),
-    ('Generate a one-sentence title for a creative recipe.', [{'sentences': 1}]),
-    ('In one sentence of at most twelve words, explain rain.', [{'max_words': 12}, {'sentences': 1}]),
-    ('Describe the article in one or two sentences', [{'max_sentences': 2}]),
-    ('Describe the physical properties of a magnet in 5 lines.', [{'lines': 5}]),
-    ('Summarize the text in three bullet points.', [{'bullets': 3}]),
-    ('Give three tips for staying healthy.', [{'items': 3}]),
-    ('Please list four ways to save energy.', [{'items': 4}]),
-    ('Return the name and the age in JSON.', [{'is_json': True}]),
-    ('Say hello. Write your answer in all caps.', [{'uppercase': True}]),
-    ('Convert the uppercase text to lowercase.', [{'lowercase': True}]),
-    ('Is the sky green? Answer only yes or no.', [{'one_of': ['yes', 'no']}]),
-    ('Create a story that starts with the line "The sun was low."', [{'starts_with': 'The sun was low'}]),
-    ('Generate a sentence using both the words "task" and "dynamic".',
-     [{'contains': 'task'}, {'contains': 'dynamic'}]),
-    ('Rewrite this phrase without using the word "like":', [{'not_contains': 'like'}]),
-])
+@pytest.mark.parametrize(
+    'instruction, checks',
+    [
+        ('Generate a creative tagline in 4 words or less.', [{'max_words': 4}]),
+        ('Summarize the article "Ten words" in less than 20 words.', [{'max_words': 19}]),
+        ('Generate a short story of 50-100 words.', [{'min_words': 50}, {'max_words': 100}]),
+        ('Describe the following painting in at least 10 words.', [{'min_words': 10}]),
+        ('Describe the color yellow in 3 words.', [{'words': 3}]),
+        ('Generate a one-sentence title for a creative recipe.', [{'sentences': 1}]),
+        ('In one sentence of at most twelve words, explain rain.', [{'max_words': 12}, {'sentences': 1}]),
+        ('Describe the article in one or two sentences', [{'max_sentences': 2}]),
+        ('Describe the physical properties of a magnet in 5 lines.', [{'lines': 5}]),
+        ('Summarize the text in three bullet points.', [{'bullets': 3}]),
+        ('Give three tips for staying healthy.', [{'items': 3}]),
+        ('Please list four ways to save energy.', [{'items': 4}]),
+        ('Return the name and the age in JSON.', [{'is_json': True}]),
+        ('Say hello. Write your answer in all caps.', [{'uppercase': True}]),
+        ('Convert the uppercase text to lowercase.', [{'lowercase': True}]),
+        ('Is the sky green? Answer only yes or no.', [{'one_of': ['yes', 'no']}]),
+        ('Create a story that starts with the line "The sun was low."', [{'starts_with': 'The sun was low'}]),
+        (
+            'Generate a sentence using both the words "task" and "dynamic".',
+            [{'contains': 'task'}, {'contains': 'dynamic'}],
+        ),
+        ('Rewrite this phrase without using the word "like":', [{'not_contains': 'like'}]),
+    ],
+)
 def test_wishes_that_an_instruction_states_are_found(instruction, checks):
     found = checks_stated_in(instruction)
     assert sorted(found, key=str) == sorted(checks, key=str)
     check('An answer.', found)  # they are checks
 
 
-@pytest.mark.parametrize('instruction', [
-    'Find the sentences with more than ten words.', 'Delete the last two paragraphs from the following text.',
-    'What is a key in JSON?', 'Write a function that converts a text to uppercase.',
-    'Parse the following JSON data and reformat into an HTML table.', 'Categorize the following three words.',
-    'Rewrite the sentence: tell it in one word.', 'Translate "Say it in three words" into French.',
-    'Name one of the branches of science', 'List the 12 planets of the Solar System',
-    'Give two reasons and three examples.', 'Give me 2-3 examples of fruit.', 'List 3 facts on each planet.',
-    'Write three sentences of at most 5 words each.', 'Write a sentence using three words from the list.',
-    'Write an ad in 50 words.', 'Generate a list of words that start with "re".',
-    'Change the words in capital letters to lower case and the rest to upper case.',
-])
+@pytest.mark.parametrize(
+    'instruction',
+    [
+        'Find the sentences with more than ten words.',
+        'Delete the last two paragraphs from the following text.',
+        'What is a key in JSON?',
+        'Write a function that converts a text to uppercase.',
+        'Parse the following JSON data and reformat into an HTML table.',
+        'Categorize the following three words.',
+        'Rewrite the sentence: tell it in one word.',
+        'Translate "Say it in three words" into French.',
+        'Name one of the branches of science',
+        'List the 12 planets of the Solar System',
+        'Give two reasons and three examples.',
+        'Give me 2-3 examples of fruit.',
+        'List 3 facts on each planet.',
+        'Write three sentences of at most 5 words each.',
+        'Write a sentence using three words from the list.',
+        'Write an ad in 50 words.',
+        'Generate a list of words that start with "re".',
+        'Change the words in capital letters to lower case and the rest to upper case.',
+    ],
+)
 def test_wishes_that_an_instruction_does_not_state_are_not_invented(instruction):
     assert checks_stated_in(instruction) == []

@@ -1,4 +1,5 @@
 """Sparse distribution diffusion: what beliefs may change and what they may not, and what bounds what."""
+
 import math
 from itertools import permutations, product
 
@@ -7,8 +8,7 @@ import pytest
 import torch
 from conftest import assert_drawn_from, random_model
 
-import data
-import likelihood
+from lm import data, likelihood
 from model import ARCHITECTURES, Belief, ModelConfig
 from sampling import generate
 
@@ -33,11 +33,14 @@ def some_noise(tokens, level=0.6):
 
 def some_belief(rows=4, length=12, k=3):
     generator = torch.Generator().manual_seed(2)
-    return Belief(torch.randint(0, IGNORE, (rows, length, k), generator=generator),
-                  torch.rand(rows, length, k + 1, generator=generator).softmax(-1)[..., :k])
+    return Belief(
+        torch.randint(0, IGNORE, (rows, length, k), generator=generator),
+        torch.rand(rows, length, k + 1, generator=generator).softmax(-1)[..., :k],
+    )
 
 
 # ---------------------------------------------------------------------------- beliefs
+
 
 def test_a_belief_holds_the_likeliest_tokens_with_their_true_probabilities():
     model, tokens = tiny(), some_tokens()
@@ -61,7 +64,9 @@ def test_beliefs_are_inert_at_visible_positions(changes):
     cleared = Belief(belief.tokens, belief.probabilities * hidden.unsqueeze(-1))
     assert torch.equal(model.hidden(view, belief=belief), model.hidden(view, belief=cleared))
     assert torch.equal(model.hidden(tokens, belief=belief), model.hidden(tokens))
-    assert not torch.allclose(model.hidden(view, belief=belief), model.hidden(view))  # where hidden, they matter
+    assert not torch.allclose(
+        model.hidden(view, belief=belief), model.hidden(view)
+    )  # where hidden, they matter
 
 
 @pytest.mark.parametrize('changes', [{}, GPT2], ids=['native', 'gpt2'])
@@ -84,12 +89,18 @@ def test_without_candidates_it_is_masked_diffusion_bit_for_bit(changes):
     for name, weight in diffusion.named_parameters():
         assert torch.equal(weight.grad, dict(sdd.named_parameters())[name].grad), name
     for sampler in ('ancestral', 'confidence', 'remdm'):
-        assert (generate(diffusion, [[1, 2]], 9, sampler=sampler) == generate(sdd, [[1, 2]], 9, sampler=sampler, k=0))
-    assert torch.equal(likelihood.nested_bound(diffusion, tokens, None, noise[:, 1:], 6),
-                       likelihood.nested_bound(sdd, tokens, None, noise[:, 1:], 6, k=0))
+        assert generate(diffusion, [[1, 2]], 9, sampler=sampler) == generate(
+            sdd, [[1, 2]], 9, sampler=sampler, k=0
+        )
+    assert torch.equal(
+        likelihood.nested_bound(diffusion, tokens, None, noise[:, 1:], 6),
+        likelihood.nested_bound(sdd, tokens, None, noise[:, 1:], 6, k=0),
+    )
 
 
-@pytest.mark.parametrize('beliefs', [dict(), dict(k=1), dict(depth=2), dict(stale=0.2), dict(depth=3, stale=0.3)])
+@pytest.mark.parametrize(
+    'beliefs', [dict(), dict(k=1), dict(depth=2), dict(stale=0.2), dict(depth=3, stale=0.3)]
+)
 def test_hidden_tokens_never_influence_logits(beliefs, monkeypatch):
     model, tokens = tiny(), some_tokens()
     noise, seen, hidden = some_noise(tokens), [], model.hidden
@@ -113,7 +124,9 @@ def test_hidden_tokens_never_influence_logits(beliefs, monkeypatch):
 def test_stale_beliefs_come_from_views_that_see_less_and_nothing_else(monkeypatch):
     model, tokens = tiny(), some_tokens()
     noise, views, hidden = some_noise(tokens, 0.3), [], model.hidden
-    monkeypatch.setattr(model, 'hidden', lambda view, alone, belief: views.append(view) or hidden(view, alone, belief))
+    monkeypatch.setattr(
+        model, 'hidden', lambda view, alone, belief: views.append(view) or hidden(view, alone, belief)
+    )
     model.losses(tokens, None, noise, depth=2, stale=0.4)
     first, second, last = (view == MASK for view in views)
     assert (first | ~second).all() and (second | ~last).all() and not first[:, 0].any()
@@ -124,7 +137,9 @@ def test_stale_beliefs_come_from_views_that_see_less_and_nothing_else(monkeypatc
 def test_gradient_flows_to_every_parameter_of_the_beliefs_embedding(changes):
     torch.manual_seed(0)
     model, tokens = ARCHITECTURES['sdd'](ModelConfig(**{**SHAPE, **changes})), some_tokens()
-    own = set(model.state_dict()) - set(ARCHITECTURES['diffusion'](ModelConfig(**{**SHAPE, **changes})).state_dict())
+    own = set(model.state_dict()) - set(
+        ARCHITECTURES['diffusion'](ModelConfig(**{**SHAPE, **changes})).state_dict()
+    )
     assert own
     for beliefs, touched in ((dict(), True), (dict(k=0), False)):
         model.zero_grad()
@@ -207,7 +222,9 @@ def path_nats(model, turn, steps):
 @pytest.mark.parametrize('steps', [1, 2, 4])
 def test_the_bound_of_sampling_in_steps_is_the_mean_over_all_paths_and_above_the_truth(steps):
     model = toy()
-    paths = torch.stack([path_nats(model, turn, steps) for turn in product(range(1, steps + 1), repeat=LENGTH)])
+    paths = torch.stack(
+        [path_nats(model, turn, steps) for turn in product(range(1, steps + 1), repeat=LENGTH)]
+    )
     truth = -(torch.logsumexp(-paths, 0) - math.log(len(paths)))  # of the sampler: each path is as likely
     mean = paths.mean(0)
     assert (mean >= truth - 1e-9).all() and torch.exp(-truth).sum() == pytest.approx(1)
@@ -215,13 +232,15 @@ def test_the_bound_of_sampling_in_steps_is_the_mean_over_all_paths_and_above_the
     noise = torch.rand(4000, 1 + LENGTH, generator=torch.Generator().manual_seed(0))
     for place in (0, 13, 26):
         draws = likelihood.nested_bound(model, ROWS[place].expand(4000, -1), None, noise, steps).sum(1)
-        assert abs(draws.mean() - mean[place]) < 4 * draws.std() / 4000 ** 0.5 + 1e-5
+        assert abs(draws.mean() - mean[place]) < 4 * draws.std() / 4000**0.5 + 1e-5
 
 
 @pytest.mark.parametrize('steps', [2, 4])
 def test_what_the_bound_bounds_is_what_the_sampler_draws(steps):
     model = toy()
-    paths = torch.stack([path_nats(model, turn, steps) for turn in product(range(1, steps + 1), repeat=LENGTH)])
+    paths = torch.stack(
+        [path_nats(model, turn, steps) for turn in product(range(1, steps + 1), repeat=LENGTH)]
+    )
     drawn = torch.tensor(generate(model, [[0]] * 20000, LENGTH, steps=steps))[:, 1:] @ torch.tensor([9, 3, 1])
     assert_drawn_from(torch.exp(-paths).mean(0), drawn)
 
@@ -229,12 +248,18 @@ def test_what_the_bound_bounds_is_what_the_sampler_draws(steps):
 @torch.no_grad()
 def test_the_two_pass_bound_is_the_mean_over_all_orders_and_above_the_truth():
     model = toy()
-    orders = torch.stack([likelihood.chain_rule(model, ROWS, turn=[-1, *turn]).sum(1).double()
-                          for turn in permutations(range(LENGTH))])
+    orders = torch.stack(
+        [
+            likelihood.chain_rule(model, ROWS, turn=[-1, *turn]).sum(1).double()
+            for turn in permutations(range(LENGTH))
+        ]
+    )
     truth = -(torch.logsumexp(-orders, 0) - math.log(len(orders)))
     assert torch.exp(-orders).sum(1).numpy() == pytest.approx(1, abs=1e-5)  # each order is a distribution
     bound = torch.zeros(len(ROWS), dtype=torch.float64)
-    for mask in product((0, 1), repeat=LENGTH):  # ∫ t^(m-1) (1-t)^(n-m) dt = 1 / (m C(n, m)) is a mask's weight
+    for mask in product(
+        (0, 1), repeat=LENGTH
+    ):  # ∫ t^(m-1) (1-t)^(n-m) dt = 1 / (m C(n, m)) is a mask's weight
         if m := sum(mask):
             noise = torch.tensor([[1.0, 2.0, *(2.0 - 2 * one for one in mask)]]).expand(len(ROWS), -1)
             bound += model.nll(ROWS, None, noise).double() / (m * math.comb(LENGTH, m))
@@ -243,6 +268,7 @@ def test_the_two_pass_bound_is_the_mean_over_all_orders_and_above_the_truth():
 
 
 # ---------------------------------------------------------------------------- does it help
+
 
 def chains(rows, seed, length=12, letters=16):
     """Rows (B, length) in which each letter follows from the one before by one fixed, scrambled permutation."""
@@ -263,8 +289,9 @@ def stratified_noise(rows, seed, length=12):
 def test_beliefs_gain_and_shuffled_among_the_hidden_positions_they_lose_it(monkeypatch):
     """One layer finds a letter from its neighbour; what a neighbour is believed to be leads it further."""
     torch.manual_seed(0)
-    model = ARCHITECTURES['sdd'](ModelConfig(vocab_size=17, mask_id=16, block_size=12, n_layer=1, n_head=2, n_embd=32,
-                                             k=4))
+    model = ARCHITECTURES['sdd'](
+        ModelConfig(vocab_size=17, mask_id=16, block_size=12, n_layer=1, n_head=2, n_embd=32, k=4)
+    )
     optimizer = torch.optim.AdamW(model.parameters())
     for step in range(400):
         optimizer.param_groups[0]['lr'] = 5e-3 * (1 - step / 400)
@@ -279,6 +306,7 @@ def test_beliefs_gain_and_shuffled_among_the_hidden_positions_they_lose_it(monke
         other = torch.arange(where.numel())
         other[index] = index[torch.randperm(len(index), generator=torch.Generator().manual_seed(0))]
         return Belief(*(part.flatten(0, 1)[other].view_as(part) for part in belief))
+
     with torch.no_grad():
         count = model(*batch)[1]
         two_pass, without = (model.eval()(*batch, **beliefs)[0] / count for beliefs in ({}, {'k': 0}))
@@ -289,14 +317,15 @@ def test_beliefs_gain_and_shuffled_among_the_hidden_positions_they_lose_it(monke
 
 # ---------------------------------------------------------------------------- why the published process fails
 
+
 def test_the_published_noise_leaves_77_percent_of_the_answers_in_sight():
     """aaholmes/diffusion-llm, sparse_diffusion.py: at noise n = 1 - cos(πt/2) a candidate of probability q is
     swapped for a random token with probability n (1 - q (1 - n)); for the true token, q = 1, that is n². What is
     left is in the first slot with a probability that no swapped token has, so it can be copied: on average over t
     for 1 - (3/2 - 4/π) = 77.3 % of the positions."""
     generator = torch.Generator().manual_seed(0)
-    noise = 1 - torch.cos(math.pi / 2 * torch.rand(10 ** 6, generator=generator))
-    swapped = torch.rand(10 ** 6, generator=generator) < noise * (1 - 1.0 * (1 - noise))
+    noise = 1 - torch.cos(math.pi / 2 * torch.rand(10**6, generator=generator))
+    swapped = torch.rand(10**6, generator=generator) < noise * (1 - 1.0 * (1 - noise))
     in_sight = 1 - swapped.double().mean()
     assert in_sight == pytest.approx(4 / math.pi - 1 / 2, abs=2e-3)
     assert 4 / math.pi - 1 / 2 == pytest.approx(0.7732, abs=5e-5)

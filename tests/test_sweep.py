@@ -1,4 +1,5 @@
 """sweep.py: which runs a file means, runs that are killed and go on, results, job scripts for Slurm."""
+
 import csv
 import json
 import os
@@ -13,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # A script as the sweep knows them: it goes on with what it finds, saves on SIGTERM, and says when it was stopped.
-WORKER = '''
+WORKER = """
 import json, pathlib, signal, sys, time
 args = dict(word[2:].split('=', 1) for word in sys.argv[1:])
 out = pathlib.Path(args['out_dir'])
@@ -34,7 +35,7 @@ with open(out / 'work', 'a') as file:
     file.write('once')
 accuracy = float(args['lr']) * int(args['seed'])
 (out / 'eval_results.json').write_text(json.dumps({'step': 3, 'test': {'accuracy': accuracy}}))
-'''
+"""
 
 
 @pytest.fixture
@@ -44,9 +45,14 @@ def place(tmp_path):
 
 
 def start(place, file, *options, **environment):
-    return subprocess.Popen([sys.executable, ROOT / 'sweep.py', file, f'--results_root={place}', *options], cwd=place,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env={**os.environ, **environment})
+    return subprocess.Popen(
+        [sys.executable, ROOT / 'sweep.py', file, f'--results_root={place}', *options],
+        cwd=place,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **environment},
+    )
 
 
 def sweep(place, file, *options, **environment):
@@ -56,8 +62,12 @@ def sweep(place, file, *options, **environment):
 
 
 def write(place, name, **settings):
-    (place / name).write_text('\n'.join(f'{key} = {value!r}' for key, value in
-                                        {'script': 'worker.py', 'experiment_name': 'try', **settings}.items()))
+    (place / name).write_text(
+        '\n'.join(
+            f'{key} = {value!r}'
+            for key, value in {'script': 'worker.py', 'experiment_name': 'try', **settings}.items()
+        )
+    )
     return name
 
 
@@ -84,9 +94,13 @@ def test_a_killed_sweep_goes_on_and_no_run_is_done_twice(place):
     assert status == 0 and len(rows(place)) == 12
     assert [work.read_text() for work in place.glob('try/*/work')] == ['once'] * 12
     assert '12 of them finished before' in sweep(place, file)[1]
-    assert {(row['seed'], row['lr']): float(row['test.accuracy']) for row in rows(place)}['3', '0.2'] == 0.2 * 3
+    assert {(row['seed'], row['lr']): float(row['test.accuracy']) for row in rows(place)}[
+        '3', '0.2'
+    ] == 0.2 * 3
     folder = place / 'try' / rows(place)[0]['run']
-    assert (folder / 'stdout.log').exists() and json.loads((folder / 'config.json').read_text())['lr'] == '0.1'
+    assert (folder / 'stdout.log').exists() and json.loads((folder / 'config.json').read_text())[
+        'lr'
+    ] == '0.1'
 
 
 def test_the_table_has_mean_and_deviation_over_seeds_and_the_best_row(place):
@@ -97,7 +111,9 @@ def test_the_table_has_mean_and_deviation_over_seeds_and_the_best_row(place):
 
 
 def test_what_failed_is_named_and_tried_again(place):
-    file = write(place, 'two.py', base_args={'lr': 1, 'seconds': 0}, zipped={'seed': [1, 2], 'fails': ['once', 'no']})
+    file = write(
+        place, 'two.py', base_args={'lr': 1, 'seconds': 0}, zipped={'seed': [1, 2], 'fails': ['once', 'no']}
+    )
     status, output = sweep(place, file)
     assert status == 1 and 'failed: error: no luck' in output and len(rows(place)) == 1
     assert sweep(place, file)[0] == 0 and len(rows(place)) == 2
@@ -123,8 +139,14 @@ def lines(place, name, *options):
 
 
 def test_grids_lists_and_draws_multiply_and_equal_runs_are_one(place):
-    file = write(place, 'all.py', grid={'seed': [1, 1, 2]}, zipped={'a': [1, 2], 'b': [3, 4]},
-                 sampled={'lr': (1e-5, 1e-1, 'log'), 'n': (1, 3), 'c': ['x', 'y']}, num_trials=3)
+    file = write(
+        place,
+        'all.py',
+        grid={'seed': [1, 1, 2]},
+        zipped={'a': [1, 2], 'b': [3, 4]},
+        sampled={'lr': (1e-5, 1e-1, 'log'), 'n': (1, 3), 'c': ['x', 'y']},
+        num_trials=3,
+    )
     commands, _ = lines(place, file)
     assert len(commands) == 2 * 2 * 3 and commands == lines(place, file)[0]
     assert all(('--a=1' in line) == ('--b=3' in line) for line in commands)
@@ -134,12 +156,20 @@ def test_grids_lists_and_draws_multiply_and_equal_runs_are_one(place):
 
 
 def test_yaml_and_json_of_other_systems_mean_the_same_runs(place):
-    (place / 'one.yaml').write_text('experiment_name: try\nresults_root: elsewhere\nbase_args:\n  lr: 1e-5\n'
-                                    '  batch-size: 20\ngrid:\n  sequence_length: [100, 50]\n'
-                                    '  target_func: [fn_g, fn_a]\n')
-    (place / 'one.json').write_text(json.dumps({'experiment_name': 'try', 'base_args': {'lr': 1e-5, 'batch_size': 20},
-                                                'parameters': {'sequence_length': [100, 50],
-                                                               'target_func': ['fn_g', 'fn_a']}}))
+    (place / 'one.yaml').write_text(
+        'experiment_name: try\nresults_root: elsewhere\nbase_args:\n  lr: 1e-5\n'
+        '  batch-size: 20\ngrid:\n  sequence_length: [100, 50]\n'
+        '  target_func: [fn_g, fn_a]\n'
+    )
+    (place / 'one.json').write_text(
+        json.dumps(
+            {
+                'experiment_name': 'try',
+                'base_args': {'lr': 1e-5, 'batch_size': 20},
+                'parameters': {'sequence_length': [100, 50], 'target_func': ['fn_g', 'fn_a']},
+            }
+        )
+    )
     yaml, json_ = (lines(place, name, '--script=worker.py')[0] for name in ('one.yaml', 'one.json'))
     assert len(yaml) == 4 and '--lr=1e-05 --batch_size=20 --sequence_length=100' in yaml[0]
     assert yaml == json_  # the hashes too
@@ -149,17 +179,29 @@ def test_yaml_and_json_of_other_systems_mean_the_same_runs(place):
 def test_languages_become_runs(place):
     database = {name: {'sentiment': {}} for name in ('rus', 'pol')} | {'eng': {'qa': {}}}
     (place / 'db.json').write_text(json.dumps(database))
-    file = write(place, 'languages.py', base_args={'task': 'sentiment', 'language_database': 'db.json'},
-                 languages={'train': 'all', 'eval': 'all'}, grid={'model_type': ['normal', 'ipa']})
+    file = write(
+        place,
+        'languages.py',
+        base_args={'task': 'sentiment', 'language_database': 'db.json'},
+        languages={'train': 'all', 'eval': 'all'},
+        grid={'model_type': ['normal', 'ipa']},
+    )
     commands, _ = lines(place, file)
     assert len(commands) == 4 and all('--eval_langs=rus,pol' in line for line in commands)
 
 
-@pytest.mark.parametrize('settings, part', [
-    (dict(zipped={'a': [1], 'b': [1, 2]}), 'different lengths: a 1, b 2'), (dict(grid={'a': []}), 'a has no values'),
-    (dict(num_trials=3), 'need each other'), (dict(script='nothing.py'), "no script 'nothing.py'"),
-    (dict(grid={'out_dir': ['x']}), 'given by the sweep'), (dict(languages={'train': 'all'}), 'needs a task'),
-    (dict(sampled={'lr': (2, 1)}, num_trials=1), 'write (low, high)')])
+@pytest.mark.parametrize(
+    'settings, part',
+    [
+        (dict(zipped={'a': [1], 'b': [1, 2]}), 'different lengths: a 1, b 2'),
+        (dict(grid={'a': []}), 'a has no values'),
+        (dict(num_trials=3), 'need each other'),
+        (dict(script='nothing.py'), "no script 'nothing.py'"),
+        (dict(grid={'out_dir': ['x']}), 'given by the sweep'),
+        (dict(languages={'train': 'all'}), 'needs a task'),
+        (dict(sampled={'lr': (2, 1)}, num_trials=1), 'write (low, high)'),
+    ],
+)
 def test_a_mistake_is_a_sentence(place, settings, part):
     status, output = sweep(place, write(place, 'wrong.py', **settings), '--dry_run')
     assert status == 1 and part in output and 'Traceback' not in output
@@ -167,12 +209,16 @@ def test_a_mistake_is_a_sentence(place, settings, part):
 
 # ---------------------------------------------------------------------------- slurm
 
+
 def shipped_template(place):
     """config/slurm.sh without the virtual environment of a cluster's checkout."""
     text = (ROOT / 'config' / 'slurm.sh').read_text()
     assert 'source .venv/bin/activate\n' in text
-    (place / 'slurm.sh').write_text(text.replace('source .venv/bin/activate\n', '').replace(
-        'python {script}', f'{sys.executable} {{script}}'))
+    (place / 'slurm.sh').write_text(
+        text.replace('source .venv/bin/activate\n', '').replace(
+            'python {script}', f'{sys.executable} {{script}}'
+        )
+    )
     return '--template=slurm.sh'
 
 
@@ -184,19 +230,40 @@ def write_command(place, name, text):
 
 
 def test_jobs_are_written_checked_by_bash_and_submitted_as_an_array(place):
-    file = write(place, 'jobs.py', base_args={'seconds': 0, 'note': "it's a $HOME"},
-                 grid={'seed': [1, 2, 3], 'lr': [0.1]})
-    options = ['--submit=slurm', '--timeout=02:00:00', '--cpus=3', '--gpus_per_job=2', shipped_template(place)]
+    file = write(
+        place,
+        'jobs.py',
+        base_args={'seconds': 0, 'note': "it's a $HOME"},
+        grid={'seed': [1, 2, 3], 'lr': [0.1]},
+    )
+    options = [
+        '--submit=slurm',
+        '--timeout=02:00:00',
+        '--cpus=3',
+        '--gpus_per_job=2',
+        shipped_template(place),
+    ]
     assert sweep(place, file, '--dry_run', '--output_dir=scripts', *options)[0] == 0
     scripts = sorted((place / 'scripts').glob('*.sh'))
-    assert len(scripts) == 4 and all(subprocess.run(['bash', '-n', script]).returncode == 0 for script in scripts)
+    assert len(scripts) == 4 and all(
+        subprocess.run(['bash', '-n', script]).returncode == 0 for script in scripts
+    )
     array = (place / 'scripts' / 'array.sh').read_text()
-    for line in ('--job-name=try\n', '--time=02:00:00', '--cpus-per-task=3', '--gres=gpu:2', '--array=0-2\n',
-                 '--requeue'):
+    for line in (
+        '--job-name=try\n',
+        '--time=02:00:00',
+        '--cpus-per-task=3',
+        '--gres=gpu:2',
+        '--array=0-2\n',
+        '--requeue',
+    ):
         assert f'#SBATCH {line}' in array
     # The stand-in runs the tasks of the array, one after the other.
-    environment = write_command(place, 'sbatch', 'for i in 0 1 2; do SLURM_ARRAY_TASK_ID=$i bash "$1" || exit 1; done\n'
-                                                 'echo "Submitted batch job 7"\n')
+    environment = write_command(
+        place,
+        'sbatch',
+        'for i in 0 1 2; do SLURM_ARRAY_TASK_ID=$i bash "$1" || exit 1; done\necho "Submitted batch job 7"\n',
+    )
     status, output = sweep(place, file, *options, **environment)
     assert status == 0 and 'Submitted batch job 7' in output
     assert len(list(place.glob('try/*/done.json'))) == 3
@@ -211,13 +278,18 @@ def test_a_job_that_is_told_to_stop_saves_and_goes_on_when_requeued(place, numbe
     file = write(place, 'jobs.py', base_args={'lr': 1, 'seconds': 100}, grid={'seed': [1]})
     assert sweep(place, file, '--dry_run', '--submit=slurm', shipped_template(place))[0] == 0
     [script] = [path for path in place.glob('try/jobs/*.sh') if path.name != 'array.sh']
-    environment = {**os.environ, **write_command(place, 'scontrol', f'echo "$@" >> {place}/requeued\n'),
-                   'SLURM_JOB_ID': '7'}
+    environment = {
+        **os.environ,
+        **write_command(place, 'scontrol', f'echo "$@" >> {place}/requeued\n'),
+        'SLURM_JOB_ID': '7',
+    }
     job = subprocess.Popen(['bash', script], env=environment)
     wait_until(lambda: list(place.glob('try/*/started')))
     job.send_signal(number)
     job.wait(timeout=60)
-    assert (place / 'requeued').exists() == (number == signal.SIGUSR1)  # after a preemption Slurm does it itself
+    assert (place / 'requeued').exists() == (
+        number == signal.SIGUSR1
+    )  # after a preemption Slurm does it itself
     assert not list(place.glob('try/*/done.json'))
     assert subprocess.run(['bash', script], env=environment).returncode == 0
     assert list(place.glob('try/*/done.json')) and (next(place.glob('try/*/work'))).read_text() == 'once'
@@ -227,7 +299,9 @@ def test_an_unknown_field_or_a_missing_sbatch_is_a_sentence(place):
     file = write(place, 'jobs.py', base_args={'lr': 1}, grid={'seed': [1]})
     (place / 'mine.sh').write_text('#!/bin/bash\n#SBATCH --partition={partition}\necho {args}\n')
     status, output = sweep(place, file, '--submit=slurm', '--template=mine.sh', '--dry_run')
-    assert status == 1 and '{partition}' in output and 'Traceback' not in output and not (place / 'try').exists()
+    assert (
+        status == 1 and '{partition}' in output and 'Traceback' not in output and not (place / 'try').exists()
+    )
     options = '--submit=slurm', '--template=mine.sh', "--fields={'partition': 'a'}"
     assert sweep(place, file, '--dry_run', *options)[0] == 0
     status, output = sweep(place, file, *options, PATH='/nowhere')
@@ -236,6 +310,8 @@ def test_an_unknown_field_or_a_missing_sbatch_is_a_sentence(place):
 
 def test_six_directions_between_two_languages_for_both_model_types(place):
     commands, _ = lines(place, str(ROOT / 'config' / 'language_pairs.py'))
-    pairs = {tuple(line.split(f'--{key}=')[1].split()[0] for key in ('train_langs', 'eval_langs', 'model_type'))
-             for line in commands}
+    pairs = {
+        tuple(line.split(f'--{key}=')[1].split()[0] for key in ('train_langs', 'eval_langs', 'model_type'))
+        for line in commands
+    }
     assert len(commands) == 12 and ('rus,pol', 'rus', 'ipa') in pairs and ('pol', 'rus', 'normal') in pairs

@@ -1,4 +1,5 @@
 """prepare/tasks.py: the twelve functions against other definitions of them, balance, leaks, the cache."""
+
 import hashlib
 import itertools
 
@@ -6,39 +7,52 @@ import numpy as np
 import pytest
 import sympy
 
-from configurator import UserError
-from prepare import tasks
+from lm import tasks
+from lm.configurator import UserError
 
 # The places of fn_e (the first 3) and fn_f, by length, as published.
-PLACES = {20: [2, 14, 18, 15, 1, 10, 0, 4, 6, 11], 25: [17, 12, 2, 0, 22, 20, 21, 6, 8, 18],
-          30: [12, 0, 6, 25, 8, 15, 10, 18, 16, 23], 50: [42, 17, 30, 34, 20, 25, 0, 8, 36, 18],
-          100: [42, 96, 62, 98, 46, 95, 60, 24, 78, 16], 40: [22, 9, 32]}
+PLACES = {
+    20: [2, 14, 18, 15, 1, 10, 0, 4, 6, 11],
+    25: [17, 12, 2, 0, 22, 20, 21, 6, 8, 18],
+    30: [12, 0, 6, 25, 8, 15, 10, 18, 16, 23],
+    50: [42, 17, 30, 34, 20, 25, 0, 8, 36, 18],
+    100: [42, 96, 62, 98, 46, 95, 60, 24, 78, 16],
+    40: [22, 9, 32],
+}
 
 
 def brackets_match(v):
     """The same language as fn_h by cancelling neighbours until nothing is left to cancel."""
-    word = ''.join({'00': '(', '01': ')', '10': '[', '11': ']'}[v[i:i + 2]] for i in range(0, len(v), 2))
+    word = ''.join({'00': '(', '01': ')', '10': '[', '11': ']'}[v[i : i + 2]] for i in range(0, len(v), 2))
     while '()' in word or '[]' in word:
         word = word.replace('()', '').replace('[]', '')
     return word == ''
 
 
 def next_cells(v):
-    return ''.join(str(int(l) ^ (int(c) | int(r))) for l, c, r in zip('0' + v[:-1], v, v[1:] + '0'))  # Rule 30
+    return ''.join(
+        str(int(l) ^ (int(c) | int(r))) for l, c, r in zip('0' + v[:-1], v, v[1:] + '0')
+    )  # Rule 30
 
 
 def definition(task, v):
     """0 or 1 for a string of digits, by other means than those under test."""
-    return int({
-        'fn_a': lambda: v.count('1') % 2, 'fn_b': lambda: v[:len(v) // 2].count('1') % 2,
-        'fn_c': lambda: '10101010' in v, 'fn_d': lambda: '00111111' in v,
-        'fn_e': lambda: [v[i] for i in PLACES[len(v)][:3]].count('1') % 2,
-        'fn_f': lambda: [v[i] for i in PLACES[len(v)]].count('1') % 2,
-        'fn_g': lambda: v == ''.join(reversed(v)), 'fn_h': lambda: brackets_match(v),
-        'fn_i': lambda: list(sympy.factorint(int(v)).values()) == [1],
-        'fn_j': lambda: next_cells(v).count('1') % 2,
-        'fn_k': lambda: list(sympy.factorint(int(v)).values()) == [1],
-        'fn_l': lambda: bin(int(hashlib.sha256(v.encode()).hexdigest(), 16)).count('1') % 2}[task]())
+    return int(
+        {
+            'fn_a': lambda: v.count('1') % 2,
+            'fn_b': lambda: v[: len(v) // 2].count('1') % 2,
+            'fn_c': lambda: '10101010' in v,
+            'fn_d': lambda: '00111111' in v,
+            'fn_e': lambda: [v[i] for i in PLACES[len(v)][:3]].count('1') % 2,
+            'fn_f': lambda: [v[i] for i in PLACES[len(v)]].count('1') % 2,
+            'fn_g': lambda: v == ''.join(reversed(v)),
+            'fn_h': lambda: brackets_match(v),
+            'fn_i': lambda: list(sympy.factorint(int(v)).values()) == [1],
+            'fn_j': lambda: next_cells(v).count('1') % 2,
+            'fn_k': lambda: list(sympy.factorint(int(v)).values()) == [1],
+            'fn_l': lambda: bin(int(hashlib.sha256(v.encode()).hexdigest(), 16)).count('1') % 2,
+        }[task]()
+    )
 
 
 def strings(rows):
@@ -73,7 +87,7 @@ def test_a_task_agrees_with_its_definition_on_every_short_row(task):
 @pytest.mark.parametrize('length', PLACES)
 def test_the_places_of_the_random_parities_are_the_published_ones(length):
     assert tasks.chosen_places(length, 3).tolist() == PLACES[length][:3]
-    assert tasks.chosen_places(length, 10).tolist()[:len(PLACES[length])] == PLACES[length]
+    assert tasks.chosen_places(length, 10).tolist()[: len(PLACES[length])] == PLACES[length]
 
 
 def test_composites_of_fn_k_end_like_primes_and_numbers_have_no_leading_zero(cache):
@@ -109,14 +123,23 @@ def test_compat_repeats_rare_rows_within_the_test_set_only(tmp_path):
     (train, _), (test, labels) = parts['train'], parts['test']
     assert not set(strings(train)) & set(strings(test)) and labels.sum() == 2000
     assert len(set(strings(test[labels == 1]))) == 1024 - 100
-    assert ((test[labels == 0][:, :10] != test[labels == 0][:, :9:-1]).sum(1) == 1).all()  # one bit from a palindrome
+    assert (
+        (test[labels == 0][:, :10] != test[labels == 0][:, :9:-1]).sum(1) == 1
+    ).all()  # one bit from a palindrome
 
 
-@pytest.mark.parametrize('settings, part', [
-    (dict(task='fn_z'), "'fn_z'; choose fn_a (parity_all)"), (dict(train=9), 'train_set_size is 9'),
-    (dict(test=7), 'test_set_size is 7'), (dict(length=5), '2^5 = 32'),
-    (dict(task='fn_h', length=22), 'multiple of 4'), (dict(task='fn_c', length=7), 'at least 8'),
-    (dict(task='fn_g', length=8), 'only 16 were found')])
+@pytest.mark.parametrize(
+    'settings, part',
+    [
+        (dict(task='fn_z'), "'fn_z'; choose fn_a (parity_all)"),
+        (dict(train=9), 'train_set_size is 9'),
+        (dict(test=7), 'test_set_size is 7'),
+        (dict(length=5), '2^5 = 32'),
+        (dict(task='fn_h', length=22), 'multiple of 4'),
+        (dict(task='fn_c', length=7), 'at least 8'),
+        (dict(task='fn_g', length=8), 'only 16 were found'),
+    ],
+)
 def test_a_mistake_is_named(settings, part, tmp_path):
     with pytest.raises(UserError) as error:
         tasks.splits(**{**dict(task='fn_a', length=20, train=20, test=80, cache=tmp_path), **settings})

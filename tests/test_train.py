@@ -1,4 +1,5 @@
 """What train.py promises, seen from outside: runs of the script on tiny folders, without network."""
+
 import csv
 import hashlib
 import json
@@ -21,17 +22,20 @@ import torch
 import wandb
 from conftest import LETTERS, several_scripts, signals_kept, write_folder
 
-import optim
-import runtime
-from configurator import UserError
+from lm import optim, runtime
+from lm.configurator import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = ('--n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --batch_size=4 --max_steps=6 --eval_every=3 '
-        '--log_every=1 --device=cpu --dtype=float32 --no_wandb').split()
+TINY = (
+    '--n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --batch_size=4 --max_steps=6 --eval_every=3 '
+    '--log_every=1 --device=cpu --dtype=float32 --no_wandb'
+).split()
 GPT2 = '--norm=layer --position=learned --mlp=gelu --bias=True --qk_norm=False --logit_softcap=0'.split()
-CASES = {'ar': ['--architecture=ar', '--gradient_accumulation_steps=2', '--optimizer=muon'],
-         'diffusion': ['--architecture=diffusion', '--ema_decay=0.9', '--dropout=0.1'],
-         'sdd': ['--architecture=sdd', '--mode=documents', '--k_warmup_steps=90', '--p_belief=((0.1, 0.8),)']}
+CASES = {
+    'ar': ['--architecture=ar', '--gradient_accumulation_steps=2', '--optimizer=muon'],
+    'diffusion': ['--architecture=diffusion', '--ema_decay=0.9', '--dropout=0.1'],
+    'sdd': ['--architecture=sdd', '--mode=documents', '--k_warmup_steps=90', '--p_belief=((0.1, 0.8),)'],
+}
 TIMES = ('train/tokens_per_sec', 'train/mfu')
 
 
@@ -89,7 +93,8 @@ def assert_same_run(out, reference):
     steps = {row['step'] for row in metrics(reference)}
     assert [row for row in metrics(out) if row['step'] in steps] == metrics(reference)
     assert json.loads((out / 'eval_results.json').read_text()) == json.loads(
-        (reference / 'eval_results.json').read_text())
+        (reference / 'eval_results.json').read_text()
+    )
 
 
 def contents(path):
@@ -113,12 +118,20 @@ def run(finished, tmp_path):
 
 # ---------------------------------------------------------------------------- resume
 
+
 @pytest.mark.slow
 @pytest.mark.parametrize('case', CASES)
 def test_resume_after_sigkill_at_random_moments_is_bit_identical(make_folder, tmp_path, case):
     steps, draw = 180, random.Random(case)
-    settings = [f'--dataset={make_folder()}', f'--max_steps={steps}', '--eval_every=40', '--save_every=7',
-                '--log_every=3', '--save_total_limit=2', *CASES[case]]
+    settings = [
+        f'--dataset={make_folder()}',
+        f'--max_steps={steps}',
+        '--eval_every=40',
+        '--save_every=7',
+        '--log_every=3',
+        '--save_total_limit=2',
+        *CASES[case],
+    ]
     reference = start(*settings, f'--out_dir={tmp_path}/reference')
     out = tmp_path / 'run'
     for moment in (draw.randrange(20), draw.randrange(20, 70), draw.randrange(70, 110)):
@@ -138,7 +151,8 @@ def test_resume_after_sigkill_at_random_moments_is_bit_identical(make_folder, tm
 @pytest.mark.parametrize('case', CASES)
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_at_the_next_step_and_the_run_goes_on_bit_identical(
-        make_folder, tmp_path, monkeypatch, capfd, case, number):
+    make_folder, tmp_path, monkeypatch, capfd, case, number
+):
     settings = [f'--dataset={make_folder()}', '--max_steps=12', '--eval_every=6', *CASES[case]]
     train(*settings, f'--out_dir={tmp_path}/reference')
     rate = optim.learning_rate_at
@@ -147,6 +161,7 @@ def test_a_signal_saves_at_the_next_step_and_the_run_goes_on_bit_identical(
         if step in (3, 7):
             os.kill(os.getpid(), number)
         return rate(step, *rest)
+
     for stopped_at in (4, 8):
         with monkeypatch.context() as patch:
             patch.setattr(optim, 'learning_rate_at', rate_and_signal)
@@ -186,13 +201,23 @@ def test_a_finished_run_says_so_and_changes_nothing(run, capsys):
 
 
 def test_changed_settings_are_honoured_and_reported(run, capsys):
-    settings = train(f'--resume_from={run}', '--max_steps=8', '--learning_rate=0.5', '--weight_decay=0.3',
-                     '--beta2=0.9', '--schedule=constant')
+    settings = train(
+        f'--resume_from={run}',
+        '--max_steps=8',
+        '--learning_rate=0.5',
+        '--weight_decay=0.3',
+        '--beta2=0.9',
+        '--schedule=constant',
+    )
     group = settings['optimizers']['adamw'].param_groups[0]
     assert (group['lr'], group['weight_decay'], group['betas']) == (0.5, 0.3, (0.9, 0.9))
     output = capsys.readouterr().out
-    for change in ('learning_rate=0.5, which was 0.001', 'weight_decay=0.3, which was 0.1',
-                   "schedule='constant', which was 'cosine'", 'max_steps=8, which was 6'):
+    for change in (
+        'learning_rate=0.5, which was 0.001',
+        'weight_decay=0.3, which was 0.1',
+        "schedule='constant', which was 'cosine'",
+        'max_steps=8, which was 6',
+    ):
         assert f'resumed with {change}' in output
     assert [row['train/lr'] for row in metrics(run)][-2:] == ['0.5', '0.5']
 
@@ -216,6 +241,7 @@ def test_float16_can_be_turned_on_in_the_middle_of_a_run(run, monkeypatch):
 
 # ---------------------------------------------------------------------------- ranks and micro-steps
 
+
 def first_gradients(*arguments):
     """{name: gradient} of a run's first step, as its loop is about to clip them, and its loss."""
     gradients = []
@@ -223,6 +249,7 @@ def first_gradients(*arguments):
     def record(parameters, limit):
         gradients.extend(p.grad.clone() for p in parameters)
         return torch.zeros(())
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.utils, 'clip_grad_norm_', record)
         variables = train('--max_steps=1', '--eval_batches=1', *arguments)
@@ -233,10 +260,17 @@ def normalisation_cases(folder, out, ranks):
     """Eight rows a step, however they are divided; with GPT-2's switches no weight is zero at first."""
     for architecture in ('ar', 'diffusion', 'sdd'):
         for accumulation in (1, 2, 4):
-            yield [f'--dataset={folder}', '--mode=documents', f'--out_dir={out}', '--overwrite', *GPT2,
-                   '--p_belief=((0,1),)', f'--architecture={architecture}',
-                   f'--batch_size={8 // (accumulation * ranks)}',
-                   f'--gradient_accumulation_steps={accumulation}']
+            yield [
+                f'--dataset={folder}',
+                '--mode=documents',
+                f'--out_dir={out}',
+                '--overwrite',
+                *GPT2,
+                '--p_belief=((0,1),)',
+                f'--architecture={architecture}',
+                f'--batch_size={8 // (accumulation * ranks)}',
+                f'--gradient_accumulation_steps={accumulation}',
+            ]
 
 
 def run_rank(rank, ports, folder, path):
@@ -270,7 +304,7 @@ def test_gradients_are_the_same_for_any_number_of_micro_steps_and_ranks(tmp_path
     for i in (0, 3, 6):
         reference = one[i]
         assert reference[0].norm() > 0.1
-        for gradients, loss in one[i:i + 3] + two[i:i + 3]:
+        for gradients, loss in one[i : i + 3] + two[i : i + 3]:
             assert (gradients - reference[0]).abs().max() < 1e-6
             assert math.isclose(loss, reference[1], rel_tol=1e-6)
 
@@ -299,12 +333,25 @@ def test_two_ranks_see_the_rows_of_one_and_stop_together(make_folder, tmp_path):
 
 # ---------------------------------------------------------------------------- what a run leaves
 
+
 def test_the_checkpoint_has_all_that_other_scripts_need(finished):
     checkpoint = load(finished / 'run')
     assert set(checkpoint) >= {
-        'architecture', 'global_step', 'model_state_dict', 'model_config', 'optimizer_state_dict',
-        'scaler_state_dict', 'train_config', 'best_val_loss', 'seed', 'ema_state_dict', 'tokenizer',
-        'prompt_format', 'wandb_run_id', 'format'}
+        'architecture',
+        'global_step',
+        'model_state_dict',
+        'model_config',
+        'optimizer_state_dict',
+        'scaler_state_dict',
+        'train_config',
+        'best_val_loss',
+        'seed',
+        'ema_state_dict',
+        'tokenizer',
+        'prompt_format',
+        'wandb_run_id',
+        'format',
+    }
     assert checkpoint['global_step'] == 6 and checkpoint['train_config']['max_steps'] == 6
     assert checkpoint['tokenizer'] == (finished / 'letters/tokenizer.json').read_text()
     assert not same(checkpoint['ema_state_dict'], checkpoint['model_state_dict'])
@@ -313,7 +360,13 @@ def test_the_checkpoint_has_all_that_other_scripts_need(finished):
 def test_the_run_folder_has_its_files_and_they_agree(finished):
     out = finished / 'run'
     assert {path.name for path in out.iterdir()} == {
-        'config.json', 'ckpt.pt', 'best.pt', 'logs.log', 'metrics.csv', 'eval_results.json'}
+        'config.json',
+        'ckpt.pt',
+        'best.pt',
+        'logs.log',
+        'metrics.csv',
+        'eval_results.json',
+    }
     rows, results = metrics(out), json.loads((out / 'eval_results.json').read_text())
     assert [row['step'] for row in rows] == list('0123456')
     losses = {int(row['step']): float(row['val/loss']) for row in rows if row['val/loss']}
@@ -351,10 +404,17 @@ def test_init_from_starts_a_new_run_with_the_weights(finished, tmp_path, monkeyp
 @pytest.mark.slow
 def test_the_model_learns(make_folder, tmp_path):
     for architecture in ('ar', 'diffusion', 'sdd'):
-        train(f'--dataset={make_folder(architecture)}', f'--architecture={architecture}', '--max_steps=60',
-              '--eval_every=60', '--learning_rate=0.01', f'--out_dir={tmp_path}/run-{architecture}')
-        first, last = (float(row['val/loss']) for row in metrics(tmp_path / f'run-{architecture}')
-                       if row['val/loss'])
+        train(
+            f'--dataset={make_folder(architecture)}',
+            f'--architecture={architecture}',
+            '--max_steps=60',
+            '--eval_every=60',
+            '--learning_rate=0.01',
+            f'--out_dir={tmp_path}/run-{architecture}',
+        )
+        first, last = (
+            float(row['val/loss']) for row in metrics(tmp_path / f'run-{architecture}') if row['val/loss']
+        )
         assert abs(first - math.log(28)) < 0.3 and last < first - 0.5  # at first every letter is as likely
 
 
@@ -362,30 +422,54 @@ def test_the_model_learns(make_folder, tmp_path):
 def test_evaluation_never_changes_training(make_folder, tmp_path, architecture):
     settings = [f'--dataset={make_folder()}', f'--architecture={architecture}', '--dropout=0.2']
     train(*settings, f'--out_dir={tmp_path}/all')
-    train(*settings, f'--out_dir={tmp_path}/some', '--eval_batches=1', '--eval_every=2', '--sample_every=2',
-          '--sample_tokens=4')
+    train(
+        *settings,
+        f'--out_dir={tmp_path}/some',
+        '--eval_batches=1',
+        '--eval_every=2',
+        '--sample_every=2',
+        '--sample_tokens=4',
+    )
     assert same(load(tmp_path / 'all')['model_state_dict'], load(tmp_path / 'some')['model_state_dict'])
     assert [row['train/loss'] for row in metrics(tmp_path / 'all')] == [
-        row['train/loss'] for row in metrics(tmp_path / 'some')]
+        row['train/loss'] for row in metrics(tmp_path / 'some')
+    ]
 
 
 def test_sdd_logs_what_it_believes_and_finds_of_the_filler(make_folder, tmp_path):
-    train(f'--dataset={make_folder()}', '--architecture=sdd', '--mode=documents', '--block_size=128', '--max_steps=8',
-          '--k_schedule=(1, 3)', '--k_warmup_steps=8', '--p_belief=((0.0, 1.0),)', f'--out_dir={tmp_path}/run')
+    train(
+        f'--dataset={make_folder()}',
+        '--architecture=sdd',
+        '--mode=documents',
+        '--block_size=128',
+        '--max_steps=8',
+        '--k_schedule=(1, 3)',
+        '--k_warmup_steps=8',
+        '--p_belief=((0.0, 1.0),)',
+        f'--out_dir={tmp_path}/run',
+    )
     rows = metrics(tmp_path / 'run')
     assert [row['train/k'] for row in rows[1:]] == ['1'] * 4 + ['3'] * 4
     for row in rows:
-        assert row['step'] == '0' or 0 <= float(row['train/ignore_acc']) <= 1 >= float(row['train/ignore_precision'])
+        assert row['step'] == '0' or 0 <= float(row['train/ignore_acc']) <= 1 >= float(
+            row['train/ignore_precision']
+        )
         assert not row['val/loss'] or abs(float(row['val/loss_k0']) - float(row['val/loss'])) < 1
     looks = [row for row in rows if row['val/loss']]
     assert looks and any(row['val/loss_k0'] != row['val/loss'] for row in looks)
     assert load(tmp_path / 'run')['model_config']['k'] == 3  # the most that it was trained on
 
 
-@pytest.mark.parametrize('setting, said', [
-    ('--k_schedule=()', 'k_schedule is .*; give'), ('--k_schedule=(0, 2)', 'k_schedule is .*; give'),
-    ('--p_belief=0.5', 'p_belief=0.5 gives float'), ('--p_belief=((0.5, 1.5),)', 'p_belief is'),
-    ('--p_belief=((0.5, 0.1), (0.2, 0.3))', 'p_belief is')])
+@pytest.mark.parametrize(
+    'setting, said',
+    [
+        ('--k_schedule=()', 'k_schedule is .*; give'),
+        ('--k_schedule=(0, 2)', 'k_schedule is .*; give'),
+        ('--p_belief=0.5', 'p_belief=0.5 gives float'),
+        ('--p_belief=((0.5, 1.5),)', 'p_belief is'),
+        ('--p_belief=((0.5, 0.1), (0.2, 0.3))', 'p_belief is'),
+    ],
+)
 def test_a_wrong_plan_for_beliefs_is_one_sentence(setting, said, make_folder, tmp_path):
     with pytest.raises(UserError, match=said):
         train(f'--dataset={make_folder()}', '--architecture=sdd', setting, f'--out_dir={tmp_path}/run')
@@ -398,8 +482,12 @@ def test_samples_are_shown_at_evaluations(make_folder, tmp_path, capsys):
 
 
 def test_epochs_can_be_given_instead_of_steps(make_folder, tmp_path):
-    variables = train(f'--dataset={make_folder()}', f'--out_dir={tmp_path}/run', '--num_epochs=0.1',
-                      tiny=[setting for setting in TINY if 'max_steps' not in setting])
+    variables = train(
+        f'--dataset={make_folder()}',
+        f'--out_dir={tmp_path}/run',
+        '--num_epochs=0.1',
+        tiny=[setting for setting in TINY if 'max_steps' not in setting],
+    )
     steps = math.ceil(0.1 * variables['batches'].rows.num_rows / 4)
     assert variables['step'] == load(tmp_path / 'run')['train_config']['max_steps'] == steps
 
@@ -413,8 +501,14 @@ def test_a_step_without_a_trained_token_has_no_loss(make_folder, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_the_checkpoint_before_it_is_kept(make_folder, tmp_path):
     with pytest.raises(UserError, match=r'The loss is nan at step \d; .*learning_rate than 1e\+30'):
-        train(f'--dataset={make_folder()}', f'--out_dir={tmp_path}/run', '--learning_rate=1e30',
-              '--warmup_steps=0', '--max_steps=9', *GPT2)
+        train(
+            f'--dataset={make_folder()}',
+            f'--out_dir={tmp_path}/run',
+            '--learning_rate=1e30',
+            '--warmup_steps=0',
+            '--max_steps=9',
+            *GPT2,
+        )
     assert all(weight.isfinite().all() for weight in load(tmp_path / 'run')['model_state_dict'].values())
 
 
@@ -431,7 +525,7 @@ BAD_SETTINGS = {
     '--optimizer=sgd': "optimizer is 'sgd'; choose adamw or muon",
     '--mode=lines': "mode is 'lines'; choose 'packed' or 'documents'",
     '--dtype=int8': "dtype is 'int8'; choose auto",
-    '--device=cuda:99': "cuda:99.*--device=cpu|GPU number 99",
+    '--device=cuda:99': 'cuda:99.*--device=cpu|GPU number 99',
     '--init_from=nowhere.pt': 'no checkpoint at nowhere.pt; correct the path',
     '--resume_from=nowhere': 'no checkpoint at nowhere; correct the path',
     '--resume_from=auto': '--out_dir=PATH',
@@ -439,16 +533,28 @@ BAD_SETTINGS = {
     '--dropout=1.0': 'dropout is 1.0',
     '--beta1=1.5': 'beta1 is 1.5; it must be at least 0 and below 1',
     '--ema_decay=1': 'ema_decay is 1.0; it must be at least 0 and below 1',
-    **{f'--{key}={value}': f'{key} is {value}; it must be at least 1' for value in (0, -2)
-       for key in ('batch_size', 'gradient_accumulation_steps', 'max_steps', 'eval_every', 'log_every')},
-    **{f'--{key}=-1': f'{key} is -1.*; it must be at least 0' for key in (
-        'learning_rate', 'weight_decay', 'grad_clip', 'eval_batches', 'save_every', 'warmup_steps')},
+    **{
+        f'--{key}={value}': f'{key} is {value}; it must be at least 1'
+        for value in (0, -2)
+        for key in ('batch_size', 'gradient_accumulation_steps', 'max_steps', 'eval_every', 'log_every')
+    },
+    **{
+        f'--{key}=-1': f'{key} is -1.*; it must be at least 0'
+        for key in (
+            'learning_rate',
+            'weight_decay',
+            'grad_clip',
+            'eval_batches',
+            'save_every',
+            'warmup_steps',
+        )
+    },
 }
 
 
 @pytest.mark.parametrize('setting', BAD_SETTINGS)
 def test_a_bad_setting_is_refused_before_anything_is_written(finished, tmp_path, monkeypatch, setting):
-    monkeypatch.setattr('checkpoints.ROOT', tmp_path)
+    monkeypatch.setattr('lm.checkpoints.ROOT', tmp_path)
     with pytest.raises(UserError, match=BAD_SETTINGS[setting]) as error:
         train(f'--dataset={finished}/letters', setting)
     assert '\n' not in str(error.value) and list(tmp_path.iterdir()) == []
@@ -456,28 +562,46 @@ def test_a_bad_setting_is_refused_before_anything_is_written(finished, tmp_path,
 
 BAD_RESUMES = {  # the arguments, what the error says
     'a folder that holds a run': (['--out_dir=RUN'], 'RUN already holds a run; .*--overwrite'),
-    'another architecture': (['--resume_from=RUN', '--architecture=diffusion'],
-                             "RUN/ckpt.pt has architecture='ar', so it cannot go on with 'diffusion'; leave"),
+    'another architecture': (
+        ['--resume_from=RUN', '--architecture=diffusion'],
+        "RUN/ckpt.pt has architecture='ar', so it cannot go on with 'diffusion'; leave",
+    ),
     'another shape': (['--resume_from=RUN', '--n_layer=3'], 'n_layer=2, so it cannot go on with 3; leave'),
     'another seed': (['--resume_from=RUN', '--seed=5'], 'seed=0, so it cannot go on with 5'),
-    'other rows per step': (['--resume_from=RUN', '--batch_size=8'],
-                            '4 rows per step, not 8; choose batch_size'),
-    'weights alone': (['--resume_from=RUN/best.pt'],
-                      'best.pt holds weights without.*--init_from=RUN/best.pt'),
-    'the folder of another run': (['--resume_from=OTHER', '--max_steps=9', '--out_dir=RUN'],
-                                  'RUN already holds a run'),
-    'weights of another shape': (['--init_from=RUN', '--n_layer=3'],
-                                 'RUN has n_layer=2, not 3; leave --n_layer'),
-    'weights of another vocabulary': (['--init_from=RUN', '--dataset=DATA/abc'],
-                                      r'RUN .*another vocabulary \(30 tokens\) than that of DATA/abc \(6\)'),
-    'resumed with another vocabulary': (['--resume_from=RUN', '--max_steps=9', '--dataset=DATA/abc'],
-                                        r'RUN/ckpt.pt .*another vocabulary \(30 tokens\)'),
-    'validation data that is too short': (['--out_dir=RUN', '--overwrite', '--dataset=DATA/short'],
-                                          'val split of DATA/short has 2 tokens, fewer than one row of 17'),
+    'other rows per step': (
+        ['--resume_from=RUN', '--batch_size=8'],
+        '4 rows per step, not 8; choose batch_size',
+    ),
+    'weights alone': (
+        ['--resume_from=RUN/best.pt'],
+        'best.pt holds weights without.*--init_from=RUN/best.pt',
+    ),
+    'the folder of another run': (
+        ['--resume_from=OTHER', '--max_steps=9', '--out_dir=RUN'],
+        'RUN already holds a run',
+    ),
+    'weights of another shape': (
+        ['--init_from=RUN', '--n_layer=3'],
+        'RUN has n_layer=2, not 3; leave --n_layer',
+    ),
+    'weights of another vocabulary': (
+        ['--init_from=RUN', '--dataset=DATA/abc'],
+        r'RUN .*another vocabulary \(30 tokens\) than that of DATA/abc \(6\)',
+    ),
+    'resumed with another vocabulary': (
+        ['--resume_from=RUN', '--max_steps=9', '--dataset=DATA/abc'],
+        r'RUN/ckpt.pt .*another vocabulary \(30 tokens\)',
+    ),
+    'validation data that is too short': (
+        ['--out_dir=RUN', '--overwrite', '--dataset=DATA/short'],
+        'val split of DATA/short has 2 tokens, fewer than one row of 17',
+    ),
     'a checkpoint cut in half': (['--resume_from=CUT'], 'CUT/ckpt.pt is damaged .*; take another one'),
     'an empty checkpoint': (['--resume_from=EMPTY'], 'EMPTY/ckpt.pt is damaged .*; take another one'),
-    'weights from a file of another kind': (['--init_from=DATA/letters/config.json'],
-                                            'config.json is damaged or no checkpoint'),
+    'weights from a file of another kind': (
+        ['--init_from=DATA/letters/config.json'],
+        'config.json is damaged or no checkpoint',
+    ),
 }
 
 
@@ -493,6 +617,7 @@ def test_a_bad_resume_is_refused_and_no_run_is_changed(finished, run, tmp_path, 
 
     def filled(text):
         return re.sub('|'.join(names), lambda name: str(names[name[0]]), text)
+
     before = contents(tmp_path)
     arguments, expected = BAD_RESUMES[case]
     dataset = [] if '--resume_from' in arguments[0] else [f'--dataset={tmp_path}/letters']
@@ -506,8 +631,11 @@ def test_a_mistake_ends_with_one_line_and_status_1(run, finished, tmp_path):
     (tmp_path / 'half').mkdir()
     shutil.copy(finished / 'letters/train_tokens.bin', tmp_path / 'half')
     os.truncate(run / 'ckpt.pt', 9999)
-    mistakes = {'--learning_rat=1': "'learning_rat'", f'--dataset={tmp_path}/half': 'half has no config.json',
-                f'--resume_from={run}': 'ckpt.pt is damaged'}
+    mistakes = {
+        '--learning_rat=1': "'learning_rat'",
+        f'--dataset={tmp_path}/half': 'half has no config.json',
+        f'--resume_from={run}': 'ckpt.pt is damaged',
+    }
     for process, expected in zip([start(mistake) for mistake in mistakes], mistakes.values()):
         output = process.communicate()[0]
         assert process.returncode == 1 and expected in output
@@ -516,15 +644,17 @@ def test_a_mistake_ends_with_one_line_and_status_1(run, finished, tmp_path):
 
 # ---------------------------------------------------------------------------- W&B
 
+
 def read_wandb(path):
     """The protobuf records of a .wandb file: LevelDB's log format, blocks of 32 KB."""
     from wandb.proto.wandb_internal_pb2 import Record
+
     content, position, record = path.read_bytes(), 7, b''  # after the file's header
     while position + 7 <= len(content):
         if position % 32768 > 32768 - 7:  # a block's end that has no room for a header
             position += -position % 32768
         _, length, kind = struct.unpack_from('<IHB', content, position)
-        record += content[position + 7:position + 7 + length]
+        record += content[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # whole, or the last part
             yield Record.FromString(record)
@@ -538,18 +668,28 @@ def test_wandb_has_the_names_and_values_of_metrics_csv(make_folder, tmp_path, mo
     out = tmp_path / 'a-run'
     train(f'--dataset={make_folder()}', f'--out_dir={out}', '--no_wandb=False')
     wandb.teardown()  # the file is written by a process of its own, which ends here
-    file, = out.glob('wandb/offline-run-*/*.wandb')
+    (file,) = out.glob('wandb/offline-run-*/*.wandb')
     records = list(read_wandb(file))
-    started, = (record.run for record in records if record.WhichOneof('record_type') == 'run')
+    (started,) = (record.run for record in records if record.WhichOneof('record_type') == 'run')
     assert (started.project, started.display_name) == ('diffusion-lm', 'a-run')
     assert started.run_id == load(out)['wandb_run_id']
     assert {'architecture', 'n_layer', 'learning_rate'} <= {item.key for item in started.config.update}
     rows = [record.history.item for record in records if record.WhichOneof('record_type') == 'history']
     history = [{(i.nested_key or [i.key])[0]: json.loads(i.value_json) for i in row} for row in rows]
     assert set().union(*history) >= {
-        'train/loss', 'train/accuracy', 'train/perplexity', 'train/lr', 'train/tokens_per_sec',
-        'train/grad_norm', 'train/mfu', 'train/epoch', 'val/loss', 'val/accuracy', 'val/perplexity',
-        'val/bpb'}
+        'train/loss',
+        'train/accuracy',
+        'train/perplexity',
+        'train/lr',
+        'train/tokens_per_sec',
+        'train/grad_norm',
+        'train/mfu',
+        'train/epoch',
+        'val/loss',
+        'val/accuracy',
+        'val/perplexity',
+        'val/bpb',
+    }
     for logged, row in zip(history, metrics(out), strict=True):
         assert logged['_step'] == int(row.pop('step'))
         values = {name: float(cell) for name, cell in row.items() if cell}
@@ -559,6 +699,7 @@ def test_wandb_has_the_names_and_values_of_metrics_csv(make_folder, tmp_path, mo
 def test_a_failure_of_wandb_does_not_stop_training(make_folder, tmp_path, monkeypatch, capsys):
     def fail(**settings):
         raise wandb.errors.CommError('no service today')
+
     monkeypatch.setattr(wandb, 'init', fail)
     monkeypatch.setenv('WANDB_MODE', 'offline')
     train(f'--dataset={make_folder()}', f'--out_dir={tmp_path}/run', '--no_wandb=False')

@@ -1,4 +1,5 @@
-"""What `python data.py data/NAME` promises: any damage is found and named, and a card where there is none."""
+"""What `python -m lm.verify data/NAME` promises: any damage is found and named, and a card where there is none."""
+
 import json
 import re
 import subprocess
@@ -6,18 +7,22 @@ import sys
 
 import numpy as np
 import pytest
-from test_prepare import ROOT, config_of, make_texts, run, write_jsonl
+from test_prepare import ROOT, config_of, make_texts, run, write_jsonl  # noqa: F401
 
-from configurator import UserError
-from prepare import verify
-from prepare.folders import checksum, sha256_of
+from lm import verify
+from lm.configurator import UserError
+from lm.files import checksum, sha256_of
 
 
 @pytest.fixture
 def folder(run, tmp_path):
     texts = make_texts(60) + ['a long one ' * 99, 'x']
-    return run('openwebtext.py', f'--input={write_jsonl(tmp_path / "a.jsonl", texts)}', '--val_fraction=0.2',
-               '--vocab_size=300')
+    return run(
+        'openwebtext.py',
+        f'--input={write_jsonl(tmp_path / "a.jsonl", texts)}',
+        '--val_fraction=0.2',
+        '--vocab_size=300',
+    )
 
 
 def change(folder, name, place, value, dtype, seal=False):
@@ -36,29 +41,62 @@ def test_a_folder_as_it_was_written_gets_its_card(folder, capsys, monkeypatch):
         monkeypatch.setattr(verify, 'CHUNK', size)
         assert verify.main([str(folder)]) == 0
     said, sizes = capsys.readouterr().out, config_of(folder)['splits']
-    for part in ('a.jsonl', 'max_seq_len=1024', 'bytes per token', f'{sizes["train"]["tokens"]:,}',
-                 "shortest: 2 tokens, 'x'", "'a long one a long one", 'all is as it was written'):
+    for part in (
+        'a.jsonl',
+        'max_seq_len=1024',
+        'bytes per token',
+        f'{sizes["train"]["tokens"]:,}',
+        "shortest: 2 tokens, 'x'",
+        "'a long one a long one",
+        'all is as it was written',
+    ):
         assert said.count(part) >= 2, part
 
 
 DAMAGES = {
-    'a token changed': (lambda f: change(f, 'train_tokens.bin', 5, 7, 'uint16'), 'train_tokens.bin is not the file'),
-    'an id too large': (lambda f: change(f, 'val_tokens.bin', 5, 300, 'uint16', seal=True), 'token id 300, .* at 299'),
+    'a token changed': (
+        lambda f: change(f, 'train_tokens.bin', 5, 7, 'uint16'),
+        'train_tokens.bin is not the file',
+    ),
+    'an id too large': (
+        lambda f: change(f, 'val_tokens.bin', 5, 300, 'uint16', seal=True),
+        'token id 300, .* at 299',
+    ),
     'an index that falls': (lambda f: change(f, 'train_index.bin', 3, 0, 'uint64', seal=True), 'a step back'),
-    'an index that ends early': (lambda f: change(f, 'val_index.bin', -1, 5, 'uint64', seal=True), 'does not lead'),
-    'a mask of 2': (lambda f: (np.full(config_of(f)['splits']['val']['tokens'], 1, 'uint8').tofile(f / 'val_masks.bin'),
-                               change(f, 'val_masks.bin', 0, 2, 'uint8', seal=True)), 'neither 0 nor 1'),
-    'a file without hash': (lambda f: np.full(config_of(f)['splits']['val']['tokens'], 1, 'uint8').tofile(
-        f / 'val_masks.bin'), 'val_masks.bin has no hash'),
+    'an index that ends early': (
+        lambda f: change(f, 'val_index.bin', -1, 5, 'uint64', seal=True),
+        'does not lead',
+    ),
+    'a mask of 2': (
+        lambda f: (
+            np.full(config_of(f)['splits']['val']['tokens'], 1, 'uint8').tofile(f / 'val_masks.bin'),
+            change(f, 'val_masks.bin', 0, 2, 'uint8', seal=True),
+        ),
+        'neither 0 nor 1',
+    ),
+    'a file without hash': (
+        lambda f: np.full(config_of(f)['splits']['val']['tokens'], 1, 'uint8').tofile(f / 'val_masks.bin'),
+        'val_masks.bin has no hash',
+    ),
     'a file cut': (lambda f: (f / 'val_tokens.bin').write_bytes(b'xx'), 'val_tokens.bin has 2 bytes where'),
     'a file gone': (lambda f: (f / 'train_index.bin').unlink(), 'train_index.bin has 0 bytes'),
-    'another count of bytes': (lambda f: (f / 'config.json').write_text(
-        (f / 'config.json').read_text().replace('"bytes": ', '"bytes": 1')), 'config.json was changed'),
-    'another count of tokens': (lambda f: (f / 'config.json').write_text(
-        (f / 'config.json').read_text().replace('"tokens": ', '"tokens": 1')), 'bytes where config.json promises'),
+    'another count of bytes': (
+        lambda f: (f / 'config.json').write_text(
+            (f / 'config.json').read_text().replace('"bytes": ', '"bytes": 1')
+        ),
+        'config.json was changed',
+    ),
+    'another count of tokens': (
+        lambda f: (f / 'config.json').write_text(
+            (f / 'config.json').read_text().replace('"tokens": ', '"tokens": 1')
+        ),
+        'bytes where config.json promises',
+    ),
     'a config cut': (lambda f: (f / 'config.json').write_text('{'), 'config.json is damaged'),
-    'a tokenizer changed': (lambda f: (f / 'tokenizer.json').write_text(
-        (f / 'tokenizer.json').read_text() + ' '), 'tokenizer.json is not the file'),
+    'a tokenizer changed': (
+        lambda f: (f / 'tokenizer.json').write_text((f / 'tokenizer.json').read_text() + ' '),
+        'tokenizer.json is not the file',
+    ),
 }
 
 
@@ -80,7 +118,10 @@ def test_any_damage_is_named_and_makes_the_exit_status_1(folder, case, capsys):
 @pytest.mark.slow
 def test_the_command_exits_0_or_1(folder):
     def command(*words):
-        return subprocess.run([sys.executable, str(ROOT / 'data.py'), *words], capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, '-m', 'lm.verify', *words], capture_output=True, text=True, cwd=ROOT
+        )
+
     assert command(str(folder)).returncode == 0
     change(folder, 'train_tokens.bin', 0, 9, 'uint16')
     change(folder, 'val_tokens.bin', 0, 9, 'uint16')

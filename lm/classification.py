@@ -1,4 +1,5 @@
 """Classifying sequences: labelled rows, a head on a trunk, the metrics, and whether two runs really differ."""
+
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -8,8 +9,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import data
-from configurator import UserError
+from lm import data, rng
+from lm.configurator import UserError
 from model import Isolated
 
 WINDOW = 16  # steps whose rows are sorted by length
@@ -18,8 +19,9 @@ BEST_BY = ('loss', 'accuracy', 'macro_f1')  # figures by which the best weights 
 
 # ---------------------------------------------------------------------------- labelled rows
 
+
 class Examples(NamedTuple):
-    rows: list          # of token ids (length,), the start token first
+    rows: list  # of token ids (length,), the start token first
     labels: np.ndarray  # (N,) int64, from 0
 
     def __len__(self):
@@ -30,7 +32,9 @@ class Examples(NamedTuple):
 
 
 def joined(parts):
-    return Examples([row for part in parts for row in part.rows], np.concatenate([part.labels for part in parts]))
+    return Examples(
+        [row for part in parts for row in part.rows], np.concatenate([part.labels for part in parts])
+    )
 
 
 def hold_out(examples, size, seed):
@@ -49,7 +53,7 @@ def batch_of(examples, places, device):
     lengths = torch.tensor([len(row) for row in rows])
     tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
     for i, row in enumerate(rows):
-        tokens[i, :len(row)] = torch.from_numpy(np.asarray(row, np.int64))
+        tokens[i, : len(row)] = torch.from_numpy(np.asarray(row, np.int64))
     lengths = None if (lengths == lengths[0]).all() else lengths
     return data.to_device((tokens, lengths, torch.from_numpy(examples.labels[places])), device)
 
@@ -61,9 +65,12 @@ def places_of_step(step, rows_per_step, num_rows, seed, lengths=None):
     of like length and hardly padded; which of the window's steps gets the long ones is drawn.
     """
     window = 1 if lengths is None else max(1, min(WINDOW, num_rows // rows_per_step))
-    epoch, place = np.divmod((step // window * window) * rows_per_step + np.arange(window * rows_per_step), num_rows)
-    places = np.concatenate([data.permuted(place[epoch == e], num_rows, data.PERMUTE, seed, int(e))
-                             for e in np.unique(epoch)])
+    epoch, place = np.divmod(
+        (step // window * window) * rows_per_step + np.arange(window * rows_per_step), num_rows
+    )
+    places = np.concatenate(
+        [rng.permuted(place[epoch == e], num_rows, rng.PERMUTE, seed, int(e)) for e in np.unique(epoch)]
+    )
     if lengths is not None:
         places = places[np.argsort(lengths[places], kind='stable')]
     turn = np.random.default_rng((seed, step // window)).permutation(window)[step % window]
@@ -71,6 +78,7 @@ def places_of_step(step, rows_per_step, num_rows, seed, lengths=None):
 
 
 # ---------------------------------------------------------------------------- the model
+
 
 class Classifier(nn.Module):
     """A trunk, its last states pooled over a row's true length, dropout, and a linear head.
@@ -80,8 +88,16 @@ class Classifier(nn.Module):
     token_dropout: share of the tokens that `hide` hides in each row while training.
     """
 
-    def __init__(self, trunk, num_classes, pool, dropout=0.0, class_weights=None, label_smoothing=0.0,
-                 token_dropout=0.0):
+    def __init__(
+        self,
+        trunk,
+        num_classes,
+        pool,
+        dropout=0.0,
+        class_weights=None,
+        label_smoothing=0.0,
+        token_dropout=0.0,
+    ):
         super().__init__()
         self.trunk, self.pool, self.label_smoothing = trunk, pool, label_smoothing
         self.token_dropout, self.width = token_dropout, num_classes
@@ -103,8 +119,11 @@ class Classifier(nn.Module):
             inside = torch.arange(tokens.size(1), device=tokens.device) < lengths[:, None]  # (B, T)
             states = self.trunk.hidden(tokens, None if self.trunk.causal else Isolated(inside, causal=False))
             last = states[torch.arange(len(tokens), device=tokens.device), lengths - 1]
-            pooled = last if self.pool == 'last' else (
-                states.masked_fill(~inside[..., None], 0).sum(1) / lengths[:, None])
+            pooled = (
+                last
+                if self.pool == 'last'
+                else (states.masked_fill(~inside[..., None], 0).sum(1) / lengths[:, None])
+            )
         return self.head(self.dropout(pooled)).float()
 
     def outputs(self, tokens, lengths, labels):
@@ -118,8 +137,11 @@ class Classifier(nn.Module):
         logits = self.logits(tokens, lengths)
         weights = self.class_weights[labels]
         correct = predicted_classes(logits) == labels
-        return ((weights * losses(logits, labels, self.label_smoothing)).sum(), weights.sum(),
-                {'correct': correct.sum(), 'predicted': torch.tensor(len(labels), device=tokens.device)})
+        return (
+            (weights * losses(logits, labels, self.label_smoothing)).sum(),
+            weights.sum(),
+            {'correct': correct.sum(), 'predicted': torch.tensor(len(labels), device=tokens.device)},
+        )
 
 
 def hide(tokens, share, mask_id):
@@ -129,11 +151,20 @@ def hide(tokens, share, mask_id):
     return tokens.masked_fill(hidden, mask_id)
 
 
-def make_classifier(trunk, examples, num_classes, pool, dropout, class_weights, label_smoothing, token_dropout):
+def make_classifier(
+    trunk, examples, num_classes, pool, dropout, class_weights, label_smoothing, token_dropout
+):
     """The Classifier that the settings of classify.py ask for, and what each of the examples weighs (N,)."""
     weights = weights_of_classes(class_weights, examples.labels, max(2, num_classes))
-    return Classifier(trunk, num_classes, pool or ('last' if trunk.causal else 'mean'), dropout, weights,
-                      label_smoothing, token_dropout), weights[examples.labels]
+    return Classifier(
+        trunk,
+        num_classes,
+        pool or ('last' if trunk.causal else 'mean'),
+        dropout,
+        weights,
+        label_smoothing,
+        token_dropout,
+    ), weights[examples.labels]
 
 
 def restore(classifier, checkpoint):
@@ -169,8 +200,10 @@ def weights_of_classes(wanted, labels, num_classes):
     except ValueError:
         weights = np.zeros(0)
     if len(weights) != num_classes or not (weights >= 0).all() or not weights.any():
-        raise UserError(f'class_weights is {wanted!r}; give balanced, or {num_classes} numbers with commas between '
-                        'them, one per class.')
+        raise UserError(
+            f'class_weights is {wanted!r}; give balanced, or {num_classes} numbers with commas between '
+            'them, one per class.'
+        )
     return weights
 
 
@@ -180,15 +213,16 @@ def train_only(classifier, num_layers, train_final_norm):
     if not 0 <= num_layers <= len(trunk.blocks):
         raise UserError(f'num_layers_to_finetune is {num_layers}; the model has {len(trunk.blocks)} layers.')
     trunk.requires_grad_(False)
-    trunk.blocks[len(trunk.blocks) - num_layers:].requires_grad_(True)
+    trunk.blocks[len(trunk.blocks) - num_layers :].requires_grad_(True)
     trunk.norm.requires_grad_(train_final_norm)
 
 
 # ---------------------------------------------------------------------------- metrics
 
+
 def confusion_matrix(labels, predictions, num_classes):
     """(num_classes, num_classes) counts: rows are the labels, columns the predictions."""
-    return np.bincount(labels * num_classes + predictions, minlength=num_classes ** 2).reshape(num_classes, -1)
+    return np.bincount(labels * num_classes + predictions, minlength=num_classes**2).reshape(num_classes, -1)
 
 
 def divided(a, b):
@@ -204,15 +238,18 @@ def figures_of(confusion):
     right, actual, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
     total = confusion.sum()
     occurring = actual + predicted > 0
-    per_class = {'precision': divided(right, predicted), 'recall': divided(right, actual),
-                 'f1': divided(2 * right, actual + predicted)}
+    per_class = {
+        'precision': divided(right, predicted),
+        'recall': divided(right, actual),
+        'f1': divided(2 * right, actual + predicted),
+    }
     accuracy = float(divided(right.sum(), total))
     figures = {'accuracy': accuracy}
     for name, values in per_class.items():
         figures[f'macro_{name}'] = float(values[occurring].mean()) if occurring.any() else 0.0
         figures[f'micro_{name}'] = accuracy
     covariance = right.sum() * total - actual @ predicted
-    spread = np.sqrt(float(total ** 2 - predicted @ predicted)) * np.sqrt(float(total ** 2 - actual @ actual))
+    spread = np.sqrt(float(total**2 - predicted @ predicted)) * np.sqrt(float(total**2 - actual @ actual))
     figures['mcc'] = float(divided(covariance, spread))
     return figures
 
@@ -235,8 +272,10 @@ def evaluate_predictions(labels, logits):
     """
     predictions = predicted_classes(torch.from_numpy(logits)).numpy()
     confusion = confusion_matrix(labels, predictions, max(2, logits.shape[1]))
-    figures = {'loss': losses(torch.from_numpy(logits), torch.from_numpy(labels)).double().mean().item(),
-               **figures_of(confusion)}
+    figures = {
+        'loss': losses(torch.from_numpy(logits), torch.from_numpy(labels)).double().mean().item(),
+        **figures_of(confusion),
+    }
     if logits.shape[1] <= 2:
         figures['auroc'] = auroc(labels, logits[:, -1] - (logits[:, 0] if logits.shape[1] == 2 else 0))
     return {**figures, 'rows': len(labels), 'confusion': confusion.tolist()}
@@ -257,11 +296,16 @@ def load_predictions(run, source):
     path = Path(run) / 'predictions.npz'
     try:
         with np.load(path) as saved:
-            return {name.removesuffix('_labels'): (saved[name], saved[name.removesuffix('labels') + 'preds'])
-                    for name in saved.files if name.endswith('_labels') and saved['source'] == source}
+            return {
+                name.removesuffix('_labels'): (saved[name], saved[name.removesuffix('labels') + 'preds'])
+                for name in saved.files
+                if name.endswith('_labels') and saved['source'] == source
+            }
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f'{path} cannot be read ({type(error).__name__}); give the folder of a run of classify.py that '
-                        'has finished.') from error
+        raise UserError(
+            f'{path} cannot be read ({type(error).__name__}); give the folder of a run of classify.py that '
+            'has finished.'
+        ) from error
 
 
 def randomisation_test(labels, one, other, draws=10_000, seed=0):
@@ -282,7 +326,10 @@ def randomisation_test(labels, one, other, draws=10_000, seed=0):
 
     draw = np.random.default_rng(seed)
     observed = difference(np.zeros(len(rest[0]), bool))
-    extreme = sum(np.abs(difference(draw.random(len(rest[0])) < 0.5)) >= np.abs(observed) - 1e-12
-                  for _ in range(draws))
-    return {name: {'difference': float(observed[i]), 'p': float((extreme[i] + 1) / (draws + 1))}
-            for i, name in enumerate(('accuracy', 'macro_f1'))}
+    extreme = sum(
+        np.abs(difference(draw.random(len(rest[0])) < 0.5)) >= np.abs(observed) - 1e-12 for _ in range(draws)
+    )
+    return {
+        name: {'difference': float(observed[i]), 'p': float((extreme[i] + 1) / (draws + 1))}
+        for i, name in enumerate(('accuracy', 'macro_f1'))
+    }

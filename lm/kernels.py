@@ -1,11 +1,14 @@
 """float32 linear layers by oneDNN, which on some processors is twice as fast as what PyTorch takes."""
+
 import torch
 import torch.nn.functional as F
 
 import model
 
 # oneDNN's matrix product, which PyTorch was built with on most processors but does not use for float32.
-MULTIPLY = getattr(torch.ops.mkldnn, '_linear_pointwise', None) if torch.backends.mkldnn.is_available() else None
+MULTIPLY = (
+    getattr(torch.ops.mkldnn, '_linear_pointwise', None) if torch.backends.mkldnn.is_available() else None
+)
 LEAST_PRODUCTS = 1 << 20  # below, the ten microseconds of a call outweigh what is won
 
 
@@ -38,9 +41,15 @@ class OneDNNLinear(torch.autograd.Function):
 
 def linear(x, weight, bias=None):
     """x Wᵀ + b for x (..., in), weight (out, in) and bias (out,): F.linear, but for float32 on a CPU."""
-    if (MULTIPLY and x.is_cpu and x.dtype == weight.dtype == torch.float32 and x.dim() > 1
-            and x.numel() * weight.size(0) >= LEAST_PRODUCTS
-            and not torch.compiler.is_compiling() and not torch.is_autocast_enabled('cpu')):
+    if (
+        MULTIPLY
+        and x.is_cpu
+        and x.dtype == weight.dtype == torch.float32
+        and x.dim() > 1
+        and x.numel() * weight.size(0) >= LEAST_PRODUCTS
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled('cpu')
+    ):
         return OneDNNLinear.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 

@@ -1,7 +1,8 @@
 """Several prepared folders as one: dataset='openwebtext:0.7,tinystories:0.3'."""
+
 from fractions import Fraction
 
-from configurator import UserError
+from lm.configurator import UserError
 
 
 def parse(dataset):
@@ -18,8 +19,10 @@ def weighted(part, dataset):
     except (ValueError, ZeroDivisionError):
         weight = 0
     if not name or weight <= 0:
-        raise UserError(f'{part!r} in dataset={dataset} is no name with a weight above 0; write '
-                        'NAME:WEIGHT,NAME:WEIGHT, as in openwebtext:0.7,tinystories:0.3.')
+        raise UserError(
+            f'{part!r} in dataset={dataset} is no name with a weight above 0; write '
+            'NAME:WEIGHT,NAME:WEIGHT, as in openwebtext:0.7,tinystories:0.3.'
+        )
     return name, weight
 
 
@@ -36,15 +39,22 @@ class Mix:
         self.tokenizer = first.tokenizer
         for folder in others:
             if folder.tokenizer.to_json() != first.tokenizer.to_json():
-                raise UserError(f'{first.path} and {folder.path} have different tokenizers, of '
-                                f'{first.tokenizer.vocab_size} and {folder.tokenizer.vocab_size} tokens, so the same '
-                                f'id means different text; prepare the second with --tokenizer={first.path}.')
+                raise UserError(
+                    f'{first.path} and {folder.path} have different tokenizers, of '
+                    f'{first.tokenizer.vocab_size} and {folder.tokenizer.vocab_size} tokens, so the same '
+                    f'id means different text; prepare the second with --tokenizer={first.path}.'
+                )
         if len({folder.path.resolve() for folder in folders}) < len(folders):
-            raise UserError(f'dataset={dataset} names a folder twice; give it once, with the sum of its weights.')
+            raise UserError(
+                f'dataset={dataset} names a folder twice; give it once, with the sum of its weights.'
+            )
         configs = [folder.config for folder in folders]
-        self.config = {'name': '+'.join(config['name'] for config in configs), 'start_token': configs[0]['start_token'],
-                       'prompt_format': next(filter(None, (config['prompt_format'] for config in configs)), None),
-                       'max_seq_len': max(config.get('max_seq_len') or 0 for config in configs)}
+        self.config = {
+            'name': '+'.join(config['name'] for config in configs),
+            'start_token': configs[0]['start_token'],
+            'prompt_format': next(filter(None, (config['prompt_format'] for config in configs)), None),
+            'max_seq_len': max(config.get('max_seq_len') or 0 for config in configs),
+        }
 
     def release(self):
         for folder in self.folders:
@@ -52,12 +62,18 @@ class Mix:
 
     @property
     def fingerprint(self):
-        return ','.join(f'{folder.fingerprint}:{weight}' for folder, weight in zip(self.folders, self.weights))
+        return ','.join(
+            f'{folder.fingerprint}:{weight}' for folder, weight in zip(self.folders, self.weights)
+        )
 
     def tokens_per_byte(self, split):
         """Of a text that has of each folder so many tokens as its weight says."""
-        return 1 / float(sum(weight / Fraction(folder.tokens_per_byte(split))
-                             for folder, weight in zip(self.folders, self.weights)))
+        return 1 / float(
+            sum(
+                weight / Fraction(folder.tokens_per_byte(split))
+                for folder, weight in zip(self.folders, self.weights)
+            )
+        )
 
 
 class MixedRows:
@@ -70,7 +86,9 @@ class MixedRows:
     def __init__(self, parts, weights, training):
         self.parts, self.row_length = parts, parts[0].row_length
         self.masked = any(part.masked for part in parts)
-        self.shares = [weight / sum(weights[i:]) for i, weight in enumerate(weights)]  # of what earlier parts leave
+        self.shares = [
+            weight / sum(weights[i:]) for i, weight in enumerate(weights)
+        ]  # of what earlier parts leave
         if training:
             self.num_rows = sum(part.num_rows for part in parts)
         else:  # as many as there are in these proportions, none of them twice

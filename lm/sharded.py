@@ -4,6 +4,7 @@ The state of such a run is a folder that torch.distributed.checkpoint writes, ea
 of ranks to read: out/<run>/sharded/step-N. The run's ckpt.pt says which, and holds everything but the weights;
 at the end of the run, and by `consolidate`, it gets these too and is a checkpoint like any other.
 """
+
 import shutil
 import warnings
 from contextlib import contextmanager
@@ -12,14 +13,17 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict, set_optimizer_state_dict)
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-import checkpoints
-import optim
-import runtime
-from configurator import UserError
+from lm import checkpoints, optim, runtime
+from lm.configurator import UserError
 
 
 def check(**settings):
@@ -43,8 +47,9 @@ def shard(model, run, weights):
         mesh = init_device_mesh(run.device.type, (run.world_size,))
         policy = MixedPrecisionPolicy()
         if run.dtype != 'float32':
-            policy = MixedPrecisionPolicy(param_dtype=runtime.DTYPES[run.dtype], reduce_dtype=torch.float32,
-                                          cast_forward_inputs=False)  # noise and rotary tables stay as they are
+            policy = MixedPrecisionPolicy(
+                param_dtype=runtime.DTYPES[run.dtype], reduce_dtype=torch.float32, cast_forward_inputs=False
+            )  # noise and rotary tables stay as they are
         for block in model.blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
@@ -64,9 +69,13 @@ def fill(model, weights, run):
     parameters = dict(model.named_parameters())
     if parameters.keys() != weights.keys():
         odd = ', '.join(sorted(parameters.keys() ^ weights.keys())[:3])
-        raise UserError(f'The checkpoint does not hold the plain weights of its model ({odd}, ...); give another one.')
+        raise UserError(
+            f'The checkpoint does not hold the plain weights of its model ({odd}, ...); give another one.'
+        )
     for name, weight in parameters.items():
-        for part in weights[name].chunk(run.world_size)[run.rank:run.rank + 1]:  # small ones have fewer parts
+        for part in weights[name].chunk(run.world_size)[
+            run.rank : run.rank + 1
+        ]:  # small ones have fewer parts
             optim.local(weight).copy_(part)
 
 

@@ -1,4 +1,5 @@
 """Where a script runs: process group, device, precision, signals, logs."""
+
 import contextlib
 import csv
 import ctypes
@@ -11,16 +12,17 @@ import time
 import torch
 import torch.distributed as dist
 
-import data
-import kernels
-from checkpoints import save_atomically
-from configurator import UserError
-from optim import local
+from lm import kernels
+from lm.configurator import UserError
+from lm.files import save_atomically
+from lm.optim import local
+from lm.rng import random_bits
 
 DTYPES = {'bfloat16': torch.bfloat16, 'float16': torch.float16, 'float32': torch.float32}
 
 
 # ---------------------------------------------------------------------------- device, precision, ranks
+
 
 class Runtime:
     """This process: `rank` of `world_size`, its `device`, and the `dtype` that autocast computes in."""
@@ -105,8 +107,11 @@ def clip_gradients(parameters, limit):
 def means(split, sums):
     """The metrics `split`/loss, /accuracy and /perplexity from the sums that a model's forward returns."""
     loss = sums['loss'] / max(1, sums['count'])
-    return {f'{split}/loss': loss, f'{split}/accuracy': sums['correct'] / max(1, sums['predicted']),
-            f'{split}/perplexity': math.exp(min(loss, 700))}
+    return {
+        f'{split}/loss': loss,
+        f'{split}/accuracy': sums['correct'] / max(1, sums['predicted']),
+        f'{split}/perplexity': math.exp(min(loss, 700)),
+    }
 
 
 def training_means(sums, beliefs):
@@ -114,7 +119,9 @@ def training_means(sums, beliefs):
     values = means('train', sums)
     if beliefs:
         values['train/k'] = beliefs['k']
-    if sums.get('ignore_targets'):  # filler that was hidden in these rows: how much was found, how much is none
+    if sums.get(
+        'ignore_targets'
+    ):  # filler that was hidden in these rows: how much was found, how much is none
         values['train/ignore_acc'] = sums['ignore_correct'] / sums['ignore_targets']
         values['train/ignore_precision'] = sums['ignore_correct'] / max(1, sums['ignore_guesses'])
     return values
@@ -123,7 +130,16 @@ def training_means(sums, beliefs):
 @torch.no_grad()
 def evaluate(model, batches, run, tokens_per_byte):
     """The metrics val/ over the batches of all ranks. tokens_per_byte: None where there is no text to speak of."""
-    names = ('loss', 'count', 'correct', 'predicted', 'text_loss', 'ignore_correct', 'ignore_targets', 'ignore_guesses')
+    names = (
+        'loss',
+        'count',
+        'correct',
+        'predicted',
+        'text_loss',
+        'ignore_correct',
+        'ignore_targets',
+        'ignore_guesses',
+    )
     sums, plain = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)  # a rank may have no batch
     model.eval()
     for batch in batches:
@@ -159,13 +175,17 @@ def pick_device(name):
         raise UserError(f'device is {name!r}; choose auto, cpu, cuda, cuda:N or mps.') from error
     available = {'cpu': True, 'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available()}
     if not available.get(device.type, False):
-        raise UserError(f'device is {name!r}, but PyTorch finds none on this machine; use --device=cpu or auto.')
+        raise UserError(
+            f'device is {name!r}, but PyTorch finds none on this machine; use --device=cpu or auto.'
+        )
     if device.type != 'cuda':
         return device
     index = int(os.environ.get('LOCAL_RANK', 0)) if device.index is None else device.index
     if index >= torch.cuda.device_count():
-        raise UserError(f'GPU number {index} is asked for, but there are {torch.cuda.device_count()}; start at most '
-                        'as many processes per node as it has GPUs.')
+        raise UserError(
+            f'GPU number {index} is asked for, but there are {torch.cuda.device_count()}; start at most '
+            'as many processes per node as it has GPUs.'
+        )
     return torch.device('cuda', index)
 
 
@@ -199,7 +219,7 @@ def keep_freed_memory():
 
 def seed_dropout(*key):
     """Seeds torch's generators by (seed, step, micro-step, rank): a resumed run drops the same units."""
-    torch.manual_seed(int(data.random_bits(*key)) >> 1)
+    torch.manual_seed(int(random_bits(*key)) >> 1)
 
 
 def measure_peak_flops(device, dtype):
@@ -214,7 +234,7 @@ def measure_peak_flops(device, dtype):
         synchronize(device)
         best = min(best, time.perf_counter() - start)
         total += time.perf_counter() - start
-    return 2 * size ** 3 / best
+    return 2 * size**3 / best
 
 
 def memory_estimate(model, batch_size, length, run):
@@ -226,10 +246,16 @@ def memory_estimate(model, batch_size, length, run):
     copies of float32 weights, and of sharded ones the root's and those of two blocks are gathered.
     """
     config, parameters = model.config, list(model.parameters())
-    trained, weights = (sum(x.numel() * x.element_size() for x in map(local, tensors)) for tensors in (
-        [p for p in parameters if p.requires_grad], [*parameters, *model.buffers()]))
+    trained, weights = (
+        sum(x.numel() * x.element_size() for x in map(local, tensors))
+        for tensors in ([p for p in parameters if p.requires_grad], [*parameters, *model.buffers()])
+    )
     number = 4 if run.dtype == 'float32' else 2
-    copies = 0 if run.dtype == 'float32' else number * sum(p.numel() for p in parameters if p.dtype == torch.float32)
+    copies = (
+        0
+        if run.dtype == 'float32'
+        else number * sum(p.numel() for p in parameters if p.dtype == torch.float32)
+    )
     if any(local(p) is not p for p in parameters):  # sharded: what is gathered at a time
         blocks = sum(p.numel() for p in model.blocks.parameters())
         copies = number * (sum(p.numel() for p in parameters) - blocks + 2 * blocks // config.n_layer)
@@ -240,7 +266,12 @@ def memory_estimate(model, batch_size, length, run):
     blocks = config.n_layer * (tokens * 4 * config.n_embd if config.gradient_checkpointing else block)
     head = 5 * 4 * min(tokens, model.head_rows(model.never)) * config.padded_vocab_size
     peak = max(head, block if config.gradient_checkpointing else 0)
-    return {'weights': weights + copies, 'gradients': trained, 'optimizer': 2 * trained, 'activations': blocks + peak}
+    return {
+        'weights': weights + copies,
+        'gradients': trained,
+        'optimizer': 2 * trained,
+        'activations': blocks + peak,
+    }
 
 
 def synchronize(device):
@@ -267,9 +298,25 @@ class StopSignal:
 
 # ---------------------------------------------------------------------------- logs
 
-METRICS = ('train/loss', 'train/accuracy', 'train/perplexity', 'train/lr', 'train/tokens_per_sec',
-           'train/grad_norm', 'train/mfu', 'train/epoch', 'val/loss', 'val/accuracy', 'val/perplexity', 'val/bpb',
-           'val/loss_k0', 'train/k', 'train/ignore_acc', 'train/ignore_precision', 'val/text_loss')
+METRICS = (
+    'train/loss',
+    'train/accuracy',
+    'train/perplexity',
+    'train/lr',
+    'train/tokens_per_sec',
+    'train/grad_norm',
+    'train/mfu',
+    'train/epoch',
+    'val/loss',
+    'val/accuracy',
+    'val/perplexity',
+    'val/bpb',
+    'val/loss_k0',
+    'train/k',
+    'train/ignore_acc',
+    'train/ignore_precision',
+    'val/text_loss',
+)
 
 
 class Logger:
@@ -317,11 +364,14 @@ class Logger:
 
     def start_wandb(self, folder, project, name, run_id, config):
         import wandb  # takes seconds to import: only where it is wanted
+
         mode = os.environ.get('WANDB_MODE')
         if mode is None and not wandb.login(prompt=False):
             mode = 'offline'
             self.print('W&B: not logged in, so the run is kept offline; `wandb login` first, or --no_wandb.')
-        run = wandb.init(project=project, name=name, id=run_id, resume='allow', config=config, dir=folder, mode=mode)
+        run = wandb.init(
+            project=project, name=name, id=run_id, resume='allow', config=config, dir=folder, mode=mode
+        )
         self.wandb_run_id = run.id  # kept for the next resume, even if W&B fails later
         return run
 

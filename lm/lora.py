@@ -6,6 +6,7 @@
 
 Adapters are saved and read in the layout of PEFT, in the names of the model's family (families.py).
 """
+
 import math
 import re
 from pathlib import Path
@@ -15,19 +16,29 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import checkpoints
-import families
-import pretrained
-from configurator import UserError
+from lm import families, files, pretrained
+from lm.configurator import UserError
 from model import ARCHITECTURES
 
 TARGETS = ('q', 'k', 'v', 'out', 'up', 'gate', 'down')  # the linear layers of a block
-THEIR_TARGETS = {'q_proj': 'q', 'k_proj': 'k', 'v_proj': 'v', 'o_proj': 'out', 'out_proj': 'out', 'up_proj': 'up',
-                 'gate_proj': 'gate', 'down_proj': 'down', 'fc1': 'up', 'fc2': 'down', 'c_fc': 'up'}
+THEIR_TARGETS = {
+    'q_proj': 'q',
+    'k_proj': 'k',
+    'v_proj': 'v',
+    'o_proj': 'out',
+    'out_proj': 'out',
+    'up_proj': 'up',
+    'gate_proj': 'gate',
+    'down_proj': 'down',
+    'fc1': 'up',
+    'fc2': 'down',
+    'c_fc': 'up',
+}
 PREFIX = 'base_model.model.'  # of PEFT's names
 
 
 # ---------------------------------------------------------------------------- adapters
+
 
 class Adapted(nn.Module):
     """A frozen linear layer W with a trained one of low rank beside it: y = W x + s B A x, s = alpha / rank
@@ -80,8 +91,11 @@ def base_dtype(layer, x):
 
 def linear_layers(model):
     """[(name, layer)] of the linear layers of the blocks."""
-    return [(name, layer) for name, layer in model.named_modules()
-            if name.startswith('blocks.') and isinstance(layer, (nn.Linear, Quantized))]
+    return [
+        (name, layer)
+        for name, layer in model.named_modules()
+        if name.startswith('blocks.') and isinstance(layer, (nn.Linear, Quantized))
+    ]
 
 
 def adapted_layers(model):
@@ -105,15 +119,18 @@ def freeze_all_but_adapters(model):
 def add_lora(model, rank, alpha, dropout=0.0, targets=TARGETS, dora=False):
     """Puts adapters on the blocks' linear layers of these names, ours or the family's, and freezes all the rest."""
     if rank < 1 or not 0 <= dropout < 1:
-        raise UserError(f'The rank is {rank} and the dropout {dropout}; the rank has to be at least 1, the dropout at '
-                        'least 0 and below 1.')
+        raise UserError(
+            f'The rank is {rank} and the dropout {dropout}; the rank has to be at least 1, the dropout at '
+            'least 0 and below 1.'
+        )
     names = {ours for target in targets for ours in our_targets(target)}
     for name, layer in linear_layers(model):
         if name.rpartition('.')[2] in names:
             replace(model, name, Adapted(layer, rank, alpha, dropout, dora))
     if not adapted_layers(model):
-        raise UserError(f'No layer of the model is called {" or ".join(targets)}; choose targets of '
-                        f'{", ".join(TARGETS)}.')
+        raise UserError(
+            f'No layer of the model is called {" or ".join(targets)}; choose targets of {", ".join(TARGETS)}.'
+        )
     freeze_all_but_adapters(model)
 
 
@@ -153,10 +170,12 @@ def untrained(model, ids):
     """Those of the token ids whose rows of the embedding look like its padding, which nothing ever trained (Land and
     Bartolo 2024): they are as near to its mean as it is itself. None where a model has no padding of its own."""
     config, rows = model.config, model.embedding.weight.float()
-    padding = rows[config.vocab_size:config.pretrained_rows or 0]
+    padding = rows[config.vocab_size : config.pretrained_rows or 0]
     if not len(padding) or not ids:
         return []
-    spread = (padding - padding.mean(0)).norm(dim=1).max() + 0.01 * rows[:config.vocab_size].norm(dim=1).median()
+    spread = (padding - padding.mean(0)).norm(dim=1).max() + 0.01 * rows[: config.vocab_size].norm(
+        dim=1
+    ).median()
     near = (rows[ids] - padding.mean(0)).norm(dim=1) <= 2 * spread
     return [i for i, is_near in zip(ids, near.tolist()) if is_near]
 
@@ -171,7 +190,9 @@ def trained_tables(model):
 
 def new_parts(model):
     """{PEFT's name: weight} of what `free_new_parts` has freed; nothing where it has not."""
-    parts = {f'{name}.token_adapter.trainable_tokens_delta': table.rows for name, table in trained_tables(model)}
+    parts = {
+        f'{name}.token_adapter.trainable_tokens_delta': table.rows for name, table in trained_tables(model)
+    }
     return {**parts, 'believed.weight': model.believed.weight} if parts and model.believes else parts
 
 
@@ -179,8 +200,10 @@ def our_targets(target):
     several = {'all-linear': TARGETS, 'c_attn': ('q', 'k', 'v'), 'c_proj': ('out', 'down')}
     names = several.get(target, (THEIR_TARGETS.get(target, target),))
     if not set(names) <= set(TARGETS):
-        raise UserError(f'{target!r} is no layer that can have an adapter; choose targets of {", ".join(TARGETS)}, '
-                        f'or {", ".join([*several, *THEIR_TARGETS])}.')
+        raise UserError(
+            f'{target!r} is no layer that can have an adapter; choose targets of {", ".join(TARGETS)}, '
+            f'or {", ".join([*several, *THEIR_TARGETS])}.'
+        )
     return names
 
 
@@ -189,8 +212,13 @@ def merge(model):
     """Writes the adapters into the weights, in float32, and removes them; 8- and 4-bit layers become plain ones."""
     for name, layer in adapted_layers(model):
         base = layer.base
-        merged = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None,
-                           device=layer.lora_A.device, dtype=base_dtype(base, layer.lora_A))
+        merged = nn.Linear(
+            base.in_features,
+            base.out_features,
+            bias=base.bias is not None,
+            device=layer.lora_A.device,
+            dtype=base_dtype(base, layer.lora_A),
+        )
         merged.weight.copy_(layer.merged_weight())
         if base.bias is not None:
             merged.bias.copy_(base.bias)
@@ -202,21 +230,26 @@ def merge(model):
 
 # ---------------------------------------------------------------------------- PEFT's files
 
+
 def places(model):
     """{our layer's name: (its name in the model's family, the third of it or None)}, without a family ours; which."""
     family, _ = families.family_of('ar' if model.causal else None, model.config)
     found = {}
     for name, layer in linear_layers(model) + adapted_layers(model):
         name = name.removesuffix('.base')
-        theirs, third, _ = families.their_name(name + '.weight', family) if family else (name + '.weight', None, False)
+        theirs, third, _ = (
+            families.their_name(name + '.weight', family) if family else (name + '.weight', None, False)
+        )
         found[name] = theirs.removesuffix('.weight'), third
     return found, family
 
 
 def adapter_state(model):
     """The adapters as PEFT names them: {name: tensor}."""
-    return {**{name: tensor for _, tensors in adapters(model).values() for name, tensor in tensors.items()},
-            **{PREFIX + name: weight.detach() for name, weight in new_parts(model).items()}}
+    return {
+        **{name: tensor for _, tensors in adapters(model).values() for name, tensor in tensors.items()},
+        **{PREFIX + name: weight.detach() for name, weight in new_parts(model).items()},
+    }
 
 
 def adapters(model):
@@ -234,9 +267,14 @@ def adapters(model):
             a, b, magnitude = fused([model.get_submodule(name) for name in siblings])
         tensors = {'lora_A.weight': a, 'lora_B.weight': b, 'lora_magnitude_vector': magnitude}
         n = len(layers)
-        found[theirs] = (n * first.rank, n * first.alpha), {
-            f'{PREFIX}{theirs}.{name}': tensor.detach().contiguous() for name, tensor in tensors.items()
-            if tensor is not None}
+        found[theirs] = (
+            (n * first.rank, n * first.alpha),
+            {
+                f'{PREFIX}{theirs}.{name}': tensor.detach().contiguous()
+                for name, tensor in tensors.items()
+                if tensor is not None
+            },
+        )
     return found
 
 
@@ -244,12 +282,24 @@ def fused(layers):
     """A (ranks, in), B (outs, ranks) and the magnitudes (outs,) of adjacent layers, with or without an adapter."""
     adapted = [layer for layer in layers if isinstance(layer, Adapted)]
     a = torch.cat([layer.lora_A for layer in adapted])
-    b = torch.block_diag(*[layer.lora_B if isinstance(layer, Adapted) else a.new_zeros(layer.out_features, 0)
-                           for layer in layers])
+    b = torch.block_diag(
+        *[
+            layer.lora_B if isinstance(layer, Adapted) else a.new_zeros(layer.out_features, 0)
+            for layer in layers
+        ]
+    )
     if adapted[0].magnitude is None:
         return a, b, None
-    return a, b, torch.cat([layer.magnitude if isinstance(layer, Adapted) else weight_of(layer).norm(dim=1)
-                            for layer in layers])
+    return (
+        a,
+        b,
+        torch.cat(
+            [
+                layer.magnitude if isinstance(layer, Adapted) else weight_of(layer).norm(dim=1)
+                for layer in layers
+            ]
+        ),
+    )
 
 
 def save_adapter(model, folder, base_name):
@@ -262,42 +312,67 @@ def save_adapter(model, folder, base_name):
     folder.mkdir(parents=True, exist_ok=True)
     (rank, alpha), _ = next(iter(found.values()))
     first = adapted_layers(model)[0][1]
-    tails = {theirs: '.'.join(theirs.split('.')[-2:]) if theirs.endswith('c_proj') else theirs.split('.')[-1]
-             for theirs in found}
-    config = {'peft_type': 'LORA', 'task_type': 'CAUSAL_LM' if model.causal else None,
-              'base_model_name_or_path': str(base_name), 'r': rank, 'lora_alpha': alpha,
-              'lora_dropout': first.dropout.p, 'target_modules': sorted(set(tails.values())), 'bias': 'none',
-              'use_dora': first.magnitude is not None, 'use_rslora': False,
-              'fan_in_fan_out': family == 'gpt2', 'inference_mode': True,
-              'rank_pattern': {theirs: r for theirs, ((r, _), _) in found.items() if r != rank},
-              'alpha_pattern': {theirs: a for theirs, ((_, a), _) in found.items() if a != alpha}}
+    tails = {
+        theirs: '.'.join(theirs.split('.')[-2:]) if theirs.endswith('c_proj') else theirs.split('.')[-1]
+        for theirs in found
+    }
+    config = {
+        'peft_type': 'LORA',
+        'task_type': 'CAUSAL_LM' if model.causal else None,
+        'base_model_name_or_path': str(base_name),
+        'r': rank,
+        'lora_alpha': alpha,
+        'lora_dropout': first.dropout.p,
+        'target_modules': sorted(set(tails.values())),
+        'bias': 'none',
+        'use_dora': first.magnitude is not None,
+        'use_rslora': False,
+        'fan_in_fan_out': family == 'gpt2',
+        'inference_mode': True,
+        'rank_pattern': {theirs: r for theirs, ((r, _), _) in found.items() if r != rank},
+        'alpha_pattern': {theirs: a for theirs, ((_, a), _) in found.items() if a != alpha},
+    }
     if parts := new_parts(model):
         tables = [name.partition('.')[0] for name in parts if 'token_adapter' in name]
-        config.update(trainable_token_indices=dict.fromkeys(tables, own_tokens(model)),
-                      modules_to_save=['believed'] if model.believes else None,
-                      architecture=architecture_of(model))
-    checkpoints.save_atomically(folder / 'adapter_model.safetensors', lambda file: file.write(
-        safetensors.torch.save(adapter_state(model), metadata={'format': 'pt'})))
-    checkpoints.write_json(folder / 'adapter_config.json', config)
+        config.update(
+            trainable_token_indices=dict.fromkeys(tables, own_tokens(model)),
+            modules_to_save=['believed'] if model.believes else None,
+            architecture=architecture_of(model),
+        )
+    files.save_atomically(
+        folder / 'adapter_model.safetensors',
+        lambda file: file.write(safetensors.torch.save(adapter_state(model), metadata={'format': 'pt'})),
+    )
+    files.write_json(folder / 'adapter_config.json', config)
 
 
 def load_adapter(model, folder):
     """Puts the adapters of a folder in PEFT's layout on the model, ready to be used, trained on or merged."""
     folder, config = Path(folder), read_config(folder)
     if adapted_layers(model):
-        raise UserError(f'The model has an adapter already, so {folder} cannot be put on it; merge the first one.')
+        raise UserError(
+            f'The model has an adapter already, so {folder} cannot be put on it; merge the first one.'
+        )
     converted = 'architecture' in config
-    for key, wanted in (('peft_type', 'LORA'), ('bias', 'none'), ('lora_bias', False),
-                        ('architecture', architecture_of(model)),
-                        ('modules_to_save', ['believed'] if converted and model.believes else None)):
+    for key, wanted in (
+        ('peft_type', 'LORA'),
+        ('bias', 'none'),
+        ('lora_bias', False),
+        ('architecture', architecture_of(model)),
+        ('modules_to_save', ['believed'] if converted and model.believes else None),
+    ):
         if config.get(key, wanted) != wanted:
             raise UserError(f'The adapter {folder} has {key}={config[key]!r}; only {wanted!r} is known here.')
-    tensors = {re.sub(r'^base_model\.model\.|\.weight$', '', name): tensor
-               for name, tensor in read_tensors(folder).items()}
+    tensors = {
+        re.sub(r'^base_model\.model\.|\.weight$', '', name): tensor
+        for name, tensor in read_tensors(folder).items()
+    }
     layers, used = dict(linear_layers(model)), set()
     for name, (theirs, third) in places(model)[0].items():
         if f'{theirs}.lora_A' in tensors:
-            used.update({f'{theirs}.{part}' for part in ('lora_A', 'lora_B', 'lora_magnitude_vector')} & set(tensors))
+            used.update(
+                {f'{theirs}.{part}' for part in ('lora_A', 'lora_B', 'lora_magnitude_vector')} & set(tensors)
+            )
             replace(model, name, read_layer(layers[name], tensors, theirs, third, config, folder))
     freeze_all_but_adapters(model)
     if converted:
@@ -305,15 +380,19 @@ def load_adapter(model, folder):
         used.update(read_new_parts(model, tensors))
     if not used or used != set(tensors):
         left_over = ', '.join(sorted(set(tensors) - used)[:5]) or 'it'
-        raise UserError(f'The adapter {folder} belongs on another base, {config.get("base_model_name_or_path")!r}: '
-                        f'this model has no place for {left_over}; give the base that it was made for.')
+        raise UserError(
+            f'The adapter {folder} belongs on another base, {config.get("base_model_name_or_path")!r}: '
+            f'this model has no place for {left_over}; give the base that it was made for.'
+        )
 
 
 def read_config(folder):
     """The adapter_config.json of an adapter's folder."""
     if not (Path(folder) / 'adapter_config.json').is_file():
-        raise UserError(f'There is no adapter in {folder}: adapter_config.json is missing; give the folder that '
-                        'save_adapter or PEFT wrote.')
+        raise UserError(
+            f'There is no adapter in {folder}: adapter_config.json is missing; give the folder that '
+            'save_adapter or PEFT wrote.'
+        )
     return pretrained.read_json(Path(folder) / 'adapter_config.json')
 
 
@@ -321,7 +400,9 @@ def read_config(folder):
 def read_new_parts(model, tensors):
     """Fills what is trained beside the adapters; returns the names of the tensors that it took."""
     found = {name.removesuffix('.weight'): weight for name, weight in new_parts(model).items()}
-    names = {name for name, weight in found.items() if name in tensors and tensors[name].shape == weight.shape}
+    names = {
+        name for name, weight in found.items() if name in tensors and tensors[name].shape == weight.shape
+    }
     for name in names:
         found[name].copy_(tensors[name])
     return names
@@ -334,15 +415,25 @@ def read_tensors(folder):
             return safetensors.torch.load_file(path)
         return pretrained.load_bin(folder / 'adapter_model.bin')
     except Exception as error:  # damaged bytes make both libraries fail in a dozen ways
-        raise UserError(f'The weights of the adapter {folder} cannot be read ({error}); save it again.') from error
+        raise UserError(
+            f'The weights of the adapter {folder} cannot be read ({error}); save it again.'
+        ) from error
 
 
 def read_layer(layer, tensors, theirs, third, config, folder):
     """An adapted layer with the tensors that an adapter has for the layer `theirs`, or for a third of it."""
-    a, b, magnitude = (tensors.get(f'{theirs}.{part}') for part in ('lora_A', 'lora_B', 'lora_magnitude_vector'))
+    a, b, magnitude = (
+        tensors.get(f'{theirs}.{part}') for part in ('lora_A', 'lora_B', 'lora_magnitude_vector')
+    )
     rank = len(a)
-    alpha = next((alpha for pattern, alpha in (config.get('alpha_pattern') or {}).items()
-                  if re.match(rf'(.*\.)?({pattern})$', theirs)), config['lora_alpha'])
+    alpha = next(
+        (
+            alpha
+            for pattern, alpha in (config.get('alpha_pattern') or {}).items()
+            if re.match(rf'(.*\.)?({pattern})$', theirs)
+        ),
+        config['lora_alpha'],
+    )
     alpha = alpha * math.sqrt(rank) if config.get('use_rslora') else alpha
     adapted = Adapted(layer, rank, alpha, config.get('lora_dropout', 0.0), magnitude is not None)
     if third is not None:
@@ -351,9 +442,11 @@ def read_layer(layer, tensors, theirs, third, config, folder):
         for name, tensor in (('lora_A', a), ('lora_B', b), ('magnitude', magnitude)):
             weight = getattr(adapted, name)
             if weight is not None and tensor.shape != weight.shape:
-                raise UserError(f'The adapter {folder} belongs on another base: {theirs} has {name} of the shape '
-                                f'{tuple(tensor.shape)} where this model needs {tuple(weight.shape)}; give the base '
-                                'that it was made for.')
+                raise UserError(
+                    f'The adapter {folder} belongs on another base: {theirs} has {name} of the shape '
+                    f'{tuple(tensor.shape)} where this model needs {tuple(weight.shape)}; give the base '
+                    'that it was made for.'
+                )
             if weight is not None:
                 weight.copy_(tensor)
     return adapted
@@ -361,10 +454,13 @@ def read_layer(layer, tensors, theirs, third, config, folder):
 
 # ---------------------------------------------------------------------------- frozen layers in few bits
 
+
 def normal_float():
     """The 16 values of NF4: quantiles of the normal distribution, one of them 0 (Dettmers et al. 2023, QLoRA)."""
     end = 0.9677083  # midway between the quantiles 1 - 1/30 and 1 - 1/32, as in bitsandbytes
-    above, below = (torch.special.ndtri(torch.linspace(end, 0.5, n, dtype=torch.float64)[:-1]) for n in (9, 8))
+    above, below = (
+        torch.special.ndtri(torch.linspace(end, 0.5, n, dtype=torch.float64)[:-1]) for n in (9, 8)
+    )
     values = torch.cat([above, torch.zeros(1, dtype=torch.float64), -below]).sort().values
     return (values / values.max()).float()
 
@@ -405,10 +501,10 @@ class Quantized(nn.Module):
         scale = self.scale.view(torch.float32)
         if self.bits == 8:
             return (self.codes * scale).to(dtype)
-        largest = (self.scales * scale[:-1] + scale[-1:]).flatten()[:len(self.codes)]
+        largest = (self.scales * scale[:-1] + scale[-1:]).flatten()[: len(self.codes)]
         codes = torch.stack([self.codes >> 4, self.codes & 15], -1).flatten(1)  # (N, 64)
         weight = NF4.to(scale.device)[codes.int()] * largest[:, None]
-        return weight.flatten()[:self.out_features * self.in_features].view(self.out_features, -1).to(dtype)
+        return weight.flatten()[: self.out_features * self.in_features].view(self.out_features, -1).to(dtype)
 
     def forward(self, x):
         y = FrozenProduct.apply(x, self)

@@ -1,4 +1,5 @@
 """What evaluate.py found, for people: one aligned table, and a page that needs nothing but itself."""
+
 import csv
 import math
 import textwrap
@@ -37,24 +38,33 @@ COLUMNS = (
     ('passes/token', 'passes_per_token', None, '.3f'),
     ('peak MB', 'peak_memory_mb', None, ',.0f'),
 )
-NOTES = ('± is half a 95 % interval. exact: -log p itself; upper: a bound that it does not exceed, so that an upper '
-         'one below an exact one is better, and one above it leaves the question open. For sdd it is the bound '
-         'of writing one token at a time, each after two passes; k = 0: the same without beliefs; in steps: the bound '
-         "of sampler='ancestral' at temperature 1 in bound_steps steps, which other samplers void. Left to right: the "
-         'exact value of a diffusion model that writes in this order, on fewer rows. Accuracy: of the next token '
-         'for ar, of hidden tokens for the others, so the two do not compare. Figures of samples depend on their '
-         'number and length: read them beside those of held-out text. n/a: cannot be computed.')
+NOTES = (
+    '± is half a 95 % interval. exact: -log p itself; upper: a bound that it does not exceed, so that an upper '
+    'one below an exact one is better, and one above it leaves the question open. For sdd it is the bound '
+    'of writing one token at a time, each after two passes; k = 0: the same without beliefs; in steps: the bound '
+    "of sampler='ancestral' at temperature 1 in bound_steps steps, which other samplers void. Left to right: the "
+    'exact value of a diffusion model that writes in this order, on fewer rows. Accuracy: of the next token '
+    'for ar, of hidden tokens for the others, so the two do not compare. Figures of samples depend on their '
+    'number and length: read them beside those of held-out text. n/a: cannot be computed.'
+)
 
 
 # ---------------------------------------------------------------------------- table
+
 
 def floor_row(floor):
     """The last row, where the data's true distribution is known (prepare/stories.py): what no model beats."""
     if floor is None:
         return None
-    return {'name': 'entropy floor', 'bound': 'exact', 'nats_per_token': floor['nats_per_token'],
-            'perplexity': math.exp(floor['nats_per_token']), 'bpb': floor['bits_per_byte'],
-            'valid_stories': 1.0, 'story_nats_per_byte': floor['nats_per_byte']}
+    return {
+        'name': 'entropy floor',
+        'bound': 'exact',
+        'nats_per_token': floor['nats_per_token'],
+        'perplexity': math.exp(floor['nats_per_token']),
+        'bpb': floor['bits_per_byte'],
+        'valid_stories': 1.0,
+        'story_nats_per_byte': floor['nats_per_byte'],
+    }
 
 
 def rows_of(results):
@@ -64,8 +74,11 @@ def rows_of(results):
     if heldout and all(one == heldout[0] for one in heldout):
         rows.append({'name': 'held-out text', **heldout[0]})
     elif heldout:  # samples differ in length, and so does what they are compared with
-        rows += [{'name': f'held-out for {model["name"]}', **model['heldout']}
-                 for model in models if 'heldout' in model]
+        rows += [
+            {'name': f'held-out for {model["name"]}', **model['heldout']}
+            for model in models
+            if 'heldout' in model
+        ]
     return rows + [row for row in [results['floor']] if row]
 
 
@@ -93,23 +106,35 @@ def cells(results):
     """Titles, and a list of texts per row, of the columns that any row fills."""
     rows = rows_of(results)
     columns = [column for column in COLUMNS if any(lookup(row, column[1])[1] for row in results['models'])]
-    return (['model'] + [column[0] for column in columns],
-            [[row['name']] + [cell(row, *column[1:]) for column in columns] for row in rows])
+    return (
+        ['model'] + [column[0] for column in columns],
+        [[row['name']] + [cell(row, *column[1:]) for column in columns] for row in rows],
+    )
 
 
 def table(results):
     """The aligned table as text, names on the left and numbers on the right, and what it means."""
     titles, rows = cells(results)
     widths = [max(map(len, column)) for column in zip(titles, *rows)]
-    lines = ['  '.join([line[0].ljust(widths[0])] + [text.rjust(width) for text, width in zip(line[1:], widths[1:])])
-             for line in [titles, *rows]]
-    return '\n'.join([lines[0], '-' * len(lines[0]), *lines[1:], '', *textwrap.wrap(NOTES, 110), *remarks(results)])
+    lines = [
+        '  '.join(
+            [line[0].ljust(widths[0])] + [text.rjust(width) for text, width in zip(line[1:], widths[1:])]
+        )
+        for line in [titles, *rows]
+    ]
+    return '\n'.join(
+        [lines[0], '-' * len(lines[0]), *lines[1:], '', *textwrap.wrap(NOTES, 110), *remarks(results)]
+    )
 
 
 def remarks(results):
     """What a reader has to know beside the table."""
-    return [f'{model["samples_empty"]} of {len(model["samples"])} samples of {model["name"]} are empty; figures of '
-            'samples leave them out.' for model in results['models'] if model.get('samples_empty')]
+    return [
+        f'{model["samples_empty"]} of {len(model["samples"])} samples of {model["name"]} are empty; figures of '
+        'samples leave them out.'
+        for model in results['models']
+        if model.get('samples_empty')
+    ]
 
 
 # ---------------------------------------------------------------------------- loss curves
@@ -147,31 +172,45 @@ def chart(curves):
     (left, right), (low, high) = ((min(column), max(column)) for column in zip(*points))
 
     def place(x, y):
-        return (MARGIN + (x - left) / ((right - left) or 1) * (WIDTH - 2 * MARGIN),
-                HEIGHT - MARGIN + (low - y) / ((high - low) or 1) * (HEIGHT - 2 * MARGIN))
+        return (
+            MARGIN + (x - left) / ((right - left) or 1) * (WIDTH - 2 * MARGIN),
+            HEIGHT - MARGIN + (low - y) / ((high - low) or 1) * (HEIGHT - 2 * MARGIN),
+        )
 
     parts = []
     for x in ticks(left, right):
-        parts.append(f'<text x="{place(x, low)[0]:.1f}" y="{HEIGHT - MARGIN + 18}" text-anchor="middle">{x:g}</text>')
+        parts.append(
+            f'<text x="{place(x, low)[0]:.1f}" y="{HEIGHT - MARGIN + 18}" text-anchor="middle">{x:g}</text>'
+        )
     for y in ticks(low, high):
         at = place(left, y)[1]
-        parts.append(f'<line x1="{MARGIN}" x2="{WIDTH - MARGIN}" y1="{at:.1f}" y2="{at:.1f}" class="grid"/>'
-                     f'<text x="{MARGIN - 6}" y="{at + 4:.1f}" text-anchor="end">{y:g}</text>')
+        parts.append(
+            f'<line x1="{MARGIN}" x2="{WIDTH - MARGIN}" y1="{at:.1f}" y2="{at:.1f}" class="grid"/>'
+            f'<text x="{MARGIN - 6}" y="{at + 4:.1f}" text-anchor="end">{y:g}</text>'
+        )
     for i, (model, of_model) in enumerate(curves.items()):
         colour = COLOURS[i % len(COLOURS)]
         for name, line in of_model.items():
-            path = ' '.join('{:.1f},{:.1f}'.format(*place(*point)) for point in line if math.isfinite(point[1]))
+            path = ' '.join(
+                '{:.1f},{:.1f}'.format(*place(*point)) for point in line if math.isfinite(point[1])
+            )
             width, opacity = (2, 1) if name == 'val/loss' else (1, 0.45)
-            parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{width}" '
-                         f'stroke-opacity="{opacity}"><title>{escape(model)}: {name}</title></polyline>')
-        parts.append(f'<text x="{WIDTH - MARGIN}" y="{MARGIN + 16 * i}" text-anchor="end" fill="{colour}">'
-                     f'{escape(model)}</text>')
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="loss over steps">{"".join(parts)}</svg>'
+            parts.append(
+                f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{width}" '
+                f'stroke-opacity="{opacity}"><title>{escape(model)}: {name}</title></polyline>'
+            )
+        parts.append(
+            f'<text x="{WIDTH - MARGIN}" y="{MARGIN + 16 * i}" text-anchor="end" fill="{colour}">'
+            f'{escape(model)}</text>'
+        )
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="loss over steps">{"".join(parts)}</svg>'
+    )
 
 
 # ---------------------------------------------------------------------------- page
 
-STYLE = '''
+STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #222; }
 h1, h2 { font-weight: 600; } .scroll { overflow-x: auto; }
 table { border-collapse: collapse; white-space: nowrap; font-variant-numeric: tabular-nums; }
@@ -180,7 +219,7 @@ th:first-child, td:first-child { text-align: left; } th { border-bottom: 2px sol
 svg { max-width: 44rem; font-size: 11px; } .grid { stroke: #e4e4e4; } .notes { color: #555; max-width: 60rem; }
 .samples { display: grid; gap: 1rem; grid-auto-flow: column; grid-auto-columns: minmax(20rem, 1fr); overflow-x: auto; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f4; padding: .7rem; border-radius: 4px; }
-'''
+"""
 
 
 def page(results, curves, shown=10):
@@ -190,7 +229,7 @@ def page(results, curves, shown=10):
     body = ''.join('<tr>' + ''.join(f'<td>{escape(text)}</td>' for text in row) + '</tr>\n' for row in rows)
     title = f'Models on {escape(results["dataset"])}'
     versions = ', '.join(f'{name} {version}' for name, version in results['versions'].items())
-    return f'''<!DOCTYPE html>
+    return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title><style>{STYLE}</style></head><body>
 <h1>{title}</h1>
@@ -203,7 +242,7 @@ def page(results, curves, shown=10):
 {samples(results['models'], shown)}
 <p class="notes">Rows of {results['block_size']} tokens, {escape(results['mode'])}; {escape(versions)}.</p>
 </body></html>
-'''
+"""
 
 
 def samples(models, shown):
@@ -211,8 +250,14 @@ def samples(models, shown):
     columns = []
     for model in models:
         texts = [escape(text) for text in model.get('samples', [])[:shown]]
-        texts += [f'{escape(prompt)}<b>{escape(answer)}</b>' for prompt, answer, _ in model.get('answers', [])[:shown]]
+        texts += [
+            f'{escape(prompt)}<b>{escape(answer)}</b>'
+            for prompt, answer, _ in model.get('answers', [])[:shown]
+        ]
         if texts:
-            columns.append(f'<div><h3>{escape(model["name"])}</h3>'
-                           + ''.join(f'<pre>{text}</pre>' for text in texts) + '</div>')
+            columns.append(
+                f'<div><h3>{escape(model["name"])}</h3>'
+                + ''.join(f'<pre>{text}</pre>' for text in texts)
+                + '</div>'
+            )
     return f'<h2>Samples</h2><div class="samples">{"".join(columns)}</div>' if columns else ''

@@ -1,39 +1,20 @@
 """Checkpoints, and the folder of the run that they stand in."""
+
 import contextlib
-import json
-import os
 import shutil
 from pathlib import Path
 
 import torch
 
-import pretrained
-from configurator import UserError, restore
+from lm import pretrained
+from lm.configurator import ROOT, UserError, restore
+from lm.files import save_atomically
 from model import ARCHITECTURES, SIZES, ModelConfig
 
-ROOT = Path(__file__).resolve().parent
 CHECKPOINT_FORMAT = 1
 
 
 # ---------------------------------------------------------------------------- checkpoints
-
-def save_atomically(path, write):
-    """`write(file)` into a file beside `path`, then puts it in its place: a crash leaves the old or the new."""
-    path = Path(path)
-    beside = path.with_name(path.name + '.tmp')
-    try:
-        with open(beside, 'wb') as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise UserError(f'{path} could not be written ({error}); what was there before still is.') from error
-    os.replace(beside, path)
-
-
-def write_json(path, value):
-    save_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + '\n').encode()))
 
 
 def save(path, checkpoint):
@@ -45,10 +26,19 @@ def is_pretrained(path):
     path, is_name = Path(path), isinstance(path, str) and not path.endswith('.pt')
     if path.is_dir():
         settings = path / 'config.json'
-        return not (path / 'ckpt.pt').exists() and settings.is_file() and '"model_type"' in settings.read_text('utf-8')
+        return (
+            not (path / 'ckpt.pt').exists()
+            and settings.is_file()
+            and '"model_type"' in settings.read_text('utf-8')
+        )
     owner = path.parent  # out/run is no name where there is a folder out/
-    return is_name and not path.exists() and not path.is_absolute() and len(path.parts) <= 2 and (
-        owner == Path() or not owner.exists())
+    return (
+        is_name
+        and not path.exists()
+        and not path.is_absolute()
+        and len(path.parts) <= 2
+        and (owner == Path() or not owner.exists())
+    )
 
 
 def load(path, token=None, revision=None, mmap=False, sharded=False):
@@ -67,8 +57,10 @@ def load(path, token=None, revision=None, mmap=False, sharded=False):
         checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
     except Exception as error:  # damaged bytes make it fail in a dozen ways, OSError and KeyError among them
         reason = str(error).splitlines()[0] if str(error) else 'it ends too early'
-        raise UserError(f'{path} is damaged or no checkpoint of ours ({reason}); take another one of the run, '
-                        'best.pt or one under checkpoints/.') from error
+        raise UserError(
+            f'{path} is damaged or no checkpoint of ours ({reason}); take another one of the run, '
+            'best.pt or one under checkpoints/.'
+        ) from error
     checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
     if 'architecture' in checkpoint.get('train_config', {}):
         checkpoint.setdefault('architecture', checkpoint['train_config']['architecture'])
@@ -76,11 +68,15 @@ def load(path, token=None, revision=None, mmap=False, sharded=False):
     if missing == {'model_state_dict'} and 'sharded' in checkpoint:
         if sharded:
             return checkpoint
-        raise UserError(f'The weights of {path} are sharded in {path.parent / "sharded"}; put them into it with '
-                        f'`python hf.py consolidate {path.parent}`, or let the run finish.')
+        raise UserError(
+            f'The weights of {path} are sharded in {path.parent / "sharded"}; put them into it with '
+            f'`python hf.py consolidate {path.parent}`, or let the run finish.'
+        )
     if missing:
-        raise UserError(f'{path} lacks {", ".join(sorted(missing))}, so it is no checkpoint of these scripts; '
-                        'give the ckpt.pt of a run.')
+        raise UserError(
+            f'{path} lacks {", ".join(sorted(missing))}, so it is no checkpoint of these scripts; '
+            'give the ckpt.pt of a run.'
+        )
     return checkpoint
 
 
@@ -91,27 +87,38 @@ def load_run(path, namespace, config, fixed):
     """
     checkpoint = load(path, mmap=config.get('fsdp', False), sharded=True)
     if not {'optimizer_state_dict', 'sharded'} & set(checkpoint):
-        raise UserError(f'{path} holds weights without the state of their training; continue from a ckpt.pt, or '
-                        f'start a new run with --init_from={path}.')
-    saved = {key: value for key, value in checkpoint['train_config'].items()
-             if key not in ('out_dir', 'resume_from', 'overwrite') and (key != 'init_from' or key in fixed)}
+        raise UserError(
+            f'{path} holds weights without the state of their training; continue from a ckpt.pt, or '
+            f'start a new run with --init_from={path}.'
+        )
+    saved = {
+        key: value
+        for key, value in checkpoint['train_config'].items()
+        if key not in ('out_dir', 'resume_from', 'overwrite') and (key != 'init_from' or key in fixed)
+    }
     changed = restore(namespace, config, saved)
     for key, before, now in changed:
         if key in fixed:
-            raise UserError(f'The run of {path} has {key}={before!r}, so it cannot go on with {now!r}; '
-                            f'leave --{key} out, or start a new run.')
+            raise UserError(
+                f'The run of {path} has {key}={before!r}, so it cannot go on with {now!r}; '
+                f'leave --{key} out, or start a new run.'
+            )
     return checkpoint, changed
 
 
 def check_same_rows(checkpoint, path, folder, rows_per_step, config):
     """A UserError where the run would go on with other rows than those that it has not seen yet."""
     if checkpoint['data'] != folder.fingerprint and 'dataset' not in config.given:
-        raise UserError(f'{folder.path} was prepared anew since the run of {path}; to go on with it all the same, '
-                        f'add --dataset={config["dataset"]}.')
+        raise UserError(
+            f'{folder.path} was prepared anew since the run of {path}; to go on with it all the same, '
+            f'add --dataset={config["dataset"]}.'
+        )
     if checkpoint['rows_per_step'] != rows_per_step:
-        raise UserError(f'The run of {path} has {checkpoint["rows_per_step"]} rows per step, not {rows_per_step}; '
-                        'choose batch_size and gradient_accumulation_steps so that their product with the number of '
-                        'ranks stays, or rows would be skipped or repeated.')
+        raise UserError(
+            f'The run of {path} has {checkpoint["rows_per_step"]} rows per step, not {rows_per_step}; '
+            'choose batch_size and gradient_accumulation_steps so that their product with the number of '
+            'ranks stays, or rows would be skipped or repeated.'
+        )
 
 
 def load_training_state(checkpoint, optimizers, scaler):
@@ -143,12 +150,16 @@ def size_of(model_size):
 def check_fits(checkpoint, path, architecture, tokenizer, dataset):
     """A UserError where the checkpoint at `path` is of another architecture or vocabulary than the run."""
     if checkpoint['architecture'] != architecture:
-        raise UserError(f'{path} holds architecture={checkpoint["architecture"]!r}, not {architecture!r}; use '
-                        f'--architecture={checkpoint["architecture"]}.')
+        raise UserError(
+            f'{path} holds architecture={checkpoint["architecture"]!r}, not {architecture!r}; use '
+            f'--architecture={checkpoint["architecture"]}.'
+        )
     if checkpoint['tokenizer'] != tokenizer.to_json():
-        raise UserError(f'{path} was trained with another vocabulary ({checkpoint["model_config"]["vocab_size"]} '
-                        f'tokens) than that of {dataset} ({tokenizer.vocab_size}); prepare the data with the '
-                        "checkpoint's tokenizer, or start from scratch.")
+        raise UserError(
+            f'{path} was trained with another vocabulary ({checkpoint["model_config"]["vocab_size"]} '
+            f'tokens) than that of {dataset} ({tokenizer.vocab_size}); prepare the data with the '
+            "checkpoint's tokenizer, or start from scratch."
+        )
 
 
 def as_start(checkpoint, path, architecture, block_size=None):
@@ -160,16 +171,22 @@ def as_start(checkpoint, path, architecture, block_size=None):
     config = dict(checkpoint['model_config'])
     weights = dict(checkpoint.get('ema_state_dict') or checkpoint['model_state_dict'])
     if block_size and block_size > config['block_size']:
-        raise UserError(f'{path} sees at most {config["block_size"]} tokens; choose no larger block_size than that, '
-                        f'{block_size} is one.')
+        raise UserError(
+            f'{path} sees at most {config["block_size"]} tokens; choose no larger block_size than that, '
+            f'{block_size} is one.'
+        )
     if block_size and 'positions.weight' in weights:
-        weights['positions.weight'] = weights['positions.weight'][:config.get('position_offset', 0) + block_size]
+        weights['positions.weight'] = weights['positions.weight'][
+            : config.get('position_offset', 0) + block_size
+        ]
     config['block_size'] = block_size or config['block_size']
     before = checkpoint['architecture']
     if before != architecture:
         if (before, architecture) not in (('ar', 'diffusion'), ('ar', 'sdd'), ('diffusion', 'sdd')):
-            raise UserError(f'{path} holds architecture={before!r}, which cannot start {architecture!r}; use '
-                            f'--architecture={before}.')
+            raise UserError(
+                f'{path} holds architecture={before!r}, which cannot start {architecture!r}; use '
+                f'--architecture={before}.'
+            )
         config['shift'] = before == 'ar' or config.get('shift', False)
         own = [i for i in (config['mask_id'], config['ignore_id']) if i is not None]
         others = [i for i in range(config['vocab_size']) if i not in own]
@@ -178,8 +195,14 @@ def as_start(checkpoint, path, architecture, block_size=None):
             weights[name][own] = weights[name][others].mean(0)
         if architecture == 'sdd':  # as it starts
             weights['believed.weight'] = torch.eye(weights['embedding.weight'].size(1))
-    return {**checkpoint, 'architecture': architecture, 'model_config': config, 'model_state_dict': weights,
-            'ema_state_dict': None, 'converted_from': before if before != architecture else None}
+    return {
+        **checkpoint,
+        'architecture': architecture,
+        'model_config': config,
+        'model_state_dict': weights,
+        'ema_state_dict': None,
+        'converted_from': before if before != architecture else None,
+    }
 
 
 def load_weights(model, checkpoint):
@@ -196,8 +219,18 @@ def load_model(checkpoint, device, **changes):
 
 # ---------------------------------------------------------------------------- the run folder
 
-RUN_FILES = ('config.json', 'ckpt.pt', 'best.pt', 'metrics.csv', 'logs.log', 'eval_results.json', 'checkpoints',
-             'sharded', 'metrics.py', 'predictions.npz')
+RUN_FILES = (
+    'config.json',
+    'ckpt.pt',
+    'best.pt',
+    'metrics.csv',
+    'logs.log',
+    'eval_results.json',
+    'checkpoints',
+    'sharded',
+    'metrics.py',
+    'predictions.npz',
+)
 
 
 def holds_run(path):
@@ -210,7 +243,9 @@ def resume_path(resume_from, out_dir):
         return None
     if resume_from == 'auto':
         if not out_dir:
-            raise UserError("--resume_from=auto needs an out_dir, which holds the run's ckpt.pt; add --out_dir=PATH.")
+            raise UserError(
+                "--resume_from=auto needs an out_dir, which holds the run's ckpt.pt; add --out_dir=PATH."
+            )
         path = Path(out_dir) / 'ckpt.pt'
         return path if path.exists() else None
     path = Path(resume_from)
@@ -242,8 +277,10 @@ def open_run_folder(out_dir, name, suffix='', continued=None, overwrite=False):
         raise UserError(f'{folder} is a prepared data folder, not a place for a run; choose another out_dir.')
     if holds_run(folder) and folder.resolve() != continued:
         if not overwrite:
-            raise UserError(f'{folder} already holds a run; continue it with --resume_from=auto, give it up with '
-                            '--overwrite, or choose another out_dir.')
+            raise UserError(
+                f'{folder} already holds a run; continue it with --resume_from=auto, give it up with '
+                '--overwrite, or choose another out_dir.'
+            )
         for file in RUN_FILES:
             path = folder / file
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -258,5 +295,5 @@ def keep(folder, step, limit, best_step):
     with open(folder / 'ckpt.pt', 'rb') as source:
         save_atomically(kept / 'ckpt.pt', lambda file: shutil.copyfileobj(source, file))
     steps = sorted(int(path.name.split('-')[1]) for path in (folder / 'checkpoints').glob('checkpoint-*'))
-    for old in [s for s in steps if s not in (step, best_step)][:max(0, len(steps) - limit)]:
+    for old in [s for s in steps if s not in (step, best_step)][: max(0, len(steps) - limit)]:
         shutil.rmtree(folder / 'checkpoints' / f'checkpoint-{old}')

@@ -5,6 +5,7 @@
 fn_a to fn_j and fn_l read bits, fn_i and fn_k decimal digits; each answers 0 or 1. Some are learnt from a few
 hundred examples (a pattern), some never are (the parity of fifty bits).
 """
+
 import hashlib
 import os
 import zipfile
@@ -15,22 +16,23 @@ import sympy
 import tokenizers
 import torch
 
-from configurator import ROOT, UserError
-from data import Tokenizer
+from lm.configurator import ROOT, UserError
+from lm.data import Tokenizer
 
 PATTERNS = {'fn_c': '10101010', 'fn_d': '00111111'}
 RULE_30 = np.array([0, 1, 1, 1, 1, 0, 0, 0])  # the next cell, by 4 · left + 2 · centre + right
-GENERATION = 1                                # changes when the same key gives other rows: old caches are left alone
+GENERATION = 1  # changes when the same key gives other rows: old caches are left alone
 
 
 # ---------------------------------------------------------------------------- the functions
+
 
 def parity(x):
     return x.sum(1) % 2
 
 
 def parity_of_first_half(x):
-    return parity(x[:, :x.shape[1] // 2])
+    return parity(x[:, : x.shape[1] // 2])
 
 
 def contains(pattern):
@@ -41,6 +43,7 @@ def contains(pattern):
             return np.zeros(len(x), int)
         windows = np.lib.stride_tricks.sliding_window_view(x, len(bits), axis=1)  # (N, L - 7, 8)
         return (windows == bits).all(2).any(1)
+
     return label
 
 
@@ -82,7 +85,9 @@ def parity_of_next_cells(x):
 
 
 def parity_of_sha256(x):
-    return np.array([int.from_bytes(hashlib.sha256(text(row).encode()).digest()).bit_count() % 2 for row in x], int)
+    return np.array(
+        [int.from_bytes(hashlib.sha256(text(row).encode()).digest()).bit_count() % 2 for row in x], int
+    )
 
 
 def text(row):
@@ -113,6 +118,7 @@ def label(task, x):
 
 # ---------------------------------------------------------------------------- rows of a class
 
+
 def draw_bits(draw, n, length):
     return draw.integers(0, 2, (n, length), np.uint8)
 
@@ -127,7 +133,7 @@ def draw_with_pattern(draw, n, length, pattern):
 
 def draw_palindromes(draw, n, length):
     x = draw_bits(draw, n, length)
-    x[:, length - length // 2:] = x[:, :length // 2][:, ::-1]
+    x[:, length - length // 2 :] = x[:, : length // 2][:, ::-1]
     return x
 
 
@@ -162,8 +168,11 @@ def draw_numbers(draw, n, length, is_prime):
     """The next prime after a random number, or the product of two numbers of half the digits."""
     found = []
     for _ in range(n):
-        number = (int(sympy.nextprime(draw_number(draw, length))) if is_prime else
-                  draw_number(draw, length // 2) * draw_number(draw, length - length // 2))
+        number = (
+            int(sympy.nextprime(draw_number(draw, length)))
+            if is_prime
+            else draw_number(draw, length // 2) * draw_number(draw, length - length // 2)
+        )
         if len(str(number)) == length:
             found.append([int(digit) for digit in str(number)])
     return np.array(found, np.uint8).reshape(-1, length)
@@ -205,32 +214,44 @@ def rows_of_class(task, wanted, count, draw, length, compat):
         x = distinct(np.concatenate([x, draw_class(task, wanted, draw, max(1024, count), length, compat)]))
         stale = 0 if len(x) > before else stale + 1
     if len(x) < count and not compat:
-        remedy = ' or, as published, --compat, which repeats rows within a set' if task in ('fn_g', 'fn_h') else ''
-        raise UserError(f'{task} ({TASKS[task][0]}) at sequence_length={length} needs {count} different rows with '
-                        f'label {wanted}, but only {len(x)} were found; choose smaller sets, longer sequences{remedy}.')
+        remedy = (
+            ' or, as published, --compat, which repeats rows within a set' if task in ('fn_g', 'fn_h') else ''
+        )
+        raise UserError(
+            f'{task} ({TASKS[task][0]}) at sequence_length={length} needs {count} different rows with '
+            f'label {wanted}, but only {len(x)} were found; choose smaller sets, longer sequences{remedy}.'
+        )
     return x[:count]
 
 
 # ---------------------------------------------------------------------------- balanced sets
 
+
 def check(task, length, sizes):
     """A UserError where the sets cannot be made. sizes: {'train': rows, 'val': rows, 'test': rows}"""
     if task not in TASKS:
-        raise UserError(f'target_func is {task!r}; choose ' +
-                        ', '.join(f'{key} ({name})' for key, (name, _) in TASKS.items()) + '.')
+        raise UserError(
+            f'target_func is {task!r}; choose '
+            + ', '.join(f'{key} ({name})' for key, (name, _) in TASKS.items())
+            + '.'
+        )
     least = {'fn_b': 2, 'fn_c': 8, 'fn_d': 8, 'fn_h': 4, 'fn_i': 2, 'fn_k': 2}.get(task, 1)
     if length < least:
         raise UserError(f'sequence_length is {length}; {task} ({TASKS[task][0]}) needs at least {least}.')
     if task == 'fn_h' and length % 4:
-        raise UserError(f'sequence_length is {length}; fn_h (dyck2) needs a multiple of 4: two bits per bracket, and '
-                        'as many closing as opening ones.')
+        raise UserError(
+            f'sequence_length is {length}; fn_h (dyck2) needs a multiple of 4: two bits per bracket, and '
+            'as many closing as opening ones.'
+        )
     for name, size in sizes.items():
         if size < 0 or size % 2:
             raise UserError(f'{name}_set_size is {size}; it has to be even, half of each class.')
     total, base = sum(sizes.values()), 10 if task in DECIMAL else 2
-    if total > base ** length:
-        raise UserError(f'The sets ask for {total:,} different rows, but there are {base}^{length} = '
-                        f'{base ** length:,} of sequence_length={length}; choose smaller sets or longer sequences.')
+    if total > base**length:
+        raise UserError(
+            f'The sets ask for {total:,} different rows, but there are {base}^{length} = '
+            f'{base**length:,} of sequence_length={length}; choose smaller sets or longer sequences.'
+        )
 
 
 def key_of(task, length, train, test, seed, compat=False):
@@ -252,16 +273,20 @@ def make_splits(task, length, sizes, seed, compat):
         x = x[draw.permutation(len(x))]
         start = 0
         for name, size in sizes.items():  # the test set comes last: what is missing repeats there
-            part = x[start:start + size // 2]
+            part = x[start : start + size // 2]
             if len(part) < size // 2:
                 if name != 'test' or not len(part):
-                    raise UserError(f'{task} at sequence_length={length} has only {len(x)} rows with label {wanted}; '
-                                    f'the {name} set needs some of its own: choose smaller sets.')
+                    raise UserError(
+                        f'{task} at sequence_length={length} has only {len(x)} rows with label {wanted}; '
+                        f'the {name} set needs some of its own: choose smaller sets.'
+                    )
                 part = np.concatenate([part, part[draw.integers(0, len(part), size // 2 - len(part))]])
             parts[name].append(part)
             start += size // 2
-    return {name: (np.concatenate(both), np.repeat([0, 1], [len(part) for part in both]))
-            for name, both in parts.items()}
+    return {
+        name: (np.concatenate(both), np.repeat([0, 1], [len(part) for part in both]))
+        for name, both in parts.items()
+    }
 
 
 def splits(task, length, train, test, val=0, seed=42, compat=False, cache=None):
@@ -274,8 +299,11 @@ def splits(task, length, train, test, val=0, seed=42, compat=False, cache=None):
     sizes = {'train': train, 'val': val, 'test': test}
     check(task, length, sizes)
     key = key_of(task, length, train + val, test, seed, compat)
-    folder = (Path(cache or ROOT / 'data' / 'tasks') / f'seed_{derived_seed(key)}' /
-              hashlib.md5(key.encode()).hexdigest())
+    folder = (
+        Path(cache or ROOT / 'data' / 'tasks')
+        / f'seed_{derived_seed(key)}'
+        / hashlib.md5(key.encode()).hexdigest()
+    )
     path = folder / (f'rows-{GENERATION}.npz' if not val else f'rows-{GENERATION}-val{val}.npz')
     try:
         with np.load(path) as saved:
@@ -283,14 +311,23 @@ def splits(task, length, train, test, val=0, seed=42, compat=False, cache=None):
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # none yet, or damaged: made (again)
         parts = make_splits(task, length, sizes, derived_seed(key), compat)
     folder.mkdir(parents=True, exist_ok=True)
-    beside = folder / f'{os.getpid()}.tmp.npz'  # of this process: a sweep's runs may make the same rows at once
-    np.savez_compressed(beside, **{f'{name}_{what}': array for name, pair in parts.items()
-                                   for what, array in zip(('set', 'label'), pair)})
+    beside = (
+        folder / f'{os.getpid()}.tmp.npz'
+    )  # of this process: a sweep's runs may make the same rows at once
+    np.savez_compressed(
+        beside,
+        **{
+            f'{name}_{what}': array
+            for name, pair in parts.items()
+            for what, array in zip(('set', 'label'), pair)
+        },
+    )
     os.replace(beside, path)
     return parts
 
 
 # ---------------------------------------------------------------------------- one token per digit
+
 
 def digits_of(task):
     return '0123456789' if task in DECIMAL else '01'
@@ -298,7 +335,9 @@ def digits_of(task):
 
 def digit_tokenizer(task):
     """Ids 0 and 1, or 0 to 9, are the digits; <|endoftext|>, 2 or 10, starts a row: a vocabulary of 3 or 11."""
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({digit: int(digit) for digit in digits_of(task)}))
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({digit: int(digit) for digit in digits_of(task)})
+    )
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r'[\s\S]'), 'isolated')
     tokenizer.decoder = tokenizers.decoders.Fuse()
     return Tokenizer(tokenizer.to_str())
@@ -308,6 +347,8 @@ def digit_ids(tokenizer, task):
     """The ids of the task's digits in any tokenizer, looked up one by one: a text of digits would be cut in groups."""
     ids = [tokenizer.encode(digit) for digit in digits_of(task)]
     if any(len(one) != 1 for one in ids):
-        raise UserError('This tokenizer has no token for each single digit, so a row would not keep its length; '
-                        'start from another checkpoint, or from scratch.')
+        raise UserError(
+            'This tokenizer has no token for each single digit, so a row would not keep its length; '
+            'start from another checkpoint, or from scratch.'
+        )
     return np.array(ids)[:, 0]

@@ -1,27 +1,21 @@
-"""Prepared folders: their tokenizer, their memory maps, their batches.
+"""Prepared folders: their tokenizer, their memory maps, their batches."""
 
-    python data.py data/stories      # checks a folder, exits 1 on any damage, and prints its card
-"""
 import json
 import mmap
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 
-import mixing
-import prompts
-from configurator import UserError
+from lm import mixing, prompts
+from lm.configurator import ROOT, UserError
+from lm.rng import BELIEF, FILLER, LEVEL, MOVE, NOISE, OPEN, PERMUTE, permuted, random_bits, uniform
+from lm.tokenizer import ENDOFTEXT, IGNORE, MASK, SPECIAL_TOKENS, Tokenizer, end_in, pretrained_token  # noqa: F401, for all to whom a tokenizer is a part of the data
 from model import positions_of
-from tokenizer import (  # noqa: F401, for all to whom a tokenizer is a part of the data
-    ENDOFTEXT, IGNORE, MASK, SPECIAL_TOKENS, Tokenizer, end_in, pretrained_token)
-
-ROOT = Path(__file__).resolve().parent
-
 
 # ---------------------------------------------------------------------------- prepared folder
+
 
 class Folder:
     """A prepared folder, checked and opened: `config`, `tokenizer`, and memory maps per split.
@@ -33,32 +27,48 @@ class Folder:
         self.path = find_folder(dataset)
         try:
             self.config = json.loads((self.path / 'config.json').read_text(encoding='utf-8'))
-            dtype, vocab_size, *_ = (self.config[key] for key in (
-                'dtype', 'vocab_size', 'name', 'start_token', 'prompt_format'))
+            dtype, vocab_size, *_ = (
+                self.config[key] for key in ('dtype', 'vocab_size', 'name', 'start_token', 'prompt_format')
+            )
             dtype = np.dtype(dtype)
-            self.splits = {split: {unit: self.config['splits'][split][unit]
-                                   for unit in ('tokens', 'documents', 'bytes')} for split in ('train', 'val')}
+            self.splits = {
+                split: {unit: self.config['splits'][split][unit] for unit in ('tokens', 'documents', 'bytes')}
+                for split in ('train', 'val')
+            }
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f'{self.path}/config.json is damaged ({error!r}); prepare the folder again.') from error
+            raise UserError(
+                f'{self.path}/config.json is damaged ({error!r}); prepare the folder again.'
+            ) from error
         self.tokenizer = Tokenizer.load(self.path)
         if self.tokenizer.vocab_size != vocab_size:
-            raise UserError(f'{self.path}: tokenizer.json has {self.tokenizer.vocab_size} tokens, config.json says '
-                            f'{vocab_size}; prepare the folder again.')
-        self.tokens = {split: self.open(f'{split}_tokens.bin', dtype, sizes['tokens'])
-                       for split, sizes in self.splits.items()}
-        self.index = {split: self.open(f'{split}_index.bin', np.dtype('uint64'), sizes['documents'] + 1)
-                      for split, sizes in self.splits.items()}
-        self.masks = {split: self.open(f'{split}_masks.bin', np.dtype('uint8'), sizes['tokens'])
-                      if (self.path / f'{split}_masks.bin').exists() else None
-                      for split, sizes in self.splits.items()}
+            raise UserError(
+                f'{self.path}: tokenizer.json has {self.tokenizer.vocab_size} tokens, config.json says '
+                f'{vocab_size}; prepare the folder again.'
+            )
+        self.tokens = {
+            split: self.open(f'{split}_tokens.bin', dtype, sizes['tokens'])
+            for split, sizes in self.splits.items()
+        }
+        self.index = {
+            split: self.open(f'{split}_index.bin', np.dtype('uint64'), sizes['documents'] + 1)
+            for split, sizes in self.splits.items()
+        }
+        self.masks = {
+            split: self.open(f'{split}_masks.bin', np.dtype('uint8'), sizes['tokens'])
+            if (self.path / f'{split}_masks.bin').exists()
+            else None
+            for split, sizes in self.splits.items()
+        }
 
     def open(self, name, dtype, length):
         """A memory map of the file `name`, which has to hold `length` numbers."""
         path = self.path / name
         size, expected = path.stat().st_size if path.exists() else 0, length * dtype.itemsize
         if size != expected:
-            raise UserError(f'{path} has {size:,} bytes where config.json promises {expected:,}; '
-                            'the folder is incomplete: prepare it again with --overwrite.')
+            raise UserError(
+                f'{path} has {size:,} bytes where config.json promises {expected:,}; '
+                'the folder is incomplete: prepare it again with --overwrite.'
+            )
         return np.memmap(path, dtype, mode='r') if length else np.zeros(0, dtype)
 
     def release(self):
@@ -75,7 +85,6 @@ class Folder:
     def tokens_per_byte(self, split):
         """Stored tokens, <|endoftext|> included, per UTF-8 byte of text: nats per token to nats per byte."""
         return self.splits[split]['tokens'] / max(1, self.splits[split]['bytes'])
-
 
     def counted_tokens_per_byte(self, split):
         """The same of what the loss is about: of instruction data its answers. None if they have no text."""
@@ -102,52 +111,17 @@ def find_folder(dataset):
         if (path / 'config.json').is_file():
             return path
         if path.is_dir() and any(path.glob('*_tokens.bin')):
-            raise UserError(f'{path} has no config.json, so its preparation did not finish; prepare it again.')
-    raise UserError(f'There is no prepared data at {dataset!r} or {ROOT / "data" / dataset}; make it first, '
-                    'for example with: python prepare/stories.py')
-
-
-# ---------------------------------------------------------------------------- numbers from keys
-
-def random_bits(*key):
-    """64 random bits for each element of the broadcast integer arrays `key`, by their values alone.
-
-    A counter-based generator: splitmix64's finaliser (Steele et al. 2014) chained over the key.
-    """
-    bits = np.uint64(0)
-    with np.errstate(over='ignore'):  # arithmetic modulo 2**64 is the point
-        for part in key:
-            bits = (bits ^ np.asarray(part).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
-            bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            bits = bits ^ (bits >> np.uint64(31))
-    return bits
-
-
-def uniform(*key):
-    """Uniform float32 numbers in [0, 1), of the shape that the key's parts broadcast to."""
-    return (random_bits(*key) >> np.uint64(40)).astype(np.float32) * np.float32(2 ** -24)
-
-
-def permuted(index, size, *key):
-    """Where a random permutation of range(size), named by `key`, sends each `index`; no array of that size.
-
-    A four-round Feistel network over the next even power of two, walked until it lands below `size`.
-    """
-    index = np.array(index, dtype=np.uint64)
-    half = np.uint64(max(1, (max(1, size - 1).bit_length() + 1) // 2))
-    low = (np.uint64(1) << half) - np.uint64(1)
-    outside = np.ones(index.shape, dtype=bool)
-    while outside.any():
-        left, right = index[outside] >> half, index[outside] & low
-        for turn in range(4):
-            left, right = right, left ^ (random_bits(*key, turn, right) & low)
-        index[outside] = left << half | right
-        outside = index >= np.uint64(size)
-    return index.astype(np.int64)
+            raise UserError(
+                f'{path} has no config.json, so its preparation did not finish; prepare it again.'
+            )
+    raise UserError(
+        f'There is no prepared data at {dataset!r} or {ROOT / "data" / dataset}; make it first, '
+        'for example with: python prepare/stories.py'
+    )
 
 
 # ---------------------------------------------------------------------------- rows
+
 
 class PackedRows:
     """Windows of the token stream, `row_length` tokens each, every `stride` tokens.
@@ -163,8 +137,10 @@ class PackedRows:
         self.masked = self.masks is not None  # in training: whether read() says where
         spare = len(self.tokens) - row_length
         if spare < 0:
-            raise UserError(f'The {split} split of {folder.path} has {len(self.tokens):,} tokens, fewer than one '
-                            f'row of {row_length}; choose a smaller block_size or prepare more data.')
+            raise UserError(
+                f'The {split} split of {folder.path} has {len(self.tokens):,} tokens, fewer than one '
+                f'row of {row_length}; choose a smaller block_size or prepare more data.'
+            )
         self.num_rows = max(1, spare // stride) if training else 1 + -(-spare // stride)
         self.spare = spare - (self.num_rows - 1) * stride  # how far training windows can move
 
@@ -178,7 +154,7 @@ class PackedRows:
         trained = None if self.masks is None else self.masks[part].copy()
         if moved_back:
             trained = np.ones(self.row_length, np.uint8) if trained is None else trained
-            trained[:moved_back + self.row_length - self.stride] = 0
+            trained[: moved_back + self.row_length - self.stride] = 0
         return self.tokens[part], trained
 
     def documents(self, row):
@@ -203,7 +179,9 @@ class DocumentRows:
         self.tokens, self.index, self.masks = folder.tokens[split], folder.index[split], folder.masks[split]
         self.row_length, self.train_on_filler = row_length, train_on_filler
         self.tokenizer = folder.tokenizer
-        self.start_token = folder.tokenizer.endoftext_id if self.masks is None else folder.config['start_token']
+        self.start_token = (
+            folder.tokenizer.endoftext_id if self.masks is None else folder.config['start_token']
+        )
         counts = [self.rows_of(start).sum() for start in range(0, len(self.index) - 1, self.BLOCK)]
         self.first_row = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])  # of each block
         self.num_rows = int(self.first_row[-1])
@@ -212,7 +190,7 @@ class DocumentRows:
 
     def rows_of(self, start):
         """How many rows each document takes, of the block that begins with document `start`."""
-        lengths = np.diff(self.index[start:start + self.BLOCK + 1]).astype(np.int64)
+        lengths = np.diff(self.index[start : start + self.BLOCK + 1]).astype(np.int64)
         return -(-lengths // (self.row_length - 1))
 
     def find(self, row):
@@ -229,9 +207,9 @@ class DocumentRows:
         end = min(start + self.row_length - 1, int(self.index[document + 1]))
         tokens = np.full(self.row_length, self.tokenizer.ignore_id, dtype=np.int64)
         tokens[0] = self.tokens[start - 1] if start > self.index[document] else self.start_token
-        tokens[1:1 + end - start] = self.tokens[start:end]
+        tokens[1 : 1 + end - start] = self.tokens[start:end]
         trained = np.full(self.row_length, self.train_on_filler, dtype=np.uint8)
-        trained[1:1 + end - start] = 1 if self.masks is None else self.masks[start:end]
+        trained[1 : 1 + end - start] = 1 if self.masks is None else self.masks[start:end]
         return tokens, trained
 
     def documents(self, row):
@@ -253,14 +231,18 @@ class ExampleRows:
         self.folder, self.split, self.row_length, self.causal = folder, split, row_length, causal
         index, masks = folder.index[split].astype(np.int64), folder.masks[split]
         if masks is None:
-            raise UserError(f'{folder.path} has no {split}_masks.bin, which says where the answers are; prepare it '
-                            'with prepare/instruct.py.')
+            raise UserError(
+                f'{folder.path} has no {split}_masks.bin, which says where the answers are; prepare it '
+                'with prepare/instruct.py.'
+            )
         fitted = [self.fitted(start, end) for start, end in zip(index, index[1:])]
         kept = [number for number, example in enumerate(fitted) if example]
         lengths = np.array([1 + len(fitted[number][0]) for number in kept], np.int64)
         if not kept:
-            raise UserError(f'The {split} split of {folder.path} has no answer of at most {row_length - 2} tokens, so '
-                            'there is nothing to train on; choose a larger block_size, or prepare it anew.')
+            raise UserError(
+                f'The {split} split of {folder.path} has no answer of at most {row_length - 2} tokens, so '
+                'there is nothing to train on; choose a larger block_size, or prepare it anew.'
+            )
         self.starts, self.ends = index[:-1][kept], index[1:][kept]
         self.dropped, self.cut = len(fitted) - len(kept), int((lengths <= self.ends - self.starts).sum())
         self.num_tokens, self.num_trained = int(lengths.sum()), sum(sum(fitted[number][1]) for number in kept)
@@ -271,7 +253,9 @@ class ExampleRows:
         self.isolated = packed or not causal  # whether rows have what must not be seen
 
     def fitted(self, start, end):
-        ids, trained = (array[self.split][start:end].tolist() for array in (self.folder.tokens, self.folder.masks))
+        ids, trained = (
+            array[self.split][start:end].tolist() for array in (self.folder.tokens, self.folder.masks)
+        )
         return prompts.fit(ids, trained, self.row_length - 1) if 1 in trained else None
 
     def read(self, row, key=None):
@@ -325,7 +309,6 @@ def make_rows(folder, split, architecture, block_size, mode, training):
 # Passes that a step's beliefs come from: each further one with probability P_DEEPER, up to MAX_DEPTH. With
 # probability P_STALE the first of them sees up to MAX_STALE more of a row masked.
 P_DEEPER, MAX_DEPTH, P_STALE, MAX_STALE = 0.7, 4, 0.75, 0.3
-PERMUTE, MOVE, LEVEL, NOISE, BELIEF, OPEN, FILLER = range(7)  # what a random number is for: first part of its key
 
 
 class Batches:
@@ -339,8 +322,21 @@ class Batches:
     not be asked and waited for. padded: to one of few lengths, by default wherever that is not the CPU.
     """
 
-    def __init__(self, folder, architecture, block_size, batch_size, gradient_accumulation_steps=1, seed=0,
-                 mode='packed', rank=0, world_size=1, device='cpu', predicted=None, padded=None):
+    def __init__(
+        self,
+        folder,
+        architecture,
+        block_size,
+        batch_size,
+        gradient_accumulation_steps=1,
+        seed=0,
+        mode='packed',
+        rank=0,
+        world_size=1,
+        device='cpu',
+        predicted=None,
+        padded=None,
+    ):
         self.rows = make_rows(folder, 'train', architecture, block_size, mode, training=True)
         self.folder, self.ignore_id = folder, folder.tokenizer.ignore_id
         self.needs_noise = architecture != 'ar'
@@ -428,12 +424,18 @@ class Batches:
 def check_belief_plan(p_belief, k_schedule):
     """A UserError unless `draw_belief` can follow these."""
     if not k_schedule or not all(type(k) is int and k >= 1 for k in k_schedule):
-        raise UserError(f'k_schedule is {k_schedule}; give numbers of candidates, each at least 1, as (1, 2, 4, 8).')
-    pairs = all(isinstance(pair, (tuple, list)) and len(pair) == 2 and all(0 <= x <= 1 for x in pair)
-                for pair in p_belief)
+        raise UserError(
+            f'k_schedule is {k_schedule}; give numbers of candidates, each at least 1, as (1, 2, 4, 8).'
+        )
+    pairs = all(
+        isinstance(pair, (tuple, list)) and len(pair) == 2 and all(0 <= x <= 1 for x in pair)
+        for pair in p_belief
+    )
     if not pairs or [share for share, _ in p_belief] != sorted(share for share, _ in p_belief):
-        raise UserError(f'p_belief is {p_belief}; give (share of the steps, probability from there on), both from 0 to '
-                        '1 and in the order of the shares, as ((0.5, 0.5),).')
+        raise UserError(
+            f'p_belief is {p_belief}; give (share of the steps, probability from there on), both from 0 to '
+            '1 and in the order of the shares, as ((0.5, 0.5),).'
+        )
 
 
 def draw_belief(step, max_steps, seed, p_belief, k_schedule, k_warmup_steps):
@@ -449,13 +451,27 @@ def draw_belief(step, max_steps, seed, p_belief, k_schedule, k_warmup_steps):
     if believes >= p:
         return {'k': 0}
     place = min(step / k_warmup_steps, 1 - 1e-9) if k_warmup_steps else which
-    depth = next((d for d in range(1, MAX_DEPTH) if deeper >= P_DEEPER ** d), MAX_DEPTH)
-    return {'k': k_schedule[int(place * len(k_schedule))], 'depth': depth,
-            'stale': MAX_STALE * age if aged < P_STALE else 0.0}
+    depth = next((d for d in range(1, MAX_DEPTH) if deeper >= P_DEEPER**d), MAX_DEPTH)
+    return {
+        'k': k_schedule[int(place * len(k_schedule))],
+        'depth': depth,
+        'stale': MAX_STALE * age if aged < P_STALE else 0.0,
+    }
 
 
-def evaluation_batches(folder, split, architecture, block_size, batch_size, mode='packed', num_batches=0,
-                       rank=0, world_size=1, device='cpu', even=False):
+def evaluation_batches(
+    folder,
+    split,
+    architecture,
+    block_size,
+    batch_size,
+    mode='packed',
+    num_batches=0,
+    rank=0,
+    world_size=1,
+    device='cpu',
+    even=False,
+):
     """This rank's share of a split's rows, with noise of their own: the same rows for any number of ranks.
 
     num_batches: so many batches of rows, spread over the split; 0: the whole split. even: each rank gets as many
@@ -465,7 +481,9 @@ def evaluation_batches(folder, split, architecture, block_size, batch_size, mode
     size = min(rows.num_rows, num_batches * batch_size) if num_batches else rows.num_rows
     chosen = np.arange(size) * rows.num_rows // size
     for start in range(0, size, world_size * batch_size):
-        places = np.arange(start, min(start + world_size * batch_size, size))[rank * batch_size:][:batch_size]
+        places = np.arange(start, min(start + world_size * batch_size, size))[rank * batch_size :][
+            :batch_size
+        ]
         if len(places):
             read = [rows.read(row, ()) for row in chosen[places]]
         elif even:
@@ -523,22 +541,21 @@ def stack(rows, noise, pin):
     def tensor(arrays, value, dtype):
         filled = np.full((len(arrays), length), value, dtype)
         for row, array in zip(filled, arrays):
-            row[:len(array)] = array
+            row[: len(array)] = array
         return torch.from_numpy(filled)
+
     loss_mask = None
     if any(part is not None for part in trained):
         loss_mask = tensor([np.ones(length) if part is None else part for part in trained], 0, np.uint8)
-    batch = (tensor(tokens, 0, np.int64), loss_mask,
-             None if noise is None else torch.from_numpy(np.ascontiguousarray(noise[:, :1 + length])))
+    batch = (
+        tensor(tokens, 0, np.int64),
+        loss_mask,
+        None if noise is None else torch.from_numpy(np.ascontiguousarray(noise[:, : 1 + length])),
+    )
     if documents[0] is not None:
-        batch += tensor(documents, -1, np.int64),
+        batch += (tensor(documents, -1, np.int64),)
     return tuple(x.pin_memory() if pin and x is not None else x for x in batch)
 
 
 def to_device(batch, device):
     return tuple(None if x is None else x.to(device, non_blocking=True) for x in batch)
-
-
-if __name__ == '__main__':  # a tool: check a folder, print its card
-    from prepare import verify
-    sys.exit(verify.main(sys.argv[1:]))

@@ -4,6 +4,7 @@ Samples are lists of token ids or of words. A figure that cannot be computed is 
 each docstring says when. The figures of diversity depend on how many samples there are and on how long: read
 them beside the same figure for as much held-out text of the same length.
 """
+
 import bisect
 import json
 import math
@@ -15,10 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from configurator import UserError
-
+from lm.configurator import UserError
 
 # ---------------------------------------------------------------------------- diversity of samples
+
 
 def ngrams(tokens, n):
     """The len(tokens) - n + 1 n-grams of a sequence in their order, as tuples; none of a shorter one."""
@@ -96,11 +97,12 @@ def two_largest(counts):
 def closest_other(lengths, length):
     """The element of sorted `lengths` closest to `length`, one element that equals it aside."""
     i = bisect.bisect_left(lengths, length)
-    neighbours = lengths[max(0, i - 1):i] + lengths[i + 1:i + 2]
+    neighbours = lengths[max(0, i - 1) : i] + lengths[i + 1 : i + 2]
     return min(neighbours, key=lambda other: (abs(other - length), other))
 
 
 # ---------------------------------------------------------------------------- overlap with a reference
+
 
 def rouge_l(text, reference):
     """ROUGE-L (Lin 2004): F1 of the longest common subsequence of words, in [0, 1].
@@ -148,9 +150,10 @@ def exact_match(text, reference):
 
 # ---------------------------------------------------------------------------- how sure we are
 
+
 class Interval(NamedTuple):
     mean: float  # None where there is no weight, or a value is not finite
-    low: float   # None, like `high`, where there are too few values to tell
+    low: float  # None, like `high`, where there are too few values to tell
     high: float
 
 
@@ -177,7 +180,7 @@ def mean_ci(values, weights=None):
         return Interval(mean, None, None)
     residuals = values / weights.sum() - mean * share
     error = math.sqrt((residuals**2 / (1 - share)).sum())
-    freedom = (share**2).sum()**2 / (share**4).sum() - 1
+    freedom = (share**2).sum() ** 2 / (share**4).sum() - 1
     margin = t_quantile(max(1.0, float(freedom))) * error
     return Interval(mean, mean - margin, mean + margin)
 
@@ -231,8 +234,8 @@ def choose_block_length(n, correlation):
     Twice, because coverage suffers more from the bias of short blocks than from the noise of long ones, for
     which the t quantile of `widening` makes up; at least n^(1/3) for dependence that is not AR(1).
     """
-    best = (1.5 * n)**(1 / 3) * (2 * correlation / (1 - correlation**2))**(2 / 3)
-    return max(1, min(n // 5, math.ceil(max(2 * best, n**(1 / 3)))))
+    best = (1.5 * n) ** (1 / 3) * (2 * correlation / (1 - correlation**2)) ** (2 / 3)
+    return max(1, min(n // 5, math.ceil(max(2 * best, n ** (1 / 3)))))
 
 
 def widening(n, length, correlation):
@@ -252,7 +255,7 @@ def widening(n, length, correlation):
 
 def block_sums(series, length):
     """(n,): the sum of `length` consecutive elements from each position on, around the end."""
-    around = np.concatenate([series, series[:length - 1]])
+    around = np.concatenate([series, series[: length - 1]])
     return np.lib.stride_tricks.sliding_window_view(around, length).sum(1)
 
 
@@ -261,8 +264,10 @@ def of_some_weight(values, weights):
     values = np.asarray(values, dtype=np.float64)
     weights = np.ones_like(values) if weights is None else np.asarray(weights, dtype=np.float64)
     if values.ndim != 1 or values.shape != weights.shape or (weights < 0).any():
-        raise ValueError(f'Values of shape {values.shape} and weights of shape {weights.shape}: an interval '
-                         'needs one value and one weight, not below 0, for each document.')
+        raise ValueError(
+            f'Values of shape {values.shape} and weights of shape {weights.shape}: an interval '
+            'needs one value and one weight, not below 0, for each document.'
+        )
     return values[weights != 0], weights[weights != 0]
 
 
@@ -286,7 +291,7 @@ def t_quantile(freedom):
 # ---------------------------------------------------------------------------- counting in a text
 
 LABEL = re.compile(r'^([ \t]*)(?:(\(?\d{1,2}[.)])|([-*•–]))\s+', re.M)  # of an item: "1. ", "2) ", "- "
-TITLE = re.compile(r'\b(Mr|Mrs|Ms|Dr|Prof|St|vs|[A-HJ-Z])\.(?=\s)')     # a full stop that ends no sentence
+TITLE = re.compile(r'\b(Mr|Mrs|Ms|Dr|Prof|St|vs|[A-HJ-Z])\.(?=\s)')  # a full stop that ends no sentence
 GOES_ON = re.compile(r'(\betc\.|\be\.g\.|\bi\.e\.|\ba\.m\.|\bp\.m\.|\.\.\.|…)(?=\s+[a-z])')
 SENTENCE_END = re.compile(r'(?<=[.!?…])\s+|(?<=[.!?…]["”\')\]])\s+(?![a-z])|\n')
 
@@ -327,6 +332,7 @@ def is_json(text):
 
 # ---------------------------------------------------------------------------- checkable instructions
 
+
 def find_phrase(phrase, text):
     """Whether the phrase stands in the text in whole words, upper or lower case."""
     before, after = (r'\b' if re.match(r'\w', end) else '' for end in (phrase[:1], phrase[-1:]))
@@ -341,24 +347,24 @@ def forms(text):
 
 
 CHECKS = {  # name: (type of the wish, whether an answer fulfils it)
-    'contains':        (str, lambda text, phrase: find_phrase(phrase, text)),
-    'not_contains':    (str, lambda text, phrase: not find_phrase(phrase, text)),
-    'starts_with':     (str, lambda text, start: any(f.startswith(start.casefold()) for f in forms(text))),
-    'ends_with':       (str, lambda text, end: any(f.endswith(end.casefold()) for f in forms(text))),
-    'one_of':          (list, lambda text, choices: any(one.casefold() in forms(text) for one in choices)),
-    'regex':           (str, lambda text, pattern: re.search(pattern, text) is not None),
-    'words':           (int, lambda text, n: len(words_in(text)) == n),
-    'min_words':       (int, lambda text, n: len(words_in(text)) >= n),
-    'max_words':       (int, lambda text, n: len(words_in(text)) <= n),
-    'sentences':       (int, lambda text, n: count_sentences(text) == n),
-    'max_sentences':   (int, lambda text, n: count_sentences(text) <= n),
-    'lines':           (int, lambda text, n: len(re.findall(r'^.*\S', text, re.M)) == n),  # not blank
-    'bullets':         (int, lambda text, n: count_bullets(text) == n),
-    'items':           (int, lambda text, n: count_items(text) == n),
+    'contains': (str, lambda text, phrase: find_phrase(phrase, text)),
+    'not_contains': (str, lambda text, phrase: not find_phrase(phrase, text)),
+    'starts_with': (str, lambda text, start: any(f.startswith(start.casefold()) for f in forms(text))),
+    'ends_with': (str, lambda text, end: any(f.endswith(end.casefold()) for f in forms(text))),
+    'one_of': (list, lambda text, choices: any(one.casefold() in forms(text) for one in choices)),
+    'regex': (str, lambda text, pattern: re.search(pattern, text) is not None),
+    'words': (int, lambda text, n: len(words_in(text)) == n),
+    'min_words': (int, lambda text, n: len(words_in(text)) >= n),
+    'max_words': (int, lambda text, n: len(words_in(text)) <= n),
+    'sentences': (int, lambda text, n: count_sentences(text) == n),
+    'max_sentences': (int, lambda text, n: count_sentences(text) <= n),
+    'lines': (int, lambda text, n: len(re.findall(r'^.*\S', text, re.M)) == n),  # not blank
+    'bullets': (int, lambda text, n: count_bullets(text) == n),
+    'items': (int, lambda text, n: count_items(text) == n),
     'contains_number': (bool, lambda text, wish: (re.search(r'\d', text) is not None) == wish),
-    'is_json':         (bool, lambda text, wish: is_json(text) == wish),
-    'lowercase':       (bool, lambda text, wish: text.islower() == wish),  # needs at least one letter
-    'uppercase':       (bool, lambda text, wish: text.isupper() == wish),
+    'is_json': (bool, lambda text, wish: is_json(text) == wish),
+    'lowercase': (bool, lambda text, wish: text.islower() == wish),  # needs at least one letter
+    'uppercase': (bool, lambda text, wish: text.isupper() == wish),
 }
 
 
@@ -376,7 +382,7 @@ def entry_of(one):
     """The name and the wish of a check; UserError where it is none."""
     if not isinstance(one, dict) or len(one) != 1:
         raise UserError(f'A check is an object with one entry, such as {{"max_words": 20}}, not {one!r}.')
-    (name, wanted), = one.items()
+    ((name, wanted),) = one.items()
     if name not in CHECKS:
         raise UserError(f'There is no check {name!r}; there are: {", ".join(CHECKS)}.')
     kind = CHECKS[name][0]
@@ -401,18 +407,25 @@ def format_compliance(answer, reference, ended, markers):
     all          all three
     """
     words, wanted = len(words_in(answer)), len(words_in(reference))
-    result = {'ended': bool(ended), 'no_markers': not any(marker in answer for marker in markers),
-              'length': wanted / 2 <= words <= 2 * wanted}
+    result = {
+        'ended': bool(ended),
+        'no_markers': not any(marker in answer for marker in markers),
+        'length': wanted / 2 <= words <= 2 * wanted,
+    }
     return {**result, 'all': all(result.values())}
 
 
 # ---------------------------------------------------------------------------- wishes stated in words
 
-NUMBERS = ('one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen '
-           'seventeen eighteen nineteen twenty').split()
+NUMBERS = (
+    'one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen '
+    'seventeen eighteen nineteen twenty'
+).split()
 N = rf'(\d+|a single|{"|".join(NUMBERS)})'
-AT_MOST, AT_LEAST = (r'at most|no more than|not more than|up to|maximum(?: of)?',
-                     r'at least|no less than|no fewer than|minimum(?: of)?')
+AT_MOST, AT_LEAST = (
+    r'at most|no more than|not more than|up to|maximum(?: of)?',
+    r'at least|no less than|no fewer than|minimum(?: of)?',
+)
 QUOTED = '["“\'‘]([^"“”]+?)["”\'’]'
 TEXT = r'(?:essay|haiku|letter|paragraph|poem|sentence|song|speech|story|tale|text)(?: of [\w ]+)?'
 WRITING = re.compile(  # how a sentence begins that asks to write something
@@ -420,10 +433,14 @@ WRITING = re.compile(  # how a sentence begins that asks to write something
     r'(?:answer|combine|compare|compose|condense|construct|convert|craft|create|define|describe|draft|'
     r'explain|express|format|generate|give|how|keep|limit|list|make|name|output|outline|paraphrase|produce|'
     r'provide|rephrase|reply|respond|restate|return|rewrite|say|state|suggest|summari[sz]e|sum up|tell|turn|'
-    r'use|what|who|why|write|(?:your|the) (?:answer|response|output))\b', re.I)
+    r'use|what|who|why|write|(?:your|the) (?:answer|response|output))\b',
+    re.I,
+)
 # A sentence about code or a format ("what is a key in JSON?") does not wish for an answer in that format.
-NOT_ABOUT = (r'^(?!(?:compare|define|describe|explain|how|tell|what|who|why)\b)'
-             r'(?!.*\b(?:code|function|parse|program|python|query|script)).*?')
+NOT_ABOUT = (
+    r'^(?!(?:compare|define|describe|explain|how|tell|what|who|why)\b)'
+    r'(?!.*\b(?:code|function|parse|program|python|query|script)).*?'
+)
 
 
 def number(word):
@@ -431,48 +448,82 @@ def number(word):
     return int(word) if word.isdigit() else 1 if word == 'a single' else NUMBERS.index(word) + 1
 
 
-STATED = [(re.compile(pattern, re.I), make) for pattern, make in [  # words of an instruction, its checks
-    (rf'(?:{AT_MOST}) {N} words?\b', lambda n: [{'max_words': number(n)}]),
-    (rf'\b{N} words? or (?:less|fewer)\b', lambda n: [{'max_words': number(n)}]),
-    (rf'\b(?:less than|fewer than|under) {N} words\b', lambda n: [{'max_words': number(n) - 1}]),
-    (rf'(?:{AT_LEAST}) {N} words?\b', lambda n: [{'min_words': number(n)}]),
-    (rf'\b(?:of|in|between) {N}(?:-| to | and ){N} words\b',
-     lambda low, high: [{'min_words': number(low)}, {'max_words': number(high)}]),
-    # "In 50 words" means about 50, "in three words" means three.
-    (rf'\bin ({"|".join(NUMBERS[:10])}|a single|[1-9]|10) words?\b(?! (?:from|of|or|that)\b)',
-     lambda n: [{'words': number(n)}]),
-    (rf'\b(?:in|of) exactly {N} words\b', lambda n: [{'words': number(n)}]),
-    (rf'(?:{AT_MOST}) {N} sentences?\b', lambda n: [{'max_sentences': number(n)}]),
-    (rf'\b{N} sentences? or (?:less|fewer)\b', lambda n: [{'max_sentences': number(n)}]),
-    (rf'\bin {N}(?:-| to | or ){N} sentences\b', lambda low, high: [{'max_sentences': number(high)}]),
-    (rf'\b(?:in|into)(?: exactly| only| just)? {N} sentences?\b(?! or\b)',
-     lambda n: [{'sentences': number(n)}]),
-    (rf'\ban? {N}[- ]sentence\b', lambda n: [{'sentences': number(n)}]),
-    (rf'\bin(?: exactly)? {N} lines?\b(?! or\b)', lambda n: [{'lines': number(n)}]),
-    (rf'\b(?:in|as|with|using)(?: exactly)? {N} bullet(?:s| points?)\b', lambda n: [{'bullets': number(n)}]),
-    (NOT_ABOUT + r'\b(?:(?:in|as|into|to)(?: an?)?(?: valid)? JSON|a (?:valid )?JSON (?:array|list|object))\b'
-     r'(?! (?:to|into|file|schema))', lambda: [{'is_json': True}]),
-    (NOT_ABOUT + r'\b(?:in|to|into|using)(?: only)? (?:all[- ])?(?:caps|capital letters|upper ?case)\b',
-     lambda: [{'uppercase': True}]),
-    (NOT_ABOUT + r'\b(?:in|to|into|using)(?: only)? (?:all[- ])?(?:small letters|lower ?case)\b',
-     lambda: [{'lowercase': True}]),
-    (r'\b(?:only|just|simply) (?:with )?(yes|true) or (no|false)\b',
-     lambda *choices: [{'one_of': list(choices)}]),
-    # "Name three fruits", but not "three sentences" and not "three fruits and two animals".
-    (r'^(?:please )?(?:give(?: me| us)?|list|name|provide|suggest)(?: a list of)?(?! (?:one|1|a single)\b)'
-     rf' {N} (?!(?:sentence|line|paragraph|more|or|to)s?\b)(?!.*\b(?:every|per)\b)(?!.*\band {N}\b)',
-     lambda n, _: [{'items': number(n)}]),
-]]
+STATED = [
+    (re.compile(pattern, re.I), make)
+    for pattern, make in [  # words of an instruction, its checks
+        (rf'(?:{AT_MOST}) {N} words?\b', lambda n: [{'max_words': number(n)}]),
+        (rf'\b{N} words? or (?:less|fewer)\b', lambda n: [{'max_words': number(n)}]),
+        (rf'\b(?:less than|fewer than|under) {N} words\b', lambda n: [{'max_words': number(n) - 1}]),
+        (rf'(?:{AT_LEAST}) {N} words?\b', lambda n: [{'min_words': number(n)}]),
+        (
+            rf'\b(?:of|in|between) {N}(?:-| to | and ){N} words\b',
+            lambda low, high: [{'min_words': number(low)}, {'max_words': number(high)}],
+        ),
+        # "In 50 words" means about 50, "in three words" means three.
+        (
+            rf'\bin ({"|".join(NUMBERS[:10])}|a single|[1-9]|10) words?\b(?! (?:from|of|or|that)\b)',
+            lambda n: [{'words': number(n)}],
+        ),
+        (rf'\b(?:in|of) exactly {N} words\b', lambda n: [{'words': number(n)}]),
+        (rf'(?:{AT_MOST}) {N} sentences?\b', lambda n: [{'max_sentences': number(n)}]),
+        (rf'\b{N} sentences? or (?:less|fewer)\b', lambda n: [{'max_sentences': number(n)}]),
+        (rf'\bin {N}(?:-| to | or ){N} sentences\b', lambda low, high: [{'max_sentences': number(high)}]),
+        (
+            rf'\b(?:in|into)(?: exactly| only| just)? {N} sentences?\b(?! or\b)',
+            lambda n: [{'sentences': number(n)}],
+        ),
+        (rf'\ban? {N}[- ]sentence\b', lambda n: [{'sentences': number(n)}]),
+        (rf'\bin(?: exactly)? {N} lines?\b(?! or\b)', lambda n: [{'lines': number(n)}]),
+        (
+            rf'\b(?:in|as|with|using)(?: exactly)? {N} bullet(?:s| points?)\b',
+            lambda n: [{'bullets': number(n)}],
+        ),
+        (
+            NOT_ABOUT
+            + r'\b(?:(?:in|as|into|to)(?: an?)?(?: valid)? JSON|a (?:valid )?JSON (?:array|list|object))\b'
+            r'(?! (?:to|into|file|schema))',
+            lambda: [{'is_json': True}],
+        ),
+        (
+            NOT_ABOUT
+            + r'\b(?:in|to|into|using)(?: only)? (?:all[- ])?(?:caps|capital letters|upper ?case)\b',
+            lambda: [{'uppercase': True}],
+        ),
+        (
+            NOT_ABOUT + r'\b(?:in|to|into|using)(?: only)? (?:all[- ])?(?:small letters|lower ?case)\b',
+            lambda: [{'lowercase': True}],
+        ),
+        (
+            r'\b(?:only|just|simply) (?:with )?(yes|true) or (no|false)\b',
+            lambda *choices: [{'one_of': list(choices)}],
+        ),
+        # "Name three fruits", but not "three sentences" and not "three fruits and two animals".
+        (
+            r'^(?:please )?(?:give(?: me| us)?|list|name|provide|suggest)(?: a list of)?(?! (?:one|1|a single)\b)'
+            rf' {N} (?!(?:sentence|line|paragraph|more|or|to)s?\b)(?!.*\b(?:every|per)\b)(?!.*\band {N}\b)',
+            lambda n, _: [{'items': number(n)}],
+        ),
+    ]
+]
 
-STATED_IN_QUOTES = [(re.compile(pattern, re.I), make) for pattern, make in [
-    (rf'\b{TEXT} that (?:starts|begins) with (?:the (?:line|words?|phrase|sentence) )?{QUOTED}',
-     lambda start: [{'starts_with': start.rstrip('.')}]),
-    (rf'\b{TEXT} that ends with (?:the (?:line|words?|phrase|sentence) )?{QUOTED}',
-     lambda end: [{'ends_with': end}]),
-    (rf'\bwithout using the (?:word|phrase) {QUOTED}', lambda phrase: [{'not_contains': phrase}]),
-    (rf'(?<!without )\busing (?:both )?the (?:words?|phrase) {QUOTED}(?: and {QUOTED})?',
-     lambda *phrases: [{'contains': phrase} for phrase in phrases if phrase]),
-]]
+STATED_IN_QUOTES = [
+    (re.compile(pattern, re.I), make)
+    for pattern, make in [
+        (
+            rf'\b{TEXT} that (?:starts|begins) with (?:the (?:line|words?|phrase|sentence) )?{QUOTED}',
+            lambda start: [{'starts_with': start.rstrip('.')}],
+        ),
+        (
+            rf'\b{TEXT} that ends with (?:the (?:line|words?|phrase|sentence) )?{QUOTED}',
+            lambda end: [{'ends_with': end}],
+        ),
+        (rf'\bwithout using the (?:word|phrase) {QUOTED}', lambda phrase: [{'not_contains': phrase}]),
+        (
+            rf'(?<!without )\busing (?:both )?the (?:words?|phrase) {QUOTED}(?: and {QUOTED})?',
+            lambda *phrases: [{'contains': phrase} for phrase in phrases if phrase],
+        ),
+    ]
+]
 
 
 def checks_stated_in(instruction):
@@ -487,12 +538,23 @@ def checks_stated_in(instruction):
     found = []
     for sentence in re.split(r'(?<=[.!?])\s+', unquoted):
         if WRITING.match(sentence) and not re.search(r'\beach\b', sentence, re.I):
-            found += [one for pattern, make in STATED for match in pattern.finditer(sentence)
-                      for one in make(*match.groups())]
+            found += [
+                one
+                for pattern, make in STATED
+                for match in pattern.finditer(sentence)
+                for one in make(*match.groups())
+            ]
     if WRITING.match(asked):
-        found += [one for pattern, make in STATED_IN_QUOTES for match in pattern.finditer(asked)
-                  for one in make(*match.groups())]
+        found += [
+            one
+            for pattern, make in STATED_IN_QUOTES
+            for match in pattern.finditer(asked)
+            for one in make(*match.groups())
+        ]
     names = Counter(name for one in found for name in one)
-    clash = [{'uppercase', 'lowercase'} <= set(names), {'items', 'is_json'} <= set(names),
-             *(times > 1 for name, times in names.items() if name != 'contains')]
+    clash = [
+        {'uppercase', 'lowercase'} <= set(names),
+        {'items', 'is_json'} <= set(names),
+        *(times > 1 for name, times in names.items() if name != 'contains'),
+    ]
     return [] if any(clash) else found

@@ -1,11 +1,12 @@
 """Optimizers, the learning-rate curve, and the running average of the weights."""
+
 import math
 from contextlib import contextmanager
 
 import torch
 
-from configurator import UserError
-from data import random_bits
+from lm.configurator import UserError
+from lm.rng import random_bits
 
 OPTIMIZERS = ('adamw', 'muon')
 SCHEDULES = ('cosine', 'linear', 'wsd', 'constant')
@@ -29,15 +30,22 @@ def make_optimizers(model, optimizer, learning_rate, beta1, beta2, weight_decay,
 
     to_muon = [p for name, p in named if for_muon(name, p)]
     rest = [p for name, p in named if not for_muon(name, p)]
-    groups = [{'params': [p for p in rest if p.dim() >= 2], 'weight_decay': weight_decay},
-              {'params': [p for p in rest if p.dim() < 2], 'weight_decay': 0.0}]
+    groups = [
+        {'params': [p for p in rest if p.dim() >= 2], 'weight_decay': weight_decay},
+        {'params': [p for p in rest if p.dim() < 2], 'weight_decay': 0.0},
+    ]
     groups = [group for group in groups if group['params']]
     if any(p.dtype == torch.bfloat16 for p in rest):
         return {'adamw': StochasticAdamW(groups, learning_rate, (beta1, beta2), seed, rank)}
     optimizers = {'adamw': torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)}
     if to_muon:
-        optimizers['muon'] = BatchedMuon(to_muon, lr=learning_rate, weight_decay=weight_decay, momentum=0.95,
-                                         adjust_lr_fn='match_rms_adamw')
+        optimizers['muon'] = BatchedMuon(
+            to_muon,
+            lr=learning_rate,
+            weight_decay=weight_decay,
+            momentum=0.95,
+            adjust_lr_fn='match_rms_adamw',
+        )
     return optimizers
 
 
@@ -68,7 +76,9 @@ class StochasticAdamW(torch.optim.Optimizer):
                 continue
             state = self.state[p]
             if not state:
-                state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+                state.update(
+                    step=torch.zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p)
+                )
             state['step'] += 1
             step = int(state['step'])
             generator = torch.Generator(p.device).manual_seed(int(random_bits(*self.key, step, number)) >> 1)
@@ -83,9 +93,9 @@ class StochasticAdamW(torch.optim.Optimizer):
         gradient = gradient.float()
         new_average = average.float().lerp_(gradient, 1 - beta1)
         new_square = square.float().mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        size = (new_square / (1 - beta2 ** step)).sqrt_().add_(group['eps'])
+        size = (new_square / (1 - beta2**step)).sqrt_().add_(group['eps'])
         new_weight = weight.float().mul_(1 - rate * group['weight_decay'])
-        new_weight.addcdiv_(new_average, size, value=-rate / (1 - beta1 ** step))
+        new_weight.addcdiv_(new_average, size, value=-rate / (1 - beta1**step))
         for old, new in ((weight, new_weight), (average, new_average), (square, new_square)):
             old.copy_(stochastically_rounded(new, generator))
 
@@ -113,10 +123,15 @@ class BatchedMuon(torch.optim.Muon):
                 if p.grad is not None:
                     shapes.setdefault((min(p.shape), max(p.shape)), []).append(p)
             for (_, longer), matrices in shapes.items():
-                update = orthogonalised(self.momenta(matrices, group['momentum']), group)  # (n, shorter, longer)
+                update = orthogonalised(
+                    self.momenta(matrices, group['momentum']), group
+                )  # (n, shorter, longer)
                 torch._foreach_mul_(matrices, 1 - group['lr'] * group['weight_decay'])
-                torch._foreach_add_(matrices, [u.mT if p.size(0) > p.size(1) else u for u, p in zip(update, matrices)],
-                                    alpha=-group['lr'] * 0.2 * math.sqrt(longer))
+                torch._foreach_add_(
+                    matrices,
+                    [u.mT if p.size(0) > p.size(1) else u for u, p in zip(update, matrices)],
+                    alpha=-group['lr'] * 0.2 * math.sqrt(longer),
+                )
 
     def momenta(self, matrices, momentum):
         """The gradients, led on by Nesterov's momentum: (n, shorter, longer)."""

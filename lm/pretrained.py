@@ -1,4 +1,5 @@
 """Pretrained models from a Hugging Face folder, or from the hub, as checkpoints of ours."""
+
 import json
 import sys
 from pathlib import Path
@@ -6,13 +7,13 @@ from pathlib import Path
 import safetensors
 import torch
 
-import families
-from configurator import UserError
+from lm import families
+from lm.configurator import UserError
+from lm.tokenizer import Tokenizer, pretrained_token
 from model import ARCHITECTURES, ModelConfig
-from tokenizer import Tokenizer, pretrained_token
-
 
 # ---------------------------------------------------------------------------- a folder's tensors
+
 
 def read_json(path):
     try:
@@ -23,18 +24,24 @@ def read_json(path):
 
 def weight_files(folder):
     """The files of a folder that hold its weights, safetensors before .bin."""
-    for single, index in (('model.safetensors', 'model.safetensors.index.json'),
-                          ('pytorch_model.bin', 'pytorch_model.bin.index.json')):
+    for single, index in (
+        ('model.safetensors', 'model.safetensors.index.json'),
+        ('pytorch_model.bin', 'pytorch_model.bin.index.json'),
+    ):
         if (folder / index).is_file():
             names = sorted(set(read_json(folder / index).get('weight_map', {}).values()))
             missing = [name for name in names if not (folder / name).is_file()]
             if missing:
-                raise UserError(f'{folder} lacks {", ".join(missing)}, which its {index} lists; download it again.')
+                raise UserError(
+                    f'{folder} lacks {", ".join(missing)}, which its {index} lists; download it again.'
+                )
             return [folder / name for name in names]
         if (folder / single).is_file():
             return [folder / single]
-    raise UserError(f'{folder} holds no weights: neither model.safetensors nor pytorch_model.bin, nor an index of '
-                    'several; give a folder that save_pretrained wrote.')
+    raise UserError(
+        f'{folder} holds no weights: neither model.safetensors nor pytorch_model.bin, nor an index of '
+        'several; give a folder that save_pretrained wrote.'
+    )
 
 
 def open_tensors(folder):
@@ -49,7 +56,9 @@ def open_tensors(folder):
                 tensors.update(load_bin(path))
         except Exception as error:  # damaged bytes make both libraries fail in a dozen ways
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f'{path} is damaged or holds more than weights ({reason}); download it again.') from error
+            raise UserError(
+                f'{path} is damaged or holds more than weights ({reason}); download it again.'
+            ) from error
     return tensors
 
 
@@ -69,7 +78,9 @@ def our_tensors(folder, family, config):
     shapes = {name: tensor.shape for name, tensor in expected.items()}
     places = {name: families.their_name(name, family) for name in shapes}
     wanted = {families.bare(theirs): theirs for theirs, _, _ in places.values()}
-    known = {*wanted, 'lm_head.weight'} if config['tied'] else set(wanted)  # a tied head is a copy of the embedding
+    known = (
+        {*wanted, 'lm_head.weight'} if config['tied'] else set(wanted)
+    )  # a tied head is a copy of the embedding
     left_over = [name for name in tensors if name not in known and not families.BUFFERS.fullmatch(name)]
     complain(folder, missing=[wanted[name] for name in wanted if name not in tensors], left_over=left_over)
     state, misshapen = {}, []
@@ -88,10 +99,14 @@ def our_tensors(folder, family, config):
 
 def complain(folder, **faults):
     """A UserError that lists tensors by what is wrong with them; nothing where all lists are empty."""
-    parts = [f'{what.replace("_", " ")}: {", ".join(sorted(names))}' for what, names in faults.items() if names]
+    parts = [
+        f'{what.replace("_", " ")}: {", ".join(sorted(names))}' for what, names in faults.items() if names
+    ]
     if parts:
-        raise UserError(f'The weights of {folder} do not fit its config.json ({"; ".join(parts)}); nothing was '
-                        'imported. Download it again, or correct config.json.')
+        raise UserError(
+            f'The weights of {folder} do not fit its config.json ({"; ".join(parts)}); nothing was '
+            'imported. Download it again, or correct config.json.'
+        )
 
 
 def with_rows(tensor, rows):
@@ -104,6 +119,7 @@ def with_rows(tensor, rows):
 
 # ---------------------------------------------------------------------------- in
 
+
 def load(path, token=None, revision=None):
     """The checkpoint of a Hugging Face folder or hub id; its tensors lie in the folder's files until they are used."""
     folder = Path(path) if Path(path).is_dir() else download(path, token, revision)
@@ -111,21 +127,31 @@ def load(path, token=None, revision=None):
     if c.get('model_type') == families.NATIVE:
         return load_native(folder, c)
     if 'model_type' not in c:
-        raise UserError(f'{folder}/config.json names no model_type, so this is no model; give a folder that '
-                        'save_pretrained wrote.')
+        raise UserError(
+            f'{folder}/config.json names no model_type, so this is no model; give a folder that '
+            'save_pretrained wrote.'
+        )
     config, tokenizer = families.switches(c, folder), read_tokenizer(folder)
     config['vocab_size'] = config['pretrained_rows'] if tokenizer is None else tokenizer.vocab_size
     if tokenizer is not None:
         config.update(mask_id=tokenizer.mask_id, ignore_id=tokenizer.ignore_id)
     config = vars(checked_config(config))
     if config['block_size'] < c.get('max_position_embeddings', 0):
-        print(f'{folder}: attention sees {config["block_size"]} tokens back (sliding_window), so block_size is that; '
-              'within it the model is the same.', file=sys.stderr)
-    return {'architecture': 'ar', 'global_step': 0, 'model_config': config, 'train_config': {},
-            'model_state_dict': our_tensors(folder, c['model_type'], config),
-            'tokenizer': None if tokenizer is None else tokenizer.to_json(),
-            'start_token': c['start_token'] if 'start_token' in c else start_of(folder, tokenizer),
-            'prompt_format': c.get('prompt_format')}
+        print(
+            f'{folder}: attention sees {config["block_size"]} tokens back (sliding_window), so block_size is that; '
+            'within it the model is the same.',
+            file=sys.stderr,
+        )
+    return {
+        'architecture': 'ar',
+        'global_step': 0,
+        'model_config': config,
+        'train_config': {},
+        'model_state_dict': our_tensors(folder, c['model_type'], config),
+        'tokenizer': None if tokenizer is None else tokenizer.to_json(),
+        'start_token': c['start_token'] if 'start_token' in c else start_of(folder, tokenizer),
+        'prompt_format': c.get('prompt_format'),
+    }
 
 
 def checked_config(config):
@@ -141,22 +167,36 @@ def load_native(folder, c):
         raise UserError(f'{folder}/config.json lacks {", ".join(sorted(missing))}; export the model again.')
     tensors, tokenizer = open_tensors(folder), read_tokenizer(folder)
     if c['architecture'] not in ARCHITECTURES:
-        raise UserError(f'{folder}/config.json has the architecture {c["architecture"]!r}; this version knows '
-                        f'{", ".join(ARCHITECTURES)}.')
+        raise UserError(
+            f'{folder}/config.json has the architecture {c["architecture"]!r}; this version knows '
+            f'{", ".join(ARCHITECTURES)}.'
+        )
     with torch.device('meta'):
         expected = ARCHITECTURES[c['architecture']](checked_config(c['model_config'])).state_dict()
     complain(folder, missing=set(expected) - set(tensors), left_over=set(tensors) - set(expected))
-    complain(folder, of_another_shape=[name for name in expected if expected[name].shape != tensors[name].shape])
-    return {'architecture': c['architecture'], 'global_step': 0, 'model_config': c['model_config'], 'train_config': {},
-            'model_state_dict': tensors, 'tokenizer': tokenizer and tokenizer.to_json(),
-            'start_token': c['start_token'], 'prompt_format': c['prompt_format']}
+    complain(
+        folder, of_another_shape=[name for name in expected if expected[name].shape != tensors[name].shape]
+    )
+    return {
+        'architecture': c['architecture'],
+        'global_step': 0,
+        'model_config': c['model_config'],
+        'train_config': {},
+        'model_state_dict': tensors,
+        'tokenizer': tokenizer and tokenizer.to_json(),
+        'start_token': c['start_token'],
+        'prompt_format': c['prompt_format'],
+    }
 
 
 def read_tokenizer(folder):
     """A folder's Tokenizer; None, with a warning, where it has none."""
     if not any((folder / name).is_file() for name in ('tokenizer.json', 'merges.txt')):
-        print(f'warning: {folder} has no tokenizer.json, so the model comes without one and can neither read nor '
-              'write text.', file=sys.stderr)
+        print(
+            f'warning: {folder} has no tokenizer.json, so the model comes without one and can neither read nor '
+            'write text.',
+            file=sys.stderr,
+        )
         return None
     return Tokenizer.load(folder)
 
@@ -177,16 +217,24 @@ def start_of(folder, tokenizer):
 def download(name, token=None, revision=None):
     """The local folder of a model of the hub."""
     from huggingface_hub import snapshot_download  # comes with datasets; slow to import
+
     try:
+
         def get(*patterns):
-            return Path(snapshot_download(name, token=token or None, revision=revision or None,
-                                          allow_patterns=list(patterns)))
+            return Path(
+                snapshot_download(
+                    name, token=token or None, revision=revision or None, allow_patterns=list(patterns)
+                )
+            )
+
         folder = get('*.json', 'merges.txt', 'model*.safetensors')
         if not any(folder.glob('model*.safetensors')):
             get('pytorch_model*.bin')
         return folder
     except Exception as error:  # the client's, the network's and httpx' own errors have no common class
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f'There is no checkpoint at {name}, and the Hugging Face hub gives no model by that name '
-                        f'({reason}); correct the path or name, try again, or give a --token for a private '
-                        'model.') from error
+        raise UserError(
+            f'There is no checkpoint at {name}, and the Hugging Face hub gives no model by that name '
+            f'({reason}); correct the path or name, try again, or give a --token for a private '
+            'model.'
+        ) from error

@@ -6,22 +6,23 @@ What follows it ends the answer: the first marker, such as <|im_end|>, if it is 
 tokenizer, or else <|endoftext|>. The markers become special tokens where the tokenizer has them; the same
 characters within a user's text never do.
 """
+
 import re
 
-from configurator import UserError
+from lm.configurator import UserError
 
 BLOCKS = '### Instruction:\n{instruction}\n\n{#input}### Input:\n{input}\n\n{/input}### Response:\n{output}'
 FORMATS = {
     'default': BLOCKS,
     'alpaca': 'Below is an instruction that describes a task{#input}, paired with an input that provides further '
-              'context{/input}. Write a response that appropriately completes the request.\n\n' + BLOCKS,
+    'context{/input}. Write a response that appropriately completes the request.\n\n' + BLOCKS,
     'qa': 'Question: {instruction}\n\n{#input}Context: {input}\n\n{/input}Answer:\n{output}',
     'chatml': '{#system}<|im_start|>system\n{system}<|im_end|>\n{/system}'
-              '<|im_start|>user\n{instruction}{#input}\n\n{input}{/input}<|im_end|>\n'
-              '<|im_start|>assistant\n{output}<|im_end|>\n',
+    '<|im_start|>user\n{instruction}{#input}\n\n{input}{/input}<|im_end|>\n'
+    '<|im_start|>assistant\n{output}<|im_end|>\n',
     'llama3': '{#system}<|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>{/system}'
-              '<|start_header_id|>user<|end_header_id|>\n\n{instruction}{#input}\n\n{input}{/input}<|eot_id|>'
-              '<|start_header_id|>assistant<|end_header_id|>\n\n{output}<|eot_id|>',
+    '<|start_header_id|>user<|end_header_id|>\n\n{instruction}{#input}\n\n{input}{/input}<|eot_id|>'
+    '<|start_header_id|>assistant<|end_header_id|>\n\n{output}<|eot_id|>',
 }
 DEFAULT = FORMATS['default']
 MARKER = r'<\|\w+\|>'
@@ -36,9 +37,12 @@ def named(name):
 
 # ---------------------------------------------------------------------------- as text
 
+
 def without_empty(form, values):
     """The template without the sections whose value is empty."""
-    return re.sub(r'{#(\w+)}(.*?){/\1}', lambda part: part[2] if values.get(part[1]) else '', form, flags=re.S)
+    return re.sub(
+        r'{#(\w+)}(.*?){/\1}', lambda part: part[2] if values.get(part[1]) else '', form, flags=re.S
+    )
 
 
 def values_of(form, instruction, given, system):
@@ -72,19 +76,25 @@ def instruction_in(prompt, form):
 
 # ---------------------------------------------------------------------------- as tokens
 
+
 def end_of(form, tokenizer):
     """The id of the token that ends an answer, and what the format says between it and the next turn."""
     tail = form.partition('{output}')[2]
     marker = re.match(MARKER, tail)
     end = tokenizer.special_ids.get(marker[0]) if marker else None
-    return tokenizer.endoftext_id if end is None else end, tail[marker.end():] if marker else tail
+    return tokenizer.endoftext_id if end is None else end, tail[marker.end() :] if marker else tail
 
 
 def control_tokens(form, tokenizer):
     """{name: id} of the special tokens that a format uses, the end of the answer included."""
     names = re.findall(MARKER, form)
-    return {tokenizer.name_of(i): i for i in (*(tokenizer.special_ids[name] for name in names
-                                                if name in tokenizer.special_ids), end_of(form, tokenizer)[0])}
+    return {
+        tokenizer.name_of(i): i
+        for i in (
+            *(tokenizer.special_ids[name] for name in names if name in tokenizer.special_ids),
+            end_of(form, tokenizer)[0],
+        )
+    }
 
 
 def encode(tokenizer, form, turns, system=''):

@@ -9,6 +9,7 @@
 Arguments apply from left to right. A config file is plain Python that sees the values so far, so it
 may say `max_steps = 2 * max_steps`. The source of the script is the only list of its keys.
 """
+
 import ast
 import builtins
 import difflib
@@ -25,7 +26,7 @@ from typing import NamedTuple
 
 import yaml
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 TYPES = {kind.__name__: kind for kind in (bool, int, float, str, tuple, list, dict)}
 
 
@@ -55,19 +56,24 @@ sys.excepthook = print_without_traceback
 
 # ---------------------------------------------------------------------------- aliases
 
+
 def only_without_reentrant(options: dict):
     """Accepts the wish for what `gradient_checkpointing` does anyway, and no other."""
     if options not in ({}, {'use_reentrant': False}):
-        raise UserError(f'gradient_checkpointing_kwargs={options} is refused: blocks are always recomputed '
-                        'with use_reentrant=False, because reentrant checkpointing gives no gradient to a '
-                        'block whose input needs none, as over frozen embeddings; leave this setting out.')
+        raise UserError(
+            f'gradient_checkpointing_kwargs={options} is refused: blocks are always recomputed '
+            'with use_reentrant=False, because reentrant checkpointing gives no gradient to a '
+            'block whose input needs none, as over frozen embeddings; leave this setting out.'
+        )
 
 
 def no_remote_code(trust: bool):
     """Accepts that no code of a model's own is run."""
     if trust:
-        raise UserError('trust_remote_code=True is refused: pretrained weights run through model.py, which never loads '
-                        'code that comes with them; leave this setting out, and choose a family that hf.py lists.')
+        raise UserError(
+            'trust_remote_code=True is refused: pretrained weights run through model.py, which never loads '
+            'code that comes with them; leave this setting out, and choose a family that hf.py lists.'
+        )
 
 
 PRECISIONS = {'bf16': 'bfloat16', 'fp16': 'float16', 'fp32': 'float32'}
@@ -110,11 +116,12 @@ ALIASES = [
 
 # ---------------------------------------------------------------------------- what a script calls
 
+
 class Key(NamedTuple):
     default: object
-    type: type          # of its values; None is one too where it is the default
+    type: type  # of its values; None is one too where it is the default
     comment: str = ''
-    section: str = ''   # the title of the last `# --- title ---` above it
+    section: str = ''  # the title of the last `# --- title ---` above it
 
 
 class Config(dict):
@@ -122,8 +129,8 @@ class Config(dict):
 
     def __init__(self, keys):
         super().__init__((name, key.default) for name, key in keys.items())
-        self.known = keys    # name -> Key
-        self.given = set()   # names that a file or the command line set, even if to the default
+        self.known = keys  # name -> Key
+        self.given = set()  # names that a file or the command line set, even if to the default
 
 
 def configure(namespace, argv=None):
@@ -180,6 +187,7 @@ def check_range(config, low, high, *keys):
 
 # ---------------------------------------------------------------------------- files and options
 
+
 def apply_file(config, word):
     """Runs a config file over the values so far; what it assigns is given. JSON and YAML are read instead."""
     path = find_config(word)
@@ -212,7 +220,9 @@ def read_values(path, word):
         text = path.read_text(encoding='utf-8')
         values = json.loads(text) if path.suffix == '.json' else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f'{word} cannot be read ({" ".join(str(error).split())}); correct the file.') from error
+        raise UserError(
+            f'{word} cannot be read ({" ".join(str(error).split())}); correct the file.'
+        ) from error
     if not isinstance(values, dict):
         raise UserError(f'{word} holds a {type(values).__name__}, not keys and values; correct the file.')
     return values
@@ -221,8 +231,9 @@ def read_values(path, word):
 def find_config(word):
     """The path of a config file, relative to the working directory or else to the repository."""
     if not word.endswith(('.py', '.json', '.yaml', '.yml')):
-        raise UserError(f"'{word}' is neither a config file (*.py, *.json, *.yaml) nor --key=value; write one of "
-                        'them.')
+        raise UserError(
+            f"'{word}' is neither a config file (*.py, *.json, *.yaml) nor --key=value; write one of them."
+        )
     for folder in (Path.cwd(), ROOT):
         if (folder / word).is_file():
             return folder / word
@@ -307,7 +318,7 @@ def keys_of(source, namespace):
     for node in ast.parse(source).body:
         if calls_configure(node):
             break
-        above = lines[last_line:node.lineno - 1]  # between two statements: comments and blank lines
+        above = lines[last_line : node.lineno - 1]  # between two statements: comments and blank lines
         for rule in filter(None, map(SECTION.fullmatch, above)):
             section = rule[1]
         last_line = node.end_lineno
@@ -319,14 +330,21 @@ def keys_of(source, namespace):
 
 
 def calls_configure(node):
-    return any(isinstance(part, ast.Call) and ast.unparse(part.func).split('.')[-1] == 'configure'
-               for part in ast.walk(node))
+    return any(
+        isinstance(part, ast.Call) and ast.unparse(part.func).split('.')[-1] == 'configure'
+        for part in ast.walk(node)
+    )
 
 
 def assigned_names(node):
     """The public names in `name = ...`, `name = other = ...` and `name: type = ...`."""
-    targets = (node.targets if isinstance(node, ast.Assign) else
-               [node.target] if isinstance(node, ast.AnnAssign) else [])
+    targets = (
+        node.targets
+        if isinstance(node, ast.Assign)
+        else [node.target]
+        if isinstance(node, ast.AnnAssign)
+        else []
+    )
     return [target.id for target in targets if isinstance(target, ast.Name) and not target.id.startswith('_')]
 
 
@@ -335,14 +353,16 @@ def type_of(node, name, default):
     annotation = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else ''
     declared = TYPES.get(annotation.removesuffix(' | None'))
     if declared is None and default is None:
-        raise UserError(f'The default of {name} is None and does not say the type; annotate it, '
-                        f'as in `{name}: str = None` ({", ".join(TYPES)}).')
+        raise UserError(
+            f'The default of {name} is None and does not say the type; annotate it, '
+            f'as in `{name}: str = None` ({", ".join(TYPES)}).'
+        )
     return declared or type(default)
 
 
 def comment_of(node, lines, above):
     """The comment at the end of an assignment, or else the lines of comment directly above it."""
-    rest = lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode().strip()  # ast counts bytes
+    rest = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode().strip()  # ast counts bytes
     if rest.startswith('#'):
         return rest.lstrip('# ')
     comment = []

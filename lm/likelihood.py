@@ -15,23 +15,24 @@ if a belief came from a less masked view or from the text itself, overrode a vis
 per row by its loss. All numbers drawn are keyed by a row's own number: the result depends neither on the batch
 size nor on the number of ranks, and models are compared under the same masks.
 """
+
 import math
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-import data
-import scoring
-from configurator import UserError
+from lm import data, rng, scoring
+from lm.configurator import UserError
 from model import MIN_LEVEL, positions_of
 
-LEVEL_BINS = 10      # masking levels at which accuracy is told apart
-FEW_DOCUMENTS = 30   # below this many, windows tell how sure we are
+LEVEL_BINS = 10  # masking levels at which accuracy is told apart
+FEW_DOCUMENTS = 30  # below this many, windows tell how sure we are
 QUANTITIES = ('nats', 'count', 'correct', 'predicted')
 
 
 # ---------------------------------------------------------------------------- a split
+
 
 def open_rows(folder, split, model, block_size, mode):
     """The same rows for each architecture: block_size tokens that overlap by none, or one document per row."""
@@ -59,7 +60,11 @@ def measure(model, rows, run, batch_size, draws=8, max_tokens=0, exact=False, st
     run: a Runtime; its ranks share the rows, and each gets all sums.
     """
     chosen = choose_rows(rows, max_tokens)
-    sizes = {'document': 1 + int(rows.documents(rows.num_rows - 1)[-1]), 'row': len(chosen), 'level': LEVEL_BINS}
+    sizes = {
+        'document': 1 + int(rows.documents(rows.num_rows - 1)[-1]),
+        'row': len(chosen),
+        'level': LEVEL_BINS,
+    }
     sums = {unit: {name: np.zeros(size) for name in QUANTITIES} for unit, size in sizes.items()}
     passes = 1 if model.causal or exact or steps else draws
     for start in range(run.rank * batch_size, len(chosen), run.world_size * batch_size):
@@ -86,8 +91,11 @@ def guess(model, tokens, loss_mask, noise, batch_size, exact=False, steps=0, k=N
     noise = None if noise is None else torch.from_numpy(noise).to(tokens.device)
     if exact or steps:
         _, counted = model.trained(tokens, loss_mask)
-        nats = (chain_rule(model, tokens, loss_mask, batch_size=batch_size, k=k) if exact else
-                nested_bound(model, tokens, loss_mask, noise[:, 1:], steps, k))
+        nats = (
+            chain_rule(model, tokens, loss_mask, batch_size=batch_size, k=k)
+            if exact
+            else nested_bound(model, tokens, loss_mask, noise[:, 1:], steps, k)
+        )
         return {'nats': nats, 'count': counted}
     beliefs = {} if k is None or model.causal else {'k': k}
     nats, counted, metrics = model.losses(tokens, loss_mask, noise, **beliefs)
@@ -106,12 +114,13 @@ def sum_over_ranks(run, sums):
     for unit, part in sums.items():
         result[unit] = {}
         for name, array in part.items():
-            result[unit][name] = flat[start:start + len(array)]
+            result[unit][name] = flat[start : start + len(array)]
             start += len(array)
     return result
 
 
 # ---------------------------------------------------------------------------- what is drawn
+
 
 def level_noise(numbers, draw, draws, row_length):
     """Noise (B, 1 + row_length) for draw number `draw` of `draws`: a level per row, then a number per token.
@@ -119,8 +128,8 @@ def level_noise(numbers, draw, draws, row_length):
     A row's levels are stratified, (draw + u) / draws, and hang on the row's number and the draw only.
     """
     numbers = np.asarray(numbers)
-    levels = (draw + data.uniform(data.LEVEL, numbers).astype(np.float64)) / draws
-    tokens = data.uniform(data.NOISE, numbers[:, None], draw, np.arange(row_length))
+    levels = (draw + rng.uniform(rng.LEVEL, numbers).astype(np.float64)) / draws
+    tokens = rng.uniform(rng.NOISE, numbers[:, None], draw, np.arange(row_length))
     return np.concatenate([levels[:, None], tokens], axis=1).astype(np.float32)
 
 
@@ -131,9 +140,9 @@ def count_noise(numbers, draw, draws, scored):
     token has its exact value from a single draw (Nie et al. 2025, LLaDA).
     """
     numbers, n = np.asarray(numbers), scored.sum(1)
-    shift = data.uniform(data.LEVEL, numbers).astype(np.float64)
+    shift = rng.uniform(rng.LEVEL, numbers).astype(np.float64)
     m = np.minimum(n, (n * (draw + shift) / draws).astype(int) + 1)  # (B,)
-    order = data.uniform(data.NOISE, numbers[:, None], draw, np.arange(scored.shape[1]))
+    order = rng.uniform(rng.NOISE, numbers[:, None], draw, np.arange(scored.shape[1]))
     rank = np.where(scored, order, 2).argsort(1, kind='stable').argsort(1)
     level = np.maximum(m, 1) / np.maximum(n, 1)
     level = (level - MIN_LEVEL) / (1 - MIN_LEVEL)  # Diffusion.levels makes it m / n again
@@ -141,6 +150,7 @@ def count_noise(numbers, draw, draws, scored):
 
 
 # ---------------------------------------------------------------------------- by how a model writes
+
 
 @torch.inference_mode()
 def nested_bound(model, tokens, loss_mask, noise, steps, k=None):
@@ -184,6 +194,7 @@ def chain_rule(model, tokens, loss_mask=None, turn=None, batch_size=32, k=None):
 
 # ---------------------------------------------------------------------------- texts of any length
 
+
 @torch.inference_mode()
 def score(model, texts, run, batch_size, draws=8, numbers=None, k=None):
     """Nats (N,) of the scored tokens of each text, exact or an upper bound.
@@ -195,10 +206,13 @@ def score(model, texts, run, batch_size, draws=8, numbers=None, k=None):
     nats = np.zeros(len(texts))
     numbers = np.arange(len(texts)) if numbers is None else np.asarray(numbers)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i][0]))
-    batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
-    batches = [[i for i in batch if len(texts[i][0]) == length]  # no padding: a bidirectional model would see it
-               for batch in batches for length in sorted({len(texts[i][0]) for i in batch})]
-    for batch in batches[run.rank::run.world_size]:
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    batches = [
+        [i for i in batch if len(texts[i][0]) == length]  # no padding: a bidirectional model would see it
+        for batch in batches
+        for length in sorted({len(texts[i][0]) for i in batch})
+    ]
+    for batch in batches[run.rank :: run.world_size]:
         tokens = torch.tensor([texts[i][0] for i in batch], device=run.device)  # (B, T)
         scored = np.array([texts[i][1] for i in batch], dtype=bool)
         loss_mask = torch.from_numpy(scored).to(run.device)
@@ -213,7 +227,7 @@ def score(model, texts, run, batch_size, draws=8, numbers=None, k=None):
 
 def windows(ids, block_size):
     """[(ids, scored)] that together score each of `ids` but the first, which is context, once."""
-    parts = [ids[start:start + block_size] for start in range(0, max(1, len(ids) - 1), block_size - 1)]
+    parts = [ids[start : start + block_size] for start in range(0, max(1, len(ids) - 1), block_size - 1)]
     return [(part, [False] + [True] * (len(part) - 1)) for part in parts]
 
 
@@ -229,9 +243,11 @@ def choose(model, tokenizer, start_token, questions, run, batch_size, draws, k=N
         for choice in question['choices']:
             tail = tokenizer.encode(' ' + choice.strip())
             if not choice.strip() or len(tail) >= block_size:
-                raise UserError(f'The choice {choice[:60]!r} of {question["question"][:60]!r} is empty or fills the '
-                                f'block of {block_size} tokens; leave it out.')
-            kept = head[max(0, len(head) + len(tail) - block_size):]
+                raise UserError(
+                    f'The choice {choice[:60]!r} of {question["question"][:60]!r} is empty or fills the '
+                    f'block of {block_size} tokens; leave it out.'
+                )
+            kept = head[max(0, len(head) + len(tail) - block_size) :]
             texts.append((kept + tail, [False] * len(kept) + [True] * len(tail)))
             numbers.append(number)
             sizes.append(1 + len(choice.strip().encode()))
@@ -243,6 +259,7 @@ def choose(model, tokenizer, start_token, questions, run, batch_size, draws, k=N
 
 
 # ---------------------------------------------------------------------------- texts of another model
+
 
 class Judge(NamedTuple):
     model: object
@@ -264,9 +281,11 @@ def judge(judge, rows, tokenizer, run, batch_size, draws):
             texts += windows(ids, judge.model.config.block_size)
     nats = score(judge.model, texts, run, batch_size, draws).sum()
     count = sum(sum(scored) for _, scored in texts)
-    return {'judge_nats': float(nats / count) if count else None,
-            'judge_bpb': float(nats / size / math.log(2)) if size else None,
-            'judge_bound': 'exact' if judge.model.causal else 'upper'}
+    return {
+        'judge_nats': float(nats / count) if count else None,
+        'judge_bpb': float(nats / size / math.log(2)) if size else None,
+        'judge_bound': 'exact' if judge.model.causal else 'upper',
+    }
 
 
 def recoded(ids, tokenizer, other):
@@ -293,6 +312,7 @@ def split_at(row, end):
 
 
 # ---------------------------------------------------------------------------- figures
+
 
 def interval(sums, value, weight):
     """Σ value / Σ weight with its 95 % interval: over documents, or over windows where there are few of them."""
@@ -329,8 +349,10 @@ def share(passed):
 def perplexity_figures(sums, tokens_per_byte):
     """Nats per token, perplexity, bits per byte, and the 95 % interval of each."""
     nats = interval(sums, 'nats', 'count')
-    figures = {'tokens': int(round(sums['row']['count'].sum())),
-               'documents': int(np.count_nonzero(sums['document']['count']))}
+    figures = {
+        'tokens': int(round(sums['row']['count'].sum())),
+        'documents': int(np.count_nonzero(sums['document']['count'])),
+    }
     figures['nats_per_token'], figures['ci95'] = scaled(nats, float)
     figures['perplexity'], figures['perplexity_ci95'] = scaled(nats, lambda x: math.exp(min(x, 700)))
     if tokens_per_byte is not None:
