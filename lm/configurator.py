@@ -34,6 +34,12 @@ class UserError(ValueError):
     """A mistake of the user's in one sentence: what was wrong, the offending value, the remedy."""
 
 
+def require(condition, message):
+    """Raise a UserError with this message unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
 def print_without_traceback(kind, error, trace, previous=sys.excepthook):
     if issubclass(kind, UserError):
         print(f'error: {error}', file=sys.stderr)  # Python then exits with status 1
