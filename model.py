@@ -199,7 +199,7 @@ class Transformer(nn.Module):
 
     def compile(self, **options):
         """Compile the trunk and the token loss apart: steps with other numbers of passes share these graphs."""
-        for name in ('hidden', 'chunk_nll', 'top_k_belief'):
+        for name in ('hidden', 'chunk_nll', 'chunk_top_k'):
             if hasattr(self, name):
                 setattr(self, name, torch.compile(getattr(self, name), **options))
 
@@ -476,11 +476,14 @@ class SDD(Diffusion):
         tokens = torch.zeros(where.numel(), k, dtype=torch.long, device=where.device)
         probabilities = torch.zeros(where.numel(), k, device=where.device)
         for part in index.split(self.head_rows(hidden)):
-            logits = self.head(hidden.flatten(0, 1)[part])  # (n, V)
-            top = logits.topk(k)
-            tokens[part] = top.indices
-            probabilities[part] = (top.values - logits.logsumexp(-1, keepdim=True)).exp()
+            tokens[part], probabilities[part] = self.chunk_top_k(hidden.flatten(0, 1)[part], k)
         return Belief(tokens.view(*where.shape, k), probabilities.view(*where.shape, k))
+
+    def chunk_top_k(self, hidden, k):
+        """Return the k likeliest tokens (N, k) given hidden states (N, C), and their probabilities (N, k)."""
+        logits = self.head(hidden)  # (N, V)
+        top = logits.topk(k)
+        return top.indices, (top.values - logits.logsumexp(-1, keepdim=True)).exp()
 
     def embed(self, tokens, belief=None):
         x = super().embed(tokens)
