@@ -498,6 +498,7 @@ ARCHITECTURES = {'ar': Autoregressive, 'diffusion': Diffusion, 'sdd': SDD}
 
 
 def architecture_name(model):
-    """Return the name in ARCHITECTURES of a model or of its class."""
+    """Return the name in ARCHITECTURES of a model or of its class, which FSDP2 makes a subclass of."""
     kind = model if isinstance(model, type) else type(model)
-    return next(name for name, architecture in ARCHITECTURES.items() if architecture is kind)
+    names = {architecture: name for name, architecture in ARCHITECTURES.items()}
+    return next(names[base] for base in kind.__mro__ if base in names)
