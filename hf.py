@@ -6,8 +6,8 @@
     python hf.py push RUN_FOLDER --hub_model_id=owner/name --dry_run
     python hf.py consolidate RUN_FOLDER     # of a run with fsdp=True that was stopped
 
-The families that it knows are in lm/families.py. Every other model exports as the family
-'diffusion-lm', which only these scripts read.
+The families that it knows are in lm/families.py. Every other model exports as the family 'diffusion-lm', which only
+these scripts read.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from model import ARCHITECTURES, ModelConfig
 
 SHARD_BYTES = 5 * 10**9  # of an exported file, at most
 
-# ---------------------------------------------------------------------------- import, export
+# ---------------------------------------------------------------------------- import, export, merge
 
 
 def import_model(source, out, token=None, revision=None):
@@ -36,11 +36,9 @@ def import_model(source, out, token=None, revision=None):
     checkpoint = pretrained.load(source, token, revision)
     checkpoints.save(out, checkpoint)
     config = ModelConfig(**checkpoint['model_config'])
+    added = max(0, config.vocab_size - (config.pretrained_rows or config.vocab_size))
+    tokens = f'{config.vocab_size} tokens ({added} added), rows of up to {config.block_size}'
     size = f'{num_parameters(checkpoint):,} parameters, {config.n_layer} layers × {config.n_embd}'
-    tokens = f'rows of up to {config.block_size}, {config.vocab_size} tokens'
-    added = config.vocab_size - (config.pretrained_rows or config.vocab_size)
-    if added > 0:
-        tokens += f'; {added} of them were added ({MASK}, {IGNORE}) and are no part of an export'
     return f'{checkpoint["architecture"]}, {size}, {tokens}'
 
 
@@ -117,9 +115,10 @@ def write_tokenizer(checkpoint, folder, rows):
     text = text if rows is None else without_own_tokens(text, rows)
     (folder / 'tokenizer.json').write_text(text, encoding='utf-8')
     names = {'bos_token': tokenizer.name_of(start), 'eos_token': tokenizer.name_of(end)}
-    settings = {'tokenizer_class': 'PreTrainedTokenizerFast', **names}
-    files.write_json(folder / 'tokenizer_config.json', settings)
     ids = {'bos_token_id': start, 'eos_token_id': end}
+    files.write_json(
+        folder / 'tokenizer_config.json', {'tokenizer_class': 'PreTrainedTokenizerFast', **names}
+    )
     files.write_json(folder / 'generation_config.json', ids)
     return {**keys, **ids}
 
@@ -133,9 +132,6 @@ def without_own_tokens(text, rows):
         own = tokenizer['post_processor']['processors'][:-1]
         tokenizer['post_processor'] = own[0] if own else None
     return json.dumps(tokenizer, ensure_ascii=False)
-
-
-# ---------------------------------------------------------------------------- merge
 
 
 @torch.no_grad()
@@ -163,8 +159,8 @@ def merge_adapter(source, base, out, token=None, revision=None):
 def push(source, hub_model_id, token=None, private=False, dry_run=False):
     """Send a ckpt.pt, or the best weights of a run folder, to the hub with a model card.
 
-    It is one commit to the model, which is made where it does not exist; nothing is deleted there.
-    dry_run: only show what would be sent.
+    It is one commit to the model, which is made where it does not exist; nothing is deleted there. dry_run: only show
+    what would be sent.
     """
     check_name(hub_model_id)
     source = Path(source)
@@ -248,8 +244,9 @@ def model_card(checkpoint, name):
         parts.append(f'It has {loss} on held-out examples, at step {checkpoint["best_step"]}.')
     shown = {key: value for key, value in settings.items() if key not in NOT_ON_THE_CARD}
     rows = [f'{key} = {public(value)!r}' for key, value in shown.items() if value not in ('', None)]
-    settings = ['Settings:', '\n'.join(['```', *rows, '```'])] if rows else []
-    return '\n\n'.join([*parts, *settings]) + '\n'
+    if rows:
+        parts.append('\n'.join(['Settings:\n\n```', *rows, '```']))
+    return '\n\n'.join(parts) + '\n'
 
 
 def on_the_hub(base):

@@ -14,8 +14,6 @@ from model import ARCHITECTURES, ModelConfig
 
 NATIVE = 'diffusion-lm'  # model_type of what no family can express, which only these scripts read
 
-# ---------------------------------------------------------------------------- tables
-
 LAYOUTS = ('llama', 'opt', 'gpt2')  # the columns of NAMES and KEYS
 FAMILIES = {  # model_type: layout, class in transformers, fields of ModelConfig that differ from the layout's
     'gpt2': ('gpt2', 'GPT2LMHeadModel', {}),
@@ -91,9 +89,6 @@ def column(table, layout):
     return {ours: names[i] for ours, names in table.items() if names[i] is not None}
 
 
-# ---------------------------------------------------------------------------- names of tensors
-
-
 def hf_name(name, family):
     """Return where a family keeps our tensor `name`: (its name there, qkv_index, transposed).
 
@@ -114,9 +109,6 @@ def hf_name(name, family):
     qkv_index = qkv.index(module) if layout == 'gpt2' and module in qkv else None
     transposed = layout == 'gpt2' and kind == 'weight' and not module.endswith('_norm')
     return f'{names["blocks"]}.{layer}.{names[module]}.{kind}', qkv_index, transposed
-
-
-# ---------------------------------------------------------------------------- config.json
 
 
 def config_from_hf(c, path):
@@ -199,9 +191,8 @@ def family_of(architecture, config):
         c = config_to_hf(config, family)
         with contextlib.suppress(UserError):  # an activation that the family does not have
             fields = config_from_hf({**c, 'vocab_size': config.pretrained_rows}, family)
-            found = ModelConfig(
-                config.vocab_size, mask_id=config.mask_id, ignore_id=config.ignore_id, **fields
-            )
+            ids = dict(mask_id=config.mask_id, ignore_id=config.ignore_id)
+            found = ModelConfig(config.vocab_size, **ids, **fields)
             found.norm_eps = config.norm_eps and found.norm_eps
             if found == wanted:
                 return family, c
@@ -223,12 +214,9 @@ SHAPES = {
 PUBLISHED = {name: dict(zip(SHAPE, shape)) for name, shape in SHAPES.items()}  # as in their config.json
 PUBLISHED['deepseek']['rope_scaling'] = dict(rope_type='linear', factor=4.0)
 PUBLISHED['llama3']['rope_scaling'] = dict(
-    rope_type='llama3',
-    factor=32.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_position_embeddings=8192,
+    rope_type='llama3', factor=32.0, original_max_position_embeddings=8192
 )
+PUBLISHED['llama3']['rope_scaling'].update(low_freq_factor=1.0, high_freq_factor=4.0)
 FINETUNED = {
     'llama3_finetune': 'meta-llama/Llama-3.2-1B',
     'qwen3_finetune': 'Qwen/Qwen3-1.7B',

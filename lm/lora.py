@@ -26,9 +26,8 @@ class LoRALinear(nn.Module):
     """A frozen linear layer W and a trained one of low rank: y = W x + s B A x, s = alpha / rank
     (LoRA, Hu et al. 2021). B starts at zero, so the layer starts as W.
 
-    With a magnitude m per output (DoRA, Liu et al. 2024) the sum gives only the direction of each
-    row of the weight, and m its length: y = m / |W + s B A| (W + s B A) x, where the length |...|
-    is a constant to the gradient.
+    With a magnitude m per output (DoRA, Liu et al. 2024) the sum gives only the direction of each row of the weight,
+    and m its length: y = m / |W + s B A| (W + s B A) x, where the length |...| is a constant to the gradient.
     """
 
     def __init__(self, base, rank, alpha, dropout=0.0, dora=False):
@@ -144,8 +143,8 @@ def train_new_embeddings(model):
 def untrained(model, ids):
     """Return those of the token ids whose embeddings look like padding, which nothing ever trained.
 
-    They are as near to the mean of the model's padding rows as these are themselves (Land and
-    Bartolo 2024). A model without padding rows of its own has none.
+    They are as near to the mean of the model's padding rows as these are themselves (Land and Bartolo 2024). A model
+    without padding rows of its own has none.
     """
     config, rows = model.config, model.embedding.weight.float()
     padding = rows[config.vocab_size : config.pretrained_rows or 0]
@@ -197,8 +196,8 @@ def layer_in(family, name):
 def save_adapter(model, folder, base_name):
     """Write adapter_model.safetensors and adapter_config.json for PEFT; base_name: what they are for.
 
-    Layers have the names of the model's family; our own where it has none and for gpt2, whose q, k
-    and v are one layer. Where the base was converted, a key that PEFT ignores says to what.
+    Layers have the names of the model's family; our own where it has none and for gpt2, whose q, k and v are one
+    layer. Where the base was converted, a key that PEFT ignores says to what.
     """
     folder, tables = Path(folder), trained_tables(model)
     family, _ = families.family_of(type(model), model.config)
@@ -231,15 +230,13 @@ def save_adapter(model, folder, base_name):
     files.write_json(folder / 'adapter_config.json', config)
 
 
-@torch.no_grad()
 def load_adapter(model, folder):
     """Put the adapter of a folder in PEFT's format on the model, to be used, trained on or merged."""
     config, tensors = read_config(folder), read_tensors(folder)
     require(not adapted_layers(model), f'The model has an adapter already; merge it before {folder}.')
     for key, known in {**SUPPORTED, 'architecture': architecture_name(model)}.items():
-        value = config.get(key) or known
-        remedy = f'only {known!r} is known here; merge it into its base with PEFT'
-        require(value == known, f'The adapter {folder} has {key}={value!r}; {remedy}.')
+        value, remedy = config.get(key) or known, 'merge it into its base with PEFT'
+        require(value == known, f'{folder} has {key}={value!r}; only {known!r} is known here; {remedy}.')
 
     family, _ = families.family_of(type(model), model.config)
     family = None if any(name.startswith('blocks.') for name in tensors) else family
@@ -251,8 +248,14 @@ def load_adapter(model, folder):
     freeze_the_rest(model)
     if 'architecture' in config:
         train_new_embeddings(model)
+    odd = copy_tensors(tensors, trained_weights(model, family))
+    base = config.get('base_model_name_or_path')
+    require(not odd, f'The adapter {folder} does not fit ({odd}); give the base that it is for, {base!r}.')
 
-    weights = trained_weights(model, family)
+
+@torch.no_grad()
+def copy_tensors(tensors, weights):
+    """Copy {name: tensor} into what trained_weights() returns; return in words what does not fit, or ''."""
     odd = tensors.keys() ^ {name for name, _, _ in weights}
     for name, weight, qkv_index in weights:
         tensor = tensors.get(name, weight)
@@ -261,9 +264,7 @@ def load_adapter(model, folder):
             weight.copy_(tensor)
         else:
             odd.add(f'{name} {tuple(tensor.shape)}, which is {tuple(weight.shape)} here')
-    odd, base = '; '.join(sorted(odd)[:3]), config.get('base_model_name_or_path')
-    fits = weights and not odd
-    require(fits, f'The adapter {folder} does not fit ({odd}); give the base that it is for, {base!r}.')
+    return '; '.join(sorted(odd)[:3])
 
 
 def read_config(folder):

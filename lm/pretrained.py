@@ -34,15 +34,13 @@ def load(path, token=None, revision=None):
     """Return the checkpoint of a Hugging Face folder or hub id; its tensors stay on disk until used."""
     folder = Path(path) if Path(path).is_dir() else download(path, token, revision)
     c, tokenizer = read_json(folder / 'config.json'), read_tokenizer(folder)
-    has_type = 'model_type' in c
-    require(has_type, f'{folder}/config.json names no model_type; give a folder of save_pretrained.')
+    require('model_type' in c, f'{folder}/config.json names no model_type; give a folder of save_pretrained.')
     if c['model_type'] != families.NATIVE:
         start = c['start_token'] if 'start_token' in c else start_token(folder, tokenizer)
         tensors = open_tensors(folder)
         return causal_lm(c, tensors, folder, tokenizer, start, c.get('prompt_format'))
 
-    missing = {'architecture', 'model_config', 'start_token', 'prompt_format'} - set(c)
-    missing = ', '.join(sorted(missing))
+    missing = ', '.join(sorted({'architecture', 'model_config', 'start_token', 'prompt_format'} - set(c)))
     require(not missing, f'{folder}/config.json lacks {missing}; export the model again.')
     name, known = c['architecture'], ', '.join(ARCHITECTURES)
     require(name in ARCHITECTURES, f'{folder} is of the architecture {name!r}; known here are {known}.')
@@ -119,8 +117,8 @@ def as_checkpoint(architecture, family, fields, tensors, source, tokenizer, star
 def load_state_dict(tensors, family, architecture, config, source):
     """Return our state dict for the tensors {name: tensor} of a family (None: in our own names).
 
-    Rows added to the vocabulary become the mean of the others. UserError: a tensor is missing, left
-    over or of another shape; `source` says where they come from.
+    Rows added to the vocabulary become the mean of the others. UserError: a tensor is missing, left over or of another
+    shape; `source` says where they come from.
     """
     tensors = {without_prefix(name): tensor for name, tensor in tensors.items()}
     state_dict, missing, misshapen = {}, [], []

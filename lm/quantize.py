@@ -1,7 +1,4 @@
-"""Frozen linear layers in 8 or 4 bits per weight (int8 and NF4), to train adapters on large models.
-
-quantize(model, bits=4)    # the linear layers of the blocks; embedding, head and norms stay as they are
-"""
+"""Frozen linear layers in 8 or 4 bits per weight (int8 and NF4), to train adapters on large models."""
 
 import torch
 import torch.nn as nn
@@ -18,7 +15,7 @@ BLOCK, GROUP = 64, 256  # weights that share a scale; scales that share theirs
 
 @torch.no_grad()
 def quantize(model, bits):
-    """Replace the blocks' linear layers by frozen ones of 8 or 4 bits."""
+    """Replace the blocks' linear layers by frozen ones of 8 or 4 bits; embedding, head and norms stay as they are."""
     require(bits in (8, 4), f'bits is {bits}; choose 8 or 4.')
     for name, layer in linear_layers(model):
         if isinstance(layer, nn.Linear):
