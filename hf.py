@@ -37,9 +37,9 @@ def import_model(source, out, token=None, revision=None):
     checkpoints.save(out, checkpoint)
     config = ModelConfig(**checkpoint['model_config'])
     added = max(0, config.vocab_size - (config.pretrained_rows or config.vocab_size))
-    tokens = f'{config.vocab_size} tokens ({added} added), rows of up to {config.block_size}'
+    tokens = f'{config.vocab_size} tokens' + (f', {added} of them added here' if added else '')
     size = f'{num_parameters(checkpoint):,} parameters, {config.n_layer} layers × {config.n_embd}'
-    return f'{checkpoint["architecture"]}, {size}, {tokens}'
+    return f'{checkpoint["architecture"]}, {size}, rows of up to {config.block_size}, {tokens}'
 
 
 def num_parameters(checkpoint):
@@ -263,7 +263,7 @@ def public(value):
 COMMANDS = {  # function, its source, options
     'import': (import_model, 'a folder or hub id', 'out overwrite token revision trust_remote_code'),
     'export': (export, 'a ckpt.pt or run folder', 'out overwrite'),
-    'merge': (merge_adapter, "a folder of PEFT's", 'base out overwrite token revision trust_remote_code'),
+    'merge': (merge_adapter, 'an adapter folder', 'base out overwrite token revision trust_remote_code'),
     'push': (push, 'a ckpt.pt, or a run folder: its best.pt', 'hub_model_id token private dry_run'),
     'consolidate': (sharded.consolidate, 'the folder of a stopped run with fsdp=True', ''),
 }

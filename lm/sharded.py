@@ -76,7 +76,7 @@ def whole_weights(model):
 
 @contextmanager
 def gathered(model):
-    """While it lasts, methods other than forward see the root's weights; every rank has to call the same."""
+    """Gather the root's weights, for methods other than forward, in a context that every rank has to enter."""
     is_sharded = hasattr(model, 'unshard')
     if is_sharded:
         model.unshard()
