@@ -496,7 +496,5 @@ ARCHITECTURES = {'ar': Autoregressive, 'diffusion': Diffusion, 'sdd': SDD}
 
 
 def architecture_name(model):
-    """Return the name in ARCHITECTURES of a model or class; FSDP2 makes a model's class a subclass of its own."""
-    names = {architecture: name for name, architecture in ARCHITECTURES.items()}
-    bases = model.__mro__ if isinstance(model, type) else type(model).__mro__
-    return next(names[base] for base in bases if base in names)
+    """Return the name in ARCHITECTURES of a model, which FSDP2 may have made a subclass of, or of its class."""
+    return next(name for name, c in reversed(ARCHITECTURES.items()) if isinstance(model, c) or model is c)
