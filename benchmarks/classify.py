@@ -24,8 +24,7 @@ import torch.nn.functional as F
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder, whose names are those of scripts
 from lm import checkpoints, classification, optim, runtime, tasks
 from lm.configurator import UserError, check_choice, check_range, configure
-from lm.families import their_name
-from lm.published import PUBLISHED, shape_of
+from lm.families import PUBLISHED, hf_name, published_config
 
 n_layer = 2  # blocks of the 28
 sequence_length = 50  # digits per row
@@ -105,7 +104,7 @@ def make_models(device):
     trunk = checkpoints.make_model(
         'ar',
         **{
-            **shape_of('qwen0.6B', sequence_length + 1),
+            **published_config('qwen0.6B', sequence_length + 1),
             'n_layer': n_layer,
             'vocab_size': vocabulary.vocab_size,
             'mask_id': vocabulary.mask_id,
@@ -126,7 +125,7 @@ def make_models(device):
             }
         )
     )  # no row has this one
-    weights = {their_name(name, 'qwen3')[0]: weight for name, weight in trunk.named_parameters()}
+    weights = {hf_name(name, 'qwen3')[0]: weight for name, weight in trunk.named_parameters()}
     theirs.load_state_dict({**weights, 'score.weight': classifier.head.weight})
     return classifier, theirs.to(device).train()
 

@@ -31,7 +31,7 @@ import torch
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder, whose names are those of scripts
 import sampling
 from benchmarks.timing import Target, describe_machine, say, spread
-from lm import checkpoints, data, likelihood, nanogpt, runtime, scoring
+from lm import checkpoints, data, likelihood, pretrained, runtime, scoring
 from lm.configurator import UserError, check_choice, check_range, configure
 from sampling import generate
 
@@ -202,11 +202,9 @@ def ar():
 def with_weights_of(theirs, shape):
     """Our model with the peer's weights; its padding rows are never drawn."""
     ours = checkpoints.make_model('ar', **shape, **GPT2).eval()
-    state = ours.state_dict()
-    for name, weight in theirs.state_dict().items():
-        for our_name, part in nanogpt.ours(name.removeprefix('transformer.'), weight):
-            state[our_name][: len(part)] = part
-    ours.load_state_dict(state)
+    ours.config.pretrained_rows = len(theirs.transformer.wte.weight)
+    tensors = pretrained.gpt2_layout(theirs.state_dict())
+    ours.load_state_dict(pretrained.load_state_dict(tensors, 'gpt2', type(ours), ours.config, 'the peer'))
     return ours
 
 

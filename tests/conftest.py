@@ -18,8 +18,8 @@ import numpy as np
 import tokenizers
 import torch
 
-from lm import data
-from model import ARCHITECTURES, ModelConfig
+from lm import checkpoints, data
+from model import ARCHITECTURES, ModelConfig, architecture_name
 
 LETTERS = 'abcdefghijklmnopqrstuvwxyz '
 
@@ -121,3 +121,79 @@ def several_scripts():
     leave, os._exit = os._exit, lambda status: None
     yield
     leave(0)
+
+
+# ---------------------------------------------------------------------------- models of transformers
+
+HF_VOCAB = 260
+OPT = dict(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64, max_position_embeddings=128
+)
+LLAMA = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+)
+LLAMA3_ROPE = dict(
+    rope_type='llama3',
+    rope_theta=500.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+)
+LINEAR_ROPE = dict(rope_type='linear', rope_theta=1e5, factor=4.0)
+SMOLLM_ROPE = dict(rope_type='default', rope_theta=1e5)
+HF_MODELS = {  # name: class, what its config says
+    'gpt2': ('GPT2', dict(n_embd=32, n_layer=2, n_head=4, n_positions=128)),
+    'opt': ('OPT', dict(OPT, word_embed_proj_dim=32)),
+    'opt-350m': ('OPT', dict(OPT, word_embed_proj_dim=16, do_layer_norm_before=False)),
+    'llama': ('Llama', LLAMA),
+    'llama-3.2': ('Llama', dict(LLAMA, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True, head_dim=12)),
+    'deepseek-coder': ('Llama', dict(LLAMA, num_key_value_heads=4, rope_parameters=LINEAR_ROPE)),
+    'tinyllama': ('Llama', dict(LLAMA, rms_norm_eps=1e-5)),
+    'smollm': ('Llama', dict(LLAMA, rope_parameters=SMOLLM_ROPE, tie_word_embeddings=True)),
+    'mistral': ('Mistral', dict(LLAMA, sliding_window=None)),
+    'qwen2': ('Qwen2', dict(LLAMA, tie_word_embeddings=True)),
+    'qwen2-untied': ('Qwen2', LLAMA),
+    'qwen3': ('Qwen3', dict(LLAMA, head_dim=16, tie_word_embeddings=True)),
+}
+
+
+def hf_model(name, folder, **changes):
+    """A model of transformers saved in `folder`: every weight is random, norms and biases too."""
+    transformers = pytest.importorskip('transformers', reason='transformers is not installed')
+    transformers.logging.set_verbosity_error()
+    kind, shape = HF_MODELS[name]
+    config = getattr(transformers, kind + 'Config')(**{'vocab_size': HF_VOCAB, **shape, **changes})
+    suffix = 'LMHeadModel' if kind == 'GPT2' else 'ForCausalLM'
+    model = getattr(transformers, kind + suffix)(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(0.3 * torch.randn(weight.shape, generator=generator) + 0.6 * (weight.dim() == 1))
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(folder)
+    return model
+
+
+def hf_tokens(rows=2, length=60):
+    return torch.randint(0, HF_VOCAB, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def write_checkpoint(path, model, tokenizer=None, **changes):
+    """A ckpt.pt of a model, as train.py leaves it."""
+    checkpoint = {
+        'architecture': architecture_name(model),
+        'global_step': 7,
+        'model_state_dict': model.state_dict(),
+        'model_config': vars(model.config),
+        'train_config': {},
+        'tokenizer': tokenizer and tokenizer.to_json(),
+        'start_token': 0,
+        'prompt_format': None,
+    }
+    checkpoints.save(path, {**checkpoint, **changes})

@@ -15,7 +15,7 @@ import torch
 from conftest import letter_tokenizer, random_model, signals_kept
 from test_finetune import tune, write_base, write_examples
 
-from lm import checkpoints, classification, data, languages, nanogpt, optim, tasks
+from lm import checkpoints, classification, data, languages, optim, pretrained, tasks
 from lm.configurator import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -374,7 +374,7 @@ def test_a_checkpoint_of_nanogpt_is_a_base(place):
     (place / 'tokenizer-ipa').mkdir()
     (place / 'tokenizer-ipa' / 'tokenizer.json').write_text(letter_tokenizer().to_json())
     tokens = torch.randint(0, 27, (2, 9))
-    loaded = checkpoints.load_model(nanogpt.load(path, letter_tokenizer()), 'cpu')
+    loaded = checkpoints.load_model(pretrained.load_nanogpt(path, letter_tokenizer()), 'cpu')
     torch.testing.assert_close(loaded.hidden(tokens), model.hidden(tokens))
     run = classify(
         *TEXTS[:3],
@@ -628,17 +628,3 @@ def test_what_finetune_leaves_is_a_start_its_adapters_included(place, architectu
     tokens = torch.randint(0, 90, (2, 9))
     assert torch.equal(run['trunk'].eval().hidden(tokens), tuned.hidden(tokens))
     assert not torch.equal(tuned.hidden(tokens), base.hidden(tokens))
-
-
-@pytest.mark.parametrize(
-    'model, billions', [('llama3', 0.97), ('deepseek', 1.21), ('qwen0.6B', 0.44), ('qwen1.7B', 1.41)]
-)
-def test_the_published_shapes_have_their_number_of_parameters(model, billions):
-    pytest.importorskip('families')
-    from lm import published
-
-    with torch.device('meta'):
-        trunk = checkpoints.make_model(
-            'ar', vocab_size=3, mask_id=1, ignore_id=2, **published.shape_of(model, 51)
-        )
-    assert round(trunk.num_parameters() / 1e9, 2) == billions
