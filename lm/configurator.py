@@ -207,6 +207,13 @@ def apply_file(config, word):
     # The values are the file's builtins, so that it can read them, and its globals end up holding
     # what it assigned and nothing else.
     assigned = {'__file__': str(path), '__builtins__': {**vars(builtins), **config}}
+
+    def include(name):
+        """Run a file that stands beside this one, as if its lines stood here."""
+        included = path.parent / name
+        exec(compile(included.read_bytes(), str(included), 'exec'), assigned)
+
+    assigned['__builtins__']['include'] = include
     try:
         exec(compile(path.read_bytes(), str(path), 'exec'), assigned)
     except Exception as error:  # whatever the user's code raises is the user's to hear
