@@ -18,7 +18,7 @@ import torch.nn.functional as F
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder, whose names are those of scripts
 from benchmarks import timing
 from benchmarks.timing import Target, say
-from lm import published, runtime, tasks
+from lm import runtime, tasks
 from lm.configurator import ROOT, check_choice, check_range, configure
 
 n_layer = 2  # blocks of the 28
@@ -31,6 +31,9 @@ folder = ''  # for the script itself: be the side of transformers, on the model 
 config = configure(globals())
 
 WARMUP = 5  # steps at the start that are not timed
+QWEN = dict(  # Qwen3-0.6B's
+    hidden_size=1024, intermediate_size=3072, num_attention_heads=16, num_key_value_heads=8, head_dim=128
+)
 
 
 def make_qwen(place):
@@ -38,8 +41,8 @@ def make_qwen(place):
     import transformers
 
     torch.manual_seed(0)
-    shape = {**published.PUBLISHED['qwen0.6B'], 'num_hidden_layers': n_layer, 'vocab_size': 64}
-    qwen = transformers.Qwen3Config(**shape, max_position_embeddings=sequence_length + 1)
+    size = dict(num_hidden_layers=n_layer, vocab_size=64, max_position_embeddings=sequence_length + 1)
+    qwen = transformers.Qwen3Config(**QWEN, **size)
     transformers.Qwen3ForCausalLM(qwen).save_pretrained(place)
     Path(place, 'tokenizer.json').write_text(tasks.digit_tokenizer('fn_a').to_json())
 

@@ -178,7 +178,7 @@ def cache(folder, workplace):
     """Compare decoding with model_size=small, block 512, batch 1, with the cache and without."""
     runtime.Runtime('cpu', 'float32')
     torch.manual_seed(0)
-    shape = dict(zip(('n_layer', 'n_head', 'n_embd'), checkpoints.size_of('small')))
+    shape = checkpoints.size_of('small')
     model = checkpoints.make_model('ar', **shape, vocab_size=folder.tokenizer.vocab_size, block_size=512)
     for (
         weight

@@ -15,6 +15,7 @@ import statistics
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder, whose names are those of scripts
@@ -42,12 +43,10 @@ def random_batches(model, rows, device):
     """Yield batches of random tokens, and how many the loss of each is over."""
     length = model.config.block_size + model.extra_tokens
     for number in itertools.count():
-        generator = torch.Generator().manual_seed(number)
-        tokens = torch.randint(50256, (rows, length), generator=generator)
-        noise = torch.rand(rows, 1 + length, generator=generator)
-        noise[:, 0] = (torch.arange(rows) + noise[:, 0]) / rows  # stratified mask ratios, as in lm/data.py
-        batch = data.Batch(tokens, None, noise if model.needs_noise else None, None)
-        yield data.to_device(batch, device), rows * (length - 1)
+        tokens = torch.randint(50256, (rows, length), generator=torch.Generator().manual_seed(number))
+        noise = torch.from_numpy(data.row_noise(np.arange(rows), rows, length, (0, number)))
+        batch = data.Batch(tokens, noise=noise if model.needs_noise else None)
+        yield batch.to(device), rows * (length - 1)
 
 
 def beside_nanogpt(dist, peak, model_size, block_size, rows):
@@ -87,7 +86,7 @@ def beside_nanogpt(dist, peak, model_size, block_size, rows):
 def measure_mfu(trainee, dist, peak, rows):
     batches, tokens = random_batches(trainee.model, rows, dist.device), rows * trainee.model.config.block_size
     typical = compare_steps({'ar': trainee}, {'ar': batches}, steps, tokens, peak)['ar']
-    return trainee.model.flops_per_token() * tokens / typical / peak
+    return runtime.flops_per_token(trainee.model) * tokens / typical / peak
 
 
 def xl(dist, peak, model_size, block_size, rows):

@@ -43,30 +43,26 @@ class Trainee:
     def __init__(self, architecture, dist, optimizer, model_size, **shape):
         """shape: keys of ModelConfig, the vocabulary among them."""
         torch.manual_seed(0)
-        size = dict(zip(('n_layer', 'n_head', 'n_embd'), checkpoints.size_of(model_size)))
+        size = checkpoints.size_of(model_size)
         with dist.device:
             self.model = checkpoints.make_model(architecture, **size, **shape)
         if dist.device.type == 'cuda':
             self.model.compile()
-        self.dist = dist
+        self.dist, self.scaler = dist, dist.scaler()
         self.optimizer = optim.make_optimizer(self.model, optimizer, 1e-3, 0.9, 0.95, 0.1)
 
     def step(self, batch, count, beliefs=None):
         with self.dist.autocast():
             loss, *_ = self.model(*batch, **(beliefs or {}))
-        (loss / count).backward()
-        runtime.clip_gradients(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.scaler.scale(loss / count).backward()
+        self.optimizer.step(self.scaler, self.model.parameters(), 1.0)
 
 
 def belief_plans(model):
     """Return {passes before a step: the beliefs of those steps of train.py's schedule that have as many}."""
-    if not model.has_beliefs:
-        return {0: [{}]}
     plans = {}
     for step in range(SCHEDULE):
-        beliefs = data.draw_belief(step, SCHEDULE, 0, P_BELIEF, K_SCHEDULE, 0)
+        beliefs = optim.draw_beliefs(model, step, SCHEDULE, 0, P_BELIEF, K_SCHEDULE, 0)
         plans.setdefault(beliefs.get('depth', 0), []).append(beliefs)
     return dict(sorted(plans.items()))
 
@@ -97,7 +93,7 @@ def compare_steps(trainees, batches, steps, tokens, peak_flops):
         spread = timing.spread([1000 * value for value in values])
         say(f'  {name}, {passes} passes before, {share:.0%} of the steps: {spread} ms')
     for name, value in typical.items():
-        mfu = trainees[name].model.flops_per_token() * tokens / value / peak_flops
+        mfu = runtime.flops_per_token(trainees[name].model) * tokens / value / peak_flops
         say(f'  {name}: {1000 * value:.1f} ms per step, {tokens / value:,.0f} tokens/s, MFU {mfu:.3f}')
     return typical
 
@@ -108,10 +104,10 @@ def step_targets(typical):
     return [Target(name, ratio, '<=', most) for (name, most), ratio in zip(wanted.items(), ratios)]
 
 
-def read_batches(folder, architecture, device):
+def read_batches(folder, architecture, dist):
     """Yield (batch, count) of the data, after printing how fast they come without a model."""
-    batches = data.Batches(folder, architecture, block_size, batch_size, mode=mode, device=device)
-    taken = timing.seconds(lambda: [batches.get(step) for step in range(steps)], device)
+    batches = data.Batches(folder, architecture, block_size, batch_size, mode=mode, dist=dist)
+    taken = timing.seconds(lambda: [batches.get(step) for step in range(steps)], dist.device)
     say(f'  {architecture.description}: {steps / taken:,.0f} batches per second without a model')
     for step in itertools.count():
         (batch,), count = batches.get(step)
@@ -124,7 +120,7 @@ def main():
     timing.describe_machine(dist.device)
     say(f'{folder.path}: {model_size}, {batch_size} rows of {block_size} tokens, {dist.dtype}, {optimizer}')
     ids = {key: getattr(folder.tokenizer, key) for key in ('vocab_size', 'mask_id', 'ignore_id')}
-    batches = {name: read_batches(folder, kind, dist.device) for name, kind in ARCHITECTURES.items()}
+    batches = {name: read_batches(folder, kind, dist) for name, kind in ARCHITECTURES.items()}
     trainees = {
         name: Trainee(name, dist, optimizer, model_size, block_size=block_size, **ids) for name in batches
     }
