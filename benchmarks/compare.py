@@ -103,7 +103,7 @@ def learn(folder, workplace):
     # What is left of the peer's time after our start and evaluations, in steps of the pace just measured.
     step_seconds = timing.seconds_per_step(short.lines, warmup_steps)
     fixed = short.seconds - short_steps * step_seconds
-    planned = max(short_steps, int((MARGIN * theirs.seconds - fixed) / step_seconds))
+    planned = max(warmup_steps + 20, int((MARGIN * theirs.seconds - fixed) / step_seconds))
     long, long_loss, _ = learn_ours(folder, workplace, planned)
     return [
         Target("our parameters / the peer's", our_size / size, '<=', 1.0),
@@ -211,7 +211,7 @@ def main():
         )
     check_range(config, 1, math.inf, 'runs', 'warmup_steps')
     check_range(config, 1, 512, 'new_tokens')  # with the prompt they fit in a block
-    check_range(config, warmup_steps + 2, math.inf, 'peer_steps', 'short_steps', 'work_steps')
+    check_range(config, warmup_steps + 20, math.inf, 'peer_steps', 'short_steps', 'work_steps')
     folder, targets = data.Folder(dataset), []
     with tempfile.TemporaryDirectory(prefix='bench-') as workplace:
         if only != 'cache':

@@ -41,9 +41,9 @@ LLAMA_1B = dict(n_layer=16, n_head=32, n_kv_head=8, n_embd=2048, mlp_width=8192,
 
 def random_batches(model, rows, device):
     """Yield batches of random tokens, and how many the loss of each is over."""
-    length = model.config.block_size + model.extra_tokens
+    length, words = model.config.block_size + model.extra_tokens, model.config.vocab_size - 4
     for number in itertools.count():
-        tokens = torch.randint(50256, (rows, length), generator=torch.Generator().manual_seed(number))
+        tokens = torch.randint(words, (rows, length), generator=torch.Generator().manual_seed(number))
         noise = torch.from_numpy(data.row_noise(np.arange(rows), rows, length, (0, number)))
         batch = data.Batch(tokens, noise=noise if model.needs_noise else None)
         yield batch.to(device), rows * (length - 1)
