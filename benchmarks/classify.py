@@ -19,7 +19,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder, wh
 from benchmarks import timing
 from benchmarks.timing import Target, say
 from lm import runtime, tasks
-from lm.configurator import ROOT, check_choice, check_range, configure
+from lm.configurator import ROOT, check_range, configure
 
 n_layer = 2  # blocks of the 28
 sequence_length = 50  # digits per row
@@ -52,10 +52,9 @@ def train_with_transformers():
     import transformers
 
     dist = runtime.Runtime('cpu', dtype)
+    head = dict(num_labels=1, pad_token_id=63)  # no row has 63
     kind = transformers.Qwen3ForSequenceClassification
-    model = kind.from_pretrained(
-        folder, num_labels=1, pad_token_id=63, dtype='float32'
-    ).train()  # no row has 63
+    model = kind.from_pretrained(folder, dtype='float32', **head).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=1e-5, fused=True)
     for step in range(1, steps + 1):
         rows = torch.randint(2, (batch_size, sequence_length + 1))
@@ -70,9 +69,9 @@ def train_with_transformers():
 
 
 def main():
-    check_choice(config, 'dtype', runtime.DTYPES)
     check_range(config, 1, math.inf, 'n_layer', 'sequence_length', 'batch_size', 'runs')
     check_range(config, WARMUP + 2, math.inf, 'steps')
+    runtime.pick_dtype(dtype, timing.CPU)  # or say which there are
     with tempfile.TemporaryDirectory(prefix='bench-') as place:
         make_qwen(place)
         words = f"""--init_from={place} --out_dir={place}/run --overwrite --target_func=fn_a --pool=last

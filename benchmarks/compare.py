@@ -66,7 +66,7 @@ def copy_peer(folder, copy):
     found = f'{folder.path} has {len(characters)} characters and {sizes} tokens'
     remedy = 'make it with: python prepare/shakespeare.py'
     require(sizes == SPLITS and len(characters) == 65, f'{found}, Shakespeare 65 and {SPLITS}; {remedy}')
-    shutil.copytree(peer, copy, ignore=shutil.ignore_patterns('.git', 'data'))
+    shutil.copytree(peer, copy, ignore=shutil.ignore_patterns('.git', 'data', 'out*'))
     prepared = copy / 'data' / 'shakespeare_char'
     prepared.mkdir(parents=True)
     for split in SPLITS:
@@ -180,21 +180,19 @@ def cache(folder, workplace):
     torch.manual_seed(0)
     shape = checkpoints.size_of('small')
     model = checkpoints.make_model('ar', **shape, vocab_size=folder.tokenizer.vocab_size, block_size=512)
-    for (
-        weight
-    ) in model.parameters():  # in place of the zeros that some start with: a token depends on all before
+    for weight in model.parameters():  # some start as zeros, and then no token depends on those before
         torch.nn.init.normal_(weight, std=weight.size(-1) ** -0.5)
     say(f'cache: {new_tokens} new tokens, model_size=small, block 512, batch 1, float32')
 
     def decode(use_cache, temperature=0.0):
         return generate(model, [[0]], new_tokens, temperature, use_cache=use_cache)[0]
 
-    sides = {'recomputed': False, 'cached': True}
-    sides = {name: functools.partial(timing.seconds, lambda u=use: decode(u)) for name, use in sides.items()}
+    sides = {
+        'recomputed': lambda: timing.seconds(lambda: decode(False)),
+        'cached': lambda: timing.seconds(lambda: decode(True)),
+    }
     ratio = timing.compare_rates('greedy', sides, new_tokens, runs)
-    same = [
-        decode(True, t) == decode(False, t) for t in (0.0, 1.0)
-    ]  # greedy text of such a model soon repeats
+    same = [decode(True, t) == decode(False, t) for t in (0.0, 1.0)]  # greedy text soon repeats itself
     return [
         Target('texts equal with the cache and without, greedy and drawn', sum(same), '>=', 2),
         Target(f'recomputing time / cached time, median of {runs}', ratio, '>=', 8.0),
@@ -206,9 +204,7 @@ PARTS = {'learn': learn, 'work': work, 'cache': cache}
 
 def main():
     for part in only.split(','):
-        require(
-            part in PARTS, f'only has {part!r}; choose from {", ".join(PARTS)}, with commas between them.'
-        )
+        require(part in PARTS, f'only has {part!r}; choose from {", ".join(PARTS)}.')
     check_range(config, 1, math.inf, 'runs', 'warmup_steps')
     check_range(config, 1, 512, 'new_tokens')  # with the prompt they fit in a block
     check_range(config, warmup_steps + 20, math.inf, 'peer_steps', 'short_steps', 'work_steps')

@@ -7,7 +7,8 @@
     $ python train.py config/shakespeare_char.py --batch_size=8 --compile
 
 Arguments apply from left to right. A config file is plain Python that sees the values so far, so it
-may say `max_steps = 2 * max_steps`. The source of the script is the only list of its keys.
+may say `max_steps = 2 * max_steps`, and include('base.py') runs a file beside it first. The source of
+the script is the only list of its keys.
 """
 
 import ast

@@ -205,7 +205,7 @@ def test_all_figures_for_a_gpu_are_rehearsed_on_a_cpu(bench, monkeypatch, capsys
     gpu = bench('gpu', f'--peer={NANOGPT}', '--device=cpu', '--steps=1', '--new_tokens=4')
     monkeypatch.setattr(gpu, 'VOCABULARY', dict(vocab_size=64, mask_id=62, ignore_id=63))
     _, targets = rehearse(gpu.main, capsys)
-    assert len(targets) == 6
+    assert len(targets) == 7
 
 
 # ---------------------------------------------------------------------------- the architectures side by side
