@@ -189,7 +189,7 @@ def write_texts(model, prompts, stop_tokens):
     for start in range(dist.rank * batch_size, len(prompts), dist.world_size * batch_size):
         batch = prompts[start : start + batch_size]
         length = sample_tokens or block_size - max(map(len, batch))
-        batch_seed = int(rng.random_bits(seed, start // batch_size)) >> 1
+        batch_seed = rng.torch_seed(seed, start // batch_size)
         with dist.autocast(), user_errors():
             texts = generate(model, batch, length, stop_tokens=stop_tokens, seed=batch_seed, **options)
         rows.update({start + i: text[len(prompt) :] for i, (text, prompt) in enumerate(zip(texts, batch))})
