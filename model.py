@@ -4,9 +4,9 @@
     Diffusion        predicts masked tokens from all visible ones           (MDLM, LLaDA)
     SDD(Diffusion)   the same, with weighted candidates at masked positions (sparse distribution diffusion)
 
-`model(tokens, loss_mask, noise)` returns the sum of the loss in nats, the count of tokens that it is over, and a dict
-of metric sums: sums, so that micro-batches and ranks of uneven size add up exactly. The first token of a row is
-context for every architecture, never predicted and never counted.
+`model(tokens, loss_mask, noise)` returns the sum of the loss in nats, the count of tokens that it is over, and metric
+sums: sums, so that micro-batches and ranks of uneven size add up exactly. The first token of a row is context for
+every architecture, never predicted and never counted.
 """
 
 import math
@@ -152,24 +152,22 @@ class Transformer(nn.Module):
 
     def tables(self):
         """Compute the buffers by name: `logit_bias` (V,), and `rope` (2, block_size, D)."""
-        c, logit_bias = self.config, torch.zeros(self.config.padded_vocab_size)
-        logit_bias[self.never_predicted() + list(range(c.vocab_size, len(logit_bias)))] = -math.inf
-        if self.positions is not None:
-            return {'logit_bias': logit_bias}
-        rope = rope_table(c.rope_theta, c.head_dim, c.block_size, c.rope_scaling)
-        return {'logit_bias': logit_bias, 'rope': rope}
+        c, tables = self.config, {'logit_bias': torch.zeros(self.config.padded_vocab_size)}
+        tables['logit_bias'][[*self.never_predicted(), *range(c.vocab_size, c.padded_vocab_size)]] = -math.inf
+        if self.positions is None:
+            tables['rope'] = rope_table(c.rope_theta, c.head_dim, c.block_size, c.rope_scaling)
+        return tables
 
     def _apply(self, *args, **kwargs):
         super()._apply(*args, **kwargs)
-        if (
-            self.positions is None and self.rope.dtype != torch.float32
-        ):  # bfloat16 cannot tell positions apart
-            self.rope = self.tables()['rope'].to(self.rope.device)
+        if self.positions is None and self.rope.dtype != torch.float32:
+            self.rope = self.tables()['rope'].to(self.rope.device)  # bfloat16 cannot tell positions apart
         return self
 
     def never_predicted(self):
         """List the special tokens that get no probability."""
-        return [] if self.config.mask_id is None else [self.config.mask_id]
+        special = (self.config.mask_id, None if self.trains_on_padding else self.config.ignore_id)
+        return [i for i in special if i is not None]
 
     @torch.no_grad()
     def init_weights(self):
@@ -179,12 +177,10 @@ class Transformer(nn.Module):
                 nn.init.zeros_(weight)
             elif name.endswith(('.out.weight', '.down.weight')):
                 nn.init.normal_(weight, std=0.0 if native else 0.02 / math.sqrt(2 * self.config.n_layer))
-            elif weight.dim() == 2 and native:
-                width = weight.size(1)
-                in_block = name.startswith('blocks.')
-                nn.init.normal_(weight, std=(3 * width) ** -0.5 if in_block else min(0.02, 2.56 / width))
             elif weight.dim() == 2:
-                nn.init.normal_(weight, std=0.02)
+                in_block, width = name.startswith('blocks.'), weight.size(1)
+                native_std = (3 * width) ** -0.5 if in_block else min(0.02, 2.56 / width)
+                nn.init.normal_(weight, std=native_std if native else 0.02)
 
     @classmethod
     def new_weights(cls, config):
@@ -199,7 +195,7 @@ class Transformer(nn.Module):
 
     def compile(self, **options):
         """Compile the trunk and the token loss apart: steps with other numbers of passes share these graphs."""
-        for name in ('hidden', 'chunk_nll', 'top_k_belief'):
+        for name in ('hidden', 'chunk_nll', 'chunk_top_k'):
             if hasattr(self, name):
                 setattr(self, name, torch.compile(getattr(self, name), **options))
 
@@ -298,13 +294,15 @@ class Transformer(nn.Module):
         return put(nll, index, targets, 0.0), put(pred, index, targets, -1)
 
     def loss_positions(self, tokens, loss_mask=None):
-        """Return where the loss is and which of these tokens count, (B, T) bool each: padding adds to the loss of a
-        bidirectional model, but not to the token count."""
+        """Return where the loss is and which of these tokens count, (B, T) bool each.
+
+        Padding adds to the loss of a bidirectional model, but not to the token count.
+        """
         in_loss = torch.ones_like(tokens, dtype=torch.bool) if loss_mask is None else loss_mask.bool().clone()
         in_loss[:, 0] = False  # the first token is context
-        return in_loss, in_loss if self.config.ignore_id is None else in_loss & (
-            tokens != self.config.ignore_id
-        )
+        if self.config.ignore_id is None:
+            return in_loss, in_loss
+        return in_loss, in_loss & (tokens != self.config.ignore_id)
 
     def nll(self, tokens, loss_mask=None, noise=None):
         """Compute each row's negative log-likelihood (B,) in nats, or one unbiased draw of its upper bound."""
@@ -326,9 +324,6 @@ class Autoregressive(Transformer):
 
     description, bound, causal, hf_causal_lm = 'autoregressive', 'exact', True, True
     needs_noise, extra_tokens, trains_on_padding = False, 1, False
-
-    def never_predicted(self):
-        return [i for i in (self.config.mask_id, self.config.ignore_id) if i is not None]
 
     def forward(self, tokens, loss_mask=None, noise=None, doc_ids=None, reduction='sum'):
         """Compute Σ nll of tokens (B, T) but the first, where loss_mask (B, T) says; None: of all."""
@@ -404,7 +399,7 @@ class Diffusion(Transformer):
 
 
 def random_noise(tokens):
-    return torch.rand(tokens.size(0), 1 + tokens.size(1), device=tokens.device)
+    return torch.rand(len(tokens), 1 + tokens.size(1), device=tokens.device)
 
 
 class Belief(NamedTuple):
@@ -457,8 +452,8 @@ class SDD(Diffusion):
         return self.outputs(reduction, loss, weights * nll, pred, tokens, masked, counted)
 
     def denoiser(self, x_t, doc_ids=None, k=None, views=None):
-        """Compute hidden states (B, T, C) of x_t (B, T), after a pass over each view (B, T) that gives the next pass its
-        belief; None: one pass, over x_t."""
+        """Compute hidden states (B, T, C) of x_t (B, T), after a pass over each view (B, T), by default x_t itself, that
+        gives the next pass its belief."""
         k, belief = self.config.k if k is None else k, None
         masked = x_t == self.config.mask_id
         with torch.no_grad():
@@ -476,11 +471,14 @@ class SDD(Diffusion):
         tokens = torch.zeros(where.numel(), k, dtype=torch.long, device=where.device)
         probabilities = torch.zeros(where.numel(), k, device=where.device)
         for part in index.split(self.head_rows(hidden)):
-            logits = self.head(hidden.flatten(0, 1)[part])  # (n, V)
-            top = logits.topk(k)
-            tokens[part] = top.indices
-            probabilities[part] = (top.values - logits.logsumexp(-1, keepdim=True)).exp()
+            tokens[part], probabilities[part] = self.chunk_top_k(hidden.flatten(0, 1)[part], k)
         return Belief(tokens.view(*where.shape, k), probabilities.view(*where.shape, k))
+
+    def chunk_top_k(self, hidden, k):
+        """Return the k likeliest tokens (N, k) given hidden states (N, C), and their probabilities (N, k)."""
+        logits = self.head(hidden)  # (N, V)
+        top = logits.topk(k)
+        return top.indices, (top.values - logits.logsumexp(-1, keepdim=True)).exp()
 
     def embed(self, tokens, belief=None):
         x = super().embed(tokens)
@@ -499,5 +497,4 @@ ARCHITECTURES = {'ar': Autoregressive, 'diffusion': Diffusion, 'sdd': SDD}
 
 def architecture_name(model):
     """Return the name in ARCHITECTURES of a model or of its class."""
-    kind = model if isinstance(model, type) else type(model)
-    return next(name for name, architecture in ARCHITECTURES.items() if architecture is kind)
+    return next(name for name, kind in ARCHITECTURES.items() if kind in (model, type(model)))
