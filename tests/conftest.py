@@ -197,3 +197,22 @@ def write_checkpoint(path, model, tokenizer=None, **changes):
         'prompt_format': None,
     }
     checkpoints.save(path, {**checkpoint, **changes})
+
+
+def write_small_checkpoint(path, architecture, tokenizer, deviation=0.3, **saved):
+    """Write a checkpoint of a small model of random weights; `saved` goes over what it says beside them."""
+    shape = dict(block_size=32, n_layer=1, n_head=2, n_embd=16, vocab_size=tokenizer.vocab_size)
+    shape.update(mask_id=tokenizer.mask_id, ignore_id=tokenizer.ignore_id, **saved.pop('shape', {}))
+    model = random_model(architecture, deviation, **shape)
+    path.parent.mkdir(exist_ok=True)
+    checkpoint = {
+        'architecture': architecture,
+        'global_step': 7,
+        'model_state_dict': model.state_dict(),
+        'model_config': vars(model.config),
+        'tokenizer': tokenizer.to_json(),
+        'start_token': tokenizer.endoftext_id,
+        'prompt_format': None,
+    }
+    checkpoints.save(path, {**checkpoint, **saved})
+    return path
