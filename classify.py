@@ -21,7 +21,7 @@ from lm.published import FINETUNED, PUBLISHED, shape_of
 from model import SIZES
 
 # --- an algorithmic task ---
-target_func = 'fn_c'  # fn_a to fn_l; prepare/tasks.py says what each is
+target_func = 'fn_c'  # fn_a to fn_l; lm/tasks.py says what each is
 sequence_length = 50  # digits per row
 train_set_size = 200
 test_set_size = 10000

@@ -1,4 +1,4 @@
-# The language database of classify.py: language -> task -> data set; prepare/languages.py says what the fields mean.
+# The language database of classify.py: language -> task -> data set; lm/languages.py says what the fields mean.
 # A folder stands under data/ or is given as a path; what is none is looked for on the hub.
 #   python classify.py --task=sentiment --train_langs=eng --eval_langs=eng
 _glue = {  # columns and classes of nyu-mll/glue, whose sst2 is 'sentiment'

@@ -1,5 +1,4 @@
-"""
-Prepare TinyStories (Eldan and Li 2023), two million short stories in the words of small children.
+"""Prepare TinyStories (Eldan and Li 2023), two million short stories in the words of small children.
 
     $ python prepare/tinystories.py                                      # streamed from the hub
     $ python prepare/tinystories.py --input=TinyStoriesV2-GPT4-train.txt # or from files of your own

@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from test_prepare import CACHE, ROOT, make_texts, write_jsonl
+from conftest import ROOT, TIKTOKEN_CACHE, make_texts, write_jsonl
 
 BENCH = ROOT / 'benchmarks/prepare.py'
 pytestmark = pytest.mark.skipif(not os.path.exists('/proc/self/smaps_rollup'), reason='there is no /proc')
@@ -31,12 +31,12 @@ def test_memory_is_that_of_the_whole_tree(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not CACHE.is_dir(), reason=f'the GPT-2 vocabulary is not in {CACHE}')
+@pytest.mark.skipif(not TIKTOKEN_CACHE.is_dir(), reason=f'the GPT-2 vocabulary is not in {TIKTOKEN_CACHE}')
 def test_both_sides_write_the_same_number_of_tokens(tmp_path):
     corpus = write_jsonl(tmp_path / 'a.jsonl', make_texts(3000))
     done = subprocess.run(
         [sys.executable, BENCH, f'--input={corpus}', '--megabytes=1', '--runs=1', '--memory_at='],
-        env={**os.environ, 'TIKTOKEN_CACHE_DIR': str(CACHE), 'TMPDIR': str(tmp_path)},
+        env={**os.environ, 'TIKTOKEN_CACHE_DIR': str(TIKTOKEN_CACHE), 'TMPDIR': str(tmp_path)},
         capture_output=True,
         text=True,
     )

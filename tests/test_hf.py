@@ -16,7 +16,7 @@ import hf
 import sampling
 from lm import checkpoints, data, pretrained
 from lm.configurator import ROOT, UserError
-from prepare.tokenizer import byte_level, spell
+from lm.tokenizer import byte_level, spell
 
 transformers = pytest.importorskip(
     'transformers', reason='transformers is not installed: make test installs it'
