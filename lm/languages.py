@@ -48,38 +48,31 @@ def load_database(path):
     require(found, f'There is no language database at {path}; correct --language_database.')
     try:
         if found.suffix == '.json':
-            database = json.loads(found.read_text(encoding='utf-8'))
-        else:
-            database = runpy.run_path(str(found))['LANGUAGES']
+            return dict(json.loads(found.read_text(encoding='utf-8')))
+        return dict(runpy.run_path(str(found))['LANGUAGES'])
     except (OSError, ValueError, KeyError, SyntaxError, NameError, TypeError) as error:
-        raise UserError(
-            f'{path} is no language database ({type(error).__name__}: {error}); write JSON, or Python that sets LANGUAGES.'
-        ) from error
-    require(isinstance(database, dict), f'{path} holds {kind_of(database)}, not a dict of languages.')
-    return database
+        problem = f'{path} is no language database ({type(error).__name__}: {error})'
+        raise UserError(f'{problem}; write a dict as JSON, or as LANGUAGES in Python.') from error
 
 
 def find_entry(database, language, task):
     """Return the entry of `language`, or language:name, and `task`."""
     language, _, name = language.partition(':')
-    require(
-        language in database,
-        f'The language {language!r} is not in the database; it has {", ".join(database)}.',
-    )
-    tasks = database[language]
-    require(task in tasks, f'{language!r} has no task {task!r} in the database; it has {", ".join(tasks)}.')
-    entry = tasks[task]
+    known = ', '.join(database)
+    require(language in database, f'The language {language!r} is not in the database; it has {known}.')
+    known = ', '.join(database[language])
+    require(task in database[language], f'{language!r} has no task {task!r} in the database; it has {known}.')
+
+    entry, where = database[language][task], f'{language!r}, {task!r} of the database'
     if 'dataset' not in entry:  # several, by their names
         name = name or (next(iter(entry)) if len(entry) == 1 else None)
         names = ', '.join(f'{language}:{each}' for each in entry)
-        require(name in entry, f'{language!r} has several data sets for {task!r}; choose one of {names}.')
+        require(name in entry, f'{where} has several data sets; choose one of {names}.')
         entry = entry[name]
-    missing = [key for key in REQUIRED if key not in entry]
-    require(not missing, f'The entry of {language!r}, {task!r} lacks {", ".join(missing)}.')
+    missing = ', '.join(key for key in REQUIRED if key not in entry)
+    require(not missing, f'{where} lacks {missing}.')
     require(
-        len(entry['splits']) in (2, 3),
-        f'The entry of {language!r}, {task!r} has the splits {entry["splits"]}; name train and test, or train, val '
-        'and test.',
+        len(entry['splits']) in (2, 3), f'{where} has not 2 or 3 splits: name train, perhaps val, and test.'
     )
     return entry
 
@@ -104,12 +97,10 @@ def read_split(entry, split, model_type='normal'):
     texts, labels = [], []
     for number, row in enumerate(rows_of(entry, split), 1):
         where = f'{entry["dataset"]}, {split}, row {number}'
-        for name in (*features, label):
-            if row.get(name) is None:
-                raise UserError(
-                    f'{where}: there is no {name!r}, only {", ".join(map(repr, row))}; correct train_features, '
-                    'eval_feature or columns in the database.'
-                )
+        missing = [name for name in (*features, label) if row.get(name) is None]
+        if missing:
+            known = ', '.join(map(repr, row))
+            raise UserError(f'{where}: there is no {missing[0]!r}, only {known}; correct the database.')
         texts.append(tuple(str(row[feature]) for feature in features))
         labels.append(class_of(row[label], entry, where))
     require(texts, f'{entry["dataset"]}, {split}: there are no rows.')
@@ -125,11 +116,10 @@ def class_of(value, entry, where):
         number = float(value)
     except (ValueError, TypeError):
         number = -1
-    if number not in range(num_classes_of(entry)):
-        raise UserError(
-            f'{where}: the label {value!r} is none of the {num_classes_of(entry)} classes ({entry["classes"]}); correct the data, or classes in '
-            'the database.'
-        )
+    count = num_classes_of(entry)
+    if number not in range(count):
+        problem = f'{where}: the label {value!r} is none of the {count} classes ({entry["classes"]})'
+        raise UserError(f'{problem}; correct the data or the database.')
     return int(number)
 
 
@@ -141,24 +131,11 @@ def rows_of(entry, split):
             paths = [folder / (split + suffix) for suffix in SUFFIXES]
             path = next((path for path in paths if path.is_file()), None)
             require(path, f'{folder} has no file for the split {split!r}, such as {", ".join(SUFFIXES)}.')
-            return rows_of_file(path, entry.get('columns'))
+            is_table = path.suffix in ('.tsv', '.csv')
+            return rows_of_table(path, entry.get('columns')) if is_table else rows_of_records(path)
     is_path = name.startswith(('.', '/', '~')) or name.count('/') > 1
     require(not is_path, f'There is no folder {name}; correct the dataset in the database.')
     return rows_of_hub(name, entry.get('config'), split)
-
-
-def rows_of_file(path, columns):
-    if path.suffix in ('.tsv', '.csv'):
-        yield from rows_of_table(path, columns)
-        return
-    for where, row, _ in read_records(path):
-        if isinstance(row, UserError):
-            raise row
-        require(
-            isinstance(row, dict),
-            f'{where}: {kind_of(row)} is no record; write {{"text": "...", "label": 0}}.',
-        )
-        yield row
 
 
 def rows_of_table(path, columns):
@@ -170,11 +147,18 @@ def rows_of_table(path, columns):
     names = columns or (lines.pop(0) if lines else [])
     for number, cells in enumerate(lines, 1):
         if len(cells) != len(names):
-            raise UserError(
-                f'{path}, row {number}: {len(cells)} columns where there should be {len(names)} '
-                f'({", ".join(names)}); repair it, or correct columns in the database.'
-            )
+            problem = f'{path}, row {number}: {len(cells)} columns where there should be {len(names)}'
+            raise UserError(f'{problem} ({", ".join(names)}); repair it, or correct columns in the database.')
         yield dict(zip(names, cells))
+
+
+def rows_of_records(path):
+    for where, row, _ in read_records(path):
+        if isinstance(row, UserError):
+            raise row
+        if not isinstance(row, dict):
+            raise UserError(f'{where}: {kind_of(row)} is no record; write {{"text": "...", "label": 0}}.')
+        yield row
 
 
 def rows_of_hub(name, config, split):
@@ -183,10 +167,10 @@ def rows_of_hub(name, config, split):
     try:
         return datasets.load_dataset(name, config, split=split)
     except Exception as error:  # the hub, the network and the set's own files fail in many ways
+        problem = f'the hub did not give its split {split!r} ({type(error).__name__}: {first_line(error)})'
         raise UserError(
-            f'{name!r} is no folder here or under data/, and the hub did not give its split {split!r} '
-            f'({type(error).__name__}: {first_line(error)}); put a file per split into data/{name}/, or correct the '
-            'database.'
+            f'{name!r} is no folder here or under data/, and {problem}; put a file per split into data/{name}/, or '
+            'correct the database.'
         ) from error
 
 

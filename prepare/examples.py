@@ -122,18 +122,13 @@ class Examples:
             return [], [], 'too long'
         return *fitted, 'whole' if len(fitted[0]) == len(ids) else 'cut'
 
-    def require_some(self, counts):
-        require(
-            counts['documents'],
-            f'No example is left: {counts["too long"]} answers are longer than --max_seq_len={self.max_seq_len}, '
-            f'{counts["empty"]} are empty; allow more tokens, or repair the data.',
-        )
-
-    def describe(self, counts):
-        """Return the counts of OUTCOMES, and print them."""
+    def report(self, counts):
+        """Return the counts of OUTCOMES, and print them; raise UserError where no example is left."""
+        left_out = f'{counts["too long"]:,} whose answer is longer than that, {counts["empty"]:,} with an empty answer'
+        problem = f'No example of max_seq_len={self.max_seq_len} is left: {left_out}'
+        require(counts['documents'], f'{problem}; allow more tokens, or repair the data.')
         print(
             f'{counts["whole"]:,} examples as they are; {counts["cut"]:,} whose prompt was cut on the left to '
-            f'{self.max_seq_len} tokens; left out: {counts["too long"]:,} whose answer is longer than that, '
-            f'{counts["empty"]:,} with an empty answer'
+            f'{self.max_seq_len} tokens; left out: {left_out}'
         )
         return {outcome: counts[outcome] for outcome in OUTCOMES}

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from lm.configurator import UserError, require
 from lm.files import sha256_of
-from lm.records import READERS, attempt, decode, first_line, kind_of, read_records, suffix_of
+from lm.records import READERS, attempt, damage_named, decode, first_line, kind_of, read_records, suffix_of
 
 
 @dataclass
@@ -46,11 +46,11 @@ def files(patterns, field, separator='', document=None):
     suffixes = [*READERS] if document else ['.txt', *READERS]
     make, columns = (document, None) if document else (partial(text_of, field), [field])
     paths = expand(patterns, suffixes)
-    before = [signature(path) for path in paths]
+    before = [path.stat().st_mtime_ns for path in paths]
     inputs = {str(path): hash_of(path) for path in paths}  # before anything is written
 
     def all_documents():
-        for path, signed in zip(paths, before):
+        for path, modified in zip(paths, before):
             if path.suffix.lower() == '.txt':
                 yield from read_txt(path, separator)
             else:
@@ -58,7 +58,7 @@ def files(patterns, field, separator='', document=None):
                     failed = isinstance(record, UserError)
                     yield record if failed else attempt(make, record, where), amount
             require(
-                signature(path) == signed,
+                path.stat().st_mtime_ns == modified,
                 f'{path} changed while it was being read; let it rest, and prepare again with --overwrite.',
             )
 
@@ -146,43 +146,30 @@ class Corpus:
 
 
 def expand(patterns, suffixes):
-    """Return the paths that comma-separated files, folders or globs stand for, each once."""
+    """Return the paths that comma-separated files, folders or globs stand for, each once.
+
+    Of a folder these are all files below it that can be read; others (a README) are not meant.
+    """
     paths = []
     for pattern in filter(None, map(str.strip, patterns.split(','))):
         pattern = str(Path(pattern).expanduser())
         matches = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
         require(matches, f'No file matches {pattern} in {Path.cwd()}; check the path.')
         for path in map(Path, matches):
-            paths += files_in(path, suffixes) if path.is_dir() else [path]
+            below = (file for file in path.rglob('*') if file.is_file() and suffix_of(file) in suffixes)
+            paths += sorted(below) if path.is_dir() else [path]
+    endings = ', '.join(suffixes)
     require(
-        paths,
-        'There is nothing to read: give --input=FILE, several with commas between them, a folder, or a glob.',
+        paths, f'There is nothing to read: give files, folders or globs, with commas between, of {endings}.'
     )
     for path in paths:
-        require(
-            suffix_of(path) in suffixes,
-            f'{path} ends in none of {", ".join(suffixes)}; convert or rename it.',
-        )
+        require(suffix_of(path) in suffixes, f'{path} ends in none of {endings}; convert or rename it.')
     return list(dict.fromkeys(paths))
 
 
-def files_in(folder, suffixes):
-    """Return the files below `folder` that can be read, sorted; others (a README) are not meant."""
-    found = sorted(path for path in folder.rglob('*') if path.is_file() and suffix_of(path) in suffixes)
-    require(found, f'The folder {folder} holds no file that ends in {", ".join(suffixes)}; name another.')
-    return found
-
-
-def signature(path):
-    state = path.stat()
-    return state.st_size, state.st_mtime_ns
-
-
 def hash_of(path):
-    try:
+    with damage_named(path):
         digest = sha256_of(path)
-    except OSError as error:
-        raise UserError(f'{path} cannot be read ({error.strerror}); check it, or leave it out.') from error
     require(path.stat().st_size, f'{path} is empty; fill it, or leave it out.')
     return digest
 

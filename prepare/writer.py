@@ -15,7 +15,7 @@ import os
 import signal
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain
@@ -33,15 +33,8 @@ from prepare.readers import Corpus
 BATCH = 2**18  # characters that a worker encodes at once
 SHARD = 2**22  # characters per worker after which a killed run can go on
 SPLITS = ('train', 'val')
-NOT_CONTENT = (
-    'name',
-    'output_dir',
-    'input',
-    'source',
-    'num_workers',
-    'overwrite',
-    'on_error',
-)  # decide no token
+# Settings that decide no token:
+NOT_CONTENT = ('name', 'output_dir', 'input', 'source', 'num_workers', 'overwrite', 'on_error')
 
 
 def write(source, config, log_prob=None):
@@ -71,13 +64,18 @@ def write(source, config, log_prob=None):
             json_text = tokenizer.to_json().encode()
             save_atomically(journal.folder / 'tokenizer.json', lambda file: file.write(json_text))
         counts = encode_corpus(corpus, tokenizer, config, journal)
-        check_splits(counts, corpus, journal)
+        if not (counts['train']['tokens'] and counts['val']['tokens']):
+            journal.state = None  # with these settings there is nothing to go on with
+        outcomes = source.examples.report(counts['train'] + counts['val']) if source.examples else None
+        for split in SPLITS:
+            problem = f'The {split} split is empty at val_fraction={config["val_fraction"]}'
+            require(counts[split]['tokens'], f'{problem}; give another fraction, or more text.')
 
         finished = describe(target, source, command['arguments'], tokenizer, counts, corpus)
         if log_prob:
             finished['floor'] = floor(counts['val'], -sum(map(log_prob, corpus.texts_of('val'))))
-        if source.examples:
-            finished['examples'] = source.examples.describe(counts['train'] + counts['val'])
+        if outcomes:
+            finished['examples'] = outcomes
         paths = sorted([*journal.folder.glob('*.bin'), journal.folder / 'tokenizer.json'])
         finished['sha256'] = {path.name: sha256_of(path) for path in paths}
         finished['checksum'] = checksum(finished)
@@ -154,18 +152,6 @@ def is_checkpoint(path):
     return Path(path).suffix == '.pt' or (Path(path) / 'ckpt.pt').is_file()
 
 
-def check_splits(counts, corpus, journal):
-    """Raise UserError if a split is empty; with these settings there is then nothing to go on with."""
-    empty = [split for split in SPLITS if not counts[split]['tokens']]
-    if empty:
-        journal.state = None
-        if corpus.source.examples:
-            corpus.source.examples.require_some(counts['train'] + counts['val'])
-        raise UserError(
-            f'val_fraction={corpus.val_fraction} leaves the {empty[0]} split empty; give another one, or more text.'
-        )
-
-
 # ---------------------------------------------------------------------------- encoding
 
 
@@ -173,25 +159,31 @@ def encode_corpus(corpus, tokenizer, config, journal):
     """Write the files of tokens, index and, of examples, masks; return the counts of each split."""
     source, num_workers = corpus.source, config['num_workers'] or os.cpu_count()
     state = journal.state or {'source': None, 'counts': {'train': {}, 'val': {}}, 'sizes': {}}
-    splits = {split: SplitFiles(journal.folder, split, source.examples, state) for split in SPLITS}
+    counts, sizes = {split: Counter(state['counts'][split]) for split in SPLITS}, dict(state['sizes'])
+    for split in SPLITS:
+        for kind in ('tokens', 'index', 'masks') if source.examples else ('tokens', 'index'):
+            path = journal.folder / f'{split}_{kind}.bin'
+            path.touch()
+            # What was written after the last finished shard goes; a new index holds the start of document 0.
+            os.truncate(path, sizes.get(path.name, 8 if kind == 'index' else 0))
+
     in_pieces = config['tokenizer'] in KINDS and not source.examples
     setup = config['tokenizer'], tokenizer.to_json(), not corpus.is_single, source.examples
-    bar = tqdm(
-        total=source.total, unit=source.unit, unit_scale=True, disable=None
-    )  # shown on a terminal only
+    bar = tqdm(total=source.total, unit=source.unit, unit_scale=True, disable=None)  # on a terminal only
     with bar, ProcessPoolExecutor(num_workers, initializer=start_worker, initargs=setup) as pool:
         try:
             texts = corpus.texts(state['source'])
             for first in texts:
-                shard = one_shard(chain([first], texts), num_workers * SHARD)
+                shard, arrays = one_shard(chain([first], texts), num_workers * SHARD), defaultdict(list)
                 for encoded in pool.map(encode, batches(corpus, shard, in_pieces)):
-                    for split, arrays, counts in encoded:
-                        splits[split].append(arrays, counts)
-                sizes = splits['train'].sync() | splits['val'].sync()
-                counts = {split: files.counts for split, files in splits.items()}
-                journal.save(
-                    {'source': {**corpus.read, 'state': source.state()}, 'counts': counts, 'sizes': sizes}
-                )
+                    for split, found, added in encoded:
+                        found['index'] += np.uint64(counts[split]['tokens'])
+                        counts[split].update(added)
+                        for kind, array in found.items():
+                            arrays[f'{split}_{kind}.bin'].append(array)
+                sizes |= {name: append(journal.folder / name, parts) for name, parts in arrays.items()}
+                read = {**corpus.read, 'state': source.state()}
+                journal.save({'source': read, 'counts': counts, 'sizes': sizes})
                 bar.update(corpus.read['amount'] - bar.n)
         except BrokenProcessPool as error:
             raise UserError(
@@ -199,9 +191,17 @@ def encode_corpus(corpus, tokenizer, config, journal):
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
-            for files in splits.values():
-                files.close()
-    return {split: files.counts for split, files in splits.items()}
+    return counts
+
+
+def append(path, arrays):
+    """Append arrays to a file, force it onto the disk and return its size in bytes."""
+    with open(path, 'ab') as file:
+        for array in arrays:
+            file.write(array)
+        file.flush()
+        os.fsync(file.fileno())
+        return file.tell()
 
 
 def one_shard(texts, room):
@@ -226,36 +226,6 @@ def batches(corpus, texts, in_pieces):
                 batch, size = [], 0
     if batch:
         yield batch
-
-
-class SplitFiles:
-    """The growing files of one split, and the counts of what they hold."""
-
-    def __init__(self, folder, split, examples, state):
-        self.counts, self.files = Counter(state['counts'][split]), {}
-        for kind in ('tokens', 'index', 'masks') if examples else ('tokens', 'index'):
-            path = folder / f'{split}_{kind}.bin'
-            self.files[kind] = open(path, 'r+b' if path.exists() else 'wb')
-            # What was written after the last finished shard goes; a new index holds the start of document 0.
-            self.files[kind].truncate(state['sizes'].get(path.name, 8 if kind == 'index' else 0))
-            self.files[kind].seek(0, os.SEEK_END)
-
-    def append(self, arrays, counts):
-        arrays['index'] += np.uint64(self.counts['tokens'])
-        for kind, file in self.files.items():
-            file.write(arrays[kind])
-        self.counts.update(counts)
-
-    def sync(self):
-        """Force all that was appended onto the disk and return {file name: bytes}."""
-        for file in self.files.values():
-            file.flush()
-            os.fsync(file.fileno())
-        return {Path(file.name).name: file.tell() for file in self.files.values()}
-
-    def close(self):
-        for file in self.files.values():
-            file.close()
 
 
 # ---------------------------------------------------------------------------- in a worker process
@@ -293,30 +263,26 @@ class Encoder:
     def encode(self, batch):
         """Return {'tokens', 'index', 'masks': array}, and the counts of tokens, documents, bytes and outcomes."""
         tokens, index, masks, counts = [self.end[:0]], [], [], Counter()
-        for ids, loss_mask, text, is_last in (
-            self.examples_of(batch, counts) if self.examples else self.texts_of(batch)
-        ):
+        for ids, loss_mask, text, is_last in self.rows_of(batch, counts):
             tokens.append(ids)
             masks += loss_mask
             counts.update(tokens=len(ids), documents=int(is_last), bytes=len(text.encode()))
             index += [counts['tokens']] * is_last
-        return {
-            'tokens': np.concatenate(tokens),
-            'index': np.array(index, np.uint64),
-            'masks': np.array(masks, np.uint8),
-        }, counts
+        arrays = {'tokens': np.concatenate(tokens), 'index': np.array(index, np.uint64)}
+        return arrays | ({'masks': np.array(masks, np.uint8)} if self.examples else {}), counts
 
-    def texts_of(self, batch):
+    def rows_of(self, batch, counts):
+        """Yield (ids, loss mask, text, is_last)."""
+        if self.examples:
+            for document, _ in batch:
+                ids, loss_mask, outcome = self.examples.encode(self.tokenizer, document)
+                counts[outcome] += 1
+                if ids:
+                    yield np.array(ids, self.dtype), loss_mask, self.examples.text(document), True
+            return
         for ids, (text, is_last) in zip(self.encode_batch([text for text, _ in batch]), batch):
             ids = np.asarray(ids, self.dtype)
             yield np.append(ids, self.end) if is_last else ids, [], text, is_last
-
-    def examples_of(self, batch, counts):
-        for document, _ in batch:
-            ids, loss_mask, outcome = self.examples.encode(self.tokenizer, document)
-            counts[outcome] += 1
-            if ids:
-                yield np.array(ids, self.dtype), loss_mask, self.examples.text(document), True
 
 
 # ---------------------------------------------------------------------------- config.json and the last word

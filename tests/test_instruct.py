@@ -246,11 +246,11 @@ BAD_RECORDS = {
     'nobody answers': ([{'messages': [{'role': 'user', 'content': 'x'}]}], 'messages: nobody answers'),
     'all empty': (
         [{'instruction': 'Add.', 'output': ''}] * 3,
-        'No example is left: 0 answers .* 3 are empty',
+        'No example of max_seq_len=1024 is left: 0 whose .* 3 with an empty answer; ',
     ),
     'all too long': (
         [{'instruction': 'Add.', 'output': 'x' * 2000}],
-        'No example is left: 1 answers are longer than --max_seq_len=1024',
+        'No example of max_seq_len=1024 is left: 1 whose answer is longer',
     ),
     'nothing': ([], 'There is no text in'),
 }

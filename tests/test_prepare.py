@@ -446,8 +446,8 @@ def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(prepare, tmp_path
 
 BAD_SETTINGS = {
     '--val_fraction=1.5': r'val_fraction is 1\.5; it must be',
-    '--val_fraction=0.001': r'val_fraction=0\.001 leaves the val split empty',
-    '--val_fraction=0.999': r'val_fraction=0\.999 leaves the train split empty',
+    '--val_fraction=0.001': r'The val split is empty at val_fraction=0\.001',
+    '--val_fraction=0.999': r'The train split is empty at val_fraction=0\.999',
     '--vocab_size=10': r'vocab_size is 10; it must be at least 259',
     '--tokenizer=char --vocab_size=99': r'vocab_size=99 has no effect with tokenizer=char',
     '--tokenizer=gpt9': r'tokenizer=gpt9 is none of char, bytes, gpt2, bpe',
