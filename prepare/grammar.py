@@ -1,24 +1,21 @@
 """Stories from a small grammar, and their exact probabilities.
 
-Of most text nobody can say how likely it was. Of these stories all is known: the probability of any text (−inf
-for what is no story) and the entropy of a story. A language model trained on them can be compared with the truth:
-its loss cannot be below the entropy by more than chance, and each of its samples is a story or is not. They take
-a memory: what is lost in the third sentence is found in the ninth, whoever helped is thanked, and "she" stays
-"she" to the end.
+Of most text nobody can say how likely it was. Of these stories it is known, and any text can be judged: a language
+model trained on them cannot do better than the truth but by chance, and each of its samples is a story or is not.
+They take a memory: what is lost in the third sentence is found in the ninth, whoever helped is thanked, and "she"
+stays "she" to the end.
 
     from prepare import grammar
     text = grammar.story(random.Random(1))          # "... A frog saw her ..."
     grammar.log_prob(text)                          # in nats
-    grammar.log_prob(text.replace("her", "his"))    # −inf
+    grammar.log_prob(text.replace("her", "his"))    # −inf: no story
 
 RULES are written like this: `{hero=heroes}` draws a row of the table `heroes`, binds it to `hero` and says it.
 `{hero}` says it again, `{hero.them}` says another form of it (its cell in the column `them`), and `{Hero}`
 begins with a capital. `{spot=place.spots}` draws from that cell of the place, so that the place decides what is
 there; `{hero.kind=heroes}` draws a hero, but says only the kind. `<plot>` is another rule, `[one|two]` is one or
-two, and `(Perhaps.)` is said or left out.
-
-Every choice follows Zipf's law: its r-th possibility has weight 1 / (r + 1), so that no weights have to be
-written down.
+two, and `(Perhaps.)` is said or left out. Every choice follows Zipf's law: its r-th possibility has weight
+1 / (r + 1), so that no weights have to be written down.
 """
 
 import math
@@ -319,14 +316,12 @@ def zipf(options):
 class Node:
     """A state of the story: it says `text`, then goes on at one of the nodes `options`; one without any is the end.
 
-    `needs` are the variables that must be bound here, since the rest refers to them; `conditions` are those among
-    them on which probabilities depend, and not just words.
+    `needs` are the variables that must be bound here, since the rest refers to them.
     """
 
     def __init__(self, text, options):
         self.text, self.options = text, zipf(options)
         self.needs = set().union(*(option.needs for option in options))
-        self.conditions = set().union(*(option.conditions for option in options))
 
     def transitions(self, bindings):
         """Return [(probability, text, next node, next bindings), ...], given bindings {variable: row}."""
@@ -357,7 +352,6 @@ class Draw(Recall):
         super().__init__(variable, form, then)
         self.parent, self.source, self.rows_of = parent, source, cache(rows_of)
         self.needs = self.needs - {self.variable} | {parent} - {None}
-        self.conditions = self.conditions - {self.variable} | {parent} - {None}
 
     def rows(self, bindings):
         """Return [(probability, row), ...] of what can be drawn, given the bindings."""
@@ -465,27 +459,9 @@ class Grammar:
         best = max(log_ps, default=-math.inf)
         return best + math.log(sum(math.exp(log_p - best) for log_p in log_ps)) if log_ps else best
 
-    def entropy(self):
-        """Return the entropy of a story in nats, by the chain rule: H = Σ p (H of what follows − log p).
-
-        It is exact, and quick, because only the conditions among the bindings matter to it.
-        """
-        known = {}
-
-        def entropy_from(node, bindings):
-            key = (node, *(bindings[name] for name in sorted(node.conditions)))
-            if key not in known:
-                known[key] = sum(
-                    p * (entropy_from(then, bound) - math.log(p))
-                    for p, _, then, bound in node.transitions(bindings)
-                )
-            return known[key]
-
-        return entropy_from(self.start, {})
-
 
 GRAMMAR = Grammar(RULES, TABLES)
-story, log_prob, entropy = GRAMMAR.story, GRAMMAR.log_prob, GRAMMAR.entropy
+story, log_prob = GRAMMAR.story, GRAMMAR.log_prob
 
 
 def stories(num_stories, seed=0):
