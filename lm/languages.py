@@ -153,12 +153,16 @@ def rows_of_table(path, columns):
 
 
 def rows_of_records(path):
-    for where, row, _ in read_records(path):
+    for row, _ in read_records(path, as_row):
         if isinstance(row, UserError):
             raise row
-        if not isinstance(row, dict):
-            raise UserError(f'{where}: {kind_of(row)} is no record; write {{"text": "...", "label": 0}}.')
         yield row
+
+
+def as_row(record, where):
+    if not isinstance(record, dict):
+        raise UserError(f'{where}: {kind_of(record)} is no record; write {{"text": "...", "label": 0}}.')
+    return record
 
 
 def rows_of_hub(name, config, split):

@@ -44,18 +44,12 @@ def prompt_of(form, instruction, given='', system=''):
 
 
 def head_and_values(form, instruction, given, system):
-    """Return the template up to the answer, without its empty sections, and {slot: text}.
-
-    A system message stands before the instruction in a format that has no slot for it.
-    """
-    if system and '{system}' not in form:
+    """Return the template up to the answer, without its empty sections, and {slot: text}."""
+    if system and '{system}' not in form:  # a format without a slot for it
         instruction, system = f'{system}\n\n{instruction}', ''
     values = {'instruction': instruction, 'input': given, 'system': system}
-
-    def section(match):
-        return match[2] if values.get(match[1]) else ''
-
-    form = re.sub(r'{#(\w+)}(.*?){/\1}', section, form, flags=re.S)
+    keep = lambda section: section[2] if values.get(section[1]) else ''
+    form = re.sub(r'{#(\w+)}(.*?){/\1}', keep, form, flags=re.S)
     return form.partition('{output}')[0], values
 
 
@@ -63,15 +57,6 @@ def markers_of(form):
     """Return the lines of a prompt that are not the example's own: '### Instruction:' and so on."""
     lines = '\n'.join(re.split(r'{[#/]?\w+}', form)).split('\n')
     return list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-
-
-def instruction_in(prompt, form):
-    """Return the instruction of a prompt whose special tokens are spelled out."""
-    lead = markers_of(form.partition('{instruction}')[0])[-1:]
-    text = prompt.partition(lead[0])[2] if lead else prompt
-    for marker in markers_of(form):
-        text = text.partition(marker)[0]
-    return text.strip()
 
 
 # ---------------------------------------------------------------------------- as tokens

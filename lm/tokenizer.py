@@ -27,16 +27,15 @@ class Tokenizer:
     """
 
     def __init__(self, json_text, name='The tokenizer', end=None):
+        remedy = 'put one into its folder and import it again'
         require(
-            json_text is not None,
-            'This model came without a tokenizer.json, so it can neither read nor write text; put one into its '
-            'folder and import it again.',
+            json_text is not None, f'This model came without a tokenizer.json, so it reads no text; {remedy}.'
         )
         try:
             inner = tokenizers.Tokenizer.from_str(json_text)
         except Exception as error:  # the library raises nothing narrower
             raise UserError(
-                f'{name} could not be read ({error}); give a tokenizer.json in the format of the tokenizers library.'
+                f'{name} could not be read ({error}); give a tokenizer.json of Hugging Face.'
             ) from error
 
         recorded = (
@@ -88,11 +87,11 @@ class Tokenizer:
     def encode_batch(self, texts):
         """Return the token ids of each text; raise UserError for a character that the vocabulary lacks."""
         if self._characters is not None:
-            unknown = sorted(set().union(*texts) - self._characters)
+            unknown = ''.join(sorted(set().union(*texts) - self._characters))
             require(
                 not unknown,
-                f'The character {"".join(unknown[:1])!r} is not in the vocabulary of this character tokenizer; '
-                'leave it out, or prepare the data with --tokenizer=bytes or bpe.',
+                f'The character {unknown[:1]!r} is not in the vocabulary of this character tokenizer; leave it out, or '
+                'prepare the data with --tokenizer=bytes or bpe.',
             )
         return [row.ids for row in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
@@ -153,13 +152,11 @@ def char(texts):
 
 def bpe(texts, vocab_size):
     """Train a byte-level BPE; with the special tokens it has at most `vocab_size` entries."""
-    tokenizer = byte_level({}, [])
+    tokenizer, size = byte_level({}, []), vocab_size - len(SPECIAL_TOKENS)
     parts = (text[i : i + PIECE] for text in texts for i in range(0, len(text), PIECE))  # no word is endless
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(SPECIAL_TOKENS),
-        min_frequency=2,
-        show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=size, min_frequency=2, show_progress=False, initial_alphabet=alphabet
     )
     tokenizer.train_from_iterator(parts, trainer)
     return tokenizer
@@ -202,14 +199,13 @@ def gpt2_encoding():
     try:
         return tiktoken.get_encoding('gpt2')
     except (OSError, ValueError) as error:  # no network; a download that was cut short
-        raise UserError(
-            f'The GPT-2 vocabulary could not be downloaded ({type(error).__name__}); connect to the network once, '
-            'set TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer=bpe or a tokenizer.json.'
-        ) from error
+        problem = f'The GPT-2 vocabulary could not be downloaded ({type(error).__name__})'
+        remedy = 'set TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer=bpe'
+        raise UserError(f'{problem}; connect to the network once, {remedy}.') from error
 
 
 def fast_gpt2(tokenizer):
-    """Return an encode_batch for GPT-2's `tokenizer` through tiktoken: the same ids in arrays, four times as fast.
+    """Return an encode_batch for GPT-2's `tokenizer` through tiktoken: the same ids, four times as fast.
 
     A text that pieces() could not cut goes the slow way: tiktoken's stack overflows on half a million spaces.
     """
@@ -240,14 +236,12 @@ def pieces(text):
 
 def json_of_pair(folder):
     """Return a tokenizer.json's text made of vocab.json and merges.txt, the older form (OPT's)."""
-    try:
-        model = models.BPE.from_file(str(folder / 'vocab.json'), str(folder / 'merges.txt'))
-    except Exception as error:  # the library raises nothing narrower
-        raise UserError(
-            f'vocab.json and merges.txt of {folder} could not be read ({error}); download them again.'
-        ) from error
     tokenizer = byte_level({}, [])
-    tokenizer.model = model
+    try:
+        tokenizer.model = models.BPE.from_file(str(folder / 'vocab.json'), str(folder / 'merges.txt'))
+    except Exception as error:  # the library raises nothing narrower
+        problem = f'vocab.json and merges.txt of {folder} could not be read ({error})'
+        raise UserError(f'{problem}; download them again.') from error
     special = ('<s>', '<pad>', '</s>', '<unk>', ENDOFTEXT)
     tokenizer.add_special_tokens([token for token in special if tokenizer.token_to_id(token) is not None])
     return tokenizer.to_str()
@@ -270,11 +264,8 @@ def end_in(post_processor):
 
 def pretrained_token(folder, kind):
     """Return the name or id of the 'bos' or 'eos' token of a Hugging Face folder; None where none is given."""
-    for name, key in (
-        ('tokenizer_config.json', f'{kind}_token'),
-        ('special_tokens_map.json', f'{kind}_token'),
-        ('config.json', f'{kind}_token_id'),
-    ):
+    names = ('tokenizer_config.json', 'special_tokens_map.json', 'config.json')
+    for name, key in zip(names, (f'{kind}_token', f'{kind}_token', f'{kind}_token_id')):
         try:
             token = json.loads((folder / name).read_text(encoding='utf-8')).get(key)
         except (OSError, ValueError, AttributeError):  # no such file, or no JSON object

@@ -14,12 +14,8 @@ from lm.configurator import ROOT, UserError, require
 from lm.files import write_json
 
 FORMAT = 1
-HELPERS = (
-    'lock',
-    'journal.json',
-    'journal.json.tmp',
-    'replaced',
-)  # in an unfinished folder, no part of the result
+# In an unfinished folder, no part of the result:
+HELPERS = ('lock', 'journal.json', 'journal.json.tmp', 'replaced')
 
 
 def finished_folder(target, command, overwrite):
@@ -35,13 +31,13 @@ def finished_folder(target, command, overwrite):
         differing = differences(recorded, command)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # whatever else lies there
         raise UserError(
-            f'{target} exists and was not prepared here; move it away, or choose another --name.'
+            f'{target} exists and was not prepared here; move it away, or give another --name.'
         ) from error
     if overwrite:
         return None
     words = '; '.join(differing)
     require(
-        not words, f'{shown(target)} was prepared otherwise: {words}. Give --overwrite or another --name.'
+        not words, f'{shown(target)} was prepared otherwise: {words}. Give --overwrite, or another --name.'
     )
     from lm.data import Folder  # imports torch, which takes seconds
 
@@ -53,11 +49,8 @@ def finished_folder(target, command, overwrite):
 def differences(recorded, command):
     """Return what distinguishes the command from the recorded one, in words; inputs are compared by content."""
     before, now = recorded['arguments'], json.loads(json.dumps(command['arguments']))
-    words = [
-        f'{key} was {before.get(key)} and is {now.get(key)}'
-        for key in now | before
-        if before.get(key) != now.get(key)
-    ]
+    changed = [key for key in now | before if before.get(key) != now.get(key)]
+    words = [f'{key} was {before.get(key)} and is {now.get(key)}' for key in changed]
     old, new = recorded['inputs'], command['inputs']
     if [*old.values()] != [*new.values()]:
         common = {*old.values()} & {*new.values()}
@@ -92,10 +85,8 @@ def unfinished_folder(target, command, overwrite):
                     shutil.rmtree(folder, ignore_errors=True)
                 raise
     except OSError as error:
-        raise UserError(
-            f'{target} could not be written ({error}); make room, check the permissions, or choose another '
-            f'--output_dir.{journal.outlook()}'
-        ) from error
+        problem = f'{target} could not be written ({error}); make room, or choose another --output_dir.'
+        raise UserError(problem + journal.outlook()) from error
     except UserError as error:
         raise UserError(f'{error}{journal.outlook()}') from error
 
@@ -122,21 +113,18 @@ class Journal:
 
     def open(self, overwrite):
         """Continue what a killed run of the same command left, refuse what another left, or clear the folder."""
-        try:
-            recorded = json.loads(self.path.read_text(encoding='utf-8'))
-            differing = differences(recorded, self.command)
-        except FileNotFoundError:
-            recorded, differing = {'state': None}, []
+        recorded = json.loads(self.path.read_text(encoding='utf-8')) if self.path.exists() else None
+        words = '; '.join(differences(recorded, self.command)) if recorded else ''
         require(
-            overwrite or not differing,
-            f'An unfinished preparation of {shown(self.target)} was begun otherwise: {"; ".join(differing)}. '
-            'Give what it was begun with, or start afresh with --overwrite.',
+            overwrite or not words,
+            f'An unfinished preparation of {shown(self.target)} was begun otherwise: {words}. Give what it was begun '
+            'with, or start afresh with --overwrite.',
         )
-        if not differing and 'sizes' in (recorded['state'] or ()):
+        if recorded and not words and 'sizes' in recorded['state']:
             self.state = recorded['state']
-            print(f'going on where an unfinished preparation stopped, {self.documents()} documents in')
-            return
-        remove(path for path in self.folder.iterdir() if path.name != 'lock')
+            print(f'going on where an unfinished preparation stopped, {self.documents()} in')
+        else:
+            remove(path for path in self.folder.iterdir() if path.name != 'lock')
 
     def save(self, state):
         """Record the state, whose files must be on the disk."""
@@ -144,15 +132,15 @@ class Journal:
         self.state = state
 
     def documents(self):
-        return f'{self.state["source"]["documents"]:,}'
+        return f'{self.state["source"]["documents"]:,} documents'
 
     def outlook(self):
         """Return what a message of failure ends with."""
         if not self.state:
             return ''
         return (
-            f' What is done so far, {self.documents()} documents, is kept in {shown(self.folder)}: the same '
-            'command goes on from there; --overwrite with other settings or another input starts afresh.'
+            f' What is done so far, {self.documents()}, is kept in {shown(self.folder)}: the same command goes on from '
+            'there; --overwrite with other settings or another input starts afresh.'
         )
 
 

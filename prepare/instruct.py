@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from lm import checkpoints, prompts
+from lm import prompts
 from lm.configurator import check_range, configure, require
 from lm.records import READERS, suffix_of
 from lm.tokenizer import Tokenizer
@@ -22,7 +22,7 @@ from prepare.writer import is_checkpoint, write
 
 source = ''  # alpaca, dolly, a data set of the Hugging Face hub, or files: .json, .jsonl, .parquet
 field = ''  # of records that are plain text: the field that holds it
-prompt_format = 'default'  # default, alpaca, qa, chatml, llama3: see prompts.py
+prompt_format = 'default'  # default, alpaca, qa, chatml, llama3: see lm/prompts.py
 max_seq_len: int = None  # tokens of the longest example; None: what the tokenizer's model reads, or 1024
 max_examples = 0  # the first ones only; 0: all
 name = ''  # of the folder under data/; the source's if not given
@@ -45,11 +45,11 @@ def document(record, where):
 
 if __name__ == '__main__':
     check_range(config, 0, math.inf, 'max_examples')
-    require(
-        source, 'There is nothing to read: give --source=alpaca, dolly, FILE.json, or a data set of the hub.'
-    )
+    require(source, 'There is nothing to read: give --source=alpaca, dolly, FILE.json, or a hub id.')
     form, block_size, start_token = prompts.named(prompt_format), None, None
     if is_checkpoint(tokenizer):
+        from lm import checkpoints  # imports torch, which takes seconds
+
         base = checkpoints.load(tokenizer, mmap=True)
         block_size, start_token = base['model_config']['block_size'], base.get('start_token')
         if start_token not in Tokenizer(base['tokenizer']).special_ids.values():

@@ -1,7 +1,7 @@
 """Documents from files (.txt, .jsonl, .jsonl.gz, .jsonl.zst, .json, .parquet) and from the Hugging Face hub.
 
-A record without a usable text is handed on as a UserError in its place: whether it stops the preparation or is
-skipped and counted is for the writer to say.
+A record without a usable text is handed on as a UserError in its place; on_error says whether that stops the
+preparation, or the record is skipped and counted.
 """
 
 import glob
@@ -43,39 +43,36 @@ def files(patterns, field, separator='', document=None):
     is one document, or several with a `separator` between them. Reading streams, except for .txt without a
     separator and .json. Raises UserError for what cannot be read.
     """
-    suffixes = [*READERS] if document else ['.txt', *READERS]
-    make, columns = (document, None) if document else (partial(text_of, field), [field])
-    paths = expand(patterns, suffixes)
+    make = document or partial(text_of, field)
+    paths = expand(patterns, [*READERS] if document else ['.txt', *READERS])
     before = [path.stat().st_mtime_ns for path in paths]
-    inputs = {str(path): hash_of(path) for path in paths}  # before anything is written
+    inputs = {}
+    for path in paths:  # before anything is written
+        require(path.stat().st_size, f'{path} is empty; fill it, or leave it out.')
+        with damage_named(path):
+            inputs[str(path)] = sha256_of(path)
 
     def all_documents():
         for path, modified in zip(paths, before):
-            if path.suffix.lower() == '.txt':
-                yield from read_txt(path, separator)
-            else:
-                for where, record, amount in read_records(path, columns):
-                    failed = isinstance(record, UserError)
-                    yield record if failed else attempt(make, record, where), amount
-            require(
-                path.stat().st_mtime_ns == modified,
-                f'{path} changed while it was being read; let it rest, and prepare again with --overwrite.',
+            yield from (
+                read_txt(path, separator) if path.suffix.lower() == '.txt' else read_records(path, make)
             )
+            is_same = path.stat().st_mtime_ns == modified
+            require(is_same, f'{path} changed while it was being read; let it rest, and give --overwrite.')
 
-    return Source(
-        patterns,
-        lambda done=0, state=None: islice(all_documents(), done, None),
-        inputs,
-        total=sum(path.stat().st_size for path in paths),
-    )
+    def documents(done=0, state=None):
+        return islice(all_documents(), done, None)
+
+    return Source(patterns, documents, inputs, total=sum(path.stat().st_size for path in paths))
 
 
 def first_of(source, count):
     """Return the Source of the first `count` documents of another."""
-    return replace(
-        source,
-        documents=lambda done=0, state=None: islice(source.documents(done, state), max(0, count - done)),
-    )
+
+    def documents(done=0, state=None):
+        return islice(source.documents(done, state), max(0, count - done))
+
+    return replace(source, documents=documents)
 
 
 # ---------------------------------------------------------------------------- documents and their splits
@@ -167,13 +164,6 @@ def expand(patterns, suffixes):
     return list(dict.fromkeys(paths))
 
 
-def hash_of(path):
-    with damage_named(path):
-        digest = sha256_of(path)
-    require(path.stat().st_size, f'{path} is empty; fill it, or leave it out.')
-    return digest
-
-
 def read_txt(path, separator):
     """Yield (text or UserError, bytes) of the documents of a .txt."""
     if not separator:
@@ -198,23 +188,18 @@ def text_of(field, record, where):
     if not isinstance(record, dict):
         raise UserError(f'{where}: {kind_of(record)} instead of a record; write {{"{field}": "..."}}.')
     if field not in record:
+        names = ', '.join(map(repr, record)) or 'none'
         raise UserError(
-            f'{where}: there is no field {field!r}, only {", ".join(map(repr, record)) or "none"}; '
-            'name the one that holds the text with --field.'
+            f'{where}: there is no field {field!r}, only {names}; name the right one with --field.'
         )
-    text = record[field]
+    text, name = record[field], f'{where}: the field {field!r}'
     if not isinstance(text, str):
-        raise UserError(
-            f'{where}: the field {field!r} holds {kind_of(text)}, not text; '
-            'repair it, or name another field with --field.'
-        )
+        raise UserError(f'{name} holds {kind_of(text)}, not text; repair it, or name another with --field.')
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a character pair
-        raise UserError(
-            f'{where}: {text[error.start]!r} in the field {field!r} is half a character and has no UTF-8 form; '
-            'repair it, or leave it out.'
-        ) from error
+        half = repr(text[error.start])
+        raise UserError(f'{name} holds half a character, {half}; repair it, or leave it out.') from error
     return text
 
 
@@ -255,7 +240,7 @@ def refusals_named(path):
     except UserError:
         raise
     except Exception as error:  # of many kinds, from four libraries
+        problem = f'The data set {path} could not be read from the hub ({first_line(error)})'
         raise UserError(
-            f'The data set {path} could not be read from the hub ({first_line(error)}); correct the name, try '
-            'again, or fetch its files elsewhere and give their folder instead.'
+            f'{problem}; correct the name, try again, or fetch its files and give their folder.'
         ) from error

@@ -29,10 +29,7 @@ overwrite = False  # replace a finished folder that was prepared otherwise
 config = configure(globals())
 
 if __name__ == '__main__':
-    # The .txt files of the data set have this between the stories.
-    write(
-        files(input, field, separator='<|endoftext|>')
-        if input
-        else hub('roneneldan/TinyStories', None, field),
-        config,
-    )
+    if input:  # the .txt files of the data set have this between the stories
+        write(files(input, field, separator='<|endoftext|>'), config)
+    else:
+        write(hub('roneneldan/TinyStories', None, field), config)

@@ -105,9 +105,7 @@ def target_folder(config):
     if output_dir:
         return Path(output_dir).expanduser().resolve()
     is_plain = name and Path(name).name == name and not name.startswith('.')
-    require(
-        is_plain, f'name={name} does not name a folder under data/; give a plain name, or output_dir=PATH.'
-    )
+    require(is_plain, f'name={name} does not name a folder under data/; give a plain name, or output_dir.')
     return ROOT / 'data' / name
 
 
@@ -128,10 +126,9 @@ def make_tokenizer(corpus, config):
     kind = config['tokenizer']
     if kind not in KINDS:
         return load_tokenizer(kind)
-    texts = (
-        corpus.sample(config['tokenizer_sample_mb']) if kind == 'bpe' else map(corpus.as_text, corpus.texts())
-    )
-    return build(kind, texts, config['vocab_size'])
+    if kind == 'bpe':
+        return build(kind, corpus.sample(config['tokenizer_sample_mb']), config['vocab_size'])
+    return build(kind, map(corpus.as_text, corpus.texts()))
 
 
 def load_tokenizer(path):
@@ -285,7 +282,7 @@ class Encoder:
             yield np.append(ids, self.end) if is_last else ids, [], text, is_last
 
 
-# ---------------------------------------------------------------------------- config.json and the last word
+# ---------------------------------------------------------------------------- config.json and what is printed
 
 
 def token_dtype(tokenizer):
@@ -294,10 +291,8 @@ def token_dtype(tokenizer):
 
 def describe(target, source, arguments, tokenizer, counts, corpus):
     """Return config.json but for what follows from the files."""
-    ids, units = (
-        (tokenizer.endoftext_id, tokenizer.mask_id, tokenizer.ignore_id),
-        ('tokens', 'documents', 'bytes'),
-    )
+    ids = tokenizer.endoftext_id, tokenizer.mask_id, tokenizer.ignore_id
+    units = 'tokens', 'documents', 'bytes'
     opening = tokenizer.encode(corpus.opening) if corpus.is_single else ids[:1]
     config = {
         'format': FORMAT,

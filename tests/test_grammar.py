@@ -50,7 +50,7 @@ def small():
 @pytest.fixture(scope='module')
 def walks():
     """Some hundred stories, each as a list of (probability, text, node)."""
-    return [list(grammar.GRAMMAR.walk(random.Random(seed))) for seed in range(200)]
+    return [list(grammar.GRAMMAR.walk(random.Random(seed))) for seed in range(120)]
 
 
 def tell(walk):

@@ -27,23 +27,19 @@ def with_markers():
     return data.Tokenizer(inner.to_str())
 
 
-def test_prompts_are_built_and_read_by_their_format():
+def test_prompts_are_built_by_their_format():
     form = prompts.DEFAULT
     bare, given = prompts.prompt_of(form, 'Name {input}.'), prompts.prompt_of(form, 'Add', '2\n\n3')
     assert bare == '### Instruction:\nName {input}.\n\n### Response:\n'
     assert given == '### Instruction:\nAdd\n\n### Input:\n2\n\n3\n\n### Response:\n'
-    assert (
-        prompts.instruction_in(bare, form) == 'Name {input}.' and prompts.instruction_in(given, form) == 'Add'
-    )
     assert prompts.markers_of(form) == ['### Instruction:', '### Input:', '### Response:']
 
 
 @pytest.mark.parametrize('name', prompts.FORMATS)
-def test_each_format_says_all_and_gives_the_instruction_back(name):
+def test_each_format_says_all(name):
     form = prompts.named(name)
     text = prompts.prompt_of(form, 'Add the numbers.', '2 and 3', 'Be brief.')
     assert 'Add the numbers.' in text and '2 and 3' in text and 'Be brief.' in text and '{' not in text
-    assert prompts.instruction_in(prompts.prompt_of(form, 'Add.', ''), form) == 'Add.'
     with pytest.raises(UserError, match="prompt_format is 'no'; choose default"):
         prompts.named('no')
 
