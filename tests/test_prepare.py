@@ -18,6 +18,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import tiktoken
 from conftest import (
     ROOT,
     SHARED,
@@ -32,7 +33,7 @@ from conftest import (
 
 from lm import tokenizer as tokenizers
 from lm.configurator import UserError
-from lm.tokenizer import ENDOFTEXT, IGNORE, MASK, build, byte_level
+from lm.tokenizer import ENDOFTEXT, IGNORE, MASK, byte_level
 from prepare import grammar, writer
 
 NASTY = "Äh… naïve  \r\n\t“日本語”\u200d👩‍🚀\x00 1234567 don't  \n\n\n stop!! <|endoftext|> <|mask|>   \n"
@@ -147,12 +148,12 @@ def test_long_documents_cross_workers_whole(prepare, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not TIKTOKEN_CACHE.is_dir(), reason=f'the GPT-2 vocabulary is not in {TIKTOKEN_CACHE}')
-def test_gpt2_tokens_are_those_of_its_tokenizer(prepare, tmp_path, monkeypatch):
+def test_gpt2_tokens_are_tiktokens(prepare, tmp_path, monkeypatch):
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(TIKTOKEN_CACHE))
     texts = [*make_texts(30), NASTY]
     path = write_jsonl(tmp_path / 'a.jsonl', texts)
     folder = prepare('text.py', f'--input={path}', '--tokenizer=gpt2')
-    expected = [ids + [50256] for ids in build('gpt2').encode_batch(texts)]
+    expected = [ids + [50256] for ids in tiktoken.get_encoding('gpt2').encode_ordinary_batch(texts)]
     assert sorted(documents_of(folder, 'train') + documents_of(folder, 'val')) == sorted(expected)
 
 

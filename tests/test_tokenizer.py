@@ -1,6 +1,7 @@
 """Text comes back from its ids, and the tokenizers that are built agree with their models."""
 
 import json
+from itertools import islice
 
 import pytest
 import tiktoken
@@ -44,7 +45,9 @@ def test_gpt2_ids_are_tiktokens_both_ways_of_encoding(monkeypatch):
     assert (tokenizer.endoftext_id, tokenizer.mask_id, tokenizer.vocab_size) == (50256, 50257, 50259)
     texts = make_texts(30) + [NASTY, 'a' + ' ' * 300_000 + 'b']
     if (SHARED / 'web.jsonl').exists():
-        texts += [json.loads(line)['text'] for line in open(SHARED / 'web.jsonl', encoding='utf-8')]
+        texts += [
+            json.loads(line)['text'] for line in islice(open(SHARED / 'web.jsonl', encoding='utf-8'), 60)
+        ]
     expected = tiktoken.get_encoding('gpt2').encode_ordinary_batch(texts)
     assert tokenizer.encode_batch(texts) == expected
     fast = tokenizers.fast_gpt2(tokenizer)(texts)
