@@ -1,4 +1,4 @@
-"""Trains or fine-tunes a model to classify sequences, algorithmic tasks or texts.
+"""Train or fine-tune a model to classify sequences, of algorithmic tasks or texts.
 
 python classify.py --target_func=fn_c --sequence_length=20 --train_set_size=2000
 python classify.py --task=sentiment --train_langs=eng --init_from=out/ar-books-tiny-v1
@@ -7,17 +7,16 @@ torchrun --standalone --nproc_per_node=2 classify.py --target_func=fn_a --device
 
 import copy
 import math
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from lm import checkpoints, classification, files, languages, nanogpt, optim, runtime, tasks
+from lm import checkpoints, classification, families, languages, optim, pretrained, runtime, tasks
 from lm.classification import Examples
-from lm.configurator import UserError, check_choice, check_range, configure
-from lm.data import Tokenizer
-from lm.published import FINETUNED, PUBLISHED, shape_of
+from lm.configurator import check_choice, check_range, configure, require
+from lm.files import save_atomically, write_json
+from lm.tokenizer import Tokenizer
 from model import SIZES
 
 # --- an algorithmic task ---
@@ -52,7 +51,7 @@ n_embd: int = None
 n_kv_head: int = None  # fewer than n_head: grouped-query attention
 block_size = 128  # most tokens of a text; an algorithmic task sets its own
 dropout = 0.0  # in the trunk and before the head
-token_dropout = 0.0  # share of a training row's tokens that are hidden by <|mask|>
+token_dropout = 0.0  # fraction of a training row's tokens that are masked
 gradient_checkpointing = False  # recompute each block in the backward pass: less memory, a third more time
 init_from = ''  # start from the weights of this ckpt.pt, run folder, Hugging Face folder or hub id
 token = ''  # of the Hugging Face hub, for private models
@@ -62,7 +61,7 @@ train_final_norm = False  # with them, the norm above the blocks
 lora_rank = 0  # train low-rank adapters and the head only; 0: none
 lora_alpha = 32.0
 lora_dropout = 0.0
-lora_dora = False  # adapters that learn the weights' lengths apart (DoRA)
+lora_dora = False  # DoRA: magnitude and direction apart
 pool = ''  # last, mean; empty: last for ar, mean for the bidirectional ones
 num_classes: int = None  # outputs of the head; 1: a single logit. None: 1 for a task, else the database's
 # --- optimization ---
@@ -79,19 +78,19 @@ weight_decay = 1e-5
 beta1 = 0.9
 beta2 = 0.999
 grad_clip = 1.0  # largest norm of the gradient; 0: not clipped
-class_weights = ''  # what a row of each class weighs: balanced, or numbers as in 1,2.5; empty: the same
+class_weights = ''  # weight of a row by class: balanced, or numbers as in 1,2.5; empty: the same
 label_smoothing = 0.0
 early_stopping = 0  # evaluations on validation rows without a better one before it stops; 0: none
 best_by = 'loss'  # which weights are best on them: loss, accuracy, macro_f1
-# --- looking ---
+# --- evaluation and log ---
 eval_every: int = None  # steps; None: ten times
 eval_batches = 0  # batches of each set that are evaluated while training; 0: all; the last time all
 log_every = 10  # steps
-compare_to = ''  # a run folder: tests in the end whether its predictions differ by more than chance
+compare_to = ''  # a run folder: test in the end whether its predictions differ by more than chance
 # --- the run ---
 out_dir = ''  # empty: out/{architecture}-{task}-{size}-v{n}
 run_suffix = ''  # appended to that name
-overwrite = False  # give up the run that out_dir holds
+overwrite = False  # delete the existing run in out_dir
 resume_from = ''  # a ckpt.pt or run folder; auto: out_dir's, if it has one
 save_every = 0  # steps between checkpoints beside those at evaluations; 0: none
 seed = 42
@@ -105,149 +104,65 @@ compile: bool = None  # torch.compile; None: on CUDA only
 config = configure(globals())
 del config['token']  # no secret goes into config.json, the checkpoint or W&B
 
-# What defines a run: a resumed one keeps it. Everything else may change, and the change is printed.
+# A run keeps what is FIXED; everything else may change when it is resumed, and the change is printed.
 FIXED = (
-    'target_func',
-    'sequence_length',
-    'train_set_size',
-    'test_set_size',
-    'compat',
-    'task',
-    'train_langs',
-    'eval_langs',
-    'model_type',
-    'val_set_size',
-    'model',
-    'architecture',
-    'model_size',
-    'n_layer',
-    'n_head',
-    'n_embd',
-    'n_kv_head',
-    'block_size',
-    'num_layers_to_finetune',
-    'train_final_norm',
-    'lora_rank',
-    'lora_alpha',
-    'lora_dora',
-    'pool',
-    'num_classes',
-    'optimizer',
-    'group_by_length',
-    'seed',
-)
+    'target_func sequence_length train_set_size test_set_size compat task train_langs eval_langs model_type '
+    'val_set_size model architecture model_size n_layer n_head n_embd n_kv_head block_size num_layers_to_finetune '
+    'train_final_norm lora_rank lora_alpha lora_dora pool num_classes optimizer group_by_length seed'
+).split()
 SHAPE = ('n_layer', 'n_head', 'n_embd', 'n_kv_head')
-OF_A_TASK = {'target_func', 'sequence_length', 'train_set_size', 'test_set_size', 'compat'}
-OF_TEXTS = {
-    'train_langs',
-    'eval_langs',
-    'language_database',
-    'model_type',
-    'tokenizer',
-    'vocab_size',
-    'group_by_length',
-}
+TASK_KEYS = {'target_func', 'sequence_length', 'train_set_size', 'test_set_size', 'compat'}
+TEXT_KEYS = set(
+    'train_langs eval_langs language_database model_type tokenizer vocab_size group_by_length'.split()
+)
 
-check_choice(config, 'model', ('', *PUBLISHED, *FINETUNED, *SIZES))
+check_choice(config, 'model', ('', *families.PUBLISHED, *families.FINETUNED, *SIZES))
 check_choice(config, 'model_type', ('normal', 'ipa'))
 check_choice(config, 'pool', ('', 'last', 'mean'))
-check_choice(config, 'optimizer', optim.OPTIMIZERS)
-check_choice(config, 'schedule', optim.SCHEDULES)
-check_range(
-    config,
-    1,
-    math.inf,
-    'batch_size',
-    'gradient_accumulation_steps',
-    'eval_batch_size',
-    'max_steps',
-    'eval_every',
-    'log_every',
-    'num_classes',
-    'block_size',
-    'sequence_length',
-)
-check_range(
-    config,
-    0,
-    math.inf,
-    'num_epochs',
-    'learning_rate',
-    'min_lr',
-    'warmup_steps',
-    'warmup_ratio',
-    'decay_ratio',
-    'weight_decay',
-    'grad_clip',
-    'eval_batches',
-    'save_every',
-    'val_set_size',
-    'early_stopping',
-    'lora_rank',
-    'num_layers_to_finetune',
-)
-check_range(config, 0, 1, 'beta1', 'beta2', 'dropout', 'token_dropout', 'label_smoothing', 'lora_dropout')
+check_choice(config, 'best_by', classification.BEST_BY)
+runtime.check_settings(config)
+check_range(config, 1, math.inf, 'max_steps')
 
-# ---------------------------------------------------------------------------- what to continue
+# ---------------------------------------------------------------------------- process, start, data
 
-checkpoint_path = checkpoints.resume_path(resume_from, out_dir)
-checkpoint, changed = None, []
-continued = (
-    checkpoints.run_of(checkpoint_path or Path(out_dir, 'ckpt.pt')) if resume_from else None
-)  # a run folder
-if checkpoint_path:
-    checkpoint, changed = checkpoints.load_run(checkpoint_path, globals(), config, FIXED)
-idle = config.given & (OF_A_TASK if task else OF_TEXTS)
-if idle and not checkpoint:
-    raise UserError(
-        f'{sorted(idle)[0]} says nothing about {"texts" if task else "an algorithmic task"}; leave it out'
-        + ('.' if task else ', or give --task=NAME for texts.')
-    )
-if lora_rank and num_layers_to_finetune is not None:
-    raise UserError(
-        'lora_rank and num_layers_to_finetune are given, which freeze different things; leave one out.'
-    )
+resumed = checkpoints.resume(globals(), config, FIXED)
+idle = config.given & (TASK_KEYS if task else TEXT_KEYS)
+kind, remedy = ('texts', '') if task else ('an algorithmic task', ', or give --task=NAME for texts')
+require(
+    not idle or resumed.checkpoint, f'{min(idle, default="")} has no effect on {kind}; leave it out{remedy}.'
+)
+require(
+    not lora_rank or num_layers_to_finetune is None,
+    'lora_rank and num_layers_to_finetune are given, which freeze different things; leave one out.',
+)
 model_size = model if model in SIZES else model_size
-if model in FINETUNED:
-    init_from = init_from or FINETUNED[model]
+if model in families.FINETUNED:
+    init_from = init_from or families.FINETUNED[model]
     num_layers_to_finetune = 2 if num_layers_to_finetune is None and not lora_rank else num_layers_to_finetune
 if model_prefix:
     init_from = init_from or str(Path(checkpoint_prefix, model_prefix, 'ckpt.pt'))
 init_from, tokenizer = (name.replace('{model_type}', model_type) for name in (init_from, tokenizer))
-initial = checkpoint
-if init_from and not checkpoint:
-    initial = (
-        nanogpt.load(init_from, languages.load_tokenizer(tokenizer))
-        if 'tokenizer' in config.given
-        else checkpoints.load(init_from, token, revision)
-    )
-run = runtime.Runtime(device, dtype)
+initial = resumed.checkpoint
+if init_from and not initial and 'tokenizer' in config.given:
+    initial = pretrained.load_nanogpt(init_from, languages.load_tokenizer(tokenizer))
+elif init_from and not initial:
+    initial = checkpoints.load(init_from, token, revision)
+dist = runtime.Runtime(device, dtype)
 
-# ---------------------------------------------------------------------------- labelled rows
-
-if task:  # what is read, then what turns it into tokens
-    texts, num_labels = languages.read_sets(
-        languages.load_database(language_database), task, train_langs, eval_langs, model_type
-    )
-    source = (
-        ''  # what the rows of a set are of, beside its name: predictions on the same rows can be compared
-    )
+source = ''  # of the rows, beside a set's name: predictions on the same rows can be compared
+if task:
+    database = languages.load_database(language_database)
+    texts, num_labels = languages.read_sets(database, task, train_langs, eval_langs, model_type)
+    vocabulary = None if initial else languages.make_tokenizer(tokenizer, texts, vocab_size)
 else:
     num_labels = 2
+    sizes = train_set_size, test_set_size, val_set_size
     source = tasks.key_of(
         target_func, sequence_length, train_set_size + val_set_size, test_set_size, seed, compat
     )
-    digits = tasks.splits(
-        target_func, sequence_length, train_set_size, test_set_size, val_set_size, seed, compat
-    )
-check_choice(config, 'best_by', classification.BEST_BY)
-vocabulary = (
-    Tokenizer(initial['tokenizer'])
-    if initial
-    else languages.make_tokenizer(tokenizer, texts, vocab_size)
-    if task
-    else tasks.digit_tokenizer(target_func)
-)
+    digits = tasks.splits(target_func, sequence_length, *sizes, seed, compat)
+    vocabulary = None if initial else tasks.digit_tokenizer(target_func)
+vocabulary = vocabulary or Tokenizer(initial['tokenizer'])
 start_token = initial['start_token'] if initial else vocabulary.endoftext_id
 
 # ---------------------------------------------------------------------------- model
@@ -255,33 +170,29 @@ start_token = initial['start_token'] if initial else vocabulary.endoftext_id
 if initial:
     architecture, shape = initial['architecture'], dict(initial['model_config'])
     for key in sorted(config.given & {*SHAPE, 'architecture'}):
-        if config[key] != {**shape, 'architecture': architecture}[key]:
-            raise UserError(f'{init_from} has another {key} than {config[key]!r}; leave --{key} out.')
+        held = {**shape, 'architecture': architecture}[key]
+        require(
+            config[key] == held, f'{init_from} has {key}={held!r}, not {config[key]!r}; leave --{key} out.'
+        )
     block_size = min(block_size, shape['block_size']) if 'block_size' in config.given else shape['block_size']
 else:
-    shape = dict(zip(('n_layer', 'n_head', 'n_embd'), checkpoints.size_of(model_size)))
-    if model in PUBLISHED:
-        shape = shape_of(model, block_size)
-    shape.update(
-        {key: config[key] for key in SHAPE if config[key] is not None},
-        block_size=block_size,
-        vocab_size=vocabulary.vocab_size,
-        mask_id=vocabulary.mask_id,
-        ignore_id=vocabulary.ignore_id,
-    )
+    published = model in families.PUBLISHED
+    shape = families.published_config(model, block_size) if published else checkpoints.size_of(model_size)
+    shape.update({key: config[key] for key in SHAPE if config[key] is not None}, block_size=block_size)
+    shape.update(vocab_size=vocabulary.vocab_size, mask_id=vocabulary.mask_id, ignore_id=vocabulary.ignore_id)
 if not task:
     block_size = sequence_length + 1  # with the start token
-    if shape.get('position', 'rope') != 'rope' and block_size > shape['block_size']:
-        raise UserError(
-            f'{init_from} knows {shape["block_size"]} positions, too few for sequence_length='
-            f'{sequence_length} and a start; choose shorter sequences.'
-        )
-    shape['block_size'] = block_size if shape.get('position', 'rope') == 'rope' else shape['block_size']
+    rope = shape.get('position', 'rope') == 'rope'
+    require(
+        rope or block_size <= shape['block_size'],
+        f'{init_from} has {shape["block_size"]} positions, too few for sequence_length={sequence_length} and a start '
+        'token; choose shorter sequences.',
+    )
+    shape['block_size'] = block_size if rope else shape['block_size']
 torch.manual_seed(seed)
-trunk = checkpoints.make_model(
-    architecture, **{**shape, 'dropout': dropout, 'gradient_checkpointing': gradient_checkpointing}
-)
-if initial and not checkpoint:
+shape.update(dropout=dropout, gradient_checkpointing=gradient_checkpointing)
+trunk = checkpoints.make_model(architecture, **shape)
+if initial and not resumed.checkpoint:
     checkpoints.load_weights(trunk, initial)
 
 if task:
@@ -295,369 +206,264 @@ else:
     }
 if val_set_size and 'val' not in sets:
     sets['train'], sets['val'] = classification.hold_out(sets['train'], val_set_size, seed)
-tested = [name for name in sets if name not in ('train', 'val')]
-others = {
-    name: predictions
-    for name, (labels, predictions) in (  # of the run to compare with
-        classification.load_predictions(compare_to, source) if compare_to else {}
-    ).items()
-    if name in tested and np.array_equal(labels, classification.gold_of(sets[name].labels))
-}
-if compare_to and not others:
-    raise UserError(
-        f'{compare_to} has no predictions for the rows of {", ".join(tested)}; compare runs of the same '
-        'data and seed.'
+test_sets = [name for name in sets if name not in ('train', 'val')]
+others = {}  # predictions of the run to compare with
+if compare_to:
+    for name, (labels, predictions) in classification.load_predictions(compare_to, source).items():
+        if name in test_sets and np.array_equal(labels, sets[name].labels):
+            others[name] = predictions
+    require(
+        others,
+        f'{compare_to} has no predictions for the rows of {", ".join(test_sets)}; compare runs of the same data and '
+        'seed.',
     )
-if not num_classes:
-    num_classes = num_labels if task else 1
-if num_labels and num_labels > max(2, num_classes):
-    raise UserError(
-        f'num_classes is {num_classes}, but the labels are of {num_labels} classes; leave it out.'
-    )
-if early_stopping and 'val' not in sets:
-    raise UserError(
-        'early_stopping needs validation rows, or the test would choose its own result; add '
-        '--val_set_size=N, or name a val split in the database.'
-    )
-raw_classifier, weights = classification.make_classifier(
-    trunk, sets['train'], num_classes, pool, dropout, class_weights, label_smoothing, token_dropout
+num_classes = num_classes or (num_labels if task else 1)
+require(
+    num_labels <= max(2, num_classes),
+    f'num_classes is {num_classes}, but the labels are of {num_labels} classes; leave it out.',
 )
+require(
+    not early_stopping or 'val' in sets,
+    'early_stopping needs validation rows, since the test set never selects a checkpoint; add --val_set_size=N, or name '
+    'a val split in the database.',
+)
+pool = pool or ('last' if trunk.causal else 'mean')
+by_class = classification.weights_of_classes(class_weights, sets['train'].labels, max(2, num_classes))
+raw_classifier = classification.Classifier(
+    trunk, num_classes, pool, dropout, by_class, label_smoothing, token_dropout
+)
+row_weights = by_class[sets['train'].labels]  # (N,)
 if lora_rank:
     from lm import lora  # only where it is wanted
 
     trunk.requires_grad_(False)
     lora.add_lora(trunk, lora_rank, lora_alpha, dropout=lora_dropout, dora=lora_dora)
 elif num_layers_to_finetune is not None:
-    classification.train_only(raw_classifier, num_layers_to_finetune, train_final_norm)
-if checkpoint:
-    classification.restore(raw_classifier, checkpoint)
-raw_classifier.to(run.device)
+    classification.train_top_layers(raw_classifier, num_layers_to_finetune, train_final_norm)
+if resumed.checkpoint:
+    classification.load_state(raw_classifier, resumed.checkpoint)
+raw_classifier.to(dist.device)
 
-# ---------------------------------------------------------------------------- steps, optimizers, state
+# ---------------------------------------------------------------------------- steps, optimizer, state
 
-rows_per_step = batch_size * gradient_accumulation_steps * run.world_size
+rows_per_step = batch_size * gradient_accumulation_steps * dist.world_size
 num_rows = len(sets['train'])
 lengths = np.array([len(row) for row in sets['train'].rows]) if task and group_by_length else None
 if max_steps is None or 'num_epochs' in config.given and 'max_steps' not in config.given:
     max_steps = math.ceil(num_epochs * num_rows / rows_per_step)
 eval_every = eval_every or max(1, math.ceil(max_steps / 10))
 warmup = round(warmup_ratio * max_steps) if warmup_steps is None else warmup_steps
-optimizers = optim.make_optimizers(raw_classifier, optimizer, learning_rate, beta1, beta2, weight_decay)
-scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == 'float16')
-step, best_step, best_val_loss, best_score = 0, 0, math.inf, -math.inf
-history = {key: [] for key in ('steps', 'train_losses', 'test_losses', 'train_accuracies', 'test_accuracies')}
-finished = False
-if checkpoint:
-    step, best_step, best_val_loss, best_score, history, finished = (
-        checkpoint[key]
-        for key in ('global_step', 'best_step', 'best_val_loss', 'best_score', 'history', 'finished')
+opt = optim.make_optimizer(raw_classifier, optimizer, learning_rate, beta1, beta2, weight_decay)
+scaler = dist.scaler()
+step, best, best_score, finished = 0, checkpoints.Best(), -math.inf, False
+history = {key: [] for key in 'steps train_losses test_losses train_accuracies test_accuracies'.split()}
+if resumed.checkpoint:
+    step, best = initial['global_step'], checkpoints.Best(initial['best_step'], initial['best_val_loss'])
+    best_score, history, finished = (initial[key] for key in ('best_score', 'history', 'finished'))
+    require(
+        (initial['rows_per_step'], initial['num_rows']) == (rows_per_step, num_rows),
+        f'The run of {resumed.path} has {initial["rows_per_step"]} rows per step of {initial["num_rows"]}, not '
+        f'{rows_per_step} of {num_rows}; leave batch_size, ranks and data as they were, or rows would be skipped or '
+        'repeated.',
     )
-    if (checkpoint['rows_per_step'], checkpoint['num_rows']) != (rows_per_step, num_rows):
-        raise UserError(
-            f'The run of {checkpoint_path} has {checkpoint["rows_per_step"]} rows per step of '
-            f'{checkpoint["num_rows"]}, not {rows_per_step} of {num_rows}; leave batch_size, ranks and '
-            'data as they were, or rows would be skipped or repeated.'
-        )
-    checkpoints.load_training_state(checkpoint, optimizers, scaler)
-    finished = finished and not {'max_steps', 'num_epochs'} & {key for key, _, _ in changed}  # made longer
-    if finished and (continued / 'predictions.npz').exists():
-        run.exit(f'{checkpoint_path} is at step {step} of {max_steps}: the run is finished.')
-
-if run.device.type == 'cuda' if compile is None else compile:
+    checkpoints.load_state(resumed, raw_classifier, opt)
+    scaler.load_state_dict(initial['scaler_state_dict'])
+    longer = {'max_steps', 'num_epochs'} & {key for key, _, _ in resumed.overrides}
+    finished = finished and not longer
+    if finished and (resumed.run_dir / 'predictions.npz').exists():
+        dist.exit(f'{resumed.path} is at step {step} of {max_steps}: the run is finished.')
+if dist.device.type == 'cuda' if compile is None else compile:
     raw_classifier.compile()
-classifier = run.wrap(raw_classifier)
-
-# ---------------------------------------------------------------------------- run folder, logs
+classifier = dist.wrap(raw_classifier)
 
 subject = f'{task}-{train_langs.replace(",", "+").replace(":", "-")}' if task else target_func
-out = Path(
-    run.from_main(
-        lambda: checkpoints.open_run_folder(
-            out_dir or continued,
-            f'{architecture}-{subject}-{model or model_size}',
-            run_suffix,
-            continued,
-            overwrite,
-        )
-    )
+config.update(
+    {key: getattr(trunk.config, key) for key in SHAPE}, architecture=architecture, max_steps=max_steps
 )
 config.update(
-    {key: getattr(trunk.config, key) for key in SHAPE},
-    architecture=architecture,
-    max_steps=max_steps,
-    block_size=block_size,
-    dtype=run.dtype,
-    num_classes=num_classes,
-    pool=raw_classifier.pool,
-    init_from=init_from,
-    tokenizer=tokenizer,
-    num_layers_to_finetune=num_layers_to_finetune,
+    block_size=block_size, dtype=dist.dtype, num_classes=num_classes, pool=pool, init_from=init_from
 )
-if run.is_main:
-    files.write_json(out / 'config.json', config)
-log = runtime.Logger(
-    out,
-    run.is_main,
-    step if checkpoint else -1,
-    None
-    if no_wandb
-    else dict(
-        project=wandb_project,
-        name=wandb_run_name or out.name,
-        config=dict(config),
-        run_id=checkpoint['wandb_run_id'] if checkpoint else None,
-    ),
-)
+config.update(tokenizer=tokenizer, num_layers_to_finetune=num_layers_to_finetune)
+out, log = runtime.start_run(dist, config, f'{architecture}-{subject}-{model or model_size}', resumed)
 stop = runtime.StopSignal()
 trained = sum(p.numel() for p in raw_classifier.parameters() if p.requires_grad)
 log.print(
     f'{out}: {architecture}, {trunk.num_parameters():,} parameters, {trained:,} of them and the head train, '
-    f'{run.dtype} on {run.world_size} × {run.device.type}; {max_steps} steps of {rows_per_step} rows',
+    f'{dist.dtype} on {dist.world_size} × {dist.device.type}; {max_steps} steps of {rows_per_step} rows',
     ', '.join(
         f'{name}: {len(examples)} rows' + (f' ({notes[name]})' if notes.get(name) else '')
         for name, examples in sets.items()
     ),
 )
-for key, before, now in changed:
-    log.print(f'resumed with {key}={now!r}, which was {before!r}')
+
+# ---------------------------------------------------------------------------- evaluation and checkpoints
 
 
-# ---------------------------------------------------------------------------- what happens now and then
-
-
-def save(path, **state):
-    """The trunk as all scripts know it, adapters merged, its head, and `state` that this one needs to go on."""
-    weights, adapted = trunk.state_dict(), {}
+def checkpoint():
+    """Return the trunk as all scripts know it, adapters merged, and the head."""
+    state = checkpoints.contents(trunk, step, best, config, vocabulary, start_token, None)
+    state.update(model_state_dict=trunk.state_dict(), head_state_dict=raw_classifier.head.state_dict())
     if lora_rank:
         merged = copy.deepcopy(trunk)
         lora.merge(merged)
-        weights, adapted = merged.state_dict(), {'adapted_state_dict': weights}
-    checkpoints.save(
-        path,
-        {
-            'architecture': architecture,
-            'global_step': step,
-            'best_step': best_step,
-            'best_val_loss': best_val_loss,
-            'model_state_dict': weights,
-            **adapted,
-            'model_config': vars(trunk.config),
-            'head_state_dict': raw_classifier.head.state_dict(),
-            'train_config': dict(config),
-            'seed': seed,
-            'tokenizer': vocabulary.to_json(),
-            'start_token': start_token,
-            'prompt_format': None,
-            **state,
-        },
-    )
+        state.update(model_state_dict=merged.state_dict(), adapted_state_dict=trunk.state_dict())
+    return state
 
 
-def save_all():
-    save(
-        out / 'ckpt.pt',
-        optimizer_state_dict={name: o.state_dict() for name, o in optimizers.items()},
-        scaler_state_dict=scaler.state_dict(),
-        rows_per_step=rows_per_step,
-        num_rows=num_rows,
-        finished=finished,
-        best_score=best_score,
-        history=history,
-        wandb_run_id=log.wandb_run_id,
-    )
+def save():
+    """Write ckpt.pt with all that it takes to go on."""
+    if dist.is_main:
+        state = checkpoint() | {
+            'optimizer_state_dict': opt.state_dict(),
+            'scaler_state_dict': scaler.state_dict(),
+        }
+        state |= {'rows_per_step': rows_per_step, 'num_rows': num_rows, 'finished': finished}
+        state |= {'best_score': best_score, 'history': history, 'wandb_run_id': log.wandb_run_id}
+        checkpoints.save(out / 'ckpt.pt', state)
 
 
 @torch.no_grad()
 def predict(examples):
-    """Outputs (N, width) as numpy, the same for any number of ranks; rows of like length come together."""
+    """Compute logits (N, width) as numpy, the same for any number of ranks; rows of like length come together."""
     order = np.argsort([len(row) for row in examples.rows], kind='stable')
-    outputs = torch.zeros(len(examples), raw_classifier.width)
+    logits = torch.zeros(len(examples), raw_classifier.width)
     raw_classifier.eval()
-    for start in range(run.rank * eval_batch_size, len(order), run.world_size * eval_batch_size):
-        places = order[start : start + eval_batch_size]
-        with run.autocast():
-            outputs[places] = raw_classifier.outputs(
-                *classification.batch_of(examples, places, run.device)
-            ).cpu()
+    for start in range(dist.rank * eval_batch_size, len(order), dist.world_size * eval_batch_size):
+        index = order[start : start + eval_batch_size]
+        tokens, token_counts, _ = classification.collate(examples, index, dist.device)
+        with dist.autocast():
+            logits[index] = raw_classifier.logits(tokens, token_counts).cpu()
     raw_classifier.train()
-    return run.sum(outputs).numpy()
+    return dist.sum(logits).numpy()
 
 
-def some_of(examples):
+def subset(examples):
     size = min(len(examples), eval_batches * eval_batch_size) if eval_batches else len(examples)
     return examples.take(np.arange(size) * len(examples) // size)
 
 
-def look():
-    """Evaluates all sets, keeps the best weights by the validation rows, and writes down how it goes."""
-    global best_step, best_val_loss, best_score
-    part = {name: some_of(examples) for name, examples in sets.items()}
-    outputs = {name: predict(examples) for name, examples in part.items()}
-    figures = {
-        name: classification.evaluate_predictions(examples.labels, outputs[name])
-        for name, examples in part.items()
-    }
-    test = classification.evaluate_predictions(
-        np.concatenate([part[name].labels for name in tested]),
-        np.concatenate([outputs[name] for name in tested]),
-    )  # all tests together
-    chosen = figures.get('val', test)
+def evaluate_and_save():
+    """Evaluate all sets, keep the best weights by the validation rows, and write down the history."""
+    global best_score
+    parts = {name: subset(examples) for name, examples in sets.items()}
+    logits = {name: predict(examples) for name, examples in parts.items()}
+    metrics = {name: classification.evaluate_predictions(parts[name].labels, logits[name]) for name in parts}
+    labels = np.concatenate([parts[name].labels for name in test_sets])
+    test = classification.evaluate_predictions(labels, np.concatenate([logits[name] for name in test_sets]))
     log.print(
         f'step {step}: '
         + ', '.join(
-            f'{name} loss {values["loss"]:.4f}, accuracy {values["accuracy"]:.4f}'
-            for name, values in figures.items()
+            f'{name} loss {m["loss"]:.4f}, accuracy {m["accuracy"]:.4f}' for name, m in metrics.items()
         )
     )
-    for key, value in (
-        ('steps', step),
-        ('train_losses', figures['train']['loss']),
-        ('test_losses', test['loss']),
-        ('train_accuracies', figures['train']['accuracy']),
-        ('test_accuracies', test['accuracy']),
-    ):
+    train, selecting = metrics['train'], metrics.get('val', test)
+    values = step, train['loss'], test['loss'], train['accuracy'], test['accuracy']
+    for key, value in zip(history, values):
         history[key].append(value)
-    score = -chosen['loss'] if best_by == 'loss' else chosen[best_by]
+    score = -selecting['loss'] if best_by == 'loss' else selecting[best_by]
     if score > best_score and 'val' in sets:
-        best_step, best_val_loss, best_score = step, chosen['loss'], score
-        if run.is_main:
-            save(out / 'best.pt')
-    if run.is_main:
+        best.step, best.loss, best_score = step, selecting['loss'], score
+        if dist.is_main:
+            checkpoints.save(out / 'best.pt', checkpoint())
+    if dist.is_main:
         lines = ''.join(f'{key} = {value!r}\n' for key, value in history.items())
-        files.save_atomically(out / 'metrics.py', lambda file: file.write(lines.encode()))
-        files.write_json(out / 'eval_results.json', {'step': step, **figures})
+        save_atomically(out / 'metrics.py', lambda file: file.write(lines.encode()))
+        write_json(out / 'eval_results.json', {'step': step, **metrics})
+    perplexity = math.exp(min(selecting['loss'], 700))
     return {
-        'val/loss': chosen['loss'],
-        'val/accuracy': chosen['accuracy'],
-        'val/perplexity': math.exp(min(chosen['loss'], 700)),
+        'val/loss': selecting['loss'],
+        'val/accuracy': selecting['accuracy'],
+        'val/perplexity': perplexity,
     }
 
 
-def conclude():
-    """The result: predictions and figures of the best weights by the validation rows, or else of the last."""
-    if 'val' in sets and best_step != step:
-        classification.restore(raw_classifier, checkpoints.load(out / 'best.pt'))
-    results, arrays = {'step': best_step if 'val' in sets else step}, {'source': source}
+def final_eval():
+    """Write predictions and metrics of the best weights by the validation rows, or else of the last."""
+    if 'val' in sets and best.step != step:
+        classification.load_state(raw_classifier, checkpoints.load(out / 'best.pt'))
+    results, arrays = {'step': best.step if 'val' in sets else step}, {'source': source}
     for name, examples in sets.items():
-        outputs = predict(examples)
-        results[name] = classification.evaluate_predictions(examples.labels, outputs)
+        logits = predict(examples)
+        results[name] = classification.evaluate_predictions(examples.labels, logits)
         if name != 'train':
-            arrays.update(
-                {
-                    f'{name}_{key}': array
-                    for key, array in classification.arrays_of(examples.labels, outputs).items()
-                }
-            )
+            preds = classification.predicted_classes(torch.from_numpy(logits)).numpy()
+            arrays |= {f'{name}_labels': examples.labels, f'{name}_preds': preds, f'{name}_logits': logits}
     if compare_to:
-        results['compare_to'] = {
-            'run': compare_to,
-            **{
-                name: classification.randomisation_test(
-                    sets[name].labels, arrays[f'{name}_preds'], predictions
-                )
-                for name, predictions in others.items()
-            },
-        }
-    if run.is_main:
-        files.write_json(out / 'eval_results.json', results)
-        files.save_atomically(out / 'predictions.npz', lambda file: np.savez_compressed(file, **arrays))
-    for name in tested:
+        results['compare_to'] = {'run': compare_to}
+        for name, predictions in others.items():
+            test = classification.randomisation_test(sets[name].labels, arrays[f'{name}_preds'], predictions)
+            results['compare_to'][name] = test
+    if dist.is_main:
+        write_json(out / 'eval_results.json', results)
+        save_atomically(out / 'predictions.npz', lambda file: np.savez_compressed(file, **arrays))
+    for name in test_sets:
+        numbers = {key: value for key, value in results[name].items() if isinstance(value, float)}
         log.print(
-            f'{name} at step {results["step"]}: '
-            + ', '.join(
-                f'{key} {value:.4f}' for key, value in results[name].items() if isinstance(value, float)
-            )
+            f'{name} at step {results["step"]}: ' + ', '.join(f'{k} {v:.4f}' for k, v in numbers.items())
         )
     for name in others:
-        log.print(
-            f'{name} beside {compare_to}: '
-            + ', '.join(
-                f'{key} {value["difference"]:+.4f} (p = {value["p"]:.4f})'
-                for key, value in results['compare_to'][name].items()
-            )
-        )
+        test = results['compare_to'][name].items()
+        text = ', '.join(f'{key} {value["difference"]:+.4f} (p = {value["p"]:.4f})' for key, value in test)
+        log.print(f'{name} beside {compare_to}: {text}')
 
 
 # ---------------------------------------------------------------------------- the loop
 
-if not checkpoint:
-    log.metrics(0, look())
-    if run.is_main:
-        save_all()
+if not resumed.checkpoint:
+    log.metrics(0, evaluate_and_save())
+    save()
 raw_classifier.train()
-logged_step, logged_at = step, time.perf_counter()
+tokens_per_row = np.mean([len(row) for row in sets['train'].rows])
+speed = runtime.Speed(trunk, dist, rows_per_step * tokens_per_row, step)
 stopping = False
 while step < max_steps and not stopping and not finished:
-    rate = optim.learning_rate_at(step, max_steps, learning_rate, min_lr, warmup, schedule, decay_ratio)
-    for o in optimizers.values():
-        for group in o.param_groups:
-            group['lr'] = rate
-
-    places = classification.places_of_step(step, rows_per_step, num_rows, seed, lengths)
-    weight = max(1e-9, weights[places].sum())  # of the rows of all micro-steps and ranks
-    mine = places.reshape(gradient_accumulation_steps, run.world_size, batch_size)[:, run.rank]
+    lr = optim.learning_rate_at(step, max_steps, learning_rate, min_lr, warmup, schedule, decay_ratio)
+    opt.set_lr(lr)
+    index = classification.rows_of_step(step, rows_per_step, num_rows, seed, lengths)
+    weight = max(1e-9, row_weights[index].sum())  # of the rows of all micro-steps and ranks
+    mine = index.reshape(gradient_accumulation_steps, dist.world_size, batch_size)[:, dist.rank]
     sums = {}
-    for i, micro in enumerate(mine):
-        runtime.seed_dropout(seed, step, i, run.rank)
+    for i, part in enumerate(mine):
+        runtime.seed_dropout(seed, step, i, dist.rank)
         classifier.require_backward_grad_sync = i == len(mine) - 1  # DDP sends gradients once per step
-        with run.autocast():
-            loss, *rest = classifier(*classification.batch_of(sets['train'], micro, run.device))
-        scaler.scale(loss * (run.world_size / weight)).backward()  # DDP divides by the number of ranks
+        with dist.autocast():
+            loss, *rest = classifier(*classification.collate(sets['train'], part, dist.device))
+        scaler.scale(loss * (dist.world_size / weight)).backward()  # DDP divides by the number of ranks
         runtime.add(sums, loss, *rest)
-
-    for o in optimizers.values():
-        scaler.unscale_(o)
-    grad_norm = torch.nn.utils.clip_grad_norm_(raw_classifier.parameters(), grad_clip or math.inf)
-    for o in optimizers.values():
-        scaler.step(o)
-        o.zero_grad(set_to_none=True)
-    scaler.update()
+    grad_norm = opt.step(scaler, raw_classifier.parameters(), grad_clip)
     step += 1
 
-    stopping = run.any(stop.received)  # all ranks at the same step
-    looking = step % eval_every == 0 or step == max_steps
-    saving = looking or stopping or (save_every and step % save_every == 0)
-    row = {}
-    if looking or saving or step % log_every == 0:
-        sums = run.total(sums)
-        loss = sums['loss'] / weight
-        if not math.isfinite(loss):
-            raise UserError(
-                f'The loss is {loss} at step {step}; the checkpoint before it is kept. Try a lower '
-                f'learning_rate than {learning_rate}, a longer warm-up, or --dtype=float32.'
-            )
-        seconds_per_step = (time.perf_counter() - logged_at) / (step - logged_step)
-        row = {
-            'train/loss': loss,
-            'train/accuracy': sums['correct'] / sums['predicted'],
-            'train/lr': rate,
-            'train/tokens_per_sec': sum(len(sets['train'].rows[place]) for place in places)
-            / seconds_per_step,
+    stopping = dist.any(stop.received)  # all ranks at the same step
+    evaluating = step % eval_every == 0 or step == max_steps
+    saving = evaluating or stopping or (save_every and step % save_every == 0)
+    metrics = {}
+    if saving or step % log_every == 0:
+        sums = dist.total(sums)
+        metrics = {'train/loss': sums['loss'] / weight, 'train/accuracy': sums['correct'] / sums['predicted']}
+        runtime.check_finite(metrics['train/loss'], step, learning_rate)
+        metrics |= {
+            'train/lr': lr,
             'train/grad_norm': grad_norm.item(),
             'train/epoch': step * rows_per_step / num_rows,
         }
-        log.progress(
-            f'step {step}/{max_steps}: loss {loss:.4f}, lr {rate:.2e}, '
-            f'{rows_per_step / seconds_per_step:,.0f} rows/s, '
-            f'{runtime.duration((max_steps - step) * seconds_per_step)} left'
-        )
-    if looking:
-        row.update(look())
-        bad = sum(seen > best_step for seen in history['steps'])  # evaluations since the best one
-        finished = step == max_steps or bool(early_stopping) and bad >= early_stopping
-    if row:
-        log.metrics(step, row)
-    if saving and run.is_main and not finished:
-        save_all()
-    if row:
-        logged_step, logged_at = step, time.perf_counter()
+        metrics |= speed.metrics(step)
+        log.progress(step, max_steps, metrics, speed.seconds_per_step)
+    if evaluating:
+        metrics |= evaluate_and_save()
+        without_better = sum(evaluated > best.step for evaluated in history['steps'])
+        finished = step == max_steps or bool(early_stopping) and without_better >= early_stopping
+    if metrics:
+        log.metrics(step, metrics)
+    if saving and not finished:
+        save()
+    if metrics:
+        speed.restart(step)
 
 if finished or step >= max_steps:
     finished = True
-    if run.is_main:
-        save_all()
-    conclude()
+    save()
+    final_eval()
 else:
     log.print(f'stopped at step {step} of {max_steps}; continue with --resume_from={out}')
 log.close()
-run.close()
+dist.close()

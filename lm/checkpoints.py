@@ -1,20 +1,29 @@
-"""Checkpoints, and the folder of the run that they stand in."""
+"""Checkpoints, what continues from them, and the run folder that they stand in."""
 
 import contextlib
+import math
 import shutil
+import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from lm import pretrained
-from lm.configurator import ROOT, UserError, restore
-from lm.files import save_atomically
-from model import ARCHITECTURES, SIZES, ModelConfig
+from lm.configurator import ROOT, UserError, require, restore, user_errors
+from lm.files import save_atomically, write_json
+from model import ARCHITECTURES, SIZES, ModelConfig, architecture_name
 
 CHECKPOINT_FORMAT = 1
+RENAMED = {  # parameters whose names changed: old checkpoints have the first
+    'believed.weight': 'belief_proj.weight',
+    'widen.weight': 'project_in.weight',
+    'narrow.weight': 'project_out.weight',
+}
 
 
-# ---------------------------------------------------------------------------- checkpoints
+# ---------------------------------------------------------------------------- files
 
 
 def save(path, checkpoint):
@@ -22,246 +31,321 @@ def save(path, checkpoint):
 
 
 def is_pretrained(path):
-    """Whether a path is a Hugging Face folder or, given as text, could be the name of a model of its hub."""
+    """Say whether a path is a Hugging Face folder or, given as text, could be the name of a model of its hub."""
     path, is_name = Path(path), isinstance(path, str) and not path.endswith('.pt')
     if path.is_dir():
         settings = path / 'config.json'
-        return (
-            not (path / 'ckpt.pt').exists()
-            and settings.is_file()
-            and '"model_type"' in settings.read_text('utf-8')
-        )
+        is_run = (path / 'ckpt.pt').exists() or not settings.is_file()
+        return not is_run and '"model_type"' in settings.read_text('utf-8')
     owner = path.parent  # out/run is no name where there is a folder out/
-    return (
-        is_name
-        and not path.exists()
-        and not path.is_absolute()
-        and len(path.parts) <= 2
-        and (owner == Path() or not owner.exists())
-    )
+    is_id = not path.is_absolute() and len(path.parts) <= 2 and (owner == Path() or not owner.exists())
+    return is_name and is_id and not path.exists()
 
 
 def load(path, token=None, revision=None, mmap=False, sharded=False):
-    """The dict that `ckpt.pt` holds, its tensors on the CPU.
+    """Load the dict that `ckpt.pt` holds, its tensors on the CPU.
 
     path: the file, a run folder, a Hugging Face folder, or the id of a model of its hub, for which `token` and
-    `revision` are. mmap: leave the tensors on disk until they are used. sharded: whether the weights may be
-    missing, because a folder beside it has them.
+    `revision` are. mmap: leave the tensors on disk until they are used. sharded: whether the weights may be missing,
+    because a folder beside it has them.
     """
     if is_pretrained(path):
         return pretrained.load(path, token, revision)
     path = Path(path) / 'ckpt.pt' if Path(path).is_dir() else Path(path)
-    if not path.is_file():
-        raise UserError(f'There is no checkpoint at {path}; correct the path, or train one.')
+    require(path.is_file(), f'There is no checkpoint at {path}; correct the path, or train one.')
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
     except Exception as error:  # damaged bytes make it fail in a dozen ways, OSError and KeyError among them
         reason = str(error).splitlines()[0] if str(error) else 'it ends too early'
         raise UserError(
-            f'{path} is damaged or no checkpoint of ours ({reason}); take another one of the run, '
-            'best.pt or one under checkpoints/.'
+            f'{path} is damaged or no checkpoint of ours ({reason}); take another one of the run, best.pt or one under '
+            'checkpoints/.'
         ) from error
     checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
     if 'architecture' in checkpoint.get('train_config', {}):
         checkpoint.setdefault('architecture', checkpoint['train_config']['architecture'])
     missing = {'architecture', 'model_config', 'model_state_dict', 'tokenizer'} - set(checkpoint)
     if missing == {'model_state_dict'} and 'sharded' in checkpoint:
-        if sharded:
-            return checkpoint
-        raise UserError(
+        require(
+            sharded,
             f'The weights of {path} are sharded in {path.parent / "sharded"}; put them into it with '
-            f'`python hf.py consolidate {path.parent}`, or let the run finish.'
+            f'`python hf.py consolidate {path.parent}`, or let the run finish.',
         )
-    if missing:
-        raise UserError(
-            f'{path} lacks {", ".join(sorted(missing))}, so it is no checkpoint of these scripts; '
-            'give the ckpt.pt of a run.'
-        )
-    return checkpoint
-
-
-def load_run(path, namespace, config, fixed):
-    """The checkpoint to continue, and [(key, its value, the given value)] of the settings that differ.
-
-    Every setting that the user did not give is set to the run's own; one of `fixed` that differs is refused.
-    """
-    checkpoint = load(path, mmap=config.get('fsdp', False), sharded=True)
-    if not {'optimizer_state_dict', 'sharded'} & set(checkpoint):
-        raise UserError(
-            f'{path} holds weights without the state of their training; continue from a ckpt.pt, or '
-            f'start a new run with --init_from={path}.'
-        )
-    saved = {
-        key: value
-        for key, value in checkpoint['train_config'].items()
-        if key not in ('out_dir', 'resume_from', 'overwrite') and (key != 'init_from' or key in fixed)
+        return checkpoint
+    require(
+        not missing,
+        f'{path} lacks {", ".join(sorted(missing))}, so it is no checkpoint of these scripts; give the ckpt.pt of a run.',
+    )
+    return {
+        key: current_names(value) if key.endswith('_state_dict') else value
+        for key, value in checkpoint.items()
     }
-    changed = restore(namespace, config, saved)
-    for key, before, now in changed:
-        if key in fixed:
-            raise UserError(
-                f'The run of {path} has {key}={before!r}, so it cannot go on with {now!r}; '
-                f'leave --{key} out, or start a new run.'
-            )
-    return checkpoint, changed
 
 
-def check_same_rows(checkpoint, path, folder, rows_per_step, config):
-    """A UserError where the run would go on with other rows than those that it has not seen yet."""
-    if checkpoint['data'] != folder.fingerprint and 'dataset' not in config.given:
-        raise UserError(
-            f'{folder.path} was prepared anew since the run of {path}; to go on with it all the same, '
-            f'add --dataset={config["dataset"]}.'
-        )
-    if checkpoint['rows_per_step'] != rows_per_step:
-        raise UserError(
-            f'The run of {path} has {checkpoint["rows_per_step"]} rows per step, not {rows_per_step}; '
-            'choose batch_size and gradient_accumulation_steps so that their product with the number of '
-            'ranks stays, or rows would be skipped or repeated.'
-        )
+def current_names(state_dict):
+    """Rename the parameters of an old state dict."""
+    return {RENAMED.get(name, name): value for name, value in state_dict.items()}
 
 
-def load_training_state(checkpoint, optimizers, scaler):
-    """What the optimizers and the scaler have gathered; their settings are this run's."""
-    for name, optimizer in optimizers.items():
-        state = checkpoint['optimizer_state_dict'][name]['state']
-        optimizer.load_state_dict({**optimizer.state_dict(), 'state': state})
-    if checkpoint['scaler_state_dict']:  # empty unless dtype was float16
-        scaler.load_state_dict(checkpoint['scaler_state_dict'])
+# ---------------------------------------------------------------------------- models
 
 
 def make_model(architecture, **model_config):
-    """A model by its architecture's name and ModelConfig's fields; what cannot be is a UserError."""
-    if architecture not in ARCHITECTURES:
-        raise UserError(f'architecture is {architecture!r}; choose {" or ".join(ARCHITECTURES)}.')
-    try:
+    """Make a model by its architecture's name and ModelConfig's fields; impossible ones are UserErrors."""
+    choices = ' or '.join(ARCHITECTURES)
+    require(architecture in ARCHITECTURES, f'architecture is {architecture!r}; choose {choices}.')
+    with user_errors():
         return ARCHITECTURES[architecture](ModelConfig(**model_config))
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 def size_of(model_size):
-    """(n_layer, n_head, n_embd) of a named size."""
-    if model_size not in SIZES:
-        raise UserError(f'model_size is {model_size!r}; choose {", ".join(SIZES)}.')
-    return SIZES[model_size]
+    """Return n_layer, n_head and n_embd of a named size as a dict."""
+    require(model_size in SIZES, f'model_size is {model_size!r}; choose {", ".join(SIZES)}.')
+    return dict(zip(('n_layer', 'n_head', 'n_embd'), SIZES[model_size]))
+
+
+def weights_of(checkpoint):
+    """Return the weights to evaluate, sample or start from: the averaged ones where there are some."""
+    return checkpoint.get('ema_state_dict') or checkpoint['model_state_dict']
+
+
+def load_weights(model, checkpoint):
+    model.load_state_dict(weights_of(checkpoint))
+
+
+def load_model(checkpoint, device, **changes):
+    """Make the checkpoint's model with its weights, ready to evaluate or sample."""
+    model = make_model(checkpoint['architecture'], **{**checkpoint['model_config'], **changes})
+    load_weights(model, checkpoint)
+    return model.to(device).eval()
 
 
 def check_fits(checkpoint, path, architecture, tokenizer, dataset):
-    """A UserError where the checkpoint at `path` is of another architecture or vocabulary than the run."""
-    if checkpoint['architecture'] != architecture:
-        raise UserError(
-            f'{path} holds architecture={checkpoint["architecture"]!r}, not {architecture!r}; use '
-            f'--architecture={checkpoint["architecture"]}.'
-        )
-    if checkpoint['tokenizer'] != tokenizer.to_json():
-        raise UserError(
-            f'{path} was trained with another vocabulary ({checkpoint["model_config"]["vocab_size"]} '
-            f'tokens) than that of {dataset} ({tokenizer.vocab_size}); prepare the data with the '
-            "checkpoint's tokenizer, or start from scratch."
-        )
+    """Raise a UserError where the checkpoint at `path` is of another architecture or vocabulary than the run."""
+    held = checkpoint['architecture']
+    require(
+        held == architecture,
+        f'{path} holds architecture={held!r}, not {architecture!r}; use --architecture={held}.',
+    )
+    require(
+        checkpoint['tokenizer'] == tokenizer.to_json(),
+        f'{path} was trained with another vocabulary ({checkpoint["model_config"]["vocab_size"]} tokens) than that of '
+        f"{dataset} ({tokenizer.vocab_size}); prepare the data with the checkpoint's tokenizer, or start from scratch.",
+    )
 
 
-def as_start(checkpoint, path, architecture, block_size=None):
-    """The checkpoint at `path` as the start of a run of `architecture`, with rows of at most `block_size` tokens.
+def convert(checkpoint, path, architecture, block_size=None):
+    """Turn the checkpoint at `path` into the start of a run of `architecture`, with rows of at most `block_size` tokens.
 
-    Weights of `ar` start the others: a state goes on predicting the token after it (`shift`), and the rows of
-    <|mask|> and <|ignore|>, which `ar` never learned, become the mean of the embedding.
+    Weights of a causal model start the bidirectional ones: a hidden state goes on predicting the token after it
+    (`shift`), and the rows of <|mask|> and <|ignore|>, which it never learned, become the mean of the embedding.
     """
-    config = dict(checkpoint['model_config'])
-    weights = dict(checkpoint.get('ema_state_dict') or checkpoint['model_state_dict'])
-    if block_size and block_size > config['block_size']:
-        raise UserError(
-            f'{path} sees at most {config["block_size"]} tokens; choose no larger block_size than that, '
-            f'{block_size} is one.'
-        )
+    config, weights = dict(checkpoint['model_config']), dict(weights_of(checkpoint))
+    require(
+        not block_size or block_size <= config['block_size'],
+        f'{path} sees at most {config["block_size"]} tokens; choose no larger block_size than that, {block_size} is one.',
+    )
     if block_size and 'positions.weight' in weights:
-        weights['positions.weight'] = weights['positions.weight'][
-            : config.get('position_offset', 0) + block_size
-        ]
+        rows = config.get('position_offset', 0) + block_size
+        weights['positions.weight'] = weights['positions.weight'][:rows]
     config['block_size'] = block_size or config['block_size']
-    before = checkpoint['architecture']
-    if before != architecture:
-        if (before, architecture) not in (('ar', 'diffusion'), ('ar', 'sdd'), ('diffusion', 'sdd')):
-            raise UserError(
-                f'{path} holds architecture={before!r}, which cannot start {architecture!r}; use '
-                f'--architecture={before}.'
-            )
-        config['shift'] = before == 'ar' or config.get('shift', False)
-        own = [i for i in (config['mask_id'], config['ignore_id']) if i is not None]
-        others = [i for i in range(config['vocab_size']) if i not in own]
-        for name in {'embedding.weight', 'unembedding.weight'} & set(weights) if before == 'ar' else ():
-            weights[name] = weights[name].float().clone()
-            weights[name][own] = weights[name][others].mean(0)
-        if architecture == 'sdd':  # as it starts
-            weights['believed.weight'] = torch.eye(weights['embedding.weight'].size(1))
+    source = checkpoint['architecture']
+    if source != architecture:
+        before, after = ARCHITECTURES[source], ARCHITECTURES.get(architecture)
+        possible = after and (before.causal and not after.causal or issubclass(after, before))
+        require(
+            possible,
+            f'{path} holds architecture={source!r}, which cannot start {architecture!r}; use --architecture={source}.',
+        )
+        if before.causal:
+            config['shift'] = True
+            special = [i for i in (config['mask_id'], config['ignore_id']) if i is not None]
+            others = [i for i in range(config['vocab_size']) if i not in special]
+            for name in {'embedding.weight', 'unembedding.weight'} & set(weights):
+                weights[name] = weights[name].float().clone()
+                weights[name][special] = weights[name][others].mean(0)
+        weights |= after.new_weights(ModelConfig(**config))
     return {
         **checkpoint,
         'architecture': architecture,
         'model_config': config,
         'model_state_dict': weights,
         'ema_state_dict': None,
-        'converted_from': before if before != architecture else None,
+        'converted_from': source if source != architecture else None,
     }
 
 
-def load_weights(model, checkpoint):
-    """Into a model, the averaged weights where there are some."""
-    model.load_state_dict(checkpoint.get('ema_state_dict') or checkpoint['model_state_dict'])
+# ---------------------------------------------------------------------------- continuing a run
 
 
-def load_model(checkpoint, device, **changes):
-    """The checkpoint's model, with its averaged weights where there are some, ready to evaluate or sample."""
-    model = make_model(checkpoint['architecture'], **{**checkpoint['model_config'], **changes})
-    load_weights(model, checkpoint)
-    return model.to(device).eval()
+class Resumed(NamedTuple):
+    """What a run continues from; all None and [] for a new one."""
+
+    checkpoint: dict = None
+    path: Path = None  # of the checkpoint
+    run_dir: Path = None  # the run folder that it stands in, or that --resume_from=auto names
+    overrides: list = []  # [(key, value before, value now)] of the settings that differ
 
 
-# ---------------------------------------------------------------------------- the run folder
+def resume(namespace, config, fixed):
+    """Return the Resumed that --resume_from asks for; every setting that was not given becomes the run's own.
 
-RUN_FILES = (
-    'config.json',
-    'ckpt.pt',
-    'best.pt',
-    'metrics.csv',
-    'logs.log',
-    'eval_results.json',
-    'checkpoints',
-    'sharded',
-    'metrics.py',
-    'predictions.npz',
-)
-
-
-def holds_run(path):
-    return any((Path(path) / name).exists() for name in RUN_FILES)
+    namespace: globals() of the script; fixed: the settings that a run keeps, of which one that differs is refused.
+    """
+    if not config['resume_from']:
+        return Resumed()
+    path = resume_path(config['resume_from'], config['out_dir'])
+    if path is None:
+        return Resumed(run_dir=run_of(Path(config['out_dir'], 'ckpt.pt')))
+    checkpoint = load(path, mmap=config.get('fsdp', False), sharded=True)
+    require(
+        {'optimizer_state_dict', 'sharded'} & set(checkpoint),
+        f'{path} holds weights without the state of their training; continue from a ckpt.pt, or start a new run with '
+        f'--init_from={path}.',
+    )
+    own = {'out_dir', 'resume_from', 'overwrite'} | ({'init_from'} - set(fixed))
+    saved = {key: value for key, value in checkpoint['train_config'].items() if key not in own}
+    overrides = restore(namespace, config, saved)
+    for key, before, now in overrides:
+        require(
+            key not in fixed,
+            f'The run of {path} has {key}={before!r}, so it cannot go on with {now!r}; leave --{key} out, or start a '
+            'new run.',
+        )
+    return Resumed(checkpoint, path, run_of(path), overrides)
 
 
 def resume_path(resume_from, out_dir):
-    """The checkpoint that --resume_from means, or None to start afresh."""
-    if not resume_from:
-        return None
+    """Return the checkpoint that --resume_from means, or None to start afresh."""
     if resume_from == 'auto':
-        if not out_dir:
-            raise UserError(
-                "--resume_from=auto needs an out_dir, which holds the run's ckpt.pt; add --out_dir=PATH."
-            )
+        require(out_dir, "--resume_from=auto needs the folder of the run's ckpt.pt; add --out_dir=PATH.")
         path = Path(out_dir) / 'ckpt.pt'
         return path if path.exists() else None
     path = Path(resume_from)
     return path / 'ckpt.pt' if path.is_dir() else path
 
 
+def state_of_run(scaler, batches, log):
+    """Return what a run needs to go on beside weights and optimizer."""
+    return {
+        'scaler_state_dict': scaler.state_dict(),
+        'rows_per_step': batches.rows_per_step,
+        'data': batches.folder.fingerprint,
+        'wandb_run_id': log.wandb_run_id,
+    }
+
+
+def check_same_rows(resumed, folder, rows_per_step, config):
+    """Raise a UserError where the run would go on with other rows than those that it has not seen yet."""
+    checkpoint, path = resumed.checkpoint, resumed.path
+    require(
+        checkpoint['data'] == folder.fingerprint or 'dataset' in config.given,
+        f'{folder.path} was prepared anew since the run of {path}; to go on with it all the same, add '
+        f'--dataset={config["dataset"]}.',
+    )
+    require(
+        checkpoint['rows_per_step'] == rows_per_step,
+        f'The run of {path} has {checkpoint["rows_per_step"]} rows per step, not {rows_per_step}; choose batch_size and '
+        'gradient_accumulation_steps so that their product with the number of ranks stays, or rows would be skipped or '
+        'repeated.',
+    )
+
+
+@dataclass
+class Best:
+    """The evaluation with the lowest validation loss so far."""
+
+    step: int = 0
+    loss: float = math.inf
+
+
+def contents(model, step, best, config, tokenizer, start_token, prompt_format):
+    """Return what the other scripts need to use a model, but for its weights."""
+    return {
+        'architecture': architecture_name(model),
+        'global_step': step,
+        'best_step': best.step,
+        'best_val_loss': best.loss,
+        'model_config': vars(model.config),
+        'train_config': dict(config),
+        'seed': config['seed'],
+        'tokenizer': tokenizer.to_json(),
+        'start_token': start_token,
+        'prompt_format': prompt_format,
+    }
+
+
+def save_if_best(out, step, values, best, checkpoint, weights, dist):
+    """Write best.pt where val/loss is the lowest so far, and eval_results.json; returns whether it is.
+
+    checkpoint: a call that returns the contents; weights: one that returns the weights, which all ranks make.
+    """
+    is_best = values['val/loss'] < best.loss
+    if is_best:
+        best.step, best.loss = step, values['val/loss']
+        state_dict = weights()
+        if dist.is_main:
+            save(out / 'best.pt', {**checkpoint(), 'model_state_dict': state_dict})
+    if dist.is_main:
+        results = {'step': step, **values, 'best_step': best.step, 'best_val_loss': best.loss}
+        write_json(out / 'eval_results.json', results)
+    return is_best
+
+
+def pick_store(fsdp):
+    """Return the module that keeps weights and training state: whole, or sharded over the ranks."""
+    if fsdp:
+        from lm import sharded  # slow to import
+
+        return sharded
+    return sys.modules[__name__]
+
+
+def place(model, weights, dist):
+    """Load weights ({name: tensor}, or None for the random ones) into a model on its device."""
+    if weights:
+        model.load_state_dict(weights)
+    return model.to(dist.device)
+
+
+def whole_weights(model):
+    return model.state_dict()
+
+
+def gathered(model):
+    """Return the context in which a model can generate; where it is not sharded, any."""
+    return contextlib.nullcontext()
+
+
+def save_state(path, model, optimizer, dist, checkpoint, weights, is_last):
+    """Write ckpt.pt on rank 0; weights() returns what other scripts load."""
+    if dist.is_main:
+        states = {'model_state_dict': weights(), 'optimizer_state_dict': optimizer.state_dict()}
+        save(path, {**checkpoint, **states})
+
+
+def load_state(resumed, model, optimizer):
+    """Load what the optimizer has gathered; its settings are this run's."""
+    optimizer.load_state_dict(resumed.checkpoint['optimizer_state_dict'])
+
+
+# ---------------------------------------------------------------------------- the run folder
+
+RUN_FILES = (
+    'config.json ckpt.pt best.pt metrics.csv logs.log eval_results.json checkpoints sharded metrics.py predictions.npz'
+).split()
+
+
 def run_of(checkpoint_path):
-    """The run folder that a checkpoint stands in: beside it, or above checkpoints/checkpoint-N/."""
+    """Return the run folder that a checkpoint stands in: beside it, or above checkpoints/checkpoint-N/."""
     folder = Path(checkpoint_path).resolve().parent
     return folder.parent.parent if folder.parent.name == 'checkpoints' else folder
 
 
-def open_run_folder(out_dir, name, suffix='', continued=None, overwrite=False):
-    """Makes the run's folder and returns it: `out_dir`, or out/{name}-v{n} with the next free n.
+def open_run_folder(out_dir, name, suffix='', run_dir=None, overwrite=False):
+    """Make the run's folder and return it: `out_dir`, or out/{name}-v{n} with the next free n.
 
-    A folder that holds a run is refused, unless it is the one `continued` or `overwrite` gives it up.
+    A folder that holds a run is refused, unless it is the `run_dir` to continue, or `overwrite` deletes it.
     """
     if not out_dir:
         suffix = f'-{suffix}' if suffix else ''
@@ -273,14 +357,16 @@ def open_run_folder(out_dir, name, suffix='', continued=None, overwrite=False):
                 return folder
             n += 1
     folder = Path(out_dir)
-    if (folder / 'tokenizer.json').exists():
-        raise UserError(f'{folder} is a prepared data folder, not a place for a run; choose another out_dir.')
-    if holds_run(folder) and folder.resolve() != continued:
-        if not overwrite:
-            raise UserError(
-                f'{folder} already holds a run; continue it with --resume_from=auto, give it up with '
-                '--overwrite, or choose another out_dir.'
-            )
+    is_data = (folder / 'tokenizer.json').exists()
+    require(
+        not is_data, f'{folder} is a prepared data folder, not a place for a run; choose another out_dir.'
+    )
+    if folder.resolve() != run_dir and any((folder / name).exists() for name in RUN_FILES):
+        require(
+            overwrite,
+            f'{folder} already holds a run; continue it with --resume_from=auto, delete it with --overwrite, or choose '
+            'another out_dir.',
+        )
         for file in RUN_FILES:
             path = folder / file
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -288,12 +374,12 @@ def open_run_folder(out_dir, name, suffix='', continued=None, overwrite=False):
     return folder
 
 
-def keep(folder, step, limit, best_step):
-    """Copies ckpt.pt to checkpoints/checkpoint-{step}/, and keeps the newest `limit` and the best."""
-    kept = folder / 'checkpoints' / f'checkpoint-{step}'
-    kept.mkdir(parents=True, exist_ok=True)
+def keep_copy(folder, step, limit, best_step):
+    """Copy ckpt.pt to checkpoints/checkpoint-{step}/, and keep the newest `limit` copies and the best."""
+    copy = folder / 'checkpoints' / f'checkpoint-{step}'
+    copy.mkdir(parents=True, exist_ok=True)
     with open(folder / 'ckpt.pt', 'rb') as source:
-        save_atomically(kept / 'ckpt.pt', lambda file: shutil.copyfileobj(source, file))
+        save_atomically(copy / 'ckpt.pt', lambda file: shutil.copyfileobj(source, file))
     steps = sorted(int(path.name.split('-')[1]) for path in (folder / 'checkpoints').glob('checkpoint-*'))
     for old in [s for s in steps if s not in (step, best_step)][: max(0, len(steps) - limit)]:
         shutil.rmtree(folder / 'checkpoints' / f'checkpoint-{old}')

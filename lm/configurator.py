@@ -21,6 +21,7 @@ import sys
 import tokenize
 import traceback
 import types
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +39,21 @@ def require(condition, message):
     """Raise a UserError with this message unless the condition holds."""
     if not condition:
         raise UserError(message)
+
+
+@contextmanager
+def user_errors():
+    """Turn ValueErrors, by which model.py and sampling.py refuse settings, into UserErrors."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def require_without(setting, **others):
+    """Raise a UserError if a setting is combined with one of the others that are true."""
+    for name, given in others.items():
+        require(not given, f'{setting} does not go with {name}; leave one of them out.')
 
 
 def print_without_traceback(kind, error, trace, previous=sys.excepthook):

@@ -1,52 +1,50 @@
-"""float32 linear layers by oneDNN, which on some processors is twice as fast as what PyTorch takes."""
+"""The operations that the models are made of, each in the way that is fastest where it runs. Torch only.
+
+What is here beside PyTorch's own was measured; docs/LOG.md has the figures and commands.
+"""
+
+import math
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 
-import model
+# ---------------------------------------------------------------------------- linear layers
 
-# oneDNN's matrix product, which PyTorch was built with on most processors but does not use for float32.
-MULTIPLY = (
+# oneDNN's matmul, which PyTorch was built with on most processors but does not use for float32.
+ONEDNN = (
     getattr(torch.ops.mkldnn, '_linear_pointwise', None) if torch.backends.mkldnn.is_available() else None
 )
-LEAST_PRODUCTS = 1 << 20  # below, the ten microseconds of a call outweigh what is won
+MIN_ONEDNN_SIZE = 1 << 20  # products: below, the ten microseconds of a call outweigh the gain
+
+SAVED_OPS = [  # results that selective checkpointing keeps: many operations per number
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    *([ONEDNN.default] if ONEDNN else []),
+]
 
 
-class OneDNNLinear(torch.autograd.Function):
-    """x Wᵀ + b in float32 on a CPU, with the two products of the backward pass, by oneDNN.
-
-    PyTorch calls MKL for these, which on AMD's processors stops at AVX2: on a Zen 5 it reaches 110 GFLOP/s per core
-    where oneDNN reaches 245. On Intel's the two are as fast.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
-        return MULTIPLY(x, weight, bias, 'none', [], '')
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        x, weight = ctx.saved_tensors
-        flat = gradient.flatten(0, -2)  # (N, out)
-        of_x = of_weight = of_bias = None
-        if ctx.needs_input_grad[0]:
-            of_x = MULTIPLY(gradient, weight.t(), None, 'none', [], '')
-        if ctx.needs_input_grad[1]:
-            of_weight = MULTIPLY(flat.t(), x.flatten(0, -2).t(), None, 'none', [], '')
-        if ctx.needs_input_grad[2]:
-            of_bias = flat.sum(0)
-        return of_x, of_weight, of_bias
+@cache
+def has_bfloat16(device):
+    """Say whether a device multiplies in bfloat16; one that does not emulates it, a hundred times slower on a CPU."""
+    if device.type == 'cuda':
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, 'get_capabilities', dict)() if device.type == 'cpu' else {}
+    return bool(capabilities.get('avx512_bf16') or capabilities.get('amx_bf16'))
 
 
 def linear(x, weight, bias=None):
-    """x Wᵀ + b for x (..., in), weight (out, in) and bias (out,): F.linear, but for float32 on a CPU."""
+    """Compute x Wᵀ + b for x (..., in), weight (out, in), bias (out,): F.linear, but for float32 on a CPU."""
     if (
-        MULTIPLY
+        ONEDNN
         and x.is_cpu
         and x.dtype == weight.dtype == torch.float32
         and x.dim() > 1
-        and x.numel() * weight.size(0) >= LEAST_PRODUCTS
+        and x.numel() * weight.size(0) >= MIN_ONEDNN_SIZE
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled('cpu')
     ):
@@ -54,8 +52,101 @@ def linear(x, weight, bias=None):
     return F.linear(x, weight, bias)
 
 
-def install():
-    """Lets the models of this process use `linear`."""
-    model.linear = linear
-    if MULTIPLY and MULTIPLY.default not in model.COSTLY:
-        model.COSTLY.append(MULTIPLY.default)
+class OneDNNLinear(torch.autograd.Function):
+    """Computes x Wᵀ + b in float32 by oneDNN, with the two matmuls of the backward pass.
+
+    PyTorch calls MKL for these, which on AMD's processors stops at AVX2; on Intel's the two are as fast.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return ONEDNN(x, weight, bias, 'none', [], '')
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        flat = grad.flatten(0, -2)  # (N, out)
+        x_grad = weight_grad = bias_grad = None
+        if ctx.needs_input_grad[0]:
+            x_grad = ONEDNN(grad, weight.t(), None, 'none', [], '')
+        if ctx.needs_input_grad[1]:
+            weight_grad = ONEDNN(flat.t(), x.flatten(0, -2).t(), None, 'none', [], '')
+        if ctx.needs_input_grad[2]:
+            bias_grad = flat.sum(0)
+        return x_grad, weight_grad, bias_grad
+
+
+# ---------------------------------------------------------------------------- attention
+
+
+def attend(q, k, v, mask, is_causal, dropout):
+    """Compute softmax(q kᵀ / √D) v: q (B, H, T, D), k and v (B, H or fewer, S, D), mask (B, 1, T, S) or None."""
+    if q.device.type == 'cpu' and q.dtype == torch.bfloat16:
+        return attend_unfused(q, k, v, mask, is_causal, dropout)
+    grouped = q.size(1) != k.size(1)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=grouped)
+
+
+def attend_unfused(q, k, v, mask, is_causal, dropout):
+    """Compute the same step by step: in bfloat16 on a CPU the fused kernel is two to six times slower."""
+    if q.size(1) != k.size(1):
+        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+    if is_causal:
+        mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
+    weights = q @ k.transpose(-2, -1) * q.size(-1) ** -0.5  # (B, H, T, S)
+    if mask is not None:
+        weights = weights.masked_fill(~mask, -math.inf)
+    return F.dropout(weights.softmax(-1), dropout) @ v
+
+
+# ---------------------------------------------------------------------------- the sum of token losses
+
+
+class WeightedSum(torch.autograd.Function):
+    """Computes Σ wᵢ nllᵢ as a scalar; the gradient of each chunk is taken while its logits exist.
+
+    Logits of all positions at once would be (N, V); computing them anew in the backward pass would take the head's
+    matmul once more. `chunk_nll` is differentiated by autograd: changing it changes the gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, head_weight, weights, targets, chunk_nll, rows):
+        """hidden: (N, C); head_weight: (V, C); weights, targets: (N,); rows: positions per chunk."""
+        head_weight = head_weight.detach().requires_grad_(ctx.needs_input_grad[1])
+        hidden_grad, head_grad = torch.zeros_like(hidden), torch.zeros_like(head_weight)
+        nlls, preds = [], []
+        for h, w, y, h_grad in zip(*(x.split(rows) for x in (hidden, weights, targets, hidden_grad))):
+            with torch.enable_grad():
+                h = h.detach().requires_grad_()
+                nll, pred = chunk_nll(h, y, head_weight)
+                inputs = [h, head_weight] if head_weight.requires_grad else [h]
+                grads = torch.autograd.grad((nll * w).sum(), inputs)
+            h_grad.copy_(grads[0])
+            if len(grads) > 1:
+                head_grad += grads[1]
+            nlls.append(nll.detach())
+            preds.append(pred)
+        nll, pred = torch.cat(nlls), torch.cat(preds)
+        ctx.save_for_backward(hidden_grad, head_grad, nll)
+        ctx.mark_non_differentiable(nll, pred)
+        return (nll * weights).sum(), nll, pred
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, *_):
+        return *(grad * saved for saved in ctx.saved_tensors), None, None, None
+
+
+def take(x, index):
+    """Select positions of x (B, T, ...), numbered through the batch; index (N,), None: all."""
+    x = x.flatten(0, 1)
+    return x if index is None else x.index_select(0, index)
+
+
+def put(x, index, like, fill):
+    """Undo `take` for x (N,): values at their positions (B, T) of `like`, `fill` at the others."""
+    if index is not None:
+        x = torch.full((like.numel(),), fill, dtype=x.dtype, device=x.device).index_copy(0, index, x)
+    return x.view_as(like)

@@ -1,59 +1,123 @@
-"""Optimizers, the learning-rate curve, and the running average of the weights."""
+"""Optimizers, the running average of the weights, and what else depends on the step: learning rate, beliefs, mask."""
 
 import math
 from contextlib import contextmanager
 
 import torch
 
-from lm.configurator import UserError
-from lm.rng import random_bits
+from lm.configurator import require
+from lm.kernels import has_bfloat16
+from lm.rng import ANNEAL, BELIEF, torch_seed, uniform
 
 OPTIMIZERS = ('adamw', 'muon')
 SCHEDULES = ('cosine', 'linear', 'wsd', 'constant')
 MASTER_WEIGHTS = ('float32', 'bfloat16')
 CHUNK = 1 << 22  # elements that StochasticAdamW has in float32 at once
 
+# Passes that a step's beliefs come from: each further one with probability P_DEEPER, up to MAX_DEPTH. With
+# probability P_STALE the first of them sees up to MAX_STALE more of a row masked.
+P_DEEPER, MAX_DEPTH, P_STALE, MAX_STALE = 0.7, 4, 0.75, 0.3
 
-def make_optimizers(model, optimizer, learning_rate, beta1, beta2, weight_decay, seed=0, rank=0):
-    """{name: optimizer} over the model's trainable parameters, each of them in exactly one.
 
-    Weights in bfloat16 get `StochasticAdamW`; seed is for its rounding, and rank where weights are sharded.
+class Optimizer:
+    """One or two torch optimizers, by name, that step together; state_dict() is {name: its state dict}."""
+
+    def __init__(self, parts):
+        self.parts = parts
+
+    def set_lr(self, lr):
+        for part in self.parts.values():
+            for group in part.param_groups:
+                group['lr'] = lr
+
+    def step(self, scaler, parameters, grad_clip):
+        """Clip the gradients to a norm of at most grad_clip (0: any), step, and return what the norm was."""
+        for part in self.parts.values():
+            scaler.unscale_(part)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
+        for part in self.parts.values():
+            scaler.step(part)
+            part.zero_grad(set_to_none=True)
+        scaler.update()
+        return norm.full_tensor() if hasattr(norm, 'full_tensor') else norm  # of sharded gradients
+
+    def state_dict(self):
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def load_state_dict(self, states):
+        """Load moments and step counts; the settings of the groups stay this run's."""
+        for name, part in self.parts.items():
+            part.load_state_dict({**part.state_dict(), 'state': states[name]['state']})
+
+
+def make_optimizer(model, optimizer, learning_rate, beta1, beta2, weight_decay, seed=0, rank=0):
+    """Make the Optimizer of a model's trainable parameters, each of them in exactly one part.
 
     'adamw' alone; or 'muon' for the matrices of the blocks and AdamW for the rest. Muon (Jordan et al. 2024)
-    orthogonalises a matrix's momentum; its update is scaled to the size of AdamW's (Liu et al. 2025), so that
-    one learning rate serves both. Weight decay is for matrices, not for gains and biases.
+    orthogonalises a matrix's momentum; its update is scaled to the size of AdamW's (Liu et al. 2025), so that one
+    learning rate serves both. Weight decay is for matrices, not for gains and biases. Weights in bfloat16 get
+    `StochasticAdamW`; seed is for its rounding, and rank where weights are sharded.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-
-    def for_muon(name, p):
-        return optimizer == 'muon' and 'blocks.' in name and p.dim() == 2
-
-    to_muon = [p for name, p in named if for_muon(name, p)]
-    rest = [p for name, p in named if not for_muon(name, p)]
+    muon = [p for name, p in named if optimizer == 'muon' and 'blocks.' in name and p.dim() == 2]
+    others = [p for _, p in named if not any(p is matrix for matrix in muon)]
     groups = [
-        {'params': [p for p in rest if p.dim() >= 2], 'weight_decay': weight_decay},
-        {'params': [p for p in rest if p.dim() < 2], 'weight_decay': 0.0},
+        {'params': [p for p in others if p.dim() >= 2], 'weight_decay': weight_decay},
+        {'params': [p for p in others if p.dim() < 2], 'weight_decay': 0.0},
     ]
     groups = [group for group in groups if group['params']]
-    if any(p.dtype == torch.bfloat16 for p in rest):
-        return {'adamw': StochasticAdamW(groups, learning_rate, (beta1, beta2), seed, rank)}
-    optimizers = {'adamw': torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)}
-    if to_muon:
-        optimizers['muon'] = BatchedMuon(
-            to_muon,
-            lr=learning_rate,
-            weight_decay=weight_decay,
-            momentum=0.95,
-            adjust_lr_fn='match_rms_adamw',
-        )
-    return optimizers
+    betas = (beta1, beta2)
+    if any(p.dtype == torch.bfloat16 for p in others):
+        return Optimizer({'adamw': StochasticAdamW(groups, learning_rate, betas, seed, rank)})
+    parts = {'adamw': torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)}
+    if muon:
+        options = {'weight_decay': weight_decay, 'momentum': 0.95, 'adjust_lr_fn': 'match_rms_adamw'}
+        parts['muon'] = Muon(muon, lr=learning_rate, **options)
+    return Optimizer(parts)
 
 
-def check_bfloat16_weights(**settings):
-    """A UserError for each setting that does not go with them; those that are given as true are the wrong ones."""
-    for name, wrong in settings.items():
-        if wrong:
-            raise UserError(f'master_weights=bfloat16 does not go with {name}; leave one of them out.')
+class Muon(torch.optim.Muon):
+    """PyTorch's Muon with 'match_rms_adamw', for all matrices of one shape, or its transpose, at once.
+
+    Many small matmuls take twice the time of one batched one. And PyTorch's computes in bfloat16, which a CPU without
+    instructions for it emulates, a hundred times slower than float32.
+    """
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group['params']:
+                if p.grad is not None:
+                    shapes.setdefault((min(p.shape), max(p.shape)), []).append(p)
+            for (_, longer), matrices in shapes.items():
+                update = orthogonalise(
+                    self.momenta(matrices, group['momentum']), group
+                )  # (n, shorter, longer)
+                updates = [u.mT if p.size(0) > p.size(1) else u for u, p in zip(update, matrices)]
+                torch._foreach_mul_(matrices, 1 - group['lr'] * group['weight_decay'])
+                torch._foreach_add_(matrices, updates, alpha=-group['lr'] * 0.2 * math.sqrt(longer))
+
+    def momenta(self, matrices, momentum):
+        """Update the momentum buffers and return Nesterov's momentum: (n, shorter, longer)."""
+        for p in matrices:
+            if 'momentum_buffer' not in self.state[p]:
+                self.state[p]['momentum_buffer'] = torch.zeros_like(p.grad)
+        buffers, grads = [self.state[p]['momentum_buffer'] for p in matrices], [p.grad for p in matrices]
+        torch._foreach_lerp_(buffers, grads, 1 - momentum)
+        nesterov = torch._foreach_lerp(grads, buffers, momentum)
+        return torch.stack([x.mT if x.size(0) > x.size(1) else x for x in nesterov])
+
+
+def orthogonalise(x, group):
+    """Bring all singular values of matrices (n, R, C) to about 1, by Newton-Schulz iterations."""
+    a, b, c = group['ns_coefficients']
+    x = x.to(torch.bfloat16 if has_bfloat16(x.device) else torch.float32)
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group['eps'])
+    for _ in range(group['ns_steps']):
+        gram = x @ x.mT  # (n, R, R)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
 
 
 class StochasticAdamW(torch.optim.Optimizer):
@@ -61,7 +125,7 @@ class StochasticAdamW(torch.optim.Optimizer):
 
     Rounded to the nearest, an update of less than half the gap between two bfloat16 numbers (2⁻⁸ of the weight) is
     lost, in every step anew. Here it is made with a probability of its share of the gap, so the weight's expectation
-    is the exact one (Zamirai et al. 2020). The random bits depend on (seed, step, parameter, rank) alone.
+    is exact (Zamirai et al. 2020). The random bits depend on (seed, step, parameter, rank) alone.
     """
 
     def __init__(self, params, lr, betas, seed=0, rank=0, eps=1e-8):
@@ -81,82 +145,76 @@ class StochasticAdamW(torch.optim.Optimizer):
                 )
             state['step'] += 1
             step = int(state['step'])
-            generator = torch.Generator(p.device).manual_seed(int(random_bits(*self.key, step, number)) >> 1)
-            parts = (p, p.grad, state['exp_avg'], state['exp_avg_sq'])
-            for part in zip(*(local(x).view(-1).split(CHUNK) for x in parts)):
-                self.update(*part, step, group, generator)
+            generator = torch.Generator(p.device).manual_seed(torch_seed(*self.key, step, number))
+            tensors = (p, p.grad, state['exp_avg'], state['exp_avg_sq'])
+            for chunk in zip(*(local(x).view(-1).split(CHUNK) for x in tensors)):
+                self.update(*chunk, step, group, generator)
 
     @staticmethod
-    def update(weight, gradient, average, square, step, group, generator):
-        """One step of AdamW, in float32, for bfloat16 tensors (N,); all but the gradient are changed in place."""
-        (beta1, beta2), rate = group['betas'], group['lr']
-        gradient = gradient.float()
-        new_average = average.float().lerp_(gradient, 1 - beta1)
-        new_square = square.float().mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        size = (new_square / (1 - beta2**step)).sqrt_().add_(group['eps'])
-        new_weight = weight.float().mul_(1 - rate * group['weight_decay'])
-        new_weight.addcdiv_(new_average, size, value=-rate / (1 - beta1**step))
-        for old, new in ((weight, new_weight), (average, new_average), (square, new_square)):
-            old.copy_(stochastically_rounded(new, generator))
+    def update(weight, grad, exp_avg, exp_avg_sq, step, group, generator):
+        """Make one step of AdamW in float32 for bfloat16 tensors (N,), all but the gradient changed in place."""
+        (beta1, beta2), lr = group['betas'], group['lr']
+        grad = grad.float()
+        new_avg = exp_avg.float().lerp_(grad, 1 - beta1)
+        new_sq = exp_avg_sq.float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        scale = (new_sq / (1 - beta2**step)).sqrt_().add_(group['eps'])
+        new_weight = weight.float().mul_(1 - lr * group['weight_decay'])
+        new_weight.addcdiv_(new_avg, scale, value=-lr / (1 - beta1**step))
+        for old, new in ((weight, new_weight), (exp_avg, new_avg), (exp_avg_sq, new_sq)):
+            old.copy_(round_stochastically(new, generator))
 
 
 def local(tensor):
-    """A rank's own part of a sharded tensor; any other tensor as it is."""
+    """Return a rank's own part of a sharded tensor; any other tensor as it is."""
     return tensor.to_local() if hasattr(tensor, 'to_local') else tensor
 
 
-def stochastically_rounded(x, generator):
-    """float32 to bfloat16, up or down, by how near they are: 16 random bits are added to the 16 that are cut off."""
+def round_stochastically(x, generator):
+    """Round float32 to bfloat16, up or down by how near they are: 16 random bits are added to the 16 that go."""
     bits = torch.randint(1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
     return ((x.view(torch.int32) + bits) & -65536).view(torch.float32).bfloat16()
 
 
-class BatchedMuon(torch.optim.Muon):
-    """PyTorch's Muon with 'match_rms_adamw', all matrices of one shape, or its transpose, in one product: small ones
-    take half the time so, large ones as long. Its state is the same."""
+class WeightAverage:
+    """Exponential moving average of a model's weights: ema ← d · ema + (1 − d) · weights.
+
+    d is `decay`, or (1 + step) / (10 + step) while that is less: the random start is soon forgotten.
+    """
+
+    def __init__(self, model, decay):
+        self.weights, self.decay = dict(model.named_parameters()), decay
+        self.ema = {name: weight.detach().clone() for name, weight in self.weights.items()}
+
+    def load(self, ema):
+        for name, weight in self.ema.items():
+            weight.copy_(ema[name])
 
     @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            shapes = {}
-            for p in group['params']:
-                if p.grad is not None:
-                    shapes.setdefault((min(p.shape), max(p.shape)), []).append(p)
-            for (_, longer), matrices in shapes.items():
-                update = orthogonalised(
-                    self.momenta(matrices, group['momentum']), group
-                )  # (n, shorter, longer)
-                torch._foreach_mul_(matrices, 1 - group['lr'] * group['weight_decay'])
-                torch._foreach_add_(
-                    matrices,
-                    [u.mT if p.size(0) > p.size(1) else u for u, p in zip(update, matrices)],
-                    alpha=-group['lr'] * 0.2 * math.sqrt(longer),
-                )
+    def update(self, step):
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.ema.values()), list(self.weights.values()), 1 - decay)
 
-    def momenta(self, matrices, momentum):
-        """The gradients, led on by Nesterov's momentum: (n, shorter, longer)."""
-        for p in matrices:
-            if 'momentum_buffer' not in self.state[p]:
-                self.state[p]['momentum_buffer'] = torch.zeros_like(p.grad)
-        buffers, gradients = [self.state[p]['momentum_buffer'] for p in matrices], [p.grad for p in matrices]
-        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
-        led = torch._foreach_lerp(gradients, buffers, momentum)
-        return torch.stack([x.mT if x.size(0) > x.size(1) else x for x in led])
+    @contextmanager
+    def in_place(self):
+        """Put the average into the model while the context lasts."""
+        trained = {name: weight.detach().clone() for name, weight in self.weights.items()}
+        try:
+            self.copy_to_model(self.ema)
+            yield
+        finally:
+            self.copy_to_model(trained)
+
+    @torch.no_grad()
+    def copy_to_model(self, values):
+        for name, weight in self.weights.items():
+            weight.copy_(values[name])
 
 
-def orthogonalised(x, group):
-    """Newton-Schulz iterations of matrices (n, R, C), in bfloat16: all their singular values go to about 1."""
-    a, b, c = group['ns_coefficients']
-    x = x.bfloat16()
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group['eps'])
-    for _ in range(group['ns_steps']):
-        gram = x @ x.mT  # (n, R, R)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x
+# ---------------------------------------------------------------------------- what depends on the step
 
 
 def learning_rate_at(step, max_steps, learning_rate, min_lr, warmup_steps, schedule, decay_ratio):
-    """Learning rate of step `step`, counted from 0: a linear warm-up, then `schedule` down to min_lr.
+    """Compute the learning rate of step `step`, counted from 0: a linear warm-up, then `schedule` down to min_lr.
 
     cosine, linear    from the warm-up's end to the last step
     wsd               stable, then linear over the last `decay_ratio` of the steps (Hu et al. 2024)
@@ -170,36 +228,48 @@ def learning_rate_at(step, max_steps, learning_rate, min_lr, warmup_steps, sched
     return min_lr + (learning_rate - min_lr) * share
 
 
-class WeightAverage:
-    """Exponential moving average of a model's weights: average ← d · average + (1 − d) · weights.
+def check_beliefs(p_belief, k_schedule):
+    """Raise a UserError for settings that `draw_beliefs` cannot follow."""
+    require(
+        k_schedule and all(type(k) is int and k >= 1 for k in k_schedule),
+        f'k_schedule is {k_schedule}; give numbers of candidates, each at least 1, as (1, 2, 4, 8).',
+    )
+    pairs = all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in p_belief)
+    require(
+        pairs and all(0 <= x <= 1 for pair in p_belief for x in pair) and list(p_belief) == sorted(p_belief),
+        f'p_belief is {p_belief}; give (fraction of training, probability from there on), both from 0 to 1 and in the '
+        'order of the fractions, as ((0.5, 0.5),).',
+    )
 
-    d is `decay`, or (1 + step) / (10 + step) while that is less: the random start is soon forgotten.
+
+def draw_beliefs(model, step, max_steps, seed, p_belief, k_schedule, k_warmup_steps):
+    """Draw how a step comes to its beliefs: k, depth and stale of `SDD.forward`, the same on all ranks; else {}.
+
+    p_belief: ((fraction of training, probability that a step uses beliefs from there on), ...). k is drawn from
+    k_schedule; or, over the first k_warmup_steps, goes through it in equal parts and stays at its last. Sampling
+    passes beliefs on from step to step, so training has to see old ones: a model that was trained on fresh ones only
+    takes its own second thoughts for news and grows too sure.
     """
+    if not model.has_beliefs:
+        return {}
+    use, which, deeper, is_stale, stale = (float(uniform(BELIEF, seed, step, i)) for i in range(5))
+    p = max((pair for pair in p_belief if pair[0] <= step / max_steps), default=(0, 0))[1]
+    if use >= p:
+        return {'k': 0}
+    position = min(step / k_warmup_steps, 1 - 1e-9) if k_warmup_steps else which
+    depth = next((d for d in range(1, MAX_DEPTH) if deeper >= P_DEEPER**d), MAX_DEPTH)
+    stale = MAX_STALE * stale if is_stale < P_STALE else 0.0
+    return {'k': k_schedule[int(position * len(k_schedule))], 'depth': depth, 'stale': stale}
 
-    def __init__(self, model, decay):
-        self.weights, self.decay = dict(model.named_parameters()), decay
-        self.average = {name: weight.detach().clone() for name, weight in self.weights.items()}
 
-    def load(self, average):
-        for name, weight in self.average.items():
-            weight.copy_(average[name])
+def annealed_mask(step, anneal_steps, length, seed, device='cpu'):
+    """Return the attention mask (T, T) of a step on the way from causal to bidirectional; None at its end.
 
-    @torch.no_grad()
-    def update(self, step):
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.average.values()), list(self.weights.values()), 1 - decay)
-
-    @contextmanager
-    def in_place(self):
-        """While the context lasts, the model's weights are the average."""
-        trained = {name: weight.detach().clone() for name, weight in self.weights.items()}
-        try:
-            self.put(self.average)
-            yield
-        finally:
-            self.put(trained)
-
-    @torch.no_grad()
-    def put(self, values):
-        for name, weight in self.weights.items():
-            weight.copy_(values[name])
+    Each later position is visible with a probability that grows by 1 / anneal_steps per step (Gong et al. 2025,
+    DiffuLLaMA). It depends on (seed, step) only, so that all ranks and rows share it.
+    """
+    if step >= anneal_steps:
+        return None
+    generator = torch.Generator().manual_seed(torch_seed(ANNEAL, seed, step))
+    later = torch.rand(length, length, generator=generator) < step / anneal_steps
+    return (later | torch.ones(length, length, dtype=torch.bool).tril()).to(device)

@@ -2,13 +2,11 @@
 
 import numpy as np
 
-PERMUTE, MOVE, LEVEL, NOISE, BELIEF, OPEN, FILLER = range(
-    7
-)  # what a number is for: the first part of its key
+PERMUTE, MOVE, LEVEL, NOISE, BELIEF, ANNEAL, PADDING = range(7)  # purposes: the first part of a key
 
 
 def random_bits(*key):
-    """64 random bits for each element of the broadcast integer arrays `key`, by their values alone.
+    """Compute 64 random bits for each element of the broadcast integer arrays `key`, by their values alone.
 
     A counter-based generator: splitmix64's finaliser (Steele et al. 2014) chained over the key.
     """
@@ -22,13 +20,18 @@ def random_bits(*key):
     return bits
 
 
+def torch_seed(*key):
+    """Compute a seed for a torch generator."""
+    return int(random_bits(*key)) >> 1
+
+
 def uniform(*key):
-    """Uniform float32 numbers in [0, 1), of the shape that the key's parts broadcast to."""
+    """Draw uniform float32 numbers in [0, 1), of the shape that the key's parts broadcast to."""
     return (random_bits(*key) >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
 
 
 def permuted(index, size, *key):
-    """Where a random permutation of range(size), named by `key`, sends each `index`; no array of that size.
+    """Map each `index` through a random permutation of range(size), named by `key`, without an array of that size.
 
     A four-round Feistel network over the next even power of two, walked until it lands below `size`.
     """

@@ -1,4 +1,4 @@
-"""Where a script runs: process group, device, precision, signals, logs."""
+"""The process that a script runs in: ranks, device, precision, signals, the log."""
 
 import contextlib
 import csv
@@ -8,20 +8,63 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import torch
-import torch.distributed as dist
+import torch.distributed
 
-from lm import kernels
-from lm.configurator import UserError
-from lm.files import save_atomically
+from lm import checkpoints, optim
+from lm.configurator import UserError, check_choice, check_range, require, require_without
+from lm.files import save_atomically, write_json
+from lm.kernels import has_bfloat16
 from lm.optim import local
-from lm.rng import random_bits
+from lm.rng import torch_seed
 
 DTYPES = {'bfloat16': torch.bfloat16, 'float16': torch.float16, 'float32': torch.float32}
 
 
-# ---------------------------------------------------------------------------- device, precision, ranks
+def check_settings(config):
+    """Raise a UserError for values that no training script takes; keys that a script lacks are passed over."""
+    known = {key: config[key] for key in config}
+
+    def at_least(low, high, keys):
+        check_range(config, low, high, *(key for key in keys.split() if key in known))
+
+    for key, choices in (
+        ('optimizer', optim.OPTIMIZERS),
+        ('schedule', optim.SCHEDULES),
+        ('master_weights', optim.MASTER_WEIGHTS),
+    ):
+        if key in known:
+            check_choice(config, key, choices)
+    at_least(
+        1, math.inf, 'batch_size gradient_accumulation_steps eval_every log_every num_classes block_size'
+    )
+    at_least(
+        0, math.inf, 'num_epochs learning_rate min_lr warmup_steps warmup_ratio decay_ratio weight_decay'
+    )
+    at_least(0, math.inf, 'grad_clip eval_batches save_every save_total_limit anneal_steps sample_every')
+    at_least(
+        0, math.inf, 'num_samples early_stopping neftune_alpha lora_rank num_layers_to_finetune val_set_size'
+    )
+    at_least(1, math.inf, 'sample_tokens peft_lora_r eval_batch_size sequence_length')
+    at_least(
+        0, 1, 'beta1 beta2 ema_decay dropout token_dropout label_smoothing peft_lora_dropout lora_dropout'
+    )
+    if 'p_belief' in known:
+        optim.check_beliefs(config['p_belief'], config['k_schedule'])
+    others = {key: config[key] for key in ('use_peft', 'ema_decay', 'save_total_limit') if key in known}
+    others |= {'optimizer=muon': config['optimizer'] == 'muon', 'dtype=float16': config['dtype'] == 'float16'}
+    if config.get('fsdp'):
+        require_without('fsdp', **others)
+    if config.get('master_weights') == 'bfloat16':
+        others.pop('save_total_limit')
+        require_without(
+            'master_weights=bfloat16', **others, **{'dtype=float32': config['dtype'] == 'float32'}
+        )
+
+
+# ---------------------------------------------------------------------------- ranks, device, precision
 
 
 class Runtime:
@@ -34,179 +77,109 @@ class Runtime:
         self.dtype = pick_dtype(dtype, self.device)
         if self.device.type == 'cuda':
             torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision('high')  # TF32 where float32 matrices meet
+            torch.set_float32_matmul_precision('high')  # TF32 for float32 matmuls
         if self.device.type == 'cpu':
             keep_freed_memory()
-            kernels.install()
-        if self.world_size > 1:  # gloo carries what the ranks agree on, from the CPU, beside nccl's gradients
-            dist.init_process_group('cpu:gloo,cuda:nccl' if self.device.type == 'cuda' else 'gloo')
+        if self.world_size > 1:  # gloo for what the ranks agree on, from the CPU, beside nccl's gradients
+            backend = 'cpu:gloo,cuda:nccl' if self.device.type == 'cuda' else 'gloo'
+            torch.distributed.init_process_group(backend)
 
     def autocast(self):
-        """Context in which matrix products run in `dtype`; the weights stay float32."""
+        """Return a context in which matmuls run in `dtype`; the weights stay float32."""
         if self.dtype == 'float32':
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, DTYPES[self.dtype])
 
+    def scaler(self):
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype == 'float16')
+
     def wrap(self, model):
-        """The model whose forward and backward synchronise gradients over the ranks."""
+        """Return the model whose forward and backward synchronise gradients over the ranks."""
         if self.world_size == 1:
             return model
         return torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def total(self, values):
-        """Sums over all ranks of a dict of numbers or 0-d tensors, as floats."""
+        """Sum a dict of numbers or 0-d tensors over all ranks, as floats."""
         sums = torch.stack([torch.as_tensor(value).detach().cpu().double() for value in values.values()])
-        if self.world_size > 1:
-            dist.all_reduce(sums)
-        return dict(zip(values, sums.tolist()))
+        return dict(zip(values, self.sum(sums).tolist()))
 
     def sum(self, array):
-        """The sum over all ranks of a float tensor on the CPU, in place."""
+        """Sum a float tensor on the CPU over all ranks, in place."""
         if self.world_size > 1:
-            dist.all_reduce(array)
+            torch.distributed.all_reduce(array)
         return array
 
     def any(self, flag):
-        """Whether `flag` is true on any rank."""
+        """Say whether `flag` is true on any rank."""
         return self.total({'flag': bool(flag)})['flag'] > 0 if self.world_size > 1 else bool(flag)
 
     def from_main(self, call):
-        """What `call` returns on rank 0, on every rank; the others do not call it."""
+        """Return on every rank what `call` returns on rank 0, as a text; the others do not call it."""
         box = [str(call())] if self.is_main else [None]
         if self.world_size > 1:
-            dist.broadcast_object_list(box, src=0)
+            torch.distributed.broadcast_object_list(box, src=0)
         return box[0]
 
     def close(self):
-        """Leaves the group and, where there is one, the process: the last line of a script.
+        """Leave the group and, where there is one, the process: the last line of a script.
 
-        Something in torch (DDP, a device mesh, default arguments) refers to the group to the end, so that gloo's
-        threads outlive it, and one that lets go of a tensor while the interpreter shuts down aborts a process that
-        has done all its work (pytorch#179291).
+        Something in torch (DDP, a device mesh, default arguments) refers to the group to the end, so gloo's threads
+        outlive it, and one that frees a tensor while the interpreter shuts down aborts the process (pytorch#179291).
         """
         if self.world_size > 1:
-            dist.destroy_process_group()
+            torch.distributed.destroy_process_group()
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(0)
 
     def exit(self, message):
-        """Ends the script with status 0, as where there is nothing left to do."""
+        """End the script with status 0, as where there is nothing left to do."""
         if self.is_main:
             print(message)
         self.close()
         raise SystemExit(0)
 
 
-def clip_gradients(parameters, limit):
-    """Scales the gradients of `parameters` to a norm of at most `limit` (0: any) and returns what it was."""
-    norm = torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf)
-    return norm.full_tensor() if hasattr(norm, 'full_tensor') else norm  # of gradients that are sharded
-
-
-def means(split, sums):
-    """The metrics `split`/loss, /accuracy and /perplexity from the sums that a model's forward returns."""
-    loss = sums['loss'] / max(1, sums['count'])
-    return {
-        f'{split}/loss': loss,
-        f'{split}/accuracy': sums['correct'] / max(1, sums['predicted']),
-        f'{split}/perplexity': math.exp(min(loss, 700)),
-    }
-
-
-def training_means(sums, beliefs):
-    """The metrics train/ of a step from its sums; beliefs: how it came to them, empty but for `sdd`."""
-    values = means('train', sums)
-    if beliefs:
-        values['train/k'] = beliefs['k']
-    if sums.get(
-        'ignore_targets'
-    ):  # filler that was hidden in these rows: how much was found, how much is none
-        values['train/ignore_acc'] = sums['ignore_correct'] / sums['ignore_targets']
-        values['train/ignore_precision'] = sums['ignore_correct'] / max(1, sums['ignore_guesses'])
-    return values
-
-
-@torch.no_grad()
-def evaluate(model, batches, run, tokens_per_byte):
-    """The metrics val/ over the batches of all ranks. tokens_per_byte: None where there is no text to speak of."""
-    names = (
-        'loss',
-        'count',
-        'correct',
-        'predicted',
-        'text_loss',
-        'ignore_correct',
-        'ignore_targets',
-        'ignore_guesses',
-    )
-    sums, plain = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)  # a rank may have no batch
-    model.eval()
-    for batch in batches:
-        with run.autocast():
-            add(sums, *model(*batch))
-            if model.believes:  # without beliefs, at the same masks
-                add(plain, *model(*batch, k=0))
-    model.train()
-    sums = run.total(sums)
-    values = means('val', sums)
-    if sums['ignore_targets']:  # val/loss without the nats of filler, over the same tokens
-        values['val/text_loss'] = sums['text_loss'] / max(1, sums['count'])
-    values['val/bpb'] = values['val/loss'] / math.log(2) * (tokens_per_byte or math.nan)
-    if model.believes:
-        values['val/loss_k0'] = means('val', run.total(plain))['val/loss']
-    return values
-
-
-def add(sums, loss, count, metrics):
-    """Adds what a model's forward returns to `sums`, without the graph behind it."""
-    for name, value in {'loss': loss, 'count': count, **metrics}.items():
-        exact = torch.float32 if value.device.type == 'mps' else torch.float64  # mps has no float64
-        sums[name] = sums.get(name, 0) + value.detach().to(exact)
-
-
 def pick_device(name):
-    """'auto': cuda, else mps, else cpu. Each rank of a node takes the GPU of its local rank."""
+    """Return the torch.device of a name; 'auto': cuda, else mps, else cpu. Each rank takes the GPU of its local rank."""
+    has_mps = torch.backends.mps.is_available()
     if name == 'auto':
-        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if has_mps else 'cpu'
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f'device is {name!r}; choose auto, cpu, cuda, cuda:N or mps.') from error
-    available = {'cpu': True, 'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available()}
-    if not available.get(device.type, False):
-        raise UserError(
-            f'device is {name!r}, but PyTorch finds none on this machine; use --device=cpu or auto.'
-        )
+    available = {'cpu': True, 'cuda': torch.cuda.is_available(), 'mps': has_mps}
+    require(
+        available.get(device.type, False),
+        f'device is {name!r}, but PyTorch finds none on this machine; use --device=cpu or auto.',
+    )
     if device.type != 'cuda':
         return device
     index = int(os.environ.get('LOCAL_RANK', 0)) if device.index is None else device.index
-    if index >= torch.cuda.device_count():
-        raise UserError(
-            f'GPU number {index} is asked for, but there are {torch.cuda.device_count()}; start at most '
-            'as many processes per node as it has GPUs.'
-        )
+    require(
+        index < torch.cuda.device_count(),
+        f'GPU number {index} is asked for, but there are {torch.cuda.device_count()}; start at most as many processes '
+        'per node as it has GPUs.',
+    )
     return torch.device('cuda', index)
 
 
 def pick_dtype(name, device):
-    """'auto': bfloat16 where the processor multiplies in it, float16 on older GPUs, else float32."""
+    """Return a name of DTYPES; 'auto': bfloat16 where the device multiplies in it, float16 on older GPUs, else float32."""
     if name == 'auto':
-        if device.type == 'cuda':
-            return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
-        instructions = getattr(torch.cpu, 'get_capabilities', dict)() if device.type == 'cpu' else {}
-        return 'bfloat16' if instructions.get('avx512_bf16') or instructions.get('amx_bf16') else 'float32'
-    if name not in DTYPES:
-        raise UserError(f'dtype is {name!r}; choose auto, {", ".join(DTYPES)}.')
+        fallback = 'float16' if device.type == 'cuda' else 'float32'
+        return 'bfloat16' if has_bfloat16(device) else fallback
+    require(name in DTYPES, f'dtype is {name!r}; choose auto, {", ".join(DTYPES)}.')
     return name
 
 
 def keep_freed_memory():
-    """Tells glibc to keep what is freed instead of handing it back to the kernel.
+    """Tell glibc to keep freed memory instead of handing it back to the kernel.
 
-    Each step allocates the same megabytes; fetching them from the kernel anew costs a tenth of a small
-    model's step in page faults, and ten times the work itself for some element-wise operations. Its heap is then up
-    to three times as large as what is in use; with MALLOC_MMAP_THRESHOLD_=65536 in the environment it is not.
+    Each step allocates the same megabytes; page faults for them cost a tenth of a small model's step. The heap is then
+    up to three times what is in use; with MALLOC_MMAP_THRESHOLD_=65536 in the environment it is not.
     """
     if 'MALLOC_MMAP_THRESHOLD_' in os.environ:
         return
@@ -218,12 +191,22 @@ def keep_freed_memory():
 
 
 def seed_dropout(*key):
-    """Seeds torch's generators by (seed, step, micro-step, rank): a resumed run drops the same units."""
-    torch.manual_seed(int(random_bits(*key)) >> 1)
+    """Seed torch's generators by (seed, step, micro-step, rank): a resumed run drops the same units."""
+    torch.manual_seed(torch_seed(*key))
+
+
+def synchronize(device):
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+    if device.type == 'mps':
+        torch.mps.synchronize()
+
+
+# ---------------------------------------------------------------------------- speed and memory
 
 
 def measure_peak_flops(device, dtype):
-    """Floating-point operations per second of a large matrix product here: what `train/mfu` is a share of."""
+    """Measure the operations per second of a large matmul here: what `train/mfu` is a share of."""
     size = 8192 if device.type == 'cuda' else 1024
     a = torch.randn(size, size, device=device, dtype=DTYPES[dtype])
     best, total = float('inf'), 0.0
@@ -237,34 +220,40 @@ def measure_peak_flops(device, dtype):
     return 2 * size**3 / best
 
 
-def memory_estimate(model, batch_size, length, run):
-    """Bytes that training takes, by what for: an estimate, before anything of it is there.
+def flops_per_token(model):
+    """Estimate the operations of a training step per token: 6 per weight of a matmul, and 12 per layer, channel and
+    attended position (Chowdhery et al. 2022, appendix B)."""
+    c = model.config
+    weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    weights -= 0 if model.positions is None else model.positions.weight.numel()
+    weights -= 0 if c.tied else model.embedding.weight.numel()
+    return 6 * weights + 12 * c.n_layer * c.n_head * c.head_dim * c.block_size
 
-    Of each trained weight there are its gradient and two moments, in its own precision. A block keeps about 13
-    numbers per token and channel of its stream, and three or four per channel of its MLP; with checkpointing this is
-    one block at a time, and of the others their inputs. The head's logits are there about five times. Autocast has
-    copies of float32 weights, and of sharded ones the root's and those of two blocks are gathered.
+
+def memory_estimate(model, batch_size, length, dist):
+    """Estimate the bytes that training takes, by purpose, before it starts.
+
+    Of each trained weight there are its gradient and two moments, in its own precision. A block keeps about 13 numbers
+    per token and channel, and three or four per channel of its MLP; with checkpointing this is one block at a time, and
+    of the others their inputs. The head's logits are there about five times. Autocast has copies of float32 weights,
+    and of sharded ones the root's and those of two blocks are gathered.
     """
     config, parameters = model.config, list(model.parameters())
     trained, weights = (
         sum(x.numel() * x.element_size() for x in map(local, tensors))
         for tensors in ([p for p in parameters if p.requires_grad], [*parameters, *model.buffers()])
     )
-    number = 4 if run.dtype == 'float32' else 2
-    copies = (
-        0
-        if run.dtype == 'float32'
-        else number * sum(p.numel() for p in parameters if p.dtype == torch.float32)
-    )
+    size = 4 if dist.dtype == 'float32' else 2
+    copies = sum(p.numel() for p in parameters if p.dtype == torch.float32) * (0 if size == 4 else 2)
     if any(local(p) is not p for p in parameters):  # sharded: what is gathered at a time
         blocks = sum(p.numel() for p in model.blocks.parameters())
-        copies = number * (sum(p.numel() for p in parameters) - blocks + 2 * blocks // config.n_layer)
+        copies = size * (sum(p.numel() for p in parameters) - blocks + 2 * blocks // config.n_layer)
     tokens = batch_size * length
-    block = tokens * number * (13 * config.n_embd + (3 + (config.mlp == 'swiglu')) * config.mlp_width)
-    if run.device.type == 'cpu' and run.dtype == 'bfloat16':  # attention is written out
-        block += tokens * number * 3 * config.n_head * length
+    block = tokens * size * (13 * config.n_embd + (3 + (config.mlp == 'swiglu')) * config.mlp_width)
+    if dist.device.type == 'cpu' and dist.dtype == 'bfloat16':  # attention is not fused
+        block += tokens * size * 3 * config.n_head * length
     blocks = config.n_layer * (tokens * 4 * config.n_embd if config.gradient_checkpointing else block)
-    head = 5 * 4 * min(tokens, model.head_rows(model.never)) * config.padded_vocab_size
+    head = 5 * 4 * min(tokens, model.head_rows(model.logit_bias)) * config.padded_vocab_size
     peak = max(head, block if config.gradient_checkpointing else 0)
     return {
         'weights': weights + copies,
@@ -274,11 +263,85 @@ def memory_estimate(model, batch_size, length, run):
     }
 
 
-def synchronize(device):
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
-    if device.type == 'mps':
-        torch.mps.synchronize()
+# ---------------------------------------------------------------------------- metrics
+
+
+def add(sums, loss, count, metrics):
+    """Add what a model's forward returns to `sums`, without its graph."""
+    for name, value in {'loss': loss, 'count': count, **metrics}.items():
+        exact = torch.float32 if value.device.type == 'mps' else torch.float64  # mps has no float64
+        sums[name] = sums.get(name, 0) + value.detach().to(exact)
+
+
+def means(split, sums):
+    """Compute the metrics of a split from sums that a model's forward returned.
+
+    A metric that is none of those below is a sum over the counted tokens: its mean has its name.
+    """
+    sums = dict(sums)
+    loss, count = sums.pop('loss'), max(1, sums.pop('count'))
+    correct, predicted = sums.pop('correct', None), sums.pop('predicted', 0)
+    values = {f'{split}/loss': loss / count, f'{split}/perplexity': math.exp(min(loss / count, 700))}
+    if correct is not None:
+        values[f'{split}/accuracy'] = correct / max(1, predicted)
+    found, targets, guesses = (sums.pop(f'ignore_{name}', 0) for name in ('correct', 'targets', 'guesses'))
+    text_loss = sums.pop('text_loss', 0)
+    if targets and split == 'train':  # masked padding in these rows: recall and precision
+        values['train/ignore_acc'] = found / targets
+        values['train/ignore_precision'] = found / max(1, guesses)
+    if targets and split == 'val':  # the loss without that of padding, over the same count
+        values['val/text_loss'] = text_loss / count
+    return values | {f'{split}/{name}': value / count for name, value in sums.items()}
+
+
+@torch.no_grad()
+def evaluate(model, batches, dist, tokens_per_byte):
+    """Compute the val/ metrics over the batches of all ranks; tokens_per_byte: None where there is no text."""
+    names = 'loss count correct predicted text_loss ignore_correct ignore_targets ignore_guesses'.split()
+    sums, sums_k0 = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)  # a rank may have no batch
+    model.eval()
+    for batch in batches:
+        with dist.autocast():
+            add(sums, *model(*batch))
+            if model.has_beliefs:  # and without beliefs, at the same masks
+                add(sums_k0, *model(*batch, k=0))
+    model.train()
+    values = means('val', dist.total(sums))
+    values['val/bpb'] = values['val/loss'] / math.log(2) * (tokens_per_byte or math.nan)
+    if model.has_beliefs:
+        values['val/loss_k0'] = means('val', dist.total(sums_k0))['val/loss']
+    return values
+
+
+class Speed:
+    """Tokens per second and their share of the peak (MFU) since the last log."""
+
+    def __init__(self, model, dist, tokens_per_step, step):
+        self.tokens_per_step, self.flops = tokens_per_step, flops_per_token(model)
+        self.peak_flops = measure_peak_flops(dist.device, dist.dtype) * dist.world_size
+        self.restart(step)
+
+    def restart(self, step):
+        self.step, self.start = step, time.perf_counter()
+
+    def metrics(self, step):
+        self.seconds_per_step = (time.perf_counter() - self.start) / (step - self.step)
+        tokens_per_sec = self.tokens_per_step / self.seconds_per_step
+        return {
+            'train/tokens_per_sec': tokens_per_sec,
+            'train/mfu': tokens_per_sec * self.flops / self.peak_flops,
+        }
+
+
+def check_finite(loss, step, learning_rate):
+    require(
+        math.isfinite(loss),
+        f'The loss is {loss} at step {step}; the checkpoint before it is kept. Try a lower learning_rate than '
+        f'{learning_rate}, a longer warm-up, or --dtype=float32.',
+    )
+
+
+# ---------------------------------------------------------------------------- signals and the log
 
 
 class StopSignal:
@@ -296,43 +359,47 @@ class StopSignal:
         os.write(2, f'\n{self.received}: saving at the next step; once more to quit at once\n'.encode())
 
 
-# ---------------------------------------------------------------------------- logs
-
 METRICS = (
-    'train/loss',
-    'train/accuracy',
-    'train/perplexity',
-    'train/lr',
-    'train/tokens_per_sec',
-    'train/grad_norm',
-    'train/mfu',
-    'train/epoch',
-    'val/loss',
-    'val/accuracy',
-    'val/perplexity',
-    'val/bpb',
-    'val/loss_k0',
-    'train/k',
-    'train/ignore_acc',
-    'train/ignore_precision',
-    'val/text_loss',
-)
+    'train/loss train/accuracy train/perplexity train/lr train/tokens_per_sec train/grad_norm train/mfu train/epoch '
+    'val/loss val/accuracy val/perplexity val/bpb val/loss_k0 train/k train/ignore_acc train/ignore_precision '
+    'val/text_loss'
+).split()
+
+
+def start_run(dist, config, name, resumed):
+    """Make the run folder, write its config.json and open its log; returns both."""
+    out = dist.from_main(
+        lambda: checkpoints.open_run_folder(
+            config['out_dir'] or resumed.run_dir,
+            name,
+            config['run_suffix'],
+            resumed.run_dir,
+            config['overwrite'],
+        )
+    )
+    out, checkpoint = Path(out), resumed.checkpoint
+    if dist.is_main:
+        write_json(out / 'config.json', config)
+    log = Logger(out, dist.is_main, checkpoint['global_step'] if checkpoint else -1)
+    if not config['no_wandb']:
+        run_id = checkpoint['wandb_run_id'] if checkpoint else None
+        name = config['wandb_run_name'] or out.name
+        log.start_wandb(project=config['wandb_project'], name=name, id=run_id, config=dict(config))
+    for key, before, now in resumed.overrides:
+        log.print(f'resumed with {key}={now!r}, which was {before!r}')
+    return out, log
 
 
 class Logger:
     """Console, logs.log, metrics.csv and W&B under one set of names. On ranks other than 0 it is silent."""
 
-    def __init__(self, folder, is_main, step, wandb_settings=None):
-        self.is_main, self.wandb, self.wandb_run_id, self.line_open = is_main, None, None, False
-        if not is_main:
-            return
-        self.log_file = open(folder / 'logs.log', 'a', buffering=1, encoding='utf-8')
-        forget_rows_after(folder / 'metrics.csv', step)
-        self.csv_file = open(folder / 'metrics.csv', 'a', buffering=1, newline='', encoding='utf-8')
-        if self.csv_file.tell() == 0:
-            self.write_row(('step',) + METRICS)
-        if wandb_settings is not None:
-            self.wandb = self.attempt(lambda: self.start_wandb(folder, **wandb_settings))
+    def __init__(self, folder, is_main, step):
+        """step: the last that a resumed run keeps the metrics of."""
+        self.folder, self.is_main, self.columns = folder, is_main, ['step', *METRICS]
+        self.wandb, self.wandb_run_id, self.line_open = None, None, False
+        if is_main:
+            self.log_file = open(folder / 'logs.log', 'a', buffering=1, encoding='utf-8')
+            self.open_csv(step)
 
     def print(self, *lines):
         for line in lines if self.is_main else ():
@@ -340,10 +407,16 @@ class Logger:
             self.line_open = False
             self.log_file.write(line + '\n')
 
-    def progress(self, line):
-        """A line that the next one replaces on a terminal, and follows elsewhere."""
+    def progress(self, step, max_steps, metrics, seconds_per_step, rate=None):
+        """Show a line that the next one replaces on a terminal, and follows elsewhere."""
         if not self.is_main:
             return
+        minutes, seconds = divmod(int((max_steps - step) * seconds_per_step), 60)
+        left = (
+            f'{minutes // 60}:{minutes % 60:02}:{seconds:02}' if minutes >= 60 else f'{minutes}:{seconds:02}'
+        )
+        rate = rate or f'{metrics["train/tokens_per_sec"]:,.0f} tokens/s'
+        line = f'step {step}/{max_steps}: loss {metrics["train/loss"]:.4f}, lr {metrics["train/lr"]:.2e}, {rate}, {left} left'
         self.log_file.write(line + '\n')
         if sys.stdout.isatty():
             print('\r\033[K' + line, end='', flush=True)
@@ -351,32 +424,62 @@ class Logger:
         else:
             print(line, flush=True)
 
+    # ------------------------------------------------------------------------ metrics.csv
+
+    def open_csv(self, step):
+        """Open metrics.csv without the rows after `step`, which a resumed run writes again, and a cut last one."""
+        path = self.folder / 'metrics.csv'
+        if path.exists():
+            header, *lines = path.read_text(encoding='utf-8').splitlines(keepends=True) or ['']
+            kept = [line for line in lines if line.endswith('\n') and int(line.split(',')[0]) <= step]
+            save_atomically(path, lambda file: file.write(''.join([header, *kept]).encode()))
+            self.columns = header.strip().split(',') if header.strip() else self.columns
+        self.csv_file = open(path, 'a', buffering=1, newline='', encoding='utf-8')
+        if self.csv_file.tell() == 0:
+            self.write_row(self.columns)
+
     def write_row(self, cells):
         csv.writer(self.csv_file, lineterminator='\n').writerow(cells)
 
+    def add_columns(self, names):
+        """Write metrics.csv anew with more columns."""
+        self.csv_file.close()
+        path = self.folder / 'metrics.csv'
+        _, *lines = path.read_text(encoding='utf-8').splitlines()
+        self.columns += names
+        lines = [','.join(self.columns), *(line + ',' * len(names) for line in lines)]
+        save_atomically(path, lambda file: file.write(('\n'.join(lines) + '\n').encode()))
+        self.csv_file = open(path, 'a', buffering=1, newline='', encoding='utf-8')
+
     def metrics(self, step, values):
-        """A row of metrics.csv and a step of W&B. values: {name: float}, of the names in METRICS."""
+        """Write a row of metrics.csv and a step of W&B; values: {name: float}."""
         if not self.is_main:
             return
-        self.write_row([step] + [values.get(name, '') for name in METRICS])
+        if new := [name for name in values if name not in self.columns]:
+            self.add_columns(new)
+        self.write_row([step] + [values.get(name, '') for name in self.columns[1:]])
         if self.wandb:
             self.attempt(lambda: self.wandb.log(values, step=step))
 
-    def start_wandb(self, folder, project, name, run_id, config):
+    # ------------------------------------------------------------------------ W&B
+
+    def start_wandb(self, **settings):
+        if self.is_main:
+            self.wandb = self.attempt(lambda: self.init_wandb(**settings))
+
+    def init_wandb(self, **settings):
         import wandb  # takes seconds to import: only where it is wanted
 
         mode = os.environ.get('WANDB_MODE')
         if mode is None and not wandb.login(prompt=False):
             mode = 'offline'
             self.print('W&B: not logged in, so the run is kept offline; `wandb login` first, or --no_wandb.')
-        run = wandb.init(
-            project=project, name=name, id=run_id, resume='allow', config=config, dir=folder, mode=mode
-        )
+        run = wandb.init(resume='allow', dir=self.folder, mode=mode, **settings)
         self.wandb_run_id = run.id  # kept for the next resume, even if W&B fails later
         return run
 
     def attempt(self, call):
-        """Calls W&B; a failure there is reported once and never stops the training."""
+        """Call W&B; a failure there is reported once and never stops the training."""
         try:
             return call()
         except Exception as error:  # whatever a service does, the run goes on
@@ -389,19 +492,3 @@ class Logger:
                 self.attempt(self.wandb.finish)
             self.log_file.close()
             self.csv_file.close()
-
-
-def forget_rows_after(path, step):
-    """Drops the rows of metrics.csv that a resumed run writes again, and a last one that was cut short."""
-    if not path.exists():
-        return
-    header, *lines = path.read_text(encoding='utf-8').splitlines(keepends=True) or ['']
-    whole = [line for line in lines if line.endswith('\n') and int(line.split(',')[0]) <= step]
-    save_atomically(path, lambda file: file.write(''.join([header, *whole]).encode()))
-
-
-def duration(seconds):
-    """1:02:03 or 2:03."""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'

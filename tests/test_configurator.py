@@ -108,7 +108,9 @@ def test_config_is_plain_data(run):
 
 
 def test_a_default_of_none_needs_an_annotation(tmp_path):
-    path = write(tmp_path / 's.py', 'from lm.configurator import configure\nx = None\nconfigure(globals(), [])')
+    path = write(
+        tmp_path / 's.py', 'from lm.configurator import configure\nx = None\nconfigure(globals(), [])'
+    )
     with pytest.raises(UserError, match='default of x is None.*annotate'):
         runpy.run_path(path)
 

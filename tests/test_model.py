@@ -9,7 +9,8 @@ import torch
 from conftest import random_model
 
 import model as model_module
-from model import ARCHITECTURES, SIZES, ModelConfig, Transformer, attend_fused, attend_on_cpu, rotate
+from lm.layers import rope_table, rotate
+from model import ARCHITECTURES, SIZES, Diffusion, ModelConfig, mask_ratio
 
 GPT2 = dict(norm='layer', position='learned', mlp='gelu', bias=True, qk_norm=False, logit_softcap=0)
 MASK, IGNORE = 10, 9
@@ -35,6 +36,12 @@ def some_noise(tokens, seed=0):
 def hiding(masked, level):
     """Noise (B, 1 + T) for which exactly `masked` (B, T) is hidden, at level (B, 1) in [0, 1]."""
     return torch.cat([level, 1 - masked.float()], 1)
+
+
+def per_token(model, *batch):
+    """The loss (B, T), the tokens that count (B, T), and the metrics."""
+    with torch.no_grad():
+        return model(*batch, reduction='none')
 
 
 def gradients(model, loss):
@@ -138,25 +145,25 @@ def test_diffusion_sees_both_sides():
 def test_hidden_tokens_never_leak(monkeypatch):
     model, tokens = tiny('diffusion'), some_tokens()
     noise = some_noise(tokens)
-    masked = noise[:, 1:] < model.levels(noise)
+    masked = noise[:, 1:] < mask_ratio(noise)
     masked[:, 0] = False
     seen, hidden = [], model.hidden
-    monkeypatch.setattr(model, 'hidden', lambda tokens, *_: seen.append(hidden(tokens)) or seen[-1])
+    monkeypatch.setattr(model, 'hidden', lambda x_t, *rest: seen.append(hidden(x_t, *rest)) or seen[-1])
 
     other = torch.where(masked, (tokens + 3) % IGNORE, tokens)
-    nats, nats_of_other = (model.losses(x, None, noise)[0] for x in (tokens, other))
+    nats, nats_of_other = (per_token(model, x, None, noise)[0] for x in (tokens, other))
     assert torch.equal(seen[0], seen[1])
     assert ((nats != nats_of_other) == masked).all()  # it is another token that is scored
 
     one = tokens.clone()
     row, column = masked.nonzero()[0]
     one[row, column] = other[row, column]
-    changed = model.losses(one, None, noise)[0] != nats
+    changed = per_token(model, one, None, noise)[0] != nats
     assert changed.nonzero().tolist() == [[row, column]]
 
     visible = tokens.clone()
     visible[:, 0] = (visible[:, 0] + 1) % IGNORE
-    changed = model.losses(visible, None, noise)[0] != nats
+    changed = per_token(model, visible, None, noise)[0] != nats
     assert torch.equal(changed, masked)  # while a visible token matters to every hidden one
 
 
@@ -164,7 +171,7 @@ def test_diffusion_loss_is_cross_entropy_of_the_hidden_over_the_level():
     model, tokens = tiny('diffusion'), some_tokens()
     noise = some_noise(tokens)
     noise[:, 0] = torch.tensor([0.0, 0.3, 0.7, 1.0])
-    level = model_module.MIN_LEVEL + (1 - model_module.MIN_LEVEL) * noise[:, 0]
+    level = model_module.T_MIN + (1 - model_module.T_MIN) * noise[:, 0]
     nats, predicted = torch.zeros(4, 12), 0
     for b in range(4):
         hidden = [i for i in range(1, 12) if noise[b, 1 + i] < level[b]]
@@ -174,7 +181,7 @@ def test_diffusion_loss_is_cross_entropy_of_the_hidden_over_the_level():
         for i in hidden:
             nats[b, i] = -log_p[i, tokens[b, i]] / level[b]
         predicted += len(hidden)
-    torch.testing.assert_close(model.losses(tokens, None, noise)[0], nats, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(per_token(model, tokens, None, noise)[0], nats, atol=1e-4, rtol=1e-4)
     loss, count, metrics = model(tokens, None, noise)
     torch.testing.assert_close(loss, nats.sum(), atol=1e-3, rtol=1e-4)
     assert count == 4 * 11 and metrics['predicted'] == predicted
@@ -186,14 +193,14 @@ def test_diffusion_counts_maskable_tokens_whatever_is_hidden():
     loss_mask[:, :4] = 0
     for seed in range(3):
         assert model(tokens, loss_mask, some_noise(tokens, seed))[1] == 4 * 8
-    nats = model.losses(tokens, loss_mask, hiding(torch.ones_like(tokens), torch.ones(4, 1)))[0]
+    nats = per_token(model, tokens, loss_mask, hiding(torch.ones_like(tokens), torch.ones(4, 1)))[0]
     assert torch.equal(nats > 0, loss_mask.bool())  # the prompt of a row is never hidden
 
 
 def test_filler_is_paid_for_and_not_counted():
     model, tokens = tiny('diffusion'), some_tokens()
     tokens[:, 9:] = IGNORE
-    nats, counted, _ = model.losses(tokens, None, hiding(torch.ones_like(tokens), torch.ones(4, 1)))
+    nats, counted, _ = per_token(model, tokens, None, hiding(torch.ones_like(tokens), torch.ones(4, 1)))
     assert (nats[:, 1:] > 0).all()
     assert counted.sum(1).tolist() == [8] * 4
 
@@ -232,7 +239,7 @@ def exact_bound(model, rows):
     nodes, weights = np.polynomial.legendre.leggauss(4)
     for u, du in zip((nodes + 1) / 2, weights / 2):
         level = torch.full((len(rows), 1), u, dtype=torch.float32)
-        t = model.levels(level).double()[0, 0]
+        t = mask_ratio(level).double()[0, 0]
         for choice in product((0, 1), repeat=LENGTH):
             masked = torch.tensor((0, *choice)).expand(len(rows), -1)
             chance = t ** sum(choice) * (1 - t) ** (LENGTH - sum(choice))
@@ -253,7 +260,7 @@ def chain_rule(model, rows, order):
 
 
 def test_bound_is_the_mean_over_all_orders_of_the_chain_rule(monkeypatch):
-    monkeypatch.setattr(model_module, 'MIN_LEVEL', 0.0)
+    monkeypatch.setattr(model_module, 'T_MIN', 0.0)
     model, (rows, _) = toy_model(), toy_joint()
     orders = torch.stack([chain_rule(model, rows, order) for order in permutations(range(1, 1 + LENGTH))])
     bound = exact_bound(model, rows)
@@ -275,127 +282,137 @@ def test_draws_of_the_bound_are_unbiased():
     assert draws.std() / 20000**0.5 < 0.05
 
 
-@pytest.mark.slow
-def test_bound_is_above_the_entropy_and_a_fitted_model_comes_near_it():
-    rows, p = toy_joint()
-    entropy = -(p * p.log()).sum()
-    model = toy_model(n_head=4)
-    assert (p * exact_bound(model, rows)).sum() > entropy + 0.1
-    fit(model, rows, p)
-    gap = (p * exact_bound(model, rows)).sum() - entropy
-    assert -1e-3 < gap < 0.03, f'{gap:.4f} nats above the entropy of {entropy:.4f}'
-
-
-def fit(model, rows, p, steps=600, batch_size=256):
-    torch.manual_seed(0)
-    model.init_weights()
-    model.train()
-    generator = torch.Generator().manual_seed(0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.98), weight_decay=0.0)
-    for step in range(steps):
-        optimizer.param_groups[0]['lr'] = 1e-2 * (1 - step / steps)
-        tokens = rows[torch.multinomial(p, batch_size, replacement=True, generator=generator)]
-        noise = torch.rand(batch_size, 5, generator=generator)
-        noise[:, 0] = (torch.arange(batch_size) + noise[:, 0]) / batch_size
-        loss, count, _ = model(tokens, None, noise)
-        optimizer.zero_grad()
-        (loss / count).backward()
-        optimizer.step()
-    model.eval()
-
-
 # ---------------------------------------------------------------------------- memory
 
 
 @pytest.mark.parametrize('architecture', ARCHITECTURES)
-def test_chunked_head_equals_the_whole_one(architecture, monkeypatch):
+def test_logits_in_chunks_give_the_same_loss_and_gradient(architecture, monkeypatch):
     model, tokens = tiny(architecture), some_tokens()
     batch = tokens, None, some_noise(tokens)
-    sizes, linear = [], model_module.linear
-
-    def counted(a, b, bias=None):
-        sizes.extend(
-            [len(a)] * (a.dim() == 2 and len(b) == 64)
-        )  # logits, not what their gradient is multiplied with
-        return linear(a, b, bias)
-
-    monkeypatch.setattr(model_module, 'linear', counted)
-    believe = getattr(model, 'believe', None)  # which makes logits of its own, before those that count here
-    monkeypatch.setattr(
-        type(model), 'believe', lambda *given: (believe(*given[1:]), sizes.clear())[0], raising=False
-    )
     whole = model(*batch)
     expected = gradients(model, whole[0])
-    assert len(sizes) == 1
-    sizes.clear()
-    monkeypatch.setattr(model_module, 'HEAD_ELEMENTS', 5 * 64)
+    monkeypatch.setattr(model_module, 'LOGITS_PER_CHUNK', 5 * 64)
     chunked = model(*batch)
-    pieces = len(sizes)
-    assert max(sizes) == 5 and pieces > 3
     torch.testing.assert_close(chunked[0], whole[0])
     assert chunked[2] == whole[2]
     assert_same(gradients(model, chunked[0]), expected, 1e-4)
-    assert len(sizes) == pieces  # nor are they made again for the backward pass
 
 
 @pytest.mark.parametrize('architecture', ARCHITECTURES)
 @pytest.mark.parametrize('dropout', [0.0, 0.3])
-def test_gradient_checkpointing_changes_nothing(architecture, dropout, monkeypatch):
-    tokens, found, calls = some_tokens(), [], []
-    forward = model_module.Block.forward
-
-    def counted(*args):
-        if torch.is_grad_enabled():  # `sdd` makes a pass without before
-            calls.append(1)
-        return forward(*args)
-
-    monkeypatch.setattr(model_module.Block, 'forward', counted)
-    for checkpointed in (
-        {},
-        {'gradient_checkpointing': True},
-        {'gradient_checkpointing': True, 'selective_checkpointing': True},
-    ):
-        model = tiny(architecture, dropout=dropout, **checkpointed).train()
+def test_gradient_checkpointing_changes_nothing(architecture, dropout):
+    tokens, found = some_tokens(), []
+    for checkpointing in ((False, False), (True, False), (True, True)):
+        keys = dict(zip(('gradient_checkpointing', 'selective_checkpointing'), checkpointing))
+        model = tiny(architecture, dropout=dropout, **keys).train()
         torch.manual_seed(1)
         loss = model(tokens, None, some_noise(tokens))[0]
         found.append((loss.detach(), gradients(model, loss)))
     for loss, of_weights in found[1:]:
         torch.testing.assert_close(found[0][0], loss, rtol=0, atol=0)
         assert_same(found[0][1], of_weights, 1e-6)
-    assert len(calls) == 5 * SHAPE['n_layer']  # once without; with it, once more on the way back
+
+
+def test_gradient_checkpointing_keeps_less():
+    kept = []
+    for checkpointing in (False, True):
+        model, sizes = tiny('ar', n_layer=6, gradient_checkpointing=checkpointing).train(), []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x
+        ):
+            model(some_tokens())
+        kept.append(sum(sizes))
+    assert kept[1] < kept[0] / 2
+
+
+# ---------------------------------------------------------------------------- a newcomer's edits
+
+
+class Weighted(Diffusion):
+    """Twice the weight on every second position."""
+
+    def loss_weights(self, masked, t):
+        return super().loss_weights(masked, t) * (1 + torch.arange(masked.size(1)) % 2)
+
+
+class Smoothed(Diffusion):
+    """`Diffusion.forward` with one line changed."""
+
+    def forward(self, tokens, loss_mask=None, noise=None, doc_ids=None, reduction='sum'):
+        maskable, counted = self.loss_positions(tokens, loss_mask)
+        t = mask_ratio(noise)
+        x_t, masked = self.corrupt(tokens, maskable, noise, t)
+        h = self.hidden(x_t, doc_ids)
+        weights = self.loss_weights(masked, t)
+        loss, nll, pred = self.weighted_nll(h, tokens, weights, label_smoothing=0.3)
+        return self.outputs(reduction, loss, weights * nll, pred, tokens, masked, counted)
+
+
+def plain_loss(model, tokens, noise, weight_of=lambda i: 1, smoothing=0.0):
+    """The same loss from whole logits, as the formula says it."""
+    t = mask_ratio(noise)
+    masked = noise[:, 1:] < t
+    masked[:, 0] = False
+    log_p = model.logits(tokens.masked_fill(masked, MASK)).log_softmax(-1)
+    nll = -log_p.gather(2, tokens.unsqueeze(-1)).squeeze(-1)
+    nll = (1 - smoothing) * nll - smoothing * log_p[..., :MASK].mean(
+        -1
+    )  # <|mask|> and padding are impossible
+    weights = torch.tensor([float(weight_of(i)) for i in range(tokens.size(1))])
+    return (masked / t * weights * nll).sum()
+
+
+@pytest.mark.parametrize(
+    'kind, formula',
+    [(Weighted, {'weight_of': lambda i: 1 + i % 2}), (Smoothed, {'smoothing': 0.3}), (Diffusion, {})],
+)
+def test_what_forward_says_is_what_is_trained(kind, formula):
+    """The loss that one reads is the loss that trains, for any upstream gradient."""
+    model, tokens = random_model('diffusion', 0.4, **SHAPE), some_tokens()
+    model.__class__ = kind
+    noise = some_noise(tokens)
+    loss = model(tokens, None, noise)[0]
+    expected = plain_loss(model, tokens, noise, **formula)
+    torch.testing.assert_close(loss, expected, atol=1e-3, rtol=1e-5)
+    assert_same(gradients(model, 0.3 * loss**2), gradients(model, 0.3 * expected**2), 1e-3)
+
+
+def test_an_edit_of_the_loss_trains_other_weights():
+    trained = {}
+    for kind in (Diffusion, Weighted, Smoothed):
+        torch.manual_seed(0)
+        model = kind(ModelConfig(**SHAPE))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for step in range(3):
+            tokens = some_tokens(seed=step)
+            loss, count, _ = model(tokens, None, some_noise(tokens, step))
+            (loss / count).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        trained[kind] = model.embedding.weight.detach()
+    assert not torch.allclose(trained[Diffusion], trained[Weighted], atol=1e-5)
+    assert not torch.allclose(trained[Diffusion], trained[Smoothed], atol=1e-5)
+
+
+@pytest.mark.parametrize('architecture', ['ar', 'diffusion'])
+def test_the_loss_of_tokens_is_differentiable_one_by_one(architecture, monkeypatch):
+    """For losses that are no weighted sum, as focal loss."""
+    monkeypatch.setattr(model_module, 'LOGITS_PER_CHUNK', 5 * 64)
+    model, tokens = tiny(architecture), some_tokens()
+    where = tokens % 3 == 0
+    found = []
+    for log_p in (model.logits(tokens).log_softmax(-1), None):
+        if log_p is None:
+            nll, pred = model.token_nll(model.hidden(tokens), tokens, where)
+        else:
+            nll = torch.where(where, -log_p.gather(2, tokens.unsqueeze(-1)).squeeze(-1), 0.0)
+            expected = torch.where(where, log_p.argmax(-1), -1)
+        found.append(gradients(model, (nll**3).sum()))
+    assert torch.equal(pred, expected)
+    assert_same(*found, 1e-4)
 
 
 # ---------------------------------------------------------------------------- attention
-
-
-@pytest.mark.parametrize('grouped', [False, True], ids=['', 'grouped'])
-@pytest.mark.parametrize('kind', ['full', 'causal', 'masked'])
-def test_attention_written_out_equals_the_fused_one(kind, grouped):
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randn(2, 4, 6, 8, generator=generator)
-    k, v = (torch.randn(2, 2 if grouped else 4, 6, 8, generator=generator) for _ in range(2))
-    mask = (torch.arange(6) < torch.tensor([[3], [6]]))[:, None, None] if kind == 'masked' else None
-    rest = mask, kind == 'causal', grouped, 0.0
-    exact = attend_fused(q, k, v, *rest)
-    torch.testing.assert_close(attend_on_cpu(q, k, v, *rest), exact, atol=1e-5, rtol=1e-5)
-    rounded = attend_on_cpu(*(x.bfloat16() for x in (q, k, v)), *rest)
-    assert rounded.dtype == torch.bfloat16
-    torch.testing.assert_close(rounded.float(), exact, atol=3e-2, rtol=3e-2)
-
-
-@pytest.mark.parametrize('architecture', ARCHITECTURES)
-def test_bfloat16_on_the_cpu_takes_the_written_out_path_and_agrees(architecture, monkeypatch):
-    model, tokens, used = tiny(architecture, n_head=4, n_kv_head=2), some_tokens(), []
-    monkeypatch.setattr(model_module, 'attend_on_cpu', lambda *args: used.append(1) or attend_on_cpu(*args))
-    noise = some_noise(tokens)
-    with torch.no_grad():
-        expected = model(tokens, None, noise)[0]
-        assert not used
-        with torch.autocast('cpu', torch.bfloat16):
-            loss = model(tokens, None, noise)[0]
-    assert len(used) == SHAPE['n_layer'] * (2 if architecture == 'sdd' else 1)  # one pass for its beliefs
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, expected, rtol=2e-2, atol=0)
 
 
 @pytest.mark.parametrize('architecture', ARCHITECTURES)
@@ -412,8 +429,7 @@ def test_grouped_queries_equal_repeated_keys(architecture):
 
 
 def rope_at(positions):
-    table = model_module.rope_table(ModelConfig(vocab_size=1, block_size=32, n_embd=8, n_head=1))
-    return table[:, positions]
+    return rope_table(10000.0, 8, 32)[:, positions]
 
 
 def test_rotary_scores_depend_on_distance_only():
@@ -507,16 +523,16 @@ def test_native_blocks_start_as_the_identity():
     assert torch.equal(model.hidden(tokens), model.norm(model.embed(tokens)))
 
 
-@pytest.mark.parametrize('size, millions', [('small', 25), ('medium', 50), ('large', 125), ('xl', 300)])
+@pytest.mark.parametrize(
+    'size, millions', [('tiny', 4.98), ('small', 23.2), ('medium', 41.9), ('large', 110.1), ('xl', 335.5)]
+)
 def test_sizes(size, millions):
     n_layer, n_head, n_embd = SIZES[size]
     config = ModelConfig(32768, n_layer=n_layer, n_head=n_head, n_embd=n_embd, mask_id=1, ignore_id=2)
     with torch.device('meta'):
         model = ARCHITECTURES['diffusion'](config)
     assert model.num_parameters() == 12 * n_layer * n_embd**2 + 32766 * n_embd
-    assert 0.8 < model.num_parameters() / (millions * 1e6) < 1.2
-    matrices = 12 * n_layer * n_embd**2 + 32768 * n_embd
-    assert model.flops_per_token() == 6 * matrices + 12 * n_layer * n_embd * config.block_size
+    assert model.num_parameters() / 1e6 == pytest.approx(millions, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -530,8 +546,8 @@ def test_sizes(size, millions):
         ({'n_layer': -2}, 'n_layer is -2;'),
         ({'n_kv_head': -1}, 'n_kv_head is -1;'),
         ({'dropout': 1.0}, 'dropout is 1.0;'),
-        ({'n_embd': 100, 'n_head': 3}, 'n_embd=100 over n_head=3'),
-        ({'n_embd': 12, 'n_head': 4}, 'n_embd=12 over n_head=4'),
+        ({'n_embd': 100, 'n_head': 3}, 'n_embd=100 is no even multiple of n_head=3'),
+        ({'n_embd': 12, 'n_head': 4}, 'n_embd=12 is no even multiple of n_head=4'),
         ({'n_head': 4, 'n_kv_head': 3}, 'n_head=4 is no multiple of n_kv_head=3'),
     ],
 )
@@ -544,8 +560,3 @@ def test_a_shape_that_cannot_be_is_refused_in_a_sentence(changes, named):
 def test_a_row_longer_than_the_block_is_refused():
     with pytest.raises(ValueError, match='13 tokens.*block_size=12'):
         tiny('ar').hidden(some_tokens(length=13))
-
-
-def test_the_trunk_has_no_loss_of_its_own():
-    with pytest.raises(NotImplementedError):
-        Transformer(ModelConfig(**SHAPE))(some_tokens())

@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import assert_drawn_from, random_model
 
-from lm import data, likelihood
-from model import ARCHITECTURES, Belief, ModelConfig
+from lm import optim
+from model import ARCHITECTURES, Belief, ModelConfig, mask_ratio
 from sampling import generate
 
 MASK, IGNORE = 10, 9
@@ -46,14 +46,14 @@ def test_a_belief_holds_the_likeliest_tokens_with_their_true_probabilities():
     model, tokens = tiny(), some_tokens()
     where = tokens % 2 == 0
     states = model.hidden(tokens)
-    belief = model.believe(states, where, 3)
+    belief = model.top_k_belief(states, where, 3)
     p = model.head(states).softmax(-1)
     torch.testing.assert_close(belief.probabilities[where], p.topk(3).values[where])
     assert torch.equal(belief.tokens[where], p.topk(3).indices[where])
     assert (belief.probabilities[~where] == 0).all()
     assert (belief.probabilities.sum(-1) < 1).all()  # the rest of the mass is left to <|mask|>
     assert (belief.tokens != MASK).all()
-    assert model.believe(states, where, 99).tokens.size(-1) == 11  # no more candidates than tokens
+    assert model.top_k_belief(states, where, 99).tokens.size(-1) == 11  # no more candidates than tokens
 
 
 @pytest.mark.parametrize('changes', [{}, GPT2], ids=['native', 'gpt2'])
@@ -104,20 +104,22 @@ def test_without_candidates_it_is_masked_diffusion_bit_for_bit(changes):
 def test_hidden_tokens_never_influence_logits(beliefs, monkeypatch):
     model, tokens = tiny(), some_tokens()
     noise, seen, hidden = some_noise(tokens), [], model.hidden
-    masked = noise[:, 1:] < model.levels(noise)
+    masked = noise[:, 1:] < mask_ratio(noise)
     masked[:, 0] = False
-    monkeypatch.setattr(model, 'hidden', lambda *given: seen.append(hidden(*given)) or seen[-1])
+    monkeypatch.setattr(
+        model, 'hidden', lambda *given, **more: seen.append(hidden(*given, **more)) or seen[-1]
+    )
     other = torch.where(masked, (tokens + 3) % IGNORE, tokens)
     for x in (tokens, other):
-        model.losses(x, None, noise, **beliefs)
+        model(x, None, noise, **beliefs)
     half = len(seen) // 2
     assert half == beliefs.get('depth', 1) + 1
     for one, two in zip(seen[:half], seen[half:]):
         assert torch.equal(one, two)
     monkeypatch.undo()
-    seen_before = model.losses(tokens, None, noise, **beliefs)[0]
+    seen_before = model(tokens, None, noise, reduction='none', **beliefs)[0]
     tokens[:, 0] = (tokens[:, 0] + 1) % IGNORE
-    changed = model.losses(tokens, None, noise, **beliefs)[0] != seen_before
+    changed = model(tokens, None, noise, reduction='none', **beliefs)[0] != seen_before
     assert torch.equal(changed, masked)  # while a visible token matters to every hidden one
 
 
@@ -125,9 +127,9 @@ def test_stale_beliefs_come_from_views_that_see_less_and_nothing_else(monkeypatc
     model, tokens = tiny(), some_tokens()
     noise, views, hidden = some_noise(tokens, 0.3), [], model.hidden
     monkeypatch.setattr(
-        model, 'hidden', lambda view, alone, belief: views.append(view) or hidden(view, alone, belief)
+        model, 'hidden', lambda view, *rest, **more: views.append(view) or hidden(view, *rest, **more)
     )
-    model.losses(tokens, None, noise, depth=2, stale=0.4)
+    model(tokens, None, noise, depth=2, stale=0.4)
     first, second, last = (view == MASK for view in views)
     assert (first | ~second).all() and (second | ~last).all() and not first[:, 0].any()
     assert first.sum() > second.sum() > last.sum()
@@ -166,7 +168,7 @@ RAMP = ((0.2, 0.5), (0.7, 0.9))
 
 def plans(steps, seed=0, **settings):
     settings = {'p_belief': RAMP, 'k_schedule': (1, 2, 4, 8), 'k_warmup_steps': 0, **settings}
-    return [data.draw_belief(step, steps, seed, **settings) for step in range(steps)]
+    return [optim.draw_beliefs(ARCHITECTURES['sdd'], step, steps, seed, **settings) for step in range(steps)]
 
 
 def test_beliefs_set_in_as_the_ramp_says():
@@ -188,10 +190,10 @@ def test_what_a_step_believes_hangs_on_seed_and_step_only():
     assert plans(200) == plans(200) != plans(200, seed=1)
     views = plans(20000, p_belief=((0.0, 1.0),))
     stale, depth = (np.array([plan[name] for plan in views]) for name in ('stale', 'depth'))
-    assert abs((stale > 0).mean() - data.P_STALE) < 0.03 and stale.max() <= data.MAX_STALE
-    for passes in range(1, data.MAX_DEPTH + 1):
-        assert abs((depth >= passes).mean() - data.P_DEEPER ** (passes - 1)) < 0.03
-    assert depth.max() == data.MAX_DEPTH
+    assert abs((stale > 0).mean() - optim.P_STALE) < 0.03 and stale.max() <= optim.MAX_STALE
+    for passes in range(1, optim.MAX_DEPTH + 1):
+        assert abs((depth >= passes).mean() - optim.P_DEEPER ** (passes - 1)) < 0.03
+    assert depth.max() == optim.MAX_DEPTH
 
 
 # ---------------------------------------------------------------------------- bounds, enumerated
@@ -215,7 +217,7 @@ def path_nats(model, turn, steps):
         states = model.hidden(view, belief=belief)
         log_p = model.head(states).double().log_softmax(-1).gather(2, ROWS.unsqueeze(-1)).squeeze(-1)
         nats -= log_p[:, [i + 1 for i, t in enumerate(turn) if t == step]].sum(1)
-        belief = model.believe(states, hidden, model.config.k)
+        belief = model.top_k_belief(states, hidden, model.config.k)
     return nats
 
 
@@ -299,10 +301,10 @@ def test_beliefs_gain_and_shuffled_among_the_hidden_positions_they_lose_it(monke
         optimizer.zero_grad()
         (loss / count).backward()
         optimizer.step()
-    batch, believe = (chains(512, 0), None, stratified_noise(512, 0)), model.believe
+    batch, top_k_belief = (chains(512, 0), None, stratified_noise(512, 0)), model.top_k_belief
 
-    def shuffled(states, where, k, *index):
-        belief, index = believe(states, where, k), where.flatten().nonzero().squeeze(1)
+    def shuffled(states, where, k):
+        belief, index = top_k_belief(states, where, k), where.flatten().nonzero().squeeze(1)
         other = torch.arange(where.numel())
         other[index] = index[torch.randperm(len(index), generator=torch.Generator().manual_seed(0))]
         return Belief(*(part.flatten(0, 1)[other].view_as(part) for part in belief))
@@ -310,7 +312,7 @@ def test_beliefs_gain_and_shuffled_among_the_hidden_positions_they_lose_it(monke
     with torch.no_grad():
         count = model(*batch)[1]
         two_pass, without = (model.eval()(*batch, **beliefs)[0] / count for beliefs in ({}, {'k': 0}))
-        monkeypatch.setattr(model, 'believe', shuffled)
+        monkeypatch.setattr(model, 'top_k_belief', shuffled)
         control = model(*batch)[0] / count
     assert two_pass < without - 0.05 and control > without
 

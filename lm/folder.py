@@ -1,0 +1,161 @@
+"""Prepared folders: their settings, tokenizer and memory maps, and mixes of several."""
+
+import json
+import mmap
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from lm.configurator import ROOT, UserError, require
+from lm.tokenizer import Tokenizer
+
+
+class Folder:
+    """A prepared folder, checked and opened: `config`, `tokenizer`, and memory maps per split.
+
+    dataset: a path, or a name under the repository's data/.
+    """
+
+    def __init__(self, dataset):
+        self.path = find_folder(dataset)
+        try:
+            self.config = json.loads((self.path / 'config.json').read_text(encoding='utf-8'))
+            dtype, vocab_size, *_ = (
+                self.config[key] for key in ('dtype', 'vocab_size', 'name', 'start_token', 'prompt_format')
+            )
+            dtype = np.dtype(dtype)
+            self.splits = {
+                split: {unit: self.config['splits'][split][unit] for unit in ('tokens', 'documents', 'bytes')}
+                for split in ('train', 'val')
+            }
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f'{self.path}/config.json is damaged ({error!r}); prepare it again.') from error
+        self.tokenizer = Tokenizer.load(self.path)
+        require(
+            self.tokenizer.vocab_size == vocab_size,
+            f'{self.path}: tokenizer.json has {self.tokenizer.vocab_size} tokens, config.json says {vocab_size}; '
+            'prepare the folder again.',
+        )
+        self.tokens, self.index, self.masks = {}, {}, {}
+        for split, sizes in self.splits.items():
+            self.tokens[split] = self.open(f'{split}_tokens.bin', dtype, sizes['tokens'])
+            self.index[split] = self.open(f'{split}_index.bin', np.dtype('uint64'), sizes['documents'] + 1)
+            masks = f'{split}_masks.bin'
+            exists = (self.path / masks).exists()
+            self.masks[split] = self.open(masks, np.dtype('uint8'), sizes['tokens']) if exists else None
+
+    def open(self, name, dtype, length):
+        """Map the file `name` into memory, which has to hold `length` numbers."""
+        path = self.path / name
+        size, expected = path.stat().st_size if path.exists() else 0, length * dtype.itemsize
+        require(
+            size == expected,
+            f'{path} has {size:,} bytes where config.json promises {expected:,}; prepare the folder again with '
+            '--overwrite.',
+        )
+        return np.memmap(path, dtype, mode='r') if length else np.zeros(0, dtype)
+
+    def release(self):
+        """Give back the pages that were read: else the process would seem to grow to the size of its data."""
+        for array in (*self.tokens.values(), *self.index.values(), *self.masks.values()):
+            if isinstance(array, np.memmap) and hasattr(mmap, 'MADV_DONTNEED'):
+                array.base.madvise(mmap.MADV_DONTNEED)
+
+    @property
+    def fingerprint(self):
+        """The hash of the training split, recorded when it was prepared."""
+        return self.config.get('sha256', {}).get('train_tokens.bin')
+
+    def tokens_per_byte(self, split):
+        """Compute tokens, <|endoftext|> included, per UTF-8 byte of text."""
+        return self.splits[split]['tokens'] / max(1, self.splits[split]['bytes'])
+
+    def counted_tokens_per_byte(self, split):
+        """Compute the same of the tokens that the loss is over; None where they have no text."""
+        if self.masks[split] is None:
+            return self.tokens_per_byte(split)
+        counted = self.tokens[split][self.masks[split] == 1]
+        text = self.tokenizer.decode(counted)
+        return len(counted) / len(text.encode()) if text else None
+
+
+def find_folder(dataset):
+    is_mix = ',' in str(dataset) and not Path(dataset).exists()
+    require(not is_mix, f'{dataset!r} mixes folders, which is for train.py; name one of them with --dataset.')
+    for path in (Path(dataset), ROOT / 'data' / dataset):
+        if (path / 'config.json').is_file():
+            return path
+        unfinished = path.is_dir() and any(path.glob('*_tokens.bin'))
+        require(
+            not unfinished, f'{path} has no config.json: its preparation did not finish; prepare it again.'
+        )
+    raise UserError(
+        f'There is no prepared data at {dataset!r} or {ROOT / "data" / dataset}; make it first, for example with: '
+        'python prepare/stories.py'
+    )
+
+
+class Mix:
+    """Several folders of one tokenizer, rows of which are drawn in proportion to their weights.
+
+    dataset: NAME:WEIGHT,NAME:WEIGHT; weights count relative to their sum.
+    """
+
+    def __init__(self, dataset):
+        names, weights = zip(*(parse_weight(part.strip(), dataset) for part in dataset.split(',')))
+        self.path, self.folders = dataset, [Folder(name) for name in names]
+        self.weights = [weight / sum(weights) for weight in weights]
+        first, *others = self.folders
+        self.tokenizer = first.tokenizer
+        for folder in others:
+            require(
+                folder.tokenizer.to_json() == first.tokenizer.to_json(),
+                f'{first.path} and {folder.path} have different tokenizers, of {first.tokenizer.vocab_size} and '
+                f'{folder.tokenizer.vocab_size} tokens; prepare the second with --tokenizer={first.path}.',
+            )
+        unique = len({folder.path.resolve() for folder in self.folders}) == len(names)
+        require(unique, f'dataset={dataset} names a folder twice; give it once, with the sum of its weights.')
+        configs = [folder.config for folder in self.folders]
+        self.config = {
+            'name': '+'.join(config['name'] for config in configs),
+            'start_token': first.config['start_token'],
+            'prompt_format': next(filter(None, (config['prompt_format'] for config in configs)), None),
+            'max_seq_len': max(config.get('max_seq_len') or 0 for config in configs),
+        }
+
+    def release(self):
+        for folder in self.folders:
+            folder.release()
+
+    @property
+    def fingerprint(self):
+        return ','.join(
+            f'{folder.fingerprint}:{weight}' for folder, weight in zip(self.folders, self.weights)
+        )
+
+    def tokens_per_byte(self, split):
+        """Compute tokens per byte of a text that has tokens of each folder in proportion to the weights."""
+        ratios = [Fraction(folder.tokens_per_byte(split)) for folder in self.folders]
+        return 1 / float(sum(weight / ratio for weight, ratio in zip(self.weights, ratios)))
+
+
+def parse_weight(part, dataset):
+    """Split NAME:WEIGHT into the name and a Fraction."""
+    name, _, number = part.rpartition(':')
+    try:
+        weight = Fraction(number)
+    except (ValueError, ZeroDivisionError):
+        weight = 0
+    require(
+        name and weight > 0,
+        f'{part!r} in dataset={dataset} is no name with a weight above 0; write NAME:WEIGHT,NAME:WEIGHT, as in '
+        'openwebtext:0.7,tinystories:0.3.',
+    )
+    return name, weight
+
+
+def open_dataset(dataset):
+    """Open the Folder of a name or path, or the Mix of several with their weights."""
+    is_folder = any(path.exists() for path in (Path(dataset), ROOT / 'data' / dataset))
+    return Folder(dataset) if is_folder or not {':', ','} & set(str(dataset)) else Mix(dataset)

@@ -1,0 +1,200 @@
+"""The layers of the trunk: norms, rotary positions, attention and its masks, MLP, block. Torch only."""
+
+import math
+from functools import partial
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+
+from lm.kernels import SAVED_OPS, attend, linear
+
+ACTIVATIONS = {
+    'relu2': lambda x: F.relu(x).square(),
+    'relu': F.relu,
+    'gelu': F.gelu,
+    'gelu_tanh': lambda x: F.gelu(x, approximate='tanh'),
+    'swiglu': F.silu,  # of the gate (Shazeer 2020)
+}
+
+
+class Linear(nn.Linear):
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
+class RMSNorm(nn.RMSNorm):
+    def forward(
+        self, x
+    ):  # under autocast x may be bfloat16: the fused kernel wants the gain in the same type
+        gain = None if self.weight is None else self.weight.type_as(x)
+        return F.rms_norm(x, self.normalized_shape, gain, self.eps)
+
+
+def make_norm(config):
+    if config.norm == 'layer':
+        return nn.LayerNorm(config.n_embd, config.norm_eps or 1e-5, bias=config.bias)
+    return make_rms_norm(config, config.n_embd)
+
+
+def make_rms_norm(config, width):
+    return RMSNorm(width, config.norm_eps, elementwise_affine=config.norm == 'rms_gain')
+
+
+# ---------------------------------------------------------------------------- rotary positions (Su et al. 2021)
+
+
+def rope_table(theta, head_dim, length, scaling=None):
+    """Compute cosines and sines (2, length, D), the first half of the sines negated as `rotate` wants them."""
+    frequency = theta ** -(torch.arange(0, head_dim, 2).double() / head_dim)  # (D/2,)
+    if scaling:
+        frequency = scale_rope(frequency, **scaling)
+    angle = torch.outer(torch.arange(length).double(), frequency)  # (length, D/2)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack([torch.cat([cos, cos], 1), torch.cat([-sin, sin], 1)]).float()
+
+
+def scale_rope(
+    frequency,
+    rope_type,
+    factor,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=8192,
+):
+    """Slow down rotary frequencies (D/2,) for texts `factor` times as long as those of pretraining.
+
+    'linear' (Chen et al. 2023): all of them; 'llama3': only those that turn few times in such a text.
+    """
+    if rope_type == 'linear':
+        return frequency / factor
+    turns = original_max_position_embeddings * frequency / (2 * math.pi)
+    kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+    return frequency * (kept + (1 - kept) / factor)
+
+
+def rotate(x, rope):
+    """Apply rotary positions in the half-split layout, whose pairs are (x_i, x_{i+D/2}).
+
+    x: (B, H, T, D); rope: cosines and signed sines, each (T, D) or (B, 1, T, D), in float32.
+    """
+    cos, sin = rope
+    return (x * cos + x.roll(x.size(-1) // 2, -1) * sin).type_as(x)
+
+
+# ---------------------------------------------------------------------------- attention
+
+
+class AttentionMask:
+    """What the positions of a row attend to: those before (causal), all, or those of a mask (T, T).
+
+    The trunk asks it for positions, and each attention layer for keys, values and mask; a KV cache answers the
+    same two questions (sampling.KVCache).
+    """
+
+    def __init__(self, attn_mask):
+        self.mask, self.is_causal = (None, attn_mask) if isinstance(attn_mask, bool) else (attn_mask, False)
+
+    def positions(self, length):
+        return slice(0, length)
+
+    def extend(self, layer, k, v):
+        return k, v, self.mask, self.is_causal
+
+
+class DocumentMask(AttentionMask):
+    """Rows that hold several documents, doc_ids (B, T): each attends to itself alone, from position 0."""
+
+    def __init__(self, doc_ids, attn_mask):
+        same = doc_ids[:, :, None] == doc_ids[:, None, :]  # (B, T, T)
+        if isinstance(attn_mask, bool):
+            same = same.tril() if attn_mask else same
+        else:
+            same = same & attn_mask
+        super().__init__(same.unsqueeze(1))  # (B, 1, T, T)
+        index = torch.arange(doc_ids.size(1), device=doc_ids.device)
+        starts = F.pad(doc_ids[:, 1:] != doc_ids[:, :-1], (1, 0), value=True)
+        self.index = index - (starts * index).cummax(1).values  # (B, T)
+
+    def positions(self, length):
+        return self.index
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.dropout = config.dropout
+        width, kv_width = config.n_head * self.head_dim, config.n_kv_head * self.head_dim
+        self.q = Linear(config.n_embd, width, bias=config.qkv_bias)
+        self.k = Linear(config.n_embd, kv_width, bias=config.qkv_bias)
+        self.v = Linear(config.n_embd, kv_width, bias=config.qkv_bias)
+        self.out = Linear(width, config.n_embd, bias=config.bias)
+        self.q_norm = make_rms_norm(config, self.head_dim) if config.qk_norm else None
+        self.k_norm = make_rms_norm(config, self.head_dim) if config.qk_norm else None
+
+    def forward(self, x, rope, cache):
+        """x: (B, T, C); cache: an AttentionMask, or a KV cache."""
+        q, k, v = (
+            project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
+            for project in (self.q, self.k, self.v)
+        )
+        if self.q_norm is not None:
+            q, k = self.q_norm(q).type_as(v), self.k_norm(k).type_as(v)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        k, v, mask, is_causal = cache.extend(self, k, v)  # (B, H, S, D), cached ones included
+        y = attend(q, k, v, mask, is_causal, self.dropout if self.training else 0.0)
+        return self.out(y.transpose(1, 2).flatten(2))  # (B, T, C)
+
+
+# ---------------------------------------------------------------------------- MLP and block
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        gated = config.mlp == 'swiglu'
+        self.up = Linear(config.n_embd, config.mlp_width, bias=config.bias)
+        self.gate = Linear(config.n_embd, config.mlp_width, bias=config.bias) if gated else None
+        self.down = Linear(config.mlp_width, config.n_embd, bias=config.bias)
+        self.activation = ACTIVATIONS[config.mlp]
+
+    def forward(self, x):
+        if self.gate is None:
+            return self.down(self.activation(self.up(x)))
+        return self.down(self.activation(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.attention_norm = make_norm(config)
+        self.attention = Attention(config)
+        self.mlp_norm = make_norm(config)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, rope, cache):
+        """x: (B, T, C); with config.gradient_checkpointing the backward pass computes what is between anew."""
+        if not (self.config.gradient_checkpointing and torch.is_grad_enabled()):
+            return self.run(x, rope, cache)
+        selective = partial(create_selective_checkpoint_contexts, SAVED_OPS)
+        return checkpoint(
+            self.run,
+            x,
+            rope,
+            cache,
+            use_reentrant=False,
+            preserve_rng_state=self.config.dropout > 0,
+            context_fn=selective if self.config.selective_checkpointing else noop_context_fn,
+        )
+
+    def run(self, x, rope, cache):
+        if self.config.norm_after:
+            x = self.attention_norm(x + self.dropout(self.attention(x, rope, cache)))
+            return self.mlp_norm(x + self.dropout(self.mlp(x)))
+        x = x + self.dropout(self.attention(self.attention_norm(x), rope, cache))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
