@@ -7,8 +7,8 @@ import sys
 
 import numpy as np
 
-from lm import data
 from lm.files import checksum, sha256_of
+from lm.folder import Folder
 
 CHUNK = 2**20  # numbers that are read together
 EXCERPT = 50  # tokens of a document that the card shows
@@ -19,7 +19,7 @@ def main(arguments):
     if len(arguments) != 1 or arguments[0].startswith('-'):
         print('usage: python -m lm.verify data/NAME    checks a prepared folder and prints its card')
         return 0 if arguments in (['--help'], ['-h']) else 2
-    folder = data.Folder(arguments[0])
+    folder = Folder(arguments[0])
     damages = [*check_hashes(folder), *check_contents(folder)]
     if damages:
         print(*(f'error: {damage}' for damage in damages), sep='\n', file=sys.stderr)

@@ -12,6 +12,7 @@ import shutil
 
 from lm.configurator import ROOT, UserError, require
 from lm.files import write_json
+from lm.folder import Folder
 
 FORMAT = 1
 # In an unfinished folder, no part of the result:
@@ -39,8 +40,6 @@ def finished_folder(target, command, overwrite):
     require(
         not words, f'{shown(target)} was prepared otherwise: {words}. Give --overwrite, or another --name.'
     )
-    from lm.data import Folder  # imports torch, which takes seconds
-
     Folder(target)  # checks the sizes of its files
     remove(target / name for name in HELPERS)  # a run was killed right after it had finished
     return recorded
