@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import runpy
 import signal
 import sys
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ import tokenizers
 import torch
 
 from lm import checkpoints, data
+from lm.configurator import ROOT
 from model import ARCHITECTURES, ModelConfig, architecture_name
 
 LETTERS = 'abcdefghijklmnopqrstuvwxyz '
@@ -216,3 +218,57 @@ def write_small_checkpoint(path, architecture, tokenizer, deviation=0.3, **saved
     }
     checkpoints.save(path, {**checkpoint, **saved})
     return path
+
+
+# ---------------------------------------------------------------------------- of the prepare scripts
+
+SHARED = Path(__file__).resolve().parent.parent.parent / 'shared' / 'data'
+TIKTOKEN_CACHE = Path(os.environ.get('TIKTOKEN_CACHE_DIR', SHARED / 'tiktoken_cache'))
+
+
+@pytest.fixture
+def prepare(monkeypatch, tmp_path):
+    """Runs a script of prepare/ in this process; returns the folder that it wrote."""
+
+    def run(script, *arguments, output_dir=tmp_path / 'out'):
+        words = [script, f'--output_dir={output_dir}', '--num_workers=1', *map(str, arguments)]
+        monkeypatch.setattr(sys, 'argv', words)
+        runpy.run_path(str(ROOT / 'prepare' / script), run_name='__main__')
+        return output_dir
+
+    return run
+
+
+def make_texts(count, seed=0):
+    words = 'the cat sat on a mat while every dog in Zürich was singing loudly and nobody cared'.split()
+    draw = random.Random(seed)
+    return [' '.join(draw.choices(words, k=draw.randint(3, 30))) + f' {i}.\n' for i in range(count)]
+
+
+def write_jsonl(path, texts):
+    path.write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))
+    return path
+
+
+def config_of(folder):
+    return json.loads((folder / 'config.json').read_text())
+
+
+def documents_of(folder, split):
+    """Token ids of each document of a prepared folder."""
+    tokens = np.fromfile(folder / f'{split}_tokens.bin', config_of(folder)['dtype'])
+    index = np.fromfile(folder / f'{split}_index.bin', np.uint64).astype(int)
+    assert index[0] == 0 and index[-1] == len(tokens)
+    return [tokens[start:end].tolist() for start, end in zip(index, index[1:])]
+
+
+def texts_of(folder, *splits):
+    """The texts of a prepared folder's documents, by default of both splits."""
+    tokenizer = data.Tokenizer.load(folder)
+    return [
+        tokenizer.decode(ids) for split in splits or ('train', 'val') for ids in documents_of(folder, split)
+    ]
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}

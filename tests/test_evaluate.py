@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
-from conftest import signals_kept, write_small_checkpoint, write_folder
+from conftest import signals_kept, write_folder, write_small_checkpoint
 
 from lm import checkpoints, data, report
 from lm.configurator import ROOT, UserError

@@ -26,8 +26,7 @@ import hf
 import model as models
 from lm import checkpoints, lora
 from lm.configurator import ROOT, UserError
-from lm.tokenizer import Tokenizer
-from prepare.tokenizer import byte_level, spell
+from lm.tokenizer import Tokenizer, byte_level, spell
 
 transformers = pytest.importorskip('transformers', reason='transformers is not installed')
 
