@@ -114,7 +114,7 @@ def write_tokenizer(checkpoint, folder, rows):
     start = end if start is None or tokenizer.decode([start]) else start  # has to be a special token
     text = text if rows is None else without_own_tokens(text, rows)
     (folder / 'tokenizer.json').write_text(text, encoding='utf-8')
-    names = {'bos_token': tokenizer.name_of(start), 'eos_token': tokenizer.name_of(end)}
+    names = {'bos_token': tokenizer.inner.id_to_token(start), 'eos_token': tokenizer.inner.id_to_token(end)}
     ids = {'bos_token_id': start, 'eos_token_id': end}
     files.write_json(
         folder / 'tokenizer_config.json', {'tokenizer_class': 'PreTrainedTokenizerFast', **names}

@@ -9,8 +9,6 @@ characters within a user's text never do.
 
 import re
 
-from lm.configurator import require
-
 BLOCKS = '### Instruction:\n{instruction}\n\n{#input}### Input:\n{input}\n\n{/input}### Response:\n{output}'
 FORMATS = {
     'default': BLOCKS,
@@ -26,12 +24,6 @@ FORMATS = {
 }
 DEFAULT = FORMATS['default']
 MARKER = r'<\|\w+\|>'
-
-
-def named(name):
-    """Return the template that a name stands for."""
-    require(name in FORMATS, f'prompt_format is {name!r}; choose {", ".join(FORMATS)}.')
-    return FORMATS[name]
 
 
 # ---------------------------------------------------------------------------- as text
@@ -73,7 +65,7 @@ def end_of(form, tokenizer):
 def control_tokens(form, tokenizer):
     """Return {name: id} of the special tokens that a format uses, the end of the answer included."""
     ids = [tokenizer.special_ids[name] for name in re.findall(MARKER, form) if name in tokenizer.special_ids]
-    return {tokenizer.name_of(i): i for i in (*ids, end_of(form, tokenizer)[0])}
+    return {tokenizer.inner.id_to_token(i): i for i in (*ids, end_of(form, tokenizer)[0])}
 
 
 def encode(tokenizer, form, turns, system=''):
@@ -116,8 +108,6 @@ def fit(ids, loss_mask, limit):
         return ids, loss_mask
     ids, kept = ids[cut:], list(loss_mask[cut:])
     if loss_mask[cut - 1] and kept[0]:  # within an answer
-        if 0 not in kept:
-            return None
-        rest = kept.index(0)
+        rest = kept.index(0) if 0 in kept else len(kept)
         kept[:rest] = [0] * rest
     return (ids, kept) if 1 in kept else None

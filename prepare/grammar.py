@@ -23,6 +23,8 @@ import random
 import re
 from functools import cache
 
+import numpy as np
+
 # Recorded in prepared folders, which are reused for the same stories only: change it with any of them.
 VERSION = {'prepare/grammar.py': '8daa642a586c4c61bb0c1afede843bdc0f01b16b9a0071e759a2f6ba3bcae937'}
 
@@ -258,30 +260,20 @@ ending: That night {weather.night}, and {hero} dreamed of {love.doing}.
 """
 
 
-class Row(dict):
-    """{form: text}, with `word` and `a` among the forms. A row equals itself only, whatever it says."""
-
-    __hash__, __eq__, __ne__ = object.__hash__, object.__eq__, object.__ne__
-
-    def __init__(self, word):
-        super().__init__(word=word, a=('an ' if word[0].lower() in 'aeiou' else 'a ') + word)
-
-    def __missing__(self, form):
-        raise ValueError(f'The rules ask for {form!r} of {self["word"]!r}, but its table has no such column.')
+def make_row(word):
+    return {'word': word, 'a': ('an ' if word[0].lower() in 'aeiou' else 'a ') + word}
 
 
 def read_tables(text):
-    """Return {table: {word: row}} of a text like TABLES."""
+    """Return {table: {word: row}} of a text like TABLES; a row is {form: text}."""
     tables = {}
     for block in text.strip().split('\n\n'):
         (name, *columns), *lines = [[cell.strip() for cell in line.split('|')] for line in block.split('\n')]
-        table = tables[name] = {}
-        for words, *cells in lines:
-            if len(cells) != len(columns) or not all([words, *cells]):
-                raise ValueError(f'Table {name!r}: the row {words!r} must fill {len(columns) + 1} columns.')
-            for word in words.split(', '):
-                table[word] = Row(word)
-                table[word].update(zip(columns, cells))
+        tables[name] = {
+            word: {**make_row(word), **dict(zip(columns, cells, strict=True))}
+            for words, *cells in lines
+            for word in words.split(', ')
+        }
     for row in [row for table in tables.values() for row in table.values()]:
         for column in [column for column in row if row[column] in tables.get(column, {})]:
             row.update({**tables[column][row[column]], **row})  # Lily is a "she", so she has her "her"
@@ -328,44 +320,30 @@ class Node:
         return [(p, self.text, option, bindings) for p, option in self.options]
 
 
-class Recall(Node):
-    """{hero.them}: says a form of a row that is bound."""
+class Slot(Node):
+    """{hero.them} says a form of a row that is bound; {friend.a=place.friends} draws the row and binds it first."""
 
-    def __init__(self, variable, form, then):
+    def __init__(self, variable, form, parent, source, rows_of, then):
         super().__init__('', [then])
         self.variable, self.form = variable[0].lower() + variable[1:], form or 'word'
         self.capital, self.then = variable[0].isupper(), then
-        self.needs |= {self.variable}
+        self.parent, self.source, self.rows_of = parent, source, rows_of
+        self.needs = self.needs - {self.variable} | ({parent} - {None} if source else {self.variable})
 
     def text_of(self, row):
         text = row[self.form]
         return text[0].upper() + text[1:] if self.capital else text
 
     def transitions(self, bindings):
-        return [(1.0, self.text_of(bindings[self.variable]), self.then, bindings)]
-
-
-class Draw(Recall):
-    """{friend=place.friends}: draws a row, binds it, and says a form of it."""
-
-    def __init__(self, variable, form, parent, source, rows_of, then):
-        super().__init__(variable, form, then)
-        self.parent, self.source, self.rows_of = parent, source, cache(rows_of)
-        self.needs = self.needs - {self.variable} | {parent} - {None}
-
-    def rows(self, bindings):
-        """Return [(probability, row), ...] of what can be drawn, given the bindings."""
-        return self.rows_of(self.source, bindings[self.parent][self.source] if self.parent else None)
-
-    def transitions(self, bindings):
-        return [
-            (p, self.text_of(row), self.then, {**bindings, self.variable: row})
-            for p, row in self.rows(bindings)
-        ]
+        if self.source:
+            rows = self.rows_of(self.source, bindings[self.parent][self.source] if self.parent else None)
+        else:
+            rows = [(1.0, bindings[self.variable])]
+        return [(p, self.text_of(row), self.then, {**bindings, self.variable: row}) for p, row in rows]
 
 
 class Grammar:
-    """A distribution over stories, from texts like RULES and TABLES; ValueError where they are malformed.
+    """A distribution over stories, from texts like RULES and TABLES.
 
     It is a Markov chain, whose state is a node and the bindings. To draw a story is to walk along it; the
     probability of a text is summed over the walks that say just that.
@@ -373,61 +351,35 @@ class Grammar:
 
     def __init__(self, rules, tables):
         self.rules, self.tables = read_rules(rules), read_tables(tables)
-        self.nodes = []  # each stands after all to which it leads
+        self.rows_of = cache(self.rows_of)
         self.start = self.link('story', Node('', []))
         for name in sorted(self.start.needs):
             raise ValueError(f'The rules can refer to {name!r} before a {{{name}=...}} has introduced it.')
-        self.domains = self.find_domains()
 
-    def link(self, rule, then, inside=()):
-        """Return the node at which `rule` begins and after which comes the node `then`; `inside`: the rules around it."""
-        if rule not in self.rules or rule in inside:
-            raise ValueError(
-                f'The rule <{rule}> {"contains itself" if rule in inside else "does not exist"}.'
-            )
+    def link(self, rule, then):
+        """Return the node at which `rule` begins and after which comes the node `then`."""
         options = []
         for pieces in self.rules[rule]:
             node = then
             for piece in reversed(pieces):
-                is_rule = piece[0] == '<' and piece[-1] == '>'
-                node = self.link(piece[1:-1], node, (*inside, rule)) if is_rule else self.node_of(piece, node)
+                node = self.node_of(piece, node)
             options.append(node)
-        self.nodes.append(Node('', options))
-        return self.nodes[-1]
+        return Node('', options)
 
     def node_of(self, piece, then):
-        slot = re.fullmatch(r'{(\w+)(?:\.(\w+))?(?:=(?:(\w+)\.)?(\w+))?}', piece)
-        if not slot and re.search(r'[][<>{}()]', piece):
+        if rule := re.fullmatch(r'<(\w+)>', piece):
+            return self.link(rule[1], then)
+        if slot := re.fullmatch(r'{(\w+)(?:\.(\w+))?(?:=(?:(\w+)\.)?(\w+))?}', piece):
+            return Slot(*slot.groups(), self.rows_of, then)
+        if re.search(r'[][<>{}()]', piece):
             raise ValueError(f'The rules have a slot that cannot be read or a stray bracket in {piece!r}.')
-        if not slot:
-            node = Node(piece, [then])
-        elif not slot[4]:
-            node = Recall(slot[1], slot[2], then)
-        else:
-            node = Draw(*slot.groups(), self.rows_of, then)
-        self.nodes.append(node)
-        return node
+        return Node(piece, [then])
 
-    def rows_of(self, source, cell=None):
+    def rows_of(self, source, cell):
         """Return [(probability, row), ...] of the table `source`, or of those that a cell of a column `source` names."""
-        table = self.tables.get(source)
-        words = cell.split(', ') if cell else table
-        if not words or table and not set(words) <= set(table):
-            raise ValueError(f'There is no table {source!r}, or it lacks a row of {cell!r}.')
-        return zipf([table[word] if table else Row(word) for word in words])
-
-    def find_domains(self):
-        """Return {variable: set of the rows that it can be bound to}; each must have all forms asked of it."""
-        domains = {}
-        for node in reversed(self.nodes):
-            if isinstance(node, Draw):
-                for parent in domains.get(node.parent, [None]):
-                    rows = {row for _, row in node.rows({node.parent: parent})}
-                    domains[node.variable] = domains.get(node.variable, set()) | rows
-            if isinstance(node, Recall):
-                for row in domains[node.variable]:
-                    node.text_of(row)
-        return domains
+        table = self.tables.get(source)  # none of that name: the words of the cell are all there is
+        words = cell.split(', ') if cell else self.tables[source]
+        return zipf([table[word] if table else make_row(word) for word in words])
 
     def walk(self, rng):
         """Yield a story step by step: (probability of this step, text, node)."""
@@ -455,9 +407,7 @@ class Grammar:
 
     def log_prob(self, text):
         """Return the log-probability in nats that a story is exactly this text; -inf if none is."""
-        log_ps = [log_p for log_p, _ in self.derivations(text)]  # unambiguous rules give one at most
-        best = max(log_ps, default=-math.inf)
-        return best + math.log(sum(math.exp(log_p - best) for log_p in log_ps)) if log_ps else best
+        return float(np.logaddexp.reduce([log_p for log_p, _ in self.derivations(text)]))
 
 
 GRAMMAR = Grammar(RULES, TABLES)

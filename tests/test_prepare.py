@@ -353,10 +353,9 @@ def test_a_restart_repeats_no_finished_shard(prepare, tmp_path, small_shards, ca
     words = ['text.py', f'--input={path}', '--tokenizer=bytes']
     expected = contents(prepare(*words, '--on_error=skip', output_dir=tmp_path / 'whole' / 'out'))
     for _ in range(2):  # the second time the same command goes on, and meets the same line
-        with pytest.raises(
-            UserError, match='line 161: not valid JSON.*documents, is kept .* goes on from there'
-        ):
+        with pytest.raises(UserError, match='line 161: not valid JSON'):
             prepare(*words)
+        assert 'documents, is kept in' in capsys.readouterr().err
     tokens = tmp_path / '.out.partial' / 'train_tokens.bin'
     tokens.write_bytes(b'\x01\x02' + tokens.read_bytes()[2:] + b'written after the last finished shard')
     capsys.readouterr()
@@ -373,7 +372,7 @@ def test_a_restart_repeats_no_finished_shard(prepare, tmp_path, small_shards, ca
 def test_another_input_or_setting_between_restarts_is_refused(prepare, tmp_path, small_shards, words):
     path = write_jsonl(tmp_path / 'a.jsonl', make_texts(80))
     path.open('a').write('broken\n')
-    with pytest.raises(UserError, match='line 81: not valid JSON.*documents, is kept'):
+    with pytest.raises(UserError, match='line 81: not valid JSON'):
         prepare('text.py', f'--input={path}', '--tokenizer=bytes')
     if 'input' in words:
         path.write_text(path.read_text().replace('every', 'no'))
