@@ -25,7 +25,7 @@ import tokenizers
 
 from lm.classification import Examples
 from lm.configurator import ROOT, UserError, require
-from lm.records import READERS, damage_named, first_line, read_records
+from lm.records import READERS, damage_named, read_records, refusals_named
 from lm.tokenizer import KINDS, Tokenizer, build
 
 REQUIRED = ('dataset', 'train_features', 'eval_feature', 'splits', 'classes')
@@ -88,6 +88,8 @@ def read_split(entry, split, model_type='normal'):
     features, label = [feature + phoneme for feature in entry['train_features']], entry['eval_feature']
     rows = []
     for number, row in enumerate(rows_of(entry, split), 1):
+        if isinstance(row, UserError):
+            raise row
         where = f'{entry["dataset"]}, {split}, row {number}'
         missing = [name for name in (*features, label) if row.get(name) is None]
         if missing:
@@ -113,16 +115,21 @@ def class_of(value, entry, where):
 
 
 def rows_of(entry, split):
-    """Return the rows of a split as dicts: from a file of a local folder, or from the hub."""
+    """Return the rows of a split as dicts (or UserErrors): from a file of a local folder, or from the hub."""
     name = str(entry['dataset'])
     folders = Path(name).expanduser(), ROOT / name, ROOT / 'data' / name
     folder = next(filter(Path.is_dir, folders), None)
     if not folder:
-        return rows_of_hub(name, entry.get('config'), split)
+        import datasets  # takes a second to import
+
+        with refusals_named(f'{name}, which is no folder here or under data/,'):
+            return datasets.load_dataset(name, entry.get('config'), split=split)
     paths = [folder / (split + suffix) for suffix in SUFFIXES]
     path = next(filter(Path.is_file, paths), None)
     require(path, f'{folder} has no file for the split {split!r}, such as {", ".join(SUFFIXES)}.')
-    return rows_of_table(path, entry.get('columns')) if path.suffix in TABLES else rows_of_records(path)
+    if path.suffix in TABLES:
+        return rows_of_table(path, entry.get('columns'))
+    return (row for row, _ in read_records(path, lambda record, where: record))
 
 
 def rows_of_table(path, columns):
@@ -133,24 +140,6 @@ def rows_of_table(path, columns):
         problem = f'{path}, row {number}: {len(cells)} columns where there should be {len(names)} ({names})'
         require(len(cells) == len(names), f'{problem}; repair it, or correct columns in the database.')
         yield dict(zip(names, cells))
-
-
-def rows_of_records(path):
-    for row, _ in read_records(path, lambda record, where: record):
-        if isinstance(row, UserError):
-            raise row
-        yield row
-
-
-def rows_of_hub(name, config, split):
-    import datasets  # takes a second to import
-
-    try:
-        return datasets.load_dataset(name, config, split=split)
-    except Exception as error:  # the hub, the network and the set's own files fail in many ways
-        problem = f'{name!r} is no folder here or under data/, and the hub did not give its split {split!r}'
-        reason = f'{type(error).__name__}: {first_line(error)}'
-        raise UserError(f'{problem} ({reason}); correct the database.') from error
 
 
 def read_sets(database, task, train_langs, eval_langs, model_type):

@@ -23,7 +23,7 @@ def read_records(path, make):
     """
     with damage_named(path):
         for row, where, size in READERS[suffix_of(path)](path):
-            yield attempt(from_row, make, row, f'{path}, {where}'), size
+            yield attempt(make, row, f'{path}, {where}'), size
 
 
 def read_jsonl(path, compression=None):
@@ -70,6 +70,7 @@ def suffix_of(path):
 
 @contextmanager
 def damage_named(path):
+    """Turn the errors of a file that is damaged into UserErrors."""
     try:
         yield
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -77,23 +78,25 @@ def damage_named(path):
         raise UserError(f'{problem}; fetch it again, or leave it out.') from error
 
 
-# ---------------------------------------------------------------------------- what can be wrong with a record
-
-
-def attempt(function, *given):
-    """Return the result, or the UserError in its place."""
+@contextmanager
+def refusals_named(path):
+    """Turn the errors of the hub into UserErrors."""
     try:
-        return function(*given)
+        yield
+    except Exception as error:  # of many kinds, from four libraries
+        problem = f'The data set {path} could not be read from the hub ({first_line(error)})'
+        raise UserError(f'{problem}; correct the name, try again, or give files of your own.') from error
+
+
+def attempt(make, row, where):
+    """Return make(record, where) of a line of JSON or a parsed record, or the UserError in its place."""
+    try:
+        record = parse_json(row, where) if isinstance(row, bytes) else row
+        if not isinstance(record, dict):
+            raise UserError(f'{where}: {kind_of(record)} instead of a record; write {{"field": "...", ...}}.')
+        return make(record, where)
     except UserError as error:
         return error
-
-
-def from_row(make, row, where):
-    """Return make(record, where) of a line of JSON or a parsed record; raise UserError where it is no dict."""
-    record = parse_json(row, where) if isinstance(row, bytes) else row
-    if not isinstance(record, dict):
-        raise UserError(f'{where}: {kind_of(record)} instead of a record; write {{"field": "...", ...}}.')
-    return make(record, where)
 
 
 def parse_json(content, where):
@@ -101,13 +104,6 @@ def parse_json(content, where):
         return json.loads(content)
     except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or nested too deeply
         raise UserError(f'{where}: not valid JSON ({error}); repair it, or leave it out.') from error
-
-
-def decode(content, where):
-    try:
-        return content.decode('utf-8')
-    except UnicodeDecodeError as error:
-        raise UserError(f'{where} is not valid UTF-8 ({error}); convert it, as with iconv.') from error
 
 
 def kind_of(value):

@@ -97,6 +97,7 @@ class Tokenizer:
 PIECE = 2**16  # characters that are encoded at once
 LONGEST = 2**20  # characters without a BOUNDARY that stay together
 BOUNDARY = re.compile(r'(?<=\S)[ \n]')
+GPT2_FILES = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/'
 
 # How byte-level vocabularies write bytes: printable ones as they are, the n-th other as chr(256 + n).
 PRINTABLE = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != ' ']
@@ -134,26 +135,15 @@ def byte_level(vocab, merges):
     return tokenizer
 
 
-def spell(token):
-    """Return the bytes of a token as a byte-level vocabulary writes them."""
-    return token.decode('latin-1').translate(CHARACTERS)
-
-
 def gpt2():
-    """Return GPT-2's tokenizer from tiktoken; the merges, which tiktoken does not keep, follow from the ranks."""
-    ranks = gpt2_encoding()._mergeable_ranks  # bytes of a token -> id; a lower id merges first
-    tokens = sorted(ranks, key=ranks.get)
-    merges = [tuple(map(spell, merged_from(token, ranks))) for token in tokens if len(token) > 1]
-    return byte_level({spell(token): i for token, i in ranks.items()}, merges)
+    """Return GPT-2's tokenizer, of the two files that tiktoken downloads, checks and keeps."""
+    from tiktoken.load import read_file_cached
 
-
-def merged_from(token, ranks):
-    """Return the two parts that BPE merges into `token`: its bytes, merged by rank until two are left."""
-    parts = [bytes([byte]) for byte in token]
-    while len(parts) > 2:
-        _, i = min((ranks.get(parts[i] + parts[i + 1], len(ranks)), i) for i in range(len(parts) - 1))
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts
+    gpt2_encoding()
+    vocab = json.loads(read_file_cached(GPT2_FILES + 'encoder.json'))
+    merges = read_file_cached(GPT2_FILES + 'vocab.bpe').decode().split('\n')[1:-1]  # after the version
+    del vocab[ENDOFTEXT]  # becomes a special token, of the same id
+    return byte_level(vocab, [tuple(line.split(' ')) for line in merges])
 
 
 def gpt2_encoding():

@@ -19,7 +19,7 @@ from lm.records import READERS, suffix_of
 from lm.tokenizer import Tokenizer
 from prepare.examples import Examples, conversation
 from prepare.readers import files, hub
-from prepare.writer import is_checkpoint, write
+from prepare.writer import checkpoint_at, write
 
 source = ''  # alpaca, dolly, a data set of the Hugging Face hub, or files: .json, .jsonl, .parquet
 field = ''  # of records that are plain text: the field that holds it
@@ -48,15 +48,12 @@ if __name__ == '__main__':
     check_range(config, 0, math.inf, 'max_examples')
     require(source, 'There is nothing to read: give --source=alpaca, dolly, FILE.json, or a hub id.')
     check_choice(config, 'prompt_format', prompts.FORMATS)
-    block_size, start_token = None, None
-    if is_checkpoint(tokenizer):
-        from lm import checkpoints  # imports torch, which takes seconds
-
-        base = checkpoints.load(tokenizer, mmap=True)
+    block_size, start_token = 1024, None
+    if base := checkpoint_at(tokenizer):
         block_size, start_token = base['model_config']['block_size'], base.get('start_token')
         if start_token not in Tokenizer(base['tokenizer']).special_ids.values():
             start_token = None
-    config['max_seq_len'] = max_seq_len or block_size or 1024
+    config['max_seq_len'] = max_seq_len or block_size
     check_range(config, 8, math.inf, 'max_seq_len')
     config['name'] = name or Path(source.partition(',')[0]).stem
 

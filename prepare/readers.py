@@ -8,7 +8,6 @@ import glob
 import hashlib
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -18,7 +17,7 @@ from tqdm import tqdm
 
 from lm.configurator import UserError, require
 from lm.files import sha256_of
-from lm.records import READERS, attempt, damage_named, decode, first_line, kind_of, read_records, suffix_of
+from lm.records import READERS, attempt, damage_named, kind_of, read_records, refusals_named, suffix_of
 
 
 @dataclass
@@ -89,15 +88,6 @@ def hub(path, subset=None, field='text', document=None):
     name = f'{path}/{subset}' if subset else path
     url = f'https://huggingface.co/datasets/{name}'
     return Source(url, documents, {name: revision}, None, ' documents', state=lambda: stream.state_dict())
-
-
-@contextmanager
-def refusals_named(path):
-    try:
-        yield
-    except Exception as error:  # of many kinds, from four libraries
-        problem = f'The data set {path} could not be read from the hub ({first_line(error)})'
-        raise UserError(f'{problem}; correct the name, try again, or give files of your own.') from error
 
 
 # ---------------------------------------------------------------------------- documents and their splits
@@ -189,11 +179,13 @@ def expand(patterns, suffixes):
 
 def read_txt(path, separator):
     """Yield (text or UserError, bytes) of the documents of a .txt."""
-    if not separator:
-        yield attempt(decode, path.read_bytes(), path), path.stat().st_size
-        return
-    for number, content in enumerate(split_file(path, separator.encode()), 1):
-        yield attempt(decode, content.strip(), f'{path}, document {number}'), len(content) + len(separator)
+    contents = map(bytes.strip, split_file(path, separator.encode())) if separator else [path.read_bytes()]
+    for number, content in enumerate(contents, 1):
+        try:
+            text = content.decode()
+        except UnicodeDecodeError as error:
+            text = UserError(f'{path}, document {number}: no valid UTF-8 ({error}); convert it as by iconv.')
+        yield text, len(content) + len(separator)
 
 
 def split_file(path, separator):

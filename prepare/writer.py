@@ -1,7 +1,5 @@
 """The one writer of prepared folders: documents in, flat token ids out, ready to be memory-mapped.
 
-    write(files('books.jsonl', field='text'), config)     # or any other Source; the settings of the script
-
 The documents are read once to train the tokenizer, if it is trained, and once to be encoded: the main process
 reads, worker processes encode, and results are written in the order of the source, so that memory stays flat and
 the number of workers changes nothing. After each shard of the source a killed run can go on (prepare/folders.py).
@@ -30,7 +28,7 @@ from prepare.readers import Corpus
 
 BATCH = 2**18  # characters that a worker encodes at once
 SHARD = 2**22  # characters per worker after which a killed run can go on
-SPLITS = ('train', 'val')
+SPLITS, UNITS = ('train', 'val'), ('tokens', 'documents', 'bytes')
 NOT_CONTENT = 'name output_dir input source num_workers overwrite on_error'.split()  # decide no token
 
 
@@ -45,8 +43,7 @@ def write(source, config, log_prob=None):
     check_settings(config)
     target = target_folder(config)
     command = {'format': FORMAT, 'arguments': content_arguments(config), 'inputs': source.inputs}
-    finished = finished_folder(target, command, config['overwrite'])
-    if finished:
+    if finished := finished_folder(target, command, config['overwrite']):
         print(f'{shown(target)} is prepared already, with the same settings from the same input.')
         report(target, finished)
         return finished
@@ -63,9 +60,8 @@ def write(source, config, log_prob=None):
         if empty := [split for split in SPLITS if not counts[split]['tokens']]:
             journal.state = None  # with these settings there is nothing to go on with
             problem = f'The {empty[0]} split is empty at val_fraction={config["val_fraction"]}'
-            if source.examples:
-                problem += f', max_seq_len={config["max_seq_len"]}: {finished["examples"]}'
-            raise UserError(f'{problem}; change these, or give more text.')
+            found = finished.get('examples') or finished['splits']
+            raise UserError(f'{problem} of {found}; give other settings, or more text.')
         if log_prob:
             finished['floor'] = floor(counts['val'], -sum(map(log_prob, corpus.texts_of('val'))))
         paths = sorted([*journal.folder.glob('*.bin'), path])
@@ -74,9 +70,6 @@ def write(source, config, log_prob=None):
         write_json(journal.folder / 'config.json', finished)
     report(target, finished)
     return finished
-
-
-# ---------------------------------------------------------------------------- settings
 
 
 def check_settings(config):
@@ -103,14 +96,12 @@ def target_folder(config):
 
 def content_arguments(config):
     """Return the settings that decide the content of the files, as config.json records them."""
-    arguments = {key: value for key, value in config.items() if key not in NOT_CONTENT}
-    if not arguments.get('max_seq_len'):
-        arguments.pop('max_seq_len', None)
-    if config['tokenizer'] != 'bpe':
-        del arguments['vocab_size'], arguments['tokenizer_sample_mb']
+    omitted = {*NOT_CONTENT} if config.get('max_seq_len') else {*NOT_CONTENT, 'max_seq_len'}
+    omitted |= set() if config['tokenizer'] == 'bpe' else {'vocab_size', 'tokenizer_sample_mb'}
+    arguments = {key: value for key, value in config.items() if key not in omitted}
     if config['tokenizer'] not in KINDS:  # by content, because a path may come to hold something else
         json_text = load_tokenizer(config['tokenizer']).to_json()
-        arguments['tokenizer'] = f'sha256:{hashlib.sha256(json_text.encode()).hexdigest()}'
+        arguments['tokenizer'] = 'sha256:' + hashlib.sha256(json_text.encode()).hexdigest()
     return arguments
 
 
@@ -124,15 +115,16 @@ def load_tokenizer(path):
     """Load the Tokenizer of a tokenizer.json, of a folder that holds one, or of a checkpoint."""
     kinds = ', '.join(KINDS)
     require(Path(path).exists(), f'tokenizer={path} is none of {kinds}, nor a path; correct it.')
-    if is_checkpoint(path):
+    checkpoint = checkpoint_at(path)
+    return Tokenizer(checkpoint['tokenizer']) if checkpoint else Tokenizer.load(path)
+
+
+def checkpoint_at(path):
+    """Return the checkpoint that `path` leads to, or None."""
+    if Path(path).suffix == '.pt' or (Path(path) / 'ckpt.pt').is_file():
         from lm import checkpoints  # imports torch, which takes seconds
 
-        return Tokenizer(checkpoints.load(path, mmap=True)['tokenizer'])
-    return Tokenizer.load(path)
-
-
-def is_checkpoint(path):
-    return Path(path).suffix == '.pt' or (Path(path) / 'ckpt.pt').is_file()
+        return checkpoints.load(path, mmap=True)
 
 
 # ---------------------------------------------------------------------------- encoding
@@ -178,8 +170,7 @@ def encode_corpus(corpus, tokenizer, config, journal):
 def append(path, arrays):
     """Append arrays to a file, force it onto the disk and return its size in bytes."""
     with open(path, 'ab') as file:
-        for array in arrays:
-            file.write(array)
+        file.writelines(arrays)
         file.flush()
         os.fsync(file.fileno())
         return file.tell()
@@ -207,8 +198,7 @@ def one_shard(corpus, texts, room, in_pieces):
 
 
 def start_worker(*setup):
-    """Load the tokenizer, once per process."""
-    global encoder
+    global encoder  # one per process
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process answers Ctrl-C
     threading.Thread(target=end_with_parent, daemon=True).start()
     os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # the processes are the parallelism
@@ -268,7 +258,6 @@ def token_dtype(tokenizer):
 def describe(target, command, tokenizer, counts, corpus):
     """Return config.json but for what follows from the files."""
     ids = tokenizer.endoftext_id, tokenizer.mask_id, tokenizer.ignore_id
-    units = 'tokens', 'documents', 'bytes'
     opening = tokenizer.encode(corpus.opening) if corpus.is_single else ids[:1]
     config = {
         'format': FORMAT,
@@ -278,7 +267,7 @@ def describe(target, command, tokenizer, counts, corpus):
         'vocab_size': tokenizer.vocab_size,
         'dtype': token_dtype(tokenizer).name,
         'special_ids': dict(zip(SPECIAL_TOKENS, ids)),
-        'splits': {split: {unit: count[unit] for unit in units} for split, count in counts.items()},
+        'splits': {split: {unit: count[unit] for unit in UNITS} for split, count in counts.items()},
         **{key: corpus.read[key] for key in ('blank', 'skipped')},
         **{key: value for key, value in command['arguments'].items() if key == 'max_seq_len'},
         'prompt_format': None,
@@ -301,13 +290,11 @@ def floor(counts, nats):
 def report(target, finished):
     """Print what the folder holds, and the command that comes next."""
     train, val = finished['splits']['train'], finished['splits']['val']
-    sizes = ', '.join(f'{train[unit]:,} + {val[unit]:,} {unit}' for unit in ('documents', 'tokens', 'bytes'))
+    sizes = ', '.join(f'{train[unit]:,} + {val[unit]:,} {unit}' for unit in UNITS)
     print(f'{shown(target)}: {sizes} (training + validation), vocabulary {finished["vocab_size"]:,}')
     print(f'left out: {finished["blank"]:,} blank documents, {finished["skipped"]:,} that could not be read')
     if 'examples' in finished:
-        print(
-            'examples:', ', '.join(f'{count:,} {outcome}' for outcome, count in finished['examples'].items())
-        )
+        print('examples:', ', '.join(f'{count:,} {name}' for name, count in finished['examples'].items()))
     script = 'finetune.py --init_from=CHECKPOINT' if 'examples' in finished else 'train.py'
     dataset = target.name if target == ROOT / 'data' / target.name else target
     print(f'next: python {script} --dataset={dataset}')

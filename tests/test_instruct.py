@@ -236,11 +236,11 @@ BAD_RECORDS = {
     'nobody answers': ([{'messages': [{'role': 'user', 'content': 'x'}]}], 'messages: nobody answers'),
     'all empty': (
         [{'instruction': 'Add.', 'output': ''}] * 3,
-        "train split is empty at .* max_seq_len=1024: .*'empty': 3",
+        "train split is empty at .*'empty': 3",
     ),
     'all too long': (
         [{'instruction': 'Add.', 'output': 'x' * 2000}],
-        "train split is empty at .* max_seq_len=1024: .*'too long': 1",
+        "train split is empty at .*'too long': 1",
     ),
     'nothing': ([], 'There is no text in'),
 }
