@@ -31,9 +31,7 @@ from lm.tokenizer import KINDS, Tokenizer, build
 REQUIRED = ('dataset', 'train_features', 'eval_feature', 'splits', 'classes')
 TABLES = {'.tsv': dict(delimiter='\t', quoting=csv.QUOTE_NONE), '.csv': {}}
 SUFFIXES = (*TABLES, *READERS)
-
-
-# ---------------------------------------------------------------------------- the database
+csv.field_size_limit(2**31 - 1)  # a cell may hold a long text
 
 
 def load_database(path):
@@ -67,12 +65,6 @@ def find_entry(database, language, task):
     require(not missing, f'{where} lacks {missing}.')
     require(len(entry['splits']) in (2, 3), f'{where}: splits has to name train, perhaps val, and test.')
     return entry
-
-
-def split_of(entry, part):
-    """Return the entry's name of its 'train', 'val' or 'test' split; None if it has no val."""
-    first, *val, last = entry['splits']
-    return {'train': first, 'val': val[0] if val else None, 'test': last}[part]
 
 
 def num_classes_of(entry):
@@ -148,28 +140,23 @@ def read_sets(database, task, train_langs, eval_langs, model_type):
     The rows of all training languages are joined; validation rows are theirs too: the test set never selects a
     checkpoint.
     """
-    train, test = (
-        {
-            name: find_entry(database, name, task)
-            for name in filter(None, map(str.strip, languages.split(',')))
-        }
-        for languages in (train_langs, eval_langs or train_langs)
-    )
+
+    def entries_of(languages):
+        names = filter(None, map(str.strip, languages.split(',')))
+        return {name: find_entry(database, name, task) for name in names}
+
+    train, test = entries_of(train_langs), entries_of(eval_langs or train_langs)
     counts = {language: num_classes_of(entry) for language, entry in {**train, **test}.items()}
     problem = f'The data sets of a run need the same number of classes, but these are {counts}'
     require(train and len(set(counts.values())) == 1, f'{problem}; choose other languages.')
 
-    def read(entries, part):
-        return [(entry, read_split(entry, split_of(entry, part), model_type)) for entry in entries]
-
-    sets = {'train': read(train.values(), 'train')}
-    if with_val := [entry for entry in train.values() if split_of(entry, 'val')]:
-        sets['val'] = read(with_val, 'val')
-    sets.update((language, read([entry], 'test')) for language, entry in test.items())
+    splits = [('train', entry, entry['splits'][0]) for entry in train.values()]
+    splits += [('val', entry, split) for entry in train.values() for split in entry['splits'][1:-1]]
+    splits += [(language, entry, entry['splits'][-1]) for language, entry in test.items()]
+    sets = {name: [] for name, _, _ in splits}
+    for name, entry, split in splits:
+        sets[name].append((entry, read_split(entry, split, model_type)))
     return sets, counts.popitem()[1]
-
-
-# ---------------------------------------------------------------------------- tokens
 
 
 def encode_sets(sets, tokenizer, start_token, block_size):

@@ -26,9 +26,6 @@ DEFAULT = FORMATS['default']
 MARKER = r'<\|\w+\|>'
 
 
-# ---------------------------------------------------------------------------- as text
-
-
 def prompt_of(form, instruction, given='', system=''):
     """Return the prompt as a text, up to where the answer begins."""
     head, values = head_and_values(form, instruction, given, system)
@@ -49,9 +46,6 @@ def markers_of(form):
     """Return the lines of a prompt that are not the example's own: '### Instruction:' and so on."""
     lines = '\n'.join(re.split(r'{[#/]?\w+}', form)).split('\n')
     return list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-
-
-# ---------------------------------------------------------------------------- as tokens
 
 
 def end_of(form, tokenizer):

@@ -22,9 +22,6 @@ PATTERNS = {'fn_c': (1, 0, 1, 0, 1, 0, 1, 0), 'fn_d': (0, 0, 1, 1, 1, 1, 1, 1)}
 VERSION = 1  # changes when the same key gives other rows, so that old caches are left alone
 
 
-# ---------------------------------------------------------------------------- the functions
-
-
 def parity(x):
     return x.sum(1) % 2
 
@@ -237,9 +234,6 @@ def splits(task, length, train, test, val=0, seed=42, compat=False, cache=None):
         np.savez_compressed(beside, **{f'{name}_set': rows for name, rows in sets.items()})
         os.replace(beside, path)
     return {name: (rows, np.repeat([0, 1], len(rows) // 2)) for name, rows in sets.items()}
-
-
-# ---------------------------------------------------------------------------- one token per digit
 
 
 def digits_of(task):

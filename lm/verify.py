@@ -2,12 +2,8 @@
 
 import sys
 
-import numpy as np
-
 from lm.files import checksum, sha256_of
 from lm.folder import Folder
-
-EXCERPT = 50  # tokens of a document that the card shows
 
 
 def main(arguments):
@@ -54,7 +50,7 @@ def check_contents(folder):
 
 
 def card(folder):
-    """Yield the lines: where the text comes from, how much it is, how it reads."""
+    """Yield the lines: where the text comes from, and how much it is."""
     config = folder.config
     yield f'{config["name"]}: all is as it was written'
     yield f'  source     {config.get("source", "unknown")}'
@@ -64,12 +60,6 @@ def card(folder):
     for split, sizes in folder.splits.items():
         counts = ', '.join(f'{count:,} {unit}' for unit, count in sizes.items())
         yield f'  {split:<10} {counts}, {sizes["bytes"] / max(1, sizes["tokens"]):.2f} bytes per token'
-        index = folder.index[split].astype(np.int64)
-        lengths = np.diff(index)
-        for number in (lengths.argmin(), lengths.argmax()) if len(lengths) else ():
-            start, length = index[number], lengths[number]
-            text = folder.tokenizer.decode(folder.tokens[split][start : start + min(length, EXCERPT)])
-            yield f'  {"":<10} {length:,} tokens in document {number:,}: {text!r}'
 
 
 if __name__ == '__main__':

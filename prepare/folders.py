@@ -1,7 +1,7 @@
 """The folders of a preparation: finished ones are reused or refused, unfinished ones continued.
 
 Everything is written to a hidden folder beside the target, `.NAME.partial`, which takes the target's name when it
-is complete. After each shard of the source its journal.json says how many documents are done and how large each
+is complete. After each shard of the source work/journal.json says how many documents are done and how large each
 file was. A restart truncates the files to these sizes and goes on after these documents.
 """
 
@@ -16,7 +16,6 @@ from lm.files import write_json
 from lm.folder import Folder
 
 FORMAT = 1
-HELPERS = ('lock', 'journal.json', 'journal.json.tmp', 'replaced')  # no part of the result
 
 
 def finished_folder(target, command, overwrite):
@@ -37,7 +36,7 @@ def finished_folder(target, command, overwrite):
         return None
     require(not words, f'{shown(target)} was prepared otherwise: {words}. Give --overwrite, or another name.')
     Folder(target)  # checks the sizes of its files
-    remove(target / name for name in HELPERS)  # a run was killed right after it had finished
+    shutil.rmtree(target / 'work', ignore_errors=True)  # a run was killed right after it had finished
     return recorded
 
 
@@ -63,8 +62,8 @@ def unfinished_folder(target, command, overwrite):
     """
     folder = target.with_name(f'.{target.name}.partial')
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / 'lock', 'w') as lock:
+        (folder / 'work').mkdir(parents=True, exist_ok=True)  # what is no part of the result
+        with open(folder / 'work/lock', 'w') as lock:
             try:  # a record lock ends with this process and is not inherited by its workers
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -74,9 +73,9 @@ def unfinished_folder(target, command, overwrite):
             try:
                 yield journal
                 if target.exists():
-                    target.rename(folder / 'replaced')
+                    target.rename(folder / 'work/replaced')
                 folder.rename(target)
-                remove(target / name for name in HELPERS)
+                shutil.rmtree(target / 'work')
             except BaseException:  # a keyboard interrupt too
                 if journal.state:
                     kept = f'What is done so far, {journal.documents()}, is kept in {shown(folder)}'
@@ -98,7 +97,7 @@ class Journal:
 
     def __init__(self, folder, command, overwrite):
         self.folder, self.command = folder, command
-        self.path, self.state = folder / 'journal.json', None
+        self.path, self.state = folder / 'work/journal.json', None
         recorded = json.loads(self.path.read_text(encoding='utf-8')) if self.path.exists() else None
         words = differences(recorded, command) if recorded else ''
         problem = f'The unfinished preparation of {shown(folder)} was begun otherwise: {words}'
@@ -107,7 +106,8 @@ class Journal:
             self.state = recorded['state']
             print(f'going on where an unfinished preparation stopped, {self.documents()} in')
         else:
-            remove(path for path in folder.iterdir() if path.name != 'lock')
+            for path in (*folder.glob('*.*'), self.path):
+                path.unlink(missing_ok=True)
 
     def save(self, state):
         """Record the state, whose files must be on the disk."""
@@ -116,14 +116,6 @@ class Journal:
 
     def documents(self):
         return f'{self.state["source"]["documents"]:,} documents'
-
-
-def remove(paths):
-    for path in paths:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def shown(target):

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from tqdm import tqdm
@@ -25,9 +25,7 @@ class Source:
     """Where documents come from."""
 
     name: str
-    # (done=0, state=None) -> a fresh iterable of (text or UserError, amount of the source that it took), from
-    # after the first `done` documents on
-    documents: Callable
+    documents: Callable  # (done=0, state=None) -> iterable of (text or UserError, amount), from `done` on
     inputs: dict  # name -> sha256 of what the documents are read from or made by
     total: float  # amount of the whole source, in `unit`s; None where nobody knows
     unit: str = 'B'
@@ -40,34 +38,29 @@ def files(patterns, field, separator='', document=None):
     """Return the Source of comma-separated files, folders or globs, in that order, each of them sorted.
 
     `field` names the text of a record; or `document(record, where)` makes a document of a whole record. A .txt
-    is one document, or several with a `separator` between them. Reading streams, except for .txt without a
-    separator and .json. Raises UserError for what cannot be read.
+    is one document, or several with a `separator` between them. Raises UserError for what cannot be read.
     """
     make = document or partial(text_of, field)
     paths = expand(patterns, [*READERS] if document else ['.txt', *READERS])
-    modified = [path.stat().st_mtime_ns for path in paths]
     inputs = {}
     for path in paths:  # before anything is written
         require(path.stat().st_size, f'{path} is empty; fill it, or leave it out.')
         with damage_named(path):
             inputs[str(path)] = sha256_of(path)
 
-    def documents():
-        for path, before in zip(paths, modified):
-            is_txt = path.suffix.lower() == '.txt'
-            yield from read_txt(path, separator) if is_txt else read_records(path, make)
-            is_same = path.stat().st_mtime_ns == before
-            require(is_same, f'{path} changed while it was being read; let it rest, and give --overwrite.')
+    def read(path):
+        return read_txt(path, separator) if path.suffix.lower() == '.txt' else read_records(path, make)
 
-    total = sum(path.stat().st_size for path in paths)
-    return Source(patterns, lambda done=0, state=None: islice(documents(), done, None), inputs, total)
+    def documents(done=0, state=None):
+        return islice(chain.from_iterable(map(read, paths)), done, None)
+
+    return Source(patterns, documents, inputs, total=sum(path.stat().st_size for path in paths))
 
 
 def hub(path, subset=None, field='text', document=None):
-    """Return the Source of the training split of a data set on the Hugging Face hub, streamed, at its newest revision.
+    """Return the Source of the training split of a data set on the hub, streamed, at its newest revision.
 
-    `field` and `document` are as in `files`. A restart goes on within the file where it was. Raises UserError
-    for what the hub refuses.
+    `field` and `document` are as in `files`. A restart goes on within the file where it was.
     """
     import datasets  # it takes seconds, and files do not need it
     from huggingface_hub import HfApi

@@ -39,9 +39,7 @@ def download():
     except OSError as error:
         raise UserError(f'{URL} could not be downloaded ({error}); give a copy with --input=FILE.') from error
     is_known = hashlib.sha256(content).hexdigest() == SHA256
-    require(
-        is_known, f'{URL} gave {len(content)} bytes that are another file; give a copy with --input=FILE.'
-    )
+    require(is_known, f'{URL} gave {len(content)} bytes of another file; give a copy with --input=FILE.')
     return content.decode('utf-8')
 
 

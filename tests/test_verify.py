@@ -42,11 +42,9 @@ def test_a_folder_as_it_was_written_gets_its_card(folder, capsys):
         'max_seq_len=1024',
         'bytes per token',
         f'{sizes["train"]["tokens"]:,}',
-        "'a long one a long one",
         'all is as it was written',
     ):
         assert part in said, part
-    assert re.search(r"2 tokens in document \d+: 'x'", said)
 
 
 def cut(folder, name, size):
