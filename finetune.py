@@ -176,7 +176,7 @@ weights = checkpoints.weights_of(initial) if 'model_state_dict' in initial else 
 if resumed.checkpoint and fsdp:
     weights = None  # they come with the state
 if use_peft:
-    from lm import lora  # only where it is wanted
+    from lm import lora, quantize  # only where it is wanted
 
     raw_model.load_state_dict(weights or raw_model.state_dict())
     weights = None
@@ -189,12 +189,12 @@ if use_peft:
             'end; prepare the data with another --prompt_format, tune all weights, or take a base that was tuned with '
             'this format.'
         )
-    targets = tuple(name.strip() for name in peft_targets.split(',')) if peft_targets else lora.TARGETS
+    targets = tuple(name.strip() for name in peft_targets.split(',')) if peft_targets else ()
     if load_in_8bit or load_in_4bit:
-        lora.quantize(raw_model, bits=8 if load_in_8bit else 4)
+        quantize.quantize(raw_model, bits=8 if load_in_8bit else 4)
     lora.add_lora(raw_model, peft_lora_r, peft_lora_alpha, peft_lora_dropout, targets, use_dora)
     if initial.get('converted_from'):
-        lora.free_new_parts(raw_model)
+        lora.train_new_embeddings(raw_model)
     if dist.dtype == 'bfloat16':  # as autocast would for each matmul
         for weight in raw_model.blocks.parameters():
             weight.data = weight.data if weight.requires_grad or weight.dim() < 2 else weight.data.bfloat16()

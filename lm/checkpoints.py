@@ -13,14 +13,10 @@ import torch
 from lm import pretrained
 from lm.configurator import ROOT, UserError, require, restore, user_errors
 from lm.files import save_atomically, write_json
+from lm.pretrained import current_names
 from model import ARCHITECTURES, SIZES, ModelConfig, architecture_name
 
 CHECKPOINT_FORMAT = 1
-RENAMED = {  # parameters whose names changed: old checkpoints have the first
-    'believed.weight': 'belief_proj.weight',
-    'widen.weight': 'project_in.weight',
-    'narrow.weight': 'project_out.weight',
-}
 
 
 # ---------------------------------------------------------------------------- files
@@ -80,11 +76,6 @@ def load(path, token=None, revision=None, mmap=False, sharded=False):
         key: current_names(value) if key.endswith('_state_dict') else value
         for key, value in checkpoint.items()
     }
-
-
-def current_names(state_dict):
-    """Rename the parameters of an old state dict."""
-    return {RENAMED.get(name, name): value for name, value in state_dict.items()}
 
 
 # ---------------------------------------------------------------------------- models

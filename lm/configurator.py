@@ -7,7 +7,8 @@
     $ python train.py config/shakespeare_char.py --batch_size=8 --compile
 
 Arguments apply from left to right. A config file is plain Python that sees the values so far, so it
-may say `max_steps = 2 * max_steps`. The source of the script is the only list of its keys.
+may say `max_steps = 2 * max_steps`, and include('base.py') runs a file beside it first. The source of
+the script is the only list of its keys.
 """
 
 import ast
@@ -223,6 +224,13 @@ def apply_file(config, word):
     # The values are the file's builtins, so that it can read them, and its globals end up holding
     # what it assigned and nothing else.
     assigned = {'__file__': str(path), '__builtins__': {**vars(builtins), **config}}
+
+    def include(name):
+        """Run a file that stands beside this one, as if its lines stood here."""
+        included = path.parent / name
+        exec(compile(included.read_bytes(), str(included), 'exec'), assigned)
+
+    assigned['__builtins__']['include'] = include
     try:
         exec(compile(path.read_bytes(), str(path), 'exec'), assigned)
     except Exception as error:  # whatever the user's code raises is the user's to hear

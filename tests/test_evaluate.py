@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
-from conftest import signals_kept, write_checkpoint, write_folder
+from conftest import signals_kept, write_folder, write_small_checkpoint
 
 from lm import checkpoints, data, report
 from lm.configurator import ROOT, UserError
@@ -36,7 +36,7 @@ def write_run(path, folder, architecture, mode='packed', **shape):
     folder = data.Folder(folder)
     train_config = {'dataset': str(folder.path), 'mode': mode}
     start_token = folder.config['start_token']
-    write_checkpoint(
+    write_small_checkpoint(
         path / 'ckpt.pt',
         architecture,
         folder.tokenizer,

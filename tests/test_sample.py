@@ -6,7 +6,7 @@ import shutil
 import sys
 
 import pytest
-from conftest import letter_tokenizer, write_checkpoint
+from conftest import letter_tokenizer, write_small_checkpoint
 
 from lm.configurator import ROOT, UserError
 
@@ -15,7 +15,7 @@ ARCHITECTURES = ('ar', 'diffusion', 'sdd')
 
 @pytest.fixture
 def checkpoint_of(tmp_path):
-    return lambda architecture: write_checkpoint(
+    return lambda architecture: write_small_checkpoint(
         tmp_path / f'{architecture}.pt', architecture, letter_tokenizer()
     )
 
@@ -81,7 +81,7 @@ def test_candidates_are_shown_with_their_probabilities(checkpoint_of, sample):
 
 def test_an_instruction_is_answered_and_a_conversation_goes_on(tmp_path, sample, monkeypatch, capsys):
     tokenizer = letter_tokenizer(sorted(set('abcdefghijklmnopqrstuvwxyz ### Instruction:\n\nResponse')))
-    checkpoint = write_checkpoint(tmp_path / 'ckpt.pt', 'ar', tokenizer, shape={'block_size': 128})
+    checkpoint = write_small_checkpoint(tmp_path / 'ckpt.pt', 'ar', tokenizer, shape={'block_size': 128})
     options = [f'--checkpoint={checkpoint}', '--chat', '--max_new_tokens=5', '--seed=3']
     (text,) = sample(*options, '--prompt=say yes', '--num_samples=1')
     assert len(text) <= 5
