@@ -17,6 +17,7 @@ import torch
 from lm import checkpoints, data, optim, prompts, runtime
 from lm.configurator import configure, require
 from lm.folder import Folder
+from lm.log import start_run
 from sampling import generate
 
 # --- data ---
@@ -267,7 +268,7 @@ model = raw_model if fsdp else dist.wrap(raw_model)
 base = model_size if init_from == 'scratch' else Path(init_from).resolve().name.removesuffix('.pt')
 config.update(architecture=architecture, block_size=block_size, max_steps=max_steps, warmup_steps=warmup)
 config.update(dtype=dist.dtype, anneal_steps=anneal_steps)
-out, log = runtime.start_run(dist, config, f'{architecture}-{folder.config["name"]}-{base}', resumed)
+out, log = start_run(dist, config, f'{architecture}-{folder.config["name"]}-{base}', resumed)
 stop = runtime.StopSignal()
 
 
