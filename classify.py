@@ -87,7 +87,6 @@ best_by = 'loss'  # which weights are best on them: loss, accuracy, macro_f1
 eval_every: int = None  # steps; None: ten times
 eval_batches = 0  # batches of each set that are evaluated while training; 0: all; the last time all
 log_every = 10  # steps
-compare_to = ''  # a run folder: test in the end whether its predictions differ by more than chance
 # --- the run ---
 out_dir = ''  # empty: out/{architecture}-{task}-{size}-v{n}
 run_suffix = ''  # appended to that name
@@ -148,7 +147,6 @@ elif init_from and not initial:
     initial = checkpoints.load(init_from, token, revision)
 dist = runtime.Runtime(device, dtype)
 
-source = ''  # of the rows, beside a set's name: predictions on the same rows can be compared
 if task:
     database = languages.load_database(language_database)
     texts, num_labels = languages.read_sets(database, task, train_langs, eval_langs, model_type)
@@ -156,9 +154,6 @@ if task:
 else:
     num_labels = 2
     sizes = train_set_size, test_set_size, val_set_size
-    source = tasks.key_of(
-        target_func, sequence_length, train_set_size + val_set_size, test_set_size, seed, compat
-    )
     digits = tasks.splits(target_func, sequence_length, *sizes, seed, compat)
     vocabulary = None if initial else tasks.digit_tokenizer(target_func)
 vocabulary = vocabulary or Tokenizer(initial['tokenizer'])
@@ -206,16 +201,6 @@ else:
 if val_set_size and 'val' not in sets:
     sets['train'], sets['val'] = classification.hold_out(sets['train'], val_set_size, seed)
 test_sets = [name for name in sets if name not in ('train', 'val')]
-others = {}  # predictions of the run to compare with
-if compare_to:
-    for name, (labels, predictions) in classification.load_predictions(compare_to, source).items():
-        if name in test_sets and np.array_equal(labels, sets[name].labels):
-            others[name] = predictions
-    names = ', '.join(test_sets)
-    require(
-        others,
-        f'{compare_to} has no predictions for the rows of {names}; compare runs of the same data and seed.',
-    )
 num_classes = num_classes or (num_labels if task else 1)
 enough = num_labels <= max(2, num_classes)
 require(enough, f'num_classes is {num_classes}, but the labels are of {num_labels} classes; leave it out.')
@@ -366,18 +351,13 @@ def final_eval():
     """Write predictions and metrics of the best weights by the validation rows, or else of the last."""
     if 'val' in sets and best.step != step:
         classification.load_state(raw_classifier, checkpoints.load(out / 'best.pt'))
-    results, arrays = {'step': best.step if 'val' in sets else step}, {'source': source}
+    results, arrays = {'step': best.step if 'val' in sets else step}, {}
     for name, examples in sets.items():
         logits = predict(examples)
         results[name] = classification.evaluate_predictions(examples.labels, logits)
         if name != 'train':
             preds = classification.predicted_classes(torch.from_numpy(logits)).numpy()
             arrays |= {f'{name}_labels': examples.labels, f'{name}_preds': preds, f'{name}_logits': logits}
-    if compare_to:
-        results['compare_to'] = {'run': compare_to}
-        for name, predictions in others.items():
-            test = classification.randomisation_test(sets[name].labels, arrays[f'{name}_preds'], predictions)
-            results['compare_to'][name] = test
     if dist.is_main:
         write_json(out / 'eval_results.json', results)
         save_atomically(out / 'predictions.npz', lambda file: np.savez_compressed(file, **arrays))
@@ -386,10 +366,6 @@ def final_eval():
         log.print(
             f'{name} at step {results["step"]}: ' + ', '.join(f'{k} {v:.4f}' for k, v in numbers.items())
         )
-    for name in others:
-        test = results['compare_to'][name].items()
-        text = ', '.join(f'{key} {value["difference"]:+.4f} (p = {value["p"]:.4f})' for key, value in test)
-        log.print(f'{name} beside {compare_to}: {text}')
 
 
 # ---------------------------------------------------------------------------- the loop
