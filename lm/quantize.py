@@ -18,8 +18,7 @@ def quantize(model, bits):
     """Replace the blocks' linear layers by frozen ones of 8 or 4 bits; embedding, head and norms stay as they are."""
     require(bits in (8, 4), f'bits is {bits}; choose 8 or 4.')
     for name, layer in linear_layers(model):
-        if isinstance(layer, nn.Linear):
-            model.set_submodule(name, QuantizedLinear(layer, bits).requires_grad_(False))
+        model.set_submodule(name, QuantizedLinear(layer, bits).requires_grad_(False))
 
 
 def linear_layers(model):
@@ -43,13 +42,13 @@ class QuantizedLinear(nn.Module):
         if bits == 8:
             codes, scale = to_int8(weight)
         else:
-            blocks = padded(weight.flatten(), BLOCK).view(-1, BLOCK)
+            blocks = in_rows(weight, BLOCK)
             absmax = blocks.abs().amax(1, keepdim=True)
             midpoints = ((NF4[1:] + NF4[:-1]) / 2).to(weight.device)
             codes = torch.bucketize(blocks / absmax.clamp(min=1e-30), midpoints).to(torch.uint8)
             codes = codes[:, ::2] << 4 | codes[:, 1::2]  # two in a byte
             mean = absmax.mean().view(1, 1)
-            scales, scale = to_int8(padded((absmax - mean).flatten(), GROUP).view(-1, GROUP))
+            scales, scale = to_int8(in_rows(absmax - mean, GROUP))
             self.register_buffer('scales', scales)
             scale = torch.cat([scale, mean])
         self.register_buffer('codes', codes)
@@ -58,17 +57,13 @@ class QuantizedLinear(nn.Module):
     @property
     def weight(self):
         """The weight (out, in) in float32."""
-        return self.dequantized(torch.float32)
-
-    def dequantized(self, dtype):
-        """Return the weight (out, in)."""
         scale = self.scale.view(torch.float32)
         if self.bits == 8:
-            return (self.codes * scale).to(dtype)
+            return self.codes * scale
         absmax = (self.scales * scale[:-1] + scale[-1:]).flatten()[: len(self.codes)]
         codes = torch.stack([self.codes >> 4, self.codes & 15], -1).flatten(1)  # (N, 64)
         weight = (NF4.to(scale.device)[codes.int()] * absmax[:, None]).flatten()
-        return weight[: self.out_features * self.in_features].view(self.out_features, -1).to(dtype)
+        return weight[: self.out_features * self.in_features].view(self.out_features, -1)
 
     def forward(self, x):
         y = FrozenMatmul.apply(x, self)
@@ -81,11 +76,11 @@ class FrozenMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layer):
         ctx.layer, ctx.dtype = layer, x.dtype
-        return F.linear(x, layer.dequantized(x.dtype))
+        return F.linear(x, layer.weight.to(x.dtype))
 
     @staticmethod
     def backward(ctx, gradient):
-        return (gradient @ ctx.layer.dequantized(gradient.dtype)).to(ctx.dtype), None
+        return (gradient @ ctx.layer.weight.to(gradient.dtype)).to(ctx.dtype), None
 
 
 def to_int8(rows):
@@ -94,5 +89,5 @@ def to_int8(rows):
     return (rows / scale).round().to(torch.int8), scale
 
 
-def padded(x, size):
-    return F.pad(x, (0, -len(x) % size))
+def in_rows(x, size):
+    return F.pad(x.flatten(), (0, -x.numel() % size)).view(-1, size)

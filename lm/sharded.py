@@ -12,12 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
+import torch.distributed.checkpoint.state_dict as state_dicts
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -35,12 +30,10 @@ def place(model, weights, dist):
     after the other; without weights, `load_state` is to follow. The embedding, which is the head as well, belongs to
     the root, so the loss is computed in the root's forward.
     """
-    on_meta = any(weight.is_meta for weight in model.parameters())
+    on_meta = model.embedding.weight.is_meta
     if dist.world_size > 1:
-        policy = MixedPrecisionPolicy()
-        if dist.dtype != 'float32':  # inputs are noise and rotary tables: they are not cast
-            dtype = runtime.DTYPES[dist.dtype]
-            policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+        dtype = runtime.DTYPES[dist.dtype]  # not of the inputs, noise and rotary tables
+        policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
         mesh = init_device_mesh(dist.device.type, (dist.world_size,))
         for module in (*model.blocks, model):
             fully_shard(module, mesh=mesh, mp_policy=policy)
@@ -60,9 +53,7 @@ def load_own_part(model, weights, dist):
     """Copy this rank's parts of whole tensors; FSDP2 shards the first dimension as torch.chunk does."""
     parameters = dict(model.named_parameters())
     odd = ', '.join(sorted(parameters.keys() ^ weights.keys())[:3])
-    require(
-        not odd, f'The checkpoint does not hold the plain weights of its model ({odd}); give another one.'
-    )
+    require(not odd, f'The checkpoint holds other weights than those of its model ({odd}); give another.')
     for name, weight in parameters.items():
         parts = weights[name].chunk(dist.world_size)
         if dist.rank < len(parts):  # a small tensor has fewer parts than there are ranks
@@ -71,17 +62,17 @@ def load_own_part(model, weights, dist):
 
 def whole_weights(model):
     """Return the state dict with whole tensors on the CPU, on rank 0; every rank has to call it."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = state_dicts.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return state_dicts.get_model_state_dict(model, options=options)
 
 
 @contextmanager
 def gathered(model):
     """Gather the root's weights, for methods other than forward, in a context that every rank has to enter."""
-    is_sharded = hasattr(model, 'unshard')
-    if is_sharded:
+    if hasattr(model, 'unshard'):
         model.unshard()
     yield
-    if is_sharded:
+    if hasattr(model, 'reshard'):
         model.reshard()
 
 
@@ -89,10 +80,10 @@ def model_and_optimizer_state(model, optimizers):
     """Return the two state dicts that DCP saves, and fills."""
     if not any(optimizer.state for optimizer in optimizers):
         # DCP needs initialised optimizer state: take an empty step, then reset the step counter.
-        get_state_dict(model, optimizers)
+        state_dicts.get_state_dict(model, optimizers)
         for state in [state for optimizer in optimizers for state in optimizer.state.values()]:
             state['step'].zero_()
-    return get_state_dict(model, optimizers)
+    return state_dicts.get_state_dict(model, optimizers)
 
 
 def save_state(path, model, optimizer, dist, checkpoint, weights, is_last):
@@ -116,7 +107,9 @@ def load_state(resumed, model, optimizer):
     model_state, optimizer_state = model_and_optimizer_state(model, optimizers)
     moments = {'state': optimizer_state['state']}
     dcp.load({'model': model_state, 'optimizer': moments}, checkpoint_id=folder)
-    set_state_dict(model, optimizers, model_state_dict=model_state, optim_state_dict=optimizer_state)
+    state_dicts.set_state_dict(
+        model, optimizers, model_state_dict=model_state, optim_state_dict=optimizer_state
+    )
 
 
 def consolidate(source):
