@@ -178,6 +178,7 @@ def hub(token, failure):
 
 
 BOUNDS = {'exact': '', 'upper': ' (an upper bound)', 'none': ' (no bound)'}
+# Names of the machine and its accounts; paths are left out as well.
 NOT_ON_THE_CARD = 'out_dir resume_from wandb_project wandb_run_name no_wandb hub_model_id push_to_hub'.split()
 
 
@@ -185,14 +186,18 @@ def model_card(checkpoint, name):
     """Return the README.md of a model on the hub: what it is, how it was made, how good it is."""
     settings, architecture = checkpoint['train_config'], ARCHITECTURES[checkpoint['architecture']]
     family, _ = families.family_of(architecture, ModelConfig(**checkpoint['model_config']))
-    library, base = 'transformers' if family else families.NATIVE, settings.get('init_from')
+    base, data = settings.get('init_from') or '', settings.get('dataset')
+    on_the_hub = '/' in base and checkpoints.is_pretrained(base) and not Path(base).exists()
+    library = 'transformers' if family else families.NATIVE
     tags = [families.NATIVE, checkpoint['architecture']]
-    head = ModelCardData(library_name=library, tags=tags, base_model=base if on_the_hub(base) else None)
-    size, data, loss = num_parameters(checkpoint), settings.get('dataset'), checkpoint.get('best_val_loss')
-    trained = f', trained on {public(data)}' if data else ''
+    head = ModelCardData(library_name=library, tags=tags, base_model=base if on_the_hub else None)
+    size, loss = num_parameters(checkpoint), checkpoint.get('best_val_loss')
+    trained = f', trained on {Path(data).name}' if data else ''
     quality = '' if loss is None else f'Best val/loss: {loss:.4f} nats per token{BOUNDS[architecture.bound]}.'
-    shown = {key: public(value) for key, value in settings.items() if key not in NOT_ON_THE_CARD}
-    rows = [f'{key} = {value!r}' for key, value in shown.items() if value not in ('', None)]
+    shown = {
+        key: value for key, value in settings.items() if value not in ('', None) and '/' not in str(value)
+    }
+    rows = [f'{key} = {value!r}' for key, value in shown.items() if key not in NOT_ON_THE_CARD]
     parts = [
         f'---\n{head.to_yaml()}\n---\n\n# {name.split("/")[1]}',
         f'A language model ({architecture.description}) of {size:,} parameters{trained}.',
@@ -201,15 +206,6 @@ def model_card(checkpoint, name):
         '\n'.join(['```', *rows, '```']),
     ]
     return '\n\n'.join(parts) + '\n'
-
-
-def on_the_hub(base):
-    return '/' in (base or '') and checkpoints.is_pretrained(base) and not Path(base).exists()
-
-
-def public(value):
-    """Return a setting as everybody may read it: of a path only its name."""
-    return Path(value).name if isinstance(value, str) and '/' in value and not on_the_hub(value) else value
 
 
 # ---------------------------------------------------------------------------- the command line

@@ -65,17 +65,11 @@ KNOWN = dict(hidden_act=['silu'], attention_bias=[False], mlp_bias=[False], part
 KNOWN.update(rope_type=['default', 'linear', 'llama3'], activation_function=[*ACTIVATIONS])
 KNOWN.update(enable_bias=[True], layer_norm_elementwise_affine=[True], _remove_final_layer_norm=[False])
 KNOWN.update(scale_attn_weights=[True], scale_attn_by_inverse_layer_idx=[False], add_cross_attention=[False])
-EXPORTED = {  # keys that an export has besides
-    'llama': dict(hidden_act='silu'),
-    'opt': dict(dropout=0.0),
-    'gpt2': dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
-}
 GPT = dict(norm='layer', position='learned', bias=True, qk_norm=False)
-FIELDS = {  # of ModelConfig, the same for all models of a layout
-    'llama': dict(mlp='swiglu', norm='rms_gain', qkv_bias=False, qk_norm=False),
-    'opt': dict(GPT, norm_eps=1e-5, position_offset=2),
-    'gpt2': GPT,
-}
+LLAMA = dict(mlp='swiglu', norm='rms_gain', qkv_bias=False, qk_norm=False)
+FIELDS = dict(llama=LLAMA, opt={**GPT, 'norm_eps': 1e-5, 'position_offset': 2}, gpt2=GPT)  # of ModelConfig
+DROPOUT = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+EXPORTED = dict(llama={'hidden_act': 'silu'}, opt={'dropout': 0.0}, gpt2=DROPOUT)  # keys that an export adds
 
 
 def column(table, layout):
@@ -164,16 +158,8 @@ def family_of(architecture, config):
     if not ARCHITECTURES.get(architecture, architecture).hf_causal_lm:
         return None, None
 
-    unused = {
-        'dropout',
-        'k',
-        'shift',
-        'gradient_checkpointing',
-        'selective_checkpointing',
-        'mask_id',
-        'ignore_id',
-    }
-    unused |= {'rope_theta'} if config.position == 'learned' else set()
+    unused = 'dropout k shift gradient_checkpointing selective_checkpointing mask_id ignore_id'.split()
+    unused += ['rope_theta'] if config.position == 'learned' else []
     for family in FAMILIES:
         c = config_to_hf(config, family)
         with contextlib.suppress(UserError):  # an activation that the family does not have
@@ -187,33 +173,16 @@ def family_of(architecture, config):
 
 # ---------------------------------------------------------------------------- shapes of published models
 
-SHAPE = (
-    'model_type num_hidden_layers hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim '
-    'vocab_size rms_norm_eps rope_theta tie_word_embeddings rope_scaling'
-).split()
+SHAPE = 'n_layer n_embd mlp_width n_head n_kv_head head_dim norm_eps rope_theta rope_scaling'.split()
 LINEAR = dict(rope_type='linear', factor=4.0)
 LLAMA3 = dict(rope_type='llama3', factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0)
 LLAMA3['original_max_position_embeddings'] = 8192
-SHAPES = {  # as in their config.json
-    'llama3': ('llama', 16, 2048, 8192, 32, 8, 64, 128256, 1e-5, 5e5, True, LLAMA3),  # Llama-3.2-1B
-    'deepseek': (
-        'llama',
-        24,
-        2048,
-        5504,
-        16,
-        16,
-        128,
-        32256,
-        1e-6,
-        1e5,
-        False,
-        LINEAR,
-    ),  # deepseek-coder-1.3b
-    'qwen0.6B': ('qwen3', 28, 1024, 3072, 16, 8, 128, 151936, 1e-6, 1e6, True, None),  # Qwen3-0.6B
-    'qwen1.7B': ('qwen3', 28, 2048, 6144, 16, 8, 128, 151936, 1e-6, 1e6, True, None),  # Qwen3-1.7B
+PUBLISHED = {  # family, SHAPE
+    'llama3': ('llama', 16, 2048, 8192, 32, 8, 64, 1e-5, 5e5, LLAMA3),  # Llama-3.2-1B
+    'deepseek': ('llama', 24, 2048, 5504, 16, 16, 128, 1e-6, 1e5, LINEAR),  # deepseek-coder-1.3b-base
+    'qwen0.6B': ('qwen3', 28, 1024, 3072, 16, 8, 128, 1e-6, 1e6, None),  # Qwen3-0.6B
+    'qwen1.7B': ('qwen3', 28, 2048, 6144, 16, 8, 128, 1e-6, 1e6, None),  # Qwen3-1.7B
 }
-PUBLISHED = {name: dict(zip(SHAPE, shape)) for name, shape in SHAPES.items()}
 FINETUNED = {
     'llama3_finetune': 'meta-llama/Llama-3.2-1B',
     'qwen3_finetune': 'Qwen/Qwen3-1.7B',
@@ -223,6 +192,10 @@ FINETUNED = {
 
 def published_config(model, block_size):
     """Return ModelConfig's fields for a model of PUBLISHED, without its vocabulary: that is of the data."""
-    shape = config_from_hf({**PUBLISHED[model], 'max_position_embeddings': block_size}, model)
-    del shape['vocab_size'], shape['pretrained_rows']
-    return {**shape, 'tied': True}  # a head of its own would be trained for few tokens only
+    family, *shape = PUBLISHED[model]
+    fields = {**LLAMA, **FAMILIES[family][2], **dict(zip(SHAPE, shape)), 'block_size': block_size}
+    return {
+        **fields,
+        'logit_softcap': 0.0,
+        'tied': True,
+    }  # a head of its own would be trained for few tokens only

@@ -70,21 +70,14 @@ def as_checkpoint(architecture, fields, family, tensors, source, tokenizer, star
     known = ', '.join(ARCHITECTURES)
     require(architecture in ARCHITECTURES, f'{source} has architecture={architecture!r}; choose of {known}.')
     if family and tokenizer:
-        fields.update(
-            vocab_size=tokenizer.vocab_size, mask_id=tokenizer.mask_id, ignore_id=tokenizer.ignore_id
-        )
+        ids = dict(mask_id=tokenizer.mask_id, ignore_id=tokenizer.ignore_id)
+        fields = {**fields, **ids, 'vocab_size': tokenizer.vocab_size}
     with user_errors():
         config = ModelConfig(**fields)
-    return {
-        'architecture': architecture,
-        'global_step': 0,
-        'model_config': vars(config),
-        'train_config': {},
-        'model_state_dict': load_state_dict(tensors, family, ARCHITECTURES[architecture], config, source),
-        'tokenizer': tokenizer and tokenizer.to_json(),
-        'start_token': start,
-        'prompt_format': prompt_format,
-    }
+    state_dict = load_state_dict(tensors, family, ARCHITECTURES[architecture], config, source)
+    checkpoint = dict(architecture=architecture, global_step=0, model_config=vars(config), train_config={})
+    checkpoint.update(model_state_dict=state_dict, tokenizer=tokenizer and tokenizer.to_json())
+    return {**checkpoint, 'start_token': start, 'prompt_format': prompt_format}
 
 
 def load_state_dict(tensors, family, architecture, config, source):
