@@ -171,14 +171,6 @@ if use_peft:
 
     raw_model.load_state_dict(weights or raw_model.state_dict())
     weights = None
-    control = prompts.control_tokens(prompt_format, tokenizer)
-    untrained = lora.untrained(raw_model, list(control.values()))
-    if untrained and dist.is_main:
-        names = ', '.join(name for name, i in control.items() if i in untrained)
-        remedy = (
-            'take another --prompt_format, tune all weights, or take a base that was tuned with this format'
-        )
-        print(f'warning: {init_from} was never trained on {names}, so answers may not end; {remedy}.')
     targets = tuple(name.strip() for name in peft_targets.split(',')) if peft_targets else ()
     if load_in_8bit or load_in_4bit:
         quantize.quantize(raw_model, bits=8 if load_in_8bit else 4)

@@ -33,9 +33,9 @@ def import_model(source, out, token=None, revision=None):
     """Write a Hugging Face folder or hub id as a ckpt.pt; return in words what it is."""
     checkpoint = pretrained.load(source, token, revision)
     checkpoints.save(out, checkpoint)
-    c = ModelConfig(**checkpoint['model_config'])
-    size = f'{num_parameters(checkpoint):,} parameters, {c.n_layer} layers × {c.n_embd}'
-    return f'{checkpoint["architecture"]}, {size}, rows of up to {c.block_size}, {c.vocab_size} tokens'
+    c, size = ModelConfig(**checkpoint['model_config']), num_parameters(checkpoint)
+    shape = f'{c.n_layer} layers × {c.n_embd}, rows of up to {c.block_size}, {c.vocab_size} tokens'
+    return f'{checkpoint["architecture"]}, {size:,} parameters, {shape}'
 
 
 def num_parameters(checkpoint):
@@ -52,11 +52,10 @@ def export(source, out):
     require(not odd, f'{source} holds other weights than those of its model ({odd}); merge its adapter.')
     family, c = families.family_of(architecture, config)
     c = c or {'model_type': families.NATIVE, 'architecture': architecture, 'model_config': vars(config)}
-    rows = config.padded_vocab_size
+    rows, size = config.padded_vocab_size, config.vocab_size
     if family:  # the vocabulary as it came, without padding and without our tokens where they are last
-        last = {config.vocab_size - 2, config.vocab_size - 1}
-        ours = 2 if {config.mask_id, config.ignore_id} == last else 0
-        rows = c['vocab_size'] = config.pretrained_rows or config.vocab_size - ours
+        added = 2 if {config.mask_id, config.ignore_id} == {size - 2, size - 1} else 0
+        rows = c['vocab_size'] = config.pretrained_rows or size - added
 
     folder = out.with_name(out.name + '.tmp')
     shutil.rmtree(folder, ignore_errors=True)
@@ -72,8 +71,7 @@ def export(source, out):
 
     if not family:
         return f'for these scripts ({families.NATIVE!r}, {architecture}); transformers cannot read it.'
-    added = config.vocab_size - rows
-    left_out = f', without the {added} that were added ({MASK}, {IGNORE})' if added > 0 else ''
+    left_out = f', without the {size - rows} that were added ({MASK}, {IGNORE})' if size > rows else ''
     return f'of the family {family!r}, for transformers; {rows} tokens{left_out}.'
 
 
@@ -194,10 +192,8 @@ def model_card(checkpoint, name):
     size, loss = num_parameters(checkpoint), checkpoint.get('best_val_loss')
     trained = f', trained on {Path(data).name}' if data else ''
     quality = '' if loss is None else f'Best val/loss: {loss:.4f} nats per token{BOUNDS[architecture.bound]}.'
-    shown = {
-        key: value for key, value in settings.items() if value not in ('', None) and '/' not in str(value)
-    }
-    rows = [f'{key} = {value!r}' for key, value in shown.items() if key not in NOT_ON_THE_CARD]
+    shown = {k: v for k, v in settings.items() if k not in NOT_ON_THE_CARD and '/' not in str(v)}
+    rows = [f'{key} = {value!r}' for key, value in shown.items() if value not in ('', None)]
     parts = [
         f'---\n{head.to_yaml()}\n---\n\n# {name.split("/")[1]}',
         f'A language model ({architecture.description}) of {size:,} parameters{trained}.',
@@ -230,8 +226,8 @@ OPTIONS = {
 
 
 def main(words=None):
-    as_it_is = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     commands = parser.add_subparsers(dest='command', required=True)
     for name, (_, source, options) in COMMANDS.items():
         command = commands.add_parser(name)
@@ -250,13 +246,11 @@ def main(words=None):
 
 def check_output(out, overwrite, is_folder):
     """Raise a UserError where something stands in the way of what is to be written."""
-    require(
-        out.absolute().parent.is_dir(), f'--out={out} lies in a folder that does not exist; make it first.'
-    )
+    has_place = out.absolute().parent.is_dir()
+    require(has_place, f'--out={out} lies in a folder that does not exist; make it, or choose another path.')
     kind, file = ('exported model', out / 'config.json') if is_folder else ('checkpoint', out)
     require(file.is_file() or not out.exists(), f'{out} is there and no {kind}; choose another --out.')
-    free = overwrite or not out.exists()
-    require(free, f'{out} is already there; replace it with --overwrite, or choose another --out.')
+    require(overwrite or not out.exists(), f'{out} is already there; replace it with --overwrite.')
 
 
 if __name__ == '__main__':

@@ -136,21 +136,6 @@ def train_new_embeddings(model):
 
 
 @torch.no_grad()
-def untrained(model, ids):
-    """Return those of the token ids whose embeddings are as near to the mean of the padding rows as these are.
-
-    Nothing ever trained them (Land and Bartolo 2024). A model without padding rows of its own has none.
-    """
-    config, rows = model.config, model.embedding.weight.float()
-    padding = rows[config.vocab_size : config.pretrained_rows or 0]
-    if not len(padding):
-        return []
-    center, typical = padding.mean(0), rows[: config.vocab_size].norm(dim=1).median()
-    spread = (padding - center).norm(dim=1).max() + 0.01 * typical
-    return [i for i in ids if (rows[i] - center).norm() <= 2 * spread]
-
-
-@torch.no_grad()
 def merge(model):
     """Add the adapters to the weights and remove them; quantized layers become plain ones."""
     for name, layer in adapted_layers(model):
@@ -193,10 +178,9 @@ def save_adapter(model, folder, base_name):
     config.update(use_dora=layer.magnitude is not None, use_rslora=False, inference_mode=True)
     if tables:
         new = [name.removesuffix('.weight') for name in model.new_weights(model.config)]
-        config['trainable_token_indices'] = {name: table.ids.tolist() for name, table in tables.items()}
-        config.update(
-            modules_to_save=new or None, architecture=architecture_name(model)
-        )  # the latter is ours
+        ids = {name: table.ids.tolist() for name, table in tables.items()}
+        config.update(trainable_token_indices=ids, modules_to_save=new or None)
+        config['architecture'] = architecture_name(model)  # a key of ours, by which a base is converted
 
     folder.mkdir(parents=True, exist_ok=True)
     data = safetensors.torch.save(tensors, metadata={'format': 'pt'})

@@ -13,17 +13,17 @@ from lm.tokenizer import SPECIAL_TOKENS, Tokenizer, pretrained_token
 from model import ARCHITECTURES, Autoregressive, ModelConfig, architecture_name
 
 CAUSAL_LM = architecture_name(Autoregressive)
-RENAMED = {  # names of tensors in files of earlier versions
-    'believed.weight': 'belief_proj.weight',
-    'widen.weight': 'project_in.weight',
-    'narrow.weight': 'project_out.weight',
-}
+RENAMED = dict(
+    believed='belief_proj', widen='project_in', narrow='project_out'
+)  # by name in earlier versions
 BUFFERS = re.compile(r'(.*\.)?(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)')  # in old files, no weights
 
 
 def current_names(state_dict):
     """Return a state dict with the names of today for tensors that had others in earlier versions."""
-    return {RENAMED.get(name, name): tensor for name, tensor in state_dict.items()}
+    return {
+        '.'.join(RENAMED.get(part, part) for part in name.split('.')): x for name, x in state_dict.items()
+    }
 
 
 def load(path, token=None, revision=None):
@@ -59,10 +59,8 @@ def load_nanogpt(path, tokenizer):
 def gpt2_layout(state_dict):
     """Return a state dict of nanoGPT as transformers has it, with linear layers that are (in, out)."""
     linear = re.compile(r'.*\.c_(attn|proj|fc)\.weight')
-    return {
-        name.removeprefix('_orig_mod.'): tensor.T if linear.fullmatch(name) else tensor
-        for name, tensor in state_dict.items()
-    }
+    tensors = {name.removeprefix('_orig_mod.'): tensor for name, tensor in state_dict.items()}
+    return {name: tensor.T if linear.fullmatch(name) else tensor for name, tensor in tensors.items()}
 
 
 def as_checkpoint(architecture, fields, family, tensors, source, tokenizer, start, prompt_format=None):

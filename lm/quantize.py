@@ -4,8 +4,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from lm.configurator import require
-
 NF4 = torch.tensor([  # quantiles of the normal distribution, one of them 0 (Dettmers et al. 2023, QLoRA)
     -1.0, -0.6961929, -0.52507305, -0.3949175, -0.28444135, -0.18477343, -0.09104999, 0.0,
     0.07958033, 0.16093017, 0.24611229, 0.33791518, 0.4407098, 0.56261694, 0.7229567, 1.0,
@@ -16,7 +14,6 @@ BLOCK, GROUP = 64, 256  # weights that share a scale; scales that share theirs
 @torch.no_grad()
 def quantize(model, bits):
     """Replace the blocks' linear layers by frozen ones of 8 or 4 bits; embedding, head and norms stay as they are."""
-    require(bits in (8, 4), f'bits is {bits}; choose 8 or 4.')
     for name, layer in linear_layers(model):
         model.set_submodule(name, QuantizedLinear(layer, bits).requires_grad_(False))
 

@@ -101,12 +101,9 @@ def load_state(resumed, model, optimizer):
     found = (folder / '.metadata').exists()
     require(found, f'{resumed.path} needs {folder}, which is not there; copy the whole run folder.')
     optimizers = list(optimizer.parts.values())
-    model_state, optimizer_state = model_and_optimizer_state(model, optimizers)
-    moments = {'state': optimizer_state['state']}
-    dcp.load({'model': model_state, 'optimizer': moments}, checkpoint_id=folder)
-    state_dicts.set_state_dict(
-        model, optimizers, model_state_dict=model_state, optim_state_dict=optimizer_state
-    )
+    weights, state = model_and_optimizer_state(model, optimizers)
+    dcp.load({'model': weights, 'optimizer': {'state': state['state']}}, checkpoint_id=folder)
+    state_dicts.set_state_dict(model, optimizers, model_state_dict=weights, optim_state_dict=state)
 
 
 def consolidate(source):
