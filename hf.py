@@ -6,8 +6,7 @@
     python hf.py push RUN_FOLDER --hub_model_id=owner/name --dry_run
     python hf.py consolidate RUN_FOLDER     # of a run with fsdp=True that was stopped
 
-The families that it knows are in lm/families.py. Every other model exports as the family 'diffusion-lm', which only
-these scripts read.
+The families that it knows are in lm/families.py; others export as 'diffusion-lm', for these scripts only.
 """
 
 import argparse
@@ -132,7 +131,7 @@ def merge_adapter(source, base, out, token=None, revision=None):
 def push(source, hub_model_id, token=None, private=False, dry_run=False):
     """Send a ckpt.pt, or the best weights of a run folder, to the hub with a model card, as one commit.
 
-    The model is made there where it does not exist, and nothing is deleted. dry_run: only show what would be sent.
+    The model is made there where it does not exist; nothing is deleted. dry_run: show what would be sent.
     """
     check_name(hub_model_id)
     path = Path(source, 'best.pt') if Path(source, 'best.pt').is_file() else Path(source)

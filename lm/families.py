@@ -1,7 +1,6 @@
 """The families of Hugging Face checkpoints: their tensor names and config.json in our terms, and back.
 
-gpt2, opt, llama (also deepseek-coder, tinyllama and smollm), mistral, qwen2 (also 2.5) and qwen3. At the end, the
-shapes of published models, to train them from scratch.
+gpt2, opt, llama (also deepseek-coder, tinyllama and smollm), mistral, qwen2 (also 2.5) and qwen3.
 """
 
 import contextlib
@@ -81,8 +80,8 @@ def column(table, layout):
 def hf_name(name, family):
     """Return where a family keeps our tensor `name`: (its name there, qkv_index, transposed).
 
-    blocks.3.mlp.up.bias is transformer.h.3.mlp.c_fc.bias in gpt2. There linear layers are (in, out) and queries, keys
-    and values are one of them; qkv_index is 0, 1 or 2 for these and None elsewhere. Without a family: our own name.
+    blocks.3.mlp.up.bias is transformer.h.3.mlp.c_fc.bias in gpt2. There linear layers are (in, out) and q, k, v
+    are one; qkv_index is 0, 1 or 2 for these and None elsewhere. Without a family: our own name.
     """
     if family is None:
         return name, None, False
@@ -101,7 +100,7 @@ def hf_name(name, family):
 
 
 def config_from_hf(c, path):
-    """Return the fields of ModelConfig that a config.json `c` sets. UserError: it says what we cannot express."""
+    """Return the fields of ModelConfig that a config.json `c` sets; UserError: they cannot say it."""
     family, known = c.get('model_type'), ', '.join(FAMILIES)
     require(family in FAMILIES, f'{path} is of the family {family!r}; choose one of {known}.')
     layout, _, fields = FAMILIES[family]
@@ -124,7 +123,7 @@ def config_from_hf(c, path):
 
 
 def with_rope_and_length(c):
-    """Return a config.json of llama's layout with the same keys, whatever version of transformers wrote it."""
+    """Return a config.json of llama's layout with the same keys for all versions of transformers."""
     rope = c.get('rope_parameters') or c.get('rope_scaling') or {}  # the former since transformers 5
     theta = float(rope.get('rope_theta', c.get('rope_theta', 10000.0)))
     kind = rope.get('rope_type', rope.get('type', 'default'))
@@ -150,10 +149,10 @@ def config_to_hf(config, family):
 
 
 def family_of(architecture, config):
-    """Return the family that can express a model exactly, and its config.json; (None, None) where there is none.
+    """Return the family that can express a model exactly, and its config.json; (None, None) if there is none.
 
-    architecture: a model class or its name. A family fits if `config`, written in its words and read again, is the
-    same, apart from fields that have no meaning in a causal language model or outside of training.
+    architecture: a model class or its name. A family fits if `config`, written in its words and read again,
+    is the same, apart from fields without a meaning in a causal language model or outside of training.
     """
     if not ARCHITECTURES.get(architecture, architecture).hf_causal_lm:
         return None, None
@@ -193,9 +192,6 @@ FINETUNED = {
 def published_config(model, block_size):
     """Return ModelConfig's fields for a model of PUBLISHED, without its vocabulary: that is of the data."""
     family, *shape = PUBLISHED[model]
-    fields = {**LLAMA, **FAMILIES[family][2], **dict(zip(SHAPE, shape)), 'block_size': block_size}
-    return {
-        **fields,
-        'logit_softcap': 0.0,
-        'tied': True,
-    }  # a head of its own would be trained for few tokens only
+    fields = {**LLAMA, **FAMILIES[family][2], **dict(zip(SHAPE, shape))}
+    fields['tied'] = True  # a head of its own would be trained for few tokens only
+    return {**fields, 'block_size': block_size, 'logit_softcap': 0.0}

@@ -24,8 +24,8 @@ class LoRALinear(nn.Module):
     """A frozen linear layer W and a trained one of low rank: y = W x + s B A x, s = alpha / rank
     (LoRA, Hu et al. 2021). B starts at zero, so the layer starts as W.
 
-    With a magnitude m per output (DoRA, Liu et al. 2024) the sum gives only the direction of each row of the weight,
-    and m its length: y = m / |W + s B A| (W + s B A) x, where the length |...| is a constant to the gradient.
+    With a magnitude m per output (DoRA, Liu et al. 2024) the sum is only the direction of each row, and m its
+    length: y = m / |W + s B A| (W + s B A) x, where |...| is a constant to the gradient.
     """
 
     def __init__(self, base, rank, alpha, dropout=0.0, dora=False):
@@ -156,7 +156,7 @@ SUPPORTED = dict(peft_type='LORA', bias='none', lora_bias=False, rank_pattern={}
 
 
 def peft_name(name, family):
-    """Return the name of one of trained_weights() in PEFT's files, and which third of that tensor it is, or None."""
+    """Return the name of a trained weight in PEFT's files, and which third of that tensor it is, or None."""
     hf_name, qkv_index, _ = families.hf_name(name, family)
     module, _, kind = hf_name.rpartition('.')
     return f'{module}.{PEFT_NAMES.get(kind, kind)}', None if kind == 'lora_A' else qkv_index
@@ -165,7 +165,7 @@ def peft_name(name, family):
 def save_adapter(model, folder, base_name):
     """Write adapter_model.safetensors and adapter_config.json for PEFT; base_name: what they are for.
 
-    Layers have the names of the model's family; our own for gpt2, whose q, k and v are one layer, or without a family.
+    Layers have the names of the model's family; our own without one and for gpt2, where q, k, v are one.
     """
     folder, tables, (_, layer) = Path(folder), trained_tables(model), adapted_layers(model)[0]
     family, _ = families.family_of(type(model), model.config)

@@ -64,7 +64,7 @@ def gpt2_layout(state_dict):
 
 
 def as_checkpoint(architecture, fields, family, tensors, source, tokenizer, start, prompt_format=None):
-    """Return the checkpoint of a model of ModelConfig's `fields`; source: where it comes from, for messages."""
+    """Return the checkpoint of a model of ModelConfig's `fields`; source: of the tensors, for messages."""
     known = ', '.join(ARCHITECTURES)
     require(architecture in ARCHITECTURES, f'{source} has architecture={architecture!r}; choose of {known}.')
     if family and tokenizer:
@@ -81,7 +81,7 @@ def as_checkpoint(architecture, fields, family, tensors, source, tokenizer, star
 def load_state_dict(tensors, family, architecture, config, source):
     """Return our state dict for the tensors {name: tensor} of a family (None: in our own names).
 
-    Rows added to the vocabulary become the mean of the others. UserError: a tensor is missing, left over or misshapen.
+    Rows added to the vocabulary are the mean of the others. UserError: a tensor is missing or does not fit.
     """
     tensors = {without_prefix(name): tensor for name, tensor in tensors.items()}
     used = {'lm_head.weight'} if config.tied else set()  # a copy of the embedding

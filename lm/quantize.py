@@ -13,7 +13,7 @@ BLOCK, GROUP = 64, 256  # weights that share a scale; scales that share theirs
 
 @torch.no_grad()
 def quantize(model, bits):
-    """Replace the blocks' linear layers by frozen ones of 8 or 4 bits; embedding, head and norms stay as they are."""
+    """Replace the blocks' linear layers by frozen ones of 8 or 4 bits; embedding, head and norms stay."""
     for name, layer in linear_layers(model):
         model.set_submodule(name, QuantizedLinear(layer, bits).requires_grad_(False))
 
@@ -27,8 +27,8 @@ def linear_layers(model):
 class QuantizedLinear(nn.Module):
     """A frozen linear layer whose weight is stored in 8 or 4 bits and dequantized for each matmul.
 
-    8 bits: int8 with a scale per row. 4 bits: NF4 in blocks of 64 with a scale each, which is itself int8 in groups of
-    256: 4.13 bits per weight in all. Scales are stored as int32, so that model.to(bfloat16) does not round them.
+    8 bits: int8 with a scale per row. 4 bits: NF4 in blocks of 64 with a scale each, itself int8 in groups of
+    256: 4.13 bits per weight. Scales are stored as int32, so that model.to(bfloat16) does not round them.
     """
 
     def __init__(self, linear, bits):
@@ -68,7 +68,7 @@ class QuantizedLinear(nn.Module):
 
 
 class FrozenMatmul(torch.autograd.Function):
-    """x Wᵀ of a quantized layer; W is dequantized again in the backward pass instead of being saved for it."""
+    """x Wᵀ of a quantized layer; W is dequantized again in the backward pass rather than saved for it."""
 
     @staticmethod
     def forward(ctx, x, layer):

@@ -1,8 +1,8 @@
-"""Models too large for one GPU: FSDP2 shards weights, gradients and optimizer state over the ranks (fsdp=True).
+"""Models too large for one GPU: FSDP2 shards weights, gradients and optimizer state over ranks (fsdp=True).
 
-The state of such a run is a folder of torch.distributed.checkpoint (DCP), sharded/step-N in the run's folder, which
-any number of ranks can read. The run's ckpt.pt names it, and gets the weights when the run ends, or by `consolidate`.
-The functions are those of lm/checkpoints.py for runs that are not sharded.
+The state of such a run is a folder of torch.distributed.checkpoint (DCP), sharded/step-N in the run's folder,
+which any number of ranks can read. ckpt.pt names it, and gets the weights at the end of the run or by
+`consolidate`. The functions are those of lm/checkpoints.py for runs that are not sharded.
 """
 
 import shutil
@@ -26,9 +26,9 @@ warnings.filterwarnings('ignore', 'torch.distributed is disabled')  # a single p
 def place(model, weights, dist):
     """Shard a model in place, so that no device ever holds it whole, and return it.
 
-    Nor does a rank if the model is on the device 'meta': each copies its part of `weights`, {name: tensor}, one tensor
-    after the other; without weights, `load_state` is to follow. The embedding, which is the head as well, belongs to
-    the root, so the loss is computed in the root's forward.
+    Nor does a rank if the model is on the device 'meta': each copies its part of `weights`, one tensor after the
+    other; without weights, `load_state` is to follow. The embedding, which is the head as well, belongs to the
+    root, so the loss is computed in the root's forward.
     """
     on_meta = model.embedding.weight.is_meta
     if dist.world_size > 1:
@@ -65,7 +65,7 @@ def whole_weights(model):
 
 @contextmanager
 def gathered(model):
-    """Gather the root's weights, for methods other than forward, in a context that every rank has to enter."""
+    """Gather the root's weights for methods other than forward; every rank has to enter the context."""
     if hasattr(model, 'unshard'):
         model.unshard()
     yield
@@ -84,7 +84,7 @@ def model_and_optimizer_state(model, optimizers):
 
 
 def save_state(path, model, optimizer, dist, checkpoint, weights, is_last):
-    """Write the state of all ranks, then ckpt.pt on rank 0, with whole weights() if the run ends; delete older states."""
+    """Write the state of all ranks, then ckpt.pt, with weights() if the run ends; delete older states."""
     whole = {'model_state_dict': weights()} if is_last else {}
     folder = path.parent / 'sharded' / f'step-{checkpoint["global_step"]}'
     model_state, optimizer_state = model_and_optimizer_state(model, list(optimizer.parts.values()))
@@ -96,7 +96,7 @@ def save_state(path, model, optimizer, dist, checkpoint, weights, is_last):
 
 
 def load_state(resumed, model, optimizer):
-    """Fill model and optimizer, whatever the number of ranks now and then; the optimizer's settings are this run's."""
+    """Fill model and optimizer, whatever the number of ranks; the optimizer's settings are this run's."""
     folder = resumed.path.parent / 'sharded' / resumed.checkpoint['sharded']
     found = (folder / '.metadata').exists()
     require(found, f'{resumed.path} needs {folder}, which is not there; copy the whole run folder.')
