@@ -633,6 +633,31 @@ def test_adapters_resume_bit_identical(place, tmp_path, monkeypatch, more):
     assert not more or (tuned['believed.weight'] != torch.eye(SHAPE['n_embd'])).any()
 
 
+@pytest.mark.parametrize('trained', [True, False])
+def test_adapters_on_control_tokens_that_were_never_trained_come_with_a_warning(
+    place, tmp_path, capsys, trained
+):
+    vocab_size = ids_of(letter_tokenizer(ASCII))['vocab_size']
+    base = write_base(tmp_path / 'base', 'ar', pretrained_rows=vocab_size + 20)
+    checkpoint, end = load(base), letter_tokenizer(ASCII).endoftext_id
+    embedding = checkpoint['model_state_dict']['embedding.weight']
+    embedding[vocab_size:] *= 0.05  # as they were when pretraining began, and never since
+    embedding[end] *= 1 if trained else 0.05
+    checkpoints.save(base / 'ckpt.pt', checkpoint)
+    for more in (['--use_peft'], []):
+        tune(
+            f'--dataset={place}/examples',
+            f'--init_from={base}',
+            f'--out_dir={tmp_path}/run',
+            '--overwrite',
+            '--max_steps=1',
+            '--num_samples=0',
+            *more,
+        )
+        warned = 'never been trained on <|endoftext|>, which adapters' in capsys.readouterr().out
+        assert warned == (bool(more) and not trained)
+
+
 PEAK = """
 import re, runpy, sys
 sys.argv = ['finetune.py', *sys.argv[1:]]
