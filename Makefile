@@ -1,12 +1,13 @@
-# `make demo` and `make test` from a fresh clone: each makes .venv and installs what it needs.
+# `make demo`, `make test` and `make lint` from a fresh clone: each makes .venv and installs what it needs.
 PYTHON ?= python3
 RUN := .venv/bin/python
+DEMO := config/stories.py --overwrite --no_wandb
 
 demo: .venv/installed
 	$(RUN) prepare/stories.py --overwrite
-	$(RUN) train.py config/stories.py --out_dir=out/demo-ar --overwrite --no_wandb
-	$(RUN) train.py config/stories.py --out_dir=out/demo-diffusion --overwrite --architecture=diffusion --no_wandb
-	$(RUN) train.py config/stories.py --out_dir=out/demo-sdd --overwrite --architecture=sdd --no_wandb
+	$(RUN) train.py $(DEMO) --out_dir=out/demo-ar
+	$(RUN) train.py $(DEMO) --out_dir=out/demo-diffusion --architecture=diffusion
+	$(RUN) train.py $(DEMO) --out_dir=out/demo-sdd --architecture=sdd
 	$(RUN) sample.py --checkpoint=out/demo-ar --num_samples=2
 	$(RUN) sample.py --checkpoint=out/demo-diffusion --num_samples=2 --sampler=blocks
 	$(RUN) sample.py --checkpoint=out/demo-sdd --num_samples=2 --sampler=blocks
@@ -14,7 +15,11 @@ demo: .venv/installed
 	$(RUN) evaluate.py --checkpoint=out/demo-ar,out/demo-diffusion,out/demo-sdd --num_samples=32 --max_tokens=32000
 
 test: .venv/test-installed
-	$(RUN) -m pytest -q
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto
+
+lint: .venv/test-installed
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
 
 .venv/installed: requirements.txt
 	test -x $(RUN) || $(PYTHON) -m venv .venv
@@ -25,4 +30,4 @@ test: .venv/test-installed
 	$(RUN) -m pip install -q -r requirements-test.txt
 	touch $@
 
-.PHONY: demo test
+.PHONY: demo test lint

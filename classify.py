@@ -16,6 +16,7 @@ from lm import checkpoints, classification, families, languages, optim, pretrain
 from lm.classification import Examples
 from lm.configurator import check_choice, check_range, configure, require
 from lm.files import save_atomically, write_json
+from lm.log import start_run
 from lm.tokenizer import Tokenizer
 from model import SIZES
 
@@ -193,7 +194,7 @@ torch.manual_seed(seed)
 shape.update(dropout=dropout, gradient_checkpointing=gradient_checkpointing)
 trunk = checkpoints.make_model(architecture, **shape)
 if initial and not resumed.checkpoint:
-    checkpoints.load_weights(trunk, initial)
+    trunk.load_state_dict(checkpoints.weights_of(initial))
 
 if task:
     sets, notes = languages.encode_sets(texts, vocabulary, start_token, block_size)
@@ -284,7 +285,7 @@ config.update(
     block_size=block_size, dtype=dist.dtype, num_classes=num_classes, pool=pool, init_from=init_from
 )
 config.update(tokenizer=tokenizer, num_layers_to_finetune=num_layers_to_finetune)
-out, log = runtime.start_run(dist, config, f'{architecture}-{subject}-{model or model_size}', resumed)
+out, log = start_run(dist, config, f'{architecture}-{subject}-{model or model_size}', resumed)
 stop = runtime.StopSignal()
 trained = sum(p.numel() for p in raw_classifier.parameters() if p.requires_grad)
 log.print(

@@ -17,6 +17,7 @@ import torch
 from lm import checkpoints, data, optim, prompts, runtime
 from lm.configurator import configure, require
 from lm.folder import Folder
+from lm.log import start_run
 from sampling import generate
 
 # --- data ---
@@ -176,7 +177,7 @@ weights = checkpoints.weights_of(initial) if 'model_state_dict' in initial else 
 if resumed.checkpoint and fsdp:
     weights = None  # they come with the state
 if use_peft:
-    from lm import lora  # only where it is wanted
+    from lm import lora, quantize  # only where it is wanted
 
     raw_model.load_state_dict(weights or raw_model.state_dict())
     weights = None
@@ -189,12 +190,12 @@ if use_peft:
             'end; prepare the data with another --prompt_format, tune all weights, or take a base that was tuned with '
             'this format.'
         )
-    targets = tuple(name.strip() for name in peft_targets.split(',')) if peft_targets else lora.TARGETS
+    targets = tuple(name.strip() for name in peft_targets.split(',')) if peft_targets else ()
     if load_in_8bit or load_in_4bit:
-        lora.quantize(raw_model, bits=8 if load_in_8bit else 4)
+        quantize.quantize(raw_model, bits=8 if load_in_8bit else 4)
     lora.add_lora(raw_model, peft_lora_r, peft_lora_alpha, peft_lora_dropout, targets, use_dora)
     if initial.get('converted_from'):
-        lora.free_new_parts(raw_model)
+        lora.train_new_embeddings(raw_model)
     if dist.dtype == 'bfloat16':  # as autocast would for each matmul
         for weight in raw_model.blocks.parameters():
             weight.data = weight.data if weight.requires_grad or weight.dim() < 2 else weight.data.bfloat16()
@@ -267,7 +268,7 @@ model = raw_model if fsdp else dist.wrap(raw_model)
 base = model_size if init_from == 'scratch' else Path(init_from).resolve().name.removesuffix('.pt')
 config.update(architecture=architecture, block_size=block_size, max_steps=max_steps, warmup_steps=warmup)
 config.update(dtype=dist.dtype, anneal_steps=anneal_steps)
-out, log = runtime.start_run(dist, config, f'{architecture}-{folder.config["name"]}-{base}', resumed)
+out, log = start_run(dist, config, f'{architecture}-{folder.config["name"]}-{base}', resumed)
 stop = runtime.StopSignal()
 
 

@@ -496,5 +496,5 @@ ARCHITECTURES = {'ar': Autoregressive, 'diffusion': Diffusion, 'sdd': SDD}
 
 
 def architecture_name(model):
-    """Return the name in ARCHITECTURES of a model or of its class."""
-    return next(name for name, kind in ARCHITECTURES.items() if kind in (model, type(model)))
+    """Return the name in ARCHITECTURES of a model, which FSDP2 may have made a subclass of, or of its class."""
+    return next(name for name, c in reversed(ARCHITECTURES.items()) if isinstance(model, c) or model is c)

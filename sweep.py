@@ -1,4 +1,4 @@
-"""Runs a script many times: grids, zipped and random settings, on this machine or as jobs on a Slurm cluster.
+"""Run a script many times: grids, zipped and random settings, on this machine or as jobs on a Slurm cluster.
 
     python sweep.py config/sweep_parity.py --jobs=2
     python sweep.py config/sweep_parity.py --submit=slurm --timeout=04:00:00 --cpus=16 --gpus_per_job=1
@@ -10,29 +10,31 @@ import ast
 import csv
 import fcntl
 import hashlib
-import io
 import itertools
 import json
 import math
 import os
 import random
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
-from lm.configurator import ROOT, UserError, check_choice, check_range, configure
+from lm.configurator import ROOT, UserError, check_choice, check_range, configure, require
+from lm.files import write_json
 
 # --- what to run ---
 script = 'classify.py'
 experiment_name = 'sweep'
 results_root = 'out/sweeps'  # the runs are in results_root/experiment_name/
 base_args = {}  # the settings of every run; None: not given
-grid = {}  # key: values; every combination is run
-parameters = {}  # more of the same; a single value needs no list
+grid = {}  # key: values; every combination is run; a single value needs no list
+parameters = {}  # another name of grid, which published JSON files use
 zipped = {}  # key: values, as many for each key; the first of each, the second of each, ...
 sampled = {}  # key: values, or (low, high), or (low, high, 'log'); num_trials random draws
 num_trials = 0
@@ -59,126 +61,27 @@ config = configure(globals())
 check_choice(config, 'submit', ('', 'slurm'))
 check_range(config, 1, math.inf, 'jobs', 'cpus')
 check_range(config, 0, math.inf, 'num_trials', 'gpus_per_job')
-STOPPED = 'stopped at'  # how the last line of a run's log begins that saved on a signal
+grid = {**grid, **parameters}
+root = (Path(results_root) / experiment_name).absolute()
 
 
-def write(path, text):
-    """Writes a file, complete or not at all."""
-    beside = path.with_name(path.name + '.tmp')
-    beside.write_text(text)
-    os.replace(beside, path)
-
-
-# ---------------------------------------------------------------------------- the runs
-
-
-def plain(value):
-    """A value as it is meant: YAML reads 1e-5 as a text."""
-    if isinstance(value, str):
-        try:
-            number = ast.literal_eval(value)
-            return number if type(number) in (int, float) else value
-        except (ValueError, SyntaxError):
-            return value
-    return value
-
-
-def listed(key, values):
-    values = list(values) if isinstance(values, (list, tuple)) else [values]
-    if not values:
-        raise UserError(f'{key} has no values; name at least one, or leave it out.')
-    return values
-
-
-def combinations(axes):
-    names = list(axes)
-    return [
-        dict(zip(names, values)) for values in itertools.product(*(listed(key, axes[key]) for key in names))
-    ]
-
-
-def zips():
-    lists = {key: listed(key, values) for key, values in zipped.items()}
-    if len({len(values) for values in lists.values()}) > 1:
-        raise UserError(
-            'The lists in zipped have different lengths: '
-            + ', '.join(f'{key} {len(values)}' for key, values in lists.items())
-            + '.'
-        )
-    return [dict(zip(lists, values)) for values in zip(*lists.values())] or [{}]
-
-
-def trials():
-    if bool(sampled) != bool(num_trials):
-        raise UserError('sampled and num_trials need each other: what to draw from, and how often.')
-    draws = random.Random(sample_seed)
-    return [
-        {key: draw(draws, key, values) for key, values in sampled.items()} for _ in range(num_trials)
-    ] or [{}]
-
-
-def draw(draws, key, values):
-    if (
-        isinstance(values, tuple)
-        and len(values) in (2, 3)
-        and all(type(v) in (int, float) for v in values[:2])
-    ):
-        low, high, *kind = values
-        if kind == ['log'] and 0 < low < high:
-            return float(f'{math.exp(draws.uniform(math.log(low), math.log(high))):.4g}')
-        if not kind and low < high:
-            return (
-                draws.randint(low, high)
-                if type(low) is type(high) is int
-                else float(f'{draws.uniform(low, high):.4g}')
-            )
-        raise UserError(
-            f'sampled[{key!r}] is {values}; write (low, high), or (low, high, "log") with low above 0.'
-        )
-    return draws.choice(listed(key, values))
-
-
-def language_runs():
-    """languages={'train': ..., 'eval': ...} as settings; 'all' is every language that has the task."""
-    if not languages:
-        return [{}]
-    if not set(languages) <= {'train', 'eval'} or 'task' not in base_args:
-        raise UserError(
-            f'languages is {languages}; it has the keys train and eval, and needs a task in base_args.'
-        )
-    from lm.languages import load_database  # takes a second to import
-
-    known = load_database(base_args.get('language_database', 'config/languages.py'))
-    everyone = [name for name, entries in known.items() if base_args['task'] in entries]
-    train, test = (
-        everyone if languages.get(side, 'all') == 'all' else listed(side, languages[side])
-        for side in ('train', 'eval')
-    )
-    return [{'train_langs': name, 'eval_langs': ','.join(test)} for name in train]
+# ---------------------------------------------------------------------------- the settings of the runs
 
 
 def all_runs():
-    """The settings of every run, {key: value}, without repeats and in order."""
-    axes = {**grid, **parameters}
-    runs = [
-        {**base_args, **a, **b, **c, **d}
-        for a in language_runs()
-        for b in zips()
-        for c in trials()
-        for d in combinations(axes)
-    ]
-    runs = [
-        {key.replace('-', '_'): plain(value) for key, value in run.items() if value is not None}
-        for run in runs
-    ]
-    for run in runs:
+    """Return {name: {key: value}} of every run, without repeats and in order."""
+    runs = {}
+    for a, b, c, d in itertools.product(language_runs(), zipped_runs(), sampled_runs(), grid_runs()):
+        settings = {**base_args, **a, **b, **c, **d}
+        run = {key.replace('-', '_'): as_number(v) for key, v in settings.items() if v is not None}
         if {'out_dir', 'results_path', 'output_dir', 'resume_from'} & set(run):
             raise UserError('out_dir and resume_from are given by the sweep; take them out of its settings.')
-    return list({identity(run): run for run in runs}.items())
+        runs[name_of(run)] = run
+    return runs
 
 
-def identity(run):
-    """Twelve letters that stand for the script and its settings."""
+def name_of(run):
+    """Return twelve letters that stand for the script and its settings."""
     try:
         text = json.dumps([Path(script).name, run], sort_keys=True)
     except TypeError as error:
@@ -186,61 +89,121 @@ def identity(run):
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def as_number(value):
+    """Return the number that a text spells, and any other value as it is: YAML reads 1e-5 as a text."""
+    try:
+        number = ast.literal_eval(value) if isinstance(value, str) else value
+    except (ValueError, SyntaxError):
+        return value
+    return number if type(number) in (int, float) else value
+
+
+def listed(key, values):
+    values = list(values) if isinstance(values, (list, tuple)) else [values]
+    require(values, f'{key} has no values; name at least one, or leave it out.')
+    return values
+
+
+def grid_runs():
+    axes = [listed(key, values) for key, values in grid.items()]
+    return [dict(zip(grid, values)) for values in itertools.product(*axes)]
+
+
+def zipped_runs():
+    lists = [listed(key, values) for key, values in zipped.items()]
+    lengths = ', '.join(f'{key} {len(values)}' for key, values in zip(zipped, lists))
+    require(len(set(map(len, lists))) < 2, f'The lists in zipped have different lengths: {lengths}.')
+    return [dict(zip(zipped, values)) for values in zip(*lists)] or [{}]
+
+
+def sampled_runs():
+    wrong = 'sampled and num_trials need each other: what to draw from, and how often.'
+    require(bool(sampled) == bool(num_trials), wrong)
+    generator, trials = random.Random(sample_seed), range(num_trials)
+    return [{key: draw(generator, key, values) for key, values in sampled.items()} for _ in trials] or [{}]
+
+
+def draw(generator, key, values):
+    """Draw one of a list of values, or a number between two bounds, rounded to four digits."""
+    low, high, *scale = values if isinstance(values, tuple) and len(values) in (2, 3) else ('', '')
+    if not {type(low), type(high)} <= {int, float}:
+        return generator.choice(listed(key, values))
+    if low >= high or scale not in ([], ['log']) or (scale and low <= 0):
+        example = '(low, high), or (low, high, "log") with low above 0'
+        raise UserError(f'sampled[{key!r}] is {values}; write {example}.')
+    if type(low) is type(high) is int and not scale:
+        return generator.randint(low, high)
+    if scale:
+        return float(f'{math.exp(generator.uniform(math.log(low), math.log(high))):.4g}')
+    return float(f'{generator.uniform(low, high):.4g}')
+
+
+def language_runs():
+    """Return languages={'train': ..., 'eval': ...} as settings; 'all' is every language that has the task."""
+    if not languages:
+        return [{}]
+    wrong = f'languages is {languages}; it has the keys train and eval, and needs a task in base_args.'
+    require(set(languages) <= {'train', 'eval'} and 'task' in base_args, wrong)
+    from lm.languages import load_database  # takes a second to import
+
+    database = load_database(base_args.get('language_database', 'config/languages.py'))
+    everyone = [name for name, tasks in database.items() if base_args['task'] in tasks]
+    chosen = {side: languages.get(side, 'all') for side in ('train', 'eval')}
+    train, test = (everyone if names == 'all' else listed(side, names) for side, names in chosen.items())
+    return [{'train_langs': name, 'eval_langs': ','.join(test)} for name in train]
+
+
+def varying_keys(runs):
+    """Return the keys that not all runs have the same value of."""
+    keys = dict.fromkeys(key for run in runs.values() for key in run)
+    return [key for key in keys if len({json.dumps(run.get(key)) for run in runs.values()}) > 1]
+
+
 def arguments(name, run):
-    return [
-        *(f'--{key}={value}' for key, value in run.items()),
-        f'--out_dir={root / name}',
-        '--resume_from=auto',
-    ]
-
-
-def varying(runs):
-    """The keys that not all runs have the same value of."""
-    keys = dict.fromkeys(key for _, run in runs for key in run)
-    return [key for key in keys if len({json.dumps(run.get(key)) for _, run in runs}) > 1]
-
-
-def describe(run, keys):
-    return ' '.join(f'{key}={run[key]}' for key in keys if key in run) or 'the only run'
+    settings = [f'--{key}={value}' for key, value in run.items()]
+    return [*settings, f'--out_dir={root / name}', '--resume_from=auto']
 
 
 def is_finished(name):
-    """done.json is what this script and the job scripts leave; predictions.npz is the last that classify.py writes."""
+    """Return whether there is the done.json of a sweep or job, or the predictions.npz that classify.py ends with."""
     return any((root / name / file).exists() for file in ('done.json', 'predictions.npz'))
 
 
 # ---------------------------------------------------------------------------- on this machine
 
 
-def take(folder):
-    """The open lock of a run, or None where another process has it: a sweep, or a run that outlived its sweep."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / '.lock', 'w')
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return lock
-    except OSError:
-        lock.close()
-
-
 def start(name, run, gpu):
-    """Starts a run that nobody else is at; its process inherits the lock, so that it is held while it lives."""
+    """Start a run, or return None if another process has its lock: a sweep, or a run that outlived its sweep.
+
+    The process of the run inherits the lock, which is held for as long as it lives.
+    """
     folder = root / name
-    lock = take(folder)
-    if lock is None:
-        return None
-    write(folder / 'run.json', json.dumps({'script': script, 'args': run}))
-    environment = {**os.environ, **({'CUDA_VISIBLE_DEVICES': gpu} if gpu else {})}
-    with lock, open(folder / 'stdout.log', 'a') as log:
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / '.lock', 'w') as lock, open(folder / 'stdout.log', 'a') as log:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return None
         return subprocess.Popen(
             [sys.executable, script_path, *arguments(name, run)],
             stdin=subprocess.DEVNULL,
             stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
+            stderr=log,
+            env={**os.environ, **({'CUDA_VISIBLE_DEVICES': gpu} if gpu else {})},
             pass_fds=[lock.fileno()],
-            start_new_session=True,
-        )  # Ctrl-C is for the sweep, which tells its runs
+            start_new_session=True,  # Ctrl-C is for the sweep, which tells its runs
+        )
+
+
+def outcome(name, status, started):
+    """Return 'done', 'stopped' or 'failed: ...' for a run that has ended; leave done.json where it is done."""
+    folder = root / name
+    if status:
+        return f'failed: {last_line(folder / "stdout.log")[:200]} ({folder / "stdout.log"})'
+    if last_line(folder / 'logs.log').startswith('stopped at'):  # it saved on a signal
+        return 'stopped'
+    write_json(folder / 'done.json', {'seconds': round(time.time() - started, 1)})
+    return 'done'
 
 
 def last_line(path):
@@ -248,167 +211,116 @@ def last_line(path):
     return next((line for line in reversed(lines) if line.strip()), '')
 
 
-def conclude(name, process, started):
-    """Notes that a run is done; returns what to say about it."""
-    folder = root / name
-    if process.returncode == 0 and not last_line(folder / 'logs.log').startswith(STOPPED):
-        write(folder / 'done.json', json.dumps({'seconds': round(time.time() - started, 1)}))
-        return 'done'
-    if process.returncode == 0:
-        return 'stopped'
-    return f'failed: {last_line(folder / "stdout.log")[:200]} ({folder / "stdout.log"})'
+def run_here(runs, keys):
+    """Run what is not finished, `jobs` at a time, and return whether all is done."""
+    waiting, running, outcomes = [name for name in runs if not is_finished(name)], {}, []
+    total, free, begun = len(waiting), gpus.split(',')[:jobs] if gpus else [''] * jobs, time.time()
+    stopping = threading.Event()
 
-
-class Stop:
-    """The first Ctrl-C or SIGTERM asks the runs to save and exit, a second one to exit at once."""
-
-    def __init__(self):
-        self.count, self.running = 0, {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.receive)
-
-    def receive(self, number, frame):
-        self.count += 1
+    def stop(number, frame):
+        stopping.set()
         os.write(2, b'\nstopping: the runs save and exit; once more to quit at once\n')
-        for process, *_ in self.running.values():
+        for process, *_ in running.values():
             process.send_signal(signal.SIGTERM)
 
-
-def run_here(runs, keys):
-    """Runs what is not finished, `jobs` at a time; returns whether all is done."""
-    stop, waiting, free = (
-        Stop(),
-        [item for item in runs if not is_finished(item[0])],
-        gpus.split(',') if gpus else [],
-    )
-    total, done = len(waiting), 0
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     print(f'{len(runs)} runs, {len(runs) - total} of them finished before', flush=True)
-    failed, begun = 0, time.time()
-    while waiting and not stop.count or stop.running:
-        while waiting and not stop.count and len(stop.running) < jobs and (free or not gpus):
-            name, run = waiting.pop(0)
-            gpu = free.pop(0) if free else None
-            process = start(name, run, gpu)
-            if process is None:  # somebody else is at it: later
-                waiting.append((name, run))
-                free += [gpu] if gpu else []
+
+    while running or (waiting and not stopping.is_set()):
+        while waiting and free and not stopping.is_set():
+            name = waiting.pop(0)
+            process = start(name, runs[name], free[0])
+            if process is None:
+                waiting.append(name)  # later
                 break
-            stop.running[name] = process, run, gpu, time.time()
-            if stop.count:
-                process.send_signal(signal.SIGTERM)  # it came while the process started
+            running[name] = process, free.pop(0), time.time()
+            if stopping.is_set():  # since the process started
+                process.send_signal(signal.SIGTERM)
         time.sleep(0.05)
-        for name, (process, run, gpu, started) in list(stop.running.items()):
-            if process.poll() is None:
-                continue
-            del stop.running[name]
-            free += [gpu] if gpu else []
-            verdict = conclude(name, process, started)
-            done, failed = done + (verdict == 'done'), failed + verdict.startswith('failed')
-            left = (time.time() - begun) / 60 / max(1, done + failed) * (total - done - failed)
-            print(
-                f'{done + failed}/{total} {name} {describe(run, keys)}: {verdict}; {left:.0f} min left',
-                flush=True,
-            )
+        for name in [name for name, (process, *_) in running.items() if process.poll() is not None]:
+            process, gpu, started = running.pop(name)
+            free.append(gpu)
+            outcomes.append(outcome(name, process.returncode, started))
+            about = ' '.join(f'{key}={runs[name][key]}' for key in keys if key in runs[name])
+            left = (time.time() - begun) / 60 / len(outcomes) * (total - len(outcomes))
+            print(f'{len(outcomes)}/{total} {name} {about}: {outcomes[-1]}; {left:.0f} min left', flush=True)
+
+    failed = sum(text.startswith('failed') for text in outcomes)
     if failed:
         print(f'{failed} runs failed; the same command tries them again', flush=True)
-    return done == total
+    return outcomes.count('done') == total
 
 
 # ---------------------------------------------------------------------------- results
 
 
-def figures(folder):
-    """The numbers of a run's eval_results.json, nested names joined by dots."""
-    path = folder / 'eval_results.json'
-    found = {}
-
-    def collect(prefix, value):
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                collect(f'{prefix}.{key}' if prefix else key, inner)
-        elif type(value) in (int, float):
-            found[prefix] = value
-
-    collect('', json.loads(path.read_text()) if path.exists() else {})
-    return found
-
-
 def write_results(runs, keys):
-    """results.csv with a row per finished run, and results.md: the mean ± standard deviation over seeds."""
-    rows = [(name, run, figures(root / name)) for name, run in runs if is_finished(name)]
-    names = list(dict.fromkeys(key for *_, values in rows for key in values))
-    table_of_runs = io.StringIO()
-    writer = csv.writer(table_of_runs, lineterminator='\n')
-    writer.writerow(['run', *keys, *names])
-    writer.writerows(
-        [name, *(run.get(key, '') for key in keys), *(values.get(key, '') for key in names)]
-        for name, run, values in rows
-    )
-    write(root / 'results.csv', table_of_runs.getvalue())
-    text = table(rows, [key for key in keys if key != 'seed'], names)
-    write(root / 'results.md', text + '\n')
-    print(
-        f'\n{text}\n\n{len(rows)} of {len(runs)} runs: {root / "results.csv"}, {root / "results.md"}',
-        flush=True,
-    )
+    """Write results.csv, a row per finished run, and results.md, the mean ± standard deviation over seeds."""
+    finished = [name for name in runs if is_finished(name)]
+    figures = {name: read_figures(root / name / 'eval_results.json') for name in finished}
+    names = list(dict.fromkeys(key for values in figures.values() for key in values))
 
+    with open(root / 'results.csv', 'w', newline='') as file:
+        writer = csv.DictWriter(file, ['run', *keys, *names], extrasaction='ignore', lineterminator='\n')
+        writer.writeheader()
+        for name in finished:
+            writer.writerow({**runs[name], **figures[name], 'run': name})
 
-def table(rows, keys, names):
-    shown = [name for name in show.split(',') if name] or [
-        name for name in names if name.endswith('accuracy') and not name.startswith('compare_to')
-    ]
-    shown = list(dict.fromkeys([*shown, *([metric] if metric in names else [])]))
     groups = {}
-    for _, run, values in rows:
-        groups.setdefault(tuple(str(run.get(key, '')) for key in keys), []).append(values)
-    sign = -1 if lower_is_better else 1
-    scores = {
-        group: sign * statistics.mean(value[metric] for value in values)
-        for group, values in groups.items()
-        if all(metric in value for value in values)
-    }
-    best = max(scores, key=scores.get, default=None)
-    lines = ['| ' + ' | '.join([*keys, 'runs', *shown]) + ' |', '|' + '---|' * (len(keys) + 1 + len(shown))]
-    for group, values in groups.items():
-        cells = [
-            *group,
-            str(len(values)),
-            *(spread([v[name] for v in values if name in v]) for name in shown),
-        ]
-        lines.append(
-            '| ' + ' | '.join(f'**{cell}**' if group == best and cell else cell for cell in cells) + ' |'
-        )
-    return '\n'.join(lines)
+    for name in finished:
+        group = tuple(str(runs[name].get(key, '')) for key in keys if key != 'seed')
+        groups.setdefault(group, []).append(figures[name])
+    table = markdown_table([key for key in keys if key != 'seed'], groups, names)
+    (root / 'results.md').write_text(table + '\n')
+    print(f'\n{table}\n\n{len(finished)} of {len(runs)} runs: {root}/results.csv, {root}/results.md')
 
 
-def spread(values):
-    if not values:
-        return ''
+def read_figures(path):
+    return dict(flat(json.loads(path.read_text()))) if path.exists() else {}
+
+
+def flat(figures, prefix=''):
+    """Yield (name, number) of nested figures, the names joined by dots."""
+    for key, value in figures.items():
+        if isinstance(value, dict):
+            yield from flat(value, f'{prefix}{key}.')
+        elif type(value) in (int, float):
+            yield prefix + key, value
+
+
+def markdown_table(keys, groups, names):
+    """Return a table with a line for each of groups {values of keys: [figures]}, the best one in bold."""
+    accuracies = [n for n in names if n.endswith('accuracy') and not n.startswith('compare_to')]
+    shown = [name for name in show.split(',') if name] or accuracies
+    shown = list(dict.fromkeys([*shown, *([metric] if metric in names else [])]))
+    complete = [group for group, runs in groups.items() if all(metric in figures for figures in runs)]
+    mean = {group: statistics.mean(figures[metric] for figures in groups[group]) for group in complete}
+    best = (min if lower_is_better else max)(complete, key=mean.get, default=None)
+
+    lines = [[*keys, 'runs', *shown], ['---'] * (len(keys) + 1 + len(shown))]
+    for group, runs in groups.items():
+        means = [mean_and_deviation([figures[n] for figures in runs if n in figures]) for n in shown]
+        cells = [*group, str(len(runs)), *means]
+        lines.append([f'**{cell}**' if group == best and cell else cell for cell in cells])
+    return '\n'.join('| ' + ' | '.join(cells) + ' |' for cells in lines)
+
+
+def mean_and_deviation(values):
     deviation = f' ± {statistics.stdev(values):.4f}' if len(values) > 1 else ''
-    return f'{statistics.mean(values):.4f}{deviation}'
+    return f'{statistics.mean(values):.4f}{deviation}' if values else ''
 
 
 # ---------------------------------------------------------------------------- slurm
 
 
-def fill(text, values):
-    try:
-        return text.format(**values)
-    except (KeyError, IndexError, ValueError) as error:
-        raise UserError(
-            f'The template {template} has a field {{{str(error).strip(chr(39))}}} that nothing fills; '
-            f'known are {", ".join(values)}, and what --fields names. Write {{{{ and }}}} for the braces '
-            'of the shell.'
-        ) from error
-
-
-def write_jobs(runs):
-    """A job script per unfinished run, from the template, and one that submits them as an array; its path."""
-    path = next((folder / template for folder in (Path.cwd(), ROOT) if (folder / template).is_file()), None)
-    if path is None:
-        raise UserError(f'There is no template {template}; correct the path.')
-    folder = Path(output_dir).absolute() if output_dir else root / 'jobs'
-    common = {
+def job_text(job_name, name, run):
+    """Return the template with its fields filled in for a run."""
+    known = {
+        'job_name': job_name,
+        'args': shlex.join(arguments(name, run)),
+        'done': shlex.quote(f'{root / name}/done.json'),
+        'log': shlex.quote(f'{root / name}/stdout.log'),
         'cpus': cpus,
         'gpus': gpus_per_job,
         'timeout': timeout,
@@ -416,82 +328,71 @@ def write_jobs(runs):
         'script': shlex.quote(str(script_path)),
         **fields,
     }
-    text, scripts = path.read_text(), []
-    filled = {
-        name: fill(
-            text,
-            {
-                'job_name': f'{experiment_name}-{name}',
-                'args': shlex.join(arguments(name, run)),
-                'done': shlex.quote(str(root / name / 'done.json')),
-                'log': shlex.quote(str(root / name / 'stdout.log')),
-                **common,
-            },
-        )
-        for name, run in runs
-        if not is_finished(name)
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, job in filled.items():
-        (root / name).mkdir(parents=True, exist_ok=True)
-        write(root / name / 'run.json', json.dumps({'script': script, 'args': dict(runs)[name]}))
-        scripts.append(folder / f'{name}.sh')
-        scripts[-1].write_text(job)
-    if not scripts:
+    try:
+        return find('template', template).read_text().format(**known)
+    except (KeyError, IndexError, ValueError) as error:
+        raise UserError(
+            f'{template} has a field {{{error.args[0]}}} that nothing fills; known are {", ".join(known)}, and '
+            "what --fields names. Write {{ and }} for the shell's braces."
+        ) from error
+
+
+def write_jobs(runs):
+    """Write a job script per unfinished run and one that submits them as an array; return its path, if any."""
+    unfinished = [name for name in runs if not is_finished(name)]
+    texts = {name: job_text(f'{experiment_name}-{name}', name, runs[name]) for name in unfinished}
+    if not texts:
         return None
-    head = [
-        line.replace(f'{experiment_name}-{next(iter(filled))}', experiment_name)
-        for line in next(iter(filled.values())).splitlines()
-        if line.startswith('#SBATCH')
-    ]
+    folder = Path(output_dir).absolute() if output_dir else root / 'jobs'
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        (root / name).mkdir(parents=True, exist_ok=True)
+        (folder / f'{name}.sh').write_text(text)
+
+    head = job_text(experiment_name, name, runs[name]).splitlines()
     limit = f'%{jobs}' if 'jobs' in config.given else ''
     lines = [
         '#!/bin/bash',
-        *head,
-        f'#SBATCH --array=0-{len(scripts) - 1}{limit}',
-        'jobs=(',
-        *(f'    {shlex.quote(str(path))}' for path in scripts),
-        ')',
-        'exec bash "${jobs[$SLURM_ARRAY_TASK_ID]}"',
-        '',
+        *(line for line in head if line.startswith('#SBATCH')),
+        f'#SBATCH --array=0-{len(texts) - 1}{limit}',
+        f'jobs=({shlex.join(f"{folder}/{name}.sh" for name in texts)})',
+        'exec bash "${jobs[$SLURM_ARRAY_TASK_ID]}"\n',
     ]
     (folder / 'array.sh').write_text('\n'.join(lines))
     return folder / 'array.sh'
 
 
 def submit_array(path):
-    try:
-        answer = subprocess.run(['sbatch', str(path)], capture_output=True, text=True)
-    except FileNotFoundError as error:
-        raise UserError(
-            f'There is no sbatch on this machine; copy the repository to the cluster and submit {path} '
-            'there, or run here without --submit.'
-        ) from error
-    if answer.returncode:
-        raise UserError(f'sbatch {path} failed: {answer.stderr.strip()}; correct {template}.')
+    if not shutil.which('sbatch'):
+        remedy = f'copy the repository to the cluster and submit {path} there, or run here without --submit'
+        raise UserError(f'There is no sbatch on this machine; {remedy}.')
+    answer = subprocess.run(['sbatch', path], capture_output=True, text=True)
+    require(not answer.returncode, f'sbatch {path} failed: {answer.stderr.strip()}; correct {template}.')
     print(answer.stdout.strip())
 
 
 # ---------------------------------------------------------------------------- from top to bottom
 
-root = (Path(results_root) / experiment_name).absolute()
-script_path = next((folder / script for folder in (Path.cwd(), ROOT) if (folder / script).is_file()), None)
-if script_path is None:
-    raise UserError(f'There is no script {script!r} in {Path.cwd()} or {ROOT}; correct it.')
+
+def find(kind, name):
+    for folder in (Path.cwd(), ROOT):
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f'There is no {kind} {name!r} in {Path.cwd()} or {ROOT}; correct the path.')
+
+
+script_path = find('script', script)
 runs = all_runs()
-keys = varying(runs)
+keys = varying_keys(runs)
 if submit:
     path = write_jobs(runs)
-    print(
-        f'{len(runs)} runs; job scripts for the unfinished ones: {path}' if path else 'all runs are finished'
-    )
+    print(f'{len(runs)} runs; scripts of the unfinished ones: {path}' if path else 'all runs are finished')
     if path and not dry_run:
         submit_array(path)
 elif dry_run:
-    for name, run in runs:
-        print(
-            ('finished ' if is_finished(name) else '') + shlex.join(['python', script, *arguments(name, run)])
-        )
+    for name, run in runs.items():
+        finished = 'finished ' if is_finished(name) else ''
+        print(finished + shlex.join(['python', script, *arguments(name, run)]))
     print(f'{len(runs)} runs')
 else:
     complete = run_here(runs, keys)

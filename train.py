@@ -13,6 +13,7 @@ import torch
 from lm import checkpoints, data, optim, runtime
 from lm.configurator import check_range, configure, require
 from lm.folder import open_dataset
+from lm.log import start_run
 from sampling import generate
 
 # --- data ---
@@ -196,7 +197,7 @@ model = raw_model if fsdp else dist.wrap(raw_model)
 
 config.update({key: getattr(raw_model.config, key) for key in [*SHAPE, *FREE_SHAPE]})
 config.update(max_steps=max_steps, dtype=dist.dtype, anneal_steps=anneal_steps)
-out, log = runtime.start_run(dist, config, f'{architecture}-{folder.config["name"]}-{model_size}', resumed)
+out, log = start_run(dist, config, f'{architecture}-{folder.config["name"]}-{model_size}', resumed)
 stop = runtime.StopSignal()
 log.print(
     f'{out}: {architecture}, {raw_model.num_parameters():,} parameters, {dist.dtype} on {dist.world_size} × '

@@ -1,382 +1,170 @@
-"""Instruction tuning, side by side: speed and memory of finetune.py and of TRL's SFTTrainer on the CPU.
+"""How fast and how large is finetune.py beside TRL's SFTTrainer, on the CPU?
 
     python benchmarks/sft.py --input=alpaca_1k.json --peer_python=PATH/bin/python    # an environment with trl and peft
 
-Both sides tune the same llama, made by transformers with random weights, in float32, on the same examples, each of
-them once, with equal rows per step, AdamW, learning rate and clipping, the loss on the answers only, and gradient
-checkpointing (or not) on both. The data are tokens already: prepared by prepare/instruct.py, which also
-trains the tokenizer, and handed to TRL as `input_ids` and `completion_mask`. One example per row, padded to the
-longest of the batch (--packing: several per row on both sides, isolated; TRL then makes one sequence of the batch).
-
-Tokens per second are those of the examples, without padding, over the time between the ends of steps, the first ones
-left out; memory is the largest resident size of the process. Each side is a process of its own, in pairs, so that
-what slows the machine down for a while slows both down. 4-bit is ours alone. Targets that are missed make the exit
-status 1.
+Both sides tune the same llama, made by transformers with random weights, in float32, on the same tokens, each example
+once and in a row of its own, with AdamW, the loss on the answers only, and gradient checkpointing. Tokens per second
+are those of the examples without padding; memory is the largest resident size of the process.
 """
 
-import csv
+import functools
 import json
-import math
-import os
 import re
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder, whose names are those of scripts
-from lm.configurator import ROOT, UserError, check_range, configure
+from benchmarks import timing
+from benchmarks.timing import Target, say
+from lm.configurator import ROOT, configure, require
 
 input = ''  # instruction data, as prepare/instruct.py takes them
 peer_python = ''  # the python of an environment that has trl, peft and transformers
-what = 'full,lora,4bit'  # of full, lora, 4bit (ours alone)
-runs = 3  # pairs
+runs = 3  # pairs of each kind, all weights and LoRA
 max_examples = 400  # of the data; nine tenths are trained on
-batch_size = 8
 block_size = 512  # tokens per row, at most
-packing = False  # several examples per row
-gradient_checkpointing = True  # the default of both sides
-vocab_size = 2048  # of the tokenizer, and so of the model
-n_layer = 4
-n_head = 4
-n_embd = 256
-lora_r = 16
-learning_rate = 1e-3
-side = ''  # for the script itself: model, full or lora on the side of TRL, in the folder --input
+warmup_steps = 5  # steps at the start that are not timed
+side = ''  # for the script itself: model, full or lora on the side of TRL
+folder = ''  # for the script itself: where the data and the model are
 config = configure(globals())
-check_range(
-    config,
-    1,
-    math.inf,
-    'runs',
-    'max_examples',
-    'batch_size',
-    'block_size',
-    'n_layer',
-    'n_head',
-    'n_embd',
-    'lora_r',
-)
 
-WHAT = ('full', 'lora', '4bit')
-LOG_EVERY = 5  # steps of TRL (ours logs each one); the first ones only warm up, and are not timed
-SECONDS_BETWEEN_LOOKS = 0.1
+BATCH_SIZE, RANK = 8, 16  # rank of the adapters
+SHAPE = dict(hidden_size=256, intermediate_size=682, num_hidden_layers=4, num_attention_heads=4)
 
 
 # ---------------------------------------------------------------------------- the side of TRL, in its environment
 
 
-def make_llama(folder):
-    """A llama with random weights and the tokenizer of the prepared data, as transformers writes them."""
+def make_llama():
+    """Write a llama with random weights and the tokenizer of the prepared data, as transformers does."""
     import torch
     import transformers
 
-    tokenizer = tokenizer_of(folder)
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=n_embd,
-            intermediate_size=8 * n_embd // 3,
-            num_hidden_layers=n_layer,
-            num_attention_heads=n_head,
-            num_key_value_heads=n_head,
-            max_position_embeddings=block_size,
-            bos_token_id=tokenizer.eos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
-    model.save_pretrained(f'{folder}/llama')
+    tokenizer = load_tokenizer()
+    end, size = tokenizer.eos_token_id, dict(vocab_size=len(tokenizer), max_position_embeddings=block_size)
+    llama = transformers.LlamaConfig(**SHAPE, **size, bos_token_id=end, eos_token_id=end)
+    transformers.LlamaForCausalLM(llama).save_pretrained(f'{folder}/llama')
     shutil.copy(f'{folder}/data/tokenizer.json', f'{folder}/llama')
 
 
-def tokenizer_of(folder):
+def load_tokenizer():
     import transformers
 
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_file=f'{folder}/data/tokenizer.json', eos_token='<|endoftext|>', pad_token='<|endoftext|>'
-    )
+    special = dict(eos_token='<|endoftext|>', pad_token='<|endoftext|>')
+    return transformers.PreTrainedTokenizerFast(tokenizer_file=f'{folder}/data/tokenizer.json', **special)
 
 
-def train_with_trl(folder):
-    """Tunes that llama by the SFTTrainer and leaves what was measured in trl.json."""
+def examples():
+    """Yield the examples of the prepared folder, as finetune.py reads them."""
+    form = json.loads(Path(folder, 'data/config.json').read_text())
+    kinds = {'tokens': form['dtype'], 'masks': np.uint8, 'index': np.uint64}
+    ids, masks, index = (np.fromfile(f'{folder}/data/train_{name}.bin', kinds[name]) for name in kinds)
+    for start, end in zip(index.astype(int), index[1:].astype(int)):
+        tokens, mask = [form['start_token'], *ids[start:end].tolist()], [0, *masks[start:end].tolist()]
+        yield {'input_ids': tokens, 'completion_mask': mask}
+
+
+def train_with_trl():
+    """Tune that llama by the SFTTrainer, with the lines of progress that finetune.py prints."""
     import datasets
     import transformers
     import trl
     from peft import LoraConfig
 
-    ends, losses = [], []
-
-    class Clock(transformers.TrainerCallback):
-        def on_step_end(self, args, state, control, **rest):
-            ends.append(time.perf_counter())
-
+    class Progress(transformers.TrainerCallback):
         def on_log(self, args, state, control, logs, **rest):
-            losses.extend([logs['loss']] if 'loss' in logs else [])
+            if 'loss' in logs:
+                say(f'step {state.global_step}: loss {logs["loss"]},')
 
-    settings = trl.SFTConfig(
-        output_dir=f'{folder}/trl',
-        use_cpu=True,
-        bf16=False,
-        max_length=block_size,
-        packing=packing,
-        completion_only_loss=True,
-        gradient_checkpointing=gradient_checkpointing,
-        gradient_checkpointing_kwargs={'use_reentrant': False},
-        per_device_train_batch_size=batch_size,
-        num_train_epochs=1,
-        learning_rate=learning_rate,
-        lr_scheduler_type='constant',
-        adam_beta2=0.95,
-        weight_decay=0.01,
-        max_grad_norm=1.0,
-        logging_steps=LOG_EVERY,
-        save_strategy='no',
-        report_to=[],
-        disable_tqdm=True,
-    )
-    lora = LoraConfig(r=lora_r, lora_alpha=lora_r, target_modules='all-linear') if side == 'lora' else None
-    model = transformers.AutoModelForCausalLM.from_pretrained(f'{folder}/llama', dtype='float32')
+    batches = dict(per_device_train_batch_size=BATCH_SIZE, num_train_epochs=1, max_length=block_size)
+    optimizer = dict(learning_rate=1e-3, lr_scheduler_type='constant', adam_beta2=0.95, weight_decay=0.01)
+    checkpointing = dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={'use_reentrant': False})
+    logging = dict(save_strategy='no', report_to=[], disable_tqdm=True, logging_steps=1)
+    precision = dict(use_cpu=True, bf16=False, completion_only_loss=True, max_grad_norm=1.0)
     trainer = trl.SFTTrainer(
-        model,
-        settings,
-        train_dataset=datasets.Dataset.from_json(f'{folder}/examples.jsonl'),
-        peft_config=lora,
-        processing_class=tokenizer_of(folder),
-        callbacks=[Clock()],
+        transformers.AutoModelForCausalLM.from_pretrained(f'{folder}/llama', dtype='float32'),
+        trl.SFTConfig(f'{folder}/trl', **batches, **optimizer, **checkpointing, **logging, **precision),
+        train_dataset=datasets.Dataset.from_list(list(examples())),
+        peft_config=LoraConfig(r=RANK, lora_alpha=RANK, target_modules='all-linear')
+        if side == 'lora'
+        else None,
+        processing_class=load_tokenizer(),
+        callbacks=[Progress()],
     )
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    say(f'{trained:,} of {trainer.model.num_parameters():,} parameters trained')
     trainer.train()
-    timed = range(
-        LOG_EVERY - 1, len(ends) // LOG_EVERY * LOG_EVERY
-    )  # whole groups of steps, without the first
-    result = {
-        'steps': len(ends),
-        'loss': statistics.mean(losses[: len(ends) // LOG_EVERY]),
-        'seconds_per_step': (ends[timed[-1]] - ends[timed[0]]) / (len(timed) - 1),
-        'trained': sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-    }
-    Path(folder, 'trl.json').write_text(json.dumps(result))
 
 
-# ---------------------------------------------------------------------------- our side
+# ---------------------------------------------------------------------------- both sides
 
 
-def our_command(folder, kind):
-    """finetune.py on the same model, examples and settings."""
-    adapters = (
-        ['--use_peft', f'--peft_lora_r={lora_r}', f'--peft_lora_alpha={lora_r}'] if kind != 'full' else []
-    )
-    return [
-        sys.executable,
-        ROOT / 'finetune.py',
-        f'--init_from={folder}/llama',
-        f'--dataset={folder}/data',
-        f'--out_dir={folder}/ours',
-        '--overwrite',
-        '--device=cpu',
-        '--dtype=float32',
-        f'--packing={packing}',
-        f'--gradient_checkpointing={gradient_checkpointing}',
-        f'--batch_size={batch_size}',
-        f'--block_size={block_size}',
-        '--num_epochs=1',
-        f'--learning_rate={learning_rate}',
-        '--schedule=constant',
-        '--warmup_steps=0',
-        '--log_every=1',
-        '--eval_every=1000000',
-        '--eval_batches=1',
-        '--num_samples=0',
-        '--no_wandb',
-        *adapters,
-        *['--load_in_4bit'] * (kind == '4bit'),
-    ]
-
-
-def our_result(folder):
-    """The same figures from the run's metrics.csv; tokens per step are the mean over the data, as there."""
-    with open(f'{folder}/ours/metrics.csv', newline='') as file:
-        rows = [row for row in csv.DictReader(file) if row.get('train/loss')]
-    whole = rows[: len(rows) // LOG_EVERY * LOG_EVERY]
-    log = Path(folder, 'ours/logs.log').read_text(encoding='utf-8')
-    tokens, num_rows, trained = (
-        int(part.replace(',', ''))
-        for part in re.search(
-            r'examples of ([\d,]+) tokens.* in ([\d,]+) rows .* ([\d,]+) of [\d,]+ parameters trained',
-            log,
-            re.S,
-        ).groups()
-    )
-    per_step = batch_size * tokens / num_rows
-    seconds = [per_step / float(row['train/tokens_per_sec']) for row in whole[LOG_EVERY:]]
-    return {
-        'steps': int(rows[-1]['step']),
-        'loss': statistics.mean(float(row['train/loss']) for row in whole),
-        'seconds_per_step': statistics.mean(seconds),
-        'trained': trained,
-    }
-
-
-# ---------------------------------------------------------------------------- measuring
-
-
-def run(command):
-    """Runs it to its end. Returns the largest resident size in MB that it had."""
-    with tempfile.TemporaryFile('w+') as log:
-        process, peak = (
-            subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, 'HF_HUB_OFFLINE': '1'}),
-            0,
-        )
-        while process.poll() is None:
-            status = Path(f'/proc/{process.pid}/status')
-            size = re.search(r'VmHWM:\s+(\d+) kB', status.read_text() if status.exists() else '')
-            peak = max(peak, int(size[1]) if size else 0)
-            time.sleep(SECONDS_BETWEEN_LOOKS)
-        log.seek(0)
-        if process.returncode:
-            raise UserError(
-                f'{Path(command[1]).name} ended with status {process.returncode}; repair what it says:\n'
-                f'{log.read()[-2000:]}'
-            )
-    return peak / 1000
-
-
-def measure(name, kind, folder, tokens):
-    """Tokens per second, peak MB and the rest of what a side measured of its run."""
+def command_of(name, kind, place):
+    """Return the command of a side on the model and the examples in `place`."""
     if name == 'TRL':
-        peak = run(peer_command(folder, kind))
-        result = json.loads(Path(folder, 'trl.json').read_text())
-    else:
-        peak, result = run(our_command(folder, kind)), our_result(folder)
-    result.update(peak=peak, rate=tokens / result['steps'] / result['seconds_per_step'])
-    print(
-        f'  {kind:<4} {name:<5} {result["rate"]:8,.0f} tokens/s, peak {peak:,.0f} MB, {result["steps"]} steps, '
-        f'{result["trained"]:,} parameters trained, mean loss {result["loss"]:.3f}',
-        flush=True,
-    )
-    return result
+        return [peer_python, __file__, *sys.argv[1:], f'--side={kind}', f'--folder={place}']
+    words = f"""--init_from={place}/llama --dataset={place}/data --out_dir={place}/ours --overwrite --no_wandb
+        --device=cpu --dtype=float32 --packing=False --batch_size={BATCH_SIZE} --block_size={block_size}
+        --num_epochs=1 --learning_rate=1e-3 --schedule=constant --warmup_steps=0 --log_every=1
+        --eval_every=1000000 --eval_batches=1 --num_samples=0""".split()
+    lora = ['--use_peft', f'--peft_lora_r={RANK}', f'--peft_lora_alpha={RANK}']
+    return [sys.executable, ROOT / 'finetune.py', *words, *lora * (kind == 'lora')]
 
 
-def peer_command(folder, kind):
-    settings = [
-        f'--{key}={config[key]}'
-        for key in (
-            'packing',
-            'gradient_checkpointing',
-            'batch_size',
-            'block_size',
-            'n_layer',
-            'n_head',
-            'n_embd',
-            'lora_r',
-            'learning_rate',
+def measure(kind, place, results, name):
+    """Run a side, add its figures to `results`, and return its seconds per step."""
+    done = timing.run(command_of(name, kind, place), HF_HUB_OFFLINE='1')
+    text = '\n'.join(line for _, line in done.lines)
+    losses = [float(loss) for loss in re.findall(r'^step [\d/]+: loss ([\d.]+),', text, re.M)]
+    trained = re.search(r'[\d,]+(?= of [\d,]+ parameters trained)', text)[0]
+    results[name].append((trained, len(losses), statistics.mean(losses), done.peak_mb))
+    say(
+        '  {}, {}: {} parameters, {} steps, mean loss {:.3f}, {:,.0f} MB'.format(
+            kind, name, *results[name][-1]
         )
+    )
+    return timing.seconds_per_step(done.lines, warmup_steps)
+
+
+def compare(kind, place, tokens):
+    """Run pairs of a kind of tuning; return targets."""
+    results = {'TRL': [], 'ours': []}
+    sides = {name: functools.partial(measure, kind, place, results, name) for name in results}
+    ratio = timing.compare_rates(kind, sides, tokens, runs)
+    (*work, loss, _), (*our_work, our_loss, _) = results['TRL'][0], results['ours'][0]
+    same = work == our_work and abs(our_loss / loss - 1) < 0.03
+    require(
+        same,
+        f'The sides of {kind} did different work; see which versions of trl and transformers were tested.',
+    )
+    memory = statistics.median(b[-1] / a[-1] for a, b in zip(results['TRL'], results['ours']))
+    return [
+        Target(f"{kind}: our tokens/s / TRL's, median", ratio, '>=', 1.2),
+        Target(f"{kind}: our peak memory / TRL's, median", memory, '<=', 1.0),
     ]
-    return [peer_python, ROOT / 'benchmarks/sft.py', f'--side={kind}', f'--input={folder}', *settings]
-
-
-def prepare(folder):
-    """Prepares the data and the model in `folder`. Returns the number of tokens that both sides train over."""
-    run(
-        [
-            sys.executable,
-            ROOT / 'prepare/instruct.py',
-            f'--source={input}',
-            f'--output_dir={folder}/data',
-            '--tokenizer=bpe',
-            f'--vocab_size={vocab_size}',
-            f'--max_seq_len={block_size - 1}',
-            f'--max_examples={max_examples}',
-        ]
-    )
-    tokens = 0
-    with open(f'{folder}/examples.jsonl', 'w') as file:
-        for ids, mask in examples(f'{folder}/data'):
-            file.write(json.dumps({'input_ids': ids, 'completion_mask': mask}) + '\n')
-            tokens += len(ids)
-    run(peer_command(folder, 'model'))
-    return tokens
-
-
-def examples(path):
-    """(token ids, 1 where they are trained) of each training example of a prepared folder, as finetune.py reads it."""
-    form = json.loads(Path(path, 'config.json').read_text())
-    ids, masks, index = (
-        np.fromfile(f'{path}/train_{name}.bin', kind)
-        for name, kind in (('tokens', form['dtype']), ('masks', np.uint8), ('index', np.uint64))
-    )
-    for start, end in zip(index.astype(int), index[1:].astype(int)):
-        yield [form['start_token'], *ids[start:end].tolist()], [0, *masks[start:end].tolist()]
-
-
-# ---------------------------------------------------------------------------- comparing
-
-
-def compare(folder):
-    """Pairs of runs for each kind of tuning. Returns targets: (what, value, reached, wanted)."""
-    tokens, targets, seen = prepare(folder), [], {}
-    print(
-        f'{tokens:,} tokens of examples, {os.cpu_count()} cores; the load before is {os.getloadavg()[0]:.1f}',
-        flush=True,
-    )
-    for number in range(runs):
-        for kind in what.split(','):
-            names = ('TRL', 'ours') if kind != '4bit' else ('ours',)
-            for name in names if number % 2 else names[::-1]:
-                seen.setdefault((kind, name), []).append(measure(name, kind, folder, tokens))
-    for kind in [kind for kind in what.split(',') if kind != '4bit']:
-        ours, theirs = seen[kind, 'ours'], seen[kind, 'TRL']
-        check_same(kind, ours[0], theirs[0])
-        ratio = statistics.median(a['rate'] / b['rate'] for a, b in zip(ours, theirs))
-        memory = statistics.median(a['peak'] / b['peak'] for a, b in zip(ours, theirs))
-        targets += [
-            (f"{kind}: our tokens/s / TRL's, median", ratio, ratio >= 1.2, '>= 1.2'),
-            (f"{kind}: our peak memory / TRL's, median", memory, memory <= 1, '<= 1.0'),
-        ]
-    return targets
-
-
-def check_same(kind, ours, theirs):
-    """That both sides did the same work: as many steps, as many parameters, and about the same loss."""
-    for key, room in (('steps', 0), ('trained', 0), ('loss', 0.03)):
-        if abs(ours[key] - theirs[key]) > room * theirs[key]:
-            raise UserError(
-                f'The sides of {kind} differ in {key}, {ours[key]:,} and {theirs[key]:,}, so they cannot '
-                'be compared; see whether the versions of trl and transformers are those that were tested.'
-            )
 
 
 def main():
-    if not Path('/proc/self/status').exists():
-        raise UserError(
-            'The memory of a process is read from /proc/PID/status, which is not here; use Linux.'
-        )
-    if not input or not peer_python:
-        raise UserError(
-            'Give --input=FILE, instruction data, and --peer_python=PATH, the python of an environment '
-            'with trl, peft and transformers.'
-        )
-    if not shutil.which(peer_python):
-        raise UserError(
-            f'--peer_python={peer_python} is no program; give the path of a python, such as '
-            'ENVIRONMENT/bin/python.'
-        )
-    if not set(what.split(',')) <= set(WHAT):
-        raise UserError(f'what is {what!r}; choose from {", ".join(WHAT)}, with commas between them.')
-    with tempfile.TemporaryDirectory(prefix='bench-') as folder:
-        targets = compare(folder)
-    for name, value, reached, wanted in targets:
-        print(f'{"reached" if reached else "MISSED":<8} {name}: {value:,.2f} (wanted {wanted})')
-    return int(not all(reached for _, _, reached, _ in targets))
+    require(
+        input and shutil.which(peer_python), 'Give --input=FILE, instruction data, and --peer_python=PATH.'
+    )
+    with tempfile.TemporaryDirectory(prefix='bench-') as place:
+        words = f'--output_dir={place}/data --tokenizer=bpe --vocab_size=2048 --max_seq_len={block_size - 1}'
+        words = [f'--source={input}', f'--max_examples={max_examples}', *words.split()]
+        timing.run([sys.executable, ROOT / 'prepare/instruct.py', *words])
+        timing.run(command_of('TRL', 'model', place), HF_HUB_OFFLINE='1')
+        size = json.loads(Path(place, 'data/config.json').read_text())['splits']['train']
+        tokens = BATCH_SIZE * (size['tokens'] / size['documents'] + 1)  # of a step, a start token in each row
+        timing.describe_machine()
+        targets = compare('full', place, tokens) + compare('lora', place, tokens)
+    timing.finish(targets)
 
 
 if __name__ == '__main__':
-    if side:
-        make_llama(input) if side == 'model' else train_with_trl(input)
-    else:
-        raise SystemExit(main())
+    {'': main, 'model': make_llama, 'full': train_with_trl, 'lora': train_with_trl}[side]()

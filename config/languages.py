@@ -1,103 +1,57 @@
-# The language database of classify.py: language -> task -> data set; prepare/languages.py says what the fields mean.
+# The language database of classify.py: language -> task -> data set; lm/languages.py says what the fields mean.
 # A folder stands under data/ or is given as a path; what is none is looked for on the hub.
 #   python classify.py --task=sentiment --train_langs=eng --eval_langs=eng
-_glue = {  # columns and classes of nyu-mll/glue, whose sst2 is 'sentiment'
-    'cola': (['sentence'], ['unacceptable', 'acceptable']),
-    'mrpc': (['sentence1', 'sentence2'], ['not_equivalent', 'equivalent']),
-    'qnli': (['question', 'sentence'], ['entailment', 'not_entailment']),
-    'qqp': (['question1', 'question2'], ['not_duplicate', 'duplicate']),
-    'rte': (['sentence1', 'sentence2'], ['entailment', 'not_entailment']),
-    'wnli': (['sentence1', 'sentence2'], ['not_entailment', 'entailment']),
-    'mnli': (['premise', 'hypothesis'], ['entailment', 'neutral', 'contradiction']),
-}
+_pair, _premise = ['sentence1', 'sentence2'], ['premise', 'hypothesis']
+_entailment, _entails = ['entailment', 'neutral', 'contradiction'], ['entailment', 'not_entailment']
+_polarity, _sentiment = ['negative', 'positive'], ['negative', 'neutral', 'positive']
+_cdsc, _sides = ['NEUTRAL', 'CONTRADICTION', 'ENTAILMENT'], ['sentence_A', 'sentence_B']
+_three = ['train', 'validation', 'test']
+
+
+def _task(dataset, classes, features=('text',), label='label', splits=('train', 'test'), **more):
+    return {
+        'dataset': dataset,
+        'train_features': list(features),
+        'eval_feature': label,
+        'splits': list(splits),
+        'task_type': 'classification',
+        'classes': classes,
+        **more,
+    }
+
+
+def _glue(name, features, classes, validation='validation'):
+    return _task('nyu-mll/glue', classes, features, splits=['train', validation], config=name)
+
+
+def _xnli(language):
+    return _task('facebook/xnli', _entailment, _premise, splits=_three, config=language)
+
+
 LANGUAGES = {
     'eng': {  # SST-2: data/sst2/{train,dev,test}.tsv, a text and its label per line
-        'sentiment': {
-            'dataset': 'sst2',
-            'columns': ['text', 'label'],
-            'train_features': ['text'],
-            'eval_feature': 'label',
-            'splits': ['train', 'dev', 'test'],
-            'task_type': 'classification',
-            'classes': ['negative', 'positive'],
-        },
-        'entailment': {
-            'dataset': 'facebook/xnli',
-            'config': 'en',
-            'train_features': ['premise', 'hypothesis'],
-            'eval_feature': 'label',
-            'splits': ['train', 'validation', 'test'],
-            'task_type': 'classification',
-            'classes': ['entailment', 'neutral', 'contradiction'],
-        },
-        **{
-            name: {
-                'dataset': 'nyu-mll/glue',
-                'config': name,
-                'train_features': features,
-                'eval_feature': 'label',
-                'splits': ['train', 'validation_matched' if name == 'mnli' else 'validation'],
-                'task_type': 'classification',
-                'classes': classes,
-            }
-            for name, (features, classes) in _glue.items()
-        },
+        'sentiment': _task('sst2', _polarity, splits=['train', 'dev', 'test'], columns=['text', 'label']),
+        'entailment': _xnli('en'),
+        'cola': _glue('cola', ['sentence'], ['unacceptable', 'acceptable']),
+        'mrpc': _glue('mrpc', _pair, ['not_equivalent', 'equivalent']),
+        'qnli': _glue('qnli', ['question', 'sentence'], _entails),
+        'qqp': _glue('qqp', ['question1', 'question2'], ['not_duplicate', 'duplicate']),
+        'rte': _glue('rte', _pair, _entails),
+        'wnli': _glue('wnli', _pair, ['not_entailment', 'entailment']),
+        'mnli': _glue('mnli', _premise, _entailment, 'validation_matched'),
     },
     'spa': {
-        'sentiment': {
-            'dataset': 'cardiffnlp/tweet_sentiment_multilingual',
-            'config': 'spanish',
-            'train_features': ['text'],
-            'eval_feature': 'label',
-            'splits': ['train', 'validation', 'test'],
-            'task_type': 'classification',
-            'classes': ['negative', 'neutral', 'positive'],
-        },
-        'entailment': {
-            'dataset': 'facebook/xnli',
-            'config': 'es',
-            'train_features': ['premise', 'hypothesis'],
-            'eval_feature': 'label',
-            'splits': ['train', 'validation', 'test'],
-            'task_type': 'classification',
-            'classes': ['entailment', 'neutral', 'contradiction'],
-        },
+        'sentiment': _task(
+            'cardiffnlp/tweet_sentiment_multilingual', _sentiment, splits=_three, config='spanish'
+        ),
+        'entailment': _xnli('es'),
     },
     'rus': {  # data/rus-sentiment/{train,test}.csv with the columns text, text-phoneme and label
-        'sentiment': {
-            'dataset': 'rus-sentiment',
-            'train_features': ['text'],
-            'eval_feature': 'label',
-            'splits': ['train', 'test'],
-            'task_type': 'classification',
-            'classes': 2,
-        },
-        'entailment': {
-            'dataset': 'facebook/xnli',
-            'config': 'ru',
-            'train_features': ['premise', 'hypothesis'],
-            'eval_feature': 'label',
-            'splits': ['train', 'validation', 'test'],
-            'task_type': 'classification',
-            'classes': ['entailment', 'neutral', 'contradiction'],
-        },
+        'sentiment': _task('rus-sentiment', 2),
+        'entailment': _xnli('ru'),
     },
     'pol': {  # data/pol-sentiment/{train,test}.csv, as above
-        'sentiment': {
-            'dataset': 'pol-sentiment',
-            'train_features': ['text'],
-            'eval_feature': 'label',
-            'splits': ['train', 'test'],
-            'task_type': 'classification',
-            'classes': 2,
-        },
-        'entailment': {
-            'dataset': 'pol-entailment',
-            'train_features': ['sentence_A', 'sentence_B'],
-            'eval_feature': 'entailment_judgment',
-            'splits': ['train', 'validation', 'test'],
-            'task_type': 'classification',
-            'classes': ['NEUTRAL', 'CONTRADICTION', 'ENTAILMENT'],
-        },
+        'sentiment': _task('pol-sentiment', 2),
+        'entailment': _task('pol-entailment', _cdsc, _sides, 'entailment_judgment', _three),
     },
 }

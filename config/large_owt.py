@@ -1,15 +1,8 @@
-# A large model (125M at a 32k vocabulary) on OpenWebText, for one or more GPUs.
-dataset = 'openwebtext'
+# A large model on OpenWebText, 109.5M parameters at a 32k vocabulary.
+include('owt.py')
 model_size = 'large'
-block_size = 1024
 batch_size = 16
 gradient_accumulation_steps = 8
-dtype = 'bfloat16'
 learning_rate = 6e-4
-min_lr = 6e-4 / 10
-warmup_steps = 2000
+min_lr = learning_rate / 10
 max_steps = 100000
-eval_every = 1000
-eval_batches = 40
-save_every = 1000
-sample_every = 5000

@@ -1,13 +1,8 @@
-# A large model (125M at a 32k vocabulary) on TinyStories, for one GPU.
-dataset = 'tinystories'
+# A large model on TinyStories, 109.5M parameters at a 32k vocabulary.
+include('tinystories.py')
 model_size = 'large'
-block_size = 512
 batch_size = 32
 gradient_accumulation_steps = 2
 learning_rate = 6e-4
-min_lr = 6e-4 / 10
-warmup_steps = 500
+min_lr = learning_rate / 10
 max_steps = 20000
-eval_every = 500
-eval_batches = 100
-sample_every = 500

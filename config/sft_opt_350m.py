@@ -1,6 +1,5 @@
 # Instruction tuning of OPT-350m, as in the SFT script of TRL 0.7.4.
 #   python prepare/instruct.py --source=timdettmers/openassistant-guanaco --field=text --name=guanaco --tokenizer=FOLDER
-#   python finetune.py config/sft_opt_350m.py
 dataset = 'guanaco'
 init_from = 'facebook/opt-350m'
 block_size = 512

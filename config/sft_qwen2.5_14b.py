@@ -1,10 +1,6 @@
-# Instruction tuning of all weights of Qwen2.5-14B. Prepare the data with its own tokenizer and format:
-#   python prepare/instruct.py --source=alpaca --name=NAME --tokenizer=FOLDER --prompt_format=chatml
+# Instruction tuning of all weights of Qwen2.5-14B. Prepare the data as sft_qwen2.5_1.5b.py says, then:
 #   torchrun --standalone --nproc_per_node=4 finetune.py config/sft_qwen2.5_14b.py --dataset=NAME
+include('sft_qwen2.5_1.5b.py')
 init_from = 'Qwen/Qwen2.5-14B-Instruct'
-max_steps = 1000
-batch_size = 1
-gradient_accumulation_steps = 8
 learning_rate = 4e-6
-block_size = 2048
 fsdp = True

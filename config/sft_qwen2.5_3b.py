@@ -1,9 +1,3 @@
-# Instruction tuning of all weights of Qwen2.5-3B. Prepare the data with its own tokenizer and format:
-#   python prepare/instruct.py --source=alpaca --name=NAME --tokenizer=FOLDER --prompt_format=chatml
-#   python finetune.py config/sft_qwen2.5_3b.py --dataset=NAME
+# Instruction tuning of all weights of Qwen2.5-3B, as sft_qwen2.5_1.5b.py says.
+include('sft_qwen2.5_1.5b.py')
 init_from = 'Qwen/Qwen2.5-3B-Instruct'
-max_steps = 1000
-batch_size = 1
-gradient_accumulation_steps = 8
-learning_rate = 2e-5
-block_size = 2048

@@ -1,16 +1,9 @@
-# A xl model (300M at a 32k vocabulary) on OpenWebText, for one or more GPUs.
-dataset = 'openwebtext'
+# An xl model on OpenWebText, 334.8M parameters at a 32k vocabulary.
+include('owt.py')
 model_size = 'xl'
-block_size = 1024
 batch_size = 16
 gradient_accumulation_steps = 4
 gradient_checkpointing = True
-dtype = 'bfloat16'
 learning_rate = 4e-4
-min_lr = 4e-4 / 10
-warmup_steps = 2000
+min_lr = learning_rate / 10
 max_steps = 200000
-eval_every = 1000
-eval_batches = 40
-save_every = 1000
-sample_every = 5000

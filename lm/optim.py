@@ -9,9 +9,6 @@ from lm.configurator import require
 from lm.kernels import has_bfloat16
 from lm.rng import ANNEAL, BELIEF, torch_seed, uniform
 
-OPTIMIZERS = ('adamw', 'muon')
-SCHEDULES = ('cosine', 'linear', 'wsd', 'constant')
-MASTER_WEIGHTS = ('float32', 'bfloat16')
 CHUNK = 1 << 22  # elements that StochasticAdamW has in float32 at once
 
 # Passes that a step's beliefs come from: each further one with probability P_DEEPER, up to MAX_DEPTH. With

@@ -3,35 +3,28 @@
 import json
 
 from lm import prompts
-from lm.configurator import UserError
-from prepare.readers import kind_of, text_of
+from lm.configurator import UserError, require
+from lm.records import kind_of
+from prepare.readers import text_of
 
 SHAPES = (  # fields that have to be there, and one that may: of the instruction, the answer, the input
     ('instruction', 'output', 'input'),  # Alpaca
     ('instruction', 'response', 'context'),  # Dolly
     ('prompt', 'completion', ''),
 )
-ROLES = {
-    'system': 'system',
-    'user': 'user',
-    'human': 'user',
-    'assistant': 'assistant',
-    'gpt': 'assistant',
-    'chatgpt': 'assistant',
-    'bot': 'assistant',
-    'model': 'assistant',
-}
+ASSISTANT = ('assistant', 'gpt', 'chatgpt', 'bot', 'model')
+ROLES = ('system', 'user', 'human', *ASSISTANT)
+OUTCOMES = ('whole', 'cut', 'too long', 'empty')  # of encoding an example; the last two are left out
 
 
 # ---------------------------------------------------------------------------- records to conversations
 
 
 def conversation(record, where, field=''):
-    """
-    A record as JSON text {"system": "...", "turns": [[instruction, input, output], ...]}, or {"text": "..."}.
+    """Return a record as JSON text: {"system": "...", "turns": [[instruction, input, output], ...]} or {"text": "..."}.
 
-    Alpaca's, Dolly's, prompt and completion, `messages`, ShareGPT's `conversations`, or the plain text that stands
-    in `field`, if one is named. Raises UserError, which names `where`, for a record of any other shape.
+    Alpaca's, Dolly's, prompt and completion, `messages`, ShareGPT's `conversations`, or the plain text in
+    `field`, if one is named. Raises UserError, which names `where`, for a record of any other shape.
     """
     if field:
         return dump({'text': text_of(field, record, where)})
@@ -43,15 +36,13 @@ def conversation(record, where, field=''):
     for name in ('messages', 'conversations'):
         if name in record:
             return dump(from_messages(record[name], f'{where}, {name}'))
-    for instruction, output, given in SHAPES:
-        if instruction in record and output in record:
-            if isinstance(record[instruction], list) and isinstance(
-                record[output], list
-            ):  # TRL's conversations
-                return dump(from_messages(record[instruction] + record[output], where))
-            given = text_of(given, record, where) if record.get(given) else ''
+    for asked, answered, given in SHAPES:
+        if asked in record and answered in record:
+            if isinstance(record[asked], list) and isinstance(record[answered], list):  # TRL's conversations
+                return dump(from_messages(record[asked] + record[answered], where))
+            context = text_of(given, record, where) if record.get(given) else ''
             return dump(
-                {'turns': [[text_of(instruction, record, where), given, text_of(output, record, where)]]}
+                {'turns': [[text_of(asked, record, where), context, text_of(answered, record, where)]]}
             )
     raise UserError(
         f'{where}: the fields {", ".join(map(repr, record)) or "of an empty record"} are of no known '
@@ -65,10 +56,9 @@ def dump(example):
 
 
 def from_messages(messages, where):
-    """
-    A conversation from [{"role", "content"}] or ShareGPT's [{"from", "value"}].
+    """Return a conversation made of [{"role", "content"}] or ShareGPT's [{"from", "value"}].
 
-    What users say one after the other is one instruction; what follows the last answer is left out.
+    Consecutive user messages are one instruction; what follows the last answer is left out.
     """
     if not isinstance(messages, list):
         raise UserError(
@@ -77,21 +67,19 @@ def from_messages(messages, where):
         )
     system, asked, turns = [], [], []
     for number, message in enumerate(messages, 1):
-        place = f'{where}, message {number}'
-        names = ('from', 'value') if isinstance(message, dict) and 'from' in message else ('role', 'content')
-        role, text = (text_of(name, message, place) for name in names)
-        if role not in ROLES:
-            raise UserError(
-                f'{place}: the role {role!r} is not known; choose from {", ".join(ROLES)}, '
-                'or leave such records out.'
-            )
-        if ROLES[role] == 'assistant':
+        here = f'{where}, message {number}'
+        keys = ('from', 'value') if isinstance(message, dict) and 'from' in message else ('role', 'content')
+        role, text = (text_of(key, message, here) for key in keys)
+        require(
+            role in ROLES,
+            f'{here}: the role {role!r} is not known; choose from {", ".join(ROLES)}, or leave such records out.',
+        )
+        if role in ASSISTANT:
             turns.append(['\n\n'.join(asked), '', text])
             asked = []
         else:
-            (system if ROLES[role] == 'system' else asked).append(text)
-    if not turns:
-        raise UserError(f'{where}: nobody answers; one message has to be of the role "assistant".')
+            (system if role == 'system' else asked).append(text)
+    require(turns, f'{where}: nobody answers; one message has to be of the role "assistant".')
     return {'system': '\n\n'.join(system), 'turns': turns}
 
 
@@ -99,7 +87,7 @@ def from_messages(messages, where):
 
 
 class Examples:
-    """What the writer needs to make tokens of the documents of `conversation`; its workers get a copy."""
+    """Encode the documents that `conversation` makes; each worker of the writer gets a copy."""
 
     def __init__(self, form, max_seq_len, start_token=None):
         self.form, self.max_seq_len = form, max_seq_len
@@ -108,7 +96,7 @@ class Examples:
             self.settings['start_token'] = start_token
 
     def text(self, document):
-        """The whole example as a text: what a tokenizer learns from."""
+        """Return the whole example as a text, from which a tokenizer learns."""
         example = json.loads(document)
         if 'text' in example:
             return example['text']
@@ -119,36 +107,28 @@ class Examples:
         )
 
     def encode(self, tokenizer, document):
-        """(ids, trained, what became of it): 'whole', 'cut', or without ids 'empty' or 'too long'."""
+        """Return (ids, loss mask, outcome); an example that is left out has no ids."""
         example = json.loads(document)
-        if not (example.get('text') or example['turns'][-1][2]).strip():
+        answer = example['text'] if 'text' in example else example['turns'][-1][2]
+        if not answer.strip():
             return [], [], 'empty'
         if 'text' in example:
-            ids = tokenizer.encode(example['text']) + [tokenizer.endoftext_id]
-            trained = [1] * len(ids)
+            ids = tokenizer.encode(answer) + [tokenizer.endoftext_id]
+            loss_mask = [1] * len(ids)
         else:
-            ids, trained = prompts.encode(tokenizer, self.form, example['turns'], example.get('system', ''))
-        kept = prompts.fit(ids, trained, self.max_seq_len - 1)  # a row begins with a start token
-        return (*kept, 'whole' if len(kept[0]) == len(ids) else 'cut') if kept else ([], [], 'too long')
+            ids, loss_mask = prompts.encode(tokenizer, self.form, example['turns'], example.get('system', ''))
+        fitted = prompts.fit(ids, loss_mask, self.max_seq_len - 1)  # a row begins with a start token
+        if not fitted:
+            return [], [], 'too long'
+        return *fitted, 'whole' if len(fitted[0]) == len(ids) else 'cut'
 
-    def describe(self, splits):
-        """Counts of what became of the examples; says so as well."""
-        fates = self.fates(splits)
+    def report(self, counts):
+        """Return the counts of OUTCOMES, and print them; raise UserError where no example is left."""
+        left_out = f'{counts["too long"]:,} whose answer is longer than that, {counts["empty"]:,} with an empty answer'
+        problem = f'No example of max_seq_len={self.max_seq_len} is left: {left_out}'
+        require(counts['documents'], f'{problem}; allow more tokens, or repair the data.')
         print(
-            f'{fates["whole"]:,} examples as they are; {fates["cut"]:,} whose prompt was cut on the left to '
-            f'{self.max_seq_len} tokens; left out: {fates["too long"]:,} whose answer is longer than that, '
-            f'{fates["empty"]:,} with an empty answer'
+            f'{counts["whole"]:,} examples as they are; {counts["cut"]:,} whose prompt was cut on the left to '
+            f'{self.max_seq_len} tokens; left out: {left_out}'
         )
-        return fates
-
-    def nothing_left(self, splits):
-        fates = self.fates(splits)
-        return (
-            f'No example is left: {fates["too long"]} answers are longer than --max_seq_len={self.max_seq_len}, '
-            f'{fates["empty"]} are empty; allow more tokens, or repair the data.'
-        )
-
-    def fates(self, splits):
-        return {
-            fate: sum(split.fates[fate] for split in splits) for fate in ('whole', 'cut', 'too long', 'empty')
-        }
+        return {outcome: counts[outcome] for outcome in OUTCOMES}

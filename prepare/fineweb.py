@@ -1,8 +1,7 @@
-"""
-Prepare a sample of FineWeb or FineWeb-Edu (Penedo et al. 2024): filtered web pages, billions of tokens.
+"""Prepare a sample of FineWeb or FineWeb-Edu (Penedo et al. 2024): filtered web pages, billions of tokens.
 
-    $ python prepare/fineweb.py --subset=edu-sample-10BT --num_workers=8 # streamed from the hub
-    $ python prepare/fineweb.py --input='sample/10BT/*.parquet'          # or from files of your own
+$ python prepare/fineweb.py --subset=edu-sample-10BT --num_workers=8 # streamed from the hub
+$ python prepare/fineweb.py --input='sample/10BT/*.parquet'          # or from files of your own
 """
 
 import sys

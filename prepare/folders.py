@@ -1,213 +1,97 @@
-"""
-The folders around a preparation: finished ones are reused or refused, unfinished ones continued.
+"""The folders of a preparation: finished ones are reused or refused, unfinished ones continued.
 
-Everything is written to a hidden folder beside the target, `.NAME.partial`, which takes the target's name when
-it is complete. Its journal says how far the files there are known to be good: it is written, after them, each
-time a shard of the source is done.
+Everything is written to a hidden folder beside the target, `.NAME.partial`, which takes the target's name when it
+is complete. After each shard of the source its journal.json says how many documents are done and how large each
+file was. A restart truncates the files to these sizes and goes on after these documents.
 """
 
 import contextlib
 import fcntl
-import hashlib
 import json
-import os
 import shutil
 
-import numpy as np
-
-from lm import data, files
-from lm.configurator import ROOT, UserError
-from lm.files import checksum, sha256_of
+from lm.configurator import ROOT, UserError, require
+from lm.files import write_json
+from lm.folder import Folder
 
 FORMAT = 1
-HELPERS = ('lock', 'journal.json', 'journal.json.tmp')  # in an unfinished folder, no part of the result
+# In an unfinished folder, no part of the result:
+HELPERS = ('lock', 'journal.json', 'journal.json.tmp', 'replaced')
 
 
-def finished_folder(target, arguments, inputs, overwrite):
-    """The recorded config of a finished folder that fits; None where one is to be written."""
-    restore(target)
+def finished_folder(target, command, overwrite):
+    """Return the config of a finished folder that fits the command; None where one is to be written.
+
+    command: {'format', 'arguments', 'inputs'}. Raises UserError for a folder of another command, unless it may be
+    overwritten, and always for any other folder.
+    """
     if not target.exists() or target.is_dir() and not any(target.iterdir()):
         return None
     try:
         recorded = json.loads((target / 'config.json').read_text(encoding='utf-8'))
-        sizes = {}
-        for split, count in recorded['splits'].items():
-            width = np.dtype(recorded['dtype']).itemsize
-            sizes |= {
-                f'{split}_{name}.bin': size
-                for name, size in sizes_of(count, width, 'examples' in recorded).items()
-            }
-        differing = differences(recorded, arguments, inputs)
+        differing = differences(recorded, command)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # whatever else lies there
         raise UserError(
-            f'{target} exists and is no folder that was prepared here; move it away, '
-            'or choose another --name or --output_dir.'
+            f'{target} exists and was not prepared here; move it away, or give another --name.'
         ) from error
     if overwrite:
         return None
-    if differing:
-        raise UserError(
-            f'{shown(target)} was prepared otherwise: {"; ".join(differing)}. '
-            'Replace it with --overwrite, or choose another --name.'
-        )
-    for name, size in sizes.items():
-        if not (target / name).is_file() or (target / name).stat().st_size != size:
-            raise UserError(
-                f'{target / name} is damaged: it should have {size} bytes. '
-                'Prepare the folder again with --overwrite.'
-            )
-    forget_helpers(target)  # a run was killed right after it had finished
+    words = '; '.join(differing)
+    require(
+        not words, f'{shown(target)} was prepared otherwise: {words}. Give --overwrite, or another --name.'
+    )
+    Folder(target)  # checks the sizes of its files
+    remove(target / name for name in HELPERS)  # a run was killed right after it had finished
     return recorded
 
 
-def sizes_of(count, width, has_masks):
-    """Bytes of a split's files, from its counts."""
-    return {
-        'tokens': count['tokens'] * width,
-        'index': (count['documents'] + 1) * 8,
-        **({'masks': count['tokens']} if has_masks else {}),
-    }
-
-
-def differences(recorded, arguments, inputs):
-    """What distinguishes the command from the recorded one, in words; inputs are compared by content."""
-    before, now = recorded['arguments'], json.loads(json.dumps(arguments))
-    words = [
-        f'{key} was {before.get(key)} and is {now.get(key)}'
-        for key in now | before
-        if before.get(key) != now.get(key)
-    ]
-    if recorded['format'] != FORMAT:
-        words.append(f'format was {recorded["format"]} and is {FORMAT}')
-    if list(recorded['inputs'].values()) != list(inputs.values()):
-        gone = [name for name, digest in recorded['inputs'].items() if digest not in inputs.values()]
-        new = [name for name, digest in inputs.items() if digest not in recorded['inputs'].values()]
-        words.append(
-            'the input is not the same'
-            + f' (before: {", ".join(gone)})' * bool(gone)
-            + f' (now: {", ".join(new)})' * bool(new)
-        )
+def differences(recorded, command):
+    """Return what distinguishes the command from the recorded one, in words; inputs are compared by content."""
+    before, now = recorded['arguments'], json.loads(json.dumps(command['arguments']))
+    changed = [key for key in now | before if before.get(key) != now.get(key)]
+    words = [f'{key} was {before.get(key)} and is {now.get(key)}' for key in changed]
+    old, new = recorded['inputs'], command['inputs']
+    if [*old.values()] != [*new.values()]:
+        common = {*old.values()} & {*new.values()}
+        names = [name for name, digest in (old | new).items() if digest not in common]
+        words.append(f'the input is not the same ({", ".join(names) or "another order"})')
+    if recorded['format'] != command['format']:
+        words.append(f'format was {recorded["format"]} and is {command["format"]}')
     return words
 
 
-# ---------------------------------------------------------------------------- unfinished folders
-
-
 @contextlib.contextmanager
-def replacing(target, arguments, inputs, overwrite):
-    """
-    A hidden folder beside `target`, and its Journal; it takes the target's place if the block succeeds.
+def unfinished_folder(target, command, overwrite):
+    """Give the Journal of a hidden folder beside `target`, which takes the target's place if the block succeeds.
 
     If the block fails, the folder vanishes, unless a shard is done: then the same command goes on from there.
-    The lock keeps two runs apart; it is a record lock, which ends with this process and is not inherited by
-    the workers.
     """
-    folder, old = beside(target, 'partial'), beside(target, 'old')
-    journal = Journal(folder, arguments, inputs)
+    journal = Journal(target, command)
+    folder = journal.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / 'lock', 'w') as lock:
             lock_or_refuse(lock, target)
-            journal.open(target, overwrite)
+            journal.open(overwrite)
             try:
-                yield folder, journal
-                for path in (*folder.iterdir(), folder):
-                    sync(path)
-                shutil.rmtree(old, ignore_errors=True)
+                yield journal
                 if target.exists():
-                    target.rename(old)
+                    target.rename(folder / 'replaced')
                 folder.rename(target)
-                forget_helpers(target)
-                shutil.rmtree(old, ignore_errors=True)
-                sync(target.parent)
+                remove(target / name for name in HELPERS)
             except BaseException:  # a keyboard interrupt too
                 if not journal.state:
                     shutil.rmtree(folder, ignore_errors=True)
-                restore(target)
                 raise
     except OSError as error:
-        raise UserError(
-            f'{target} could not be written ({error}); make room, check the permissions, '
-            f'or choose another --output_dir.{journal.outlook()}'
-        ) from error
+        problem = f'{target} could not be written ({error}); make room, or choose another --output_dir.'
+        raise UserError(problem + journal.outlook()) from error
     except UserError as error:
         raise UserError(f'{error}{journal.outlook()}') from error
 
 
-class Journal:
-    """How far an unfinished folder has come: `state`, None before the first shard is done."""
-
-    def __init__(self, folder, arguments, inputs):
-        self.path, self.folder, self.state, self.ours = folder / 'journal.json', folder, None, False
-        self.command = json.loads(json.dumps({'format': FORMAT, 'arguments': arguments, 'inputs': inputs}))
-
-    def open(self, target, overwrite):
-        """Take up what a killed run left, refuse what another command left, or clear the folder."""
-        recorded = self.read()
-        differing = recorded and differences(recorded, self.command['arguments'], self.command['inputs'])
-        if differing and not overwrite:
-            raise UserError(
-                f'An unfinished preparation of {shown(target)} was begun otherwise: '
-                f'{"; ".join(differing)}. Give what it was begun with, or start afresh with --overwrite.'
-            )
-        self.ours = True
-        if recorded and not differing:
-            self.state = recorded['state']
-            print(f'going on where an unfinished preparation stopped, {self.documents():,} documents in')
-            return
-        for leftover in self.folder.iterdir():
-            if leftover.name != 'lock':
-                leftover.unlink()
-
-    def read(self):
-        """What was recorded, if the files still hold as much; None otherwise."""
-        try:
-            recorded = json.loads(self.path.read_text(encoding='utf-8'))
-            state = recorded['state']
-            for split, count in state['splits'].items():
-                for name, size in sizes_of(count, state['width'], state['has_masks']).items():
-                    if (self.folder / f'{split}_{name}.bin').stat().st_size < size:
-                        return None
-            data.Tokenizer.load(self.folder)
-            return recorded
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
-    def write(self, state):
-        """To be called when all that `state` counts is on the disk."""
-        files.write_json(self.path, {**self.command, 'state': state})
-        self.state = state
-
-    def documents(self):
-        return sum(count['documents'] for count in self.state['splits'].values())
-
-    def outlook(self):
-        """What a message of failure ends with."""
-        if not (self.ours and self.state):
-            return ''
-        return (
-            f' What is done so far, {self.documents():,} documents, is kept in {shown(self.folder)}: the same '
-            'command goes on from there; --overwrite with other settings or another input starts afresh.'
-        )
-
-
-def beside(target, state):
-    return target.with_name(f'.{target.name}.{state}')
-
-
-def restore(target):
-    """Undo half of a replacement: the old folder had made room, the new one had not taken it."""
-    old = beside(target, 'old')
-    if old.exists() and not target.exists():
-        old.rename(target)
-
-
-def forget_helpers(target):
-    for name in HELPERS:
-        (target / name).unlink(missing_ok=True)
-
-
 def lock_or_refuse(lock, target):
+    """Take a record lock, which ends with this process and is not inherited by its workers."""
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -216,13 +100,55 @@ def lock_or_refuse(lock, target):
         ) from error
 
 
-def sync(path):
-    """Force a file or folder onto the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+class Journal:
+    """How far an unfinished folder has come: `state`, which the writer saves after each shard, None before.
+
+    state: {'source': {'documents': how many are done, ...}, 'sizes': {file name: bytes}, ...}
+    """
+
+    def __init__(self, target, command):
+        self.folder, self.target, self.command = target.with_name(f'.{target.name}.partial'), target, command
+        self.path, self.state = self.folder / 'journal.json', None
+
+    def open(self, overwrite):
+        """Continue what a killed run of the same command left, refuse what another left, or clear the folder."""
+        recorded = json.loads(self.path.read_text(encoding='utf-8')) if self.path.exists() else None
+        words = '; '.join(differences(recorded, self.command)) if recorded else ''
+        require(
+            overwrite or not words,
+            f'An unfinished preparation of {shown(self.target)} was begun otherwise: {words}. Give what it was begun '
+            'with, or start afresh with --overwrite.',
+        )
+        if recorded and not words and 'sizes' in recorded['state']:
+            self.state = recorded['state']
+            print(f'going on where an unfinished preparation stopped, {self.documents()} in')
+        else:
+            remove(path for path in self.folder.iterdir() if path.name != 'lock')
+
+    def save(self, state):
+        """Record the state, whose files must be on the disk."""
+        write_json(self.path, {**self.command, 'state': state})
+        self.state = state
+
+    def documents(self):
+        return f'{self.state["source"]["documents"]:,} documents'
+
+    def outlook(self):
+        """Return what a message of failure ends with."""
+        if not self.state:
+            return ''
+        return (
+            f' What is done so far, {self.documents()}, is kept in {shown(self.folder)}: the same command goes on from '
+            'there; --overwrite with other settings or another input starts afresh.'
+        )
+
+
+def remove(paths):
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def shown(target):

@@ -1,32 +1,30 @@
-"""
-A storyteller that knows its odds.
+"""Stories from a small grammar, and their exact probabilities.
 
-Of most text nobody can say how likely it was. These stories come from a small grammar, so everything about
-them is known exactly: the probability of any text (`log_prob`, −inf for what is no story), the entropy of a
-story (`entropy`), how many stories there are (`num_stories`). A language model trained on them can be held
-against the truth: its loss cannot be below the entropy by more than chance, and each of its samples is a
-story or is not. What makes it hard is what makes it a story: what is lost in the third sentence is what is
-found in the ninth, whoever helped is thanked, and "she" stays "she" until the stars come out.
+Of most text nobody can say how likely it was. Of these stories it is known, and any text can be judged: a language
+model trained on them cannot do better than the truth but by chance, and each of its samples is a story or is not.
+They take a memory: what is lost in the third sentence is found in the ninth, whoever helped is thanked, and "she"
+stays "she" to the end.
 
     from prepare import grammar
     text = grammar.story(random.Random(1))          # "... A frog saw her ..."
     grammar.log_prob(text)                          # in nats
-    grammar.log_prob(text.replace("her", "his"))    # −inf
+    grammar.log_prob(text.replace("her", "his"))    # −inf: no story
 
-RULES are written like this: `{hero=heroes}` draws a row of the table `heroes`, calls it `hero` and says it.
+RULES are written like this: `{hero=heroes}` draws a row of the table `heroes`, binds it to `hero` and says it.
 `{hero}` says it again, `{hero.them}` says another form of it (its cell in the column `them`), and `{Hero}`
-begins with a capital. `{spot=place.spots}` draws from that cell of the place, so where we are decides what
-is there; `{hero.kind=heroes}` draws a hero, but says only the kind. `<plot>` is another rule, `[one|two]` is
-one or two, and `(Perhaps.)` is said or left out.
-
-Every choice follows Zipf's law: its r-th possibility has weight 1 / (r + 1). So there are no weights to
-write down: what stands first is said most.
+begins with a capital. `{spot=place.spots}` draws from that cell of the place, so that the place decides what is
+there; `{hero.kind=heroes}` draws a hero, but says only the kind. `<plot>` is another rule, `[one|two]` is one or
+two, and `(Perhaps.)` is said or left out. Every choice follows Zipf's law: its r-th possibility has weight
+1 / (r + 1), so that no weights have to be written down.
 """
 
 import math
 import random
 import re
 from functools import cache
+
+# Recorded in prepared folders, which are reused for the same stories only: change it with any of them.
+VERSION = {'prepare/grammar.py': '8daa642a586c4c61bb0c1afede843bdc0f01b16b9a0071e759a2f6ba3bcae937'}
 
 # A table begins with its name and its columns. "Lily, Mia | girl" is two rows. Every row also has a form `a`
 # ("an owl"). A column called after a table names rows of that table, and a row that names just one has all of
@@ -171,7 +169,7 @@ ride to the North Pole | sled      | a ladder and spoons | got stuck | wax, a fl
 dive to the sea floor  | submarine | a barrel and a hose | filled up | a lid, a window | the end of the pool
 """
 
-# A rule is its name, a colon and a template; whatever it introduces may be spoken of from there on.
+# A rule is its name, a colon and a template; what it binds may be used from there on.
 RULES = """
 story: <birth> <love> <plot> <ending>
 
@@ -273,7 +271,7 @@ class Row(dict):
 
 
 def read_tables(text):
-    """{table: {word: row}} from a text like TABLES."""
+    """Return {table: {word: row}} of a text like TABLES."""
     tables = {}
     for block in text.strip().split('\n\n'):
         (name, *columns), *lines = [[cell.strip() for cell in line.split('|')] for line in block.split('\n')]
@@ -291,50 +289,47 @@ def read_tables(text):
 
 
 def read_rules(text):
-    """{rule: alternatives} from a text like RULES; an alternative is a list of pieces: "Once upon ",
-    "{hero}", "<plot>". What stands in brackets becomes a rule of its own, with a number for a name."""
+    """Return {rule: alternatives} of a text like RULES; an alternative is a list of pieces: "Once upon ", "{hero}",
+    "<plot>". What stands in brackets becomes a rule of its own, with a number for a name."""
     rules = {}
     for block in text.strip().split('\n\n'):
         name, _, body = block.partition(':')
         body = re.sub(r'\s*\|\s*', '|', ' '.join(body.split()))
-        body = body.replace(' (', '[ ').replace(')', '|]')  # all that "(perhaps)" is short for
+        body = body.replace(' (', '[ ').replace(')', '|]')  # what "(perhaps)" is short for
         while inner := re.search(r'\[([^][]*)\]', body):
             number = str(len(rules))
             rules[number] = inner[1]
             body = body.replace(inner[0], f'<{number}>')
         rules[name] = body
     return {
-        name: [
-            [piece for piece in re.split(r'(<\w+>|{.*?})', alternative) if piece]
-            for alternative in body.split('|')
-        ]
+        name: [[piece for piece in re.split(r'(<\w+>|{.*?})', way) if piece] for way in body.split('|')]
         for name, body in rules.items()
     }
 
 
-def zipf(things):
-    """[(probability, thing), ...]: the r-th thing, r = 1, 2, ..., has weight 1 / (r + 1)."""
-    total = sum(1 / (rank + 2) for rank in range(len(things)))
-    return [(1 / (rank + 2) / total, thing) for rank, thing in enumerate(things)]
+def zipf(options):
+    """Return [(probability, option), ...]: the r-th option, r = 1, 2, ..., has weight 1 / (r + 1)."""
+    total = sum(1 / (rank + 2) for rank in range(len(options)))
+    return [(1 / (rank + 2) / total, option) for rank, option in enumerate(options)]
 
 
 class Node:
-    """A point in a story, with all that may follow. Says `text`, then goes on at one of the nodes `options`;
-    a node without any is the end. `needs` are the variables that must be known here, since the rest speaks of
-    them; `deciders` are those among them on which odds depend, and not just words."""
+    """A state of the story: it says `text`, then goes on at one of the nodes `options`; one without any is the end.
+
+    `needs` are the variables that must be bound here, since the rest refers to them.
+    """
 
     def __init__(self, text, options):
         self.text, self.options = text, zipf(options)
         self.needs = set().union(*(option.needs for option in options))
-        self.deciders = set().union(*(option.deciders for option in options))
 
-    def ways(self, cast):
-        """All ways on from a cast {variable: row}: [(probability, text said, next node, next cast), ...]."""
-        return [(p, self.text, option, cast) for p, option in self.options]
+    def transitions(self, bindings):
+        """Return [(probability, text, next node, next bindings), ...], given bindings {variable: row}."""
+        return [(p, self.text, option, bindings) for p, option in self.options]
 
 
 class Recall(Node):
-    """{hero.them}: says a form of a row that is in the cast."""
+    """{hero.them}: says a form of a row that is bound."""
 
     def __init__(self, variable, form, then):
         super().__init__('', [then])
@@ -346,48 +341,50 @@ class Recall(Node):
         text = row[self.form]
         return text[0].upper() + text[1:] if self.capital else text
 
-    def ways(self, cast):
-        return [(1.0, self.text_of(cast[self.variable]), self.then, cast)]
+    def transitions(self, bindings):
+        return [(1.0, self.text_of(bindings[self.variable]), self.then, bindings)]
 
 
 class Draw(Recall):
-    """{friend=place.friends}: draws a row, puts it into the cast, and says a form of it."""
+    """{friend=place.friends}: draws a row, binds it, and says a form of it."""
 
-    def __init__(self, variable, form, decider, source, rows_of, then):
+    def __init__(self, variable, form, parent, source, rows_of, then):
         super().__init__(variable, form, then)
-        self.decider, self.source, self.rows_of = decider, source, cache(rows_of)
-        self.needs = self.needs - {self.variable} | {decider} - {None}
-        self.deciders = self.deciders - {self.variable} | {decider} - {None}
+        self.parent, self.source, self.rows_of = parent, source, cache(rows_of)
+        self.needs = self.needs - {self.variable} | {parent} - {None}
 
-    def rows(self, cast):
-        """[(probability, row), ...]: what there is to draw from, given the cast."""
-        return self.rows_of(self.source, cast[self.decider][self.source] if self.decider else None)
+    def rows(self, bindings):
+        """Return [(probability, row), ...] of what can be drawn, given the bindings."""
+        return self.rows_of(self.source, bindings[self.parent][self.source] if self.parent else None)
 
-    def ways(self, cast):
-        return [(p, self.text_of(row), self.then, {**cast, self.variable: row}) for p, row in self.rows(cast)]
+    def transitions(self, bindings):
+        return [
+            (p, self.text_of(row), self.then, {**bindings, self.variable: row})
+            for p, row in self.rows(bindings)
+        ]
 
 
 class Grammar:
     """A distribution over stories, from texts like RULES and TABLES; ValueError where they are malformed.
 
-    It is a Markov chain, whose state is a node (what may follow) and a cast (who is who). To draw a story is
-    to walk along it; to judge a text is to follow the ways that say just that; and what is true of all
-    stories is a sum over all ways."""
+    It is a Markov chain, whose state is a node and the bindings. To draw a story is to walk along it; the
+    probability of a text is summed over the walks that say just that.
+    """
 
     def __init__(self, rules, tables):
         self.rules, self.tables = read_rules(rules), read_tables(tables)
         self.nodes = []  # each stands after all to which it leads
         self.start = self.link('story', Node('', []))
         for name in sorted(self.start.needs):
-            raise ValueError(f'The rules can speak of {name!r} before a {{{name}=...}} has introduced it.')
-        self.roles = self.find_roles()
+            raise ValueError(f'The rules can refer to {name!r} before a {{{name}=...}} has introduced it.')
+        self.domains = self.find_domains()
 
     def link(self, rule, then, inside=()):
-        """The node at which `rule` begins and after which comes the node `then`: a story is put together from
-        its end. `inside` are the rules around this one."""
+        """Return the node at which `rule` begins and after which comes the node `then`; `inside`: the rules around it."""
         if rule not in self.rules or rule in inside:
-            wrong = 'contains itself' if rule in inside else 'does not exist'
-            raise ValueError(f'The rule <{rule}> {wrong}.')
+            raise ValueError(
+                f'The rule <{rule}> {"contains itself" if rule in inside else "does not exist"}.'
+            )
         options = []
         for pieces in self.rules[rule]:
             node = then
@@ -402,114 +399,72 @@ class Grammar:
         slot = re.fullmatch(r'{(\w+)(?:\.(\w+))?(?:=(?:(\w+)\.)?(\w+))?}', piece)
         if not slot and re.search(r'[][<>{}()]', piece):
             raise ValueError(f'The rules have a slot that cannot be read or a stray bracket in {piece!r}.')
-        variable, form, decider, source = slot.groups() if slot else 4 * [None]
-        self.nodes.append(
-            Draw(variable, form, decider, source, self.rows_of, then)
-            if source
-            else Recall(variable, form, then)
-            if slot
-            else Node(piece, [then])
-        )
-        return self.nodes[-1]
+        if not slot:
+            node = Node(piece, [then])
+        elif not slot[4]:
+            node = Recall(slot[1], slot[2], then)
+        else:
+            node = Draw(*slot.groups(), self.rows_of, then)
+        self.nodes.append(node)
+        return node
 
     def rows_of(self, source, cell=None):
-        """[(probability, row), ...] of the table `source`, or those named by a cell in a column `source`."""
+        """Return [(probability, row), ...] of the table `source`, or of those that a cell of a column `source` names."""
         table = self.tables.get(source)
         words = cell.split(', ') if cell else table
         if not words or table and not set(words) <= set(table):
             raise ValueError(f'There is no table {source!r}, or it lacks a row of {cell!r}.')
         return zipf([table[word] if table else Row(word) for word in words])
 
-    def find_roles(self):
-        """{variable: set of the rows that it can stand for}; each must have all forms asked of it."""
-        roles = {}
+    def find_domains(self):
+        """Return {variable: set of the rows that it can be bound to}; each must have all forms asked of it."""
+        domains = {}
         for node in reversed(self.nodes):
             if isinstance(node, Draw):
-                for row in roles.get(node.decider, [None]):
-                    rows = {drawn for _, drawn in node.rows({node.decider: row})}
-                    roles[node.variable] = roles.get(node.variable, set()) | rows
+                for parent in domains.get(node.parent, [None]):
+                    rows = {row for _, row in node.rows({node.parent: parent})}
+                    domains[node.variable] = domains.get(node.variable, set()) | rows
             if isinstance(node, Recall):
-                for row in roles[node.variable]:
+                for row in domains[node.variable]:
                     node.text_of(row)
-        return roles
+        return domains
 
     def walk(self, rng):
-        """Draws a story step by step: (probability of this step, text said, node). The texts together are the
-        story, the product of the probabilities is that of the story."""
-        node, cast = self.start, {}
-        while ways := node.ways(cast):
-            here, (p, text, node, cast) = node, rng.choices(ways, [way[0] for way in ways])[0]
+        """Yield a story step by step: (probability of this step, text, node)."""
+        node, bindings = self.start, {}
+        while transitions := node.transitions(bindings):
+            here, weights = node, [p for p, *_ in transitions]
+            p, text, node, bindings = rng.choices(transitions, weights)[0]
             yield p, text, here
 
     def story(self, rng):
-        """One story, drawn with `rng`, a random.Random."""
+        """Return one story, drawn with `rng`, a random.Random."""
         return ''.join(text for _, text, _ in self.walk(rng))
 
     def derivations(self, text=None):
-        """(log-probability in nats, text) of each way to tell just this text; without one, of all stories."""
+        """Yield (log-probability in nats, text) of each way to tell just this text; without one, of all stories."""
         agenda = [(0.0, '', self.start, {})]
         while agenda:
-            log_p, told, node, cast = agenda.pop()
-            ways = node.ways(cast)
-            if not ways and text in (None, told):
-                yield log_p, told
-            for p, more, then, next_cast in ways:
-                if text is None or text.startswith(more, len(told)):
-                    agenda.append((log_p + math.log(p), told + more, then, next_cast))
+            log_p, prefix, node, bindings = agenda.pop()
+            transitions = node.transitions(bindings)
+            if not transitions and text in (None, prefix):
+                yield log_p, prefix
+            for p, more, then, bound in transitions:
+                if text is None or text.startswith(more, len(prefix)):
+                    agenda.append((log_p + math.log(p), prefix + more, then, bound))
 
     def log_prob(self, text):
-        """Log-probability in nats that a story is exactly this text; -inf if none is."""
+        """Return the log-probability in nats that a story is exactly this text; -inf if none is."""
         log_ps = [log_p for log_p, _ in self.derivations(text)]  # unambiguous rules give one at most
         best = max(log_ps, default=-math.inf)
         return best + math.log(sum(math.exp(log_p - best) for log_p in log_ps)) if log_ps else best
 
-    def fold(self, value_of_end, combine):
-        """The value of the start, if that of a node is Σ combine(probability, value of the next node) over
-        its ways. It is exact, and quick, because only the deciders among the cast matter to it."""
-        values = {}
-
-        def value(node, cast):
-            key = (node, *(cast[name] for name in sorted(node.deciders)))
-            if key not in values:
-                ways = node.ways(cast)
-                values[key] = 0 if ways else value_of_end
-                for p, _, then, next_cast in ways:
-                    values[key] += combine(p, value(then, next_cast))
-            return values[key]
-
-        return value(self.start, {})
-
-    def entropy(self):
-        """Entropy of a story in nats, by the chain rule: H = Σ p (H of what follows − log p)."""
-        return self.fold(0.0, lambda p, rest: p * (rest - math.log(p)))
-
-    def num_stories(self):
-        """How many different stories there are; it counts derivations, and the rules are unambiguous."""
-        return self.fold(1, lambda p, rest: rest)
-
-    def vocabulary(self):
-        """The set of all words in all stories, in lower case. The 's of a birthday is not a word."""
-        texts = [node.text for node in self.nodes]
-        texts += [
-            node.text_of(row)
-            for node in self.nodes
-            if isinstance(node, Recall)
-            for row in self.roles[node.variable]
-        ]
-        return {word for text in texts for word in re.findall(r"\b(?<!')[a-z]+", text.lower())}
-
 
 GRAMMAR = Grammar(RULES, TABLES)
-story, log_prob, entropy = GRAMMAR.story, GRAMMAR.log_prob, GRAMMAR.entropy
-num_stories, vocabulary = GRAMMAR.num_stories, GRAMMAR.vocabulary
+story, log_prob = GRAMMAR.story, GRAMMAR.log_prob
 
 
 def stories(num_stories, seed=0):
-    """Story i depends on (seed, i) only: a longer list begins with the shorter one."""
+    """Yield stories; story i depends on (seed, i) only, so that a longer list begins with the shorter one."""
     for i in range(num_stories):
         yield story(random.Random(f'{seed}/{i}'))
-
-
-if __name__ == '__main__':
-    for text in stories(3, seed=random.random()):
-        print(f'{text}\n    (one in {math.exp(-log_prob(text)):,.0f})\n')

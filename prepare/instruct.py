@@ -1,5 +1,4 @@
-"""
-Prepare instruction data: prompts to be read, answers to be learned.
+"""Prepare instruction data: prompts to be read, answers to be learned.
 
     $ python prepare/instruct.py --source=alpaca_1k.json --name=alpaca --tokenizer=out/base/ckpt.pt
     $ python prepare/instruct.py --source=dolly --tokenizer=gpt2 --prompt_format=chatml
@@ -8,23 +7,23 @@ Records of Alpaca (instruction, input, output), Dolly (context, response), promp
 ShareGPT's `conversations`, or plain text (--field=text).
 """
 
+import math
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from lm import checkpoints, prompts
-from lm.configurator import UserError, check_range, configure
-from prepare import readers
-from prepare import tokenizer as tokenizers
+from lm import prompts
+from lm.configurator import check_range, configure, require
+from lm.records import READERS, suffix_of
+from lm.tokenizer import Tokenizer
 from prepare.examples import Examples, conversation
-from prepare.writer import write
+from prepare.readers import files, first_of, hub
+from prepare.writer import is_checkpoint, write
 
 source = ''  # alpaca, dolly, a data set of the Hugging Face hub, or files: .json, .jsonl, .parquet
 field = ''  # of records that are plain text: the field that holds it
-prompt_format = 'default'  # default, alpaca, qa, chatml, llama3: see prompts.py
-max_seq_len: int = (
-    None  # tokens of the longest example; None: as many as the tokenizer's model reads, or 1024
-)
+prompt_format = 'default'  # default, alpaca, qa, chatml, llama3: see lm/prompts.py
+max_seq_len: int = None  # tokens of the longest example; None: what the tokenizer's model reads, or 1024
 max_examples = 0  # the first ones only; 0: all
 name = ''  # of the folder under data/; the source's if not given
 output_dir = ''  # a path to write to instead
@@ -40,40 +39,31 @@ config = configure(globals())
 HUB = {'alpaca': 'tatsu-lab/alpaca', 'dolly': 'databricks/databricks-dolly-15k'}
 
 
-def read(record, where):
+def document(record, where):
     return conversation(record, where, field)
 
 
-def base_settings():
-    """(block size, start token) of the checkpoint that --tokenizer names; nothing where it names none."""
-    path = Path(tokenizer)
-    if tokenizer in tokenizers.KINDS or not (path.suffix == '.pt' or (path / 'ckpt.pt').is_file()):
-        return None, None
-    base = checkpoints.load(tokenizer, mmap=True)
-    start, special = base.get('start_token'), tokenizers.build(tokenizer).special_ids
-    return base['model_config']['block_size'], start if start in special.values() else None
-
-
 if __name__ == '__main__':
-    check_range(config, 0, float('inf'), 'max_examples')
-    if not source:
-        raise UserError(
-            'There is nothing to read: give --source=alpaca, dolly, FILE.json, or a data set of the hub.'
-        )
-    form = prompts.named(prompt_format)
-    block_size, start_token = base_settings()
+    check_range(config, 0, math.inf, 'max_examples')
+    require(source, 'There is nothing to read: give --source=alpaca, dolly, FILE.json, or a hub id.')
+    form, block_size, start_token = prompts.named(prompt_format), None, None
+    if is_checkpoint(tokenizer):
+        from lm import checkpoints  # imports torch, which takes seconds
+
+        base = checkpoints.load(tokenizer, mmap=True)
+        block_size, start_token = base['model_config']['block_size'], base.get('start_token')
+        if start_token not in Tokenizer(base['tokenizer']).special_ids.values():
+            start_token = None
     config['max_seq_len'] = max_seq_len = max_seq_len or block_size or 1024
-    check_range(config, 8, float('inf'), 'max_seq_len')
+    check_range(config, 8, math.inf, 'max_seq_len')
     config['name'] = name or Path(source.partition(',')[0]).stem
-    is_file = (
-        Path(source).exists() or readers.ending_of(Path(source)) in readers.READERS or source.count('/') != 1
-    )
-    records = (
-        readers.hub(HUB.get(source, source), document=read)
-        if source in HUB or not is_file
-        else readers.files(source, field, document=read)
-    )
+
+    is_file = Path(source).exists() or suffix_of(Path(source)) in READERS or source.count('/') != 1
+    if source in HUB or not is_file:
+        records = hub(HUB.get(source, source), document=document)
+    else:
+        records = files(source, field, document=document)
     if max_examples:
-        records = readers.first_of(records, max_examples)
+        records = first_of(records, max_examples)
     records.examples = Examples(form, max_seq_len, start_token)
     write(records, config)

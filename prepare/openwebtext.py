@@ -1,8 +1,7 @@
-"""
-Prepare OpenWebText (Gokaslan and Cohen 2019), eight million pages, about nine billion GPT-2 tokens.
+"""Prepare OpenWebText (Gokaslan and Cohen 2019), eight million pages, about nine billion GPT-2 tokens.
 
-    $ python prepare/openwebtext.py --vocab_size=32000 --num_workers=8   # streamed from the hub
-    $ python prepare/openwebtext.py --tokenizer=gpt2 --input=openwebtext # or from a folder of files
+$ python prepare/openwebtext.py --vocab_size=32000 --num_workers=8   # streamed from the hub
+$ python prepare/openwebtext.py --tokenizer=gpt2 --input=openwebtext # or from a folder of files
 """
 
 import sys

@@ -1,145 +1,181 @@
 """Documents from files (.txt, .jsonl, .jsonl.gz, .jsonl.zst, .json, .parquet) and from the Hugging Face hub.
 
-What is wrong with a single record is handed on in its place, as a UserError that names the file and the line:
-whether it stops the preparation or is skipped and counted is for the writer to say. A file that cannot be read
-to its end always stops it.
+A record without a usable text is handed on as a UserError in its place; on_error says whether that stops the
+preparation, or the record is skipped and counted.
 """
 
 import glob
-import gzip
-import io
-import json
-import zlib
+import hashlib
+import sys
+from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
+from tqdm import tqdm
 
-from lm.configurator import UserError
-from prepare.writer import Source, sha256_of
+from lm.configurator import UserError, require
+from lm.files import sha256_of
+from lm.records import READERS, attempt, damage_named, decode, first_line, kind_of, read_records, suffix_of
+
+
+@dataclass
+class Source:
+    """Where documents come from."""
+
+    name: str
+    # (done=0, state=None) -> a fresh iterable of (text or UserError, amount of the source that it took), from
+    # after the first `done` documents on
+    documents: Callable
+    inputs: dict  # name -> sha256 of what the documents are read from or made by
+    total: float  # amount of the whole source, in `unit`s; None where nobody knows
+    unit: str = 'B'
+    state: Callable = lambda: None  # () -> JSON that spares `documents` to read what is done once more
+    examples: object = None  # prepare.examples.Examples, where documents are records and no plain text
 
 
 def files(patterns, field, separator='', document=None):
+    """Return the Source of comma-separated files, folders or globs, in that order, each of them sorted.
+
+    `field` names the text of a record; or `document(record, where)` makes a document of a whole record. A .txt
+    is one document, or several with a `separator` between them. Reading streams, except for .txt without a
+    separator and .json. Raises UserError for what cannot be read.
     """
-    The Source of comma-separated files, folders or globs, in that order, those of one folder or glob sorted.
+    make = document or partial(text_of, field)
+    paths = expand(patterns, [*READERS] if document else ['.txt', *READERS])
+    before = [path.stat().st_mtime_ns for path in paths]
+    inputs = {}
+    for path in paths:  # before anything is written
+        require(path.stat().st_size, f'{path} is empty; fill it, or leave it out.')
+        with damage_named(path):
+            inputs[str(path)] = sha256_of(path)
 
-    `field` names the text of a record; or `document(record, where)` makes a document of a whole record. A .txt is
-    one document, or several with a `separator` between them. Reading streams, except for .txt without a separator
-    and .json (a list is parsed at once). Raises UserError for what cannot be read.
-    """
-    paths = expand(patterns, [ending for ending in READERS if not document or ending != '.txt'])
-    make, fields = (document, None) if document else (partial(text_of, field), [field])
-    before = [signature(path) for path in paths]
-    inputs = {str(path): hash_of(path) for path in paths}  # before anything is written
-    place = [0, 0]  # file, records of it that were read
+    def all_documents():
+        for path, modified in zip(paths, before):
+            yield from (
+                read_txt(path, separator) if path.suffix.lower() == '.txt' else read_records(path, make)
+            )
+            is_same = path.stat().st_mtime_ns == modified
+            require(is_same, f'{path} changed while it was being read; let it rest, and give --overwrite.')
 
-    def documents(start=(0, 0)):
-        first, done = start
-        for number in range(first, len(paths)):
-            read = READERS[ending_of(paths[number])]
-            for record, made, amount in read(paths[number], done, make, fields, separator):
-                place[:] = number, record
-                yield made, amount
-            done = 0
-            if signature(paths[number]) != before[number]:
-                raise UserError(
-                    f'{paths[number]} changed while it was being read; let it rest, and prepare again '
-                    'with --overwrite.'
-                )
+    def documents(done=0, state=None):
+        return islice(all_documents(), done, None)
 
-    return Source(
-        patterns, documents, inputs, sum(path.stat().st_size for path in paths), position=lambda: list(place)
-    )
+    return Source(patterns, documents, inputs, total=sum(path.stat().st_size for path in paths))
 
 
 def first_of(source, count):
-    """The Source of the first `count` documents of another."""
-    place = {}
+    """Return the Source of the first `count` documents of another."""
 
-    def documents(start=None):
-        place['taken'] = start['taken'] if start else 0
-        inner = source.documents(*([start['rest']] if start else []))
-        for document in islice(inner, count - place['taken']):
-            place['taken'] += 1
-            yield document
+    def documents(done=0, state=None):
+        return islice(source.documents(done, state), max(0, count - done))
 
-    def position():
-        return {**place, 'rest': source.position()}
-
-    return replace(source, documents=documents, position=position if source.position else None)
+    return replace(source, documents=documents)
 
 
-def expand(patterns, endings):
+# ---------------------------------------------------------------------------- documents and their splits
+
+
+class Corpus:
+    """The documents of a source, each with its split; blank ones are left out and counted.
+
+    A hash of the text decides the split, so that other documents, workers or orders never move one. A source
+    that is one document gives its last `val_fraction` of characters, as nanoGPT does.
+    """
+
+    def __init__(self, source, val_fraction, on_error):
+        self.source, self.val_fraction, self.on_error = source, val_fraction, on_error
+        self.warnings = []
+        first = list(islice(self.texts(), 2))
+        skipped = f' {self.read["skipped"]} records were skipped: {self.warnings[0]}' if self.warnings else ''
+        require(first, f'There is no text in {source.name}; give files that hold some.{skipped}')
+        self.is_single = len(first) == 1 and not source.examples
+        self.opening = '\n' if '\n' in first[0] else first[0][0]  # how a sample of a single document begins
+
+    def texts(self, read=None):
+        """Yield the texts, from the start or from where `self.read` stood; it is counted up on the way."""
+        self.read = dict(read or {'documents': 0, 'amount': 0, 'blank': 0, 'skipped': 0, 'state': None})
+        for text, amount in self.source.documents(self.read['documents'], self.read['state']):
+            self.read['documents'] += 1
+            self.read['amount'] += amount
+            if isinstance(text, UserError):
+                self.skip(text)
+            elif not text or text.isspace():
+                self.read['blank'] += 1
+            else:
+                yield text
+
+    def skip(self, error):
+        if self.on_error == 'stop':
+            raise error
+        self.read['skipped'] += 1
+        if len(self.warnings) < 10 and str(error) not in self.warnings:  # the source is read several times
+            self.warnings.append(str(error))
+            tqdm.write(f'skipped: {error}', file=sys.stderr)
+
+    def parts(self, text):
+        """Return [(split, text)] of a document."""
+        if self.is_single:
+            cut = int(len(text) * (1 - self.val_fraction))
+            return [('train', text[:cut]), ('val', text[cut:])]
+        position = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], 'big') / 2**64
+        return [('val' if position < self.val_fraction else 'train', text)]
+
+    def texts_of(self, split):
+        return (part for text in self.texts() for name, part in self.parts(text) if name == split)
+
+    def sample(self, megabytes):
+        """Yield the training texts that come first."""
+        room = megabytes * 1e6
+        for text in map(self.as_text, self.texts_of('train')):
+            yield text[: int(room)]
+            room -= len(text.encode())
+            if room <= 0:
+                return
+
+    def as_text(self, document):
+        return self.source.examples.text(document) if self.source.examples else document
+
+
+# ---------------------------------------------------------------------------- files
+
+
+def expand(patterns, suffixes):
+    """Return the paths that comma-separated files, folders or globs stand for, each once.
+
+    Of a folder these are all files below it that can be read; others (a README) are not meant.
+    """
     paths = []
     for pattern in filter(None, map(str.strip, patterns.split(','))):
         pattern = str(Path(pattern).expanduser())
         matches = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
-        if not matches:
-            raise UserError(f'No file matches {pattern} in {Path.cwd()}; check the path.')
+        require(matches, f'No file matches {pattern} in {Path.cwd()}; check the path.')
         for path in map(Path, matches):
-            paths += files_in(path, endings) if path.is_dir() else [path]
-    if not paths:
-        raise UserError(
-            'There is nothing to read: give --input=FILE, several with commas between them, '
-            'a folder, or a glob.'
-        )
+            below = (file for file in path.rglob('*') if file.is_file() and suffix_of(file) in suffixes)
+            paths += sorted(below) if path.is_dir() else [path]
+    endings = ', '.join(suffixes)
+    require(
+        paths, f'There is nothing to read: give files, folders or globs, with commas between, of {endings}.'
+    )
     for path in paths:
-        if ending_of(path) not in endings:
-            raise UserError(f'{path} ends in none of {", ".join(endings)}; convert or rename it.')
+        require(suffix_of(path) in suffixes, f'{path} ends in none of {endings}; convert or rename it.')
     return list(dict.fromkeys(paths))
 
 
-def files_in(folder, endings):
-    """The files below `folder` that can be read, sorted; others (a README) are not meant."""
-    found = sorted(path for path in folder.rglob('*') if path.is_file() and ending_of(path) in endings)
-    if not found:
-        raise UserError(f'The folder {folder} holds no file that ends in {", ".join(endings)}; name another.')
-    return found
-
-
-def ending_of(path):
-    ending = path.suffix.lower()
-    return Path(path.stem).suffix.lower() + ending if ending in ('.gz', '.zst') else ending
-
-
-def signature(path):
-    state = path.stat()
-    return state.st_size, state.st_mtime_ns
-
-
-def hash_of(path):
-    try:
-        digest = sha256_of(path)
-    except OSError as error:
-        raise UserError(f'{path} cannot be read ({error.strerror}); check it, or leave it out.') from error
-    if path.stat().st_size == 0:
-        raise UserError(f'{path} is empty; fill it, or leave it out.')
-    return digest
-
-
-# ---------------------------------------------------------------------------- one reader per ending
-# Each yields, after the first `done` records, (number of a record, its document or what is wrong with it, how many
-# bytes of the file it took). `make(record, where)` gives the document; `fields` are those that it needs, None for all.
-
-
-def read_txt(path, done, make, fields, separator):
-    for number, content in enumerate(split_file(path, separator) if separator else [path.read_bytes()], 1):
-        if number > done:
-            where = f'{path}, document {number}' if separator else path
-            yield (
-                number,
-                attempt(decode, content.strip() if separator else content, where),
-                len(content) + len(separator),
-            )
+def read_txt(path, separator):
+    """Yield (text or UserError, bytes) of the documents of a .txt."""
+    if not separator:
+        yield attempt(decode, path.read_bytes(), path), path.stat().st_size
+        return
+    for number, content in enumerate(split_file(path, separator.encode()), 1):
+        yield attempt(decode, content.strip(), f'{path}, document {number}'), len(content) + len(separator)
 
 
 def split_file(path, separator):
-    """The contents between separators, a megabyte of the file at a time."""
-    rest, separator = b'', separator.encode()
+    """Yield the contents between separators, reading a megabyte of the file at a time."""
+    rest = b''
     with open(path, 'rb') as file:
         while chunk := file.read(2**20):
             *whole, rest = (rest + chunk).split(separator)
@@ -147,191 +183,54 @@ def split_file(path, separator):
     yield rest
 
 
-def read_jsonl(path, done, make, fields, separator):
-    before = 0
-    with open(path, 'rb') as raw, damage_named(path), decompressed(path, raw) as file:
-        for number, line in enumerate(file, 1):
-            if number > done and not line.isspace():
-                here = raw.tell()
-                yield number, attempt(from_line, make, line, f'{path}, line {number}'), here - before
-                before = here
-
-
-def decompressed(path, raw):
-    if ending_of(path).endswith('.gz'):
-        return gzip.GzipFile(fileobj=raw)
-    if ending_of(path).endswith('.zst'):
-        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw), 'zstd'), 2**16)
-    return raw
-
-
-def read_json(path, done, make, fields, separator):
-    content = path.read_bytes()
-    rows = parse(decode(content, path), path)
-    if not isinstance(rows, list):
+def text_of(field, record, where):
+    """Return the text of a record; raise UserError, which names `where`, if it has none."""
+    if not isinstance(record, dict):
+        raise UserError(f'{where}: {kind_of(record)} instead of a record; write {{"{field}": "..."}}.')
+    if field not in record:
+        names = ', '.join(map(repr, record)) or 'none'
         raise UserError(
-            f'{path} holds {kind_of(rows)}, not a list of records; '
-            'make it one, or write one record per line and name the file .jsonl.'
+            f'{where}: there is no field {field!r}, only {names}; name the right one with --field.'
         )
-    for number, row in enumerate(rows, 1):
-        if number > done:
-            yield number, attempt(make, row, f'{path}, record {number}'), len(content) / len(rows)
-
-
-def read_parquet(path, done, make, fields, separator):
-    number = 0
-    with damage_named(path), pyarrow.parquet.ParquetFile(path, buffer_size=2**20) as file:
-        for field in fields or ():
-            if field not in file.schema_arrow.names:
-                raise missing(field, file.schema_arrow.names, path)
-        size = path.stat().st_size / max(file.metadata.num_rows, 1)
-        for group in range(file.num_row_groups):
-            if number + file.metadata.row_group(group).num_rows <= done:
-                number += file.metadata.row_group(group).num_rows
-                continue
-            for batch in file.iter_batches(batch_size=100, row_groups=[group], columns=fields):
-                for values in zip(*map(values_of, batch.columns)):
-                    number += 1
-                    if number > done:
-                        record = dict(zip(batch.schema.names, values))
-                        yield number, attempt(from_values, make, record, f'{path}, row {number}'), size
-
-
-def values_of(column):
-    """Text as bytes, which are decoded one by one, so that an invalid one is a matter of its row."""
-    kind = column.type.value_type if pyarrow.types.is_dictionary(column.type) else column.type
-    is_text = pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
-    return (column.cast(kind).cast(pyarrow.large_binary()) if is_text else column).to_pylist()
-
-
-READERS = {
-    '.txt': read_txt,
-    '.jsonl': read_jsonl,
-    '.jsonl.gz': read_jsonl,
-    '.jsonl.zst': read_jsonl,
-    '.json': read_json,
-    '.parquet': read_parquet,
-}
-
-
-@contextmanager
-def damage_named(path):
-    try:
-        yield
-    except (pyarrow.ArrowException, OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(
-            f'{path} cannot be read to its end ({first_line(error)}); fetch it again, or leave it out.'
-        ) from error
-
-
-# ---------------------------------------------------------------------------- what can be wrong with a record
-
-
-def attempt(make, *given):
-    """The result, or the UserError in its place."""
-    try:
-        return make(*given)
-    except UserError as error:
-        return error
-
-
-def from_line(make, line, where):
-    return make(parse(decode(line, where), where), where)
-
-
-def from_values(make, record, where):
-    return make(
-        {name: decode(value, where) if isinstance(value, bytes) else value for name, value in record.items()},
-        where,
-    )
-
-
-def decode(content, where):
-    try:
-        return content.decode('utf-8')
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f'{where}: byte {error.start} (0x{content[error.start]:02x}) is not valid UTF-8; '
-            'convert the file to UTF-8, for example with iconv.'
-        ) from error
-
-
-def parse(text, where):
-    try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        what, place = (error.msg, error.pos) if isinstance(error, ValueError) else ('nested too deeply', 0)
-        raise UserError(
-            f'{where}: not valid JSON ({what}) at {text[place : place + 30]!r}; repair it, or leave it out.'
-        ) from error
-
-
-def text_of(field, row, where):
-    if not isinstance(row, dict):
-        raise UserError(f'{where}: {kind_of(row)} instead of a record; write {{"{field}": "..."}}.')
-    if field not in row:
-        raise missing(field, row, where)
-    text = row[field]
+    text, name = record[field], f'{where}: the field {field!r}'
     if not isinstance(text, str):
-        raise UserError(
-            f'{where}: the field {field!r} holds {kind_of(text)}, not text; '
-            'repair it, or name another field with --field.'
-        )
+        raise UserError(f'{name} holds {kind_of(text)}, not text; repair it, or name another with --field.')
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a character pair
-        raise UserError(
-            f'{where}: {text[error.start]!r} in the field {field!r} is half a character and has '
-            'no UTF-8 form; repair it, or leave it out.'
-        ) from error
+        half = repr(text[error.start])
+        raise UserError(f'{name} holds half a character, {half}; repair it, or leave it out.') from error
     return text
-
-
-def missing(field, names, where):
-    return UserError(
-        f'{where}: there is no field {field!r}, only {", ".join(map(repr, names)) or "none"}; '
-        'name the one that holds the text with --field.'
-    )
-
-
-def kind_of(value):
-    return 'null' if value is None else f'a {type(value).__name__} ({str(value)[:30]})'
 
 
 # ---------------------------------------------------------------------------- the hub
 
 
 def hub(path, subset=None, field='text', document=None):
-    """
-    The Source of the training split of a data set on the Hugging Face hub, streamed, at its newest revision.
+    """Return the Source of the training split of a data set on the Hugging Face hub, streamed, at its newest revision.
 
-    `field` and `document` are as in `files`. A restart goes on within the file where it was. Raises UserError for
-    what the hub refuses.
+    `field` and `document` are as in `files`. A restart goes on within the file where it was. Raises UserError
+    for what the hub refuses.
     """
-    import datasets  # it takes seconds, and files need it not
+    import datasets  # it takes seconds, and files do not need it
     from huggingface_hub import HfApi
 
     with refusals_named(path):
         revision = HfApi().dataset_info(path).sha
-    reading, make = {'rows': 0, 'stream': None}, document or partial(text_of, field)
+    make, stream = document or partial(text_of, field), None
 
-    def documents(start=None):
+    def documents(done=0, state=None):
+        nonlocal stream
         with refusals_named(path):
             stream = datasets.load_dataset(path, subset, split='train', streaming=True, revision=revision)
-            if start:
-                stream.load_state_dict(start['state'])
-            reading.update(stream=stream, rows=start['rows'] if start else 0)
-            for row in stream:
-                reading['rows'] += 1
-                yield attempt(make, row, f'{path}, row {reading["rows"]}'), 1
-
-    def position():
-        return {'rows': reading['rows'], 'state': reading['stream'].state_dict()}
+            if state:
+                stream.load_state_dict(state)
+            for number, row in enumerate(stream, done + 1):
+                yield attempt(make, row, f'{path}, row {number}'), 1
 
     name = f'{path}/{subset}' if subset else path
-    return Source(
-        f'https://huggingface.co/datasets/{name}', documents, {name: revision}, None, ' documents', position
-    )
+    url = f'https://huggingface.co/datasets/{name}'
+    return Source(url, documents, {name: revision}, None, ' documents', state=lambda: stream.state_dict())
 
 
 @contextmanager
@@ -341,11 +240,7 @@ def refusals_named(path):
     except UserError:
         raise
     except Exception as error:  # of many kinds, from four libraries
+        problem = f'The data set {path} could not be read from the hub ({first_line(error)})'
         raise UserError(
-            f'The data set {path} could not be read from the hub ({first_line(error)}); correct the '
-            'name, try again, or fetch its files elsewhere and give their folder instead.'
+            f'{problem}; correct the name, try again, or fetch its files and give their folder.'
         ) from error
-
-
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

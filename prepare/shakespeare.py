@@ -1,8 +1,7 @@
-"""
-Prepare tiny Shakespeare, a megabyte of plays: one document, split as in nanoGPT.
+"""Prepare tiny Shakespeare, a megabyte of plays: one document, split as in nanoGPT.
 
-    $ python prepare/shakespeare.py                       # data/shakespeare_char
-    $ python prepare/shakespeare.py --tokenizer=gpt2      # data/shakespeare_gpt2
+$ python prepare/shakespeare.py                       # data/shakespeare_char
+$ python prepare/shakespeare.py --tokenizer=gpt2      # data/shakespeare_gpt2
 """
 
 import hashlib
@@ -12,9 +11,9 @@ from functools import cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from lm.configurator import UserError, configure
-from prepare.readers import files
-from prepare.writer import Source, write
+from lm.configurator import UserError, configure, require
+from prepare.readers import Source, files
+from prepare.writer import write
 
 input = ''  # the file itself; where none is given it is downloaded
 name = ''  # of the folder under data/; shakespeare_TOKENIZER if not given
@@ -34,24 +33,20 @@ SIZE = 1_115_394  # bytes
 
 @cache
 def download():
-    """The text; called only where there is no finished folder to reuse."""
+    """Return the text; called only where there is no finished folder to reuse."""
     try:
         with urllib.request.urlopen(URL, timeout=30) as response:
             content = response.read()
     except OSError as error:
-        raise UserError(
-            f'{URL} could not be downloaded ({error}); fetch it on a machine with a network '
-            'and give the file with --input=FILE.'
-        ) from error
-    if hashlib.sha256(content).hexdigest() != SHA256:
-        raise UserError(
-            f'{URL} is not the file it used to be, or was cut short at {len(content)} bytes; '
-            'try again, or give a copy with --input=FILE.'
-        )
+        raise UserError(f'{URL} could not be downloaded ({error}); give a copy with --input=FILE.') from error
+    require(
+        hashlib.sha256(content).hexdigest() == SHA256,
+        f'{URL} gave {len(content)} bytes that are not the known file; try again, or give a copy with --input=FILE.',
+    )
     return content.decode('utf-8')
 
 
 if __name__ == '__main__':
     config['name'] = name or f'shakespeare_{Path(tokenizer).stem}'
-    online = Source(URL, lambda: [(download(), SIZE)], {URL: SHA256}, SIZE)
+    online = Source(URL, lambda done=0, state=None: [(download(), SIZE)][done:], {URL: SHA256}, SIZE)
     write(files(input, field='text') if input else online, config)

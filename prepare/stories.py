@@ -1,16 +1,18 @@
-"""
-Prepare stories that a grammar tells: no network, as many as wanted, and the best possible loss is known.
+"""Prepare stories that a grammar tells: no network, as many as wanted, and the best possible loss is known.
 
-    $ python prepare/stories.py --num_stories=20000 --seed=0
+$ python prepare/stories.py --num_stories=20000 --seed=0
 """
 
+import math
 import sys
+from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from lm.configurator import UserError, configure
+from lm.configurator import check_range, configure
 from prepare import grammar
-from prepare.writer import Source, sha256_of, write
+from prepare.readers import Source
+from prepare.writer import write
 
 num_stories = 20000  # how many to tell
 seed = 0  # of the teller; more stories from the same seed begin with the same ones
@@ -25,15 +27,13 @@ overwrite = False  # replace a finished folder that was prepared otherwise
 config = configure(globals())
 
 
-def documents():
-    return ((story, 1) for story in grammar.stories(num_stories, seed))
+def documents(done=0, state=None):
+    return ((story, 1) for story in islice(grammar.stories(num_stories, seed), done, None))
 
 
 if __name__ == '__main__':
-    if num_stories < 1:
-        raise UserError(f'--num_stories={num_stories} tells nothing; 20000 is a good number.')
-    rules = {'prepare/grammar.py': sha256_of(grammar.__file__)}  # other rules tell other stories
-    source = Source('prepare/grammar.py', documents, rules, num_stories, ' stories')
+    check_range(config, 1, math.inf, 'num_stories')
+    source = Source('prepare/grammar.py', documents, grammar.VERSION, num_stories, ' stories')
     floor = write(source, config, grammar.log_prob)['floor']
     print(f'\n{next(grammar.stories(1, seed))}\n')
     print(

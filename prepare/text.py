@@ -1,8 +1,7 @@
-"""
-Prepare your own text: .txt (a file is one document), .jsonl (.gz, .zst), .json (a list of records), .parquet.
+"""Prepare your own text: .txt (a file is one document), .jsonl (.gz, .zst), .json (a list of records), .parquet.
 
-    $ python prepare/text.py --input=books.jsonl --name=books
-    $ python prepare/text.py --input='notes/*.txt,diary.txt' --name=notes --tokenizer=char
+$ python prepare/text.py --input=books.jsonl --name=books
+$ python prepare/text.py --input='notes/*.txt,diary.txt' --name=notes --tokenizer=char
 """
 
 import sys

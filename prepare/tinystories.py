@@ -1,5 +1,4 @@
-"""
-Prepare TinyStories (Eldan and Li 2023), two million short stories in the words of small children.
+"""Prepare TinyStories (Eldan and Li 2023), two million short stories in the words of small children.
 
     $ python prepare/tinystories.py                                      # streamed from the hub
     $ python prepare/tinystories.py --input=TinyStoriesV2-GPT4-train.txt # or from files of your own
@@ -30,10 +29,7 @@ overwrite = False  # replace a finished folder that was prepared otherwise
 config = configure(globals())
 
 if __name__ == '__main__':
-    # The .txt files of the data set have this between the stories.
-    write(
-        files(input, field, separator='<|endoftext|>')
-        if input
-        else hub('roneneldan/TinyStories', None, field),
-        config,
-    )
+    if input:  # the .txt files of the data set have this between the stories
+        write(files(input, field, separator='<|endoftext|>'), config)
+    else:
+        write(hub('roneneldan/TinyStories', None, field), config)

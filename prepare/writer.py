@@ -1,547 +1,300 @@
-"""
-The one writer of prepared folders: documents in, flat token ids out, ready to be memory-mapped.
+"""The one writer of prepared folders: documents in, flat token ids out, ready to be memory-mapped.
 
     source = files('books.jsonl', field='text')     # or any other Source
     write(source, config)                           # config: the settings of the script
 
-The documents stream past once to teach the tokenizer, where it learns, and once to be encoded: the main
-process reads, worker processes encode, and results are written in the order of the source, so that memory
-stays flat and the number of workers decides nothing. A killed run leaves nothing that looks finished, and the
-same command goes on after its last finished shard (prepare/folders.py).
+The documents are read once to train the tokenizer, if it is trained, and once to be encoded: the main process
+reads, worker processes encode, and results are written in the order of the source, so that memory stays flat and
+the number of workers changes nothing. After each shard of the source a killed run can go on (prepare/folders.py).
 """
 
 import hashlib
-import json
 import math
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections import Counter, defaultdict
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
-from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from lm import data
-from lm.configurator import ROOT, UserError
-from lm.files import checksum, sha256_of
-from prepare import tokenizer as tokenizers
-from prepare.folders import FORMAT, HELPERS, finished_folder, replacing, shown, sizes_of, sync
+from lm.configurator import ROOT, UserError, check_choice, check_range, require
+from lm.files import checksum, save_atomically, sha256_of, write_json
+from lm.tokenizer import KINDS, SPECIAL_TOKENS, Tokenizer, build, fast_gpt2, pieces
+from prepare.folders import FORMAT, finished_folder, shown, unfinished_folder
+from prepare.readers import Corpus
 
-BATCH = 2**18  # characters that one worker encodes at a time
-SHARD = 2**26  # characters after which a killed run can go on
-NOT_CONTENT = (
-    'name',
-    'output_dir',
-    'input',
-    'source',
-    'num_workers',
-    'overwrite',
-    'on_error',
-)  # decide no token
-
-
-@dataclass
-class Source:
-    """Where documents come from."""
-
-    name: str
-    documents: (
-        Callable  # (start=...) -> a fresh iterable of (text or UserError, amount of the source that it took)
-    )
-    inputs: dict  # name -> sha256 of what the documents are read from or made by
-    total: float  # amount of the whole source, in `unit`s; None where nobody knows
-    unit: str = 'B'
-    position: Callable = (
-        None  # () -> the `start`, as JSON, that goes on after the last document; None: no restart
-    )
-    examples: object = None  # prepare.examples.Examples, where documents are records and no plain text
+BATCH = 2**18  # characters that a worker encodes at once
+SHARD = 2**22  # characters per worker after which a killed run can go on
+SPLITS = ('train', 'val')
+# Settings that decide no token:
+NOT_CONTENT = ('name', 'output_dir', 'input', 'source', 'num_workers', 'overwrite', 'on_error')
 
 
 def write(source, config, log_prob=None):
-    """
-    Prepare `source` and return the content of the folder's config.json.
+    """Prepare `source` and return the content of the folder's config.json.
 
-    `config` holds the settings of a prepare script: name, output_dir, tokenizer, vocab_size,
-    tokenizer_sample_mb, val_fraction, num_workers, overwrite, and any of its own. All that decide the content
-    are recorded, and a finished folder is reused only if they and the inputs are the same. Where it has
-    on_error='skip', documents that cannot be read are left out and counted. `log_prob(text)`, in nats, is
-    given where the true distribution of the documents is known: then the floor of the validation loss is
-    recorded too. Raises UserError for every mistake of the user's; a folder that was there is then as it was.
+    `config` holds the settings of a prepare script. All that decide the content are recorded, and a finished
+    folder is reused only if they and the inputs are the same. `log_prob(text)`, in nats, is given where the true
+    distribution of the documents is known: then the loss that no model can beat is recorded too. Raises UserError
+    for every mistake of the user's; a folder that was there is then as it was.
     """
     started = time.time()
     check_settings(config)
     target = target_folder(config)
-    arguments = content_arguments(config)
-    finished = finished_folder(target, arguments, source.inputs, config['overwrite'])
+    command = {'format': FORMAT, 'arguments': content_arguments(config), 'inputs': source.inputs}
+    finished = finished_folder(target, command, config['overwrite'])
     if finished:
         print(f'{shown(target)} is prepared already, with the same settings from the same input.')
         report(target, finished)
         return finished
-    with replacing(target, arguments, source.inputs, config['overwrite']) as (folder, journal):
+
+    with unfinished_folder(target, command, config['overwrite']) as journal:
         corpus = Corpus(source, config['val_fraction'], config.get('on_error', 'stop'))
         if journal.state:
-            tokenizer = data.Tokenizer.load(folder)
+            tokenizer = Tokenizer.load(journal.folder)
         else:
-            tokenizer = build_tokenizer(corpus, config)
-            (folder / 'tokenizer.json').write_text(tokenizer.to_json(), encoding='utf-8')
-            sync(folder / 'tokenizer.json')
-        splits = encode_corpus(corpus, folder, tokenizer, config, log_prob, journal)
-        check_splits(splits, corpus, journal)
-        finished = describe(target, source, arguments, tokenizer, splits, corpus)
+            tokenizer = make_tokenizer(corpus, config)
+            json_text = tokenizer.to_json().encode()
+            save_atomically(journal.folder / 'tokenizer.json', lambda file: file.write(json_text))
+        counts = encode_corpus(corpus, tokenizer, config, journal)
+        if not (counts['train']['tokens'] and counts['val']['tokens']):
+            journal.state = None  # with these settings there is nothing to go on with
+        outcomes = source.examples.report(counts['train'] + counts['val']) if source.examples else None
+        for split in SPLITS:
+            problem = f'The {split} split is empty at val_fraction={config["val_fraction"]}'
+            require(counts[split]['tokens'], f'{problem}; give another fraction, or more text.')
+
+        finished = describe(target, source, command['arguments'], tokenizer, counts, corpus)
         if log_prob:
-            finished['floor'] = floor(splits['val'])
-        if source.examples:
-            finished['examples'] = source.examples.describe(splits.values())
-        finished['sha256'] = {
-            path.name: sha256_of(path)
-            for path in sorted(folder.iterdir())
-            if path.name not in (*HELPERS, 'config.json')
-        }
+            finished['floor'] = floor(counts['val'], -sum(map(log_prob, corpus.texts_of('val'))))
+        if outcomes:
+            finished['examples'] = outcomes
+        paths = sorted([*journal.folder.glob('*.bin'), journal.folder / 'tokenizer.json'])
+        finished['sha256'] = {path.name: sha256_of(path) for path in paths}
         finished['checksum'] = checksum(finished)
-        (folder / 'config.json').write_text(json.dumps(finished, indent=2, allow_nan=False) + '\n')
-    report(target, finished, f'{time.time() - started:.0f} s')
+        write_json(journal.folder / 'config.json', finished)
+    report(target, finished, f', {time.time() - started:.0f} s')
     return finished
 
 
 # ---------------------------------------------------------------------------- settings
 
 
+def check_settings(config):
+    kind, vocab_size, smallest = config['tokenizer'], config['vocab_size'], 256 + len(SPECIAL_TOKENS)
+    check_range(config, 0, math.inf, *{'num_workers', 'max_seq_len'} & set(config))
+    check_range(config, 0, 1, 'val_fraction')
+    check_range(config, 0.001, math.inf, 'tokenizer_sample_mb')
+    if 'on_error' in config:
+        check_choice(config, 'on_error', ('stop', 'skip'))
+    if kind == 'bpe':
+        check_range(config, smallest, math.inf, 'vocab_size')  # the bytes and the special tokens
+    elif 'vocab_size' in config.given:
+        raise UserError(f'vocab_size={vocab_size} has no effect with tokenizer={kind}; leave it out.')
+
+
 def target_folder(config):
     name, output_dir = config['name'], config['output_dir']
     if output_dir:
         return Path(output_dir).expanduser().resolve()
-    if not name or Path(name).name != name or name.startswith('.'):
-        raise UserError(
-            f'--name={name or ""} does not name a folder under data/; give a plain name, '
-            'as in --name=books, or a path with --output_dir.'
-        )
+    is_plain = name and Path(name).name == name and not name.startswith('.')
+    require(is_plain, f'name={name} does not name a folder under data/; give a plain name, or output_dir.')
     return ROOT / 'data' / name
 
 
-def check_settings(config):
-    kind, vocab_size, smallest = config['tokenizer'], config['vocab_size'], 256 + len(data.SPECIAL_TOKENS)
-    if config['num_workers'] < 0:
-        raise UserError(f'--num_workers={config["num_workers"]} is negative; give 0 for one per core.')
-    if not 0 < config['val_fraction'] < 1:
-        raise UserError(f'--val_fraction={config["val_fraction"]} is not between 0 and 1; 0.1 is usual.')
-    if config['tokenizer_sample_mb'] <= 0:
-        raise UserError(
-            f'--tokenizer_sample_mb={config["tokenizer_sample_mb"]} leaves nothing to train a '
-            'tokenizer on; give the megabytes of text that it may see.'
-        )
-    if config.get('on_error', 'stop') not in ('stop', 'skip'):
-        raise UserError(
-            f'--on_error={config["on_error"]} is neither stop nor skip; skip leaves out, and counts, '
-            'what cannot be read.'
-        )
-    if config.get('max_seq_len', 0) < 0:
-        raise UserError(
-            f'--max_seq_len={config["max_seq_len"]} is negative; give the tokens of a training row, '
-            'or 0 for none in particular.'
-        )
-    if kind == 'bpe' and vocab_size < smallest:
-        raise UserError(
-            f'--vocab_size={vocab_size} is too small; the bytes and the special tokens alone take {smallest}.'
-        )
-    if kind != 'bpe' and 'vocab_size' in getattr(config, 'given', ()):  # a plain dict knows no `given`
-        raise UserError(
-            f'--vocab_size={vocab_size} has no effect with --tokenizer={kind}, whose size is '
-            'what it is; leave it out, or train a tokenizer with --tokenizer=bpe.'
-        )
-
-
 def content_arguments(config):
-    """The settings that decide the content of the files, as config.json records them."""
+    """Return the settings that decide the content of the files, as config.json records them."""
     arguments = {key: value for key, value in config.items() if key not in NOT_CONTENT}
-    kind = config['tokenizer']
     if not arguments.get('max_seq_len'):
         arguments.pop('max_seq_len', None)
-    if kind != 'bpe':
+    if config['tokenizer'] != 'bpe':
         del arguments['vocab_size'], arguments['tokenizer_sample_mb']
-    if kind not in tokenizers.KINDS:  # by content, because a path may come to hold something else
-        json_text = tokenizers.build(kind).to_json()
+    if config['tokenizer'] not in KINDS:  # by content, because a path may come to hold something else
+        json_text = load_tokenizer(config['tokenizer']).to_json()
         arguments['tokenizer'] = f'sha256:{hashlib.sha256(json_text.encode()).hexdigest()}'
     return arguments
 
 
-# ---------------------------------------------------------------------------- documents and their splits
+def make_tokenizer(corpus, config):
+    kind = config['tokenizer']
+    if kind not in KINDS:
+        return load_tokenizer(kind)
+    if kind == 'bpe':
+        return build(kind, corpus.sample(config['tokenizer_sample_mb']), config['vocab_size'])
+    return build(kind, map(corpus.as_text, corpus.texts()))
 
 
-class Corpus:
-    """
-    The documents of a source, each with its split; blank ones are left out and counted.
-
-    A hash of the text decides the split, so that other documents, workers or orders never move one. A source
-    that is one document gives its last `val_fraction` of characters, as nanoGPT does.
-    """
-
-    def __init__(self, source, val_fraction, on_error='stop'):
-        self.source, self.val_fraction, self.on_error = source, val_fraction, on_error
-        self.wrong = None  # what was skipped last
-        first = list(islice(self.texts(), 2))
-        if not first:
-            raise UserError(
-                f'There is no text in {source.name}; give files that hold some.'
-                + f' The last of {self.skipped} that were skipped: {self.wrong}' * bool(self.skipped)
-            )
-        self.single = len(first) == 1 and not source.examples
-        self.opening = '\n' if '\n' in first[0] else first[0][0]  # a fresh sample of a single document
-
-    def texts(self, state=None, tell=None):
-        """Yields texts, from the start or from `state` on; `tell(error)` hears of what is skipped."""
-        state = state or {'amount': 0, 'blank': 0, 'skipped': 0, 'least_hash': 1.0}
-        self.amount, self.blank, self.skipped = (state[key] for key in ('amount', 'blank', 'skipped'))
-        self.least_hash = state['least_hash']  # a val_fraction above it takes a document
-        start = [state['position']] if 'position' in state else []
-        for text, amount in self.source.documents(*start):
-            self.amount += amount
-            if isinstance(text, UserError):
-                self.skip(text, tell)
-            elif not text or text.isspace():
-                self.blank += 1
-            else:
-                yield text
-
-    def skip(self, error, tell):
-        if self.on_error == 'stop':
-            raise error
-        self.skipped += 1
-        self.wrong = error
-        if tell:
-            tell(error)
-
-    def state(self):
-        """All that texts() needs to go on after the last document; None where the source cannot."""
-        if self.single or not self.source.position:
-            return None
-        return {
-            'amount': self.amount,
-            'blank': self.blank,
-            'skipped': self.skipped,
-            'least_hash': self.least_hash,
-            'position': self.source.position(),
-        }
-
-    def split(self, texts):
-        """Yields [(split, text)] for each of `texts`."""
-        for text in texts:
-            if self.single:
-                cut = int(len(text) * (1 - self.val_fraction))
-                yield [('train', text[:cut]), ('val', text[cut:])]
-            else:
-                position = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], 'big') / 2**64
-                self.least_hash = min(self.least_hash, position)
-                yield [('val' if position < self.val_fraction else 'train', text)]
-
-    def sample(self, megabytes):
-        """The training texts, as many as come first."""
-        room = megabytes * 1e6
-        for split, text in chain.from_iterable(self.split(self.texts())):
-            if split == 'train':
-                text = self.as_text(text)
-                yield text[: int(room)]
-                room -= len(text.encode())
-                if room <= 0:
-                    return
-
-    def as_text(self, document):
-        return self.source.examples.text(document) if self.source.examples else document
-
-
-def build_tokenizer(corpus, config):
-    if config['tokenizer'] == 'char':
-        return tokenizers.build('char', map(corpus.as_text, corpus.texts()))
-    sample = corpus.sample(config['tokenizer_sample_mb'])
-    return tokenizers.build(config['tokenizer'], sample, config['vocab_size'])
-
-
-def check_splits(splits, corpus, journal):
-    """An empty split is an error, with the fraction that would do."""
-    count, fraction = sum(split.documents for split in splits.values()), corpus.val_fraction
-    if all(split.tokens for split in splits.values()):
-        return
-    journal.state = None  # with these settings there is nothing to go on with
-    if corpus.source.examples and not count:
-        raise UserError(corpus.source.examples.nothing_left(splits.values()))
-    if corpus.single:
-        raise UserError(
-            f'The only document is too short to be split at --val_fraction={fraction}; give more text.'
-        )
-    if not splits['train'].tokens:
-        raise UserError(
-            f'All {count} documents fell into the validation split at --val_fraction={fraction}; '
-            'give a smaller one, or more documents.'
-        )
-    enough = math.floor(corpus.least_hash * 1000 + 1) / 1000
-    raise UserError(
-        f'None of the {count} documents fell into the validation split at '
-        f'--val_fraction={fraction}; --val_fraction={enough} takes the first.'
+def load_tokenizer(path):
+    """Load the Tokenizer of a tokenizer.json, of a folder that holds one, or of a checkpoint."""
+    kinds = ', '.join(KINDS)
+    require(
+        Path(path).exists(),
+        f'tokenizer={path} is none of {kinds}, nor the path of a tokenizer.json, of its folder or of a checkpoint.',
     )
+    if is_checkpoint(path):
+        from lm import checkpoints  # imports torch, which takes seconds
+
+        return Tokenizer(checkpoints.load(path, mmap=True)['tokenizer'])
+    return Tokenizer.load(path)
+
+
+def is_checkpoint(path):
+    return Path(path).suffix == '.pt' or (Path(path) / 'ckpt.pt').is_file()
 
 
 # ---------------------------------------------------------------------------- encoding
 
 
-@dataclass
-class Batch:
-    """Pieces of documents of one split on their way to a worker, and their tokens on the way back."""
+def encode_corpus(corpus, tokenizer, config, journal):
+    """Write the files of tokens, index and, of examples, masks; return the counts of each split."""
+    source, num_workers = corpus.source, config['num_workers'] or os.cpu_count()
+    state = journal.state or {'source': None, 'counts': {'train': {}, 'val': {}}, 'sizes': {}}
+    counts, sizes = {split: Counter(state['counts'][split]) for split in SPLITS}, dict(state['sizes'])
+    for split in SPLITS:
+        for kind in ('tokens', 'index', 'masks') if source.examples else ('tokens', 'index'):
+            path = journal.folder / f'{split}_{kind}.bin'
+            path.touch()
+            # What was written after the last finished shard goes; a new index holds the start of document 0.
+            os.truncate(path, sizes.get(path.name, 8 if kind == 'index' else 0))
 
-    split: str
-    texts: list = field(default_factory=list)
-    last: list = field(default_factory=list)  # whether the piece is the last of its document
-    length: int = 0  # characters
-    bytes: int = 0  # of UTF-8
-    amount: float = 0  # of the source
-    nats: float = 0  # -log p of the documents, where it is known
-    tokens: np.ndarray = None  # of all pieces, document ends included
-    ends: np.ndarray = None  # where in `tokens` documents end
-    masks: np.ndarray = None  # of examples: 1 where the model is trained on a token
-    fates: Counter = field(default_factory=Counter)  # of examples: how many were cut, how many left out
-
-
-@dataclass
-class Mark:
-    """A place where a killed run can go on, once all before it is on the disk."""
-
-    corpus: dict
-
-
-class Split:
-    """The growing files of one split; `counts`, of an unfinished folder, say where they go on."""
-
-    def __init__(self, folder, name, width, has_masks, counts):
-        counts = counts or {'tokens': 0, 'documents': 0, 'bytes': 0, 'nats': 0, 'fates': {}}
-        self.tokens, self.documents, self.bytes, self.nats = (
-            counts[key] for key in ('tokens', 'documents', 'bytes', 'nats')
-        )
-        self.fates = Counter(counts['fates'])
-        self.files = {
-            kind: reopen(folder / f'{name}_{kind}.bin', size)
-            for kind, size in sizes_of(counts, width, has_masks).items()
-        }
-
-    def append(self, batch):
-        self.files['tokens'].write(batch.tokens.tobytes())
-        self.files['index'].write((self.tokens + batch.ends).astype(np.uint64).tobytes())
-        if 'masks' in self.files:
-            self.files['masks'].write(batch.masks.tobytes())
-        self.fates += batch.fates
-        self.tokens += len(batch.tokens)
-        self.documents += len(batch.ends)
-        self.bytes += batch.bytes
-        self.nats += batch.nats
-
-    def counts(self):
-        return {
-            'tokens': self.tokens,
-            'documents': self.documents,
-            'bytes': self.bytes,
-            'nats': self.nats,
-            'fates': self.fates,
-        }
-
-    def sync(self):
-        for file in self.files.values():
-            file.flush()
-            os.fsync(file.fileno())
-
-    def close(self):
-        for file in self.files.values():
-            file.close()
-
-
-def reopen(path, size):
-    """The file at `path`, cut to `size` bytes, to be written from there on; a new one begins with `size` zeros."""
-    file = open(path, 'r+b' if path.exists() else 'wb')
-    file.truncate(size)
-    file.seek(size)
-    return file
-
-
-def encode_corpus(corpus, folder, tokenizer, config, log_prob, journal):
-    """Write the files of tokens, index and, of examples, masks; the Split of each name."""
-    document_end = [] if corpus.single else [tokenizer.endoftext_id]
-    num_workers = config['num_workers'] or os.cpu_count()
-    state, dtype, examples = journal.state or {}, token_dtype(tokenizer), corpus.source.examples
-    splits = {
-        name: Split(folder, name, dtype.itemsize, bool(examples), state.get('splits', {}).get(name))
-        for name in ('train', 'val')
-    }
-    setup = config['tokenizer'], tokenizer.to_json(), dtype, document_end, examples
-    in_pieces = config['tokenizer'] in tokenizers.KINDS and not examples
-    cut = tokenizers.pieces if in_pieces else lambda text: [text]
-    bar = tqdm(
-        total=corpus.source.total,
-        initial=state.get('corpus', {}).get('amount', 0),
-        unit=corpus.source.unit,
-        unit_scale=True,
-        disable=None,
-    )  # shown on a terminal only
+    in_pieces = config['tokenizer'] in KINDS and not source.examples
+    setup = config['tokenizer'], tokenizer.to_json(), not corpus.is_single, source.examples
+    bar = tqdm(total=source.total, unit=source.unit, unit_scale=True, disable=None)  # on a terminal only
     with bar, ProcessPoolExecutor(num_workers, initializer=start_worker, initargs=setup) as pool:
         try:
-            coming = batches(corpus, cut, log_prob, state.get('corpus'))
-            for batch in in_order(pool, encode, coming, window=4 * num_workers):
-                if isinstance(batch, Mark):
-                    for split in splits.values():
-                        split.sync()
-                    journal.write(
-                        {
-                            'corpus': batch.corpus,
-                            'width': dtype.itemsize,
-                            'has_masks': bool(examples),
-                            'splits': {name: split.counts() for name, split in splits.items()},
-                        }
-                    )
-                else:
-                    splits[batch.split].append(batch)
-                    bar.update(batch.amount)
+            texts = corpus.texts(state['source'])
+            for first in texts:
+                shard, arrays = one_shard(chain([first], texts), num_workers * SHARD), defaultdict(list)
+                for encoded in pool.map(encode, batches(corpus, shard, in_pieces)):
+                    for split, found, added in encoded:
+                        found['index'] += np.uint64(counts[split]['tokens'])
+                        counts[split].update(added)
+                        for kind, array in found.items():
+                            arrays[f'{split}_{kind}.bin'].append(array)
+                sizes |= {name: append(journal.folder / name, parts) for name, parts in arrays.items()}
+                read = {**corpus.read, 'state': source.state()}
+                journal.save({'source': read, 'counts': counts, 'sizes': sizes})
+                bar.update(corpus.read['amount'] - bar.n)
         except BrokenProcessPool as error:
             raise UserError(
-                f'A worker process was killed, as when memory runs out; give fewer than '
-                f'--num_workers={num_workers}.'
+                f'A worker process was killed, as when memory runs out; give fewer than num_workers={num_workers}.'
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
-            for split in splits.values():
-                split.close()
-    return splits
+    return counts
 
 
-def batches(corpus, cut, log_prob, state):
-    """The corpus in Batches, each of one split, in an order that depends on nothing but the corpus.
-
-    After each SHARD all that waits is sent on, and a Mark says how far the corpus was read.
-    """
-
-    def tell(error):
-        if corpus.skipped <= 10:
-            tqdm.write(
-                f'skipped: {error}' + ' (and so on, silently)' * (corpus.skipped == 10), file=sys.stderr
-            )
-
-    waiting, amount, shard = (
-        {name: Batch(name) for name in ('train', 'val')},
-        (state or {}).get('amount', 0),
-        0,
-    )
-    for parts in corpus.split(corpus.texts(state, tell)):
-        for split, text in parts:
-            waiting[split].amount, amount = waiting[split].amount + corpus.amount - amount, corpus.amount
-            if log_prob and split == 'val':
-                waiting[split].nats -= log_prob(text)
-            pieces = list(cut(text))
-            for number, piece in enumerate(pieces, 1):
-                batch = waiting[split]
-                batch.texts.append(piece)
-                batch.last.append(number == len(pieces))
-                batch.length += len(piece)
-                if batch.length >= BATCH:
-                    yield batch
-                    waiting[split] = Batch(split)
-            shard += len(text)
-        if shard >= SHARD and (state := corpus.state()):
-            yield from (batch for batch in waiting.values() if batch.texts)
-            yield Mark(state)
-            waiting, shard = {name: Batch(name) for name in waiting}, 0
-    yield from (batch for batch in waiting.values() if batch.texts)
+def append(path, arrays):
+    """Append arrays to a file, force it onto the disk and return its size in bytes."""
+    with open(path, 'ab') as file:
+        for array in arrays:
+            file.write(array)
+        file.flush()
+        os.fsync(file.fileno())
+        return file.tell()
 
 
-def in_order(pool, function, items, window):
-    """pool.map that reads at most `window` items ahead, so that memory stays flat; a Mark keeps its place."""
-    pending, items, failure = deque(), iter(items), None
-    while True:
-        try:
-            item = next(items)
-        except StopIteration:
-            break
-        except UserError as error:  # all that came before it is finished first
-            failure = error
-            break
-        if isinstance(item, Mark):
-            pending.append(Future())
-            pending[-1].set_result(item)
-        else:
-            pending.append(pool.submit(function, item))
-        if len(pending) >= window:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
-    if failure:
-        raise failure
+def one_shard(texts, room):
+    """Yield texts until there are `room` characters; nothing is read beyond them."""
+    for text in texts:
+        yield text
+        room -= len(text)
+        if room <= 0:
+            return
 
 
-def start_worker(kind, tokenizer_json, dtype, document_end, examples):
+def batches(corpus, texts, in_pieces):
+    """Yield lists of (split, text, is_last), of about BATCH characters; `in_pieces`: long texts are cut."""
+    batch, size = [], 0
+    for split, text in chain.from_iterable(map(corpus.parts, texts)):
+        *others, last = pieces(text) if in_pieces else [text]
+        for piece in [*((split, other, False) for other in others), (split, last, True)]:
+            batch.append(piece)
+            size += len(piece[1])
+            if size >= BATCH:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
+
+
+# ---------------------------------------------------------------------------- in a worker process
+
+
+def start_worker(*setup):
     """Load the tokenizer, once per process."""
-    global worker
+    global encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process answers Ctrl-C
     threading.Thread(target=end_with_parent, daemon=True).start()
     os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # the processes are the parallelism
-    tokenizer = data.Tokenizer(tokenizer_json)
-    encode_batch = tokenizers.fast_gpt2(tokenizer) if kind == 'gpt2' else tokenizer.encode_batch
-    worker = (
-        partial(encode_examples, examples, tokenizer, dtype)
-        if examples
-        else partial(encode_texts, encode_batch, dtype, document_end)
-    )
+    encoder = Encoder(*setup)
 
 
 def end_with_parent():
     multiprocessing.parent_process().join()
-    os._exit(1)  # killed parents shut no pool down
+    os._exit(1)  # a killed parent does not shut its pool down
 
 
 def encode(batch):
-    """In a worker: the batch with tokens instead of texts."""
-    worker(batch)
-    batch.texts = batch.last = None
-    return batch
+    """Return [(split, {'tokens', 'index', 'masks': array}, counts)] of a batch of (split, text, is_last)."""
+    parts = {split: [piece[1:] for piece in batch if piece[0] == split] for split in SPLITS}
+    return [(split, *encoder.encode(part)) for split, part in parts.items() if part]
 
 
-def encode_texts(encode_batch, dtype, document_end, batch):
-    parts = []
-    for row, last in zip(encode_batch(batch.texts), batch.last):
-        parts += [np.asarray(row, dtype), np.asarray(document_end * last, dtype)]
-    batch.tokens = np.concatenate(parts)
-    lengths = np.array([len(part) for part in parts], np.int64).reshape(-1, 2).sum(1)
-    batch.ends = lengths.cumsum()[np.array(batch.last)]
-    batch.bytes = sum(len(text.encode()) for text in batch.texts)
+class Encoder:
+    """Encode texts with one tokenizer; `with_end`: each document ends with <|endoftext|>."""
+
+    def __init__(self, kind, tokenizer_json, with_end, examples):
+        self.tokenizer, self.examples = Tokenizer(tokenizer_json), examples
+        self.encode_batch = fast_gpt2(self.tokenizer) if kind == 'gpt2' else self.tokenizer.encode_batch
+        self.dtype = token_dtype(self.tokenizer)
+        self.end = np.array([self.tokenizer.endoftext_id] if with_end else [], self.dtype)
+
+    def encode(self, batch):
+        """Return {'tokens', 'index', 'masks': array}, and the counts of tokens, documents, bytes and outcomes."""
+        tokens, index, masks, counts = [self.end[:0]], [], [], Counter()
+        for ids, loss_mask, text, is_last in self.rows_of(batch, counts):
+            tokens.append(ids)
+            masks += loss_mask
+            counts.update(tokens=len(ids), documents=int(is_last), bytes=len(text.encode()))
+            index += [counts['tokens']] * is_last
+        arrays = {'tokens': np.concatenate(tokens), 'index': np.array(index, np.uint64)}
+        return arrays | ({'masks': np.array(masks, np.uint8)} if self.examples else {}), counts
+
+    def rows_of(self, batch, counts):
+        """Yield (ids, loss mask, text, is_last)."""
+        if self.examples:
+            for document, _ in batch:
+                ids, loss_mask, outcome = self.examples.encode(self.tokenizer, document)
+                counts[outcome] += 1
+                if ids:
+                    yield np.array(ids, self.dtype), loss_mask, self.examples.text(document), True
+            return
+        for ids, (text, is_last) in zip(self.encode_batch([text for text, _ in batch]), batch):
+            ids = np.asarray(ids, self.dtype)
+            yield np.append(ids, self.end) if is_last else ids, [], text, is_last
 
 
-def encode_examples(examples, tokenizer, dtype, batch):
-    rows, masks = [], []
-    for document in batch.texts:
-        ids, trained, fate = examples.encode(tokenizer, document)
-        batch.fates[fate] += 1
-        if ids:
-            rows.append(ids)
-            masks.append(trained)
-            batch.bytes += len(examples.text(document).encode())
-    batch.tokens = np.fromiter(chain.from_iterable(rows), dtype)
-    batch.masks = np.fromiter(chain.from_iterable(masks), np.uint8)
-    batch.ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
-
-
-# ---------------------------------------------------------------------------- config.json and the last word
+# ---------------------------------------------------------------------------- config.json and what is printed
 
 
 def token_dtype(tokenizer):
     return np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
 
 
-def describe(target, source, arguments, tokenizer, splits, corpus):
+def describe(target, source, arguments, tokenizer, counts, corpus):
+    """Return config.json but for what follows from the files."""
     ids = tokenizer.endoftext_id, tokenizer.mask_id, tokenizer.ignore_id
-    opening = tokenizer.encode(corpus.opening) if corpus.single else ids[:1]
-    return {
+    units = 'tokens', 'documents', 'bytes'
+    opening = tokenizer.encode(corpus.opening) if corpus.is_single else ids[:1]
+    config = {
         'format': FORMAT,
         'name': target.name,
         'source': source.name,
@@ -549,48 +302,39 @@ def describe(target, source, arguments, tokenizer, splits, corpus):
         'inputs': source.inputs,
         'vocab_size': tokenizer.vocab_size,
         'dtype': token_dtype(tokenizer).name,
-        'special_ids': dict(zip(data.SPECIAL_TOKENS, ids)),
-        'splits': {
-            name: {'tokens': split.tokens, 'documents': split.documents, 'bytes': split.bytes}
-            for name, split in splits.items()
-        },
-        'blank': corpus.blank,
-        'skipped': corpus.skipped,
-        **({'max_seq_len': arguments['max_seq_len']} if 'max_seq_len' in arguments else {}),
-        'prompt_format': None,
-        'start_token': opening[0] if len(opening) == 1 else ids[0],
-        **(source.examples.settings if source.examples else {}),
+        'special_ids': dict(zip(SPECIAL_TOKENS, ids)),
+        'splits': {split: {unit: count[unit] for unit in units} for split, count in counts.items()},
+        'blank': corpus.read['blank'],
+        'skipped': corpus.read['skipped'],
     }
+    if 'max_seq_len' in arguments:
+        config['max_seq_len'] = arguments['max_seq_len']
+    config |= {'prompt_format': None, 'start_token': opening[0] if len(opening) == 1 else ids[0]}
+    return config | (source.examples.settings if source.examples else {})
 
 
-def floor(split):
-    """What no model can beat on this split but by chance: the true distribution's own loss."""
+def floor(counts, nats):
+    """Return what no model can beat on a split but by chance: the true distribution's own loss."""
     return {
-        'nats_per_token': split.nats / split.tokens,
-        'nats_per_byte': split.nats / split.bytes,
-        'bits_per_byte': split.nats / split.bytes / math.log(2),
-        'nats_per_story': split.nats / split.documents,
+        'nats_per_token': nats / counts['tokens'],
+        'nats_per_byte': nats / counts['bytes'],
+        'bits_per_byte': nats / counts['bytes'] / math.log(2),
+        'nats_per_story': nats / counts['documents'],
     }
 
 
-def report(target, finished, remarks=''):
+def report(target, finished, remark=''):
+    """Print what the folder holds, and the command that comes next."""
     train, val = finished['splits']['train'], finished['splits']['val']
-    tokens, blank, skipped = train['tokens'] + val['tokens'], finished.get('blank'), finished.get('skipped')
-    remarks = ', '.join(
-        filter(
-            None,
-            [
-                f'{blank} blank documents left out' * bool(blank),
-                f'{skipped} that could not be read left out' * bool(skipped),
-                remarks,
-            ],
-        )
-    )
+    blank, skipped = finished.get('blank'), finished.get('skipped')
     print(
         f'{shown(target)}: {train["documents"]:,} + {val["documents"]:,} documents, '
         f'{train["tokens"]:,} + {val["tokens"]:,} tokens (training + validation), '
-        f'{(train["bytes"] + val["bytes"]) / tokens:.2f} bytes per token, '
-        f'vocabulary {finished["vocab_size"]:,}' + f', {remarks}' * bool(remarks)
+        f'{(train["bytes"] + val["bytes"]) / (train["tokens"] + val["tokens"]):.2f} bytes per token, '
+        f'vocabulary {finished["vocab_size"]:,}'
+        + (f', {blank} blank documents left out' if blank else '')
+        + (f', {skipped} that could not be read left out' if skipped else '')
+        + remark
     )
     dataset = target.name if target == ROOT / 'data' / target.name else target
     script = 'finetune.py --init_from=CHECKPOINT' if 'examples' in finished else 'train.py'

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import runpy
 import signal
 import sys
 from contextlib import contextmanager
@@ -18,8 +19,9 @@ import numpy as np
 import tokenizers
 import torch
 
-from lm import data
-from model import ARCHITECTURES, ModelConfig
+from lm import checkpoints, data
+from lm.configurator import ROOT
+from model import ARCHITECTURES, ModelConfig, architecture_name
 
 LETTERS = 'abcdefghijklmnopqrstuvwxyz '
 
@@ -121,3 +123,152 @@ def several_scripts():
     leave, os._exit = os._exit, lambda status: None
     yield
     leave(0)
+
+
+# ---------------------------------------------------------------------------- models of transformers
+
+HF_VOCAB = 260
+OPT = dict(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64, max_position_embeddings=128
+)
+LLAMA = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+)
+LLAMA3_ROPE = dict(
+    rope_type='llama3',
+    rope_theta=500.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+)
+LINEAR_ROPE = dict(rope_type='linear', rope_theta=1e5, factor=4.0)
+SMOLLM_ROPE = dict(rope_type='default', rope_theta=1e5)
+HF_MODELS = {  # name: class, what its config says
+    'gpt2': ('GPT2', dict(n_embd=32, n_layer=2, n_head=4, n_positions=128)),
+    'opt': ('OPT', dict(OPT, word_embed_proj_dim=32)),
+    'opt-350m': ('OPT', dict(OPT, word_embed_proj_dim=16, do_layer_norm_before=False)),
+    'llama': ('Llama', LLAMA),
+    'llama-3.2': ('Llama', dict(LLAMA, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True, head_dim=12)),
+    'deepseek-coder': ('Llama', dict(LLAMA, num_key_value_heads=4, rope_parameters=LINEAR_ROPE)),
+    'tinyllama': ('Llama', dict(LLAMA, rms_norm_eps=1e-5)),
+    'smollm': ('Llama', dict(LLAMA, rope_parameters=SMOLLM_ROPE, tie_word_embeddings=True)),
+    'mistral': ('Mistral', dict(LLAMA, sliding_window=None)),
+    'qwen2': ('Qwen2', dict(LLAMA, tie_word_embeddings=True)),
+    'qwen2-untied': ('Qwen2', LLAMA),
+    'qwen3': ('Qwen3', dict(LLAMA, head_dim=16, tie_word_embeddings=True)),
+}
+
+
+def hf_model(name, folder, **changes):
+    """A model of transformers saved in `folder`: every weight is random, norms and biases too."""
+    transformers = pytest.importorskip('transformers', reason='transformers is not installed')
+    transformers.logging.set_verbosity_error()
+    kind, shape = HF_MODELS[name]
+    config = getattr(transformers, kind + 'Config')(**{'vocab_size': HF_VOCAB, **shape, **changes})
+    suffix = 'LMHeadModel' if kind == 'GPT2' else 'ForCausalLM'
+    model = getattr(transformers, kind + suffix)(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(0.3 * torch.randn(weight.shape, generator=generator) + 0.6 * (weight.dim() == 1))
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(folder)
+    return model
+
+
+def hf_tokens(rows=2, length=60):
+    return torch.randint(0, HF_VOCAB, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def write_checkpoint(path, model, tokenizer=None, **changes):
+    """A ckpt.pt of a model, as train.py leaves it."""
+    checkpoint = {
+        'architecture': architecture_name(model),
+        'global_step': 7,
+        'model_state_dict': model.state_dict(),
+        'model_config': vars(model.config),
+        'train_config': {},
+        'tokenizer': tokenizer and tokenizer.to_json(),
+        'start_token': 0,
+        'prompt_format': None,
+    }
+    checkpoints.save(path, {**checkpoint, **changes})
+
+
+def write_small_checkpoint(path, architecture, tokenizer, deviation=0.3, **saved):
+    """Write a checkpoint of a small model of random weights; `saved` goes over what it says beside them."""
+    shape = dict(block_size=32, n_layer=1, n_head=2, n_embd=16, vocab_size=tokenizer.vocab_size)
+    shape.update(mask_id=tokenizer.mask_id, ignore_id=tokenizer.ignore_id, **saved.pop('shape', {}))
+    model = random_model(architecture, deviation, **shape)
+    path.parent.mkdir(exist_ok=True)
+    checkpoint = {
+        'architecture': architecture,
+        'global_step': 7,
+        'model_state_dict': model.state_dict(),
+        'model_config': vars(model.config),
+        'tokenizer': tokenizer.to_json(),
+        'start_token': tokenizer.endoftext_id,
+        'prompt_format': None,
+    }
+    checkpoints.save(path, {**checkpoint, **saved})
+    return path
+
+
+# ---------------------------------------------------------------------------- of the prepare scripts
+
+SHARED = Path(__file__).resolve().parent.parent.parent / 'shared' / 'data'
+TIKTOKEN_CACHE = Path(os.environ.get('TIKTOKEN_CACHE_DIR', SHARED / 'tiktoken_cache'))
+
+
+@pytest.fixture
+def prepare(monkeypatch, tmp_path):
+    """Runs a script of prepare/ in this process; returns the folder that it wrote."""
+
+    def run(script, *arguments, output_dir=tmp_path / 'out'):
+        words = [script, f'--output_dir={output_dir}', '--num_workers=1', *map(str, arguments)]
+        monkeypatch.setattr(sys, 'argv', words)
+        runpy.run_path(str(ROOT / 'prepare' / script), run_name='__main__')
+        return output_dir
+
+    return run
+
+
+def make_texts(count, seed=0):
+    words = 'the cat sat on a mat while every dog in Zürich was singing loudly and nobody cared'.split()
+    draw = random.Random(seed)
+    return [' '.join(draw.choices(words, k=draw.randint(3, 30))) + f' {i}.\n' for i in range(count)]
+
+
+def write_jsonl(path, texts):
+    path.write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))
+    return path
+
+
+def config_of(folder):
+    return json.loads((folder / 'config.json').read_text())
+
+
+def documents_of(folder, split):
+    """Token ids of each document of a prepared folder."""
+    tokens = np.fromfile(folder / f'{split}_tokens.bin', config_of(folder)['dtype'])
+    index = np.fromfile(folder / f'{split}_index.bin', np.uint64).astype(int)
+    assert index[0] == 0 and index[-1] == len(tokens)
+    return [tokens[start:end].tolist() for start, end in zip(index, index[1:])]
+
+
+def texts_of(folder, *splits):
+    """The texts of a prepared folder's documents, by default of both splits."""
+    tokenizer = data.Tokenizer.load(folder)
+    return [
+        tokenizer.decode(ids) for split in splits or ('train', 'val') for ids in documents_of(folder, split)
+    ]
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -15,7 +15,7 @@ import torch
 from conftest import letter_tokenizer, random_model, signals_kept
 from test_finetune import tune, write_base, write_examples
 
-from lm import checkpoints, classification, data, languages, nanogpt, optim, tasks
+from lm import checkpoints, classification, optim, pretrained, tasks
 from lm.configurator import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -374,7 +374,7 @@ def test_a_checkpoint_of_nanogpt_is_a_base(place):
     (place / 'tokenizer-ipa').mkdir()
     (place / 'tokenizer-ipa' / 'tokenizer.json').write_text(letter_tokenizer().to_json())
     tokens = torch.randint(0, 27, (2, 9))
-    loaded = checkpoints.load_model(nanogpt.load(path, letter_tokenizer()), 'cpu')
+    loaded = checkpoints.load_model(pretrained.load_nanogpt(path, letter_tokenizer()), 'cpu')
     torch.testing.assert_close(loaded.hidden(tokens), model.hidden(tokens))
     run = classify(
         *TEXTS[:3],
@@ -461,96 +461,6 @@ def test_texts_of_like_length_share_a_step(place, monkeypatch, words, like):
     assert len(steps) == 4 and all(max(step) - min(step) == 3 for step in steps) is like
 
 
-@pytest.mark.parametrize('newline', ['\n', '\r\n', '\r'])
-def test_only_a_line_break_ends_a_row_not_what_unicode_calls_one(tmp_path, newline):
-    texts = ['one\u2028two', 'three\x85four\x0b', ' "five']
-    entry = {'dataset': str(tmp_path), 'train_features': ['text'], 'eval_feature': 'label', 'classes': 3}
-    for ending, tab, names in (('tsv', '\t', ['text', 'label']), ('csv', ',', None)):
-        rows = [] if names else ['text,label']
-        rows += [f'{text}{tab}{i}' for i, text in enumerate(texts)]
-        (tmp_path / f'{ending}-test.{ending}').write_bytes(newline.join([*rows, '']).encode())
-        got = languages.read({**entry, 'columns': names}, f'{ending}-test')
-        assert got.texts == [(text,) for text in texts] and list(got.labels) == [0, 1, 2]
-
-
-def test_a_json_database_and_each_file_format_read_the_same(place):
-    entry = runpy.run_path('db.py')['LANGUAGES']['rus']['sentiment']
-    expected = languages.read(entry, 'test')
-    records = list(languages.records(entry, 'test'))
-    import pyarrow
-    import pyarrow.parquet
-
-    for ending in ('jsonl', 'json', 'csv', 'parquet'):
-        folder = place / ending
-        folder.mkdir()
-        if ending == 'jsonl':
-            (folder / 'test.jsonl').write_text('\n'.join(map(json.dumps, records)))
-        elif ending == 'json':
-            (folder / 'test.json').write_text(json.dumps(records))
-        elif ending == 'csv':
-            with open(folder / 'test.csv', 'w', newline='') as file:
-                writer = csv.DictWriter(file, records[0])
-                writer.writeheader()
-                writer.writerows(records)
-        else:
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), folder / 'test.parquet')
-        got = languages.read({**entry, 'dataset': str(folder)}, 'test')
-        assert got.texts == expected.texts and np.array_equal(got.labels, expected.labels)
-    named = {'one': entry, 'two': {**entry, 'dataset': 'pol'}}
-    (place / 'db.json').write_text(json.dumps({'rus': {'sentiment': named}}))
-    database = languages.load_database('db.json')
-    assert languages.find_entry(database, 'rus:two', 'sentiment')['dataset'] == 'pol'
-    with pytest.raises(UserError, match='rus:one'):
-        languages.find_entry(database, 'rus', 'sentiment')
-
-
-def test_texts_that_are_too_long_are_cut_or_left_out():
-    tokenizer = letter_tokenizer()
-    labelled = languages.Labelled([('abc', 'de'), ('a', 'b')], np.array([1, 0]))
-    for filter_length, lengths in ((False, [5, 4]), (True, [4])):
-        examples, notes = languages.encode_sets(
-            {'test': [({'filter_length': filter_length}, labelled)]},
-            tokenizer,
-            tokenizer.endoftext_id,
-            block_size=5,
-        )
-        assert [len(row) for row in examples['test'].rows] == lengths and notes == {
-            'test': '1 too long for 5 tokens'
-        }
-    end = tokenizer.endoftext_id
-    assert examples['test'].rows[0].tolist() == [end, 0, end, 1] and examples['test'].labels.tolist() == [0]
-
-
-def test_the_shipped_database_is_complete():
-    database = languages.load_database('config/languages.py')
-    for language, entries in database.items():
-        for task in entries:
-            entry = languages.find_entry(database, language, task)
-            assert languages.num_classes_of(entry) >= 2
-            assert set(entry) <= {
-                'dataset',
-                'config',
-                'columns',
-                'train_features',
-                'eval_feature',
-                'splits',
-                'task_type',
-                'classes',
-                'filter_length',
-            }
-    assert {'eng', 'spa', 'rus', 'pol'} == set(database)
-
-
-def test_a_tokenizer_of_vocab_and_merges_is_read_with_its_space(tmp_path):
-    import tokenizers
-
-    bpe = tokenizers.ByteLevelBPETokenizer(add_prefix_space=True)
-    bpe.train_from_iterator(['low lower lowest'] * 9, vocab_size=270)
-    bpe.save_model(str(tmp_path), 'eng')
-    loaded = languages.load_tokenizer(str(tmp_path / 'eng'))
-    assert isinstance(loaded, data.Tokenizer) and loaded.encode('low') == bpe.encode('low').ids
-
-
 def test_a_token_of_the_hub_is_passed_on_and_never_written(place, monkeypatch):
     classify(*TASK, '--num_epochs=1', '--out_dir=base')
     given, load = [], checkpoints.load
@@ -628,17 +538,3 @@ def test_what_finetune_leaves_is_a_start_its_adapters_included(place, architectu
     tokens = torch.randint(0, 90, (2, 9))
     assert torch.equal(run['trunk'].eval().hidden(tokens), tuned.hidden(tokens))
     assert not torch.equal(tuned.hidden(tokens), base.hidden(tokens))
-
-
-@pytest.mark.parametrize(
-    'model, billions', [('llama3', 0.97), ('deepseek', 1.21), ('qwen0.6B', 0.44), ('qwen1.7B', 1.41)]
-)
-def test_the_published_shapes_have_their_number_of_parameters(model, billions):
-    pytest.importorskip('families')
-    from lm import published
-
-    with torch.device('meta'):
-        trunk = checkpoints.make_model(
-            'ar', vocab_size=3, mask_id=1, ignore_id=2, **published.shape_of(model, 51)
-        )
-    assert round(trunk.num_parameters() / 1e9, 2) == billions

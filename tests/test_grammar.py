@@ -1,14 +1,11 @@
 """The odds of a story are exact: checked on a grammar small enough to write out in full, and by sampling."""
 
+import hashlib
 import itertools
 import math
-import os
 import random
 import re
 import statistics
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -53,7 +50,7 @@ def small():
 @pytest.fixture(scope='module')
 def walks():
     """Some hundred stories, each as a list of (probability, text, node)."""
-    return [list(grammar.GRAMMAR.walk(random.Random(seed))) for seed in range(400)]
+    return [list(grammar.GRAMMAR.walk(random.Random(seed))) for seed in range(120)]
 
 
 def tell(walk):
@@ -66,14 +63,9 @@ def test_probabilities_of_all_stories_sum_to_one(small):
     assert sum(stories.values()) == pytest.approx(1, abs=1e-12)
 
 
-def test_num_stories_is_exact_and_all_are_different(small):
+def test_all_stories_are_different(small):
     texts = [text for _, text in small.derivations()]
-    assert len(texts) == len(set(texts)) == small.num_stories() > 200
-
-
-def test_entropy_is_exact(small):
-    log_ps = [log_p for log_p, _ in small.derivations()]
-    assert small.entropy() == pytest.approx(-sum(math.exp(x) * x for x in log_ps), abs=1e-12)
+    assert len(texts) == len(set(texts)) > 200
 
 
 def test_log_prob_is_that_of_the_enumeration(small):
@@ -95,29 +87,22 @@ def test_log_prob_is_that_of_the_way_by_which_a_story_was_drawn(walks):
         assert grammar.log_prob(tell(walk)) == pytest.approx(sum(math.log(p) for p, _, _ in walk), abs=1e-9)
 
 
-def test_entropy_agrees_with_sampling():
-    rng = random.Random(0)
-    surprises = [-sum(math.log(p) for p, _, _ in grammar.GRAMMAR.walk(rng)) for _ in range(4000)]
-    error = statistics.stdev(surprises) / math.sqrt(len(surprises))
-    assert statistics.mean(surprises) == pytest.approx(grammar.entropy(), abs=4 * error)
-
-
 # --- Unambiguous, by proof: wherever a story can go on in two ways, these can never lead to the same text.
-# Both are followed at once, to all that may come, forgetting who is in the cast except for whom the two ways
-# have just drawn. To forget allows more texts than there are, so ways that cannot meet then, never meet.
+# Both are followed at once, to all that may come, forgetting all bindings except those that the two ways
+# have just made. To forget allows more texts than there are, so ways that cannot meet then, never meet.
 
 
-def texts_of(rules, node, cast):
-    """{(text, next node)}: all that this node may say, as far as the cast is known."""
+def texts_of(rules, node, bindings):
+    """{(text, next node)}: all that this node may say, as far as the bindings are known."""
     if not isinstance(node, Recall):
         return {(node.text, option) for _, option in node.options}
-    rows = [cast[node.variable]] if node.variable in cast else rules.roles[node.variable]
+    rows = [bindings[node.variable]] if node.variable in bindings else rules.domains[node.variable]
     return {(node.text_of(row), node.then) for row in rows}
 
 
 def can_meet(rules, one, other):
-    """Whether two ways (text, node, cast) may come to have said the same and to have the same before them."""
-    agenda, seen, casts = [(*one[:2], *other[:2])], set(), (one[2], other[2])
+    """Whether two ways (text, node, bindings) may come to have said the same and to have the same before them."""
+    agenda, seen, bindings = [(*one[:2], *other[:2])], set(), (one[2], other[2])
     while agenda:
         text, node, text2, node2 = state = agenda.pop()
         common = min(len(text), len(text2))
@@ -125,23 +110,27 @@ def can_meet(rules, one, other):
             continue
         seen.add(state)
         text, text2 = text[common:], text2[common:]
-        if text == text2 and node is node2 and all(casts[0].get(x) is casts[1].get(x) for x in node.needs):
+        if (
+            text == text2
+            and node is node2
+            and all(bindings[0].get(x) is bindings[1].get(x) for x in node.needs)
+        ):
             return True
         if not text:
-            agenda += [(more, then, text2, node2) for more, then in texts_of(rules, node, casts[0])]
+            agenda += [(more, then, text2, node2) for more, then in texts_of(rules, node, bindings[0])]
         if not text2:
-            agenda += [(text, node, more, then) for more, then in texts_of(rules, node2, casts[1])]
+            agenda += [(text, node, more, then) for more, then in texts_of(rules, node2, bindings[1])]
     return False
 
 
 def ambiguities(rules):
     for node in rules.nodes:
-        casts = [{}]
-        if isinstance(node, Draw) and node.decider:
-            casts = [{node.decider: row} for row in rules.roles[node.decider]]
+        known = [{}]
+        if isinstance(node, Draw) and node.parent:
+            known = [{node.parent: row} for row in rules.domains[node.parent]]
         if isinstance(node, Draw) or len(node.options) > 1:
-            for cast in casts:
-                ways = [way[1:] for way in node.ways(cast)]
+            for bindings in known:
+                ways = [way[1:] for way in node.transitions(bindings)]
                 yield from (pair for pair in itertools.combinations(ways, 2) if can_meet(rules, *pair))
 
 
@@ -173,7 +162,7 @@ def test_wrong_agreement_has_probability_zero(walks):
     for walk in walks:
         for i, (_, text, node) in enumerate(walk):
             if isinstance(node, Recall) and not isinstance(node, Draw):
-                rows = grammar.GRAMMAR.roles[node.variable]
+                rows = grammar.GRAMMAR.domains[node.variable]
                 wrong = sorted({node.text_of(row) for row in rows} - {text})
                 if wrong:
                     wrong_story = tell(walk[:i]) + rng.choice(wrong) + tell(walk[i + 1 :])
@@ -195,7 +184,7 @@ def test_changing_only_the_first_mention_has_probability_zero(walks):
                 for _, said, then in walk[i + 1 :]
                 if isinstance(then, Recall) and then.variable == node.variable
             ]
-            for row in sorted(grammar.GRAMMAR.roles[node.variable], key=lambda row: row['word'])[:4]:
+            for row in sorted(grammar.GRAMMAR.domains[node.variable], key=lambda row: row['word'])[:4]:
                 if node.text_of(row) != text and any(then.text_of(row) != said for then, said in later):
                     wrong_story = tell(walk[:i]) + node.text_of(row) + tell(walk[i + 1 :])
                     assert grammar.log_prob(wrong_story) == -math.inf, f'{text!r} changed: {wrong_story}'
@@ -265,12 +254,10 @@ def test_english_is_correct(walks):
 
 
 def test_stories_are_many_and_short_and_their_words_few(walks):
-    assert grammar.num_stories() > 1e9
-    assert 400 <= len(grammar.vocabulary()) <= 700
     lengths = [len(tell(walk).split()) for walk in walks]
     assert 50 <= min(lengths) and max(lengths) <= 130 and statistics.mean(lengths) < 110
     words = {word for walk in walks for word in re.findall(r"\b(?<!')[a-z]+", tell(walk).lower())}
-    assert words <= grammar.vocabulary()
+    assert 300 <= len(words) <= 700
 
 
 def test_there_are_at_least_six_plots_and_none_is_rare(walks):
@@ -285,17 +272,14 @@ def test_a_story_depends_on_seed_and_number_only():
     assert grammar.story(random.Random(5)) == grammar.story(random.Random(5))
 
 
-def test_a_story_is_the_same_in_any_process():
-    program = 'from prepare import grammar; print(*grammar.stories(5, seed=1), repr(grammar.entropy()))'
-    for hash_seed in '12':
-        told = subprocess.run(
-            [sys.executable, '-c', program],
-            cwd=Path(grammar.__file__).parents[1],
-            env={**os.environ, 'PYTHONHASHSEED': hash_seed},
-            capture_output=True,
-            text=True,
-        )
-        assert told.stdout.strip() == ' '.join([*grammar.stories(5, seed=1), repr(grammar.entropy())])
+def test_the_stories_are_those_of_the_recorded_version():
+    """Prepared folders are reused by the version: who changes a story has to change it too."""
+    told = ''.join(grammar.stories(300, seed=0))
+    known = ('37768fccf0bb', '8daa642a586c')
+    assert (
+        hashlib.sha256(told.encode()).hexdigest()[:12],
+        *[v[:12] for v in grammar.VERSION.values()],
+    ) == known
 
 
 def test_the_example_in_the_docstring_holds():

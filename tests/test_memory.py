@@ -1,11 +1,10 @@
-"""What memory.py counts is what there is, and checkpointing keeps less of it."""
+"""What benchmarks/memory.py counts is what there is, and checkpointing keeps less of it."""
 
+import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import memory
-from lm import optim
-from model import ARCHITECTURES, ModelConfig
+from lm import runtime
 
 
 def test_allocations_are_counted_until_they_are_freed():
@@ -20,24 +19,22 @@ def test_allocations_are_counted_until_they_are_freed():
     assert allocations.now == 0 and allocations.peak == 8000
 
 
-def peak(**changes):
-    with FakeTensorMode():
-        model = ARCHITECTURES['ar'](ModelConfig(512, block_size=256, **changes))
-        optimizers = optim.make_optimizers(model, 'adamw', 1e-3, 0.9, 0.95, 0.1)
-        tokens = torch.zeros(8, 257, dtype=torch.long)
-        for _ in range(2):
-            with memory.Allocations() as allocations:
-                model(tokens)[0].backward()
-                optimizers['adamw'].step()
-                optimizers['adamw'].zero_grad()
-        assert allocations.now < 100  # nothing stays but moments, which were there before
-        state = memory.state_bytes(model, optimizers.values())
-    weights = sum(p.numel() for p in model.parameters())
-    assert 8 * weights <= state['moments'] < 8 * weights + 1000 and state['weights'] >= 4 * weights
-    return allocations.peak
+def test_checkpointing_keeps_less_and_the_selective_kind_lies_between(monkeypatch):
+    monkeypatch.setattr(memory, 'VOCABULARY', dict(vocab_size=512, mask_id=510, ignore_id=511))
+    dist = runtime.Runtime('cpu', 'float32')
 
+    def peak(batch_size, **changes):
+        return memory.peak_bytes('ar', dist, 'adamw', 'tiny', batch_size, block_size=256, **changes)
 
-def test_checkpointing_keeps_less_and_the_selective_kind_lies_between():
-    none, each = peak(), peak(gradient_checkpointing=True)
-    between = peak(gradient_checkpointing=True, selective_checkpointing=True)
+    none, each = peak(8), peak(8, gradient_checkpointing=True)
+    between = peak(8, gradient_checkpointing=True, selective_checkpointing=True)
     assert each < 0.6 * none and each < between < 0.8 * none
+    # Weights, gradients and two moments are there in any case, of 12 matrices of a layer and of the embedding.
+    parameters = 4 * 12 * 128**2 + 512 * 128
+    assert peak(0) == pytest.approx(4 * 4 * parameters, rel=0.05)
+
+
+@pytest.mark.parametrize('architecture', ['diffusion', 'sdd'])
+def test_steps_of_all_architectures_are_counted(architecture):
+    dist = runtime.Runtime('cpu', 'bfloat16')
+    assert memory.peak_bytes(architecture, dist, 'muon', 'tiny', 2, block_size=16) > 0

@@ -5,15 +5,17 @@ import runpy
 import sys
 
 import pytest
+import torch
 
 from lm import checkpoints, optim
 from lm.configurator import ALIASES, ROOT, Config, apply_file, keys_of
 
 CONFIGS = sorted(path.name for path in (ROOT / 'config').glob('*.py') if path.name != 'languages.py')
 SWEEPS = [name for name in CONFIGS if name.startswith(('sweep_', 'language_pairs'))]
+SIZES = [name for name in CONFIGS if re.fullmatch(r'(small|medium|large|xl)_(owt|tinystories)\.py', name)]
 
 
-def train_config(script='train.py'):
+def config_of(script):
     """The settings of a script, of which a recipe changes some."""
     source = (ROOT / script).read_text()
     defaults = {}
@@ -24,7 +26,7 @@ def train_config(script='train.py'):
 @pytest.mark.parametrize('recipe', sorted({*CONFIGS} - {*SWEEPS}))
 def test_a_recipe_sets_what_its_script_knows(recipe):
     script = 'finetune.py' if recipe.startswith(('sft_', 'finetune_')) else 'train.py'
-    config = train_config(script)
+    config = config_of(script)
     apply_file(config, f'config/{recipe}')
     assert config.given and config['optimizer'] in optim.OPTIMIZERS and config['schedule'] in optim.SCHEDULES
     checkpoints.size_of(config['model_size'])
@@ -37,23 +39,39 @@ def test_a_sweep_sets_what_classify_py_knows(recipe, capsys, monkeypatch):
     *runs, count = capsys.readouterr().out.splitlines()
     assert len(runs) > 1 and count == f'{len(runs)} runs'
     for run in runs:
-        assert set(re.findall(r'--(\w+)=', run)) <= set(train_config('classify.py')), run
+        assert set(re.findall(r'--(\w+)=', run)) <= set(config_of('classify.py')), run
 
 
-def test_the_300m_recipe_checkpoints_and_accumulates():
-    config = train_config()
+@pytest.mark.parametrize('recipe', SIZES)
+def test_a_recipe_has_as_many_parameters_as_it_says(recipe):
+    config = config_of('train.py')
+    apply_file(config, f'config/{recipe}')
+    shape = checkpoints.size_of(config['model_size'])
+    with torch.device('meta'):
+        model = checkpoints.make_model('ar', vocab_size=32000, block_size=config['block_size'], **shape)
+    said = float(re.search(r'([\d.]+)M parameters', (ROOT / 'config' / recipe).read_text())[1]) * 1e6
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(said, rel=0.01)
+
+
+def test_there_is_a_recipe_for_each_size_and_both_data_sets():
+    assert len(SIZES) == 8
+
+
+def test_the_xl_recipe_checkpoints_and_accumulates():
+    config = config_of('train.py')
     apply_file(config, 'config/xl_owt.py')
     assert (config['block_size'], config['gradient_accumulation_steps']) == (1024, 4)
     assert config['gradient_checkpointing'] and config['dtype'] == 'bfloat16'
+    assert config['min_lr'] == config['learning_rate'] / 10 == 4e-4 / 10
 
 
 def test_each_alias_of_train_py_leads_to_a_key():
-    config = train_config()
-    assert {key for alias, key, _ in ALIASES} <= set(config)
+    assert {key for _, key, _ in ALIASES} <= set(config_of('train.py'))
 
 
 def test_the_readme_speaks_of_files_and_settings_that_exist(capsys, monkeypatch):
     readme = (ROOT / 'README.md').read_text()
+    monkeypatch.setattr(sys, 'path', list(sys.path))
     for script, options in re.findall(r'python ((?:prepare/|benchmarks/)?\w+\.py)([^\n#]*)', readme):
         assert (ROOT / script).is_file(), script
         monkeypatch.setattr(sys, 'argv', [script, '--help'])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import assert_drawn_from, random_model
 
-from lm import optim
+from lm import likelihood, optim
 from model import ARCHITECTURES, Belief, ModelConfig, mask_ratio
 from sampling import generate
 

@@ -1,153 +1,150 @@
-"""What fsdp=True promises, on two gloo ranks: the run of one process, states for any number of ranks."""
+"""fsdp=True on two gloo ranks: the run of one process, and states for any number of ranks."""
 
+import csv
 import os
 import re
 import runpy
+import socket
 import sys
+import threading
+import time
 
 import pytest
 import torch
-from conftest import LETTERS, several_scripts, signals_kept, write_folder
-from test_finetune import ROOT, write_base, write_examples
-from test_finetune import TINY as TUNE
-from test_train import GPT2, free_ports, load, metrics, start
-from test_train import TINY as TRAIN
+from conftest import (
+    letter_tokenizer,
+    random_model,
+    several_scripts,
+    signals_kept,
+    write_checkpoint,
+    write_folder,
+)
 
 import hf
-from lm import checkpoints, optim, sharded
-from lm.configurator import UserError
+from lm import checkpoints
+from lm.configurator import ROOT, UserError
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.filterwarnings('ignore:torch.distributed is disabled')
+COMMON = (
+    '--device=cpu --no_wandb --log_every=1 --eval_every=5 --schedule=constant --learning_rate=0.0003 '
+    '--warmup_steps=0 --block_size=16'
+).split()
+SHAPE = dict(n_layer=2, n_head=2, n_embd=32, block_size=16)
+GPT2 = '--norm=layer --position=learned --mlp=gelu --bias=True --qk_norm=False --logit_softcap=0'.split()
+TRAIN = ['train.py', '--dtype=float32', '--dataset=PLACE/letters', *(f'--{k}={v}' for k, v in SHAPE.items())]
+TUNE = [
+    'finetune.py',
+    '--num_samples=1',
+    '--sample_tokens=4',
+    '--dataset=PLACE/answers',
+    '--init_from=PLACE/base',
+]
 CASES = {
-    'ar': ('train.py', [*GPT2, '--gradient_accumulation_steps=2', '--sample_every=3', '--sample_tokens=4']),
-    'diffusion': ('train.py', ['--architecture=diffusion', '--gradient_checkpointing']),
-    'converted': ('train.py', ['--architecture=diffusion', '--init_from=PLACE/letters-base']),
-    'tune': ('finetune.py', []),
-    'bfloat16': ('finetune.py', ['--dtype=bfloat16', '--master_weights=bfloat16']),
-    'sdd': ('finetune.py', ['--architecture=sdd', '--p_belief=((0,1),)']),
+    'ar': [*TRAIN, *GPT2, '--gradient_accumulation_steps=2', '--sample_every=3', '--sample_tokens=4'],
+    'converted': [*TRAIN, '--architecture=diffusion', '--init_from=PLACE/base', '--gradient_checkpointing'],
+    'sdd': [*TUNE, '--dtype=float32', '--architecture=sdd', '--p_belief=((0,1),)'],
+    'bfloat16': [*TUNE, '--dtype=bfloat16', '--master_weights=bfloat16'],
 }
 
 
 def script(name, *arguments):
+    """Runs a script in this process; returns its variables."""
     with pytest.MonkeyPatch.context() as patch, signals_kept():
-        patch.setattr(
-            sys,
-            'argv',
-            [
-                name,
-                *(TUNE if name == 'finetune.py' else TRAIN),
-                '--learning_rate=0.0003',
-                '--eval_every=5',
-                *map(str, arguments),
-            ],
-        )
+        patch.setattr(sys, 'argv', [name, *COMMON, *map(str, arguments)])
         return runpy.run_path(str(ROOT / name), run_name='__main__')
 
 
 def run_rank(rank, ports, commands):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1')
     with several_scripts():
-        for port, (name, stop_at, arguments) in zip(ports, commands):
+        for port, command in zip(ports, commands):
             os.environ['MASTER_PORT'] = str(port)
-            rate, shard = optim.learning_rate_at, sharded.fully_shard
-            optim.learning_rate_at = lambda step, *rest: (
-                step == stop_at and signal_self(rank),
-                rate(step, *rest),
-            )[1]
-            sharded.fully_shard = lambda module, **how: (
-                without_values(module, arguments),
-                shard(module, **how),
-            )[1]
-            model = script(name, *arguments)['raw_model']
-            optim.learning_rate_at, sharded.fully_shard = rate, shard
+            model = script(*command)['raw_model']
             parts, whole = zip(*((p.to_local().numel(), p.numel()) for p in model.parameters()))
             assert sum(parts) < 0.6 * sum(whole)
 
 
-def without_values(module, arguments):
-    """What comes from a checkpoint is sharded before any of it is read."""
-    if '--init_from' in ' '.join(map(str, arguments)):
-        assert all(weight.is_meta for weight in module.parameters())
+def free_ports(count):
+    sockets = [socket.create_server(('127.0.0.1', 0)) for _ in range(count)]
+    ports = [server.getsockname()[1] for server in sockets]
+    for server in sockets:
+        server.close()
+    return ports
 
 
-def signal_self(rank):
-    if rank == 1:  # the other one has to stop at the same step
-        os.kill(os.getpid(), 15)
+def load(folder):
+    return torch.load(folder / 'ckpt.pt', weights_only=True)
+
+
+def losses(folder):
+    """{step: train/loss} and the last val/loss."""
+    with open(folder / 'metrics.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    train = {int(row['step']): float(row['train/loss']) for row in rows if row['train/loss']}
+    return train, float(rows[-1]['val/loss'])
 
 
 def test_two_ranks_are_one_process_and_their_state_resumes_on_one(tmp_path):
-    write_folder(
-        tmp_path / 'letters', val=['the cat sees a dog in its tree and sings']
-    )  # one batch: none for rank 1
-    write_examples(tmp_path / 'examples')
-    write_base(tmp_path / 'base', 'diffusion')
-    write_base(tmp_path / 'letters-base', 'ar', LETTERS)
-    commands = {}
-    for case, (name, more) in CASES.items():
-        data = (
-            [f'--dataset={tmp_path}/examples', f'--init_from={tmp_path}/base']
-            if name == 'finetune.py'
-            else [f'--dataset={tmp_path}/letters']
-        )
-        more = [argument.replace('PLACE', str(tmp_path)) for argument in more]
-        commands[case] = name, [*data, *more, '--max_steps=5']
-        script(name, *commands[case][1], f'--out_dir={tmp_path}/{case}-one', '--batch_size=4')
+    tokenizer = letter_tokenizer()
+    ids = dict(vocab_size=tokenizer.vocab_size, mask_id=tokenizer.mask_id, ignore_id=tokenizer.ignore_id)
+    (tmp_path / 'base').mkdir()
+    write_checkpoint(tmp_path / 'base' / 'ckpt.pt', random_model('ar', 0.1, **ids, **SHAPE), tokenizer)
+    val = ['the cat sees a dog in its tree and sings']  # one batch: none for rank 1
+    write_folder(tmp_path / 'letters', val=val)
+    write_folder(tmp_path / 'answers', val=val, train_on='aeiou')
+
+    commands = {
+        case: [word.replace('PLACE', str(tmp_path)) for word in words] for case, words in CASES.items()
+    }
     ranks = [
-        (name, at, [*arguments, '--batch_size=2', '--fsdp', f'--out_dir={tmp_path}/{case}-{kind}'])
-        for case, (name, arguments) in commands.items()
-        for kind, at in (('two', None), ('half', 2))
+        [*command, '--batch_size=2', '--fsdp', f'--out_dir={tmp_path}/{case}-two', f'--max_steps={steps}']
+        for (case, command), steps in zip(commands.items(), (5, 3, 3, 3))
     ]
     torch.multiprocessing.spawn(run_rank, (free_ports(len(ranks)), ranks), nprocs=2)
 
-    for case, (name, arguments) in commands.items():
-        one, two, half = (tmp_path / f'{case}-{kind}' for kind in ('one', 'two', 'half'))
-        with pytest.raises(UserError, match='weights of .* are sharded in .*consolidate'):
-            checkpoints.load(half)
-        assert [path.name for path in (half / 'sharded').iterdir()] == ['step-3']
-        script(name, *arguments, '--batch_size=4', '--fsdp', f'--out_dir={half}', '--resume_from=auto')
-        expected = load(one)['model_state_dict']
-        weight_gap, loss_gap = (
-            (0.02, 0.02) if case == 'bfloat16' else (1e-6, 1e-5)
-        )  # ranks round by bits of their own
-        for out in (two, half):
-            weights = load(out)['model_state_dict']
-            assert weights.keys() == expected.keys() and load(out)['global_step'] == 5
-            for weight, value in expected.items():
-                torch.testing.assert_close(
-                    weights[weight],
-                    value,
-                    atol=weight_gap,
-                    rtol=0,
-                    msg=lambda said: f'{case} {weight}: {said}',
-                )
-            for row, wanted in zip(metrics(out), metrics(one), strict=True):
-                assert float(row['train/loss'] or 0) == pytest.approx(
-                    float(wanted['train/loss'] or 0), abs=loss_gap
-                )
-                assert float(row['val/loss'] or 0) == pytest.approx(
-                    float(wanted['val/loss'] or 0), abs=loss_gap
-                )
-        assert checkpoints.load_model(checkpoints.load(two / 'best.pt'), 'cpu')
+    for case, command in commands.items():
+        one, two = tmp_path / f'{case}-one', tmp_path / f'{case}-two'
+        command = [*command, '--batch_size=4', '--max_steps=5']
+        script(*command, f'--out_dir={one}')
+        checkpoints.load(two / 'best.pt')
+        if case != 'ar':
+            assert [path.name for path in (two / 'sharded').iterdir()] == ['step-3']
+            script(*command, '--fsdp', '--resume_from=auto', f'--out_dir={two}')
+        assert load(two)['global_step'] == 5
+        # bfloat16: each rank rounds by bits of its own
+        weight_gap, loss_gap = (0.02, 0.02) if case == 'bfloat16' else (1e-6, 1e-5)
+        weights, expected = (load(out)['model_state_dict'] for out in (two, one))
+        torch.testing.assert_close(weights, expected, atol=weight_gap, rtol=0)
+        for found, wanted in zip(losses(two), losses(one), strict=True):
+            assert found == pytest.approx(wanted, abs=loss_gap)
 
 
-def test_a_stopped_run_is_consolidated(tmp_path, monkeypatch):
-    folder, out = write_folder(tmp_path / 'letters'), tmp_path / 'run'
-    rate = optim.learning_rate_at
-    monkeypatch.setattr(
-        optim,
-        'learning_rate_at',
-        lambda step, *rest: (step == 2 and os.kill(os.getpid(), 15), rate(step, *rest))[1],
-    )
-    variables = script('train.py', f'--dataset={folder}', '--fsdp', f'--out_dir={out}')
-    assert 'model_state_dict' not in load(out)
+def stop_after_a_step(out):
+    """Sends this process the signal to stop as soon as a run has logged a step."""
+    path = out / 'metrics.csv'
+    while not (path.exists() and path.read_text().count('\n') > 2):
+        time.sleep(0.01)
+    os.kill(os.getpid(), 15)
+
+
+def test_a_stopped_run_is_consolidated(tmp_path):
+    write_folder(tmp_path / 'letters')
+    command, out = [word.replace('PLACE', str(tmp_path)) for word in TRAIN], tmp_path / 'run'
+    command += ['--fsdp', f'--out_dir={out}']
+    threading.Thread(target=stop_after_a_step, args=(out,), daemon=True).start()
+    model = script(*command, '--max_steps=10000')['raw_model']
+    with pytest.raises(UserError, match='weights of .* are sharded in .*consolidate'):
+        checkpoints.load(out)
     hf.main(['consolidate', str(out)])
-    for name, weight in variables['raw_model'].state_dict().items():
-        assert torch.equal(load(out)['model_state_dict'][name], weight)
-    process = start(f'--dataset={folder}', '--learning_rate=0.001', f'--out_dir={out}', '--resume_from=auto')
-    assert process.wait() == 0 and load(out)['global_step'] == 6, process.stdout.read()
+    state = checkpoints.load(out)['model_state_dict']
+    assert all(torch.equal(state[name], weight) for name, weight in model.state_dict().items())
+
+    steps = load(out)['global_step'] + 1
+    script(*command, f'--max_steps={steps}', '--resume_from=auto')
+    assert load(out)['global_step'] == steps and 'model_state_dict' in load(out)
     (out / 'sharded').rename(tmp_path / 'elsewhere')
-    with pytest.raises(UserError, match='ckpt.pt needs .*step-6, which is not there'):
-        script('train.py', f'--resume_from={out}', '--max_steps=9', f'--dataset={folder}', '--fsdp')
+    with pytest.raises(UserError, match=f'ckpt.pt needs .*step-{steps}, which is not there'):
+        script(*command, f'--max_steps={steps + 1}', '--resume_from=auto')
 
 
 @pytest.mark.parametrize(

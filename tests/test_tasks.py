@@ -1,4 +1,4 @@
-"""prepare/tasks.py: the twelve functions against other definitions of them, balance, leaks, the cache."""
+"""The twelve functions against other definitions of them, balance, leaks, the cache."""
 
 import hashlib
 import itertools
@@ -10,8 +10,8 @@ import sympy
 from lm import tasks
 from lm.configurator import UserError
 
-# The places of fn_e (the first 3) and fn_f, by length, as published.
-PLACES = {
+# The positions of fn_e (the first 3) and fn_f, by length, as published.
+POSITIONS = {
     20: [2, 14, 18, 15, 1, 10, 0, 4, 6, 11],
     25: [17, 12, 2, 0, 22, 20, 21, 6, 8, 18],
     30: [12, 0, 6, 25, 8, 15, 10, 18, 16, 23],
@@ -43,8 +43,8 @@ def definition(task, v):
             'fn_b': lambda: v[: len(v) // 2].count('1') % 2,
             'fn_c': lambda: '10101010' in v,
             'fn_d': lambda: '00111111' in v,
-            'fn_e': lambda: [v[i] for i in PLACES[len(v)][:3]].count('1') % 2,
-            'fn_f': lambda: [v[i] for i in PLACES[len(v)]].count('1') % 2,
+            'fn_e': lambda: [v[i] for i in POSITIONS[len(v)][:3]].count('1') % 2,
+            'fn_f': lambda: [v[i] for i in POSITIONS[len(v)]].count('1') % 2,
             'fn_g': lambda: v == ''.join(reversed(v)),
             'fn_h': lambda: brackets_match(v),
             'fn_i': lambda: list(sympy.factorint(int(v)).values()) == [1],
@@ -84,10 +84,10 @@ def test_a_task_agrees_with_its_definition_on_every_short_row(task):
     assert tasks.label(task, rows).tolist() == [definition(task, text) for text in strings(rows)]
 
 
-@pytest.mark.parametrize('length', PLACES)
-def test_the_places_of_the_random_parities_are_the_published_ones(length):
-    assert tasks.chosen_places(length, 3).tolist() == PLACES[length][:3]
-    assert tasks.chosen_places(length, 10).tolist()[: len(PLACES[length])] == PLACES[length]
+@pytest.mark.parametrize('length', POSITIONS)
+def test_the_positions_of_the_random_parities_are_the_published_ones(length):
+    assert tasks.chosen_positions(length, 3).tolist() == POSITIONS[length][:3]
+    assert tasks.chosen_positions(length, 10).tolist()[: len(POSITIONS[length])] == POSITIONS[length]
 
 
 def test_composites_of_fn_k_end_like_primes_and_numbers_have_no_leading_zero(cache):

@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from test_prepare import ROOT, config_of, make_texts, run, write_jsonl  # noqa: F401
+from conftest import ROOT, config_of, make_texts, write_jsonl
 
 from lm import verify
 from lm.configurator import UserError
@@ -15,14 +15,12 @@ from lm.files import checksum, sha256_of
 
 
 @pytest.fixture
-def folder(run, tmp_path):
+def folder(prepare, tmp_path):
+    """A prepared folder that has masks too: those of plain texts, all 1."""
     texts = make_texts(60) + ['a long one ' * 99, 'x']
-    return run(
-        'openwebtext.py',
-        f'--input={write_jsonl(tmp_path / "a.jsonl", texts)}',
-        '--val_fraction=0.2',
-        '--vocab_size=300',
-    )
+    source = write_jsonl(tmp_path / 'a.jsonl', texts)
+    settings = ['--field=text', '--val_fraction=0.2', '--vocab_size=300', '--max_seq_len=1024']
+    return prepare('instruct.py', f'--source={source}', *settings)
 
 
 def change(folder, name, place, value, dtype, seal=False):
@@ -46,11 +44,22 @@ def test_a_folder_as_it_was_written_gets_its_card(folder, capsys, monkeypatch):
         'max_seq_len=1024',
         'bytes per token',
         f'{sizes["train"]["tokens"]:,}',
-        "shortest: 2 tokens, 'x'",
+        "the shortest: 2 tokens, 'x'",
         "'a long one a long one",
         'all is as it was written',
     ):
         assert said.count(part) >= 2, part
+
+
+def cut(folder, name, size):
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[:size])
+
+
+def edit(folder, name, before, after):
+    text = (folder / name).read_text()
+    assert before in text
+    (folder / name).write_text(text.replace(before, after))
 
 
 DAMAGES = {
@@ -67,36 +76,25 @@ DAMAGES = {
         lambda f: change(f, 'val_index.bin', -1, 5, 'uint64', seal=True),
         'does not lead',
     ),
-    'a mask of 2': (
-        lambda f: (
-            np.full(config_of(f)['splits']['val']['tokens'], 1, 'uint8').tofile(f / 'val_masks.bin'),
-            change(f, 'val_masks.bin', 0, 2, 'uint8', seal=True),
-        ),
-        'neither 0 nor 1',
-    ),
+    'a mask changed': (lambda f: change(f, 'val_masks.bin', 0, 0, 'uint8'), 'val_masks.bin is not the file'),
+    'a mask of 2': (lambda f: change(f, 'val_masks.bin', 0, 2, 'uint8', seal=True), 'neither 0 nor 1'),
+    'masks gone': (lambda f: (f / 'val_masks.bin').unlink(), 'val_masks.bin is missing'),
     'a file without hash': (
-        lambda f: np.full(config_of(f)['splits']['val']['tokens'], 1, 'uint8').tofile(f / 'val_masks.bin'),
+        lambda f: edit(f, 'config.json', '"val_masks.bin"', '"other"'),
         'val_masks.bin has no hash',
     ),
-    'a file cut': (lambda f: (f / 'val_tokens.bin').write_bytes(b'xx'), 'val_tokens.bin has 2 bytes where'),
+    'a file cut': (lambda f: cut(f, 'val_tokens.bin', 2), 'val_tokens.bin has 2 bytes where'),
     'a file gone': (lambda f: (f / 'train_index.bin').unlink(), 'train_index.bin has 0 bytes'),
     'another count of bytes': (
-        lambda f: (f / 'config.json').write_text(
-            (f / 'config.json').read_text().replace('"bytes": ', '"bytes": 1')
-        ),
+        lambda f: edit(f, 'config.json', '"bytes": ', '"bytes": 1'),
         'config.json was changed',
     ),
     'another count of tokens': (
-        lambda f: (f / 'config.json').write_text(
-            (f / 'config.json').read_text().replace('"tokens": ', '"tokens": 1')
-        ),
+        lambda f: edit(f, 'config.json', '"tokens": ', '"tokens": 1'),
         'bytes where config.json promises',
     ),
-    'a config cut': (lambda f: (f / 'config.json').write_text('{'), 'config.json is damaged'),
-    'a tokenizer changed': (
-        lambda f: (f / 'tokenizer.json').write_text((f / 'tokenizer.json').read_text() + ' '),
-        'tokenizer.json is not the file',
-    ),
+    'a config cut': (lambda f: cut(f, 'config.json', 1), 'config.json is damaged'),
+    'a tokenizer changed': (lambda f: edit(f, 'tokenizer.json', '{', ' {'), 'tokenizer.json is not the file'),
 }
 
 
@@ -115,18 +113,14 @@ def test_any_damage_is_named_and_makes_the_exit_status_1(folder, case, capsys):
     assert re.search(words, said), said
 
 
-@pytest.mark.slow
-def test_the_command_exits_0_or_1(folder):
-    def command(*words):
-        return subprocess.run(
-            [sys.executable, '-m', 'lm.verify', *words], capture_output=True, text=True, cwd=ROOT
-        )
-
-    assert command(str(folder)).returncode == 0
+def test_the_command_exits_0_1_or_2(folder, capsys):
+    command = [sys.executable, '-m', 'lm.verify', 'no/such/folder']
+    missing = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert missing.returncode == 1 and 'Traceback' not in missing.stderr
+    assert verify.main([]) == 2 and verify.main(['--help']) == 0
     change(folder, 'train_tokens.bin', 0, 9, 'uint16')
     change(folder, 'val_tokens.bin', 0, 9, 'uint16')
-    bad = command(str(folder))
-    assert bad.returncode == 1 and bad.stdout == '' and bad.stderr.count('error: ') == 2
-    missing = command('no/such/folder')
-    assert missing.returncode == 1 and 'Traceback' not in missing.stderr
-    assert command().returncode == 2 and command('--help').returncode == 0
+    capsys.readouterr()
+    assert verify.main([str(folder)]) == 1
+    said = capsys.readouterr()
+    assert said.out == '' and said.err.count('error: ') == 2

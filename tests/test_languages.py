@@ -1,0 +1,153 @@
+"""Labelled texts come out of a database of files or hub sets, and become rows of tokens."""
+
+import csv
+import json
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import tokenizers
+from conftest import letter_tokenizer
+
+from lm import languages
+from lm.configurator import UserError
+from lm.tokenizer import Tokenizer
+
+ENTRY = {
+    'train_features': ['a', 'b'],
+    'eval_feature': 'label',
+    'splits': ['train', 'test'],
+    'classes': ['neg', 'pos'],
+}
+ROWS = [
+    {'a': f'text {i}', 'a-phoneme': f'p{i}', 'b': 'more', 'b-phoneme': 'pm', 'label': ('neg', 'pos')[i % 2]}
+    for i in range(6)
+]
+
+
+def write_rows(path):
+    path.parent.mkdir(exist_ok=True)
+    if path.suffix == '.jsonl':
+        path.write_text('\n'.join(map(json.dumps, ROWS)))
+    elif path.suffix == '.json':
+        path.write_text(json.dumps(ROWS))
+    elif path.suffix == '.parquet':
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    else:
+        with open(path, 'w', newline='') as file:
+            writer = csv.DictWriter(file, ROWS[0], delimiter='\t' if path.suffix == '.tsv' else ',')
+            writer.writeheader()
+            writer.writerows(ROWS)
+    return path
+
+
+@pytest.mark.parametrize('suffix', languages.SUFFIXES)
+def test_each_file_format_reads_the_same(tmp_path, suffix):
+    if suffix.startswith('.jsonl.'):
+        pytest.skip('tests/test_readers.py reads what is compressed')
+    write_rows(tmp_path / 'set' / f'test{suffix}')
+    entry = {**ENTRY, 'dataset': str(tmp_path / 'set')}
+    got = languages.read_split(entry, 'test')
+    assert got.texts == [(f'text {i}', 'more') for i in range(6)] and got.labels.tolist() == [0, 1] * 3
+    assert languages.read_split(entry, 'test', 'ipa').texts[2] == ('p2', 'pm')
+
+
+@pytest.mark.parametrize('newline', ['\n', '\r\n', '\r'])
+def test_only_a_line_break_ends_a_row_not_what_unicode_calls_one(tmp_path, newline):
+    texts = ['one\u2028two', 'three\x85four\x0b', ' "five']
+    entry = {'dataset': str(tmp_path), 'train_features': ['text'], 'eval_feature': 'label', 'classes': 3}
+    for ending, tab, names in (('tsv', '\t', ['text', 'label']), ('csv', ',', None)):
+        rows = [] if names else ['text,label']
+        rows += [f'{text}{tab}{i}' for i, text in enumerate(texts)]
+        (tmp_path / f'{ending}-test.{ending}').write_bytes(newline.join([*rows, '']).encode())
+        got = languages.read_split({**entry, 'columns': names}, f'{ending}-test')
+        assert got.texts == [(text,) for text in texts] and got.labels.tolist() == [0, 1, 2]
+
+
+def test_a_json_database_may_hold_several_sets_of_a_task(tmp_path):
+    entry = {**ENTRY, 'dataset': 'x'}
+    (tmp_path / 'db.json').write_text(
+        json.dumps({'rus': {'task': {'one': entry, 'two': {**entry, 'dataset': 'y'}}}})
+    )
+    database = languages.load_database(str(tmp_path / 'db.json'))
+    assert languages.find_entry(database, 'rus:two', 'task')['dataset'] == 'y'
+    with pytest.raises(UserError, match='choose one of rus:one, rus:two'):
+        languages.find_entry(database, 'rus', 'task')
+
+
+def test_training_languages_are_joined_and_each_test_set_stands_alone(tmp_path):
+    entries = {}
+    for language, splits in (('rus', ['train', 'test']), ('pol', ['train', 'dev', 'test'])):
+        for split in splits:
+            write_rows(tmp_path / language / f'{split}.jsonl')
+        entries[language] = {'task': {**ENTRY, 'dataset': str(tmp_path / language), 'splits': splits}}
+    sets, num_classes = languages.read_sets(entries, 'task', 'rus, pol', 'pol', 'normal')
+    assert {name: len(parts) for name, parts in sets.items()} == {'train': 2, 'val': 1, 'pol': 1}
+    assert num_classes == 2
+    entries['pol']['task']['classes'] = 3
+    with pytest.raises(UserError, match="same number of classes, but these are {'rus': 2, 'pol': 3}"):
+        languages.read_sets(entries, 'task', 'rus,pol', '', 'normal')
+
+
+def test_the_hub_is_asked_for_what_is_no_folder(monkeypatch):
+    monkeypatch.setattr(datasets, 'load_dataset', lambda name, config, split: ROWS)
+    assert len(languages.read_split({**ENTRY, 'dataset': 'some/set'}, 'test').texts) == 6
+    with pytest.raises(UserError, match='There is no folder ./nowhere'):
+        languages.read_split({**ENTRY, 'dataset': './nowhere'}, 'test')
+
+    def fail(*_, **__):
+        raise ConnectionError('no network\nat all')
+
+    monkeypatch.setattr(datasets, 'load_dataset', fail)
+    with pytest.raises(UserError, match=r"hub did not give its split 'test' \(ConnectionError: no network\)"):
+        languages.read_split({**ENTRY, 'dataset': 'some/set'}, 'test')
+
+
+BAD_ROWS = {
+    'test.tsv': ('a\tb\tlabel\nx\ty\n', 'row 1: 2 columns where there should be 3'),
+    'test.jsonl': ('{"a": "x", "label": "neg"}', "row 1: there is no 'b', only 'a', 'label'"),
+    'test.json': ('[7]', 'record 1: a int .7. is no record'),
+    'test.csv': ('a,b,label\nx,y,good\n', "row 1: the label 'good' is none of the 2 classes"),
+    'other.csv': ('', "has no file for the split 'test'"),
+    'test.parquet': ('', 'cannot be read to its end'),
+}
+
+
+@pytest.mark.parametrize('name', BAD_ROWS)
+def test_bad_rows_are_refused_with_their_place(tmp_path, name):
+    content, message = BAD_ROWS[name]
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        languages.read_split({**ENTRY, 'dataset': str(tmp_path)}, 'test')
+
+
+def test_texts_that_are_too_long_are_cut_or_left_out():
+    tokenizer = letter_tokenizer()
+    labelled = languages.Labelled([('abc', 'de'), ('a', 'b')], np.array([1, 0]))
+    for filter_length, lengths in ((False, [5, 4]), (True, [4])):
+        sets = {'test': [({'filter_length': filter_length}, labelled)]}
+        examples, notes = languages.encode_sets(sets, tokenizer, tokenizer.endoftext_id, block_size=5)
+        assert [len(row) for row in examples['test'].rows] == lengths
+        assert notes == {'test': '1 too long for 5 tokens'}
+    end = tokenizer.endoftext_id
+    assert examples['test'].rows[0].tolist() == [end, 0, end, 1] and examples['test'].labels.tolist() == [0]
+
+
+def test_the_shipped_database_is_complete():
+    database = languages.load_database('config/languages.py')
+    known = {'config', 'columns', 'task_type', 'filter_length', *languages.REQUIRED}
+    for language, entries in database.items():
+        for task in entries:
+            entry = languages.find_entry(database, language, task)
+            assert languages.num_classes_of(entry) >= 2 and set(entry) <= known
+    assert {'eng', 'spa', 'rus', 'pol'} == set(database)
+
+
+def test_a_tokenizer_of_vocab_and_merges_is_read_with_its_space(tmp_path):
+    bpe = tokenizers.ByteLevelBPETokenizer(add_prefix_space=True)
+    bpe.train_from_iterator(['low lower lowest'] * 9, vocab_size=270)
+    bpe.save_model(str(tmp_path), 'eng')
+    loaded = languages.load_tokenizer(str(tmp_path / 'eng'))
+    assert isinstance(loaded, Tokenizer) and loaded.encode('low') == bpe.encode('low').ids

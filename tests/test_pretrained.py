@@ -1,0 +1,299 @@
+"""lm/pretrained.py: what transformers and nanoGPT write is read exactly, or refused in a sentence."""
+
+import json
+import os
+
+import pytest
+import safetensors.torch
+import tokenizers
+import torch
+from conftest import (
+    HF_MODELS,
+    HF_VOCAB,
+    LETTERS,
+    LLAMA3_ROPE,
+    hf_model,
+    hf_tokens,
+    letter_tokenizer,
+    random_model,
+)
+
+import sampling
+from lm import checkpoints, families, pretrained
+from lm.configurator import UserError
+from lm.tokenizer import Tokenizer
+
+GPT2 = dict(norm='layer', position='learned', mlp='gelu', bias=True, qk_norm=False, logit_softcap=0.0)
+
+
+def load(path):
+    return checkpoints.load_model(checkpoints.load(path), 'cpu')
+
+
+def edit_json(path, **changes):
+    """Changes a JSON file; None removes a key."""
+    value = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: x for key, x in value.items() if x is not None}))
+
+
+def assert_same_logits(folder, theirs, rows):
+    torch.testing.assert_close(
+        load(folder).logits(rows)[..., :HF_VOCAB], theirs(rows).logits, atol=1e-4, rtol=0
+    )
+
+
+# ---------------------------------------------------------------------------- the same model
+
+
+@pytest.mark.parametrize('name', HF_MODELS)
+@torch.no_grad()
+def test_logits_are_those_of_transformers(name, tmp_path):
+    assert_same_logits(tmp_path, hf_model(name, tmp_path), hf_tokens())
+
+
+@pytest.mark.parametrize('name', ['gpt2', 'opt-350m', 'llama-3.2', 'qwen3'])
+def test_greedy_text_is_that_of_transformers(name, tmp_path):
+    theirs = hf_model(name, tmp_path)
+    prompts = [hf_tokens(1, length)[0].tolist() for length in (9, 5)]
+    rows = sampling.generate(load(tmp_path), prompts, 20, temperature=0)
+    for prompt, row in zip(prompts, rows, strict=True):
+        expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, pad_token_id=0)
+        assert row == expected[0].tolist()
+
+
+@pytest.mark.parametrize(
+    'name, old',
+    [
+        ('llama-3.2', dict(rope_theta=500.0, rope_scaling={**LLAMA3_ROPE, 'rope_theta': 1.0})),
+        ('deepseek-coder', dict(rope_theta=1e5, rope_scaling=dict(type='linear', factor=4.0))),
+        ('smollm', dict(rope_theta=1e5, rope_scaling=None)),
+    ],
+)
+def test_old_and_new_keys_of_rotary_positions_say_the_same(name, old, tmp_path):
+    hf_model(name, tmp_path)
+    new = load(tmp_path)
+    if old['rope_scaling']:
+        old['rope_scaling'].pop('rope_theta', None)
+    edit_json(tmp_path / 'config.json', rope_parameters=None, **old)
+    assert torch.equal(load(tmp_path).rope, new.rope)
+    shape = dict(vocab_size=9, n_head=1, n_embd=new.config.head_dim, block_size=128)
+    assert not torch.equal(checkpoints.make_model('ar', **shape).rope, new.rope)
+
+
+def test_rotary_positions_stay_exact_in_bfloat16(tmp_path):
+    hf_model('llama', tmp_path)
+    model = load(tmp_path)
+    rope = model.rope.clone()
+    assert torch.equal(model.bfloat16().rope, rope) and model.embedding.weight.dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_a_sliding_window_limits_the_block(tmp_path, capsys):
+    theirs = hf_model('mistral', tmp_path, sliding_window=40)
+    assert load(tmp_path).config.block_size == 40 and 'sliding_window' in capsys.readouterr().err
+    assert_same_logits(tmp_path, theirs, hf_tokens(2, 40))
+
+
+@pytest.mark.parametrize('bias', [True, False])
+@torch.no_grad()
+def test_a_checkpoint_of_nanogpt_is_the_same_model(bias, tmp_path):
+    tokenizer = letter_tokenizer()
+    shape = dict(n_layer=2, n_head=2, n_embd=16, block_size=24, bias=bias)
+    model = random_model('ar', 0.4, vocab_size=tokenizer.vocab_size - 2, **{**GPT2, **shape})
+    state = {}
+    for name, weight in model.state_dict().items():
+        their_name, qkv_index, transposed = families.hf_name(name, 'gpt2')
+        state.setdefault(f'_orig_mod.{their_name}', []).append(weight)
+    state = {name: torch.cat(weights) for name, weights in state.items()}
+    state['_orig_mod.lm_head.weight'] = state['_orig_mod.transformer.wte.weight']
+    args = dict(shape, dropout=0.0, vocab_size=len(state['_orig_mod.lm_head.weight']))
+    torch.save({'model': state, 'model_args': args, 'iter_num': 5}, tmp_path / 'ckpt.pt')
+
+    loaded = checkpoints.load_model(pretrained.load_nanogpt(tmp_path / 'ckpt.pt', tokenizer), 'cpu')
+    tokens = torch.randint(0, 27, (2, 9))
+    torch.testing.assert_close(loaded.hidden(tokens), model.hidden(tokens))
+    with pytest.raises(UserError, match='has 64 tokens, the tokenizer 303; give its own'):
+        pretrained.load_nanogpt(tmp_path / 'ckpt.pt', letter_tokenizer([chr(i) for i in range(32, 332)]))
+    (tmp_path / 'ckpt.pt').write_bytes(b'no')
+    with pytest.raises(UserError, match="is no ckpt.pt of nanoGPT's"):
+        pretrained.load_nanogpt(tmp_path / 'ckpt.pt', tokenizer)
+
+
+@pytest.mark.parametrize(
+    'model, billions', [('llama3', 0.97), ('deepseek', 1.21), ('qwen0.6B', 0.44), ('qwen1.7B', 1.41)]
+)
+def test_the_published_shapes_have_their_number_of_parameters(model, billions):
+    ids = dict(vocab_size=3, mask_id=1, ignore_id=2)
+    with torch.device('meta'):
+        trunk = checkpoints.make_model('ar', **ids, **families.published_config(model, 51))
+    assert round(trunk.num_parameters() / 1e9, 2) == billions
+
+
+# ---------------------------------------------------------------------------- files
+
+
+def rewrite(folder, change):
+    tensors = safetensors.torch.load_file(folder / 'model.safetensors')
+    safetensors.torch.save_file(change(tensors), folder / 'model.safetensors')
+
+
+@pytest.mark.parametrize('form', ['bin', 'old bin', 'sharded', 'without prefix'])
+@torch.no_grad()
+def test_weights_are_read_in_any_form(form, tmp_path):
+    theirs, path = hf_model('gpt2', tmp_path), tmp_path / 'model.safetensors'
+    if 'bin' in form:
+        zipped = form == 'bin'
+        tensors = safetensors.torch.load_file(path)
+        torch.save(tensors, tmp_path / 'pytorch_model.bin', _use_new_zipfile_serialization=zipped)
+        path.unlink()
+    elif form == 'sharded':
+        path.unlink()
+        theirs.save_pretrained(tmp_path, max_shard_size='20kB')
+        assert len(list(tmp_path.glob('*.safetensors'))) > 3
+    else:  # as in the published gpt2, with its buffers
+        mask = {f'h.{i}.attn.bias': torch.ones(1, 1, 8, 8) for i in range(2)}
+        rewrite(tmp_path, lambda x: {**{n.removeprefix('transformer.'): t for n, t in x.items()}, **mask})
+    assert_same_logits(tmp_path, theirs, hf_tokens())
+
+
+def test_a_bin_that_would_run_code_is_refused(tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / 'ran'),)
+
+    hf_model('gpt2', tmp_path)
+    (tmp_path / 'model.safetensors').unlink()
+    torch.save({'transformer.wte.weight': Payload()}, tmp_path / 'pytorch_model.bin')
+    with pytest.raises(UserError, match='pytorch_model.bin is damaged or holds more than weights'):
+        checkpoints.load(tmp_path)
+    assert not (tmp_path / 'ran').exists()
+
+
+def without(folder, *names, **extra):
+    rewrite(folder, lambda x: {**{n: t for n, t in x.items() if n not in names}, **extra})
+
+
+def edit_config(folder, **changes):
+    edit_json(folder / 'config.json', **changes)
+
+
+MISTAKES = {
+    'a missing tensor': (
+        lambda f: without(f, 'model.layers.1.mlp.up_proj.weight'),
+        r'missing: model.layers.1.mlp.up_proj.weight\)',
+    ),
+    'a tensor left over': (
+        lambda f: without(f, **{'model.layers.0.extra.weight': torch.ones(2)}),
+        r'left over: layers.0.extra.weight\)',
+    ),
+    'a tied head that is not there': (lambda f: without(f, 'lm_head.weight'), 'missing: lm_head.weight'),
+    'another shape': (
+        lambda f: edit_config(f, intermediate_size=64),
+        r'of another shape: .*gate_proj.weight \(48, 32\)',
+    ),
+    'no weights': (lambda f: (f / 'model.safetensors').unlink(), 'holds no weights'),
+    'damaged weights': (
+        lambda f: (f / 'model.safetensors').write_bytes(b'abc'),
+        'model.safetensors is damaged',
+    ),
+    'another family': (lambda f: edit_config(f, model_type='bloom'), "of the family 'bloom'; choose"),
+    'an unknown rope': (
+        lambda f: edit_config(f, rope_parameters=dict(rope_type='yarn', rope_theta=1e4, factor=2.0)),
+        'cannot be taken over exactly.*yarn',
+    ),
+    'biases': (lambda f: edit_config(f, attention_bias=True), 'attention_bias=True'),
+    'a config cut short': (lambda f: (f / 'config.json').write_text('{"model_type": '), 'cannot be read'),
+    'a shard that is missing': (
+        lambda f: (f / 'model.safetensors.index.json').write_text(
+            '{"weight_map": {"a": "part-1.safetensors"}}'
+        ),
+        'lacks part-1.safetensors',
+    ),
+}
+
+
+@pytest.mark.parametrize('mistake', MISTAKES)
+def test_a_folder_that_does_not_fit_is_refused_in_a_sentence(mistake, tmp_path):
+    hf_model('llama', tmp_path)
+    spoil, message = MISTAKES[mistake]
+    spoil(tmp_path)
+    with pytest.raises(UserError, match='(?s)' + message):
+        checkpoints.load(tmp_path)
+
+
+# ---------------------------------------------------------------------------- tokenizers
+
+
+@pytest.mark.parametrize(
+    'settings, end',
+    [
+        ({'config.json': {'eos_token_id': [5, 6]}}, 5),
+        ({'special_tokens_map.json': {'eos_token': 'z'}, 'config.json': {'eos_token_id': 5}}, 25),
+        ({'tokenizer_config.json': {'eos_token': {'content': 'y'}}, 'config.json': {'eos_token_id': 5}}, 24),
+        ({}, 27),
+    ],
+)
+def test_the_end_of_a_text_is_what_the_folder_says(settings, end, tmp_path):
+    vocabulary = {letter: i for i, letter in enumerate(LETTERS)}
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary)).save(str(tmp_path / 'tokenizer.json'))
+    for name, value in settings.items():
+        (tmp_path / name).write_text(json.dumps(value))
+    assert Tokenizer.load(tmp_path).endoftext_id == end
+
+
+def test_the_older_pair_of_tokenizer_files_is_read(tmp_path):
+    merges = [('t', 'h'), ('th', 'e')]
+    vocab = {token: i for i, token in enumerate(['<s>', '<pad>', '</s>', *'acehtĠ', 'th', 'the'])}
+    (tmp_path / 'vocab.json').write_text(json.dumps(vocab))
+    (tmp_path / 'merges.txt').write_text('#version: 0.2\n' + '\n'.join(map(' '.join, merges)) + '\n')
+    settings = {'bos_token': '</s>', 'eos_token': '</s>', 'add_bos_token': True}
+    (tmp_path / 'tokenizer_config.json').write_text(json.dumps(settings))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.encode('the cat') == [vocab[token] for token in ('the', 'Ġ', 'c', 'a', 't')]
+    assert tokenizer.decode(tokenizer.encode('the cat') + [2]) == 'the cat'
+    assert tokenizer.endoftext_id == pretrained.start_token(tmp_path, tokenizer) == 2
+
+
+def test_a_folder_without_a_tokenizer_comes_with_a_warning(tmp_path, capsys):
+    hf_model('qwen2', tmp_path)
+    checkpoint = checkpoints.load(tmp_path)
+    assert 'warning:' in (said := capsys.readouterr().err) and 'tokenizer.json' in said
+    with pytest.raises(UserError, match='came without a tokenizer.json.*import it again'):
+        Tokenizer(checkpoint['tokenizer'])
+
+
+# ---------------------------------------------------------------------------- the hub
+
+
+def test_the_hub_is_asked_with_token_and_revision(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    hf_model('qwen2', tmp_path)
+    asked = []
+
+    def download(name, token, revision, allow_patterns):
+        asked.append((name, token, revision))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', download)
+    checkpoints.load('owner/name', token='secret', revision='v2')
+    assert asked == [('owner/name', 'secret', 'v2')]
+
+
+@pytest.mark.parametrize('failed_at', [0, 1])
+def test_a_hub_that_fails_in_the_middle_is_one_sentence(tmp_path, monkeypatch, failed_at):
+    import httpx
+    import huggingface_hub
+
+    (tmp_path / 'config.json').write_text('{}')  # no safetensors, so that .bin files are asked for as well
+    calls = []
+
+    def broken(*_, **how):
+        calls.append(how)
+        if len(calls) > failed_at:
+            raise httpx.RemoteProtocolError('peer closed connection without sending complete message body')
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', broken)
+    with pytest.raises(UserError, match=r'no model by that name \(peer closed connection.*\)'):
+        checkpoints.load('owner/name')

@@ -1,0 +1,72 @@
+"""lm/quantize.py: weights in few bits are near the weights, and compute as they say."""
+
+import pytest
+import torch
+import torch.nn as nn
+from conftest import random_model
+
+from lm import lora
+from lm.configurator import UserError
+from lm.quantize import QuantizedLinear, linear_layers, quantize
+
+SHAPE = dict(vocab_size=40, block_size=16, n_layer=2, n_head=2, n_embd=32, mask_id=38, ignore_id=39)
+
+
+def some_tokens():
+    return torch.randint(0, 38, (3, 16), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize('bits, error, size', [(8, 0.0085, 8.1), (4, 0.094, 4.2)])
+def test_a_weight_in_few_bits_is_near_the_weight(bits, error, size):
+    linear = nn.Linear(1000, 300)
+    nn.init.normal_(linear.weight, std=0.02, generator=torch.Generator().manual_seed(0))
+    layer = QuantizedLinear(linear, bits)
+    found = (layer.weight - linear.weight).norm() / linear.weight.norm()
+    assert error / 2 < found < error
+    assert sum(x.numel() * x.element_size() for x in layer.buffers()) * 8 / linear.weight.numel() < size
+
+
+@pytest.mark.parametrize('bits', [8, 4])
+def test_a_quantized_layer_computes_with_its_weight_both_ways(bits):
+    linear = nn.Linear(37, 19)  # no multiple of a block
+    layer, plain = QuantizedLinear(linear, bits), nn.Linear(37, 19)
+    plain.load_state_dict({'weight': layer.weight, 'bias': linear.bias})
+    x = torch.randn(5, 37, generator=torch.Generator().manual_seed(0))
+    first, second = x.clone().requires_grad_(), x.clone().requires_grad_()
+    layer(first).square().sum().backward()
+    plain(second).square().sum().backward()
+    torch.testing.assert_close(layer(x), plain(x))
+    torch.testing.assert_close(first.grad, second.grad)
+    assert [name for name, _ in layer.named_parameters()] == ['bias']
+
+
+@pytest.mark.parametrize('bits', [8, 4])
+@torch.no_grad()
+def test_only_the_linear_layers_of_blocks_are_quantized(bits):
+    shape = dict(SHAPE, norm='layer', position='learned', bias=True)
+    model, plain = (random_model('ar', 0.3, **shape) for _ in range(2))
+    quantize(model, bits)
+    assert all(isinstance(layer, QuantizedLinear) for _, layer in linear_layers(model))
+    assert len(linear_layers(model)) == len(linear_layers(plain)) == 12
+    assert torch.equal(model.embedding.weight, plain.embedding.weight)
+    difference = (model.logits(some_tokens()) - plain.logits(some_tokens()))[..., :38].abs()
+    assert 0 < difference.mean() < (0.1 if bits == 8 else 1.0)
+
+
+@pytest.mark.parametrize('bits', [8, 4])
+@torch.no_grad()
+def test_merging_into_few_bits_gives_plain_layers(bits):
+    model = random_model('ar', 0.3, **SHAPE)
+    quantize(model, bits)
+    lora.add_lora(model, rank=2, alpha=4)
+    for _, layer in lora.adapted_layers(model):
+        layer.lora_B.normal_(std=0.2, generator=torch.Generator().manual_seed(0))
+    expected = model.logits(some_tokens())
+    lora.merge(model)
+    assert all(type(layer) is nn.Linear for _, layer in linear_layers(model))
+    torch.testing.assert_close(model.logits(some_tokens()), expected, atol=1e-4, rtol=0)
+
+
+def test_other_numbers_of_bits_are_refused():
+    with pytest.raises(UserError, match='bits is 2; choose 8 or 4'):
+        quantize(random_model('ar', 0.3, **SHAPE), 2)

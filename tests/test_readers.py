@@ -1,0 +1,254 @@
+"""Documents come from every kind of file and from the hub, whole and in order; bad ones are named."""
+
+import gzip
+import json
+
+import datasets
+import httpx
+import huggingface_hub
+import pyarrow
+import pyarrow.parquet
+import pytest
+import requests
+from conftest import config_of, make_texts, texts_of, write_jsonl
+
+from lm.configurator import UserError
+from prepare import readers
+
+BYTES = ['--tokenizer=bytes', '--val_fraction=0.1']
+
+
+def write_parquet(path, texts, rows_per_group=7):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pyarrow.table({'text': texts, 'id': [str(i) for i in range(len(texts))]})
+    pyarrow.parquet.write_table(table, path, row_group_size=rows_per_group)
+
+
+def write_zst(path, content):
+    with pyarrow.output_stream(path, compression='zstd') as file:
+        file.write(content)
+
+
+# ---------------------------------------------------------------------------- files
+
+
+def test_every_ending_gives_the_same_documents_from_any_one_on(tmp_path):
+    texts = make_texts(30)
+    content = write_jsonl(tmp_path / 'a.jsonl', texts).read_bytes()
+    half = content.index(b'\n', len(content) // 2) + 1
+    (tmp_path / 'b.jsonl.gz').write_bytes(gzip.compress(content[:half]) + gzip.compress(content[half:]))
+    for name, part in (('1', content[:half]), ('2', content[half:])):
+        write_zst(tmp_path / name, part)
+    frames = (tmp_path / '1').read_bytes() + (tmp_path / '2').read_bytes()
+    (tmp_path / 'c.jsonl.zst').write_bytes(frames)
+    write_parquet(tmp_path / 'd.parquet', texts)
+    (tmp_path / 'e.json').write_text(json.dumps([{'text': text} for text in texts]))
+    (tmp_path / 'f.txt').write_text('\n<|endoftext|>\n'.join(texts))
+    for path in sorted(tmp_path.glob('*.*')):
+        source = readers.files(str(path), 'text', separator='<|endoftext|>')
+        for done in (0, 8, 29):
+            found = list(source.documents(done))
+            assert [text.strip() for text, _ in found] == [text.strip() for text in texts[done:]], path
+        amounts = [amount for _, amount in source.documents()]
+        assert sum(amounts) == pytest.approx(path.stat().st_size, rel=0.1), path
+
+
+def test_files_folders_and_globs_are_read_in_order(tmp_path):
+    texts = make_texts(60)
+    (tmp_path / 'deep').mkdir()
+    write_jsonl(tmp_path / 'deep' / 'a.jsonl', texts[:20])
+    write_parquet(tmp_path / 'deep' / 'er' / 'b.parquet', texts[20:40])
+    (tmp_path / 'deep' / 'README.md').write_text('not meant')
+    for number, text in enumerate(texts[40:]):
+        (tmp_path / f'{number:02}.txt').write_text(text)
+    source = readers.files(f'{tmp_path}/deep, {tmp_path}/0*.txt,{tmp_path}/1*.txt', 'text')
+    assert [text for text, _ in source.documents()] == texts
+
+
+def test_a_file_cut_short_always_raises(tmp_path):
+    texts = make_texts(3000)
+    content = write_jsonl(tmp_path / 'a', texts).read_bytes()
+    (tmp_path / 'a.jsonl.gz').write_bytes(gzip.compress(content))
+    write_zst(tmp_path / 'a.jsonl.zst', content)
+    write_parquet(tmp_path / 'a.parquet', texts)
+    for name in ('a.jsonl.gz', 'a.jsonl.zst', 'a.parquet'):
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[: len(whole) * 2 // 3])
+        with pytest.raises(UserError, match=f'{name} cannot be read to its end .*fetch it again') as error:
+            list(readers.files(str(tmp_path / name), 'text').documents())
+        assert '\n' not in str(error.value)
+
+
+def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path):
+    path = write_jsonl(tmp_path / 'a.jsonl', make_texts(80))
+    documents = readers.files(str(path), 'text').documents()
+    next(documents)
+    path.open('a').write(' ')
+    with pytest.raises(UserError, match='a.jsonl changed while it was being read'):
+        list(documents)
+
+
+BROKEN = {  # line: what is said of it
+    b'{"text": \n': 'not valid JSON',
+    b'{"text": "\xff"}\n': r'byte 10 \(0xff\) is not valid UTF-8',
+    b'{"body": "x"}\n': "there is no field 'text', only 'body'",
+    b'{"text": null}\n': "the field 'text' holds null, not text",
+    b'[1]\n': r'a list \(\[1\]\) instead of a record',
+    b'{"text": "\\ud800"}\n': 'half a character',
+    b'[' * 9999 + b'\n': 'nested too deeply',
+}
+
+
+def test_a_broken_record_is_an_error_in_its_place(tmp_path):
+    texts = make_texts(3)
+    path = write_jsonl(tmp_path / 'a.jsonl', texts)
+    path.write_bytes(b''.join(BROKEN) + path.read_bytes())
+    found = [text for text, _ in readers.files(str(path), 'text').documents()]
+    assert found[len(BROKEN) :] == texts
+    for number, (error, words) in enumerate(zip(found, BROKEN.values()), 1):
+        with pytest.raises(UserError, match=rf'a\.jsonl, line {number}: .*{words}'):
+            raise error
+
+
+def test_broken_records_stop_or_are_skipped_and_counted(prepare, tmp_path, capsys):
+    texts = make_texts(40)
+    path = write_jsonl(tmp_path / 'a.jsonl', texts)
+    path.write_bytes(b''.join(BROKEN) + b'{"text": ""}\n' + path.read_bytes())
+    with pytest.raises(UserError, match='a.jsonl, line 1: not valid JSON'):
+        prepare('text.py', f'--input={path}', *BYTES)
+    folder = prepare('text.py', f'--input={path}', *BYTES, '--on_error=skip')
+    assert sorted(texts_of(folder)) == sorted(texts)
+    assert (config_of(folder)['skipped'], config_of(folder)['blank']) == (7, 1)
+    said = capsys.readouterr()
+    assert [said.err.count(f'a.jsonl, line {number}: ') for number in range(1, 9)] == [1] * 7 + [0]
+    assert '1 blank documents left out, 7 that could not be read left out' in said.out
+    prepare('text.py', f'--input={path}', *BYTES, '--on_error=skip')  # reused, and said again
+    assert '7 that could not be read' in capsys.readouterr().out
+
+
+BAD_INPUT = {
+    'a.jsonl: no-such': ('{"text": "x"}', ['--input=no-such*.txt'], 'No file matches no-such'),
+    'a.txt: empty': ('', [], r'a\.txt is empty'),
+    'a.txt: blank': (' \n', [], r'There is no text in .*a\.txt'),
+    'a.csv': ('text', [], r'a\.csv ends in none of \.txt, \.jsonl'),
+    'a.txt: utf-8': (b'abc\xff', [], r'a\.txt: byte 3 \(0xff\) is not valid UTF-8'),
+    'a.json: no list': ('{"text": "x"}', [], r'a\.json holds a dict .*not a list'),
+    'a.json: field': ('[{"body": "x"}]', ['--field=title'], r"record 1: there is no field 'title', only 'bo"),
+    'a.parquet': ('PAR2', [], r'a\.parquet cannot be read to its end'),
+    'a.jsonl: all broken': (
+        '{"content": "x"}\n' * 5,
+        ['--on_error=skip'],
+        "no text in .* 5 records were skipped: .*line 1: there is no field 'text'",
+    ),
+}
+
+
+@pytest.mark.parametrize('case', BAD_INPUT)
+def test_bad_input_is_one_sentence_and_writes_nothing(prepare, tmp_path, case):
+    content, arguments, message = BAD_INPUT[case]
+    path = tmp_path / case.split(':')[0]
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(UserError, match=message) as error:
+        prepare('text.py', f'--input={path}', *arguments)
+    assert '\n' not in str(error.value)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_parquet_without_the_field_names_those_it_has(prepare, tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({'body': ['x'], 'title': ['y']}), tmp_path / 'a.parquet')
+    with pytest.raises(UserError, match=r"a\.parquet, row 1: there is no field 'text', only 'body', 'title'"):
+        prepare('text.py', f'--input={tmp_path / "a.parquet"}')
+
+
+# ---------------------------------------------------------------------------- the hub
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Stands for the hub: sets what `load_dataset` gives; returns what was asked for."""
+
+    def serve(load):
+        info = type('Info', (), {'sha': 'abc'})
+        asked = []
+
+        def load_dataset(path, subset, split, streaming, revision):
+            assert (split, streaming, revision) == ('train', True, 'abc')
+            asked.append((path, subset))
+            return load()
+
+        monkeypatch.setattr(huggingface_hub.HfApi, 'dataset_info', lambda api, name: info)
+        monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
+        return asked
+
+    return serve
+
+
+def test_a_stream_goes_on_from_its_state(hub, tmp_path):
+    texts, load = make_texts(40), datasets.load_dataset
+    for number in range(3):
+        write_parquet(tmp_path / f'{number}.parquet', texts[number::3])
+    hub(lambda: load('parquet', data_dir=str(tmp_path), split='train', streaming=True))
+    source = readers.hub('some/data')
+    whole = [text for text, _ in source.documents()]
+    assert sorted(whole) == sorted(texts)
+    for done in (1, 13, 20, 39):
+        reading = source.documents()
+        begun = [next(reading)[0] for _ in range(done)]
+        state = json.loads(json.dumps(source.state()))
+        assert begun + [text for text, _ in source.documents(done, state)] == whole
+
+
+@pytest.mark.parametrize(
+    'script, asked_for',
+    [
+        ('tinystories.py', ('roneneldan/TinyStories', None)),
+        ('openwebtext.py', ('Skylion007/openwebtext', None)),
+        ('fineweb.py', ('HuggingFaceFW/fineweb', 'sample-10BT')),
+    ],
+)
+def test_each_source_on_the_hub_gives_what_its_files_give(prepare, hub, tmp_path, script, asked_for):
+    texts = make_texts(40)
+    rows = [{'text': text} for text in texts]
+    asked = hub(lambda: datasets.Dataset.from_list(rows).to_iterable_dataset())
+    from_hub = prepare(script, *BYTES)
+    assert set(asked) == {asked_for} and list(config_of(from_hub)['inputs'].values()) == ['abc']
+    path = write_jsonl(tmp_path / 'a.jsonl', texts)
+    from_files = prepare(script, *BYTES, f'--input={path}', output_dir=tmp_path / 'files')
+    assert config_of(from_hub)['sha256'] == config_of(from_files)['sha256']
+
+
+@pytest.mark.parametrize(
+    'failure',
+    [
+        OSError('Connection broken: IncompleteRead'),
+        requests.exceptions.ChunkedEncodingError('IncompleteRead'),
+        httpx.ReadTimeout('The read operation timed out'),
+    ],
+    ids=lambda failure: type(failure).__name__,
+)
+def test_a_hub_that_fails_is_one_sentence_and_the_same_command_goes_on(prepare, hub, failure):
+    texts, is_down = make_texts(40), [True]
+
+    def rows():
+        for number, text in enumerate(texts):
+            if number == 20 and is_down[0]:
+                raise failure
+            yield {'text': text}
+
+    class Stream(list):
+        state_dict, __iter__ = (lambda self: {}), (lambda self: rows())
+
+    hub(Stream)
+    with pytest.raises(UserError, match=r'openwebtext could not be read from the hub \(.+\); .*try again'):
+        prepare('openwebtext.py', *BYTES)
+    is_down[0] = False
+    assert sorted(texts_of(prepare('openwebtext.py', *BYTES))) == sorted(texts)
+
+
+def test_a_hub_that_cannot_be_reached_is_one_sentence(prepare, monkeypatch):
+    def offline(*_):
+        raise ConnectionError('no network')
+
+    monkeypatch.setattr(huggingface_hub.HfApi, 'dataset_info', offline)
+    with pytest.raises(UserError, match='openwebtext could not be read from the hub .*give their folder'):
+        prepare('openwebtext.py')
