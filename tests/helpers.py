@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import letter_tokenizer, random_model, signals_kept
+from conftest import letter_tokenizer, random_model, signals_kept, write_checkpoint
 
-from lm import checkpoints, prompts, runtime
+from lm import prompts, runtime
 from lm.configurator import ROOT
 
 TINY = '--n_layer=1 --n_head=2 --n_embd=16 --batch_size=4'.split()
@@ -153,7 +153,8 @@ def first_gradient(out):
 FIRST_STEP = '--max_steps=1 --eval_batches=1 --beta1=0 --grad_clip=0 --overwrite'.split()
 
 
-def contents(path):
+def fingerprints(path):
+    """Return the hash of each file in a folder."""
     return {file: hashlib.sha256(file.read_bytes()).hexdigest() for file in path.rglob('*') if file.is_file()}
 
 
@@ -200,23 +201,13 @@ def special_ids(tokenizer):
     return dict(vocab_size=tokenizer.vocab_size, mask_id=tokenizer.mask_id, ignore_id=tokenizer.ignore_id)
 
 
-def write_base(path, architecture, letters=ASCII, **shape):
+def write_base(path, architecture, **shape):
     """Write a run folder with a checkpoint of random weights, as train.py leaves it."""
-    tokenizer = letter_tokenizer(letters)
-    base = dict(n_layer=2, n_head=2, n_embd=16, block_size=64)
-    model = random_model(architecture, 0.1, **{**base, **special_ids(tokenizer), **shape})
+    tokenizer = letter_tokenizer(ASCII)
+    base = dict(n_layer=2, n_head=2, n_embd=16, block_size=64, **special_ids(tokenizer))
+    model = random_model(architecture, 0.1, **{**base, **shape})
     path.mkdir()
-    checkpoint = {
-        'architecture': architecture,
-        'global_step': 7,
-        'model_state_dict': model.state_dict(),
-        'model_config': vars(model.config),
-        'train_config': {},
-        'tokenizer': tokenizer.to_json(),
-        'start_token': tokenizer.endoftext_id,
-        'prompt_format': None,
-    }
-    checkpoints.save(path / 'ckpt.pt', checkpoint)
+    write_checkpoint(path / 'ckpt.pt', model, tokenizer, start_token=tokenizer.endoftext_id)
     return path
 
 
