@@ -255,7 +255,8 @@ if resumed.checkpoint:
     best = checkpoints.Best(resumed.checkpoint['best_step'], resumed.checkpoint['best_val_loss'])
     checkpoints.check_same_rows(resumed, folder, batches.rows_per_step, config)
     store.load_state(resumed, raw_model, opt)
-    scaler.load_state_dict(resumed.checkpoint['scaler_state_dict'])
+    if resumed.checkpoint['scaler_state_dict']:  # empty unless dtype was float16
+        scaler.load_state_dict(resumed.checkpoint['scaler_state_dict'])
     if step >= max_steps or stops_early():
         dist.exit(
             f'{resumed.path} is at step {step} of {max_steps}, its best at step {best.step}: the run is finished. '

@@ -181,7 +181,8 @@ if resumed.checkpoint:
     step, best = initial['global_step'], checkpoints.Best(initial['best_step'], initial['best_val_loss'])
     checkpoints.check_same_rows(resumed, folder, batches.rows_per_step, config)
     store.load_state(resumed, raw_model, opt)
-    scaler.load_state_dict(initial['scaler_state_dict'])
+    if initial['scaler_state_dict']:  # empty unless dtype was float16
+        scaler.load_state_dict(initial['scaler_state_dict'])
     if ema and 'ema_state_dict' in initial:
         ema.load(initial['ema_state_dict'])
     if step >= max_steps:
