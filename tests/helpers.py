@@ -9,6 +9,7 @@ import runpy
 import socket
 import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -53,13 +54,16 @@ def tune(*arguments):
     return run('finetune.py', *TUNE, *arguments)
 
 
-# Processes are forked from a server that has imported torch once, which takes seconds.
+# Processes are forked from a server that has imported once what takes seconds.
 SERVER = multiprocessing.get_context('forkserver')
-SERVER.set_forkserver_preload(['helpers'])
+SERVER.set_forkserver_preload(['helpers', 'torch._dynamo'])
 
 
 def start(script, *arguments, log=os.devnull, **environment):
     """Start a script in a process of its own; what it prints goes to the file `log`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('PYTHONPATH', os.pathsep.join(sys.path))  # where the server finds this file
+        forkserver.ensure_running()
     process = SERVER.Process(target=run_in_process, args=(script, arguments, log, environment))
     process.start()
     return process
