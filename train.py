@@ -158,43 +158,27 @@ block_size = raw_model.config.block_size
 batches = data.Batches(
     folder, type(raw_model), block_size, batch_size, gradient_accumulation_steps, seed, mode, dist
 )
-data.make_rows(
-    folder, 'val', type(raw_model), block_size, mode, training=False
-)  # fail early if it is too small
+data.make_rows(folder, 'val', type(raw_model), block_size, mode, training=False)  # fail early
 if num_epochs and 'max_steps' not in config.given:
     max_steps = math.ceil(num_epochs * batches.rows.num_rows / batches.rows_per_step)
-converted = initial and initial.get('converted_from')
-if anneal_steps is None:
-    anneal_steps = max_steps // 10 if converted and raw_model.config.shift else 0
-require(
-    not (anneal_steps and raw_model.causal),
-    f'anneal_steps is {anneal_steps}, but {architecture!r} stays causal; leave it out.',
-)
+anneal_steps = optim.default_anneal_steps(anneal_steps, raw_model, initial, max_steps)
 warmup = round(warmup_ratio * max_steps) if warmup_steps is None else warmup_steps
 opt = optim.make_optimizer(
     raw_model, optimizer, learning_rate, beta1, beta2, weight_decay, seed, dist.rank if fsdp else 0
 )
 scaler = dist.scaler()
 ema = optim.WeightAverage(raw_model, ema_decay) if ema_decay else None
-step, best = 0, checkpoints.Best()
-if resumed.checkpoint:
-    step, best = initial['global_step'], checkpoints.Best(initial['best_step'], initial['best_val_loss'])
-    checkpoints.check_same_rows(resumed, folder, batches.rows_per_step, config)
-    store.load_state(resumed, raw_model, opt)
-    if initial['scaler_state_dict']:  # empty unless dtype was float16
-        scaler.load_state_dict(initial['scaler_state_dict'])
-    if ema and 'ema_state_dict' in initial:
-        ema.load(initial['ema_state_dict'])
-    if step >= max_steps:
-        dist.exit(
-            f'{resumed.path} is at step {step} of {max_steps}: the run is finished. --max_steps makes it longer.'
-        )
+step, best = checkpoints.continue_run(resumed, store, raw_model, opt, scaler, batches, config)
+if resumed.checkpoint and step >= max_steps:
+    dist.exit(
+        f'{resumed.path} is at step {step} of {max_steps}: the run is finished. --max_steps makes it longer.'
+    )
+if ema and resumed.checkpoint and 'ema_state_dict' in initial:
+    ema.load(initial['ema_state_dict'])
 weights = None  # not kept beside the model
 if initial:
     initial.pop('model_state_dict', None)
-if dist.device.type == 'cuda' and not fsdp if compile is None else compile:
-    raw_model.compile()
-model = raw_model if fsdp else dist.wrap(raw_model)
+model = dist.wrap(raw_model, compile, fsdp)
 
 config.update({key: getattr(raw_model.config, key) for key in [*SHAPE, *FREE_SHAPE]})
 config.update(max_steps=max_steps, dtype=dist.dtype, anneal_steps=anneal_steps)

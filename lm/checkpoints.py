@@ -287,18 +287,23 @@ def resume(namespace, config, fixed):
     return Resumed(checkpoint, path, run_of(path), overrides)
 
 
-def check_same_rows(resumed, folder, rows_per_step, config):
-    """Raise a UserError where the run would go on with other rows than those that it has not seen yet."""
-    checkpoint, path = resumed.checkpoint, resumed.path
+def continue_run(resumed, store, model, optimizer, scaler, batches, config):
+    """Load the state of training and return (step, Best); (0, Best()) for a new run.
+
+    Raises UserError where the run would go on with other rows than those that it has not seen yet.
+    """
+    checkpoint, path, folder = resumed.checkpoint, resumed.path, batches.folder
+    if checkpoint is None:
+        return 0, Best()
     same = checkpoint['data'] == folder.fingerprint or 'dataset' in config.given
     remedy = f'to go on with it all the same, add --dataset={config["dataset"]}'
     require(same, f'{folder.path} was prepared anew since the run of {path}; {remedy}.')
-    before = checkpoint['rows_per_step']
-    require(
-        before == rows_per_step,
-        f'The run of {path} has {before} rows per step, not {rows_per_step}: rows would be skipped or repeated; keep the '
-        'product of batch_size, gradient_accumulation_steps and ranks.',
-    )
+    before, now = checkpoint['rows_per_step'], batches.rows_per_step
+    remedy = 'keep the product of batch_size, gradient_accumulation_steps and ranks, or rows would be skipped or repeated'
+    require(before == now, f'The run of {path} has {before} rows per step, not {now}; {remedy}.')
+    store.load_state(resumed, model, optimizer)
+    scaler.load_state_dict(checkpoint['scaler_state_dict'])
+    return checkpoint['global_step'], Best(checkpoint['best_step'], checkpoint['best_val_loss'])
 
 
 # ---------------------------------------------------------------------------- the run folder

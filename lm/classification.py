@@ -1,7 +1,6 @@
 """Classifying sequences: labelled rows, a head on a trunk, the metrics, and a test of two runs."""
 
-import zipfile
-from pathlib import Path
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +8,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from lm.configurator import UserError, require
+from lm.configurator import require
 from lm.rng import PERMUTE, permuted
 
 WINDOW = 16  # steps whose rows are sorted by length
@@ -165,15 +164,12 @@ def weights_of_classes(wanted, labels, num_classes):
     if wanted == 'balanced':
         counts = np.bincount(labels, minlength=num_classes)
         return np.where(counts > 0, len(labels) / (num_classes * np.maximum(counts, 1)), 0.0)
-    try:
-        weights = np.array([float(number) for number in wanted.split(',')])
-    except ValueError:
-        weights = np.zeros(0)
+    numbers = re.fullmatch(r'[\d.]+(,[\d.]+)*', wanted) and wanted.count(',') == num_classes - 1
     require(
-        len(weights) == num_classes and (weights >= 0).all() and weights.any(),
-        f'class_weights is {wanted!r}; give balanced, or {num_classes} numbers with commas between them, one per class.',
+        numbers,
+        f'class_weights is {wanted!r}; give balanced, or {num_classes} numbers with commas between them.',
     )
-    return weights
+    return np.array(wanted.split(','), float)
 
 
 def train_top_layers(classifier, num_layers, train_final_norm):
@@ -249,45 +245,3 @@ def evaluate_predictions(labels, logits):
     if logits.shape[1] <= 2:
         metrics['auroc'] = auroc(labels, logits[:, -1] - (logits[:, 0] if logits.shape[1] == 2 else 0))
     return {**metrics, 'rows': len(labels), 'confusion': confusion.tolist()}
-
-
-def load_predictions(run, source):
-    """Load {set: (labels, predictions)} from predictions.npz of a run; nothing if its rows have another source."""
-    path = Path(run) / 'predictions.npz'
-    try:
-        with np.load(path) as saved:
-            if saved['source'] != source:
-                return {}
-            sets = [name.removesuffix('_labels') for name in saved.files if name.endswith('_labels')]
-            return {name: (saved[f'{name}_labels'], saved[f'{name}_preds']) for name in sets}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f'{path} cannot be read ({type(error).__name__}); give the folder of a finished run of classify.py.'
-        ) from error
-
-
-def randomisation_test(labels, first, second, draws=10_000, seed=0):
-    """Test whether two runs' predictions on the same rows differ by more than chance (Noreen 1989; Yeh 2000).
-
-    Each draw exchanges the two predictions of each row with probability 1/2; p is the share of draws, the observed one
-    counted in, whose difference is at least as large. Returns {metric: {'difference': first - second, 'p'}}.
-    """
-    num_classes = int(max(labels.max(), first.max(), second.max())) + 1
-    same = first == second  # exchanging these changes nothing
-    base = confusion_matrix(labels[same], first[same], num_classes)
-    labels, first, second = labels[~same], first[~same], second[~same]
-
-    def difference(exchanged):
-        pair = np.where(exchanged, second, first), np.where(exchanged, first, second)
-        a, b = (confusion_metrics(base + confusion_matrix(labels, x, num_classes)) for x in pair)
-        return np.array([a[name] - b[name] for name in ('accuracy', 'macro_f1')])
-
-    draw = np.random.default_rng(seed)
-    observed = difference(np.zeros(len(labels), bool))
-    extreme = sum(
-        np.abs(difference(draw.random(len(labels)) < 0.5)) >= np.abs(observed) - 1e-12 for _ in range(draws)
-    )
-    return {
-        name: {'difference': float(observed[i]), 'p': float((extreme[i] + 1) / (draws + 1))}
-        for i, name in enumerate(('accuracy', 'macro_f1'))
-    }

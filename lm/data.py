@@ -40,10 +40,10 @@ class PackedRows:
         self.row_length, self.stride, self.training = row_length, stride, training
         self.has_loss_mask = self.masks is not None  # in training
         room = len(self.tokens) - row_length
+        size, remedy = len(self.tokens), 'choose a smaller block_size or prepare more data'
         require(
             room >= 0,
-            f'The {split} split of {folder.path} has {len(self.tokens):,} tokens, fewer than one row of {row_length}; '
-            'choose a smaller block_size or prepare more data.',
+            f'The {split} split of {folder.path} has {size:,} tokens, a row {row_length}; {remedy}.',
         )
         self.num_rows = max(1, room // stride) if training else 1 + -(-room // stride)
         self.max_move = room - (self.num_rows - 1) * stride
@@ -72,11 +72,9 @@ class DocumentRows:
     """One document per row: <|endoftext|> as context, its tokens, its end, then <|ignore|> as padding.
 
     A document that is too long continues in the next row, after the token before. A bidirectional model is trained on
-    the padding (it has to say where the text ends); for `ar` the padding lies outside the loss. Memory holds one
-    number per BLOCK of documents, not one per document.
+    the padding (it has to say where the text ends); for `ar` the padding lies outside the loss.
     """
 
-    BLOCK = 1024
     has_loss_mask = True
 
     def __init__(self, folder, split, row_length, train_on_padding):
@@ -86,23 +84,15 @@ class DocumentRows:
         self.start_token = (
             folder.tokenizer.endoftext_id if self.masks is None else folder.config['start_token']
         )
-        counts = [self.rows_of(start).sum() for start in range(0, len(self.index) - 1, self.BLOCK)]
-        self.first_row = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])  # of each block
-        self.num_rows = int(self.first_row[-1])
+        rows = -(-np.diff(self.index).astype(np.int64) // (row_length - 1))  # of each document
+        self.row_ends = np.cumsum(rows)  # the row after the last of each document
+        self.num_rows = int(self.row_ends[-1]) if len(rows) else 0
         require(self.num_rows, f'The {split} split of {folder.path} holds no document; prepare more data.')
-
-    def rows_of(self, start):
-        """Count the rows of each document of the block that begins with document `start`."""
-        lengths = np.diff(self.index[start : start + self.BLOCK + 1]).astype(np.int64)
-        return -(-lengths // (self.row_length - 1))
 
     def find(self, row):
         """Return the document that a row belongs to, and which of its rows it is."""
-        block = int(np.searchsorted(self.first_row, row, side='right')) - 1
-        ends = np.cumsum(self.rows_of(block * self.BLOCK))
-        row = int(row - self.first_row[block])
-        number = int(np.searchsorted(ends, row, side='right'))
-        return block * self.BLOCK + number, row - (int(ends[number - 1]) if number else 0)
+        document = int(np.searchsorted(self.row_ends, row, side='right'))
+        return document, int(row) - (int(self.row_ends[document - 1]) if document else 0)
 
     def read(self, row, key=None):
         document, part = self.find(row)
@@ -133,18 +123,12 @@ class ExampleRows:
         self.folder, self.split, self.row_length = folder, split, row_length
         self.train_on_padding = train_on_padding
         index = folder.index[split].astype(np.int64)
-        require(
-            folder.masks[split] is not None,
-            f'{folder.path} has no {split}_masks.bin, which says where the answers are; prepare it with '
-            'prepare/instruct.py.',
-        )
+        masks = f'{split}_masks.bin, which says where the answers are'
+        require(folder.masks[split] is not None, f'{folder.path} has no {masks}; use prepare/instruct.py.')
         fitted = [self.fit(start, end) for start, end in zip(index, index[1:])]
         kept = [number for number, example in enumerate(fitted) if example]
-        require(
-            kept,
-            f'The {split} split of {folder.path} has no answer of at most {row_length - 2} tokens; choose a larger '
-            'block_size, or prepare it anew.',
-        )
+        short = f'answer of at most {row_length - 2} tokens'
+        require(kept, f'The {split} split of {folder.path} has no {short}; choose a larger block_size.')
         lengths = np.array([1 + len(fitted[number][0]) for number in kept], np.int64)
         self.starts, self.ends = index[:-1][kept], index[1:][kept]
         self.dropped, self.cut = len(fitted) - len(kept), int((lengths <= self.ends - self.starts).sum())

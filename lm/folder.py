@@ -32,11 +32,9 @@ class Folder:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f'{self.path}/config.json is damaged ({error!r}); prepare it again.') from error
         self.tokenizer = Tokenizer.load(self.path)
-        require(
-            self.tokenizer.vocab_size == vocab_size,
-            f'{self.path}: tokenizer.json has {self.tokenizer.vocab_size} tokens, config.json says {vocab_size}; '
-            'prepare the folder again.',
-        )
+        size = self.tokenizer.vocab_size
+        fits = f'tokenizer.json has {size} tokens, config.json says {vocab_size}'
+        require(size == vocab_size, f'{self.path}: {fits}; prepare the folder again.')
         self.tokens, self.index, self.masks = {}, {}, {}
         for split, sizes in self.splits.items():
             self.tokens[split] = self.open(f'{split}_tokens.bin', dtype, sizes['tokens'])
@@ -49,11 +47,8 @@ class Folder:
         """Map the file `name` into memory, which has to hold `length` numbers."""
         path = self.path / name
         size, expected = path.stat().st_size if path.exists() else 0, length * dtype.itemsize
-        require(
-            size == expected,
-            f'{path} has {size:,} bytes where config.json promises {expected:,}; prepare the folder again with '
-            '--overwrite.',
-        )
+        remedy = 'prepare the folder again with --overwrite'
+        require(size == expected, f'{path} has {size:,} bytes, config.json says {expected:,}; {remedy}.')
         return np.memmap(path, dtype, mode='r') if length else np.zeros(0, dtype)
 
     def release(self):

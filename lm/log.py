@@ -17,16 +17,12 @@ METRICS = (
 
 def start_run(dist, config, name, resumed):
     """Make the run folder, write its config.json and open its log; returns both."""
-    out = dist.from_main(
-        lambda: checkpoints.open_run_folder(
-            config['out_dir'] or resumed.run_dir,
-            name,
-            config['run_suffix'],
-            resumed.run_dir,
-            config['overwrite'],
-        )
+    out_dir, options = (
+        config['out_dir'] or resumed.run_dir,
+        (config['run_suffix'], resumed.run_dir, config['overwrite']),
     )
-    out, checkpoint = Path(out), resumed.checkpoint
+    out = Path(dist.from_main(lambda: checkpoints.open_run_folder(out_dir, name, *options)))
+    checkpoint = resumed.checkpoint
     if dist.is_main:
         write_json(out / 'config.json', config)
     log = Logger(out, dist.is_main, checkpoint['global_step'] if checkpoint else -1)

@@ -259,6 +259,17 @@ def draw_beliefs(model, step, max_steps, seed, p_belief, k_schedule, k_warmup_st
     return {'k': k_schedule[int(position * len(k_schedule))], 'depth': depth, 'stale': stale}
 
 
+def default_anneal_steps(anneal_steps, model, start, max_steps):
+    """Return anneal_steps, or where it is None a tenth of max_steps for a model that starts from causal weights."""
+    causal_start = start and start.get('converted_from') and model.config.shift
+    anneal_steps = (max_steps // 10 if causal_start else 0) if anneal_steps is None else anneal_steps
+    require(
+        not (anneal_steps and model.causal),
+        f'anneal_steps is {anneal_steps}, but the model stays causal; leave it out.',
+    )
+    return anneal_steps
+
+
 def annealed_mask(step, anneal_steps, length, seed, device='cpu'):
     """Return the attention mask (T, T) of a step on the way from causal to bidirectional; None at its end.
 

@@ -92,9 +92,14 @@ class Runtime:
     def scaler(self):
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == 'float16')
 
-    def wrap(self, model):
-        """Return the model whose forward and backward synchronise gradients over the ranks."""
-        if self.world_size == 1:
+    def wrap(self, model, compile=None, fsdp=False):
+        """Return the model whose forward and backward synchronise gradients over the ranks.
+
+        compile: torch.compile; None: on CUDA only, and not what FSDP shards.
+        """
+        if compile or compile is None and self.device.type == 'cuda' and not fsdp:
+            model.compile()
+        if self.world_size == 1 or fsdp:
             return model
         return torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
 
@@ -265,12 +270,8 @@ def memory_estimate(model, batch_size, length, dist):
     blocks = config.n_layer * (tokens * 4 * config.n_embd if config.gradient_checkpointing else block)
     head = 5 * 4 * min(tokens, model.head_rows(model.logit_bias)) * config.padded_vocab_size
     peak = max(head, block if config.gradient_checkpointing else 0)
-    return {
-        'weights': weights + copies,
-        'gradients': trained,
-        'optimizer': 2 * trained,
-        'activations': blocks + peak,
-    }
+    sizes = {'weights': weights + copies, 'gradients': trained, 'optimizer': 2 * trained}
+    return {**sizes, 'activations': blocks + peak}
 
 
 # ---------------------------------------------------------------------------- metrics
