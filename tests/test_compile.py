@@ -8,7 +8,6 @@ from torch._dynamo.utils import counters
 
 from lm import data, optim, runtime
 from lm.folder import Folder
-from model import ARCHITECTURES
 
 pytestmark = pytest.mark.slow
 STEPS = 20
