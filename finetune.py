@@ -34,7 +34,7 @@ dropout = 0.0
 k_schedule = (1, 2, 4, 8)  # sdd: candidates per masked position, one of these drawn for each step
 k_warmup_steps = 0  # sdd: go through k_schedule in this many steps instead, then stay at its last
 p_belief = ((0.5, 0.5),)  # sdd: (fraction of training, probability that a step uses beliefs from there on)
-anneal_steps: int = None  # from ar weights: steps from causal to full attention; None: a tenth of all
+anneal_steps: int = None  # from ar weights: steps to bidirectional attention; None: a tenth of all
 neftune_alpha = 0.0  # noise on the embeddings while training, e.g. 5 (Jain et al. 2023); 0: none
 gradient_checkpointing = True  # recompute each block in the backward pass: less memory, a third more time
 model_size = 'tiny'  # of init_from=scratch: tiny, small, medium, large, xl
