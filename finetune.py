@@ -98,6 +98,7 @@ FIXED = (
 ).split()
 
 runtime.check_settings(config)
+resumed = checkpoints.resume(globals(), config, FIXED)
 require(
     not (load_in_8bit and load_in_4bit), 'load_in_8bit and load_in_4bit are both given; choose one of them.'
 )
@@ -119,7 +120,6 @@ require(dataset, 'There is nothing to learn from; give --dataset=NAME, a folder 
 
 # ---------------------------------------------------------------------------- process, data, start
 
-resumed = checkpoints.resume(globals(), config, FIXED)
 if push_to_hub:
     import hf  # slow to import
 
