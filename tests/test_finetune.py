@@ -286,24 +286,6 @@ def test_adapters_are_trained_alone_and_the_checkpoint_has_them_merged(place, tm
     assert (tmp_path / 'run/adapter').is_dir()
 
 
-@pytest.mark.parametrize('trained', [True, False])
-def test_adapters_on_control_tokens_that_were_never_trained_come_with_a_warning(
-    place, tmp_path, capsys, trained
-):
-    tokenizer = letter_tokenizer(ASCII)
-    base = write_base(tmp_path / 'base', 'ar', pretrained_rows=tokenizer.vocab_size + 20)
-    checkpoint = load(base)
-    embedding = checkpoint['model_state_dict']['embedding.weight']
-    embedding[tokenizer.vocab_size :] *= 0.05  # as they were when pretraining began, and never since
-    embedding[tokenizer.endoftext_id] *= 1 if trained else 0.05
-    checkpoints.save(base / 'ckpt.pt', checkpoint)
-    for more in (['--use_peft'], []):
-        words = [f'--dataset={place}/examples', f'--init_from={base}', '--overwrite', '--max_steps=1', *more]
-        tune(*words, f'--out_dir={tmp_path}/run')
-        warned = 'was never trained on <|endoftext|>, so answers may not end' in capsys.readouterr().out
-        assert warned == (bool(more) and not trained)
-
-
 # ---------------------------------------------------------------------------- memory
 
 PEAK = """
