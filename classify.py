@@ -186,7 +186,7 @@ if initial and not resumed.checkpoint:
 if task:
     sets, notes = languages.encode_sets(texts, vocabulary, start_token, block_size)
 else:
-    ids, notes = tasks.digit_ids(vocabulary, target_func), {}
+    ids, sets, notes = tasks.digit_ids(vocabulary, target_func), {}, {}
     for name, (rows, labels) in digits.items():
         if len(rows):
             sets[name] = Examples(list(np.insert(ids[rows], 0, start_token, axis=1)), labels)

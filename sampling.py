@@ -84,7 +84,7 @@ def check_prompts(model, prompts):
     for prompt in prompts:
         check(len(prompt) > 0, 'A prompt is empty; start it with <|endoftext|> for a new text.')
         size = len(prompt)
-        check(size <= block_size, f'The prompt has {size} tokens, the model sees {block_size}; shorten it.')
+        check(size <= block_size, f'The prompt has {size} tokens, but block_size={block_size}; shorten it.')
         fills = not model.causal or mask_id not in prompt
         check(fills, 'The prompt holds <|mask|>, which a causal model cannot fill; use a diffusion model.')
 

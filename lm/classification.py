@@ -173,7 +173,7 @@ def train_top_layers(classifier, num_layers, train_final_norm):
     """Freeze the trunk but for its top `num_layers` blocks, and its final norm unless that is to train."""
     trunk = classifier.trunk
     most = len(trunk.blocks)
-    require(0 <= num_layers <= most, f'num_layers_to_finetune is {num_layers}; choose at most {most}.')
+    require(0 <= num_layers <= most, f'num_layers_to_finetune is {num_layers}; the model has {most} layers.')
     trunk.requires_grad_(False)
     trunk.blocks[len(trunk.blocks) - num_layers :].requires_grad_(True)
     trunk.norm.requires_grad_(train_final_norm)

@@ -94,7 +94,7 @@ def only_without_reentrant(options: dict):
 
 def no_remote_code(trust: bool):
     """Accept that no code of a model's own is run."""
-    require(not trust, "trust_remote_code=True: no code of a model's own is ever run; leave it out.")
+    require(not trust, "trust_remote_code=True is refused: no model's code is ever run; leave it out.")
 
 
 DTYPES = {'bf16': 'bfloat16', 'fp16': 'float16', 'fp32': 'float32'}

@@ -435,9 +435,9 @@ def test_reading_a_large_folder_keeps_no_pages(make_folder):
 
 def test_a_block_longer_than_the_data_is_refused(make_folder):
     folder = Folder(make_folder(val=['abc']))
-    with pytest.raises(UserError, match='val split .* has 4 tokens, a row 17; choose'):
+    with pytest.raises(UserError, match='has 4 val tokens, a row 17; choose'):
         next(evaluation_batches(folder, 'ar'))
-    with pytest.raises(UserError, match='train split .* tokens, a row 99999'):
+    with pytest.raises(UserError, match='train tokens, a row 99999'):
         make_rows(folder, 'diffusion', 99999)
 
 
