@@ -14,8 +14,9 @@ import torch
 
 from lm import checkpoints, classification, families, languages, optim, pretrained, runtime, tasks
 from lm.classification import Examples
-from lm.configurator import check_choice, check_range, configure, require
+from lm.configurator import UserError, check_choice, check_range, configure, require
 from lm.files import save_atomically, write_json
+from lm.log import start_run
 from lm.tokenizer import Tokenizer
 from model import SIZES
 
@@ -86,7 +87,6 @@ best_by = 'loss'  # which weights are best on them: loss, accuracy, macro_f1
 eval_every: int = None  # steps; None: ten times
 eval_batches = 0  # batches of each set that are evaluated while training; 0: all; the last time all
 log_every = 10  # steps
-compare_to = ''  # a run folder: test in the end whether its predictions differ by more than chance
 # --- the run ---
 out_dir = ''  # empty: out/{architecture}-{task}-{size}-v{n}
 run_suffix = ''  # appended to that name
@@ -112,9 +112,8 @@ FIXED = (
 ).split()
 SHAPE = ('n_layer', 'n_head', 'n_embd', 'n_kv_head')
 TASK_KEYS = {'target_func', 'sequence_length', 'train_set_size', 'test_set_size', 'compat'}
-TEXT_KEYS = set(
-    'train_langs eval_langs language_database model_type tokenizer vocab_size group_by_length'.split()
-)
+TEXT_KEYS = {'train_langs', 'eval_langs', 'language_database', 'model_type', 'tokenizer', 'vocab_size'}
+TEXT_KEYS.add('group_by_length')
 
 check_choice(config, 'model', ('', *families.PUBLISHED, *families.FINETUNED, *SIZES))
 check_choice(config, 'model_type', ('normal', 'ipa'))
@@ -126,15 +125,12 @@ check_range(config, 1, math.inf, 'max_steps')
 # ---------------------------------------------------------------------------- process, start, data
 
 resumed = checkpoints.resume(globals(), config, FIXED)
-idle = config.given & (TASK_KEYS if task else TEXT_KEYS)
-kind, remedy = ('texts', '') if task else ('an algorithmic task', ', or give --task=NAME for texts')
-require(
-    not idle or resumed.checkpoint, f'{min(idle, default="")} has no effect on {kind}; leave it out{remedy}.'
-)
-require(
-    not lora_rank or num_layers_to_finetune is None,
-    'lora_rank and num_layers_to_finetune are given, which freeze different things; leave one out.',
-)
+idle, kind = (TASK_KEYS, 'texts') if task else (TEXT_KEYS, 'an algorithmic task')
+for key in sorted(config.given & idle) if not resumed.checkpoint else ():
+    remedy = 'leave it out' if task else 'leave it out, or give --task=NAME for texts'
+    raise UserError(f'{key} has no effect on {kind}; {remedy}.')
+both = lora_rank and num_layers_to_finetune is not None
+require(not both, 'lora_rank and num_layers_to_finetune freeze different things; leave one of them out.')
 model_size = model if model in SIZES else model_size
 if model in families.FINETUNED:
     init_from = init_from or families.FINETUNED[model]
@@ -149,7 +145,6 @@ elif init_from and not initial:
     initial = checkpoints.load(init_from, token, revision)
 dist = runtime.Runtime(device, dtype)
 
-source = ''  # of the rows, beside a set's name: predictions on the same rows can be compared
 if task:
     database = languages.load_database(language_database)
     texts, num_labels = languages.read_sets(database, task, train_langs, eval_langs, model_type)
@@ -157,9 +152,6 @@ if task:
 else:
     num_labels = 2
     sizes = train_set_size, test_set_size, val_set_size
-    source = tasks.key_of(
-        target_func, sequence_length, train_set_size + val_set_size, test_set_size, seed, compat
-    )
     digits = tasks.splits(target_func, sequence_length, *sizes, seed, compat)
     vocabulary = None if initial else tasks.digit_tokenizer(target_func)
 vocabulary = vocabulary or Tokenizer(initial['tokenizer'])
@@ -171,9 +163,7 @@ if initial:
     architecture, shape = initial['architecture'], dict(initial['model_config'])
     for key in sorted(config.given & {*SHAPE, 'architecture'}):
         held = {**shape, 'architecture': architecture}[key]
-        require(
-            config[key] == held, f'{init_from} has {key}={held!r}, not {config[key]!r}; leave --{key} out.'
-        )
+        require(config[key] == held, f'{init_from} has {key}={held!r}, not {config[key]!r}; leave it out.')
     block_size = min(block_size, shape['block_size']) if 'block_size' in config.given else shape['block_size']
 else:
     published = model in families.PUBLISHED
@@ -182,51 +172,32 @@ else:
     shape.update(vocab_size=vocabulary.vocab_size, mask_id=vocabulary.mask_id, ignore_id=vocabulary.ignore_id)
 if not task:
     block_size = sequence_length + 1  # with the start token
-    rope = shape.get('position', 'rope') == 'rope'
-    require(
-        rope or block_size <= shape['block_size'],
-        f'{init_from} has {shape["block_size"]} positions, too few for sequence_length={sequence_length} and a start '
-        'token; choose shorter sequences.',
-    )
-    shape['block_size'] = block_size if rope else shape['block_size']
+    if shape.get('position', 'rope') == 'rope':
+        shape['block_size'] = block_size
+    longest = shape['block_size'] - 1
+    fits = sequence_length <= longest
+    require(fits, f'sequence_length is {sequence_length}; {init_from} takes at most {longest}.')
 torch.manual_seed(seed)
 shape.update(dropout=dropout, gradient_checkpointing=gradient_checkpointing)
 trunk = checkpoints.make_model(architecture, **shape)
 if initial and not resumed.checkpoint:
-    checkpoints.load_weights(trunk, initial)
+    trunk.load_state_dict(checkpoints.weights_of(initial))
 
 if task:
     sets, notes = languages.encode_sets(texts, vocabulary, start_token, block_size)
 else:
-    ids, notes = tasks.digit_ids(vocabulary, target_func), {}
-    sets = {
-        name: Examples(list(np.insert(ids[rows], 0, start_token, axis=1)), labels)
-        for name, (rows, labels) in digits.items()
-        if len(rows)
-    }
+    ids, sets, notes = tasks.digit_ids(vocabulary, target_func), {}, {}
+    for name, (rows, labels) in digits.items():
+        if len(rows):
+            sets[name] = Examples(list(np.insert(ids[rows], 0, start_token, axis=1)), labels)
 if val_set_size and 'val' not in sets:
     sets['train'], sets['val'] = classification.hold_out(sets['train'], val_set_size, seed)
 test_sets = [name for name in sets if name not in ('train', 'val')]
-others = {}  # predictions of the run to compare with
-if compare_to:
-    for name, (labels, predictions) in classification.load_predictions(compare_to, source).items():
-        if name in test_sets and np.array_equal(labels, sets[name].labels):
-            others[name] = predictions
-    require(
-        others,
-        f'{compare_to} has no predictions for the rows of {", ".join(test_sets)}; compare runs of the same data and '
-        'seed.',
-    )
 num_classes = num_classes or (num_labels if task else 1)
-require(
-    num_labels <= max(2, num_classes),
-    f'num_classes is {num_classes}, but the labels are of {num_labels} classes; leave it out.',
-)
-require(
-    not early_stopping or 'val' in sets,
-    'early_stopping needs validation rows, since the test set never selects a checkpoint; add --val_set_size=N, or name '
-    'a val split in the database.',
-)
+enough = num_labels <= max(2, num_classes)
+require(enough, f'num_classes is {num_classes}, but the labels are of {num_labels} classes; leave it out.')
+selectable = 'val' in sets or not early_stopping
+require(selectable, 'early_stopping needs validation rows: the test set never selects; add --val_set_size=N.')
 pool = pool or ('last' if trunk.causal else 'mean')
 by_class = classification.weights_of_classes(class_weights, sets['train'].labels, max(2, num_classes))
 raw_classifier = classification.Classifier(
@@ -260,41 +231,31 @@ history = {key: [] for key in 'steps train_losses test_losses train_accuracies t
 if resumed.checkpoint:
     step, best = initial['global_step'], checkpoints.Best(initial['best_step'], initial['best_val_loss'])
     best_score, history, finished = (initial[key] for key in ('best_score', 'history', 'finished'))
-    require(
-        (initial['rows_per_step'], initial['num_rows']) == (rows_per_step, num_rows),
-        f'The run of {resumed.path} has {initial["rows_per_step"]} rows per step of {initial["num_rows"]}, not '
-        f'{rows_per_step} of {num_rows}; leave batch_size, ranks and data as they were, or rows would be skipped or '
-        'repeated.',
-    )
+    before, now = (initial['rows_per_step'], initial['num_rows']), (rows_per_step, num_rows)
+    remedy = 'leave batch_size, ranks and data as they were'
+    require(before == now, f'{resumed.path} has (rows per step, rows) {before}, not {now}; {remedy}.')
     checkpoints.load_state(resumed, raw_classifier, opt)
-    scaler.load_state_dict(initial['scaler_state_dict'])
+    if initial['scaler_state_dict']:  # empty unless dtype was float16
+        scaler.load_state_dict(initial['scaler_state_dict'])
     longer = {'max_steps', 'num_epochs'} & {key for key, _, _ in resumed.overrides}
     finished = finished and not longer
     if finished and (resumed.run_dir / 'predictions.npz').exists():
         dist.exit(f'{resumed.path} is at step {step} of {max_steps}: the run is finished.')
-if dist.device.type == 'cuda' if compile is None else compile:
-    raw_classifier.compile()
-classifier = dist.wrap(raw_classifier)
+classifier = dist.wrap(raw_classifier, compile)
 
 subject = f'{task}-{train_langs.replace(",", "+").replace(":", "-")}' if task else target_func
-config.update(
-    {key: getattr(trunk.config, key) for key in SHAPE}, architecture=architecture, max_steps=max_steps
-)
-config.update(
-    block_size=block_size, dtype=dist.dtype, num_classes=num_classes, pool=pool, init_from=init_from
-)
-config.update(tokenizer=tokenizer, num_layers_to_finetune=num_layers_to_finetune)
-out, log = runtime.start_run(dist, config, f'{architecture}-{subject}-{model or model_size}', resumed)
+config.update({key: getattr(trunk.config, key) for key in SHAPE}, tokenizer=tokenizer, init_from=init_from)
+config.update(architecture=architecture, max_steps=max_steps, block_size=block_size, dtype=dist.dtype)
+config.update(num_classes=num_classes, pool=pool, num_layers_to_finetune=num_layers_to_finetune)
+out, log = start_run(dist, config, f'{architecture}-{subject}-{model or model_size}', resumed)
 stop = runtime.StopSignal()
 trained = sum(p.numel() for p in raw_classifier.parameters() if p.requires_grad)
 log.print(
     f'{out}: {architecture}, {trunk.num_parameters():,} parameters, {trained:,} of them and the head train, '
-    f'{dist.dtype} on {dist.world_size} × {dist.device.type}; {max_steps} steps of {rows_per_step} rows',
-    ', '.join(
-        f'{name}: {len(examples)} rows' + (f' ({notes[name]})' if notes.get(name) else '')
-        for name, examples in sets.items()
-    ),
+    f'{dist.dtype} on {dist.world_size} × {dist.device.type}; {max_steps} steps of {rows_per_step} rows'
 )
+for name, examples in sets.items():
+    log.print(f'{name}: {len(examples)} rows' + (f' ({notes[name]})' if notes.get(name) else ''))
 
 # ---------------------------------------------------------------------------- evaluation and checkpoints
 
@@ -313,10 +274,8 @@ def checkpoint():
 def save():
     """Write ckpt.pt with all that it takes to go on."""
     if dist.is_main:
-        state = checkpoint() | {
-            'optimizer_state_dict': opt.state_dict(),
-            'scaler_state_dict': scaler.state_dict(),
-        }
+        state = {**checkpoint(), 'optimizer_state_dict': opt.state_dict()}
+        state['scaler_state_dict'] = scaler.state_dict()
         state |= {'rows_per_step': rows_per_step, 'num_rows': num_rows, 'finished': finished}
         state |= {'best_score': best_score, 'history': history, 'wandb_run_id': log.wandb_run_id}
         checkpoints.save(out / 'ckpt.pt', state)
@@ -350,12 +309,8 @@ def evaluate_and_save():
     metrics = {name: classification.evaluate_predictions(parts[name].labels, logits[name]) for name in parts}
     labels = np.concatenate([parts[name].labels for name in test_sets])
     test = classification.evaluate_predictions(labels, np.concatenate([logits[name] for name in test_sets]))
-    log.print(
-        f'step {step}: '
-        + ', '.join(
-            f'{name} loss {m["loss"]:.4f}, accuracy {m["accuracy"]:.4f}' for name, m in metrics.items()
-        )
-    )
+    figures = (f'{name} loss {m["loss"]:.4f}, accuracy {m["accuracy"]:.4f}' for name, m in metrics.items())
+    log.print(f'step {step}: ' + ', '.join(figures))
     train, selecting = metrics['train'], metrics.get('val', test)
     values = step, train['loss'], test['loss'], train['accuracy'], test['accuracy']
     for key, value in zip(history, values):
@@ -369,42 +324,28 @@ def evaluate_and_save():
         lines = ''.join(f'{key} = {value!r}\n' for key, value in history.items())
         save_atomically(out / 'metrics.py', lambda file: file.write(lines.encode()))
         write_json(out / 'eval_results.json', {'step': step, **metrics})
-    perplexity = math.exp(min(selecting['loss'], 700))
-    return {
-        'val/loss': selecting['loss'],
-        'val/accuracy': selecting['accuracy'],
-        'val/perplexity': perplexity,
-    }
+    ppl = math.exp(min(selecting['loss'], 700))
+    return {'val/loss': selecting['loss'], 'val/accuracy': selecting['accuracy'], 'val/perplexity': ppl}
 
 
 def final_eval():
     """Write predictions and metrics of the best weights by the validation rows, or else of the last."""
     if 'val' in sets and best.step != step:
         classification.load_state(raw_classifier, checkpoints.load(out / 'best.pt'))
-    results, arrays = {'step': best.step if 'val' in sets else step}, {'source': source}
+    results, arrays = {'step': best.step if 'val' in sets else step}, {}
     for name, examples in sets.items():
         logits = predict(examples)
         results[name] = classification.evaluate_predictions(examples.labels, logits)
         if name != 'train':
             preds = classification.predicted_classes(torch.from_numpy(logits)).numpy()
             arrays |= {f'{name}_labels': examples.labels, f'{name}_preds': preds, f'{name}_logits': logits}
-    if compare_to:
-        results['compare_to'] = {'run': compare_to}
-        for name, predictions in others.items():
-            test = classification.randomisation_test(sets[name].labels, arrays[f'{name}_preds'], predictions)
-            results['compare_to'][name] = test
     if dist.is_main:
         write_json(out / 'eval_results.json', results)
         save_atomically(out / 'predictions.npz', lambda file: np.savez_compressed(file, **arrays))
     for name in test_sets:
         numbers = {key: value for key, value in results[name].items() if isinstance(value, float)}
-        log.print(
-            f'{name} at step {results["step"]}: ' + ', '.join(f'{k} {v:.4f}' for k, v in numbers.items())
-        )
-    for name in others:
-        test = results['compare_to'][name].items()
-        text = ', '.join(f'{key} {value["difference"]:+.4f} (p = {value["p"]:.4f})' for key, value in test)
-        log.print(f'{name} beside {compare_to}: {text}')
+        figures = ', '.join(f'{key} {value:.4f}' for key, value in numbers.items())
+        log.print(f'{name} at step {results["step"]}: {figures}')
 
 
 # ---------------------------------------------------------------------------- the loop
@@ -441,11 +382,8 @@ while step < max_steps and not stopping and not finished:
         sums = dist.total(sums)
         metrics = {'train/loss': sums['loss'] / weight, 'train/accuracy': sums['correct'] / sums['predicted']}
         runtime.check_finite(metrics['train/loss'], step, learning_rate)
-        metrics |= {
-            'train/lr': lr,
-            'train/grad_norm': grad_norm.item(),
-            'train/epoch': step * rows_per_step / num_rows,
-        }
+        epoch = step * rows_per_step / num_rows
+        metrics |= {'train/lr': lr, 'train/grad_norm': grad_norm.item(), 'train/epoch': epoch}
         metrics |= speed.metrics(step)
         log.progress(step, max_steps, metrics, speed.seconds_per_step)
     if evaluating:

@@ -51,7 +51,6 @@ top_p: float = None
 steps: int = None  # diffusion: forward passes; None: one per token
 sampler = 'ancestral'  # diffusion: ancestral, confidence, blocks, threshold, remdm
 block_length = 32  # of sampler=blocks
-cache_blocks = False  # of sampler=blocks: faster, an approximation
 threshold = 0.9  # of sampler=threshold
 eta = 0.1  # of sampler=remdm
 seed = 0
@@ -62,7 +61,7 @@ config = configure(globals())
 del config['token']  # no secret goes into the results
 
 METRICS = ('perplexity', 'accuracy', 'generation', 'speed', 'instructions')
-OPTIONS = 'temperature top_k top_p steps sampler block_length cache_blocks threshold eta k'.split()
+OPTIONS = 'temperature top_k top_p steps sampler block_length threshold eta k'.split()
 REPEATS = 3  # timings of which the median counts, after one that does not
 options = {name: config[name] for name in OPTIONS}  # of generate()
 paths, wanted = ([part.strip() for part in text.split(',') if part.strip()] for text in (checkpoint, metrics))

@@ -17,6 +17,7 @@ import torch
 from lm import checkpoints, data, optim, prompts, runtime
 from lm.configurator import configure, require
 from lm.folder import Folder
+from lm.log import start_run
 from sampling import generate
 
 # --- data ---
@@ -33,15 +34,12 @@ dropout = 0.0
 k_schedule = (1, 2, 4, 8)  # sdd: candidates per masked position, one of these drawn for each step
 k_warmup_steps = 0  # sdd: go through k_schedule in this many steps instead, then stay at its last
 p_belief = ((0.5, 0.5),)  # sdd: (fraction of training, probability that a step uses beliefs from there on)
-anneal_steps: int = (
-    None  # from ar weights: steps from causal to bidirectional attention; None: a tenth of all
-)
+anneal_steps: int = None  # from ar weights: steps to bidirectional attention; None: a tenth of all
 neftune_alpha = 0.0  # noise on the embeddings while training, e.g. 5 (Jain et al. 2023); 0: none
 gradient_checkpointing = True  # recompute each block in the backward pass: less memory, a third more time
 model_size = 'tiny'  # of init_from=scratch: tiny, small, medium, large, xl
 token = ''  # of the Hugging Face hub, for private models
 revision = ''  # a branch, tag or commit of the hub
-trust_remote_code = False  # refused: models are read by this repository's own code
 # --- adapters ---
 use_peft = False  # train LoRA adapters, the model's own weights stay as they are
 peft_lora_r = 64
@@ -100,22 +98,17 @@ FIXED = (
 ).split()
 
 runtime.check_settings(config)
-require(
-    not trust_remote_code,
-    'trust_remote_code=True is refused: models are read by this repository, so there is none to trust; leave it out.',
-)
-require(
-    not (load_in_8bit and load_in_4bit), 'load_in_8bit and load_in_4bit are both given; choose one of them.'
-)
-require(
-    use_peft or not (load_in_8bit or load_in_4bit or use_dora),
-    'load_in_8bit, load_in_4bit and use_dora are about frozen weights beside trained adapters; add --use_peft, or leave '
-    'them out.',
-)
+resumed = checkpoints.resume(globals(), config, FIXED)
+require(not (load_in_8bit and load_in_4bit), 'load_in_8bit and load_in_4bit exclude each other; choose one.')
+require_peft = load_in_8bit or load_in_4bit or use_dora
+require(use_peft or not require_peft, 'Quantized weights and use_dora are for adapters; add --use_peft.')
+require(learning_rate, 'learning_rate is 0, so nothing would be trained; 2e-5 is usual for all weights.')
+require(max_steps > 0 or num_epochs > 0, 'max_steps and num_epochs are 0: nothing to do; give one of them.')
+require(init_from, 'init_from is empty; give --init_from=CHECKPOINT, a hub id, or --init_from=scratch.')
+require(dataset, 'There is nothing to learn from; give --dataset=NAME, a folder of prepare/instruct.py.')
 
 # ---------------------------------------------------------------------------- process, data, start
 
-resumed = checkpoints.resume(globals(), config, FIXED)
 if push_to_hub:
     import hf  # slow to import
 
@@ -123,17 +116,6 @@ if push_to_hub:
 store = checkpoints.pick_store(fsdp)  # keeps weights and training state
 if master_weights == 'bfloat16' and dtype == 'auto':
     dtype = 'bfloat16'
-require(learning_rate, 'learning_rate is 0, so nothing would be trained; 2e-5 is usual for all weights.')
-require(
-    max_steps > 0 or num_epochs > 0,
-    f'max_steps is {max_steps} and num_epochs is {num_epochs}, so nothing would be trained; give one of them.',
-)
-require(
-    init_from,
-    'There is no model to start from; give --init_from=CHECKPOINT, a Hugging Face folder or hub id, or '
-    '--init_from=scratch.',
-)
-require(dataset, 'There is nothing to learn from; give --dataset=NAME, a folder of prepare/instruct.py.')
 dist = runtime.Runtime(device, dtype)
 folder = Folder(dataset)
 tokenizer, prompt_format = folder.tokenizer, folder.config['prompt_format'] or prompts.DEFAULT
@@ -146,11 +128,8 @@ if resumed.checkpoint and not use_peft:
 elif init_from == 'scratch':
     if dist.is_main:
         print('warning: init_from=scratch; a model that was not pretrained will not learn to answer.')
-    shape = {
-        **checkpoints.size_of(model_size),
-        'block_size': block_size or 256,
-        'vocab_size': tokenizer.vocab_size,
-    }
+    shape = checkpoints.size_of(model_size)
+    shape.update(block_size=block_size or 256, vocab_size=tokenizer.vocab_size)
     shape.update(mask_id=tokenizer.mask_id, ignore_id=tokenizer.ignore_id)
     initial = {'architecture': architecture or 'ar', 'tokenizer': tokenizer.to_json(), 'model_config': shape}
 else:  # adapters go on from the weights that they were made for
@@ -164,10 +143,8 @@ checkpoints.check_fits(initial, init_from, architecture, tokenizer, folder.path)
 shape = {**initial['model_config'], 'k': max(k_schedule), 'dropout': dropout}
 shape['gradient_checkpointing'] = gradient_checkpointing
 block_size = block_size or shape['block_size']
-require(
-    8 <= block_size <= shape['block_size'],
-    f'block_size is {block_size}; choose at least 8 and at most the {shape["block_size"]} tokens that {init_from} sees.',
-)
+longest = shape['block_size']
+require(8 <= block_size <= longest, f'block_size is {block_size}; {init_from} takes 8 to {longest} tokens.')
 torch.manual_seed(seed)
 has_weights = not {'model_state_dict', 'sharded'}.isdisjoint(initial)
 with torch.device('meta' if fsdp and has_weights else 'cpu'):  # a rank reads only its part of a sharded model
@@ -180,15 +157,6 @@ if use_peft:
 
     raw_model.load_state_dict(weights or raw_model.state_dict())
     weights = None
-    control = prompts.control_tokens(prompt_format, tokenizer)
-    untrained = lora.untrained(raw_model, list(control.values()))
-    if untrained and dist.is_main:
-        names = ', '.join(name for name, i in control.items() if i in untrained)
-        print(
-            f'warning: {init_from} has never been trained on {names}, which adapters cannot change, so answers may not '
-            'end; prepare the data with another --prompt_format, tune all weights, or take a base that was tuned with '
-            'this format.'
-        )
     targets = tuple(name.strip() for name in peft_targets.split(',')) if peft_targets else ()
     if load_in_8bit or load_in_4bit:
         quantize.quantize(raw_model, bits=8 if load_in_8bit else 4)
@@ -225,49 +193,32 @@ mode = 'packed examples' if packing else 'examples'
 batches = data.Batches(
     folder, type(raw_model), block_size, batch_size, gradient_accumulation_steps, seed, mode, dist
 )
-data.make_rows(
-    folder, 'val', type(raw_model), block_size, mode, training=False
-)  # fail early if it is too small
+data.make_rows(folder, 'val', type(raw_model), block_size, mode, training=False)  # fail early
 if max_steps <= 0:
     max_steps = math.ceil(num_epochs * batches.rows.num_rows / batches.rows_per_step)
-if anneal_steps is None:
-    anneal_steps = max_steps // 10 if initial.get('converted_from') and raw_model.config.shift else 0
-require(
-    not (anneal_steps and raw_model.causal),
-    f'anneal_steps is {anneal_steps}, but {architecture!r} stays causal; leave it out.',
-)
+anneal_steps = optim.default_anneal_steps(anneal_steps, raw_model, initial, max_steps)
 warmup_given = resumed.checkpoint or 'warmup_steps' in config.given
 warmup = warmup_steps if warmup_given else min(warmup_steps, max_steps // 10)
 opt = optim.make_optimizer(
     raw_model, optimizer, learning_rate, beta1, beta2, weight_decay, seed, dist.rank if fsdp else 0
 )
 scaler = dist.scaler()
-step, best = 0, checkpoints.Best()
+step, best = checkpoints.continue_run(resumed, store, raw_model, opt, scaler, batches, config)
 
 
 def stops_early():
     return early_stopping > 0 and step - best.step >= early_stopping * eval_every
 
 
-if resumed.checkpoint:
-    step = resumed.checkpoint['global_step']
-    best = checkpoints.Best(resumed.checkpoint['best_step'], resumed.checkpoint['best_val_loss'])
-    checkpoints.check_same_rows(resumed, folder, batches.rows_per_step, config)
-    store.load_state(resumed, raw_model, opt)
-    scaler.load_state_dict(resumed.checkpoint['scaler_state_dict'])
-    if step >= max_steps or stops_early():
-        dist.exit(
-            f'{resumed.path} is at step {step} of {max_steps}, its best at step {best.step}: the run is finished. '
-            '--max_steps makes it longer, --early_stopping=0 more patient.'
-        )
-if dist.device.type == 'cuda' and not fsdp if compile is None else compile:
-    raw_model.compile()
-model = raw_model if fsdp else dist.wrap(raw_model)
+if resumed.checkpoint and (step >= max_steps or stops_early()):
+    remedy = '--max_steps makes it longer, --early_stopping=0 more patient'
+    dist.exit(f'{resumed.path} is finished at step {step} of {max_steps}, best at {best.step}. {remedy}.')
+model = dist.wrap(raw_model, compile, fsdp)
 
 base = model_size if init_from == 'scratch' else Path(init_from).resolve().name.removesuffix('.pt')
 config.update(architecture=architecture, block_size=block_size, max_steps=max_steps, warmup_steps=warmup)
 config.update(dtype=dist.dtype, anneal_steps=anneal_steps)
-out, log = runtime.start_run(dist, config, f'{architecture}-{folder.config["name"]}-{base}', resumed)
+out, log = start_run(dist, config, f'{architecture}-{folder.config["name"]}-{base}', resumed)
 stop = runtime.StopSignal()
 
 
@@ -291,17 +242,15 @@ def print_example():
 
 
 print_example()
-sizes = runtime.memory_estimate(raw_model, batch_size, block_size, dist)
-total = sum(sizes.values()) / 1e9
+estimate = runtime.memory_estimate(raw_model, batch_size, block_size, dist)
+sizes = {name: size / 1e9 for name, size in estimate.items()}
+parts = ', '.join(f'{name} {size:.2f}' for name, size in sizes.items())
+log.print(f'memory, about: {parts}; {sum(sizes.values()):.2f} GB in all')
+num_trained = sum(p.numel() for p in trainable.values())
+num_parameters = sum(p.numel() for p in raw_model.parameters())
 log.print(
-    'memory, about: '
-    + ', '.join(f'{name} {size / 1e9:.2f}' for name, size in sizes.items())
-    + f'; {total:.2f} GB in all'
-)
-log.print(
-    f'{out}: {architecture} from {init_from}, {sum(p.numel() for p in trainable.values()):,} of '
-    f'{sum(p.numel() for p in raw_model.parameters()):,} parameters trained, {dist.dtype} on {dist.world_size} × '
-    f'{dist.device.type}; {max_steps} steps of {batches.rows_per_step} rows are {batches.epoch(max_steps):.2f} epochs'
+    f'{out}: {architecture} from {init_from}, {num_trained:,} of {num_parameters:,} parameters trained, {dist.dtype} on '
+    f'{dist.world_size} × {dist.device.type}; {max_steps} steps are {batches.epoch(max_steps):.2f} epochs'
 )
 
 # ---------------------------------------------------------------------------- evaluation and checkpoints
@@ -421,10 +370,8 @@ if stopping and step < max_steps:
     log.print(f'stopped at step {step} of {max_steps}; continue with --resume_from={out}')
 else:
     early = f'stopped early at step {step}' if step < max_steps else 'done'
-    log.print(
-        f'{early}: best val/loss {best.loss:.4f} at step {best.step}; ask it something: '
-        f'python sample.py --checkpoint={out / "best.pt"} --chat'
-    )
+    sample = f'python sample.py --checkpoint={out / "best.pt"} --chat'
+    log.print(f'{early}: best val/loss {best.loss:.4f} at step {best.step}; ask it something: {sample}')
 log.close()
 if push_to_hub and dist.is_main and not stopping:
     hf.push(out, hub_model_id, token)

@@ -35,7 +35,6 @@ compile = False  # ar: compile the decode step; for long texts on a GPU
 steps: int = None  # diffusion: forward passes; None: one per token
 sampler = 'ancestral'  # diffusion: ancestral, confidence, blocks, threshold, remdm
 block_length = 32  # of sampler=blocks: tokens per block
-cache_blocks = False  # of sampler=blocks: compute only the block in each step; faster, an approximation
 threshold = 0.9  # of sampler=threshold: the probability at which a token is kept
 eta = 0.1  # of sampler=remdm: the largest probability to mask a token again
 k: int = None  # sdd: candidates per masked position, 0: none; None: the model's own number
@@ -45,9 +44,7 @@ device = 'auto'  # cpu, cuda, cuda:N, mps
 dtype = 'float32'  # bfloat16 and float16 are faster on a GPU
 config = configure(globals())
 
-OPTIONS = (
-    'temperature top_k top_p seed use_cache compile steps sampler block_length cache_blocks threshold eta k'
-)
+OPTIONS = 'temperature top_k top_p seed use_cache compile steps sampler block_length threshold eta k'
 
 
 def newest_checkpoint():

@@ -27,13 +27,8 @@ def generate(
     use_cache=True,
     compile=False,
     steps=None,
-    sampler='ancestral',
-    block_length=32,
-    cache_blocks=False,
-    threshold=0.9,
-    eta=0.1,
-    k=None,
     watch=None,
+    **choice,
 ):
     """Continue each of `prompts` (lists of token ids, not empty) by max_new_tokens tokens.
 
@@ -46,11 +41,8 @@ def generate(
     use_cache       causal: keep keys and values; the same tokens without, only slower
     compile         causal: compile the decode step; the first text waits for that
     steps           diffusion: forward passes, at most, for the masked positions of a window; None: one per position
-    sampler         diffusion: how positions are chosen, see `Sampler`
-    block_length    of sampler='blocks'     threshold   of 'threshold'     eta   of 'remdm'
-    cache_blocks    of sampler='blocks': an approximation, see `BlockCache`
-    k               sdd: candidates per masked position; 0: none, as masked diffusion; None: the model's own number
     watch           diffusion: called as watch(step, x (B, L), belief or None) after each step of a window
+    choice          diffusion: sampler='ancestral', block_length, threshold, eta, k, see `Sampler`
     """
     check_prompts(model, prompts)
     check(max_new_tokens >= 0, f'max_new_tokens is {max_new_tokens}; it must be at least 0.')
@@ -58,25 +50,19 @@ def generate(
     check(top_k is None or top_k >= 1, f'top_k is {top_k}; it must be at least 1, or None.')
     check(top_p is None or 0 < top_p <= 1, f'top_p is {top_p}; it must be above 0 and at most 1, or None.')
     check(steps is None or steps >= 1, f'steps is {steps}; it must be at least 1, or None.')
-    check(k is None or k >= 0, f'k is {k}; it must be at least 0, or None.')
     generator, options = torch.Generator().manual_seed(seed), (temperature, top_k, top_p)
     stop_tokens = set(stop_tokens)
+    sampler = Sampler(model, generator, options, stop_tokens, **choice)
     with evaluating(model):
         if model.causal:
             return generate_left_to_right(
                 model, prompts, max_new_tokens, options, generator, stop_tokens, use_cache, compile
             )
-        ends = [token for token in (*stop_tokens, model.config.ignore_id) if token is not None]
-        k = model.config.k if k is None else k
-        chosen = Sampler(
-            sampler, block_length, threshold, eta, generator, ends, k, watch, cache_blocks, options
-        )
-        check(not (cache_blocks and model.config.shift), CACHE_BLOCKS_SHIFT)
         rows = [None] * len(prompts)
         for length in sorted(set(map(len, prompts))):  # rows of one length share their forward passes
             same = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
             batch = torch.tensor([prompts[i] for i in same], device=model.embedding.weight.device)
-            denoised = generate_by_denoising(model, batch, max_new_tokens, stop_tokens, steps, chosen)
+            denoised = generate_by_denoising(model, batch, max_new_tokens, stop_tokens, steps, sampler, watch)
             for i, row in zip(same, denoised):
                 rows[i] = row
         return rows
@@ -97,14 +83,10 @@ def check_prompts(model, prompts):
     block_size, mask_id = model.config.block_size, model.config.mask_id
     for prompt in prompts:
         check(len(prompt) > 0, 'A prompt is empty; start it with <|endoftext|> for a new text.')
-        check(
-            len(prompt) <= block_size,
-            f'The prompt has {len(prompt)} tokens, but the model sees at most block_size={block_size}; shorten it.',
-        )
-        check(
-            not (model.causal and mask_id in prompt),
-            'The prompt holds <|mask|>, which a causal model cannot fill; infill with a diffusion model.',
-        )
+        size = len(prompt)
+        check(size <= block_size, f'The prompt has {size} tokens, but block_size={block_size}; shorten it.')
+        fills = not model.causal or mask_id not in prompt
+        check(fills, 'The prompt holds <|mask|>, which a causal model cannot fill; use a diffusion model.')
 
 
 def truncate(row, prompt_length, stop_tokens):
@@ -184,10 +166,7 @@ class KVCache:
         self.buffers = {}  # by layer: keys and values, (B, H, size, D) each
         self.size = size
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
-        self.even, self.longest = (
-            True,
-            0,
-        )  # whether all rows are equally long; known without asking the device
+        self.even, self.longest = True, 0  # whether all lengths are equal: known without asking the device
         self.fixed = False
 
     def fix(self):
@@ -305,35 +284,39 @@ def decode_step(model, cache, tokens, uniform, options):
 
 # ---------------------------------------------------------------------------- denoising
 
-CACHE_BLOCKS_SHIFT = (
-    "cache_blocks is not for a model that was started from an ar checkpoint's weights: the state that predicts the "
-    'first token of a block lies outside of it; leave it out.'
-)
-
 
 class Sampler:
-    """How masked positions are chosen: a name and its parameters.
+    """How masked positions are chosen: a name, `sampler`, and its parameters.
 
     ancestral             each with the same probability, so that the order is random (MDLM)
-    confidence, blocks    the most confident, an equal share of them in each step (LLaDA)
+    confidence, blocks    the most confident, an equal share of them in each step (LLaDA); within blocks of block_length
     threshold             all that are more confident than the threshold, one at least (Fast-dLLM)
-    remdm                 like ancestral, and written tokens are masked again at times (ReMDM)
+    remdm                 like ancestral, and written tokens are masked again with probability eta at most (ReMDM)
 
-    Where the most confident come first, `ends` come last: a text's end and its padding are sure before the text is.
+    Where the most confident come first, a text's end and its padding come last: they are sure before the text is.
+    k: candidates of `SDD` per masked position; 0: none, as masked diffusion; None: the model's own number.
     """
 
-    def __init__(self, name, block_length, threshold, eta, generator, ends, k, watch, cache_blocks, options):
-        check(name in SAMPLERS, f'sampler is {name!r}; choose {", ".join(SAMPLERS)}.')
+    def __init__(
+        self,
+        model,
+        generator,
+        options,
+        stop_tokens,
+        sampler='ancestral',
+        block_length=32,
+        threshold=0.9,
+        eta=0.1,
+        k=None,
+    ):
+        check(sampler in SAMPLERS, f'sampler is {sampler!r}; choose {", ".join(SAMPLERS)}.')
         check(block_length >= 1, f'block_length is {block_length}; it must be at least 1.')
         check(0 <= threshold <= 1, f'threshold is {threshold}; it must be between 0 and 1.')
         check(0 <= eta <= 1, f'eta is {eta}; it must be between 0 and 1.')
-        check(
-            not cache_blocks or name == 'blocks',
-            f"cache_blocks is for sampler='blocks', not {name!r}; leave it out.",
-        )
-        self.name, self.block_length, self.threshold, self.eta = name, block_length, threshold, eta
-        self.generator, self.ends, self.k, self.watch = generator, ends, k, watch
-        self.cache_blocks, self.options = cache_blocks, options
+        check(k is None or k >= 0, f'k is {k}; it must be at least 0, or None.')
+        self.name, self.block_length, self.threshold, self.eta = sampler, block_length, threshold, eta
+        self.generator, self.options, self.k = generator, options, model.config.k if k is None else k
+        self.ends = [token for token in (*stop_tokens, model.config.ignore_id) if token is not None]
 
     def bernoulli(self, where, probability):
         """Choose each position of `where` (B, L) with this probability."""
@@ -382,7 +365,7 @@ def remdm_rates(steps_left, steps, eta):
     return sigma, (after - (1 - sigma) * now) / (1 - now)
 
 
-def generate_by_denoising(model, rows, max_new_tokens, stop_tokens, steps, sampler):
+def generate_by_denoising(model, rows, max_new_tokens, stop_tokens, steps, sampler, watch):
     """Continue prompts of one length, rows (B, L), by windows of at most block_size tokens."""
     block_size, mask_id = model.config.block_size, model.config.mask_id
     prompt_length, left = rows.size(1), max_new_tokens
@@ -393,14 +376,14 @@ def generate_by_denoising(model, rows, max_new_tokens, stop_tokens, steps, sampl
         new = min(left, block_size - context)
         before, window = rows.split([rows.size(1) - context, context], 1)
         window = torch.cat([window, rows.new_full((len(rows), new), mask_id)], 1)
-        rows = torch.cat([before, denoise(model, window, steps, sampler)], 1)
+        rows = torch.cat([before, denoise(model, window, steps, sampler, watch)], 1)
         left -= new
         finished = [truncate(row, prompt_length, stop_tokens) for row in rows.tolist()]
         if left == 0 or all(row[-1] in stop_tokens and len(row) > prompt_length for row in finished):
             return finished
 
 
-def denoise(model, x, steps, sampler):
+def denoise(model, x, steps, sampler, watch=None):
     """Fill each <|mask|> of x (B, L), all together or, for sampler 'blocks', block by block from left to right."""
     x = x.clone()
     masked = x == model.config.mask_id
@@ -411,14 +394,13 @@ def denoise(model, x, steps, sampler):
     steps = len(columns) if steps is None else steps
     belief, step = None, 0  # of all masked positions, also of those whose block comes later
     for block, block_steps in zip(blocks, share_steps(steps, [len(block) for block in blocks])):
-        cache = BlockCache(block) if sampler.cache_blocks else None
         region = torch.zeros_like(masked)
         region[:, block] = masked[:, block]
         for steps_left in range(block_steps, 0, -1):  # the last step takes what is left
-            belief = denoise_step(model, x, region, belief, steps_left, block_steps, sampler, cache)
+            belief = denoise_step(model, x, region, belief, steps_left, block_steps, sampler)
             step += 1
-            if sampler.watch:
-                sampler.watch(step, x, belief)
+            if watch:
+                watch(step, x, belief)
     return x
 
 
@@ -432,31 +414,7 @@ def share_steps(steps, lengths):
     return shares
 
 
-class BlockCache:
-    """Keys and values (B, H, L, D) of a whole window as the first pass of a block computes them; further passes compute
-    the block's columns only.
-
-    An approximation: what lies outside the block attends to the tokens that are written into it, and would change (the
-    dual cache of Fast-dLLM, Wu et al. 2025).
-    """
-
-    def __init__(self, columns):
-        self.buffers, self.columns = {}, columns
-
-    def positions(self, length):
-        return self.columns if self.buffers else slice(0, length)
-
-    def extend(self, layer, k, v):
-        """Return a layer's keys and values with the new ones (B, H, T, D) in place; no mask, not causal."""
-        if layer not in self.buffers:
-            self.buffers[layer] = k, v
-        else:
-            for kept, new in zip(self.buffers[layer], (k, v)):
-                kept[:, :, self.columns] = new
-        return *self.buffers[layer], None, False
-
-
-def denoise_step(model, x, region, belief, steps_left, steps, sampler, cache):
+def denoise_step(model, x, region, belief, steps_left, steps, sampler):
     """Write some of the region (B, L) into x (B, L), and return the belief of what stays masked.
 
     Tokens are always sampled from the full output distribution; beliefs are only an input. Only rows that need it are
@@ -468,34 +426,23 @@ def denoise_step(model, x, region, belief, steps_left, steps, sampler, cache):
     remasked = sampler.remasked(region & ~masked, steps_left, steps)
     rows = ((x == mask_id) if model.has_beliefs and sampler.k > 0 else where).any(1)
     if rows.any():
-        columns = slice(None)
-        if cache is not None:
-            rows, columns = torch.ones_like(rows), cache.columns if cache.buffers else columns
-        part = x[rows][:, columns]
-        given = belief and Belief(*(values[rows][:, columns] for values in belief))
-        hidden = model.hidden(part, cache=cache, belief=given)
-        tokens, confidence = sampler.sample(model, hidden[where[rows][:, columns]])
+        given = belief and Belief(*(values[rows] for values in belief))
+        hidden = model.hidden(x[rows], belief=given)
+        tokens, confidence = sampler.sample(model, hidden[where[rows]])
         drawn = torch.zeros_like(x).masked_scatter(where, tokens)
         confidence = torch.zeros(x.shape, device=x.device).masked_scatter(where, confidence)
         kept = sampler.kept(where, drawn, confidence, steps_left)
         x[kept] = drawn[kept]
-        new = model.top_k_belief(hidden, x[rows][:, columns] == mask_id, sampler.k)
-        belief = update_belief(belief, new, rows, columns)
+        belief = update_belief(belief, model.top_k_belief(hidden, x[rows] == mask_id, sampler.k), rows)
     if remasked is not None:
         x[remasked] = mask_id  # without a belief
     return belief
 
 
-def update_belief(belief, new, rows, columns):
-    """Return a belief with new values at `columns` of the rows (B,) that were computed."""
-    if new is None or rows.all() and isinstance(columns, slice):
+def update_belief(belief, new, rows):
+    """Return a belief with new values for the rows (B,) that were computed."""
+    if new is None or rows.all():
         return new
     if belief is None:  # the first pass: the other rows have no mask
         belief = Belief(*(x.new_zeros(len(rows), *x.shape[1:]) for x in new))
-    belief = Belief(*(x.clone() for x in belief))
-    for kept, x in zip(belief, new):
-        if isinstance(columns, slice):
-            kept[rows] = x
-        else:
-            kept[:, columns] = x
-    return belief
+    return Belief(*(old.index_put((rows,), x) for old, x in zip(belief, new)))

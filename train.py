@@ -13,6 +13,7 @@ import torch
 from lm import checkpoints, data, optim, runtime
 from lm.configurator import check_range, configure, require
 from lm.folder import open_dataset
+from lm.log import start_run
 from sampling import generate
 
 # --- data ---
@@ -39,13 +40,9 @@ k_schedule = (1, 2, 4, 8)  # sdd: candidates per masked position, one of these d
 k_warmup_steps = 0  # sdd: go through k_schedule in this many steps instead, then stay at its last
 p_belief = ((0.5, 0.5),)  # sdd: (fraction of training, probability that a step uses beliefs from there on)
 gradient_checkpointing = False  # recompute each block in the backward pass: less memory, a third more time
-selective_checkpointing = (
-    False  # with it: keep matmuls and attention, half of a block's memory, for less time
-)
+selective_checkpointing = False  # with it: keep matmuls and attention, half of a block's memory
 init_from = ''  # start from the weights of a ckpt.pt, run folder, Hugging Face folder or hub id
-anneal_steps: int = (
-    None  # from ar weights: steps from causal to bidirectional attention; None: a tenth of all
-)
+anneal_steps: int = None  # from ar weights: steps from causal to full attention; None: a tenth of all
 token = ''  # of the Hugging Face hub, for private models
 revision = ''  # a branch, tag or commit of the hub
 # --- optimization ---
@@ -94,17 +91,7 @@ del config['token']  # no secret goes into config.json, the checkpoint or W&B
 # else may change when it is resumed, and the change is printed.
 SHAPE = 'n_layer n_head n_embd n_kv_head block_size norm position mlp bias qk_norm logit_softcap'.split()
 FREE_SHAPE = ['dropout', 'gradient_checkpointing', 'selective_checkpointing']
-FIXED = [
-    *SHAPE,
-    'architecture',
-    'mode',
-    'model_size',
-    'optimizer',
-    'fsdp',
-    'master_weights',
-    'seed',
-    'anneal_steps',
-]
+FIXED = 'architecture mode model_size optimizer fsdp master_weights seed anneal_steps'.split() + SHAPE
 
 runtime.check_settings(config)
 check_range(config, 1, math.inf, 'max_steps')
@@ -135,9 +122,7 @@ if initial:
     checkpoints.check_fits(initial, resumed.path or init_from, architecture, tokenizer, folder.path)
     for key in sorted(config.given.intersection(SHAPE)):
         held = initial['model_config'][key]
-        require(
-            config[key] == held, f'{init_from} has {key}={held!r}, not {config[key]!r}; leave --{key} out.'
-        )
+        require(config[key] == held, f'{init_from} has {key}={held!r}, not {config[key]!r}; leave it out.')
     shape = dict(initial['model_config'])
 shape.update({key: config[key] for key in FREE_SHAPE}, k=max(k_schedule), vocab_size=tokenizer.vocab_size)
 shape.update(mask_id=tokenizer.mask_id, ignore_id=tokenizer.ignore_id)
@@ -157,46 +142,29 @@ block_size = raw_model.config.block_size
 batches = data.Batches(
     folder, type(raw_model), block_size, batch_size, gradient_accumulation_steps, seed, mode, dist
 )
-data.make_rows(
-    folder, 'val', type(raw_model), block_size, mode, training=False
-)  # fail early if it is too small
+data.make_rows(folder, 'val', type(raw_model), block_size, mode, training=False)  # fail early
 if num_epochs and 'max_steps' not in config.given:
     max_steps = math.ceil(num_epochs * batches.rows.num_rows / batches.rows_per_step)
-converted = initial and initial.get('converted_from')
-if anneal_steps is None:
-    anneal_steps = max_steps // 10 if converted and raw_model.config.shift else 0
-require(
-    not (anneal_steps and raw_model.causal),
-    f'anneal_steps is {anneal_steps}, but {architecture!r} stays causal; leave it out.',
-)
+anneal_steps = optim.default_anneal_steps(anneal_steps, raw_model, initial, max_steps)
 warmup = round(warmup_ratio * max_steps) if warmup_steps is None else warmup_steps
 opt = optim.make_optimizer(
     raw_model, optimizer, learning_rate, beta1, beta2, weight_decay, seed, dist.rank if fsdp else 0
 )
 scaler = dist.scaler()
 ema = optim.WeightAverage(raw_model, ema_decay) if ema_decay else None
-step, best = 0, checkpoints.Best()
-if resumed.checkpoint:
-    step, best = initial['global_step'], checkpoints.Best(initial['best_step'], initial['best_val_loss'])
-    checkpoints.check_same_rows(resumed, folder, batches.rows_per_step, config)
-    store.load_state(resumed, raw_model, opt)
-    scaler.load_state_dict(initial['scaler_state_dict'])
-    if ema and 'ema_state_dict' in initial:
-        ema.load(initial['ema_state_dict'])
-    if step >= max_steps:
-        dist.exit(
-            f'{resumed.path} is at step {step} of {max_steps}: the run is finished. --max_steps makes it longer.'
-        )
+step, best = checkpoints.continue_run(resumed, store, raw_model, opt, scaler, batches, config)
+if resumed.checkpoint and step >= max_steps:
+    dist.exit(f'{resumed.path} is finished at step {step} of {max_steps}. --max_steps makes it longer.')
+if ema and resumed.checkpoint and 'ema_state_dict' in initial:
+    ema.load(initial['ema_state_dict'])
 weights = None  # not kept beside the model
 if initial:
     initial.pop('model_state_dict', None)
-if dist.device.type == 'cuda' and not fsdp if compile is None else compile:
-    raw_model.compile()
-model = raw_model if fsdp else dist.wrap(raw_model)
+model = dist.wrap(raw_model, compile, fsdp)
 
 config.update({key: getattr(raw_model.config, key) for key in [*SHAPE, *FREE_SHAPE]})
 config.update(max_steps=max_steps, dtype=dist.dtype, anneal_steps=anneal_steps)
-out, log = runtime.start_run(dist, config, f'{architecture}-{folder.config["name"]}-{model_size}', resumed)
+out, log = start_run(dist, config, f'{architecture}-{folder.config["name"]}-{model_size}', resumed)
 stop = runtime.StopSignal()
 log.print(
     f'{out}: {architecture}, {raw_model.num_parameters():,} parameters, {dist.dtype} on {dist.world_size} × '
@@ -301,9 +269,7 @@ while step < max_steps and not stopping:
 if step < max_steps:
     log.print(f'stopped at step {step} of {max_steps}; continue with --resume_from={out}')
 else:
-    log.print(
-        f'done: best val/loss {best.loss:.4f} at step {best.step}; look at what it writes: '
-        f'python sample.py --checkpoint={out / "ckpt.pt"}'
-    )
+    sample = f'python sample.py --checkpoint={out / "ckpt.pt"}'
+    log.print(f'done: best val/loss {best.loss:.4f} at step {best.step}; look at what it writes: {sample}')
 log.close()
 dist.close()

@@ -53,29 +53,17 @@ def load(path, token=None, revision=None, mmap=False, sharded=False):
         checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
     except Exception as error:  # damaged bytes make it fail in a dozen ways, OSError and KeyError among them
         reason = str(error).splitlines()[0] if str(error) else 'it ends too early'
-        raise UserError(
-            f'{path} is damaged or no checkpoint of ours ({reason}); take another one of the run, best.pt or one under '
-            'checkpoints/.'
-        ) from error
+        remedy = 'take another one of the run, best.pt or one under checkpoints/'
+        raise UserError(f'{path} is damaged or no checkpoint of ours ({reason}); {remedy}.') from error
     checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
-    if 'architecture' in checkpoint.get('train_config', {}):
-        checkpoint.setdefault('architecture', checkpoint['train_config']['architecture'])
     missing = {'architecture', 'model_config', 'model_state_dict', 'tokenizer'} - set(checkpoint)
     if missing == {'model_state_dict'} and 'sharded' in checkpoint:
-        require(
-            sharded,
-            f'The weights of {path} are sharded in {path.parent / "sharded"}; put them into it with '
-            f'`python hf.py consolidate {path.parent}`, or let the run finish.',
-        )
+        remedy = f'put them into it with `python hf.py consolidate {path.parent}`, or let the run finish'
+        require(sharded, f'The weights of {path} are sharded in {path.parent / "sharded"}; {remedy}.')
         return checkpoint
-    require(
-        not missing,
-        f'{path} lacks {", ".join(sorted(missing))}, so it is no checkpoint of these scripts; give the ckpt.pt of a run.',
-    )
-    return {
-        key: current_names(value) if key.endswith('_state_dict') else value
-        for key, value in checkpoint.items()
-    }
+    lacks = ', '.join(sorted(missing))
+    require(not missing, f'{path} lacks {lacks}, so it is no checkpoint of ours; give the ckpt.pt of a run.')
+    return {k: current_names(x) if k.endswith('_state_dict') else x for k, x in checkpoint.items()}
 
 
 # ---------------------------------------------------------------------------- models
@@ -83,8 +71,8 @@ def load(path, token=None, revision=None, mmap=False, sharded=False):
 
 def make_model(architecture, **model_config):
     """Make a model by its architecture's name and ModelConfig's fields; impossible ones are UserErrors."""
-    choices = ' or '.join(ARCHITECTURES)
-    require(architecture in ARCHITECTURES, f'architecture is {architecture!r}; choose {choices}.')
+    known = architecture in ARCHITECTURES
+    require(known, f'architecture is {architecture!r}; choose {" or ".join(ARCHITECTURES)}.')
     with user_errors():
         return ARCHITECTURES[architecture](ModelConfig(**model_config))
 
@@ -100,54 +88,45 @@ def weights_of(checkpoint):
     return checkpoint.get('ema_state_dict') or checkpoint['model_state_dict']
 
 
-def load_weights(model, checkpoint):
-    model.load_state_dict(weights_of(checkpoint))
-
-
 def load_model(checkpoint, device, **changes):
     """Make the checkpoint's model with its weights, ready to evaluate or sample."""
     model = make_model(checkpoint['architecture'], **{**checkpoint['model_config'], **changes})
-    load_weights(model, checkpoint)
+    model.load_state_dict(weights_of(checkpoint))
     return model.to(device).eval()
 
 
 def check_fits(checkpoint, path, architecture, tokenizer, dataset):
     """Raise a UserError where the checkpoint at `path` is of another architecture or vocabulary than the run."""
-    held = checkpoint['architecture']
-    require(
-        held == architecture,
-        f'{path} holds architecture={held!r}, not {architecture!r}; use --architecture={held}.',
-    )
+    held, size = checkpoint['architecture'], checkpoint['model_config']['vocab_size']
+    remedy = f'use --architecture={held}'
+    require(held == architecture, f'{path} holds architecture={held!r}, not {architecture!r}; {remedy}.')
+    remedy = "prepare the data with the checkpoint's tokenizer, or start from scratch"
     require(
         checkpoint['tokenizer'] == tokenizer.to_json(),
-        f'{path} was trained with another vocabulary ({checkpoint["model_config"]["vocab_size"]} tokens) than that of '
-        f"{dataset} ({tokenizer.vocab_size}); prepare the data with the checkpoint's tokenizer, or start from scratch.",
+        f'{path} has another vocabulary ({size} tokens) than {dataset} ({tokenizer.vocab_size}); {remedy}.',
     )
 
 
 def convert(checkpoint, path, architecture, block_size=None):
-    """Turn the checkpoint at `path` into the start of a run of `architecture`, with rows of at most `block_size` tokens.
+    """Turn the checkpoint at `path` into the start of a run of `architecture`, rows of at most `block_size` tokens.
 
     Weights of a causal model start the bidirectional ones: a hidden state goes on predicting the token after it
     (`shift`), and the rows of <|mask|> and <|ignore|>, which it never learned, become the mean of the embedding.
     """
     config, weights = dict(checkpoint['model_config']), dict(weights_of(checkpoint))
-    require(
-        not block_size or block_size <= config['block_size'],
-        f'{path} sees at most {config["block_size"]} tokens; choose no larger block_size than that, {block_size} is one.',
-    )
+    longest = config['block_size']
+    fits = not block_size or block_size <= longest
+    require(fits, f'{path} sees {longest} tokens; choose a smaller block_size.')
     if block_size and 'positions.weight' in weights:
         rows = config.get('position_offset', 0) + block_size
         weights['positions.weight'] = weights['positions.weight'][:rows]
-    config['block_size'] = block_size or config['block_size']
+    config['block_size'] = block_size or longest
     source = checkpoint['architecture']
     if source != architecture:
         before, after = ARCHITECTURES[source], ARCHITECTURES.get(architecture)
         possible = after and (before.causal and not after.causal or issubclass(after, before))
-        require(
-            possible,
-            f'{path} holds architecture={source!r}, which cannot start {architecture!r}; use --architecture={source}.',
-        )
+        remedy = f'use --architecture={source}'
+        require(possible, f'{path} holds architecture={source!r}, no start for {architecture!r}; {remedy}.')
         if before.causal:
             config['shift'] = True
             special = [i for i in (config['mask_id'], config['ignore_id']) if i is not None]
@@ -156,90 +135,12 @@ def convert(checkpoint, path, architecture, block_size=None):
                 weights[name] = weights[name].float().clone()
                 weights[name][special] = weights[name][others].mean(0)
         weights |= after.new_weights(ModelConfig(**config))
-    return {
-        **checkpoint,
-        'architecture': architecture,
-        'model_config': config,
-        'model_state_dict': weights,
-        'ema_state_dict': None,
-        'converted_from': source if source != architecture else None,
-    }
+    converted_from = source if source != architecture else None
+    start = {'architecture': architecture, 'model_config': config, 'converted_from': converted_from}
+    return {**checkpoint, **start, 'model_state_dict': weights, 'ema_state_dict': None}
 
 
-# ---------------------------------------------------------------------------- continuing a run
-
-
-class Resumed(NamedTuple):
-    """What a run continues from; all None and [] for a new one."""
-
-    checkpoint: dict = None
-    path: Path = None  # of the checkpoint
-    run_dir: Path = None  # the run folder that it stands in, or that --resume_from=auto names
-    overrides: list = []  # [(key, value before, value now)] of the settings that differ
-
-
-def resume(namespace, config, fixed):
-    """Return the Resumed that --resume_from asks for; every setting that was not given becomes the run's own.
-
-    namespace: globals() of the script; fixed: the settings that a run keeps, of which one that differs is refused.
-    """
-    if not config['resume_from']:
-        return Resumed()
-    path = resume_path(config['resume_from'], config['out_dir'])
-    if path is None:
-        return Resumed(run_dir=run_of(Path(config['out_dir'], 'ckpt.pt')))
-    checkpoint = load(path, mmap=config.get('fsdp', False), sharded=True)
-    require(
-        {'optimizer_state_dict', 'sharded'} & set(checkpoint),
-        f'{path} holds weights without the state of their training; continue from a ckpt.pt, or start a new run with '
-        f'--init_from={path}.',
-    )
-    own = {'out_dir', 'resume_from', 'overwrite'} | ({'init_from'} - set(fixed))
-    saved = {key: value for key, value in checkpoint['train_config'].items() if key not in own}
-    overrides = restore(namespace, config, saved)
-    for key, before, now in overrides:
-        require(
-            key not in fixed,
-            f'The run of {path} has {key}={before!r}, so it cannot go on with {now!r}; leave --{key} out, or start a '
-            'new run.',
-        )
-    return Resumed(checkpoint, path, run_of(path), overrides)
-
-
-def resume_path(resume_from, out_dir):
-    """Return the checkpoint that --resume_from means, or None to start afresh."""
-    if resume_from == 'auto':
-        require(out_dir, "--resume_from=auto needs the folder of the run's ckpt.pt; add --out_dir=PATH.")
-        path = Path(out_dir) / 'ckpt.pt'
-        return path if path.exists() else None
-    path = Path(resume_from)
-    return path / 'ckpt.pt' if path.is_dir() else path
-
-
-def state_of_run(scaler, batches, log):
-    """Return what a run needs to go on beside weights and optimizer."""
-    return {
-        'scaler_state_dict': scaler.state_dict(),
-        'rows_per_step': batches.rows_per_step,
-        'data': batches.folder.fingerprint,
-        'wandb_run_id': log.wandb_run_id,
-    }
-
-
-def check_same_rows(resumed, folder, rows_per_step, config):
-    """Raise a UserError where the run would go on with other rows than those that it has not seen yet."""
-    checkpoint, path = resumed.checkpoint, resumed.path
-    require(
-        checkpoint['data'] == folder.fingerprint or 'dataset' in config.given,
-        f'{folder.path} was prepared anew since the run of {path}; to go on with it all the same, add '
-        f'--dataset={config["dataset"]}.',
-    )
-    require(
-        checkpoint['rows_per_step'] == rows_per_step,
-        f'The run of {path} has {checkpoint["rows_per_step"]} rows per step, not {rows_per_step}; choose batch_size and '
-        'gradient_accumulation_steps so that their product with the number of ranks stays, or rows would be skipped or '
-        'repeated.',
-    )
+# ---------------------------------------------------------------------------- what a run saves
 
 
 @dataclass
@@ -266,6 +167,16 @@ def contents(model, step, best, config, tokenizer, start_token, prompt_format):
     }
 
 
+def state_of_run(scaler, batches, log):
+    """Return what a run needs to go on beside weights and optimizer."""
+    return {
+        'scaler_state_dict': scaler.state_dict(),
+        'rows_per_step': batches.rows_per_step,
+        'data': batches.folder.fingerprint,
+        'wandb_run_id': log.wandb_run_id,
+    }
+
+
 def save_if_best(out, step, values, best, checkpoint, weights, dist):
     """Write best.pt where val/loss is the lowest so far, and eval_results.json; returns whether it is.
 
@@ -283,8 +194,11 @@ def save_if_best(out, step, values, best, checkpoint, weights, dist):
     return is_best
 
 
+# The next five are the store of weights and training state; lm/sharded.py has the same five for sharded ones.
+
+
 def pick_store(fsdp):
-    """Return the module that keeps weights and training state: whole, or sharded over the ranks."""
+    """Return the module that keeps weights and training state: this one, or lm.sharded."""
     if fsdp:
         from lm import sharded  # slow to import
 
@@ -320,11 +234,70 @@ def load_state(resumed, model, optimizer):
     optimizer.load_state_dict(resumed.checkpoint['optimizer_state_dict'])
 
 
+# ---------------------------------------------------------------------------- continuing a run
+
+
+class Resumed(NamedTuple):
+    """The checkpoint that a run continues from; all None and () for a new run."""
+
+    checkpoint: dict = None
+    path: Path = None  # of the checkpoint
+    run_dir: Path = None  # the run folder that it stands in, or that --resume_from=auto names
+    overrides: tuple = ()  # [(key, value before, value now)] of the settings that differ
+
+
+def resume(namespace, config, fixed):
+    """Return the Resumed that --resume_from asks for; every setting that was not given becomes the run's own.
+
+    namespace: globals() of the script; fixed: the settings that a run keeps, of which one that differs is refused.
+    """
+    resume_from, out_dir = config['resume_from'], config['out_dir']
+    if not resume_from:
+        return Resumed()
+    auto = resume_from == 'auto'
+    require(not auto or out_dir, "--resume_from=auto needs the run's folder; add --out_dir=PATH.")
+    path = Path(out_dir if auto else resume_from)
+    path = path / 'ckpt.pt' if auto or path.is_dir() else path
+    if auto and not path.exists():
+        return Resumed(run_dir=run_of(path))
+    checkpoint = load(path, mmap=config.get('fsdp', False), sharded=True)
+    require(
+        {'optimizer_state_dict', 'sharded'} & set(checkpoint),
+        f'{path} holds weights without the state of their training; give a ckpt.pt, or start with --init_from={path}.',
+    )
+    own = {'out_dir', 'resume_from', 'overwrite'} | ({'init_from'} - set(fixed))
+    saved = {key: value for key, value in checkpoint['train_config'].items() if key not in own}
+    overrides = restore(namespace, config, saved)
+    for key, before, now in overrides:
+        remedy = f'leave --{key} out, or start a new run'
+        require(key not in fixed, f'The run of {path} has {key}={before!r}, not {now!r}; {remedy}.')
+    return Resumed(checkpoint, path, run_of(path), overrides)
+
+
+def continue_run(resumed, store, model, optimizer, scaler, batches, config):
+    """Load the state of training and return (step, Best); (0, Best()) for a new run.
+
+    Raises UserError where the run would go on with other rows than those that it has not seen yet.
+    """
+    checkpoint, path, folder = resumed.checkpoint, resumed.path, batches.folder
+    if checkpoint is None:
+        return 0, Best()
+    same = checkpoint['data'] == folder.fingerprint or 'dataset' in config.given
+    remedy = f'to go on with it all the same, add --dataset={config["dataset"]}'
+    require(same, f'{folder.path} was prepared anew since the run of {path}; {remedy}.')
+    before, now = checkpoint['rows_per_step'], batches.rows_per_step
+    remedy = 'keep the product of batch_size, gradient_accumulation_steps and ranks, or rows would be skipped or repeated'
+    require(before == now, f'The run of {path} has {before} rows per step, not {now}; {remedy}.')
+    store.load_state(resumed, model, optimizer)
+    if checkpoint['scaler_state_dict']:  # empty unless dtype was float16
+        scaler.load_state_dict(checkpoint['scaler_state_dict'])
+    return checkpoint['global_step'], Best(checkpoint['best_step'], checkpoint['best_val_loss'])
+
+
 # ---------------------------------------------------------------------------- the run folder
 
-RUN_FILES = (
-    'config.json ckpt.pt best.pt metrics.csv logs.log eval_results.json checkpoints sharded metrics.py predictions.npz'
-).split()
+RUN_FILES = 'config.json ckpt.pt best.pt metrics.csv logs.log eval_results.json checkpoints sharded'.split()
+RUN_FILES += ['metrics.py', 'predictions.npz']
 
 
 def run_of(checkpoint_path):
@@ -338,28 +311,20 @@ def open_run_folder(out_dir, name, suffix='', run_dir=None, overwrite=False):
 
     A folder that holds a run is refused, unless it is the `run_dir` to continue, or `overwrite` deletes it.
     """
-    if not out_dir:
-        suffix = f'-{suffix}' if suffix else ''
-        n = 1
-        while True:
-            folder = ROOT / 'out' / f'{name}-v{n}{suffix}'
-            with contextlib.suppress(FileExistsError):  # another run may take the number just now
-                folder.mkdir(parents=True)
-                return folder
-            n += 1
+    n = 0
+    while not out_dir:
+        n += 1
+        folder = ROOT / 'out' / (f'{name}-v{n}' + (f'-{suffix}' if suffix else ''))
+        with contextlib.suppress(FileExistsError):  # another run may take the number just now
+            folder.mkdir(parents=True)
+            return folder
     folder = Path(out_dir)
     is_data = (folder / 'tokenizer.json').exists()
-    require(
-        not is_data, f'{folder} is a prepared data folder, not a place for a run; choose another out_dir.'
-    )
+    require(not is_data, f'{folder} is a prepared data folder, no place for a run; choose another out_dir.')
     if folder.resolve() != run_dir and any((folder / name).exists() for name in RUN_FILES):
-        require(
-            overwrite,
-            f'{folder} already holds a run; continue it with --resume_from=auto, delete it with --overwrite, or choose '
-            'another out_dir.',
-        )
-        for file in RUN_FILES:
-            path = folder / file
+        remedy = 'continue it with --resume_from=auto, delete it with --overwrite, or choose another out_dir'
+        require(overwrite, f'{folder} already holds a run; {remedy}.')
+        for path in (folder / file for file in RUN_FILES):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     return folder

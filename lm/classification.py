@@ -1,7 +1,6 @@
-"""Classifying sequences: labelled rows, a head on a trunk, the metrics, and a test of two runs."""
+"""Classifying sequences: labelled rows, a head on a trunk, and the metrics."""
 
-import zipfile
-from pathlib import Path
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +8,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from lm.configurator import UserError, require
+from lm.configurator import require
 from lm.rng import PERMUTE, permuted
 
 WINDOW = 16  # steps whose rows are sorted by length
@@ -32,10 +31,8 @@ class Examples(NamedTuple):
 
 def hold_out(examples, size, seed):
     """Split off `size` examples of the classes in their proportions: (the rest, held out), by the seed only."""
-    require(
-        0 < size < len(examples),
-        f'val_set_size is {size}, but there are {len(examples)} training rows; choose fewer.',
-    )
+    room = len(examples)
+    require(0 < size < room, f'val_set_size is {size} of {room} training rows; choose fewer.')
     shuffled = np.random.default_rng(seed).permutation(len(examples))
     by_class = shuffled[np.argsort(examples.labels[shuffled], kind='stable')]
     held = by_class[np.arange(size) * len(examples) // size]  # evenly through the classes
@@ -62,8 +59,8 @@ def rows_of_step(step, rows_per_step, num_rows, seed, lengths=None):
     """
     window = 1 if lengths is None else max(1, min(WINDOW, num_rows // rows_per_step))
     first = step // window * window * rows_per_step
-    epoch, place = np.divmod(first + np.arange(window * rows_per_step), num_rows)
-    parts = [permuted(place[epoch == e], num_rows, PERMUTE, seed, int(e)) for e in np.unique(epoch)]
+    epoch, position = np.divmod(first + np.arange(window * rows_per_step), num_rows)
+    parts = [permuted(position[epoch == e], num_rows, PERMUTE, seed, int(e)) for e in np.unique(epoch)]
     index = np.concatenate(parts)
     if lengths is not None:
         index = index[np.argsort(lengths[index], kind='stable')]
@@ -165,24 +162,18 @@ def weights_of_classes(wanted, labels, num_classes):
     if wanted == 'balanced':
         counts = np.bincount(labels, minlength=num_classes)
         return np.where(counts > 0, len(labels) / (num_classes * np.maximum(counts, 1)), 0.0)
-    try:
-        weights = np.array([float(number) for number in wanted.split(',')])
-    except ValueError:
-        weights = np.zeros(0)
-    require(
-        len(weights) == num_classes and (weights >= 0).all() and weights.any(),
-        f'class_weights is {wanted!r}; give balanced, or {num_classes} numbers with commas between them, one per class.',
-    )
+    fits = re.fullmatch(r'\d+\.?\d*(,\d+\.?\d*)*', wanted) and wanted.count(',') == num_classes - 1
+    weights = np.array(wanted.split(',') if fits else [], float)
+    remedy = f'give balanced, or {num_classes} numbers with commas between them'
+    require(weights.any(), f'class_weights is {wanted!r}; {remedy}.')
     return weights
 
 
 def train_top_layers(classifier, num_layers, train_final_norm):
     """Freeze the trunk but for its top `num_layers` blocks, and its final norm unless that is to train."""
     trunk = classifier.trunk
-    require(
-        0 <= num_layers <= len(trunk.blocks),
-        f'num_layers_to_finetune is {num_layers}; the model has {len(trunk.blocks)} layers.',
-    )
+    most = len(trunk.blocks)
+    require(0 <= num_layers <= most, f'num_layers_to_finetune is {num_layers}; the model has {most} layers.')
     trunk.requires_grad_(False)
     trunk.blocks[len(trunk.blocks) - num_layers :].requires_grad_(True)
     trunk.norm.requires_grad_(train_final_norm)
@@ -211,11 +202,8 @@ def confusion_metrics(confusion):
     right, actual, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
     total = confusion.sum()
     occurring = actual + predicted > 0
-    per_class = {
-        'precision': divide(right, predicted),
-        'recall': divide(right, actual),
-        'f1': divide(2 * right, actual + predicted),
-    }
+    f1 = divide(2 * right, actual + predicted)
+    per_class = {'precision': divide(right, predicted), 'recall': divide(right, actual), 'f1': f1}
     accuracy = float(divide(right.sum(), total))
     metrics = {'accuracy': accuracy}
     for name, values in per_class.items():
@@ -228,8 +216,8 @@ def confusion_metrics(confusion):
 
 def auroc(labels, scores):
     """Compute the chance that a row of class 1 scores higher than one of class 0, ties half; None without both."""
-    _, place, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]  # from 1, those of ties averaged
+    _, index, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[index]  # from 1, those of ties averaged
     positives = int((labels == 1).sum())
     negatives = len(labels) - positives
     if not positives or not negatives:
@@ -249,45 +237,3 @@ def evaluate_predictions(labels, logits):
     if logits.shape[1] <= 2:
         metrics['auroc'] = auroc(labels, logits[:, -1] - (logits[:, 0] if logits.shape[1] == 2 else 0))
     return {**metrics, 'rows': len(labels), 'confusion': confusion.tolist()}
-
-
-def load_predictions(run, source):
-    """Load {set: (labels, predictions)} from predictions.npz of a run; nothing if its rows have another source."""
-    path = Path(run) / 'predictions.npz'
-    try:
-        with np.load(path) as saved:
-            if saved['source'] != source:
-                return {}
-            sets = [name.removesuffix('_labels') for name in saved.files if name.endswith('_labels')]
-            return {name: (saved[f'{name}_labels'], saved[f'{name}_preds']) for name in sets}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f'{path} cannot be read ({type(error).__name__}); give the folder of a finished run of classify.py.'
-        ) from error
-
-
-def randomisation_test(labels, first, second, draws=10_000, seed=0):
-    """Test whether two runs' predictions on the same rows differ by more than chance (Noreen 1989; Yeh 2000).
-
-    Each draw exchanges the two predictions of each row with probability 1/2; p is the share of draws, the observed one
-    counted in, whose difference is at least as large. Returns {metric: {'difference': first - second, 'p'}}.
-    """
-    num_classes = int(max(labels.max(), first.max(), second.max())) + 1
-    same = first == second  # exchanging these changes nothing
-    base = confusion_matrix(labels[same], first[same], num_classes)
-    labels, first, second = labels[~same], first[~same], second[~same]
-
-    def difference(exchanged):
-        pair = np.where(exchanged, second, first), np.where(exchanged, first, second)
-        a, b = (confusion_metrics(base + confusion_matrix(labels, x, num_classes)) for x in pair)
-        return np.array([a[name] - b[name] for name in ('accuracy', 'macro_f1')])
-
-    draw = np.random.default_rng(seed)
-    observed = difference(np.zeros(len(labels), bool))
-    extreme = sum(
-        np.abs(difference(draw.random(len(labels)) < 0.5)) >= np.abs(observed) - 1e-12 for _ in range(draws)
-    )
-    return {
-        name: {'difference': float(observed[i]), 'p': float((extreme[i] + 1) / (draws + 1))}
-        for i, name in enumerate(('accuracy', 'macro_f1'))
-    }

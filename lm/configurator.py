@@ -6,9 +6,9 @@
 
     $ python train.py config/shakespeare_char.py --batch_size=8 --compile
 
-Arguments apply from left to right. A config file is plain Python that sees the values so far, so it
-may say `max_steps = 2 * max_steps`, and include('base.py') runs a file beside it first. The source of
-the script is the only list of its keys.
+Arguments apply from left to right. A config file is plain Python that sees the values so far, so it may say
+`max_steps = 2 * max_steps`, and include('base.py') runs a file beside it first. The source of the script is the only
+list of its keys.
 """
 
 import ast
@@ -32,6 +32,9 @@ ROOT = Path(__file__).resolve().parent.parent
 TYPES = {kind.__name__: kind for kind in (bool, int, float, str, tuple, list, dict)}
 
 
+# ---------------------------------------------------------------------------- errors
+
+
 class UserError(ValueError):
     """A mistake of the user's in one sentence: what was wrong, the offending value, the remedy."""
 
@@ -40,6 +43,12 @@ def require(condition, message):
     """Raise a UserError with this message unless the condition holds."""
     if not condition:
         raise UserError(message)
+
+
+def require_without(setting, **others):
+    """Raise a UserError if a setting is combined with one of the others that are true."""
+    for name, given in others.items():
+        require(not given, f'{setting} does not go with {name}; leave one of them out.')
 
 
 @contextmanager
@@ -51,12 +60,6 @@ def user_errors():
         raise UserError(str(error)) from error
 
 
-def require_without(setting, **others):
-    """Raise a UserError if a setting is combined with one of the others that are true."""
-    for name, given in others.items():
-        require(not given, f'{setting} does not go with {name}; leave one of them out.')
-
-
 def print_without_traceback(kind, error, trace, previous=sys.excepthook):
     if issubclass(kind, UserError):
         print(f'error: {error}', file=sys.stderr)  # Python then exits with status 1
@@ -65,7 +68,7 @@ def print_without_traceback(kind, error, trace, previous=sys.excepthook):
 
 
 def output_is_cut():
-    """Whether what read this process's output has ended, as in `| head`."""
+    """Say whether the reader of this process's output has ended, as in `| head`."""
     try:
         print(flush=True)
     except BrokenPipeError:
@@ -81,59 +84,47 @@ sys.excepthook = print_without_traceback
 
 
 def only_without_reentrant(options: dict):
-    """Accepts the wish for what `gradient_checkpointing` does anyway, and no other."""
-    if options not in ({}, {'use_reentrant': False}):
-        raise UserError(
-            f'gradient_checkpointing_kwargs={options} is refused: blocks are always recomputed '
-            'with use_reentrant=False, because reentrant checkpointing gives no gradient to a '
-            'block whose input needs none, as over frozen embeddings; leave this setting out.'
-        )
+    """Accept what `gradient_checkpointing` does anyway, and nothing else."""
+    require(
+        options in ({}, {'use_reentrant': False}),
+        f'gradient_checkpointing_kwargs={options} is refused: reentrant checkpointing gives no gradient to a block whose '
+        'input needs none, as over frozen embeddings, so blocks always use use_reentrant=False; leave this setting out.',
+    )
 
 
 def no_remote_code(trust: bool):
-    """Accepts that no code of a model's own is run."""
-    if trust:
-        raise UserError(
-            'trust_remote_code=True is refused: pretrained weights run through model.py, which never loads '
-            'code that comes with them; leave this setting out, and choose a family that hf.py lists.'
-        )
+    """Accept that no code of a model's own is run."""
+    require(not trust, "trust_remote_code=True is refused: no model's code is ever run; leave it out.")
 
 
-PRECISIONS = {'bf16': 'bfloat16', 'fp16': 'float16', 'fp32': 'float32'}
-PRECISIONS.update({dtype: dtype for dtype in ('bfloat16', 'float16', 'float32', 'auto')})
-
-# Names that published scripts use: alias, key, how the value converts (None: it stays as it is, a dict:
-# looked up, a function: checked only). A row counts in a script that has the key and not the alias.
+DTYPES = {'bf16': 'bfloat16', 'fp16': 'float16', 'fp32': 'float32'}
+DTYPES |= {dtype: dtype for dtype in ('bfloat16', 'float16', 'float32', 'auto')}
+PUBLISHED_NAMES = {  # key: names that published scripts use
+    'learning_rate': 'lr',
+    'min_lr': 'eta_min',
+    'num_epochs': 'n_epochs num_train_epochs',
+    'max_steps': 'max_iters',
+    'gradient_accumulation_steps': 'grad_accum_steps',
+    'dataset': 'data_dir',
+    'block_size': 'context_length seq_length max_seq_length',
+    'model_size': 'model_config',
+    'init_from': 'pretrained_checkpoint base_model model_name',
+    'out_dir': 'results_path output_dir',
+    'eval_every': 'eval_interval eval_steps',
+    'eval_batches': 'eval_iters',
+    'log_every': 'log_interval logging_steps',
+    'save_every': 'save_steps save_every_n_steps',
+    'wandb_run_name': 'experiment_name',
+}
+# Alias, key, how the value converts (None: it stays as it is, a dict: looked up, a function: checked only). A row
+# counts in a script that has the key and not the alias.
 ALIASES = [
-    ('lr', 'learning_rate', None),
-    ('eta_min', 'min_lr', None),
-    ('n_epochs', 'num_epochs', None),
-    ('num_train_epochs', 'num_epochs', None),
-    ('max_iters', 'max_steps', None),
-    ('grad_accum_steps', 'gradient_accumulation_steps', None),
+    *((alias, key, None) for key, names in PUBLISHED_NAMES.items() for alias in names.split()),
+    ('precision', 'dtype', DTYPES),
+    ('bf16', 'dtype', {True: 'bfloat16', False: 'float32'}),
+    ('wandb', 'no_wandb', {True: False, False: True}),
     ('gradient_checkpointing_kwargs', 'gradient_checkpointing', only_without_reentrant),
     ('trust_remote_code', 'revision', no_remote_code),
-    ('precision', 'dtype', PRECISIONS),
-    ('bf16', 'dtype', {True: 'bfloat16', False: 'float32'}),
-    ('data_dir', 'dataset', None),
-    ('context_length', 'block_size', None),
-    ('seq_length', 'block_size', None),
-    ('max_seq_length', 'block_size', None),
-    ('model_config', 'model_size', None),
-    ('pretrained_checkpoint', 'init_from', None),
-    ('base_model', 'init_from', None),
-    ('model_name', 'init_from', None),
-    ('results_path', 'out_dir', None),
-    ('output_dir', 'out_dir', None),
-    ('eval_interval', 'eval_every', None),
-    ('eval_steps', 'eval_every', None),
-    ('eval_iters', 'eval_batches', None),
-    ('log_interval', 'log_every', None),
-    ('logging_steps', 'log_every', None),
-    ('save_steps', 'save_every', None),
-    ('save_every_n_steps', 'save_every', None),
-    ('experiment_name', 'wandb_run_name', None),
-    ('wandb', 'no_wandb', {True: False, False: True}),
 ]
 
 
@@ -157,15 +148,14 @@ class Config(dict):
 
 
 def configure(namespace, argv=None):
-    """Applies `argv` (default: the command line) to `namespace`, the globals() of a script.
+    """Apply `argv` (default: the command line) to `namespace`, the globals() of a script, and return the Config.
 
-    The keys are the public names of simple types that the script assigns above this call.
-    Returns the Config, to which `namespace` is updated; raises UserError before touching it.
+    The keys are the public names of simple types that the script assigns above this call. Raises UserError before
+    touching the namespace.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     with tokenize.open(namespace['__file__']) as file:  # in the encoding that Python reads it in
-        source = file.read()
-    config = Config(keys_of(source, namespace))
+        config = Config(keys_of(file.read(), namespace))
     if '--help' in words or '-h' in words:
         print_help(namespace, config.known)
         sys.exit(0)
@@ -180,14 +170,14 @@ def configure(namespace, argv=None):
 
 
 def restore(namespace, config, saved):
-    """Sets each key that the user did not give to its value in `saved`, the config of an earlier run.
+    """Set each key that was not given to its value in `saved`, the config of an earlier run.
 
-    Returns [(key, saved value, given value)] where the user gave something else: that value stands,
-    and it is for the caller to report or refuse it. Names that only one side has are left alone.
+    Returns [(key, saved value, given value)] where something else was given: that value stands, for the caller to
+    report or refuse.
     """
     differing = []
     for name in [name for name in config if name in saved]:
-        value = checked(config.known[name], saved[name], f'{name}={saved[name]!r} in the checkpoint')
+        value = check_type(config.known[name], saved[name], f'{name}={saved[name]!r} in the checkpoint')
         if name not in config.given:
             namespace[name] = config[name] = value
         elif config[name] != value:
@@ -196,74 +186,79 @@ def restore(namespace, config, saved):
 
 
 def check_choice(config, key, choices):
-    if config[key] not in choices:
-        raise UserError(f'{key} is {config[key]!r}; choose {" or ".join(choices)}.')
+    require(config[key] in choices, f'{key} is {config[key]!r}; choose {" or ".join(choices)}.')
 
 
 def check_range(config, low, high, *keys):
-    """A UserError unless each of `keys` is None or at least `low` and below `high`."""
+    """Raise a UserError unless each of `keys` is None or at least `low` and below `high`."""
+    limit = '' if high == math.inf else f' and below {high}'
     for key in keys:
-        if config[key] is not None and not low <= config[key] < high:
-            limit = '' if high == math.inf else f' and below {high}'
-            raise UserError(f'{key} is {config[key]}; it must be at least {low}{limit}.')
+        value = config[key]
+        require(value is None or low <= value < high, f'{key} is {value}; it must be at least {low}{limit}.')
 
 
 # ---------------------------------------------------------------------------- files and options
 
 
 def apply_file(config, word):
-    """Runs a config file over the values so far; what it assigns is given. JSON and YAML are read instead."""
+    """Run a config file over the values so far; JSON and YAML are read instead."""
     path = find_config(word)
-    if path.suffix != '.py':
-        for name, value in read_values(path, word).items():
+    values = run_file(path, word, config) if path.suffix == '.py' else read_values(path, word)
+    for name, value in values.items():
+        source = f'{name}={value!r} in {word}'
+        if path.suffix != '.py':
             name = str(name).replace('-', '_')
-            key = resolve(config.known, name, f'{name}={value!r} in {word}')[1]
-            value = parsed(value, key) if isinstance(value, str) else value  # YAML reads 1e-5 as a text
-            assign(config, name, value, f'{name}={value!r} in {word}')
-        return
-    # The values are the file's builtins, so that it can read them, and its globals end up holding
-    # what it assigned and nothing else.
-    assigned = {'__file__': str(path), '__builtins__': {**vars(builtins), **config}}
+            key = resolve(config.known, name, source)[1]
+            value = parse(value, key) if isinstance(value, str) else value  # YAML reads 1e-5 as a text
+            value = '' if value is None and isinstance(key.default, str) else value  # null is empty
+        assign(config, name, value, source)
+
+
+def run_file(path, word, config):
+    """Return what a Python file assigns, but for names that start with _, modules and functions.
+
+    The values so far are the file's builtins, so that it can read them, and its globals hold only what it assigned.
+    """
+    assigned = {'__file__': str(path)}
 
     def include(name):
         """Run a file that stands beside this one, as if its lines stood here."""
         included = path.parent / name
         exec(compile(included.read_bytes(), str(included), 'exec'), assigned)
 
-    assigned['__builtins__']['include'] = include
+    assigned['__builtins__'] = {**vars(builtins), **config, 'include': include}
     try:
-        exec(compile(path.read_bytes(), str(path), 'exec'), assigned)
+        include(path.name)
     except Exception as error:  # whatever the user's code raises is the user's to hear
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         line = frames[-1].lineno if frames else getattr(error, 'lineno', 1)  # no frame: a syntax error
         message = f'{type(error).__name__}: {getattr(error, "msg", error)}'
         raise UserError(f'{word}, line {line}: {message}; correct the file.') from error
-    for name, value in assigned.items():
-        is_helper = isinstance(value, types.ModuleType) or callable(value) and name not in config
-        if not name.startswith('_') and not is_helper:
-            assign(config, name, value, f'{name}={value!r} in {word}')
+    helpers = {name for name, x in assigned.items() if isinstance(x, types.ModuleType) or callable(x)}
+    own = {name for name in assigned if name.startswith('_')} | (helpers - set(config))
+    return {name: value for name, value in assigned.items() if name not in own}
 
 
 def read_values(path, word):
-    """The {key: value} of a JSON or YAML file."""
+    """Read the {key: value} of a JSON (with // comments) or YAML file."""
     try:
         text = path.read_text(encoding='utf-8')
-        values = json.loads(text) if path.suffix == '.json' else yaml.safe_load(text)
+        if path.suffix == '.json':  # without what follows // outside of strings
+            values = json.loads(re.sub(r'("(?:\\.|[^"\\])*")|//[^\n]*', lambda match: match[1] or '', text))
+        else:
+            values = yaml.safe_load(text)
     except (ValueError, yaml.YAMLError) as error:
-        raise UserError(
-            f'{word} cannot be read ({" ".join(str(error).split())}); correct the file.'
-        ) from error
-    if not isinstance(values, dict):
-        raise UserError(f'{word} holds a {type(values).__name__}, not keys and values; correct the file.')
+        reason = ' '.join(str(error).split())
+        raise UserError(f'{word} cannot be read ({reason}); correct the file.') from error
+    kind = type(values).__name__
+    require(isinstance(values, dict), f'{word} holds a {kind}, not keys and values; correct the file.')
     return values
 
 
 def find_config(word):
-    """The path of a config file, relative to the working directory or else to the repository."""
-    if not word.endswith(('.py', '.json', '.yaml', '.yml')):
-        raise UserError(
-            f"'{word}' is neither a config file (*.py, *.json, *.yaml) nor --key=value; write one of them."
-        )
+    """Return the path of a config file, relative to the working directory or else to the repository."""
+    known = word.endswith(('.py', '.json', '.yaml', '.yml'))
+    require(known, f"'{word}' is neither a config file (*.py, *.json, *.yaml) nor --key=value; write one.")
     for folder in (Path.cwd(), ROOT):
         if (folder / word).is_file():
             return folder / word
@@ -271,21 +266,21 @@ def find_config(word):
 
 
 def apply_option(config, option, words):
-    """Sets `key=value`, or `key` with its value in the `words` that follow, or a bare flag."""
+    """Set `key=value`, or `key` with its value in the `words` that follow, or a bare flag."""
     name, equals, text = option.partition('=')
     name = name.replace('-', '_')
     _, key, _ = resolve(config.known, name, f'--{option}')
     if not equals and key.type is bool:
         text = words.pop(0) if words and words[0] in ('True', 'False', 'true', 'false') else 'True'
     elif not equals:
-        if not words or words[0].startswith('--'):
-            raise UserError(f'--{name} is missing its value; write --{name}=VALUE ({key.type.__name__}).')
+        follows = words and not words[0].startswith('--')
+        require(follows, f'--{name} is missing its value; write --{name}=VALUE ({key.type.__name__}).')
         text = words.pop(0)
-    assign(config, name, parsed(text, key), f'--{name}={text}')
+    assign(config, name, parse(text, key), f'--{name}={text}')
 
 
-def parsed(text, key):
-    """The Python value of a word on the command line."""
+def parse(text, key):
+    """Return the Python value of a word on the command line."""
     if key.type is str:
         return None if key.default is None and text == 'None' else text
     if key.type is bool:
@@ -293,23 +288,25 @@ def parsed(text, key):
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError):
-        return text  # a str, which is the wrong type: `checked` says so
+        return text  # a str, which is the wrong type: check_type says so
 
 
 def assign(config, name, value, source):
-    """Sets a key by its name or an alias; `source` says in an error what was set to what, and where."""
+    """Set a key by its name or an alias; `source` says in an error what was set to what, and where."""
     target, key, conversion = resolve(config.known, name, source)
-    value = checked(key, value, source)
+    value = check_type(key, value, source)
     if callable(conversion):
         return conversion(value)
-    if conversion and value not in conversion:
-        raise UserError(f'{source} is not understood; choose from {", ".join(map(str, conversion))}.')
-    config[target] = conversion[value] if conversion else value
+    if conversion:
+        choices = ', '.join(map(str, conversion))
+        require(value in conversion, f'{source} is not understood; choose from {choices}.')
+        value = conversion[value]
+    config[target] = value
     config.given.add(target)
 
 
 def resolve(known, name, source):
-    """What a name stands for: the name of the key to set, a Key to check the value by, its conversion."""
+    """Return the name of the key to set, a Key to check the value by, and its conversion."""
     if name in known:
         return name, known[name], None
     aliases = {alias: (key, how) for alias, key, how in ALIASES if key in known and alias not in known}
@@ -324,8 +321,8 @@ def resolve(known, name, source):
     return target, Key(kind(), kind), conversion
 
 
-def checked(key, value, source):
-    """`value` as the type of `key`, or a UserError that starts with `source`."""
+def check_type(key, value, source):
+    """Return `value` as the type of `key`, or raise a UserError that starts with `source`."""
     if type(value) is key.type or value is None and key.default is None:
         return value
     if key.type is float and type(value) is int:
@@ -342,69 +339,38 @@ SECTION = re.compile(r'# ?-{2,} *(.*?)[ -]*')  # `# --- title ---`, where the ti
 
 
 def keys_of(source, namespace):
-    """{name: Key} for the assignments at the top level of a script, down to its call of configure()."""
+    """Return {name: Key} of the assignments at the top level of a script, down to its call of configure()."""
     keys, section, last_line = {}, '', 0
     lines = source.split('\n')
     for node in ast.parse(source).body:
-        if calls_configure(node):
+        value = getattr(node, 'value', None)
+        if isinstance(value, ast.Call) and ast.unparse(value.func).split('.')[-1] == 'configure':
             break
-        above = lines[last_line : node.lineno - 1]  # between two statements: comments and blank lines
-        for rule in filter(None, map(SECTION.fullmatch, above)):
+        for rule in filter(None, map(SECTION.fullmatch, lines[last_line : node.lineno - 1])):
             section = rule[1]
         last_line = node.end_lineno
-        for name in assigned_names(node):
-            value = namespace.get(name, NotImplemented)  # an instance of no type that a key may have
-            if value is None or type(value) in TYPES.values():
-                keys[name] = Key(value, type_of(node, name, value), comment_of(node, lines, above), section)
+        targets = getattr(node, 'targets', [getattr(node, 'target', None)])
+        names = [target.id for target in targets if isinstance(target, ast.Name) and target.id[0] != '_']
+        rest = lines[last_line - 1].encode()[node.end_col_offset :].decode().strip()  # ast counts bytes
+        comment = rest.lstrip('# ') if rest.startswith('#') else ''
+        for name in names:
+            default = namespace.get(name, NotImplemented)  # an instance of no type that a key may have
+            if default is None or type(default) in TYPES.values():
+                keys[name] = Key(default, type_of(node, name, default), comment, section)
     return keys
 
 
-def calls_configure(node):
-    return any(
-        isinstance(part, ast.Call) and ast.unparse(part.func).split('.')[-1] == 'configure'
-        for part in ast.walk(node)
-    )
-
-
-def assigned_names(node):
-    """The public names in `name = ...`, `name = other = ...` and `name: type = ...`."""
-    targets = (
-        node.targets
-        if isinstance(node, ast.Assign)
-        else [node.target]
-        if isinstance(node, ast.AnnAssign)
-        else []
-    )
-    return [target.id for target in targets if isinstance(target, ast.Name) and not target.id.startswith('_')]
-
-
 def type_of(node, name, default):
-    """The type in the annotation, `str` or `str | None`, or else that of the default."""
+    """Return the type in the annotation, `str` or `str | None`, or else that of the default."""
     annotation = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else ''
     declared = TYPES.get(annotation.removesuffix(' | None'))
-    if declared is None and default is None:
-        raise UserError(
-            f'The default of {name} is None and does not say the type; annotate it, '
-            f'as in `{name}: str = None` ({", ".join(TYPES)}).'
-        )
+    example = f'as in `{name}: str = None` ({", ".join(TYPES)})'
+    require(declared or default is not None, f'The default of {name} is None; annotate its type, {example}.')
     return declared or type(default)
 
 
-def comment_of(node, lines, above):
-    """The comment at the end of an assignment, or else the lines of comment directly above it."""
-    rest = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode().strip()  # ast counts bytes
-    if rest.startswith('#'):
-        return rest.lstrip('# ')
-    comment = []
-    for line in reversed(above):
-        if not line.startswith('#') or SECTION.fullmatch(line):
-            break
-        comment.insert(0, line.lstrip('# '))
-    return ' '.join(comment)
-
-
 def print_help(namespace, keys):
-    """The first paragraph of the script's docstring, then a line for each key: default and comment."""
+    """Print the first paragraph of the script's docstring, then a line for each key: default and comment."""
     print(f'usage: python {Path(namespace["__file__"]).name} [config/NAME.py ...] [--key=value ...]\n')
     print((namespace.get('__doc__') or '').strip().split('\n\n')[0])
     settings = [f'--{name}={key.default!r}' for name, key in keys.items()]

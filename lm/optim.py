@@ -9,9 +9,6 @@ from lm.configurator import require
 from lm.kernels import has_bfloat16
 from lm.rng import ANNEAL, BELIEF, torch_seed, uniform
 
-OPTIMIZERS = ('adamw', 'muon')
-SCHEDULES = ('cosine', 'linear', 'wsd', 'constant')
-MASTER_WEIGHTS = ('float32', 'bfloat16')
 CHUNK = 1 << 22  # elements that StochasticAdamW has in float32 at once
 
 # Passes that a step's beliefs come from: each further one with probability P_DEEPER, up to MAX_DEPTH. With
@@ -91,9 +88,8 @@ class Muon(torch.optim.Muon):
                 if p.grad is not None:
                     shapes.setdefault((min(p.shape), max(p.shape)), []).append(p)
             for (_, longer), matrices in shapes.items():
-                update = orthogonalise(
-                    self.momenta(matrices, group['momentum']), group
-                )  # (n, shorter, longer)
+                momenta = self.momenta(matrices, group['momentum'])
+                update = orthogonalise(momenta, group)  # (n, shorter, longer)
                 updates = [u.mT if p.size(0) > p.size(1) else u for u, p in zip(update, matrices)]
                 torch._foreach_mul_(matrices, 1 - group['lr'] * group['weight_decay'])
                 torch._foreach_add_(matrices, updates, alpha=-group['lr'] * 0.2 * math.sqrt(longer))
@@ -140,9 +136,8 @@ class StochasticAdamW(torch.optim.Optimizer):
                 continue
             state = self.state[p]
             if not state:
-                state.update(
-                    step=torch.zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p)
-                )
+                exp_avg, exp_avg_sq = torch.zeros_like(p), torch.zeros_like(p)
+                state.update(step=torch.zeros(()), exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
             state['step'] += 1
             step = int(state['step'])
             generator = torch.Generator(p.device).manual_seed(torch_seed(*self.key, step, number))
@@ -260,6 +255,15 @@ def draw_beliefs(model, step, max_steps, seed, p_belief, k_schedule, k_warmup_st
     depth = next((d for d in range(1, MAX_DEPTH) if deeper >= P_DEEPER**d), MAX_DEPTH)
     stale = MAX_STALE * stale if is_stale < P_STALE else 0.0
     return {'k': k_schedule[int(position * len(k_schedule))], 'depth': depth, 'stale': stale}
+
+
+def default_anneal_steps(anneal_steps, model, start, max_steps):
+    """Return anneal_steps, or where it is None a tenth of max_steps for a model that starts from causal weights."""
+    causal_start = start and start.get('converted_from') and model.config.shift
+    anneal_steps = (max_steps // 10 if causal_start else 0) if anneal_steps is None else anneal_steps
+    useless = anneal_steps and model.causal
+    require(not useless, f'anneal_steps is {anneal_steps}, but the model stays causal; leave it out.')
+    return anneal_steps
 
 
 def annealed_mask(step, anneal_steps, length, seed, device='cpu'):

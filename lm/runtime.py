@@ -1,67 +1,57 @@
-"""The process that a script runs in: ranks, device, precision, signals, the log."""
+"""The process that a training script runs in: settings, ranks, device, precision, signals, evaluation."""
 
 import contextlib
-import csv
 import ctypes
 import math
 import os
 import signal
 import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.distributed
 
-from lm import checkpoints, optim
+from lm import optim
 from lm.configurator import UserError, check_choice, check_range, require, require_without
-from lm.files import save_atomically, write_json
 from lm.kernels import has_bfloat16
 from lm.optim import local
 from lm.rng import torch_seed
 
 DTYPES = {'bfloat16': torch.bfloat16, 'float16': torch.float16, 'float32': torch.float32}
+CHOICES = {
+    'optimizer': ('adamw', 'muon'),
+    'schedule': ('cosine', 'linear', 'wsd', 'constant'),
+    'master_weights': ('float32', 'bfloat16'),
+}
+RANGES = [  # settings that are at least the first number and below the second
+    (1, math.inf, 'batch_size gradient_accumulation_steps eval_batch_size block_size sequence_length'),
+    (1, math.inf, 'eval_every log_every sample_tokens peft_lora_r num_classes'),
+    (0, math.inf, 'num_epochs learning_rate min_lr warmup_steps warmup_ratio decay_ratio weight_decay'),
+    (
+        0,
+        math.inf,
+        'eval_batches save_every save_total_limit sample_every num_samples early_stopping grad_clip',
+    ),
+    (0, math.inf, 'anneal_steps neftune_alpha lora_rank num_layers_to_finetune val_set_size'),
+    (0, 1, 'beta1 beta2 ema_decay dropout token_dropout label_smoothing peft_lora_dropout lora_dropout'),
+]
 
 
 def check_settings(config):
     """Raise a UserError for values that no training script takes; keys that a script lacks are passed over."""
-    known = {key: config[key] for key in config}
-
-    def at_least(low, high, keys):
-        check_range(config, low, high, *(key for key in keys.split() if key in known))
-
-    for key, choices in (
-        ('optimizer', optim.OPTIMIZERS),
-        ('schedule', optim.SCHEDULES),
-        ('master_weights', optim.MASTER_WEIGHTS),
-    ):
-        if key in known:
-            check_choice(config, key, choices)
-    at_least(
-        1, math.inf, 'batch_size gradient_accumulation_steps eval_every log_every num_classes block_size'
-    )
-    at_least(
-        0, math.inf, 'num_epochs learning_rate min_lr warmup_steps warmup_ratio decay_ratio weight_decay'
-    )
-    at_least(0, math.inf, 'grad_clip eval_batches save_every save_total_limit anneal_steps sample_every')
-    at_least(
-        0, math.inf, 'num_samples early_stopping neftune_alpha lora_rank num_layers_to_finetune val_set_size'
-    )
-    at_least(1, math.inf, 'sample_tokens peft_lora_r eval_batch_size sequence_length')
-    at_least(
-        0, 1, 'beta1 beta2 ema_decay dropout token_dropout label_smoothing peft_lora_dropout lora_dropout'
-    )
-    if 'p_belief' in known:
+    for key in CHOICES.keys() & config.keys():
+        check_choice(config, key, CHOICES[key])
+    for low, high, keys in RANGES:
+        check_range(config, low, high, *(key for key in keys.split() if key in config))
+    if 'p_belief' in config:
         optim.check_beliefs(config['p_belief'], config['k_schedule'])
-    others = {key: config[key] for key in ('use_peft', 'ema_decay', 'save_total_limit') if key in known}
+    others = {key: config[key] for key in ('use_peft', 'ema_decay') if key in config}
     others |= {'optimizer=muon': config['optimizer'] == 'muon', 'dtype=float16': config['dtype'] == 'float16'}
     if config.get('fsdp'):
-        require_without('fsdp', **others)
+        require_without('fsdp', **others, save_total_limit=config['save_total_limit'])
     if config.get('master_weights') == 'bfloat16':
-        others.pop('save_total_limit')
-        require_without(
-            'master_weights=bfloat16', **others, **{'dtype=float32': config['dtype'] == 'float32'}
-        )
+        others['dtype=float32'] = config['dtype'] == 'float32'
+        require_without('master_weights=bfloat16', **others)
 
 
 # ---------------------------------------------------------------------------- ranks, device, precision
@@ -93,9 +83,14 @@ class Runtime:
     def scaler(self):
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == 'float16')
 
-    def wrap(self, model):
-        """Return the model whose forward and backward synchronise gradients over the ranks."""
-        if self.world_size == 1:
+    def wrap(self, model, compile=None, fsdp=False):
+        """Return the model whose forward and backward synchronise gradients over the ranks.
+
+        compile: torch.compile; None: on CUDA only, and not what FSDP shards.
+        """
+        if compile or compile is None and self.device.type == 'cuda' and not fsdp:
+            model.compile()
+        if self.world_size == 1 or fsdp:
             return model
         return torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
 
@@ -143,26 +138,20 @@ class Runtime:
 
 def pick_device(name):
     """Return the torch.device of a name; 'auto': cuda, else mps, else cpu. Each rank takes the GPU of its local rank."""
-    has_mps = torch.backends.mps.is_available()
+    available = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
     if name == 'auto':
-        name = 'cuda' if torch.cuda.is_available() else 'mps' if has_mps else 'cpu'
+        name = next(kind for kind, is_there in available.items() if is_there)
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f'device is {name!r}; choose auto, cpu, cuda, cuda:N or mps.') from error
-    available = {'cpu': True, 'cuda': torch.cuda.is_available(), 'mps': has_mps}
-    require(
-        available.get(device.type, False),
-        f'device is {name!r}, but PyTorch finds none on this machine; use --device=cpu or auto.',
-    )
+    is_there = available.get(device.type, False)
+    require(is_there, f'device is {name!r}, but PyTorch finds none here; use --device=cpu or auto.')
     if device.type != 'cuda':
         return device
-    index = int(os.environ.get('LOCAL_RANK', 0)) if device.index is None else device.index
-    require(
-        index < torch.cuda.device_count(),
-        f'GPU number {index} is asked for, but there are {torch.cuda.device_count()}; start at most as many processes '
-        'per node as it has GPUs.',
-    )
+    index, count = device.index, torch.cuda.device_count()
+    index = int(os.environ.get('LOCAL_RANK', 0)) if index is None else index
+    require(index < count, f'There is no GPU {index}, only {count}; start at most one process per GPU.')
     return torch.device('cuda', index)
 
 
@@ -196,10 +185,23 @@ def seed_dropout(*key):
 
 
 def synchronize(device):
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
-    if device.type == 'mps':
-        torch.mps.synchronize()
+    if device.type != 'cpu':
+        getattr(torch, device.type).synchronize()
+
+
+class StopSignal:
+    """Set by the first SIGTERM, SIGINT or SIGUSR1; a second one ends the process at once."""
+
+    def __init__(self):
+        self.received = None
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self.receive)
+
+    def receive(self, number, frame):
+        if self.received is not None:
+            os._exit(128 + number)
+        self.received = signal.Signals(number).name
+        os.write(2, f'\n{self.received}: saving at the next step; once more to quit at once\n'.encode())
 
 
 # ---------------------------------------------------------------------------- speed and memory
@@ -255,12 +257,8 @@ def memory_estimate(model, batch_size, length, dist):
     blocks = config.n_layer * (tokens * 4 * config.n_embd if config.gradient_checkpointing else block)
     head = 5 * 4 * min(tokens, model.head_rows(model.logit_bias)) * config.padded_vocab_size
     peak = max(head, block if config.gradient_checkpointing else 0)
-    return {
-        'weights': weights + copies,
-        'gradients': trained,
-        'optimizer': 2 * trained,
-        'activations': blocks + peak,
-    }
+    sizes = {'weights': weights + copies, 'gradients': trained, 'optimizer': 2 * trained}
+    return {**sizes, 'activations': blocks + peak}
 
 
 # ---------------------------------------------------------------------------- metrics
@@ -327,10 +325,8 @@ class Speed:
     def metrics(self, step):
         self.seconds_per_step = (time.perf_counter() - self.start) / (step - self.step)
         tokens_per_sec = self.tokens_per_step / self.seconds_per_step
-        return {
-            'train/tokens_per_sec': tokens_per_sec,
-            'train/mfu': tokens_per_sec * self.flops / self.peak_flops,
-        }
+        mfu = tokens_per_sec * self.flops / self.peak_flops
+        return {'train/tokens_per_sec': tokens_per_sec, 'train/mfu': mfu}
 
 
 def check_finite(loss, step, learning_rate):
@@ -339,156 +335,3 @@ def check_finite(loss, step, learning_rate):
         f'The loss is {loss} at step {step}; the checkpoint before it is kept. Try a lower learning_rate than '
         f'{learning_rate}, a longer warm-up, or --dtype=float32.',
     )
-
-
-# ---------------------------------------------------------------------------- signals and the log
-
-
-class StopSignal:
-    """Set by the first SIGTERM, SIGINT or SIGUSR1; a second one ends the process at once."""
-
-    def __init__(self):
-        self.received = None
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self.receive)
-
-    def receive(self, number, frame):
-        if self.received is not None:
-            os._exit(128 + number)
-        self.received = signal.Signals(number).name
-        os.write(2, f'\n{self.received}: saving at the next step; once more to quit at once\n'.encode())
-
-
-METRICS = (
-    'train/loss train/accuracy train/perplexity train/lr train/tokens_per_sec train/grad_norm train/mfu train/epoch '
-    'val/loss val/accuracy val/perplexity val/bpb val/loss_k0 train/k train/ignore_acc train/ignore_precision '
-    'val/text_loss'
-).split()
-
-
-def start_run(dist, config, name, resumed):
-    """Make the run folder, write its config.json and open its log; returns both."""
-    out = dist.from_main(
-        lambda: checkpoints.open_run_folder(
-            config['out_dir'] or resumed.run_dir,
-            name,
-            config['run_suffix'],
-            resumed.run_dir,
-            config['overwrite'],
-        )
-    )
-    out, checkpoint = Path(out), resumed.checkpoint
-    if dist.is_main:
-        write_json(out / 'config.json', config)
-    log = Logger(out, dist.is_main, checkpoint['global_step'] if checkpoint else -1)
-    if not config['no_wandb']:
-        run_id = checkpoint['wandb_run_id'] if checkpoint else None
-        name = config['wandb_run_name'] or out.name
-        log.start_wandb(project=config['wandb_project'], name=name, id=run_id, config=dict(config))
-    for key, before, now in resumed.overrides:
-        log.print(f'resumed with {key}={now!r}, which was {before!r}')
-    return out, log
-
-
-class Logger:
-    """Console, logs.log, metrics.csv and W&B under one set of names. On ranks other than 0 it is silent."""
-
-    def __init__(self, folder, is_main, step):
-        """step: the last that a resumed run keeps the metrics of."""
-        self.folder, self.is_main, self.columns = folder, is_main, ['step', *METRICS]
-        self.wandb, self.wandb_run_id, self.line_open = None, None, False
-        if is_main:
-            self.log_file = open(folder / 'logs.log', 'a', buffering=1, encoding='utf-8')
-            self.open_csv(step)
-
-    def print(self, *lines):
-        for line in lines if self.is_main else ():
-            print(('\n' if self.line_open else '') + line, flush=True)
-            self.line_open = False
-            self.log_file.write(line + '\n')
-
-    def progress(self, step, max_steps, metrics, seconds_per_step, rate=None):
-        """Show a line that the next one replaces on a terminal, and follows elsewhere."""
-        if not self.is_main:
-            return
-        minutes, seconds = divmod(int((max_steps - step) * seconds_per_step), 60)
-        left = (
-            f'{minutes // 60}:{minutes % 60:02}:{seconds:02}' if minutes >= 60 else f'{minutes}:{seconds:02}'
-        )
-        rate = rate or f'{metrics["train/tokens_per_sec"]:,.0f} tokens/s'
-        line = f'step {step}/{max_steps}: loss {metrics["train/loss"]:.4f}, lr {metrics["train/lr"]:.2e}, {rate}, {left} left'
-        self.log_file.write(line + '\n')
-        if sys.stdout.isatty():
-            print('\r\033[K' + line, end='', flush=True)
-            self.line_open = True
-        else:
-            print(line, flush=True)
-
-    # ------------------------------------------------------------------------ metrics.csv
-
-    def open_csv(self, step):
-        """Open metrics.csv without the rows after `step`, which a resumed run writes again, and a cut last one."""
-        path = self.folder / 'metrics.csv'
-        if path.exists():
-            header, *lines = path.read_text(encoding='utf-8').splitlines(keepends=True) or ['']
-            kept = [line for line in lines if line.endswith('\n') and int(line.split(',')[0]) <= step]
-            save_atomically(path, lambda file: file.write(''.join([header, *kept]).encode()))
-            self.columns = header.strip().split(',') if header.strip() else self.columns
-        self.csv_file = open(path, 'a', buffering=1, newline='', encoding='utf-8')
-        if self.csv_file.tell() == 0:
-            self.write_row(self.columns)
-
-    def write_row(self, cells):
-        csv.writer(self.csv_file, lineterminator='\n').writerow(cells)
-
-    def add_columns(self, names):
-        """Write metrics.csv anew with more columns."""
-        self.csv_file.close()
-        path = self.folder / 'metrics.csv'
-        _, *lines = path.read_text(encoding='utf-8').splitlines()
-        self.columns += names
-        lines = [','.join(self.columns), *(line + ',' * len(names) for line in lines)]
-        save_atomically(path, lambda file: file.write(('\n'.join(lines) + '\n').encode()))
-        self.csv_file = open(path, 'a', buffering=1, newline='', encoding='utf-8')
-
-    def metrics(self, step, values):
-        """Write a row of metrics.csv and a step of W&B; values: {name: float}."""
-        if not self.is_main:
-            return
-        if new := [name for name in values if name not in self.columns]:
-            self.add_columns(new)
-        self.write_row([step] + [values.get(name, '') for name in self.columns[1:]])
-        if self.wandb:
-            self.attempt(lambda: self.wandb.log(values, step=step))
-
-    # ------------------------------------------------------------------------ W&B
-
-    def start_wandb(self, **settings):
-        if self.is_main:
-            self.wandb = self.attempt(lambda: self.init_wandb(**settings))
-
-    def init_wandb(self, **settings):
-        import wandb  # takes seconds to import: only where it is wanted
-
-        mode = os.environ.get('WANDB_MODE')
-        if mode is None and not wandb.login(prompt=False):
-            mode = 'offline'
-            self.print('W&B: not logged in, so the run is kept offline; `wandb login` first, or --no_wandb.')
-        run = wandb.init(resume='allow', dir=self.folder, mode=mode, **settings)
-        self.wandb_run_id = run.id  # kept for the next resume, even if W&B fails later
-        return run
-
-    def attempt(self, call):
-        """Call W&B; a failure there is reported once and never stops the training."""
-        try:
-            return call()
-        except Exception as error:  # whatever a service does, the run goes on
-            self.wandb = None
-            self.print(f'W&B failed ({type(error).__name__}: {error}); the run goes on without it.')
-
-    def close(self):
-        if self.is_main:
-            if self.wandb:
-                self.attempt(self.wandb.finish)
-            self.log_file.close()
-            self.csv_file.close()

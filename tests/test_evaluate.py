@@ -96,14 +96,8 @@ def test_bounds_of_sdd_are_told_apart_and_compared_with_their_own_kind(place):
 
 def test_k_is_for_sdd_and_leaves_the_others_as_they_are(place):
     (place / 'k.jsonl').write_text('{"question": "the cat", "choices": ["sat", "ran away"], "answer": 0}\n')
-    arguments = [
-        f'--checkpoint={place}/ar,{place}/diffusion,{place}/sdd',
-        '--metrics=perplexity,generation',
-        f'--choices={place}/k.jsonl',
-        '--num_samples=2',
-        '--max_tokens=60',
-        '--draws=2',
-    ]
+    arguments = ['--metrics=perplexity,generation', '--num_samples=2', '--max_tokens=60', '--draws=2']
+    arguments += [f'--checkpoint={place}/ar,{place}/diffusion,{place}/sdd', f'--choices={place}/k.jsonl']
     own, other = models_of(*arguments), models_of(*arguments, '--k=2')
     assert own[:2] == other[:2]
     assert own[2]['nats_per_token'] != other[2]['nats_per_token'] and own[2]['k0'] == other[2]['k0']
@@ -118,8 +112,7 @@ def test_what_is_asked_for_beside_the_metrics_is_measured_without_them_too(place
 
 def test_the_exact_value_stands_beside_the_bound_of_the_same_rows(finished, place):
     figures = finished[0]['models'][1]['exact']
-    arguments = [f'--checkpoint={place}/diffusion', '--metrics=perplexity', '--max_tokens=62']
-    (same,) = models_of(*arguments)
+    (same,) = models_of(f'--checkpoint={place}/diffusion', '--metrics=perplexity', '--max_tokens=62')
     assert figures['tokens'] == same['tokens'] and figures['nats_per_token'] != same['nats_per_token']
     assert figures['upper_nats_per_token'] == pytest.approx(same['nats_per_token'], rel=1e-5)
 

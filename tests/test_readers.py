@@ -122,7 +122,11 @@ BAD_INPUT = {
     'a.txt: empty': ('', [], r'a\.txt is empty'),
     'a.txt: blank': (' \n', [], r'There is no text in .*a\.txt'),
     'a.csv': ('text', [], r'a\.csv ends in none of \.txt, \.jsonl'),
-    'a.txt: utf-8': (b'abc\xff', [], r"a\.txt, document 1: no valid UTF-8 .* can't decode byte 0xff in position 3"),
+    'a.txt: utf-8': (
+        b'abc\xff',
+        [],
+        r"a\.txt, document 1: no valid UTF-8 .* can't decode byte 0xff in position 3",
+    ),
     'a.json: no list': ('{"text": "x"}', [], r'a\.json holds a dict .*not a list'),
     'a.json: field': ('[{"body": "x"}]', ['--field=title'], r"record 1: there is no field 'title', only 'bo"),
     'a.parquet': ('PAR2', [], r'a\.parquet cannot be read to its end'),

@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 
 import model as model_module
 from model import ARCHITECTURES, Diffusion, ModelConfig
-from sampling import SAMPLERS, BlockCache, generate, remdm_rates, restrict, sample_tokens, uniform_numbers
+from sampling import SAMPLERS, generate, remdm_rates, restrict, sample_tokens, uniform_numbers
 
 MASK, IGNORE, BLOCK = 10, 9, 12
 SHAPE = dict(vocab_size=11, block_size=BLOCK, n_layer=2, n_head=4, n_embd=32, mask_id=MASK, ignore_id=IGNORE)
@@ -251,6 +251,7 @@ def test_nothing_to_write_gives_the_prompts_back(architecture):
         ('ar', [], {}, 'prompt is empty'),
         ('diffusion', [], {}, 'prompt is empty'),
         ('ar', [1, MASK, 2], {}, r'<\|mask\|>'),
+        ('ar', [1], {'sampler': 'greedy'}, "sampler is 'greedy'.*ancestral, confidence, "),
         ('diffusion', [1], {'sampler': 'greedy'}, "sampler is 'greedy'.*ancestral, confidence, "),
         ('diffusion', [1], {'max_new_tokens': -1}, 'max_new_tokens is -1; '),
         ('ar', [1], {'temperature': -0.5}, 'temperature is -0.5; '),
@@ -261,7 +262,6 @@ def test_nothing_to_write_gives_the_prompts_back(architecture):
         ('diffusion', [1], {'block_length': 0}, 'block_length is 0; '),
         ('diffusion', [1], {'threshold': 2.0}, 'threshold is 2.0; '),
         ('diffusion', [1], {'eta': -0.1}, 'eta is -0.1; '),
-        ('diffusion', [1], {'cache_blocks': True}, "cache_blocks is for sampler='blocks'"),
     ],
 )
 def test_what_cannot_be_continued_is_refused_in_a_sentence(architecture, prompt, options, named):
@@ -424,53 +424,6 @@ def test_a_row_is_computed_only_in_steps_in_which_it_may_change():
     seen = watch(model)
     generate(model, [[1]], 4, steps=40, sampler='threshold', threshold=0.0)
     assert len(seen) <= 4  # beliefs of nothing are not renewed
-
-
-def columns_seen(seen):
-    return [x.size(1) for x in seen]
-
-
-@pytest.mark.parametrize('architecture', ['diffusion', 'sdd'])
-def test_cached_blocks_read_a_block_and_are_asked_for(architecture):
-    model = tiny(architecture)
-    seen = watch(model)
-    options = dict(sampler='blocks', block_length=4, steps=6)
-    plain = generate(model, [[1, 2, 3, 4]] * 20, 8, **options)
-    assert columns_seen(seen) == [12] * 6  # never without being asked
-    seen.clear()
-    cached = generate(model, [[1, 2, 3, 4]] * 20, 8, cache_blocks=True, **options)
-    assert columns_seen(seen) == [12, 4, 4] * 2
-    assert cached != plain and all(MASK not in row and len(row) == 12 for row in cached)
-
-
-@pytest.mark.parametrize('architecture', ['diffusion', 'sdd'])
-def test_cached_blocks_are_exact_where_nothing_lies_outside_or_nothing_was_written(architecture):
-    model = tiny(architecture)
-    options = dict(sampler='blocks', temperature=0)
-    for block_length, steps in ((12, 5), (4, 3)):  # one block of all columns; one step for each block
-        plain, cached = (
-            generate(
-                model,
-                [[MASK] * 12] * 2 + [[MASK] * 11 + [3]],
-                0,
-                block_length=block_length,
-                steps=steps,
-                cache_blocks=cache,
-                **options,
-            )
-            for cache in (False, True)
-        )
-        assert cached == plain
-
-
-def test_the_cache_of_a_block_holds_what_a_pass_over_the_whole_canvas_makes():
-    """With a x that has not changed, the states of a block are those of the whole."""
-    for changes in ({}, LEARNED, {'n_kv_head': 2}):
-        model, columns = tiny('diffusion', **changes), torch.tensor([2, 3, 7])
-        x, cache = torch.randint(0, MASK + 1, (3, 12)), BlockCache(columns)
-        with torch.no_grad():
-            whole = model.hidden(x, cache=cache)
-            torch.testing.assert_close(model.hidden(x[:, columns], cache=cache), whole[:, columns])
 
 
 def test_diffusion_goes_on_past_the_block():

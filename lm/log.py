@@ -1,0 +1,137 @@
+"""The run's folder and its log: console, logs.log, metrics.csv and W&B under one set of names."""
+
+import csv
+import os
+import sys
+from pathlib import Path
+
+from lm import checkpoints
+from lm.files import save_atomically, write_json
+
+METRICS = (
+    'train/loss train/accuracy train/perplexity train/lr train/tokens_per_sec train/grad_norm train/mfu train/epoch '
+    'val/loss val/accuracy val/perplexity val/bpb val/loss_k0 train/k train/ignore_acc train/ignore_precision '
+    'val/text_loss'
+).split()
+
+
+def start_run(dist, config, name, resumed):
+    """Make the run folder, write its config.json and open its log; returns both."""
+    out_dir = config['out_dir'] or resumed.run_dir
+    options = config['run_suffix'], resumed.run_dir, config['overwrite']
+    out = Path(dist.from_main(lambda: checkpoints.open_run_folder(out_dir, name, *options)))
+    checkpoint = resumed.checkpoint
+    if dist.is_main:
+        write_json(out / 'config.json', config)
+    log = Logger(out, dist.is_main, checkpoint['global_step'] if checkpoint else -1)
+    if not config['no_wandb']:
+        run_id = checkpoint['wandb_run_id'] if checkpoint else None
+        name = config['wandb_run_name'] or out.name
+        log.start_wandb(project=config['wandb_project'], name=name, id=run_id, config=dict(config))
+    for key, before, now in resumed.overrides:
+        log.print(f'resumed with {key}={now!r}, which was {before!r}')
+    return out, log
+
+
+class Logger:
+    """Console, logs.log, metrics.csv and W&B under one set of names. On ranks other than 0 it is silent."""
+
+    def __init__(self, folder, is_main, step):
+        """step: the last that a resumed run keeps the metrics of."""
+        self.folder, self.is_main, self.columns = folder, is_main, ['step', *METRICS]
+        self.wandb, self.wandb_run_id, self.line_open = None, None, False
+        if is_main:
+            self.log_file = open(folder / 'logs.log', 'a', buffering=1, encoding='utf-8')
+            self.open_csv(step)
+
+    def print(self, *lines):
+        for line in lines if self.is_main else ():
+            print(('\n' if self.line_open else '') + line, flush=True)
+            self.line_open = False
+            self.log_file.write(line + '\n')
+
+    def progress(self, step, max_steps, metrics, seconds_per_step, rate=None):
+        """Show a line that the next one replaces on a terminal, and follows elsewhere."""
+        if not self.is_main:
+            return
+        minutes, seconds = divmod(int((max_steps - step) * seconds_per_step), 60)
+        left = f'{minutes}:{seconds:02}'
+        if minutes >= 60:
+            left = f'{minutes // 60}:{minutes % 60:02}:{seconds:02}'
+        rate = rate or f'{metrics["train/tokens_per_sec"]:,.0f} tokens/s'
+        line = f'step {step}/{max_steps}: loss {metrics["train/loss"]:.4f}, lr {metrics["train/lr"]:.2e}, {rate}, {left} left'
+        self.log_file.write(line + '\n')
+        if sys.stdout.isatty():
+            print('\r\033[K' + line, end='', flush=True)
+            self.line_open = True
+        else:
+            print(line, flush=True)
+
+    # ------------------------------------------------------------------------ metrics.csv
+
+    def open_csv(self, step):
+        """Open metrics.csv without the rows after `step`, which a resumed run writes again, and a cut last one."""
+        path = self.folder / 'metrics.csv'
+        if path.exists():
+            header, *lines = path.read_text(encoding='utf-8').splitlines(keepends=True) or ['']
+            kept = [line for line in lines if line.endswith('\n') and int(line.split(',')[0]) <= step]
+            save_atomically(path, lambda file: file.write(''.join([header, *kept]).encode()))
+            self.columns = header.strip().split(',') if header.strip() else self.columns
+        self.csv_file = open(path, 'a', buffering=1, newline='', encoding='utf-8')
+        if self.csv_file.tell() == 0:
+            self.write_row(self.columns)
+
+    def write_row(self, cells):
+        csv.writer(self.csv_file, lineterminator='\n').writerow(cells)
+
+    def add_columns(self, names):
+        """Write metrics.csv anew with more columns."""
+        self.csv_file.close()
+        path = self.folder / 'metrics.csv'
+        _, *lines = path.read_text(encoding='utf-8').splitlines()
+        self.columns += names
+        lines = [','.join(self.columns), *(line + ',' * len(names) for line in lines)]
+        save_atomically(path, lambda file: file.write(('\n'.join(lines) + '\n').encode()))
+        self.csv_file = open(path, 'a', buffering=1, newline='', encoding='utf-8')
+
+    def metrics(self, step, values):
+        """Write a row of metrics.csv and a step of W&B; values: {name: float}."""
+        if not self.is_main:
+            return
+        if new := [name for name in values if name not in self.columns]:
+            self.add_columns(new)
+        self.write_row([step] + [values.get(name, '') for name in self.columns[1:]])
+        if self.wandb:
+            self.attempt(lambda: self.wandb.log(values, step=step))
+
+    # ------------------------------------------------------------------------ W&B
+
+    def start_wandb(self, **settings):
+        if self.is_main:
+            self.wandb = self.attempt(lambda: self.init_wandb(**settings))
+
+    def init_wandb(self, **settings):
+        import wandb  # takes seconds to import: only where it is wanted
+
+        mode = os.environ.get('WANDB_MODE')
+        if mode is None and not wandb.login(prompt=False):
+            mode = 'offline'
+            self.print('W&B: not logged in, so the run is kept offline; `wandb login` first, or --no_wandb.')
+        run = wandb.init(resume='allow', dir=self.folder, mode=mode, **settings)
+        self.wandb_run_id = run.id  # kept for the next resume, even if W&B fails later
+        return run
+
+    def attempt(self, call):
+        """Call W&B; a failure there is reported once and never stops the training."""
+        try:
+            return call()
+        except Exception as error:  # whatever a service does, the run goes on
+            self.wandb = None
+            self.print(f'W&B failed ({type(error).__name__}: {error}); the run goes on without it.')
+
+    def close(self):
+        if self.is_main:
+            if self.wandb:
+                self.attempt(self.wandb.finish)
+            self.log_file.close()
+            self.csv_file.close()
