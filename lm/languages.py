@@ -83,10 +83,10 @@ def read_split(entry, split, model_type='normal'):
         if isinstance(row, UserError):
             raise row
         where = f'{entry["dataset"]}, {split}, row {number}'
-        missing = [name for name in (*features, label) if row.get(name) is None]
-        if missing:
-            known = ', '.join(map(repr, row))
-            raise UserError(f'{where}: there is no {missing[0]!r}, only {known}; correct the database.')
+        known = ', '.join(map(repr, row))
+        for name in (*features, label):
+            exists = row.get(name) is not None
+            require(exists, f'{where}: there is no {name!r}, only {known}; correct the database.')
         rows.append((tuple(str(row[feature]) for feature in features), class_of(row[label], entry, where)))
     require(rows, f'{entry["dataset"]}, {split}: there are no rows.')
     return rows
@@ -109,15 +109,13 @@ def class_of(value, entry, where):
 def rows_of(entry, split):
     """Return the rows of a split as dicts (or UserErrors): from a file of a local folder, or from the hub."""
     name = str(entry['dataset'])
-    folders = Path(name).expanduser(), ROOT / name, ROOT / 'data' / name
-    folder = next(filter(Path.is_dir, folders), None)
+    folder = next(filter(Path.is_dir, (Path(name).expanduser(), ROOT / name, ROOT / 'data' / name)), None)
     if not folder:
         import datasets  # takes a second to import
 
         with refusals_named(f'{name}, which is no folder here or under data/,'):
             return datasets.load_dataset(name, entry.get('config'), split=split)
-    paths = [folder / (split + suffix) for suffix in SUFFIXES]
-    path = next(filter(Path.is_file, paths), None)
+    path = next(filter(Path.is_file, (folder / (split + suffix) for suffix in SUFFIXES)), None)
     require(path, f'{folder} has no file for the split {split!r}, such as {", ".join(SUFFIXES)}.')
     if path.suffix in TABLES:
         return rows_of_table(path, entry.get('columns'))
@@ -126,12 +124,16 @@ def rows_of(entry, split):
 
 def rows_of_table(path, columns):
     with damage_named(path), open(path, encoding='utf-8-sig') as file:  # only line breaks end a row
-        lines = [line for line in csv.reader(file, **TABLES[path.suffix]) if line]
-    names = columns or (lines.pop(0) if lines else [])
-    for number, cells in enumerate(lines, 1):
-        problem = f'{path}, row {number}: {len(cells)} columns where there should be {len(names)} ({names})'
-        require(len(cells) == len(names), f'{problem}; repair it, or correct columns in the database.')
-        yield dict(zip(names, cells))
+        reader = csv.DictReader(file, columns, **TABLES[path.suffix])
+        for number, row in enumerate(reader, 1):
+            fits = (
+                None not in row and None not in row.values()
+            )  # how DictReader marks cells too many or too few
+            problem = (
+                f'{path}, row {number} does not have the {len(reader.fieldnames)} columns {reader.fieldnames}'
+            )
+            require(fits, f'{problem}; repair it, or correct columns in the database.')
+            yield row
 
 
 def read_sets(database, task, train_langs, eval_langs, model_type):
@@ -172,9 +174,7 @@ def encode_sets(sets, tokenizer, start_token, block_size):
             texts, classes = zip(*labelled)
             features = [tokenizer.encode_batch(column) for column in zip(*texts)]
             for label, (first, *others) in zip(classes, zip(*features)):
-                row = [start_token, *first]
-                for ids in others:
-                    row += [tokenizer.endoftext_id, *ids]
+                row = sum(([tokenizer.endoftext_id, *ids] for ids in others), [start_token, *first])
                 too_long += len(row) > block_size
                 if len(row) <= block_size or not entry.get('filter_length'):
                     rows.append(np.array(row[:block_size]))
@@ -187,7 +187,7 @@ def encode_sets(sets, tokenizer, start_token, block_size):
 
 def make_tokenizer(tokenizer, sets, vocab_size):
     """Return the tokenizer of a model from scratch; char and bpe learn theirs from the training texts."""
-    texts = (text for _, rows in sets['train'] for texts, _ in rows for text in texts)
+    texts = (text for _, rows in sets['train'] for features, _ in rows for text in features)
     return build(tokenizer, texts, vocab_size) if tokenizer in KINDS else load_tokenizer(tokenizer)
 
 

@@ -7,7 +7,6 @@ the caller may skip it. A file that cannot be read to its end always raises.
 import io
 import json
 from contextlib import contextmanager
-from functools import partial
 from itertools import chain
 
 import pyarrow
@@ -26,10 +25,10 @@ def read_records(path, make):
             yield attempt(make, row, f'{path}, {where}'), size
 
 
-def read_jsonl(path, compression=None):
+def read_jsonl(path):
+    compression = {'.gz': 'gzip', '.zst': 'zstd'}.get(path.suffix.lower())
     with open(path, 'rb', buffering=0) as raw:
-        stream = pyarrow.input_stream(raw, compression=compression) if compression else raw
-        before = 0
+        stream, before = pyarrow.input_stream(raw, compression=compression) if compression else raw, 0
         for number, line in enumerate(io.BufferedReader(stream, 2**16), 1):
             if not line.isspace():
                 yield line, f'line {number}', raw.tell() - before
@@ -39,8 +38,8 @@ def read_jsonl(path, compression=None):
 def read_json(path):
     content = path.read_bytes()
     rows = parse_json(content, path)
-    is_list = isinstance(rows, list)
-    require(is_list, f'{path} holds {kind_of(rows)}, not a list of records; write one per line as .jsonl.')
+    problem = f'{path} holds {kind_of(rows)}, not a list of records'
+    require(isinstance(rows, list), f'{problem}; write one per line as .jsonl.')
     for number, row in enumerate(rows, 1):
         yield row, f'record {number}', len(content) / len(rows)
 
@@ -53,13 +52,8 @@ def read_parquet(path):
             yield row, f'row {number}', size
 
 
-READERS = {
-    '.jsonl': read_jsonl,
-    '.jsonl.gz': partial(read_jsonl, compression='gzip'),
-    '.jsonl.zst': partial(read_jsonl, compression='zstd'),
-    '.json': read_json,
-    '.parquet': read_parquet,
-}
+READERS = dict.fromkeys(['.jsonl', '.jsonl.gz', '.jsonl.zst'], read_jsonl)
+READERS |= {'.json': read_json, '.parquet': read_parquet}
 
 
 def suffix_of(path):
@@ -92,8 +86,8 @@ def attempt(make, row, where):
     """Return make(record, where) of a line of JSON or a parsed record, or the UserError in its place."""
     try:
         record = parse_json(row, where) if isinstance(row, bytes) else row
-        if not isinstance(record, dict):
-            raise UserError(f'{where}: {kind_of(record)} instead of a record; write {{"field": "...", ...}}.')
+        problem = f'{where}: {kind_of(record)} instead of a record'
+        require(isinstance(record, dict), f'{problem}; write {{"field": "...", ...}}.')
         return make(record, where)
     except UserError as error:
         return error

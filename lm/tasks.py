@@ -7,19 +7,15 @@ hundred examples (a pattern), some never are (the parity of fifty bits).
 """
 
 import hashlib
-import os
-import zipfile
-from pathlib import Path
 
 import numpy as np
 import sympy
 import torch
 
-from lm.configurator import ROOT, require
+from lm.configurator import require
 from lm.tokenizer import build
 
 PATTERNS = {'fn_c': (1, 0, 1, 0, 1, 0, 1, 0), 'fn_d': (0, 0, 1, 1, 1, 1, 1, 1)}
-VERSION = 1  # changes when the same key gives other rows, so that old caches are left alone
 
 
 def parity(x):
@@ -32,7 +28,7 @@ def contains(x, pattern):
 
 
 def chosen_positions(length, count):
-    """Return the positions whose parity fn_e (3) and fn_f (10) ask for: the start of one fixed permutation per length."""
+    """Return the first positions of a fixed permutation, whose parity fn_e (3) and fn_f (10) ask for."""
     return torch.randperm(length, generator=torch.Generator().manual_seed(42))[:count].numpy()
 
 
@@ -42,10 +38,6 @@ def balanced_brackets(x):
     for _ in range(x.shape[1] // 4):  # each time at least one pair is cancelled
         rows = [row.replace('()', '').replace('[]', '') for row in rows]
     return [row == '' for row in rows]
-
-
-def prime(x):
-    return [sympy.isprime(int(text)) for text in texts_of(x)]
 
 
 def parity_of_next_cells(x):
@@ -72,9 +64,9 @@ TASKS = {  # id: name, what labels rows (N, L) of digits, the shortest row
     'fn_f': ('parity_rand_10', lambda x: parity(x[:, chosen_positions(x.shape[1], 10)]), 1),
     'fn_g': ('palindrome', lambda x: (x == x[:, ::-1]).all(1), 1),
     'fn_h': ('dyck2', balanced_brackets, 4),
-    'fn_i': ('prime_decimal', prime, 2),
+    'fn_i': ('prime_decimal', lambda x: [*map(sympy.isprime, map(int, texts_of(x)))], 2),
     'fn_j': ('automata_parity', parity_of_next_cells, 1),
-    'fn_k': ('prime_decimal_tf_check', prime, 2),
+    'fn_k': ('prime_decimal_tf_check', lambda x: [*map(sympy.isprime, map(int, texts_of(x)))], 2),
     'fn_l': ('sha256_parity', parity_of_sha256, 1),
 }
 DECIMAL = ('fn_i', 'fn_k')
@@ -121,8 +113,8 @@ def draw_numbers(draw, n, length, is_prime):
             number = sympy.nextprime(draw_number(draw, length))
         else:
             number = draw_number(draw, length // 2) * draw_number(draw, length - length // 2)
-        found.append([int(digit) for digit in str(number)])
-    return np.array([digits for digits in found if len(digits) == length], np.uint8).reshape(-1, length)
+        found += [list(map(int, str(number)))] if len(str(number)) == length else []
+    return np.array(found, np.uint8).reshape(-1, length)
 
 
 def draw_class(task, wanted, draw, n, length, near_misses):
@@ -185,7 +177,7 @@ def check(task, length, sizes):
 
 
 def key_of(task, length, train, test, seed, compat=False):
-    """Return the name of a pool of rows. train: with the validation rows, which come out of the same pool."""
+    """Return what the seed of a pool of rows is derived from. train: with the validation rows, of the same pool."""
     return f'{task}|L={length}|train={train}|test={test}|base_seed={seed}' + ('|compat' if compat else '')
 
 
@@ -193,10 +185,16 @@ def derived_seed(key):
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], 'big') & 0x7FFFFFFF
 
 
-def make_splits(task, length, sizes, seed, compat):
-    """Return {'train', 'val', 'test': rows}, the first half of each of class 0, and none in two sets."""
-    draw, count = np.random.default_rng(seed), sum(sizes.values()) // 2
-    parts = {name: [] for name in sizes}
+def splits(task, length, train, test, val=0, seed=42, compat=False):
+    """Return {'train', 'val', 'test': (rows (N, L) uint8, labels (N,))}: balanced, no row of one set in another.
+
+    compat: fn_g and fn_h as published at L = 20, where there are fewer positives than asked for: rows repeat
+    within the test set, and negatives of fn_g are one bit from a palindrome.
+    """
+    sizes = {'train': train, 'val': val, 'test': test}
+    check(task, length, sizes)
+    draw = np.random.default_rng(derived_seed(key_of(task, length, train + val, test, seed, compat)))
+    parts, count = {name: [] for name in sizes}, sum(sizes.values()) // 2
     for wanted in (0, 1):
         x = rows_of_class(task, wanted, count, draw, length, compat)
         x, found = x[draw.permutation(len(x))], len(x)
@@ -208,32 +206,7 @@ def make_splits(task, length, sizes, seed, compat):
             if missing:
                 part = np.concatenate([part, part[draw.integers(0, len(part), missing)]])
             parts[name].append(part)
-    return {name: np.concatenate(both) for name, both in parts.items()}
-
-
-def splits(task, length, train, test, val=0, seed=42, compat=False, cache=None):
-    """Return {'train', 'val', 'test': (rows (N, L) uint8, labels (N,))}: balanced, no row of one set in another.
-
-    compat: fn_g and fn_h as published at L = 20, where there are fewer positives than asked for: rows repeat
-    within the test set, and negatives of fn_g are one bit from a palindrome. cache: a folder, data/tasks by
-    default; what is there already for the same key is read.
-    """
-    sizes = {'train': train, 'val': val, 'test': test}
-    check(task, length, sizes)
-    key = key_of(task, length, train + val, test, seed, compat)
-    seed = derived_seed(key)
-    folder = Path(cache or ROOT / 'data' / 'tasks', f'seed_{seed}', hashlib.md5(key.encode()).hexdigest())
-    path = folder / (f'rows-{VERSION}-val{val}.npz' if val else f'rows-{VERSION}.npz')
-    try:
-        with np.load(path) as saved:
-            sets = {name: saved[f'{name}_set'] for name in sizes}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # none yet, or damaged: made (again)
-        sets = make_splits(task, length, sizes, seed, compat)
-        folder.mkdir(parents=True, exist_ok=True)
-        beside = folder / f'{os.getpid()}.tmp.npz'  # a sweep's runs may make the same rows at once
-        np.savez_compressed(beside, **{f'{name}_set': rows for name, rows in sets.items()})
-        os.replace(beside, path)
-    return {name: (rows, np.repeat([0, 1], len(rows) // 2)) for name, rows in sets.items()}
+    return {name: (np.concatenate(both), np.repeat([0, 1], sizes[name] // 2)) for name, both in parts.items()}
 
 
 def digits_of(task):

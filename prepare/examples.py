@@ -33,12 +33,10 @@ def conversation(record, where, field=''):
             if isinstance(record[asked], list):  # TRL's conversations
                 return from_messages([*record[asked], *record[answered]], where)
             instruction, output = text_of(asked, record, where), text_of(answered, record, where)
-            return {
-                'turns': [[instruction, text_of(given, record, where) if record.get(given) else '', output]]
-            }
+            given = text_of(given, record, where) if record.get(given) else ''
+            return {'turns': [[instruction, given, output]]}
     shapes = ', '.join(f'{asked} and {answered}' for asked, answered, _ in SHAPES)
-    fields = ', '.join(map(repr, record)) or 'of an empty record'
-    problem = f'{where}: the fields {fields} are of no known example'
+    problem = f'{where}: the fields {", ".join(map(repr, record)) or "(none)"} are of no known example'
     raise UserError(f'{problem}; give {shapes}, messages, conversations, or --field.')
 
 

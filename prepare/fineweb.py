@@ -27,10 +27,9 @@ on_error = 'stop'  # or skip: leave out, and count, what cannot be read
 overwrite = False  # replace a finished folder that was prepared otherwise
 config = configure(globals())
 
-SUBSETS = [prefix + f'sample-{size}BT' for prefix in ('', 'edu-') for size in (10, 100, 350)]
-
 if __name__ == '__main__':
-    check_choice(config, 'subset', SUBSETS)
+    samples = 'sample-10BT', 'sample-100BT', 'sample-350BT'
+    check_choice(config, 'subset', [*samples, *(f'edu-{sample}' for sample in samples)])
     config['name'] = name or f'fineweb-{subset}'
     path = 'HuggingFaceFW/fineweb' + '-edu' * subset.startswith('edu-')
     write(files(input, field) if input else hub(path, subset.removeprefix('edu-'), field), config)

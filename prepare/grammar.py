@@ -239,14 +239,13 @@ def read_tables(text):
     tables = {}
     for block in blocks_of(text):
         (name, *columns), *lines = [[cell.strip() for cell in line.split('|')] for line in block.split('\n')]
-        tables[name] = {
-            word: {**make_row(word), **dict(zip(columns, cells, strict=True))}
-            for words, *cells in lines
-            for word in words.split(', ')
-        }
+        tables[name] = {}
+        for words, *cells in lines:
+            forms = dict(zip(columns, cells, strict=True))
+            tables[name] |= {word: make_row(word) | forms for word in words.split(', ')}
     for row in [row for table in tables.values() for row in table.values()]:
         for column in [column for column in row if row[column] in tables.get(column, {})]:
-            row.update({**tables[column][row[column]], **row})  # Lily is a "she", so she has her "her"
+            row |= tables[column][row[column]] | row  # Lily is a "she", so she has her "her"
     return tables
 
 
@@ -267,8 +266,8 @@ def read_rules(text):
 
 def zipf(options):
     """Return [(probability, option), ...]: the r-th option, r = 1, 2, ..., has weight 1 / (r + 1)."""
-    total = sum(1 / (rank + 2) for rank in range(len(options)))
-    return [(1 / (rank + 2) / total, option) for rank, option in enumerate(options)]
+    weights = [1 / (rank + 1) for rank in range(1, len(options) + 1)]
+    return [(weight / sum(weights), option) for weight, option in zip(weights, options)]
 
 
 class Node:
@@ -301,10 +300,8 @@ class Slot(Node):
         return text[0].upper() + text[1:] if self.capital else text
 
     def transitions(self, bindings):
-        if self.source:
-            rows = self.rows_of(self.source, bindings[self.parent][self.source] if self.parent else None)
-        else:
-            rows = [(1.0, bindings[self.variable])]
+        cell = self.parent and bindings[self.parent][self.source]
+        rows = self.rows_of(self.source, cell) if self.source else [(1.0, bindings[self.variable])]
         return [(p, self.text_of(row), self.then, {**bindings, self.variable: row}) for p, row in rows]
 
 
@@ -380,7 +377,7 @@ GRAMMAR = Grammar(RULES, TABLES)
 story, log_prob = GRAMMAR.story, GRAMMAR.log_prob
 
 
-def stories(num_stories, seed=0):
-    """Yield stories; story i depends on (seed, i) only, so that a longer list begins with the shorter one."""
-    for i in range(num_stories):
+def stories(num_stories, seed=0, first=0):
+    """Yield stories from `first` on; story i depends on (seed, i) only: a longer list begins with the shorter one."""
+    for i in range(first, num_stories):
         yield story(random.Random(f'{seed}/{i}'))

@@ -50,18 +50,17 @@ if __name__ == '__main__':
     check_choice(config, 'prompt_format', prompts.FORMATS)
     block_size, start_token = 1024, None
     if base := checkpoint_at(tokenizer):
-        block_size, start_token = base['model_config']['block_size'], base.get('start_token')
-        if start_token not in Tokenizer(base['tokenizer']).special_ids.values():
-            start_token = None
+        block_size, special = base['model_config']['block_size'], Tokenizer(base['tokenizer']).special_ids
+        start_token = base.get('start_token') if base.get('start_token') in special.values() else None
     config['max_seq_len'] = max_seq_len or block_size
     check_range(config, 8, math.inf, 'max_seq_len')
     config['name'] = name or Path(source.partition(',')[0]).stem
 
     is_file = Path(source).exists() or suffix_of(Path(source)) in READERS or source.count('/') != 1
-    if source in HUB or not is_file:
-        records = hub(HUB.get(source, source), document=document)
-    else:
-        records = files(source, field, document=document)
+    is_file = is_file and source not in HUB
+    records = (
+        files(source, field, '', document) if is_file else hub(HUB.get(source, source), None, field, document)
+    )
     records.limit = max_examples or None
     records.examples = Examples(prompts.FORMATS[prompt_format], config['max_seq_len'], start_token)
     write(records, config)

@@ -38,9 +38,9 @@ def download():
             content = response.read()
     except OSError as error:
         raise UserError(f'{URL} could not be downloaded ({error}); give a copy with --input=FILE.') from error
-    is_known = hashlib.sha256(content).hexdigest() == SHA256
-    require(is_known, f'{URL} gave {len(content)} bytes of another file; give a copy with --input=FILE.')
-    return content.decode('utf-8')
+    problem = f'{URL} gave {len(content)} bytes of another file'
+    require(hashlib.sha256(content).hexdigest() == SHA256, f'{problem}; give a copy with --input=FILE.')
+    return content.decode()
 
 
 if __name__ == '__main__':

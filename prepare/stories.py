@@ -5,7 +5,6 @@ $ python prepare/stories.py --num_stories=20000 --seed=0
 
 import math
 import sys
-from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -28,7 +27,7 @@ config = configure(globals())
 
 
 def documents(done=0, state=None):
-    return ((story, 1) for story in islice(grammar.stories(num_stories, seed), done, None))
+    return ((story, 1) for story in grammar.stories(num_stories, seed, done))
 
 
 if __name__ == '__main__':

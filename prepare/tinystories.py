@@ -29,7 +29,5 @@ overwrite = False  # replace a finished folder that was prepared otherwise
 config = configure(globals())
 
 if __name__ == '__main__':
-    if input:  # the .txt files of the data set have this between the stories
-        write(files(input, field, separator='<|endoftext|>'), config)
-    else:
-        write(hub('roneneldan/TinyStories', None, field), config)
+    end = '<|endoftext|>'  # between the stories of the data set's .txt files
+    write(files(input, field, end) if input else hub('roneneldan/TinyStories', None, field), config)

@@ -103,7 +103,7 @@ def test_the_hub_is_asked_for_what_is_no_folder(monkeypatch):
 
 
 BAD_ROWS = {
-    'test.tsv': ('a\tb\tlabel\nx\ty\n', 'row 1: 2 columns where there should be 3'),
+    'test.tsv': ('a\tb\tlabel\nx\ty\n', 'row 1 does not have the 3 columns'),
     'test.jsonl': ('{"a": "x", "label": "neg"}', "row 1: there is no 'b', only 'a', 'label'"),
     'test.json': ('[7]', 'record 1: a int .7. instead of a record'),
     'test.csv': ('a,b,label\nx,y,good\n', "row 1: the label 'good' is none of the 2 classes"),

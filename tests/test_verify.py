@@ -1,6 +1,5 @@
 """What `python -m lm.verify data/NAME` promises: any damage is found and named, and a card where there is none."""
 
-import json
 import re
 import subprocess
 import sys
@@ -11,7 +10,6 @@ from conftest import ROOT, config_of, make_texts, write_jsonl
 
 from lm import verify
 from lm.configurator import UserError
-from lm.files import checksum, sha256_of
 
 
 @pytest.fixture
@@ -23,15 +21,11 @@ def folder(prepare, tmp_path):
     return prepare('instruct.py', f'--source={source}', *settings)
 
 
-def change(folder, name, place, value, dtype, seal=False):
-    """One number of a file becomes another; `seal`: config.json gets hashes to match."""
+def change(folder, name, place, value, dtype):
+    """One number of a file becomes another."""
     numbers = np.fromfile(folder / name, dtype)
     numbers[place] = value
     numbers.tofile(folder / name)
-    if seal:
-        config = config_of(folder)
-        config['sha256'][name] = sha256_of(folder / name)
-        (folder / 'config.json').write_text(json.dumps(config | {'checksum': checksum(config)}))
 
 
 def test_a_folder_as_it_was_written_gets_its_card(folder, capsys):
@@ -63,17 +57,7 @@ DAMAGES = {
         lambda f: change(f, 'train_tokens.bin', 5, 7, 'uint16'),
         'train_tokens.bin is not the file',
     ),
-    'an id too large': (
-        lambda f: change(f, 'val_tokens.bin', 5, 300, 'uint16', seal=True),
-        'token id 300, .* at 299',
-    ),
-    'an index that falls': (lambda f: change(f, 'train_index.bin', 3, 0, 'uint64', seal=True), 'a step back'),
-    'an index that ends early': (
-        lambda f: change(f, 'val_index.bin', -1, 5, 'uint64', seal=True),
-        'does not lead',
-    ),
     'a mask changed': (lambda f: change(f, 'val_masks.bin', 0, 0, 'uint8'), 'val_masks.bin is not the file'),
-    'a mask of 2': (lambda f: change(f, 'val_masks.bin', 0, 2, 'uint8', seal=True), 'neither 0 nor 1'),
     'masks gone': (lambda f: (f / 'val_masks.bin').unlink(), 'val_masks.bin is missing'),
     'a file without hash': (
         lambda f: edit(f, 'config.json', '"val_masks.bin"', '"other"'),
