@@ -50,10 +50,9 @@ def load_database(path):
 def find_entry(database, language, task):
     """Return the entry of `language`, or language:name, and `task`."""
     language, _, name = language.partition(':')
-    known = ', '.join(database)
-    require(language in database, f'The language {language!r} is not in the database; it has {known}.')
-    known = ', '.join(database[language])
-    require(task in database[language], f'{language!r} has no task {task!r} in the database; it has {known}.')
+    require(language in database, f'The database has no language {language!r}, only {", ".join(database)}.')
+    tasks = database[language]
+    require(task in tasks, f'The database has no task {task!r} of {language!r}, only {", ".join(tasks)}.')
 
     entry, where = database[language][task], f'{language!r}, {task!r} of the database'
     if 'dataset' not in entry:  # several, by their names
@@ -61,8 +60,8 @@ def find_entry(database, language, task):
         names = ', '.join(f'{language}:{each}' for each in entry)
         require(name in entry, f'{where} has several data sets; choose one of {names}.')
         entry = entry[name]
-    missing = ', '.join(key for key in REQUIRED if key not in entry)
-    require(not missing, f'{where} lacks {missing}.')
+    for key in REQUIRED:
+        require(key in entry, f'{where} lacks {key}.')
     require(len(entry['splits']) in (2, 3), f'{where}: splits has to name train, perhaps val, and test.')
     return entry
 
@@ -139,8 +138,7 @@ def rows_of_table(path, columns):
 def read_sets(database, task, train_langs, eval_langs, model_type):
     """Return {'train', perhaps 'val', each language of eval_langs: [(entry, rows)]}, and the number of classes.
 
-    The rows of all training languages are joined; validation rows are theirs too: the test set never selects a
-    checkpoint.
+    Validation rows are of the training languages: the test set never selects a checkpoint.
     """
 
     def entries_of(languages):

@@ -1,10 +1,8 @@
 """Prompt formats: how an instruction, its input and the answer become one text, and that text tokens.
 
-A format is a template of one turn; it stands in a prepared folder's config.json and in the checkpoint. What
-{#input}…{/input} encloses is left out where the input is empty. The prompt is what stands before {output}.
-What follows it ends the answer: the first marker, such as <|im_end|>, if it is a special token of the
-tokenizer, or else <|endoftext|>. Markers become special tokens where the tokenizer has them; the same
-characters within a user's text never do.
+A format is a template of one turn. What {#input}…{/input} encloses is left out where the input is empty. The prompt is
+what stands before {output}; what follows it ends the answer: the first marker, such as <|im_end|>, if it is a special
+token of the tokenizer, or else <|endoftext|>. The same characters within a user's text are never a special token.
 """
 
 import re

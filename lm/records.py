@@ -1,7 +1,7 @@
 """Records of .jsonl (.gz, .zst), .json and .parquet files, read one at a time.
 
-A record that cannot be read is handed on as a UserError in its place, which names the file and the line, so that
-the caller may skip it. A file that cannot be read to its end always raises.
+A record that cannot be read is handed on as a UserError in its place, which names the file and the line, so that the
+caller may skip it.
 """
 
 import io
@@ -68,8 +68,7 @@ def damage_named(path):
     try:
         yield
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        problem = f'{path} cannot be read to its end ({first_line(error)})'
-        raise UserError(f'{problem}; fetch it again, or leave it out.') from error
+        raise UserError(f'{path} cannot be read to its end ({first_line(error)}); fetch it again.') from error
 
 
 @contextmanager

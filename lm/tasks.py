@@ -152,8 +152,7 @@ def rows_of_class(task, wanted, count, draw, length, compat):
         x = x[np.sort(first)]  # in the order in which they first came
         idle = 0 if len(x) > before else idle + 1
     missing = f'{task} has only {len(x)} rows of sequence_length={length} with label {wanted}, not {count}'
-    repeats = ', or give --compat, which repeats rows' if task in ('fn_g', 'fn_h') else ''
-    require(len(x) >= count or compat, f'{missing}; choose smaller sets or longer sequences{repeats}.')
+    require(len(x) >= count or compat, f'{missing}; choose smaller sets, longer sequences, or --compat.')
     return x[:count]
 
 
@@ -164,13 +163,12 @@ def check(task, length, sizes):
     """Raise UserError where the sets cannot be made. sizes: {'train': rows, 'val': rows, 'test': rows}"""
     names = ', '.join(f'{key} ({name})' for key, (name, *_) in TASKS.items())
     require(task in TASKS, f'target_func is {task!r}; choose {names}.')
-    name, _, shortest = TASKS[task]
-    require(length >= shortest, f'sequence_length is {length}; {task} ({name}) needs at least {shortest}.')
+    shortest = TASKS[task][2]
+    require(length >= shortest, f'sequence_length is {length}; {task} needs at least {shortest}.')
     is_whole = task != 'fn_h' or length % 4 == 0  # two bits per bracket, as many closed as opened
-    require(is_whole, f'sequence_length is {length}; {task} ({name}) needs a multiple of 4.')
+    require(is_whole, f'sequence_length is {length}; {task} needs a multiple of 4.')
     for key, size in sizes.items():
-        is_even = size >= 0 and size % 2 == 0
-        require(is_even, f'{key}_set_size is {size}; it has to be even, half of each class.')
+        require(size in range(0, 2**62, 2), f'{key}_set_size is {size}; it must be even, half of each class.')
     total, base = sum(sizes.values()), len(digits_of(task))
     problem = f'The sets ask for {total:,} rows, and there are only {base}^{length} = {base**length:,}'
     require(total <= base**length, f'{problem}; choose smaller sets or a longer sequence_length.')

@@ -21,9 +21,8 @@ KINDS = ('char', 'bytes', 'gpt2', 'bpe')  # what `build` builds
 class Tokenizer:
     """Encode text to token ids and decode them; the text of a `tokenizer.json` is the whole state.
 
-    The special tokens that the text lacks are appended to its vocabulary. Text that merely contains the name
-    of a special token is never encoded as that token. `end`: the name or id of the token that serves as
-    <|endoftext|> in a pretrained vocabulary; it is recorded in the text.
+    Special tokens that it lacks are appended. Text that contains the name of a special token is never encoded as
+    that token. `end`: the name or id of what serves as <|endoftext|> in a pretrained vocabulary; it is recorded.
     """
 
     def __init__(self, json_text, name='The tokenizer', end=None):
@@ -49,8 +48,8 @@ class Tokenizer:
         self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
         self.endoftext_id = inner.token_to_id(ENDOFTEXT) if recorded is None else recorded
         self.mask_id, self.ignore_id = inner.token_to_id(MASK), inner.token_to_id(IGNORE)
-        added = inner.get_added_tokens_decoder()
-        self.special_ids = {token.content: i for i, token in added.items() if token.special}  # by name
+        added = inner.get_added_tokens_decoder().items()
+        self.special_ids = {token.content: i for i, token in added if token.special}  # by name
         # A character vocabulary is the only one that cannot spell every text.
         is_char = isinstance(inner.model, models.WordLevel)
         self._characters = set(inner.get_vocab(with_added_tokens=False)) if is_char else None
@@ -169,9 +168,8 @@ def fast_gpt2(tokenizer):
 def pieces(text):
     """Cut a long text into pieces that, encoded one by one with any of KINDS, give the ids of the whole.
 
-    That holds before a space or line end that follows something else: in GPT-2's pattern no token continues
-    there. Where no such boundary comes for LONGEST characters, the text is cut all the same, because encoding
-    a word takes a hundred times its length in memory; the ids around that cut may differ.
+    In GPT-2's pattern no token continues at a BOUNDARY. Where none comes for LONGEST characters, the text is cut all
+    the same, because encoding a word takes a hundred times its length in memory; the ids around that cut may differ.
     """
     start = 0
     while len(text) - start > PIECE:
@@ -200,8 +198,7 @@ def json_of_pair(folder):
 
 
 def record_end(tokenizer, end):
-    """Record that the token with the id `end` is <|endoftext|>, in the one place of the format that names special
-    tokens: a template, which here adds nothing to a text."""
+    """Record that the token with the id `end` is <|endoftext|>, in a template that adds nothing to a text."""
     template = processors.TemplateProcessing(single='$A', pair='$A $B:1', special_tokens=[(ENDOFTEXT, end)])
     own = [] if tokenizer.post_processor is None else [tokenizer.post_processor]
     tokenizer.post_processor = processors.Sequence([*own, template])
@@ -226,4 +223,3 @@ def pretrained_token(folder, kind):
         token = token[0] if isinstance(token, list) and token else token
         if isinstance(token, (str, int)):
             return token
-    return None

@@ -37,12 +37,9 @@ def check_hashes(folder):
 
 def card(folder):
     """Yield the lines: where the text comes from, and how much it is."""
-    config = folder.config
-    yield f'{config["name"]}: all is as it was written'
-    yield f'  source     {config.get("source", "unknown")}'
-    yield f'  settings   {", ".join(f"{key}={value}" for key, value in config.get("arguments", {}).items())}'
-    yield f'  tokenizer  {folder.tokenizer.vocab_size:,} tokens, ids in {config["dtype"]}'
-    yield f'  left out   {config.get("blank", 0):,} blank documents, {config.get("skipped", 0):,} unreadable ones'
+    yield f'{folder.config["name"]}: all is as it was written'
+    for key in 'source arguments vocab_size dtype blank skipped'.split():
+        yield f'  {key:<10} {folder.config.get(key)}'
     for split, sizes in folder.splits.items():
         counts = ', '.join(f'{count:,} {unit}' for unit, count in sizes.items())
         yield f'  {split:<10} {counts}, {sizes["bytes"] / max(1, sizes["tokens"]):.2f} bytes per token'

@@ -18,10 +18,9 @@ OUTCOMES = ('whole', 'cut', 'too long', 'empty')  # of encoding an example; the 
 
 
 def conversation(record, where, field=''):
-    """Return a record as {'system': '...', 'turns': [[instruction, input, output], ...]} or {'text': '...'}.
+    """Return a record as {'system': '...', 'turns': [[instruction, input, output], ...]} or, with `field`, {'text': ...}.
 
-    Alpaca's, Dolly's, prompt and completion, `messages`, ShareGPT's `conversations`, or the plain text in
-    `field`, if one is named. Raises UserError, which names `where`, for a record of any other shape.
+    Raises UserError, which names `where`, for a record of none of the known shapes.
     """
     if field:
         return {'text': text_of(field, record, where)}

@@ -1,8 +1,8 @@
 """The folders of a preparation: finished ones are reused or refused, unfinished ones continued.
 
-Everything is written to a hidden folder beside the target, `.NAME.partial`, which takes the target's name when it
-is complete. After each shard of the source work/journal.json says how many documents are done and how large each
-file was. A restart truncates the files to these sizes and goes on after these documents.
+The hidden folder `.NAME.partial` takes the name of the target beside it when it is complete. After each shard of the
+source its work/journal.json says how many documents are done and how large each file was: a restart truncates the
+files to these sizes and goes on after these documents.
 """
 
 import contextlib
@@ -19,10 +19,9 @@ FORMAT = 1
 
 
 def finished_folder(target, command, overwrite):
-    """Return the config of a finished folder that fits the command; None where one is to be written.
+    """Return the config of a finished folder that fits the command {'format', 'arguments', 'inputs'}, if there is one.
 
-    command: {'format', 'arguments', 'inputs'}. Raises UserError for a folder of another command, unless it may be
-    overwritten, and always for any other folder.
+    Raises UserError for a folder of another command, unless it may be overwritten, and always for any other folder.
     """
     if not target.exists() or target.is_dir() and not any(target.iterdir()):
         return None
@@ -30,8 +29,7 @@ def finished_folder(target, command, overwrite):
         recorded = json.loads((target / 'config.json').read_text(encoding='utf-8'))
         words = differences(recorded, command)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # whatever else lies there
-        problem = f'{target} exists and was not prepared here'
-        raise UserError(f'{problem}; move it away, or give another --name.') from error
+        raise UserError(f'{target} was not prepared here; move it away, or give another --name.') from error
     if overwrite:
         return None
     require(not words, f'{shown(target)} was prepared otherwise: {words}. Give --overwrite, or another name.')
@@ -67,8 +65,9 @@ def unfinished_folder(target, command, overwrite):
             try:  # a record lock ends with this process and is not inherited by its workers
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                problem = f'Another process is preparing {target}'
-                raise UserError(f'{problem}; wait for it, or choose another --name.') from error
+                raise UserError(
+                    f'Another process is preparing {target}; wait, or choose another --name.'
+                ) from error
             journal = Journal(folder, command, overwrite)
             try:
                 yield journal
@@ -78,21 +77,21 @@ def unfinished_folder(target, command, overwrite):
                 shutil.rmtree(target / 'work')
             except BaseException:  # a keyboard interrupt too
                 if journal.state:
-                    kept = f'What is done so far, {journal.documents()}, is kept in {shown(folder)}'
-                    print(f'{kept}; the same command goes on from there.', file=sys.stderr)
+                    kept = f'{journal.documents()}, is kept in {shown(folder)}; the same command goes on from there.'
+                    print(f'What is done so far, {kept}', file=sys.stderr)
                 else:
                     shutil.rmtree(folder, ignore_errors=True)
                 raise
     except OSError as error:
-        problem = f'{target} could not be written ({error})'
-        raise UserError(f'{problem}; make room, or choose another --output_dir.') from error
+        raise UserError(
+            f'{target} could not be written ({error}); make room, or give another path.'
+        ) from error
 
 
 class Journal:
     """How far an unfinished folder has come: `state`, which the writer saves after each shard, None before.
 
     It continues what a killed run of the same command left, refuses what another left, or clears the folder.
-    state: {'source': {'documents': how many are done, ...}, 'sizes': {file name: bytes}, ...}
     """
 
     def __init__(self, folder, command, overwrite):
@@ -110,7 +109,7 @@ class Journal:
                 path.unlink(missing_ok=True)
 
     def save(self, state):
-        """Record the state, whose files must be on the disk."""
+        """Record {'source': {'documents': how many are done, ...}, 'sizes': {file name: bytes on the disk}, ...}."""
         write_json(self.path, {**self.command, 'state': state})
         self.state = state
 

@@ -1,9 +1,8 @@
 """Stories from a small grammar, and their exact probabilities.
 
-Of most text nobody can say how likely it was. Of these stories it is known, and any text can be judged: a language
-model trained on them cannot do better than the truth but by chance, and each of its samples is a story or is not.
-They take a memory: what is lost in the third sentence is found in the ninth, whoever helped is thanked, and "she"
-stays "she" to the end.
+A language model trained on them cannot do better than their known probability but by chance, and each of its samples
+is a story or is not. They take a memory: what is lost in the third sentence is found in the ninth, whoever helped is
+thanked, and "she" stays "she" to the end.
 
     from prepare import grammar
     text = grammar.story(random.Random(1))          # "... A frog saw her ..."
@@ -226,8 +225,7 @@ ending: That night {weather.night}, and {hero} dreamed of {love.doing}.
 """
 
 
-def blocks_of(text):
-    return re.split(r'\n(?! )', text.strip())  # what is indented belongs to what stands above it
+BLOCKS = r'\n(?! )'  # what is indented belongs to what stands above it
 
 
 def make_row(word):
@@ -237,7 +235,7 @@ def make_row(word):
 def read_tables(text):
     """Return {table: {word: row}} of a text like TABLES; a row is {form: text}."""
     tables = {}
-    for block in blocks_of(text):
+    for block in re.split(BLOCKS, text.strip()):
         (name, *columns), *lines = [[cell.strip() for cell in line.split('|')] for line in block.split('\n')]
         tables[name] = {}
         for words, *cells in lines:
@@ -252,7 +250,7 @@ def read_tables(text):
 def read_rules(text):
     """Return {rule: text} of a text like RULES. What stands in brackets becomes a rule, with a number for a name."""
     rules = {}
-    for block in blocks_of(text):
+    for block in re.split(BLOCKS, text.strip()):
         name, _, body = block.partition(':')
         body = re.sub(r'\s*\|\s*', '|', ' '.join(body.split()))
         body = body.replace(' (', '[ ').replace(')', '|]')  # what "(perhaps)" is short for
@@ -271,14 +269,11 @@ def zipf(options):
 
 
 class Node:
-    """A state of the story: it says `text`, then goes on at one of the nodes `options`; one without any is the end.
-
-    `needs` are the variables that must be bound here, since the rest refers to them.
-    """
+    """A state of the story: it says `text`, then goes on at one of the nodes `options`; one without any is the end."""
 
     def __init__(self, text, options):
         self.text, self.options = text, zipf(options)
-        self.needs = set().union(*(option.needs for option in options))
+        self.needs = set().union(*(option.needs for option in options))  # variables that must be bound here
 
     def transitions(self, bindings):
         """Return [(probability, text, next node, next bindings), ...], given bindings {variable: row}."""
@@ -308,16 +303,17 @@ class Slot(Node):
 class Grammar:
     """A distribution over stories, from texts like RULES and TABLES.
 
-    It is a Markov chain, whose state is a node and the bindings. To draw a story is to walk along it; the
-    probability of a text is summed over the walks that say just that.
+    It is a Markov chain, whose state is a node and the bindings; the probability of a text is summed over all walks.
     """
 
     def __init__(self, rules, tables):
         self.rules, self.tables = read_rules(rules), read_tables(tables)
         self.rows_of = cache(self.rows_of)
         self.start = self.link('story', Node('', []))
-        for name in sorted(self.start.needs):
-            raise ValueError(f'The rules can refer to {name!r} before a {{{name}=...}} has introduced it.')
+        if self.start.needs:
+            raise ValueError(
+                f'The rules can refer to {self.start.needs} before a {{NAME=...}} has introduced it.'
+            )
 
     def link(self, rule, then):
         """Return the node at which `rule` begins and after which comes the node `then`."""

@@ -1,7 +1,6 @@
 """Documents from files (.txt, .jsonl, .jsonl.gz, .jsonl.zst, .json, .parquet) and from the Hugging Face hub.
 
-A record without a usable text is handed on as a UserError in its place; on_error says whether that stops the
-preparation, or the record is skipped and counted.
+A record without a usable text is handed on as a UserError in its place; on_error says whether that stops the run.
 """
 
 import glob
@@ -37,8 +36,8 @@ class Source:
 def files(patterns, field, separator='', document=None):
     """Return the Source of comma-separated files, folders or globs, in that order, each of them sorted.
 
-    `field` names the text of a record; or `document(record, where)` makes a document of a whole record. A .txt
-    is one document, or several with a `separator` between them. Raises UserError for what cannot be read.
+    `field` names the text of a record; or `document(record, where)` makes a document of it. A .txt is one document,
+    or several with a `separator` between them.
     """
     make = document or partial(text_of, field)
     paths = expand(patterns, [*READERS] if document else ['.txt', *READERS])
@@ -87,10 +86,9 @@ def hub(path, subset=None, field='text', document=None):
 
 
 class Corpus:
-    """The documents of a source, each with its split; blank ones are left out and counted.
+    """The documents of a source, each with its split, by a hash of the text; blank ones are left out and counted.
 
-    A hash of the text decides the split, so that other documents, workers or orders never move one. A source
-    that is one document gives its last `val_fraction` of characters, as nanoGPT does.
+    A source that is one document gives its last `val_fraction` of characters, as nanoGPT does.
     """
 
     def __init__(self, source, val_fraction, on_error):
@@ -152,16 +150,13 @@ class Corpus:
 
 
 def expand(patterns, suffixes):
-    """Return the paths that comma-separated files, folders or globs stand for, each once.
-
-    Of a folder these are all files below it that can be read; others (a README) are not meant.
-    """
+    """Return the paths, each once, that comma-separated files, globs or folders of files with `suffixes` stand for."""
     paths, endings = [], ', '.join(suffixes)
     for pattern in filter(None, map(str.strip, patterns.split(','))):
-        pattern = str(Path(pattern).expanduser())
-        matches = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
-        require(matches, f'No file matches {pattern} in {Path.cwd()}; check the path.')
-        for path in map(Path, matches):
+        path = Path(pattern).expanduser()
+        matches = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
+        require(matches, f'No file matches {path} in {Path.cwd()}; check the path.')
+        for path in matches:
             below = (file for file in path.rglob('*') if file.is_file() and suffix_of(file) in suffixes)
             paths += sorted(below) if path.is_dir() else [path]
     require(paths, f'There is nothing to read: give files, folders or globs, between commas, of {endings}.')

@@ -2,17 +2,19 @@
 
 $ python prepare/text.py --input=books.jsonl --name=books
 $ python prepare/text.py --input='notes/*.txt,diary.txt' --name=notes --tokenizer=char
+$ python prepare/text.py --hub=HuggingFaceFW/fineweb-edu:sample-10BT --name=fineweb --val_fraction=0.0005
 """
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from lm.configurator import configure
-from prepare.readers import files
+from lm.configurator import configure, require
+from prepare import readers
 from prepare.writer import write
 
 input = ''  # files, folders or globs, with commas between them
+hub = ''  # a data set of the Hugging Face hub in place of files, with :SUBSET where it has several
 field = 'text'  # the field of a record that holds its text
 name = ''  # of the folder under data/
 output_dir = ''  # a path to write to instead
@@ -27,4 +29,6 @@ overwrite = False  # replace a finished folder that was prepared otherwise
 config = configure(globals())
 
 if __name__ == '__main__':
-    write(files(input, field), config)
+    path, _, subset = hub.partition(':')
+    require(not (hub and input), f'hub={hub} stands in place of input={input}; give one of them.')
+    write(readers.hub(path, subset or None, field) if hub else readers.files(input, field), config)

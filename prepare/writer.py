@@ -1,8 +1,7 @@
 """The one writer of prepared folders: documents in, flat token ids out, ready to be memory-mapped.
 
-The documents are read once to train the tokenizer, if it is trained, and once to be encoded: the main process
-reads, worker processes encode, and results are written in the order of the source, so that memory stays flat and
-the number of workers changes nothing. After each shard of the source a killed run can go on (prepare/folders.py).
+The main process reads, worker processes encode, and results are written in the order of the source, so that memory
+stays flat and the number of workers changes nothing. After each shard a killed run can go on (prepare/folders.py).
 """
 
 import hashlib
@@ -33,12 +32,10 @@ NOT_CONTENT = 'name output_dir input source num_workers overwrite on_error'.spli
 
 
 def write(source, config, log_prob=None):
-    """Prepare `source` and return the content of the folder's config.json.
+    """Prepare `source` with the settings of a prepare script; return the content of the folder's config.json.
 
-    `config` holds the settings of a prepare script. All that decide the content are recorded, and a finished
-    folder is reused only if they and the inputs are the same. `log_prob(text)`, in nats, is given where the true
-    distribution of the documents is known: then the loss that no model can beat is recorded too. Raises UserError
-    for every mistake of the user's; a folder that was there is then as it was.
+    `log_prob(text)`, in nats, is given where the true distribution of the documents is known: then the loss that no
+    model can beat is recorded too. After a UserError a folder that was there is as it was.
     """
     check_settings(config)
     target = target_folder(config)
@@ -59,11 +56,17 @@ def write(source, config, log_prob=None):
         finished = describe(target, command, tokenizer, counts, corpus)
         if empty := [split for split in SPLITS if not counts[split]['tokens']]:
             journal.state = None  # with these settings there is nothing to go on with
-            problem = f'The {empty[0]} split is empty at val_fraction={config["val_fraction"]}'
             found = finished.get('examples') or finished['splits']
+            problem = f'The {empty[0]} split is empty at val_fraction={config["val_fraction"]}'
             raise UserError(f'{problem} of {found}; give other settings, or more text.')
         if log_prob:
-            finished['floor'] = floor(counts['val'], -sum(map(log_prob, corpus.texts_of('val'))))
+            nats, val = -sum(map(log_prob, corpus.texts_of('val'))), counts['val']
+            per_byte = {
+                'nats_per_byte': nats / val['bytes'],
+                'bits_per_byte': nats / val['bytes'] / math.log(2),
+            }
+            per_token, per_story = nats / val['tokens'], nats / val['documents']
+            finished['floor'] = {'nats_per_token': per_token, **per_byte, 'nats_per_story': per_story}
         paths = sorted([*journal.folder.glob('*.bin'), path])
         finished['sha256'] = {path.name: sha256_of(path) for path in paths}
         finished['checksum'] = checksum(finished)
@@ -73,22 +76,22 @@ def write(source, config, log_prob=None):
 
 
 def check_settings(config):
-    kind, vocab_size, smallest = config['tokenizer'], config['vocab_size'], 256 + len(SPECIAL_TOKENS)
+    kind = config['tokenizer']
     check_range(config, 0, math.inf, *{'num_workers', 'max_seq_len'} & set(config))
     check_range(config, 0, 1, 'val_fraction')
     check_range(config, 0.001, math.inf, 'tokenizer_sample_mb')
     if 'on_error' in config:
         check_choice(config, 'on_error', ('stop', 'skip'))
     if kind == 'bpe':
-        check_range(config, smallest, math.inf, 'vocab_size')  # the bytes and the special tokens
-    elif 'vocab_size' in config.given:
-        raise UserError(f'vocab_size={vocab_size} has no effect with tokenizer={kind}; leave it out.')
+        check_range(config, 256 + len(SPECIAL_TOKENS), math.inf, 'vocab_size')
+    is_used = kind == 'bpe' or 'vocab_size' not in config.given
+    require(is_used, f'vocab_size={config["vocab_size"]} has no effect with tokenizer={kind}; leave it out.')
 
 
 def target_folder(config):
-    name, output_dir = config['name'], config['output_dir']
-    if output_dir:
-        return Path(output_dir).expanduser().resolve()
+    name = config['name']
+    if config['output_dir']:
+        return Path(config['output_dir']).expanduser().resolve()
     is_plain = name and Path(name).name == name and not name.startswith('.')
     require(is_plain, f'name={name} does not name a folder under data/; give a plain name, or output_dir.')
     return ROOT / 'data' / name
@@ -98,6 +101,7 @@ def content_arguments(config):
     """Return the settings that decide the content of the files, as config.json records them."""
     omitted = {*NOT_CONTENT} if config.get('max_seq_len') else {*NOT_CONTENT, 'max_seq_len'}
     omitted |= set() if config['tokenizer'] == 'bpe' else {'vocab_size', 'tokenizer_sample_mb'}
+    omitted |= set() if config.get('hub') else {'hub'}
     arguments = {key: value for key, value in config.items() if key not in omitted}
     if config['tokenizer'] not in KINDS:  # by content, because a path may come to hold something else
         json_text = load_tokenizer(config['tokenizer']).to_json()
@@ -113,8 +117,7 @@ def make_tokenizer(corpus, config):
 
 def load_tokenizer(path):
     """Load the Tokenizer of a tokenizer.json, of a folder that holds one, or of a checkpoint."""
-    kinds = ', '.join(KINDS)
-    require(Path(path).exists(), f'tokenizer={path} is none of {kinds}, nor a path; correct it.')
+    require(Path(path).exists(), f'tokenizer={path} is none of {", ".join(KINDS)}, nor a path; correct it.')
     checkpoint = checkpoint_at(path)
     return Tokenizer(checkpoint['tokenizer']) if checkpoint else Tokenizer.load(path)
 
@@ -144,7 +147,7 @@ def encode_corpus(corpus, tokenizer, config, journal):
 
     in_pieces = config['tokenizer'] in KINDS and not source.examples
     texts = corpus.texts(state['source'])
-    setup = config['tokenizer'], tokenizer.to_json(), not corpus.is_single, source.examples
+    setup = config['tokenizer'], tokenizer.to_json(), corpus.is_single, source.examples
     bar = tqdm(total=source.total, unit=source.unit, unit_scale=True, disable=None)  # on a terminal only
     with bar, ProcessPoolExecutor(num_workers, initializer=start_worker, initargs=setup) as pool:
         try:
@@ -216,18 +219,20 @@ def encode(batch):
 
 
 class Encoder:
-    """Encode texts with one tokenizer; `with_end`: each document ends with <|endoftext|>."""
+    """Encode texts with one tokenizer; a document ends with <|endoftext|>, unless it is the only one."""
 
-    def __init__(self, kind, tokenizer_json, with_end, examples):
+    def __init__(self, kind, tokenizer_json, is_single, examples):
         self.tokenizer, self.examples = Tokenizer(tokenizer_json), examples
         self.encode_batch = fast_gpt2(self.tokenizer) if kind == 'gpt2' else self.tokenizer.encode_batch
         self.dtype = token_dtype(self.tokenizer)
-        self.end = np.array([self.tokenizer.endoftext_id] if with_end else [], self.dtype)
+        self.end = np.array([] if is_single else [self.tokenizer.endoftext_id], self.dtype)
 
     def encode(self, batch):
         """Return {'tokens', 'index', 'masks': array}, and the counts of tokens, documents, bytes and outcomes."""
         tokens, index, masks, counts = [self.end[:0]], [], [], Counter()
-        for ids, loss_mask, text, is_last in self.rows_of(batch, counts):
+        for ids, loss_mask, text, is_last in (
+            self.examples_of(batch, counts) if self.examples else self.texts_of(batch)
+        ):
             tokens.append(ids)
             masks += loss_mask
             counts.update(tokens=len(ids), documents=int(is_last), bytes=len(text.encode()))
@@ -235,17 +240,18 @@ class Encoder:
         tokens = np.concatenate(tokens, dtype=self.dtype, casting='unsafe')
         return dict(tokens=tokens, index=np.array(index, np.uint64), masks=np.array(masks, np.uint8)), counts
 
-    def rows_of(self, batch, counts):
-        """Return [(ids, loss mask, text, is_last)]; the outcomes of examples are counted."""
-        texts = [text for text, _ in batch]
-        if self.examples:
-            encoded = [(*self.examples.encode(self.tokenizer, text), text) for text in texts]
-            counts.update(outcome for _, _, outcome, _ in encoded)
-            return [(ids, mask, self.examples.text(text), True) for ids, mask, _, text in encoded if ids]
-        return [
-            (np.append(ids, self.end) if is_last else ids, [], text, is_last)
-            for ids, (text, is_last) in zip(self.encode_batch(texts), batch)
-        ]
+    def texts_of(self, batch):
+        """Yield (ids, loss mask, text, is_last) of each piece of a text."""
+        for ids, (text, is_last) in zip(self.encode_batch([text for text, _ in batch]), batch):
+            yield np.append(ids, self.end) if is_last else ids, [], text, is_last
+
+    def examples_of(self, batch, counts):
+        """Yield the same of each example that is kept; the outcomes are counted."""
+        for document, _ in batch:
+            ids, loss_mask, outcome = self.examples.encode(self.tokenizer, document)
+            counts[outcome] += 1
+            if ids:
+                yield ids, loss_mask, self.examples.text(document), True
 
 
 # ---------------------------------------------------------------------------- config.json and what is printed
@@ -260,9 +266,7 @@ def describe(target, command, tokenizer, counts, corpus):
     ids = tokenizer.endoftext_id, tokenizer.mask_id, tokenizer.ignore_id
     opening = tokenizer.encode(corpus.opening) if corpus.is_single else ids[:1]
     config = {
-        'format': FORMAT,
-        'name': target.name,
-        'source': corpus.source.name,
+        **{'format': FORMAT, 'name': target.name, 'source': corpus.source.name},
         **{key: command[key] for key in ('arguments', 'inputs')},
         'vocab_size': tokenizer.vocab_size,
         'dtype': token_dtype(tokenizer).name,
@@ -277,24 +281,14 @@ def describe(target, command, tokenizer, counts, corpus):
     return config | (examples.describe(counts['train'] + counts['val']) if examples else {})
 
 
-def floor(counts, nats):
-    """Return what no model can beat on a split but by chance: the true distribution's own loss."""
-    return {
-        'nats_per_token': nats / counts['tokens'],
-        'nats_per_byte': nats / counts['bytes'],
-        'bits_per_byte': nats / counts['bytes'] / math.log(2),
-        'nats_per_story': nats / counts['documents'],
-    }
-
-
 def report(target, finished):
     """Print what the folder holds, and the command that comes next."""
     train, val = finished['splits']['train'], finished['splits']['val']
     sizes = ', '.join(f'{train[unit]:,} + {val[unit]:,} {unit}' for unit in UNITS)
     print(f'{shown(target)}: {sizes} (training + validation), vocabulary {finished["vocab_size"]:,}')
     print(f'left out: {finished["blank"]:,} blank documents, {finished["skipped"]:,} that could not be read')
+    script = 'train.py'
     if 'examples' in finished:
         print('examples:', ', '.join(f'{count:,} {name}' for name, count in finished['examples'].items()))
-    script = 'finetune.py --init_from=CHECKPOINT' if 'examples' in finished else 'train.py'
-    dataset = target.name if target == ROOT / 'data' / target.name else target
-    print(f'next: python {script} --dataset={dataset}')
+        script = 'finetune.py --init_from=CHECKPOINT'
+    print(f'next: python {script} --dataset={target.name if target.parent == ROOT / "data" else target}')

@@ -477,12 +477,10 @@ def test_an_error_has_no_traceback_and_exit_status_1(tmp_path):
     assert len(done.stderr.splitlines()) == 1 and 'no valid UTF-8' in done.stderr
 
 
-def test_other_subsets_and_no_network_are_one_sentence(prepare, monkeypatch):
+def test_no_network_is_one_sentence(prepare, monkeypatch):
     def offline(*_, **__):
         raise urllib.error.URLError('no network')
 
     monkeypatch.setattr(urllib.request, 'urlopen', offline)
     with pytest.raises(UserError, match='--input=FILE'):
         prepare('shakespeare.py')
-    with pytest.raises(UserError, match='subset.*sample-10BT'):
-        prepare('fineweb.py', '--subset=sample-9BT')

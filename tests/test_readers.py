@@ -193,20 +193,21 @@ def test_a_stream_goes_on_from_its_state(hub, tmp_path):
         assert begun + [text for text, _ in source.documents(done, state)] == whole
 
 
-@pytest.mark.parametrize(
-    'script, asked_for',
-    [
-        ('tinystories.py', ('roneneldan/TinyStories', None)),
-        ('openwebtext.py', ('Skylion007/openwebtext', None)),
-        ('fineweb.py', ('HuggingFaceFW/fineweb', 'sample-10BT')),
-    ],
-)
-def test_each_source_on_the_hub_gives_what_its_files_give(prepare, hub, tmp_path, script, asked_for):
+ON_THE_HUB = {  # script and setting: what is asked for
+    'tinystories.py': ('roneneldan/TinyStories', None),
+    'openwebtext.py': ('Skylion007/openwebtext', None),
+    'text.py --hub=HuggingFaceFW/fineweb:sample-10BT': ('HuggingFaceFW/fineweb', 'sample-10BT'),
+}
+
+
+@pytest.mark.parametrize('words', ON_THE_HUB)
+def test_each_source_on_the_hub_gives_what_its_files_give(prepare, hub, tmp_path, words):
+    script, *setting = words.split()
     texts = make_texts(40)
     rows = [{'text': text} for text in texts]
     asked = hub(lambda: datasets.Dataset.from_list(rows).to_iterable_dataset())
-    from_hub = prepare(script, *BYTES)
-    assert set(asked) == {asked_for} and list(config_of(from_hub)['inputs'].values()) == ['abc']
+    from_hub = prepare(script, *setting, *BYTES)
+    assert set(asked) == {ON_THE_HUB[words]} and list(config_of(from_hub)['inputs'].values()) == ['abc']
     path = write_jsonl(tmp_path / 'a.jsonl', texts)
     from_files = prepare(script, *BYTES, f'--input={path}', output_dir=tmp_path / 'files')
     assert config_of(from_hub)['sha256'] == config_of(from_files)['sha256']

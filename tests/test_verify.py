@@ -33,7 +33,7 @@ def test_a_folder_as_it_was_written_gets_its_card(folder, capsys):
     said, sizes = capsys.readouterr().out, config_of(folder)['splits']
     for part in (
         'a.jsonl',
-        'max_seq_len=1024',
+        "'max_seq_len': 1024",
         'bytes per token',
         f'{sizes["train"]["tokens"]:,}',
         'all is as it was written',
