@@ -245,7 +245,8 @@ if resumed.checkpoint:
         before == now, f'The run of {resumed.path} has (rows per step, rows) {before}, not {now}; {remedy}.'
     )
     checkpoints.load_state(resumed, raw_classifier, opt)
-    scaler.load_state_dict(initial['scaler_state_dict'])
+    if initial['scaler_state_dict']:  # empty unless dtype was float16
+        scaler.load_state_dict(initial['scaler_state_dict'])
     longer = {'max_steps', 'num_epochs'} & {key for key, _, _ in resumed.overrides}
     finished = finished and not longer
     if finished and (resumed.run_dir / 'predictions.npz').exists():

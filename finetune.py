@@ -34,9 +34,7 @@ dropout = 0.0
 k_schedule = (1, 2, 4, 8)  # sdd: candidates per masked position, one of these drawn for each step
 k_warmup_steps = 0  # sdd: go through k_schedule in this many steps instead, then stay at its last
 p_belief = ((0.5, 0.5),)  # sdd: (fraction of training, probability that a step uses beliefs from there on)
-anneal_steps: int = (
-    None  # from ar weights: steps from causal to bidirectional attention; None: a tenth of all
-)
+anneal_steps: int = None  # from ar weights: steps to bidirectional attention; None: a tenth of all
 neftune_alpha = 0.0  # noise on the embeddings while training, e.g. 5 (Jain et al. 2023); 0: none
 gradient_checkpointing = True  # recompute each block in the backward pass: less memory, a third more time
 model_size = 'tiny'  # of init_from=scratch: tiny, small, medium, large, xl
@@ -100,6 +98,7 @@ FIXED = (
 ).split()
 
 runtime.check_settings(config)
+resumed = checkpoints.resume(globals(), config, FIXED)
 require(
     not (load_in_8bit and load_in_4bit), 'load_in_8bit and load_in_4bit are both given; choose one of them.'
 )
@@ -121,7 +120,6 @@ require(dataset, 'There is nothing to learn from; give --dataset=NAME, a folder 
 
 # ---------------------------------------------------------------------------- process, data, start
 
-resumed = checkpoints.resume(globals(), config, FIXED)
 if push_to_hub:
     import hf  # slow to import
 
@@ -171,14 +169,6 @@ if use_peft:
 
     raw_model.load_state_dict(weights or raw_model.state_dict())
     weights = None
-    control = prompts.control_tokens(prompt_format, tokenizer)
-    untrained = lora.untrained(raw_model, list(control.values()))
-    if untrained and dist.is_main:
-        names = ', '.join(name for name, i in control.items() if i in untrained)
-        remedy = (
-            'take another --prompt_format, tune all weights, or take a base that was tuned with this format'
-        )
-        print(f'warning: {init_from} was never trained on {names}, so answers may not end; {remedy}.')
     targets = tuple(name.strip() for name in peft_targets.split(',')) if peft_targets else ()
     if load_in_8bit or load_in_4bit:
         quantize.quantize(raw_model, bits=8 if load_in_8bit else 4)

@@ -170,10 +170,7 @@ class KVCache:
         self.buffers = {}  # by layer: keys and values, (B, H, size, D) each
         self.size = size
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
-        self.even, self.longest = (
-            True,
-            0,
-        )  # whether all rows are equally long; known without asking the device
+        self.even, self.longest = True, 0  # whether all lengths are equal: known without asking the device
         self.fixed = False
 
     def fix(self):

@@ -40,13 +40,9 @@ k_schedule = (1, 2, 4, 8)  # sdd: candidates per masked position, one of these d
 k_warmup_steps = 0  # sdd: go through k_schedule in this many steps instead, then stay at its last
 p_belief = ((0.5, 0.5),)  # sdd: (fraction of training, probability that a step uses beliefs from there on)
 gradient_checkpointing = False  # recompute each block in the backward pass: less memory, a third more time
-selective_checkpointing = (
-    False  # with it: keep matmuls and attention, half of a block's memory, for less time
-)
+selective_checkpointing = False  # with it: keep matmuls and attention, half of a block's memory
 init_from = ''  # start from the weights of a ckpt.pt, run folder, Hugging Face folder or hub id
-anneal_steps: int = (
-    None  # from ar weights: steps from causal to bidirectional attention; None: a tenth of all
-)
+anneal_steps: int = None  # from ar weights: steps from causal to full attention; None: a tenth of all
 token = ''  # of the Hugging Face hub, for private models
 revision = ''  # a branch, tag or commit of the hub
 # --- optimization ---

@@ -302,7 +302,8 @@ def continue_run(resumed, store, model, optimizer, scaler, batches, config):
     remedy = 'keep the product of batch_size, gradient_accumulation_steps and ranks, or rows would be skipped or repeated'
     require(before == now, f'The run of {path} has {before} rows per step, not {now}; {remedy}.')
     store.load_state(resumed, model, optimizer)
-    scaler.load_state_dict(checkpoint['scaler_state_dict'])
+    if checkpoint['scaler_state_dict']:  # empty unless dtype was float16
+        scaler.load_state_dict(checkpoint['scaler_state_dict'])
     return checkpoint['global_step'], Best(checkpoint['best_step'], checkpoint['best_val_loss'])
 
 

@@ -164,12 +164,13 @@ def weights_of_classes(wanted, labels, num_classes):
     if wanted == 'balanced':
         counts = np.bincount(labels, minlength=num_classes)
         return np.where(counts > 0, len(labels) / (num_classes * np.maximum(counts, 1)), 0.0)
-    numbers = re.fullmatch(r'[\d.]+(,[\d.]+)*', wanted) and wanted.count(',') == num_classes - 1
+    fits = re.fullmatch(r'\d+\.?\d*(,\d+\.?\d*)*', wanted) and wanted.count(',') == num_classes - 1
+    weights = np.array(wanted.split(',') if fits else [], float)
     require(
-        numbers,
+        weights.any(),
         f'class_weights is {wanted!r}; give balanced, or {num_classes} numbers with commas between them.',
     )
-    return np.array(wanted.split(','), float)
+    return weights
 
 
 def train_top_layers(classifier, num_layers, train_final_norm):

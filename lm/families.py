@@ -1,11 +1,9 @@
 """The families of Hugging Face checkpoints: their tensor names and config.json in our terms, and back.
 
-gpt2, opt, llama (also deepseek-coder, tinyllama and smollm), mistral, qwen2 (also 2.5) and qwen3. At the end, the
-shapes of published models, to train them from scratch.
+gpt2, opt, llama (also deepseek-coder, tinyllama and smollm), mistral, qwen2 (also 2.5) and qwen3.
 """
 
 import contextlib
-from dataclasses import replace
 
 import torch
 
@@ -59,28 +57,18 @@ KEYS = {  # of config.json, by field of ModelConfig
     'rope_scaling': ('rope_scaling', None, None),
     'tied': ('tie_word_embeddings', 'tie_word_embeddings', 'tie_word_embeddings'),
 }
-DEFAULTS = {  # of keys that may be missing
-    'llama': dict(num_key_value_heads=None, head_dim=None, rms_norm_eps=1e-6, tie_word_embeddings=False),
-    'opt': dict(activation_function='relu', do_layer_norm_before=True, word_embed_proj_dim=None),
-    'gpt2': dict(n_inner=None, activation_function='gelu_new', layer_norm_epsilon=1e-5),
-}
-REQUIRED = {  # keys that have to have this value
-    'llama': dict(hidden_act='silu', attention_bias=False, mlp_bias=False),
-    'opt': dict(enable_bias=True, layer_norm_elementwise_affine=True, _remove_final_layer_norm=False),
-    'gpt2': dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False),
-}
-EXPORTED = {  # keys that an export has besides
-    'llama': dict(hidden_act='silu'),
-    'opt': dict(dropout=0.0),
-    'gpt2': dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
-}
-GPT = dict(norm='layer', position='learned', bias=True, qk_norm=False)
-FIELDS = {  # of ModelConfig, the same for all models of a layout
-    'llama': dict(mlp='swiglu', norm='rms_gain', qkv_bias=False, qk_norm=False),
-    'opt': dict(GPT, norm_eps=1e-5, position_offset=2),
-    'gpt2': GPT,
-}
 ACTIVATIONS = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu', 'relu': 'relu'}
+DEFAULTS = dict(num_key_value_heads=None, head_dim=None, rms_norm_eps=1e-6)  # of keys that may be missing
+DEFAULTS.update(do_layer_norm_before=True, word_embed_proj_dim=None, n_inner=None, layer_norm_epsilon=1e-5)
+KNOWN = dict(hidden_act=['silu'], attention_bias=[False], mlp_bias=[False], partial_rotary_factor=[1.0])
+KNOWN.update(rope_type=['default', 'linear', 'llama3'], activation_function=[*ACTIVATIONS])
+KNOWN.update(enable_bias=[True], layer_norm_elementwise_affine=[True], _remove_final_layer_norm=[False])
+KNOWN.update(scale_attn_weights=[True], scale_attn_by_inverse_layer_idx=[False], add_cross_attention=[False])
+GPT = dict(norm='layer', position='learned', bias=True, qk_norm=False)
+LLAMA = dict(mlp='swiglu', norm='rms_gain', qkv_bias=False, qk_norm=False)
+FIELDS = dict(llama=LLAMA, opt={**GPT, 'norm_eps': 1e-5, 'position_offset': 2}, gpt2=GPT)  # of ModelConfig
+DROPOUT = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+EXPORTED = dict(llama={'hidden_act': 'silu'}, opt={'dropout': 0.0}, gpt2=DROPOUT)  # keys that an export adds
 
 
 def column(table, layout):
@@ -92,8 +80,8 @@ def column(table, layout):
 def hf_name(name, family):
     """Return where a family keeps our tensor `name`: (its name there, qkv_index, transposed).
 
-    blocks.3.mlp.up.bias is transformer.h.3.mlp.c_fc.bias in gpt2. There linear layers are (in, out) and queries, keys
-    and values are one of them; qkv_index is 0, 1 or 2 for these and None elsewhere. Without a family: our own name.
+    blocks.3.mlp.up.bias is transformer.h.3.mlp.c_fc.bias in gpt2. There linear layers are (in, out) and q, k, v
+    are one; qkv_index is 0, 1 or 2 for these and None elsewhere. Without a family: our own name.
     """
     if family is None:
         return name, None, False
@@ -112,111 +100,88 @@ def hf_name(name, family):
 
 
 def config_from_hf(c, path):
-    """Return the fields of ModelConfig that a config.json `c` sets. UserError: it says what we cannot express."""
-    family, known = c['model_type'], ', '.join(FAMILIES)
+    """Return the fields of ModelConfig that a config.json `c` sets; UserError: they cannot say it."""
+    family, known = c.get('model_type'), ', '.join(FAMILIES)
     require(family in FAMILIES, f'{path} is of the family {family!r}; choose one of {known}.')
     layout, _, fields = FAMILIES[family]
-    c = {'tie_word_embeddings': True, **REQUIRED[layout], **DEFAULTS[layout], **c}
+    defaults = {**DEFAULTS, **{key: known[0] for key, known in KNOWN.items()}}
+    defaults['tie_word_embeddings'] = layout != 'llama'
+    defaults['activation_function'] = 'relu' if layout == 'opt' else 'gelu_new'
+    c = {**defaults, **c}
     try:
-        for key, value in REQUIRED[layout].items():
-            require(c[key] == value, f'It has {key}={c[key]!r}; only {value!r} is known here.')
-        if layout == 'llama':
-            c.update(rope_and_length(c))
-        found = {field: from_hf(key, c[key]) for field, key in column(KEYS, layout).items()}
-        found.update(logit_softcap=0.0, pretrained_rows=c['vocab_size'])
+        c = with_rope_and_length(c) if layout == 'llama' else c
+        found = {field: c[key] for field, key in column(KEYS, layout).items()}
+        found.update(logit_softcap=0.0, vocab_size=c['vocab_size'], pretrained_rows=c['vocab_size'])
     except KeyError as error:
         raise UserError(f'{path}/config.json lacks {error}; download it again.') from error
-    except UserError as error:
-        raise UserError(f'{path} cannot be taken over exactly. {error}') from error
+
+    for key, known in KNOWN.items():
+        exact = f'only {" or ".join(map(str, known))} can be taken over exactly'
+        require(c[key] in known, f'{path} has {key}={c[key]!r}; {exact}.')
+    found.update(mlp=ACTIVATIONS[c['activation_function']], norm_after=not c['do_layer_norm_before'])
     return {key: value for key, value in {**found, **FIELDS[layout], **fields}.items() if value is not None}
 
 
-def from_hf(key, value):
-    if key == 'activation_function':
-        known = ', '.join(ACTIVATIONS)
-        require(value in ACTIVATIONS, f'It has {key}={value!r}; only {known} are known here.')
-        return ACTIVATIONS[value]
-    return not value if key == 'do_layer_norm_before' else value
-
-
-def rope_and_length(c):
-    """Return rotary positions and the length under the same keys for all versions of transformers."""
-    theta_and_scaling = {'rope_theta': c.get('rope_theta', 10000.0), **(c.get('rope_scaling') or {})}
-    rope = c.get('rope_parameters') or theta_and_scaling  # the former since transformers 5
+def with_rope_and_length(c):
+    """Return a config.json of llama's layout with the same keys for all versions of transformers."""
+    rope = c.get('rope_parameters') or c.get('rope_scaling') or {}  # the former since transformers 5
+    theta = float(rope.get('rope_theta', c.get('rope_theta', 10000.0)))
     kind = rope.get('rope_type', rope.get('type', 'default'))
-    known = kind in ('default', 'linear', 'llama3') and rope.get('partial_rotary_factor', 1.0) == 1
-    require(known, f'Its rotary positions are {rope}; only default, linear and llama3 are known here.')
     numbers = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
     scaling = {'rope_type': kind, **{key: rope[key] for key in numbers if key in rope}}
 
     length, window = c['max_position_embeddings'], c.get('sliding_window')
     if window and (c['model_type'] == 'mistral' or c.get('use_sliding_window')):
         length = min(length, window)  # up to there a window changes nothing
-    return {
-        'rope_theta': float(rope['rope_theta']),
-        'rope_scaling': None if kind == 'default' else scaling,
-        'max_position_embeddings': length,
-    }
+    rope = {**rope, 'rope_type': kind, 'rope_scaling': None if kind == 'default' else scaling}
+    return {**c, **rope, 'rope_theta': theta, 'max_position_embeddings': length}
 
 
 def config_to_hf(config, family):
     """Return a family's config.json for a ModelConfig, as far as it can say it, without the vocabulary."""
     layout, hf_class, _ = FAMILIES[family]
+    activation = next((hf for hf, ours in ACTIVATIONS.items() if ours == config.mlp), None)
     default_eps = 1e-5 if config.norm == 'layer' else torch.finfo(torch.float32).eps  # PyTorch's
-    values = {
-        **vars(config),
-        'mlp': next((theirs for theirs, ours in ACTIVATIONS.items() if ours == config.mlp), None),
-        'norm_eps': config.norm_eps or default_eps,
-        'norm_after': not config.norm_after,
-    }
+    values = {**vars(config), 'mlp': activation, 'norm_after': not config.norm_after}
+    values['norm_eps'] = config.norm_eps or default_eps
     keys = {key: values[field] for field, key in column(KEYS, layout).items()}
     return {'model_type': family, 'architectures': [hf_class], **keys, **EXPORTED[layout]}
 
 
 def family_of(architecture, config):
-    """Return the family that can express a model exactly, and its config.json; (None, None) where there is none.
+    """Return the family that can express a model exactly, and its config.json; (None, None) if there is none.
 
-    architecture: a model class or its name. A family fits if `config`, written in its words and read again, is the
-    same, apart from fields that have no meaning in a causal language model or outside of training.
+    architecture: a model class or its name. A family fits if `config`, written in its words and read again,
+    is the same, apart from fields without a meaning in a causal language model or outside of training.
     """
     if not ARCHITECTURES.get(architecture, architecture).hf_causal_lm:
         return None, None
 
-    unused = dict(dropout=0.0, k=ModelConfig.k, shift=False)
-    unused.update(gradient_checkpointing=False, selective_checkpointing=False)
-    if config.position == 'learned':
-        unused['rope_theta'] = ModelConfig.rope_theta
-    wanted = replace(config, **unused)
+    unused = 'dropout k shift gradient_checkpointing selective_checkpointing mask_id ignore_id'.split()
+    unused += ['rope_theta'] if config.position == 'learned' else []
     for family in FAMILIES:
         c = config_to_hf(config, family)
         with contextlib.suppress(UserError):  # an activation that the family does not have
             fields = config_from_hf({**c, 'vocab_size': config.pretrained_rows}, family)
-            ids = dict(mask_id=config.mask_id, ignore_id=config.ignore_id)
-            found = ModelConfig(config.vocab_size, **ids, **fields)
-            found.norm_eps = config.norm_eps and found.norm_eps
-            if found == wanted:
+            found = vars(ModelConfig(**{**fields, 'vocab_size': config.vocab_size}))
+            found['norm_eps'] = config.norm_eps and found['norm_eps']
+            if all(found[field] == value for field, value in vars(config).items() if field not in unused):
                 return family, c
     return None, None
 
 
 # ---------------------------------------------------------------------------- shapes of published models
 
-SHAPE = (
-    'model_type num_hidden_layers hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim '
-    'vocab_size rms_norm_eps rope_theta tie_word_embeddings'
-).split()
-SHAPES = {
-    'llama3': ('llama', 16, 2048, 8192, 32, 8, 64, 128256, 1e-5, 5e5, True),  # Llama-3.2-1B
-    'deepseek': ('llama', 24, 2048, 5504, 16, 16, 128, 32256, 1e-6, 1e5, False),  # deepseek-coder-1.3b-base
-    'qwen0.6B': ('qwen3', 28, 1024, 3072, 16, 8, 128, 151936, 1e-6, 1e6, True),  # Qwen3-0.6B
-    'qwen1.7B': ('qwen3', 28, 2048, 6144, 16, 8, 128, 151936, 1e-6, 1e6, True),  # Qwen3-1.7B
+SHAPE = 'n_layer n_embd mlp_width n_head n_kv_head head_dim norm_eps rope_theta rope_scaling'.split()
+LINEAR = dict(rope_type='linear', factor=4.0)
+LLAMA3 = dict(rope_type='llama3', factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0)
+LLAMA3['original_max_position_embeddings'] = 8192
+PUBLISHED = {  # family, SHAPE
+    'llama3': ('llama', 16, 2048, 8192, 32, 8, 64, 1e-5, 5e5, LLAMA3),  # Llama-3.2-1B
+    'deepseek': ('llama', 24, 2048, 5504, 16, 16, 128, 1e-6, 1e5, LINEAR),  # deepseek-coder-1.3b-base
+    'qwen0.6B': ('qwen3', 28, 1024, 3072, 16, 8, 128, 1e-6, 1e6, None),  # Qwen3-0.6B
+    'qwen1.7B': ('qwen3', 28, 2048, 6144, 16, 8, 128, 1e-6, 1e6, None),  # Qwen3-1.7B
 }
-PUBLISHED = {name: dict(zip(SHAPE, shape)) for name, shape in SHAPES.items()}  # as in their config.json
-PUBLISHED['deepseek']['rope_scaling'] = dict(rope_type='linear', factor=4.0)
-PUBLISHED['llama3']['rope_scaling'] = dict(
-    rope_type='llama3', factor=32.0, original_max_position_embeddings=8192
-)
-PUBLISHED['llama3']['rope_scaling'].update(low_freq_factor=1.0, high_freq_factor=4.0)
 FINETUNED = {
     'llama3_finetune': 'meta-llama/Llama-3.2-1B',
     'qwen3_finetune': 'Qwen/Qwen3-1.7B',
@@ -226,6 +191,7 @@ FINETUNED = {
 
 def published_config(model, block_size):
     """Return ModelConfig's fields for a model of PUBLISHED, without its vocabulary: that is of the data."""
-    shape = config_from_hf({**PUBLISHED[model], 'max_position_embeddings': block_size}, model)
-    del shape['pretrained_rows']
-    return {**shape, 'tied': True}  # a head of its own would be trained for few tokens only
+    family, *shape = PUBLISHED[model]
+    fields = {**LLAMA, **FAMILIES[family][2], **dict(zip(SHAPE, shape))}
+    fields['tied'] = True  # a head of its own would be trained for few tokens only
+    return {**fields, 'block_size': block_size, 'logit_softcap': 0.0}

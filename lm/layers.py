@@ -25,21 +25,16 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.RMSNorm):
-    def forward(
-        self, x
-    ):  # under autocast x may be bfloat16: the fused kernel wants the gain in the same type
-        gain = None if self.weight is None else self.weight.type_as(x)
+    def forward(self, x):
+        gain = None if self.weight is None else self.weight.type_as(x)  # bfloat16 too, under autocast
         return F.rms_norm(x, self.normalized_shape, gain, self.eps)
 
 
-def make_norm(config):
-    if config.norm == 'layer':
+def make_norm(config, head_dim=None):
+    """Make the norm of a block, or the RMSNorm of queries and keys of a width."""
+    if config.norm == 'layer' and not head_dim:
         return nn.LayerNorm(config.n_embd, config.norm_eps or 1e-5, bias=config.bias)
-    return make_rms_norm(config, config.n_embd)
-
-
-def make_rms_norm(config, width):
-    return RMSNorm(width, config.norm_eps, elementwise_affine=config.norm == 'rms_gain')
+    return RMSNorm(head_dim or config.n_embd, config.norm_eps, elementwise_affine=config.norm == 'rms_gain')
 
 
 # ---------------------------------------------------------------------------- rotary positions (Su et al. 2021)
@@ -55,22 +50,16 @@ def rope_table(theta, head_dim, length, scaling=None):
     return torch.stack([torch.cat([cos, cos], 1), torch.cat([-sin, sin], 1)]).float()
 
 
-def scale_rope(
-    frequency,
-    rope_type,
-    factor,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_position_embeddings=8192,
-):
+def scale_rope(frequency, rope_type, factor, **llama3):
     """Slow down rotary frequencies (D/2,) for texts `factor` times as long as those of pretraining.
 
     'linear' (Chen et al. 2023): all of them; 'llama3': only those that turn few times in such a text.
     """
     if rope_type == 'linear':
         return frequency / factor
-    turns = original_max_position_embeddings * frequency / (2 * math.pi)
-    kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+    low, high = llama3.get('low_freq_factor', 1.0), llama3.get('high_freq_factor', 4.0)
+    turns = llama3.get('original_max_position_embeddings', 8192) * frequency / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
     return frequency * (kept + (1 - kept) / factor)
 
 
@@ -131,8 +120,8 @@ class Attention(nn.Module):
         self.k = Linear(config.n_embd, kv_width, bias=config.qkv_bias)
         self.v = Linear(config.n_embd, kv_width, bias=config.qkv_bias)
         self.out = Linear(width, config.n_embd, bias=config.bias)
-        self.q_norm = make_rms_norm(config, self.head_dim) if config.qk_norm else None
-        self.k_norm = make_rms_norm(config, self.head_dim) if config.qk_norm else None
+        self.q_norm = make_norm(config, self.head_dim) if config.qk_norm else None
+        self.k_norm = make_norm(config, self.head_dim) if config.qk_norm else None
 
     def forward(self, x, rope, cache):
         """x: (B, T, C); cache: an AttentionMask, or a KV cache."""

@@ -19,15 +19,13 @@ from lm.configurator import require
 from lm.quantize import linear_layers
 from model import architecture_name
 
-# ---------------------------------------------------------------------------- layers
-
 
 class LoRALinear(nn.Module):
     """A frozen linear layer W and a trained one of low rank: y = W x + s B A x, s = alpha / rank
     (LoRA, Hu et al. 2021). B starts at zero, so the layer starts as W.
 
-    With a magnitude m per output (DoRA, Liu et al. 2024) the sum gives only the direction of each row of the weight,
-    and m its length: y = m / |W + s B A| (W + s B A) x, where the length |...| is a constant to the gradient.
+    With a magnitude m per output (DoRA, Liu et al. 2024) the sum is only the direction of each row, and m its
+    length: y = m / |W + s B A| (W + s B A) x, where |...| is a constant to the gradient.
     """
 
     def __init__(self, base, rank, alpha, dropout=0.0, dora=False):
@@ -62,14 +60,11 @@ class LoRALinear(nn.Module):
 
     def merged(self):
         """Return the layer as a plain one; the sum is made in float32."""
-        weight, bias = self.direction(), self.base.bias
+        weight, dtype = self.direction(), self.base.weight.dtype
         if self.magnitude is not None:
             weight = weight * (self.magnitude / weight.norm(dim=1))[:, None]
-        dtype, device = self.base.weight.dtype, weight.device
-        layer = nn.Linear(*weight.shape[::-1], bias=bias is not None, device=device, dtype=dtype)
-        layer.weight.copy_(weight)
-        if bias is not None:
-            layer.bias.copy_(bias)
+        layer = nn.Linear(self.base.in_features, self.base.out_features, bias=False, device='meta')
+        layer.weight, layer.bias = nn.Parameter(weight.to(dtype)), self.base.bias
         return layer
 
 
@@ -90,16 +85,11 @@ class TrainedRows(nn.Module):
         return F.embedding(tokens, self.weight)
 
 
-# ---------------------------------------------------------------------------- on a model
-
-
 def add_lora(model, rank, alpha, dropout=0.0, targets=(), dora=False):
     """Put adapters on the blocks' linear layers and freeze all the rest.
 
     targets: names of layers, ours or a family's (q or q_proj); none or 'all-linear': all of them.
     """
-    require(rank >= 1, f'The rank is {rank}; it has to be at least 1.')
-    require(0 <= dropout < 1, f'The dropout is {dropout}; it has to be at least 0 and below 1.')
     targets, known = set(targets) - {'all-linear'}, set()
     for name, layer in linear_layers(model):
         module = name.split('.', 2)[2]  # of blocks.3.attention.q: attention.q
@@ -120,10 +110,16 @@ def trained_tables(model):
     return {name: table for name, table in model.named_children() if isinstance(table, TrainedRows)}
 
 
+def trained_weights(model):
+    """Return {name: weight} of the adapters and of what train_new_embeddings() trains."""
+    new = model.new_weights(model.config) if trained_tables(model) else {}
+    weights = dict(model.named_parameters())
+    return {name: x for name, x in weights.items() if name in new or name.split('.')[-1] in PEFT_NAMES}
+
+
 def freeze_the_rest(model):
-    """Freeze all but the adapters and the new embeddings."""
     model.requires_grad_(False)
-    for _, weight, _ in trained_weights(model, family=None):
+    for weight in trained_weights(model).values():
         weight.requires_grad_(True)
 
 
@@ -140,24 +136,8 @@ def train_new_embeddings(model):
 
 
 @torch.no_grad()
-def untrained(model, ids):
-    """Return those of the token ids whose embeddings look like padding, which nothing ever trained.
-
-    They are as near to the mean of the model's padding rows as these are themselves (Land and Bartolo 2024). A model
-    without padding rows of its own has none.
-    """
-    config, rows = model.config, model.embedding.weight.float()
-    padding = rows[config.vocab_size : config.pretrained_rows or 0]
-    if not len(padding):
-        return []
-    center, typical = padding.mean(0), rows[: config.vocab_size].norm(dim=1).median()
-    spread = (padding - center).norm(dim=1).max() + 0.01 * typical
-    return [i for i in ids if (rows[i] - center).norm() <= 2 * spread]
-
-
-@torch.no_grad()
 def merge(model):
-    """Write the adapters into the weights and remove them; quantized layers become plain ones."""
+    """Add the adapters to the weights and remove them; quantized layers become plain ones."""
     for name, layer in adapted_layers(model):
         model.set_submodule(name, layer.merged())
     for name, table in trained_tables(model).items():
@@ -165,66 +145,44 @@ def merge(model):
         setattr(model, name, table.table)
 
 
-# ---------------------------------------------------------------------------- PEFT's files
-
-PREFIX = 'base_model.model.'  # of names in them
+PREFIX = 'base_model.model.'  # of names in PEFT's files
+PEFT_NAMES = {  # by the last part of our names
+    'lora_A': 'lora_A.weight',
+    'lora_B': 'lora_B.weight',
+    'magnitude': 'lora_magnitude_vector',
+    'rows': 'token_adapter.trainable_tokens_delta',
+}
 SUPPORTED = dict(peft_type='LORA', bias='none', lora_bias=False, rank_pattern={}, alpha_pattern={})
 
 
-def trained_weights(model, family):
-    """Return [(name in PEFT's files, weight, qkv_index)] of adapters and new embeddings."""
-    found, tables = [], trained_tables(model)
-    for name, layer in adapted_layers(model):
-        name, qkv_index = layer_in(family, name)
-        found.append((f'{name}.lora_A.weight', layer.lora_A, None))
-        found.append((f'{name}.lora_B.weight', layer.lora_B, qkv_index))
-        if layer.magnitude is not None:
-            found.append((f'{name}.lora_magnitude_vector', layer.magnitude, qkv_index))
-    for name, table in tables.items():
-        found.append((f'{name}.token_adapter.trainable_tokens_delta', table.rows, None))
-    for name in model.new_weights(model.config) if tables else ():
-        found.append((name, model.get_parameter(name), None))
-    return found
-
-
-def layer_in(family, name):
-    """Return a linear layer's name in a family, and its index where q, k and v are one layer there."""
-    found, qkv_index, _ = families.hf_name(f'{name}.weight', family)
-    return found.removesuffix('.weight'), qkv_index
+def peft_name(name, family):
+    """Return the name of a trained weight in PEFT's files, and which third of that tensor it is, or None."""
+    hf_name, qkv_index, _ = families.hf_name(name, family)
+    module, _, kind = hf_name.rpartition('.')
+    return f'{module}.{PEFT_NAMES.get(kind, kind)}', None if kind == 'lora_A' else qkv_index
 
 
 def save_adapter(model, folder, base_name):
     """Write adapter_model.safetensors and adapter_config.json for PEFT; base_name: what they are for.
 
-    Layers have the names of the model's family; our own where it has none and for gpt2, whose q, k and v are one
-    layer. Where the base was converted, a key that PEFT ignores says to what.
+    Layers have the names of the model's family; our own without one and for gpt2, where q, k, v are one.
     """
-    folder, tables = Path(folder), trained_tables(model)
+    folder, tables, (_, layer) = Path(folder), trained_tables(model), adapted_layers(model)[0]
     family, _ = families.family_of(type(model), model.config)
     family = None if family == 'gpt2' else family
-    layers = {layer_in(family, name)[0]: layer for name, layer in adapted_layers(model)}
-    layer = next(iter(layers.values()))
-    config = {
-        'peft_type': 'LORA',
-        'task_type': 'CAUSAL_LM' if model.causal else None,
-        'base_model_name_or_path': str(base_name),
-        'r': layer.rank,
-        'lora_alpha': layer.alpha,
-        'lora_dropout': layer.dropout.p,
-        'target_modules': sorted({name.split('.')[-1] for name in layers}),
-        'bias': 'none',
-        'use_dora': layer.magnitude is not None,
-        'use_rslora': False,
-        'inference_mode': True,
-    }
+    tensors = {PREFIX + peft_name(name, family)[0]: x.detach() for name, x in trained_weights(model).items()}
+    targets = {name.split('.')[-3] for name in tensors if name.endswith('lora_A.weight')}
+    config = dict(peft_type='LORA', task_type='CAUSAL_LM' if model.causal else None)
+    config.update(base_model_name_or_path=str(base_name), r=layer.rank, lora_alpha=layer.alpha)
+    config.update(lora_dropout=layer.dropout.p, target_modules=sorted(targets), bias='none')
+    config.update(use_dora=layer.magnitude is not None, use_rslora=False, inference_mode=True)
     if tables:
         new = [name.removesuffix('.weight') for name in model.new_weights(model.config)]
-        config['trainable_token_indices'] = {name: table.ids.tolist() for name, table in tables.items()}
-        config['modules_to_save'] = new or None
-        config['architecture'] = architecture_name(model)
+        ids = {name: table.ids.tolist() for name, table in tables.items()}
+        config.update(trainable_token_indices=ids, modules_to_save=new or None)
+        config['architecture'] = architecture_name(model)  # a key of ours, by which a base is converted
 
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {PREFIX + name: weight.detach() for name, weight, _ in trained_weights(model, family)}
     data = safetensors.torch.save(tensors, metadata={'format': 'pt'})
     files.save_atomically(folder / 'adapter_model.safetensors', lambda file: file.write(data))
     files.write_json(folder / 'adapter_config.json', config)
@@ -232,32 +190,35 @@ def save_adapter(model, folder, base_name):
 
 def load_adapter(model, folder):
     """Put the adapter of a folder in PEFT's format on the model, to be used, trained on or merged."""
-    config, tensors = read_config(folder), read_tensors(folder)
+    config, path = read_config(folder), Path(folder) / 'adapter_model.safetensors'
     require(not adapted_layers(model), f'The model has an adapter already; merge it before {folder}.')
     for key, known in {**SUPPORTED, 'architecture': architecture_name(model)}.items():
         value, remedy = config.get(key) or known, 'merge it into its base with PEFT'
         require(value == known, f'{folder} has {key}={value!r}; only {known!r} is known here; {remedy}.')
 
+    tensors = pretrained.read_tensors(path if path.is_file() else path.with_suffix('.bin'))
+    tensors = pretrained.current_names({name.removeprefix(PREFIX): x for name, x in tensors.items()})
     family, _ = families.family_of(type(model), model.config)
     family = None if any(name.startswith('blocks.') for name in tensors) else family
     rank, dropout, dora = config['r'], config.get('lora_dropout', 0.0), config.get('use_dora', False)
     alpha = config['lora_alpha'] * (math.sqrt(rank) if config.get('use_rslora') else 1)
     for name, layer in linear_layers(model):
-        if f'{layer_in(family, name)[0]}.lora_A.weight' in tensors:
+        if peft_name(f'{name}.lora_A', family)[0] in tensors:
             model.set_submodule(name, LoRALinear(layer, rank, alpha, dropout, dora))
     freeze_the_rest(model)
     if 'architecture' in config:
         train_new_embeddings(model)
-    odd = copy_tensors(tensors, trained_weights(model, family))
-    base = config.get('base_model_name_or_path')
+
+    odd, base = copy_tensors(tensors, model, family), config.get('base_model_name_or_path')
     require(not odd, f'The adapter {folder} does not fit ({odd}); give the base that it is for, {base!r}.')
 
 
 @torch.no_grad()
-def copy_tensors(tensors, weights):
-    """Copy {name: tensor} into what trained_weights() returns; return in words what does not fit, or ''."""
+def copy_tensors(tensors, model, family):
+    """Copy {name in PEFT's files: tensor} into the adapters; return in words what does not fit, or ''."""
+    weights = [(*peft_name(name, family), weight) for name, weight in trained_weights(model).items()]
     odd = tensors.keys() ^ {name for name, _, _ in weights}
-    for name, weight, qkv_index in weights:
+    for name, qkv_index, weight in weights:
         tensor = tensors.get(name, weight)
         tensor = tensor if qkv_index is None else tensor.chunk(3)[qkv_index]
         if tensor.shape == weight.shape:
@@ -272,10 +233,3 @@ def read_config(folder):
     path = Path(folder) / 'adapter_config.json'
     require(path.is_file(), f'There is no adapter in {folder}: {path.name} is missing; correct the path.')
     return pretrained.read_json(path)
-
-
-def read_tensors(folder):
-    """Return {name without PEFT's prefix: tensor} of an adapter's folder."""
-    path = Path(folder) / 'adapter_model.safetensors'
-    tensors = pretrained.read_tensors(path if path.is_file() else path.with_suffix('.bin'))
-    return pretrained.current_names({name.removeprefix(PREFIX): x for name, x in tensors.items()})

@@ -88,9 +88,8 @@ class Muon(torch.optim.Muon):
                 if p.grad is not None:
                     shapes.setdefault((min(p.shape), max(p.shape)), []).append(p)
             for (_, longer), matrices in shapes.items():
-                update = orthogonalise(
-                    self.momenta(matrices, group['momentum']), group
-                )  # (n, shorter, longer)
+                momenta = self.momenta(matrices, group['momentum'])
+                update = orthogonalise(momenta, group)  # (n, shorter, longer)
                 updates = [u.mT if p.size(0) > p.size(1) else u for u, p in zip(update, matrices)]
                 torch._foreach_mul_(matrices, 1 - group['lr'] * group['weight_decay'])
                 torch._foreach_add_(matrices, updates, alpha=-group['lr'] * 0.2 * math.sqrt(longer))

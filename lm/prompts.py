@@ -70,12 +70,6 @@ def end_of(form, tokenizer):
     return tokenizer.endoftext_id if end is None else end, tail[marker.end() :] if marker else tail
 
 
-def control_tokens(form, tokenizer):
-    """Return {name: id} of the special tokens that a format uses, the end of the answer included."""
-    ids = [tokenizer.special_ids[name] for name in re.findall(MARKER, form) if name in tokenizer.special_ids]
-    return {tokenizer.name_of(i): i for i in (*ids, end_of(form, tokenizer)[0])}
-
-
 def encode(tokenizer, form, turns, system=''):
     """Return the token ids of a conversation and its loss mask: 1 for an answer and its end, else 0.
 

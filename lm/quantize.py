@@ -4,8 +4,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from lm.configurator import require
-
 NF4 = torch.tensor([  # quantiles of the normal distribution, one of them 0 (Dettmers et al. 2023, QLoRA)
     -1.0, -0.6961929, -0.52507305, -0.3949175, -0.28444135, -0.18477343, -0.09104999, 0.0,
     0.07958033, 0.16093017, 0.24611229, 0.33791518, 0.4407098, 0.56261694, 0.7229567, 1.0,
@@ -15,11 +13,9 @@ BLOCK, GROUP = 64, 256  # weights that share a scale; scales that share theirs
 
 @torch.no_grad()
 def quantize(model, bits):
-    """Replace the blocks' linear layers by frozen ones of 8 or 4 bits; embedding, head and norms stay as they are."""
-    require(bits in (8, 4), f'bits is {bits}; choose 8 or 4.')
+    """Replace the blocks' linear layers by frozen ones of 8 or 4 bits; embedding, head and norms stay."""
     for name, layer in linear_layers(model):
-        if isinstance(layer, nn.Linear):
-            model.set_submodule(name, QuantizedLinear(layer, bits).requires_grad_(False))
+        model.set_submodule(name, QuantizedLinear(layer, bits).requires_grad_(False))
 
 
 def linear_layers(model):
@@ -31,8 +27,8 @@ def linear_layers(model):
 class QuantizedLinear(nn.Module):
     """A frozen linear layer whose weight is stored in 8 or 4 bits and dequantized for each matmul.
 
-    8 bits: int8 with a scale per row. 4 bits: NF4 in blocks of 64 with a scale each, which is itself int8 in groups of
-    256: 4.13 bits per weight in all. Scales are stored as int32, so that model.to(bfloat16) does not round them.
+    8 bits: int8 with a scale per row. 4 bits: NF4 in blocks of 64 with a scale each, itself int8 in groups of
+    256: 4.13 bits per weight. Scales are stored as int32, so that model.to(bfloat16) does not round them.
     """
 
     def __init__(self, linear, bits):
@@ -43,13 +39,13 @@ class QuantizedLinear(nn.Module):
         if bits == 8:
             codes, scale = to_int8(weight)
         else:
-            blocks = padded(weight.flatten(), BLOCK).view(-1, BLOCK)
+            blocks = in_rows(weight, BLOCK)
             absmax = blocks.abs().amax(1, keepdim=True)
             midpoints = ((NF4[1:] + NF4[:-1]) / 2).to(weight.device)
             codes = torch.bucketize(blocks / absmax.clamp(min=1e-30), midpoints).to(torch.uint8)
             codes = codes[:, ::2] << 4 | codes[:, 1::2]  # two in a byte
             mean = absmax.mean().view(1, 1)
-            scales, scale = to_int8(padded((absmax - mean).flatten(), GROUP).view(-1, GROUP))
+            scales, scale = to_int8(in_rows(absmax - mean, GROUP))
             self.register_buffer('scales', scales)
             scale = torch.cat([scale, mean])
         self.register_buffer('codes', codes)
@@ -58,17 +54,13 @@ class QuantizedLinear(nn.Module):
     @property
     def weight(self):
         """The weight (out, in) in float32."""
-        return self.dequantized(torch.float32)
-
-    def dequantized(self, dtype):
-        """Return the weight (out, in)."""
         scale = self.scale.view(torch.float32)
         if self.bits == 8:
-            return (self.codes * scale).to(dtype)
+            return self.codes * scale
         absmax = (self.scales * scale[:-1] + scale[-1:]).flatten()[: len(self.codes)]
         codes = torch.stack([self.codes >> 4, self.codes & 15], -1).flatten(1)  # (N, 64)
         weight = (NF4.to(scale.device)[codes.int()] * absmax[:, None]).flatten()
-        return weight[: self.out_features * self.in_features].view(self.out_features, -1).to(dtype)
+        return weight[: self.out_features * self.in_features].view(self.out_features, -1)
 
     def forward(self, x):
         y = FrozenMatmul.apply(x, self)
@@ -76,16 +68,16 @@ class QuantizedLinear(nn.Module):
 
 
 class FrozenMatmul(torch.autograd.Function):
-    """x Wᵀ of a quantized layer; W is dequantized again in the backward pass instead of being saved for it."""
+    """x Wᵀ of a quantized layer; W is dequantized again in the backward pass rather than saved for it."""
 
     @staticmethod
     def forward(ctx, x, layer):
         ctx.layer, ctx.dtype = layer, x.dtype
-        return F.linear(x, layer.dequantized(x.dtype))
+        return F.linear(x, layer.weight.to(x.dtype))
 
     @staticmethod
     def backward(ctx, gradient):
-        return (gradient @ ctx.layer.dequantized(gradient.dtype)).to(ctx.dtype), None
+        return (gradient @ ctx.layer.weight.to(gradient.dtype)).to(ctx.dtype), None
 
 
 def to_int8(rows):
@@ -94,5 +86,5 @@ def to_int8(rows):
     return (rows / scale).round().to(torch.int8), scale
 
 
-def padded(x, size):
-    return F.pad(x, (0, -len(x) % size))
+def in_rows(x, size):
+    return F.pad(x.flatten(), (0, -x.numel() % size)).view(-1, size)

@@ -1,8 +1,8 @@
-"""Models too large for one GPU: FSDP2 shards weights, gradients and optimizer state over the ranks (fsdp=True).
+"""Models too large for one GPU: FSDP2 shards weights, gradients and optimizer state over ranks (fsdp=True).
 
-The state of such a run is a folder of torch.distributed.checkpoint (DCP), sharded/step-N in the run's folder, which
-any number of ranks can read. The run's ckpt.pt names it, and gets the weights when the run ends, or by `consolidate`.
-The functions are those of lm/checkpoints.py for runs that are not sharded.
+The state of such a run is a folder of torch.distributed.checkpoint (DCP), sharded/step-N in the run's folder,
+which any number of ranks can read. ckpt.pt names it, and gets the weights at the end of the run or by
+`consolidate`. The functions are those of lm/checkpoints.py for runs that are not sharded.
 """
 
 import shutil
@@ -12,12 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
+import torch.distributed.checkpoint.state_dict as state_dicts
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -31,16 +26,14 @@ warnings.filterwarnings('ignore', 'torch.distributed is disabled')  # a single p
 def place(model, weights, dist):
     """Shard a model in place, so that no device ever holds it whole, and return it.
 
-    Nor does a rank if the model is on the device 'meta': each copies its part of `weights`, {name: tensor}, one tensor
-    after the other; without weights, `load_state` is to follow. The embedding, which is the head as well, belongs to
-    the root, so the loss is computed in the root's forward.
+    Nor does a rank if the model is on the device 'meta': each copies its part of `weights`, one tensor after the
+    other; without weights, `load_state` is to follow. The embedding, which is the head as well, belongs to the
+    root, so the loss is computed in the root's forward.
     """
-    on_meta = any(weight.is_meta for weight in model.parameters())
+    on_meta = model.embedding.weight.is_meta
     if dist.world_size > 1:
-        policy = MixedPrecisionPolicy()
-        if dist.dtype != 'float32':  # inputs are noise and rotary tables: they are not cast
-            dtype = runtime.DTYPES[dist.dtype]
-            policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+        dtype = runtime.DTYPES[dist.dtype]  # not of the inputs, noise and rotary tables
+        policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
         mesh = init_device_mesh(dist.device.type, (dist.world_size,))
         for module in (*model.blocks, model):
             fully_shard(module, mesh=mesh, mp_policy=policy)
@@ -58,12 +51,7 @@ def place(model, weights, dist):
 @torch.no_grad()
 def load_own_part(model, weights, dist):
     """Copy this rank's parts of whole tensors; FSDP2 shards the first dimension as torch.chunk does."""
-    parameters = dict(model.named_parameters())
-    odd = ', '.join(sorted(parameters.keys() ^ weights.keys())[:3])
-    require(
-        not odd, f'The checkpoint does not hold the plain weights of its model ({odd}); give another one.'
-    )
-    for name, weight in parameters.items():
+    for name, weight in model.named_parameters():
         parts = weights[name].chunk(dist.world_size)
         if dist.rank < len(parts):  # a small tensor has fewer parts than there are ranks
             local(weight).copy_(parts[dist.rank])
@@ -71,17 +59,17 @@ def load_own_part(model, weights, dist):
 
 def whole_weights(model):
     """Return the state dict with whole tensors on the CPU, on rank 0; every rank has to call it."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = state_dicts.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return state_dicts.get_model_state_dict(model, options=options)
 
 
 @contextmanager
 def gathered(model):
-    """Gather the root's weights, for methods other than forward, in a context that every rank has to enter."""
-    is_sharded = hasattr(model, 'unshard')
-    if is_sharded:
+    """Gather the root's weights for methods other than forward; every rank has to enter the context."""
+    if hasattr(model, 'unshard'):
         model.unshard()
     yield
-    if is_sharded:
+    if hasattr(model, 'reshard'):
         model.reshard()
 
 
@@ -89,14 +77,14 @@ def model_and_optimizer_state(model, optimizers):
     """Return the two state dicts that DCP saves, and fills."""
     if not any(optimizer.state for optimizer in optimizers):
         # DCP needs initialised optimizer state: take an empty step, then reset the step counter.
-        get_state_dict(model, optimizers)
+        state_dicts.get_state_dict(model, optimizers)
         for state in [state for optimizer in optimizers for state in optimizer.state.values()]:
             state['step'].zero_()
-    return get_state_dict(model, optimizers)
+    return state_dicts.get_state_dict(model, optimizers)
 
 
 def save_state(path, model, optimizer, dist, checkpoint, weights, is_last):
-    """Write the state of all ranks, then ckpt.pt on rank 0, with whole weights() if the run ends; delete older states."""
+    """Write the state of all ranks, then ckpt.pt, with weights() if the run ends; delete older states."""
     whole = {'model_state_dict': weights()} if is_last else {}
     folder = path.parent / 'sharded' / f'step-{checkpoint["global_step"]}'
     model_state, optimizer_state = model_and_optimizer_state(model, list(optimizer.parts.values()))
@@ -108,15 +96,14 @@ def save_state(path, model, optimizer, dist, checkpoint, weights, is_last):
 
 
 def load_state(resumed, model, optimizer):
-    """Fill model and optimizer, whatever the number of ranks now and then; the optimizer's settings are this run's."""
+    """Fill model and optimizer, whatever the number of ranks; the optimizer's settings are this run's."""
     folder = resumed.path.parent / 'sharded' / resumed.checkpoint['sharded']
     found = (folder / '.metadata').exists()
     require(found, f'{resumed.path} needs {folder}, which is not there; copy the whole run folder.')
     optimizers = list(optimizer.parts.values())
-    model_state, optimizer_state = model_and_optimizer_state(model, optimizers)
-    moments = {'state': optimizer_state['state']}
-    dcp.load({'model': model_state, 'optimizer': moments}, checkpoint_id=folder)
-    set_state_dict(model, optimizers, model_state_dict=model_state, optim_state_dict=optimizer_state)
+    weights, state = model_and_optimizer_state(model, optimizers)
+    dcp.load({'model': weights, 'optimizer': {'state': state['state']}}, checkpoint_id=folder)
+    state_dicts.set_state_dict(model, optimizers, model_state_dict=weights, optim_state_dict=state)
 
 
 def consolidate(source):

@@ -200,8 +200,8 @@ def test_decoding_with_the_peers_weights_gives_its_tokens(bench, monkeypatch, ca
 
 
 @pytest.mark.slow
+@torch._dynamo.config.patch(disable=True)
 def test_all_figures_for_a_gpu_are_rehearsed_on_a_cpu(bench, monkeypatch, capsys):
-    monkeypatch.setattr(torch._dynamo.config, 'disable', True)
     gpu = bench('gpu', f'--peer={NANOGPT}', '--device=cpu', '--steps=1', '--new_tokens=4')
     monkeypatch.setattr(gpu, 'VOCABULARY', dict(vocab_size=64, mask_id=62, ignore_id=63))
     _, targets = rehearse(gpu.main, capsys)

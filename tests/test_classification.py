@@ -1,4 +1,4 @@
-"""classification.py: the metrics against scikit-learn, the test of two runs, rows and the head."""
+"""Classification: the metrics against scikit-learn, rows and the head."""
 
 import numpy as np
 import pytest
@@ -49,15 +49,6 @@ def test_auroc_of_one_class_is_none():
     assert c.auroc(np.zeros(3, int), np.arange(3.0)) is None
 
 
-def test_the_randomisation_test_gives_the_exact_p_of_a_sign_test():
-    labels = np.zeros(20, int)
-    one, other = labels.copy(), labels.copy()
-    other[:6] = 1  # six rows that only the first run gets right: p = 2 / 2⁶
-    result = c.randomisation_test(labels, one, other, draws=20_000)['accuracy']
-    assert result['difference'] == pytest.approx(0.3) and abs(result['p'] - 2 / 64) < 0.005
-    assert c.randomisation_test(labels, other, other, draws=100)['macro_f1'] == {'difference': 0.0, 'p': 1.0}
-
-
 @pytest.mark.parametrize('architecture', ['ar', 'diffusion'])
 @pytest.mark.parametrize('pool', ['last', 'mean'])
 def test_padding_changes_no_row(architecture, pool):
@@ -65,9 +56,9 @@ def test_padding_changes_no_row(architecture, pool):
     draw = np.random.default_rng(0)
     rows = [draw.integers(0, 8, length) for length in (3, 9, 16, 1)]
     examples = c.Examples(rows, np.zeros(4, int))
-    tokens, lengths, _ = c.batch_of(examples, np.arange(4), 'cpu')
+    tokens, lengths, _ = c.collate(examples, np.arange(4), 'cpu')
     together = model.logits(tokens, lengths)
-    alone = torch.cat([model.logits(*c.batch_of(examples, [i], 'cpu')[:2]) for i in range(4)])
+    alone = torch.cat([model.logits(*c.collate(examples, [i], 'cpu')[:2]) for i in range(4)])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
     assert (alone[0] - alone[1]).abs().max() > 1e-3
     tokens[torch.arange(16) >= lengths[:, None]] = 5  # whatever the padding is
@@ -78,7 +69,7 @@ def test_padding_changes_no_row(architecture, pool):
 def test_exactly_the_top_blocks_get_gradient_with_checkpointing_on(num_layers, norm):
     trunk = random_model('ar', 0.1, **SHAPE, norm='layer', gradient_checkpointing=True)
     model = c.Classifier(trunk, 3, 'last').train()
-    c.train_only(model, num_layers, norm)
+    c.train_top_layers(model, num_layers, norm)
     loss, count, _ = model(torch.randint(0, 8, (4, 7)), None, torch.tensor([0, 1, 2, 1]))
     (loss / count).backward()
     top = tuple(f'trunk.blocks.{i}.' for i in range(3 - num_layers, 3))
@@ -86,7 +77,7 @@ def test_exactly_the_top_blocks_get_gradient_with_checkpointing_on(num_layers, n
         wanted = name.startswith('head.') or name.startswith(top) or (norm and name == 'trunk.norm.weight')
         assert (weight.grad is not None and weight.grad.abs().sum() > 0) == wanted, name
     with pytest.raises(UserError, match='has 3 layers'):
-        c.train_only(model, 4, False)
+        c.train_top_layers(model, 4, False)
 
 
 def test_losses_are_torchs_with_weights_and_with_smoothing():
@@ -104,10 +95,10 @@ def test_losses_are_torchs_with_weights_and_with_smoothing():
     torch.testing.assert_close(c.losses(logits[:, :1], labels, 0.2), c.losses(two, labels, 0.2))
 
 
-def test_tokens_are_hidden_while_training_only_and_never_the_first():
+def test_tokens_are_masked_while_training_only_and_never_the_first():
     tokens = torch.randint(0, 8, (200, 16))
-    hidden = c.hide(tokens, 0.3, mask_id=8) == 8
-    assert not hidden[:, 0].any() and abs(hidden[:, 1:].float().mean() - 0.3) < 0.04
+    masked = c.mask_tokens(tokens, 0.3, mask_id=8) == 8
+    assert not masked[:, 0].any() and abs(masked[:, 1:].float().mean() - 0.3) < 0.04
     model = c.Classifier(random_model('ar', 0.3, **SHAPE), 2, 'mean', token_dropout=0.5)
     labels = torch.zeros(200, dtype=int)
 
@@ -126,7 +117,7 @@ def test_balanced_weights_are_those_of_scikit_learn():
     assert c.weights_of_classes('balanced', labels, 3) == pytest.approx(expected)
     assert c.weights_of_classes('balanced', labels, 4)[3] == 0
     assert c.weights_of_classes('1,2.5,0', labels, 3).tolist() == [1, 2.5, 0]
-    for wrong in ('1,2', 'heavy', '-1,1,1', '0,0,0'):
+    for wrong in ('1,2', 'heavy', '-1,1,1', '0,0,0', '1..5,1,1'):
         with pytest.raises(UserError, match='class_weights is'):
             c.weights_of_classes(wrong, labels, 3)
 
@@ -142,14 +133,14 @@ def test_held_out_rows_keep_the_proportions_and_leave_the_training_rows():
 
 
 def test_each_row_comes_once_per_epoch():
-    steps = [c.places_of_step(step, 4, 10, seed=3) for step in range(5)]  # two epochs of ten rows
+    steps = [c.rows_of_step(step, 4, 10, seed=3) for step in range(5)]  # two epochs of ten rows
     seen = np.concatenate(steps)
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10)) and list(seen[:10]) != list(seen[10:])
 
 
 def test_grouped_by_length_a_step_has_rows_of_like_length_and_none_is_left_out():
     lengths = np.random.default_rng(0).integers(1, 1000, 2 * c.WINDOW * 8)
-    steps = [c.places_of_step(step, 8, len(lengths), 3, lengths) for step in range(2 * c.WINDOW)]
+    steps = [c.rows_of_step(step, 8, len(lengths), 3, lengths) for step in range(2 * c.WINDOW)]
     assert sorted(np.concatenate(steps)) == list(range(len(lengths)))
     ranges = [(lengths[step].min(), lengths[step].max()) for step in steps[: c.WINDOW]]
     assert ranges != sorted(ranges) and all(a[1] <= b[0] for a, b in zip(sorted(ranges), sorted(ranges)[1:]))

@@ -24,10 +24,8 @@ from math import pi
 dataset = 'shakespeare_char'   # a name under data/, or a path
 prompt = ''                    # é: what the text starts with
 batch_size = 12                # rows in C#
-# how many candidates,
-# step by step
 k_schedule = (1, 2,
-              4)
+              4)  # how many candidates
 stop_words = []
 
 # ------------------------------------------------ model and run
@@ -294,6 +292,38 @@ def test_nothing_changes_where_something_is_wrong(tmp_path):
     assert namespace['a'] == 1
 
 
+def test_a_file_includes_another_that_stands_beside_it(run):
+    write('config/base.py', 'max_steps = 10\nbatch_size = max_steps + 1\n_own = 2')
+    write('config/a.py', "include('base.py')\nmax_steps = _own * max_steps")
+    config = run('config/a.py')['config']
+    assert (config['max_steps'], config['batch_size']) == (20, 11)
+    assert config.given == {'max_steps', 'batch_size'}
+    write('config/b.py', "include('none.py')")
+    assert 'config/b.py, line 1: FileNotFoundError' in fails(run, 'config/b.py')
+
+
+@pytest.mark.parametrize(
+    'name, text',
+    [
+        ('a.json', '{"batch-size": 3, // rows\n "prompt": "http://x", "top_k": null, "k_schedule": [1, 2]}'),
+        ('a.yaml', 'batch-size: 3  # rows\nprompt: http://x\ntop_k: null\nk_schedule: [1, 2]\n'),
+    ],
+)
+def test_json_and_yaml_are_read_as_python_files_are(run, name, text):
+    write(name, text)
+    config = run(name)['config']
+    values = {key: config[key] for key in ('batch_size', 'prompt', 'top_k', 'k_schedule')}
+    assert values == {'batch_size': 3, 'prompt': 'http://x', 'top_k': None, 'k_schedule': (1, 2)}
+    assert config.given == set(values)
+    write('rates.yaml', 'lr: 1e-5\nout_dir: null')  # YAML reads the first as a text
+    config = run('rates.yaml')['config']
+    assert (config['learning_rate'], config['out_dir']) == (1e-5, '')
+    write('list.yaml', '- 1')
+    assert fails(run, 'list.yaml') == 'list.yaml holds a list, not keys and values; correct the file.'
+    write('cut.json', '{"batch_size": 3')
+    assert fails(run, 'cut.json').startswith('cut.json cannot be read (Expecting')
+
+
 # ---------------------------------------------------------------------------- aliases
 
 
@@ -373,7 +403,7 @@ def test_help_prints_keys_defaults_and_comments_of_the_source(run, capsys, words
     for setting, comment in [
         ("--prompt=''", 'é: what the text starts with'),
         ('--batch_size=12', 'rows in C#'),
-        ('--k_schedule=(1, 2, 4)', 'how many candidates, step by step'),
+        ('--k_schedule=(1, 2, 4)', 'how many candidates'),
         ('--init_from=None', 'weights to start from'),
     ]:
         assert f'  {setting}'.ljust(column) + comment in lines

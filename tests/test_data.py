@@ -1,121 +1,81 @@
-"""What data.py promises: folders are checked; rows, levels and noise are pure functions of their place."""
+"""Rows and batches: pure functions of (seed, step, row), each row once per epoch, for any number of ranks."""
 
 import itertools
+import json
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import letter_tokenizer
+from conftest import letter_tokenizer, random_model
 
 from lm import data, rng
 from lm.configurator import UserError
+from lm.folder import Folder, open_dataset
+from model import ARCHITECTURES
 
 
-def batches(folder, architecture='ar', batch_size=4, accumulation=1, ranks=1, rank=0, seed=0, mode='packed'):
-    return data.Batches(folder, architecture, 16, batch_size, accumulation, seed, mode, rank, ranks)
+def rank(rank, world_size):
+    return SimpleNamespace(rank=rank, world_size=world_size, device=torch.device('cpu'))
 
 
-def rows_of_step(folder, step, ranks=1, accumulation=1, **settings):
+def batches(folder, architecture='ar', batch_size=4, micro_steps=1, seed=0, mode='packed', dist=data.Alone):
+    return data.Batches(folder, ARCHITECTURES[architecture], 16, batch_size, micro_steps, seed, mode, dist)
+
+
+def make_rows(folder, architecture, block_size=16, mode='packed', split='train', training=True):
+    return data.make_rows(folder, split, ARCHITECTURES[architecture], block_size, mode, training)
+
+
+def rows_of_step(folder, step, ranks=1, micro_steps=1, **settings):
     """The rows of a global step in their order, as (tokens, loss_mask, noise), whoever reads them."""
     parts = [
-        batches(folder, ranks=ranks, accumulation=accumulation, rank=rank, **settings).read(step)[0]
-        for rank in range(ranks)
+        batches(folder, micro_steps=micro_steps, dist=rank(number, ranks), **settings).read(step)[0]
+        for number in range(ranks)
     ]
-    in_order = [parts[rank][i] for i in range(accumulation) for rank in range(ranks)]
+    in_order = [parts[number][i] for i in range(micro_steps) for number in range(ranks)]
     return [
-        tuple(None if x is None else tuple(x[row].tolist()) for x in batch)
+        tuple(None if x is None else tuple(x[row].tolist()) for x in batch[:3])
         for batch in in_order
-        for row in range(len(batch[0]))
+        for row in range(len(batch.tokens))
     ]
-
-
-# ---------------------------------------------------------------------------- numbers from keys
-
-
-@pytest.mark.parametrize('size', [1, 2, 3, 4, 5, 16, 17, 63, 64, 65, 1000, 4097])
-def test_permuted_is_a_permutation(size):
-    assert sorted(rng.permuted(range(size), size, 7, size)) == list(range(size))
-
-
-def test_permuted_differs_by_each_part_of_its_key_and_moves_most_places():
-    orders = [rng.permuted(range(500), 500, *key) for key in ((0, 1), (1, 0), (0, 2), (2, 1), (0, 1, 0))]
-    for one, other in itertools.combinations(orders, 2):
-        assert np.mean(one == other) < 0.02
-    assert np.mean(orders[0] == np.arange(500)) < 0.02
-
-
-def test_permuted_answers_for_single_places_of_a_huge_range():
-    size = 10**12
-    places = rng.permuted([0, 1, size - 1], size, 3)
-    assert len(set(places)) == 3 and all(0 <= place < size for place in places)
-    assert rng.permuted([1], size, 3)[0] == places[1]
-
-
-def test_uniform_is_uniform_in_0_to_1():
-    numbers = rng.uniform(5, np.arange(100_000))
-    assert numbers.min() >= 0 and numbers.max() < 1
-    shares = np.histogram(numbers, 20, (0, 1))[0] / len(numbers)
-    assert np.abs(shares - 0.05).max() < 0.004  # six standard deviations
-
-
-def test_uniform_is_uncorrelated_along_and_across_keys():
-    numbers = rng.uniform(5, np.arange(300)[:, None], np.arange(300))
-    others = rng.uniform(6, np.arange(300)[:, None], np.arange(300))
-    for one, other in (
-        (numbers[1:], numbers[:-1]),
-        (numbers[:, 1:], numbers[:, :-1]),
-        (numbers, numbers.T),
-        (numbers, others),
-    ):
-        assert abs(np.corrcoef(one.ravel(), other.ravel())[0, 1]) < 0.02
-    assert not np.array_equal(rng.uniform(1, 2, np.arange(9)), rng.uniform(2, 1, np.arange(9)))
 
 
 # ---------------------------------------------------------------------------- rows of training
 
 
 @pytest.mark.parametrize('mode', ['packed', 'documents'])
-@pytest.mark.parametrize(
-    'batch_size, accumulation, ranks', [(1, 1, 1), (4, 1, 1), (2, 2, 1), (2, 1, 2), (1, 2, 2)]
-)
-def test_every_row_of_an_epoch_comes_exactly_once(make_folder, mode, batch_size, accumulation, ranks):
-    folder = data.Folder(make_folder())
-    per_step = batch_size * accumulation * ranks
+@pytest.mark.parametrize('batch_size, micro_steps, ranks', [(1, 1, 1), (4, 1, 1), (1, 2, 2)])
+def test_every_row_of_an_epoch_comes_exactly_once(make_folder, mode, batch_size, micro_steps, ranks):
+    folder = Folder(make_folder())
     num_rows = batches(folder, mode=mode).rows.num_rows
-    steps = -(-num_rows // per_step)
+    steps = -(-num_rows // (batch_size * micro_steps * ranks))
     seen = [
         tokens
         for step in range(steps)
-        for tokens, _, _ in rows_of_step(folder, step, ranks, accumulation, batch_size=batch_size, mode=mode)
+        for tokens, _, _ in rows_of_step(folder, step, ranks, micro_steps, batch_size=batch_size, mode=mode)
     ][:num_rows]
-    rows = data.make_rows(folder, 'train', 'ar', 16, mode, training=True)
+    rows = make_rows(folder, 'ar', mode=mode)
     expected = [tuple(rows.read(row, (rng.MOVE, 0, 0))[0].tolist()) for row in range(num_rows)]
     assert sorted(seen) == sorted(expected)
     assert seen != expected  # in random order
 
 
 @pytest.mark.parametrize('mode', ['packed', 'documents'])
-@pytest.mark.parametrize('accumulation, ranks', [(2, 1), (4, 1), (1, 2), (2, 2), (1, 4)])
-def test_rows_and_noise_depend_on_seed_step_and_place_only(make_folder, mode, accumulation, ranks):
-    folder = data.Folder(make_folder())
+@pytest.mark.parametrize('micro_steps, ranks', [(4, 1), (1, 2), (2, 2)])
+def test_rows_and_noise_depend_on_seed_step_and_row_only(make_folder, mode, micro_steps, ranks):
+    folder = Folder(make_folder())
+    settings = dict(architecture='diffusion', mode=mode)
     for step in (0, 9):
-        expected = rows_of_step(folder, step, batch_size=8, architecture='diffusion', mode=mode)
-        assert (
-            rows_of_step(
-                folder,
-                step,
-                ranks,
-                accumulation,
-                batch_size=8 // (accumulation * ranks),
-                architecture='diffusion',
-                mode=mode,
-            )
-            == expected
-        )
+        expected = rows_of_step(folder, step, batch_size=8, **settings)
+        size = 8 // (micro_steps * ranks)
+        assert rows_of_step(folder, step, ranks, micro_steps, batch_size=size, **settings) == expected
 
 
 def test_rows_and_noise_differ_by_seed_and_by_step(make_folder):
-    folder = data.Folder(make_folder())
+    folder = Folder(make_folder())
     rows = [
         rows_of_step(folder, step, architecture='diffusion', seed=seed)
         for seed, step in ((0, 0), (0, 1), (1, 0))
@@ -127,30 +87,28 @@ def test_rows_and_noise_differ_by_seed_and_by_step(make_folder):
 
 def test_get_gives_any_step_in_any_order(make_folder):
     """Reading ahead is invisible: a resumed run sees the rows that it would have seen."""
-    reader, folder = batches(data.Folder(folder := make_folder()), 'diffusion'), data.Folder(folder)
+    folder = Folder(make_folder())
+    reader = batches(folder, 'diffusion')
     for step in (0, 1, 2, 7, 3, 3):
-        ((tokens, _, noise),) = reader.get(step)[0]
-        ((expected_tokens, _, expected_noise),) = batches(folder, 'diffusion').read(step)[0]
-        assert torch.equal(tokens, expected_tokens) and torch.equal(noise, expected_noise)
+        (batch,), _ = reader.get(step)
+        (expected,), _ = batches(folder, 'diffusion').read(step)
+        assert torch.equal(batch.tokens, expected.tokens) and torch.equal(batch.noise, expected.noise)
 
 
 def test_another_epoch_has_other_borders(make_folder):
-    folder = data.Folder(make_folder())
-    reader = batches(folder, batch_size=1)
+    reader = batches(Folder(make_folder()), batch_size=1)
+    num_rows = reader.rows.num_rows
     first, second = (
-        {
-            tuple(reader.read(epoch * reader.rows.num_rows + i)[0][0][0][0].tolist())
-            for i in range(reader.rows.num_rows)
-        }
+        {tuple(reader.read(epoch * num_rows + i)[0][0].tokens[0].tolist()) for i in range(num_rows)}
         for epoch in (0, 1)
     )
     assert len(first & second) < len(first) / 4
-    assert reader.epoch(reader.rows.num_rows) == 1
+    assert reader.epoch(num_rows) == 1
 
 
 def test_training_windows_reach_both_ends_of_the_split(make_folder):
-    folder = data.Folder(make_folder(train=['abcdefghijklmnopqrstuvwxyz' * 2]))  # 53 tokens: 2 rows of 17
-    rows = data.make_rows(folder, 'train', 'ar', 16, 'packed', training=True)
+    folder = Folder(make_folder(train=['abcdefghijklmnopqrstuvwxyz' * 2]))  # 53 tokens: 2 rows of 17
+    rows = make_rows(folder, 'ar')
     starts = [[rows.read(row, (epoch,))[0].tolist() for row in range(rows.num_rows)] for epoch in range(300)]
     tokens = folder.tokens['train'].tolist()
     assert any(epoch[0] == tokens[:17] for epoch in starts)
@@ -161,33 +119,27 @@ def test_training_windows_reach_both_ends_of_the_split(make_folder):
 # ---------------------------------------------------------------------------- noise
 
 
-@pytest.mark.parametrize('accumulation, ranks', [(1, 1), (2, 2)])
-def test_levels_are_stratified_over_the_global_batch(make_folder, accumulation, ranks):
-    folder = data.Folder(make_folder())
+@pytest.mark.parametrize('micro_steps, ranks', [(1, 1), (2, 2)])
+def test_mask_ratios_are_stratified_over_the_global_batch(make_folder, micro_steps, ranks):
+    folder = Folder(make_folder())
+    size = 16 // (micro_steps * ranks)
     for step in range(5):
-        rows = rows_of_step(
-            folder,
-            step,
-            ranks,
-            accumulation,
-            batch_size=16 // (accumulation * ranks),
-            architecture='diffusion',
-        )
-        levels = np.array([noise[0] for _, _, noise in rows])
-        assert sorted(np.floor(levels * 16)) == list(range(16))
+        rows = rows_of_step(folder, step, ranks, micro_steps, batch_size=size, architecture='diffusion')
+        ratios = np.array([noise[0] for _, _, noise in rows])
+        assert sorted(np.floor(ratios * 16)) == list(range(16))
 
 
-def test_levels_are_spread_over_the_ranks(make_folder):
-    folder = data.Folder(make_folder())
+def test_mask_ratios_are_spread_over_the_ranks(make_folder):
+    folder = Folder(make_folder())
     steps = [rows_of_step(folder, step, batch_size=16, architecture='diffusion') for step in range(200)]
-    levels = np.array([[noise[0] for _, _, noise in rows] for rows in steps])
-    of_ranks = levels.reshape(200, 2, 8).mean(axis=(0, 2))  # rank 0 has the first half of each step's rows
+    ratios = np.array([[noise[0] for _, _, noise in rows] for rows in steps])
+    of_ranks = ratios.reshape(200, 2, 8).mean(axis=(0, 2))  # rank 0 has the first half of each step's rows
     assert np.abs(of_ranks - 0.5).max() < 0.02
-    assert np.abs(levels.mean(0) - 0.5).max() < 0.1  # no place has always the hard ones
+    assert np.abs(ratios.mean(0) - 0.5).max() < 0.1  # no row of a batch has always the hard ones
 
 
-def test_level_and_noise_of_a_row_are_independent(make_folder):
-    folder = data.Folder(make_folder())
+def test_mask_ratio_and_noise_of_a_row_are_independent(make_folder):
+    folder = Folder(make_folder())
     steps = [rows_of_step(folder, step, architecture='diffusion') for step in range(200)]
     noise = np.array([noise for rows in steps for _, _, noise in rows])
     correlation = np.corrcoef(noise.T)
@@ -197,23 +149,27 @@ def test_level_and_noise_of_a_row_are_independent(make_folder):
 # ---------------------------------------------------------------------------- evaluation
 
 
-def evaluated(folder, architecture, ranks=1, batch_size=3, **settings):
+def evaluation_batches(folder, architecture, batch_size=3, mode='packed', num_batches=0, dist=data.Alone):
+    return data.evaluation_batches(
+        folder, 'val', ARCHITECTURES[architecture], 16, batch_size, mode, num_batches, dist
+    )
+
+
+def evaluated(folder, architecture, ranks=1, **settings):
     """Each row of the validation split as (tokens, loss_mask, noise), over all ranks."""
     return [
-        tuple(None if x is None else x[row] for x in batch)
-        for rank in range(ranks)
-        for batch in data.evaluation_batches(
-            folder, 'val', architecture, 16, batch_size, rank=rank, world_size=ranks, **settings
-        )
-        for row in range(len(batch[0]))
+        tuple(None if x is None else x[row] for x in batch[:3])
+        for number in range(ranks)
+        for batch in evaluation_batches(folder, architecture, dist=rank(number, ranks), **settings)
+        for row in range(len(batch.tokens))
     ]
 
 
 def targets_of(folder, architecture):
     targets = []
     for tokens, loss_mask, _ in evaluated(folder, architecture):
-        trained = torch.ones_like(tokens) if loss_mask is None else loss_mask
-        targets += tokens[1:][trained[1:].bool()].tolist()  # a row's first token is context
+        in_loss = torch.ones_like(tokens) if loss_mask is None else loss_mask
+        targets += tokens[1:][in_loss[1:].bool()].tolist()  # a row's first token is context
     return sorted(targets)
 
 
@@ -221,22 +177,21 @@ def targets_of(folder, architecture):
 def test_ar_evaluation_covers_each_token_but_the_first_exactly_once(make_folder, length):
     """Each position of the split is its own token id, so that a target says where it is."""
     letters = ''.join(map(chr, range(200, 200 + length)))
-    folder = data.Folder(make_folder(val=[letters], letters=letters, train=[letters]))
+    folder = Folder(make_folder(val=[letters], letters=letters, train=[letters]))
     assert targets_of(folder, 'ar') == list(range(1, length + 1))
 
 
 def test_diffusion_evaluation_counts_no_token_twice(make_folder):
     letters = ''.join(map(chr, range(200, 300)))
-    folder = data.Folder(make_folder(val=[letters], letters=letters, train=[letters]))
+    folder = Folder(make_folder(val=[letters], letters=letters, train=[letters]))
     context = set(range(0, 96, 16))  # of the rows but the last, which begins before what it counts
     assert targets_of(folder, 'diffusion') == sorted(set(range(101)) - context)
 
 
-@pytest.mark.parametrize('architecture', ['ar', 'diffusion'])
-@pytest.mark.parametrize('mode', ['packed', 'documents'])
+@pytest.mark.parametrize('architecture, mode', [('ar', 'packed'), ('diffusion', 'documents')])
 @pytest.mark.parametrize('num_batches', [0, 2])
 def test_evaluation_is_the_same_for_any_number_of_ranks(make_folder, architecture, mode, num_batches):
-    folder = data.Folder(make_folder())
+    folder = Folder(make_folder())
 
     def rows(ranks):
         found = evaluated(folder, architecture, ranks, mode=mode, num_batches=num_batches)
@@ -246,8 +201,18 @@ def test_evaluation_is_the_same_for_any_number_of_ranks(make_folder, architectur
     assert len(rows(1)) == 6 if num_batches else len(rows(1)) > 12
 
 
+def test_ranks_that_wait_for_each_other_get_as_many_evaluation_batches(make_folder):
+    folder = Folder(make_folder(val=['abcdefghi' * 4]))  # two rows, both in the first rank's batch
+    kind = ARCHITECTURES['diffusion']
+    first, second = (
+        list(data.evaluation_batches(folder, 'val', kind, 16, 4, dist=rank(i, 2), even=True)) for i in (0, 1)
+    )
+    assert len(first) == len(second) == 1 and len(first[0].tokens) > len(second[0].tokens)
+    assert not second[0].loss_mask.any()
+
+
 def test_evaluation_of_a_few_batches_is_spread_over_the_split(make_folder):
-    folder = data.Folder(make_folder(val=['a' * 499, 'b' * 499]))
+    folder = Folder(make_folder(val=['a' * 499, 'b' * 499]))
     tokens = torch.stack([row[0] for row in evaluated(folder, 'ar', num_batches=2)])
     letters = letter_tokenizer()
     assert (tokens == letters.encode('a')[0]).any() and (tokens == letters.encode('b')[0]).any()
@@ -257,30 +222,28 @@ def test_evaluation_of_a_few_batches_is_spread_over_the_split(make_folder):
 
 
 def documents(make_folder, architecture, texts, **settings):
-    folder = data.Folder(make_folder(train=texts, **settings))
-    rows = data.make_rows(folder, 'train', architecture, 8, 'documents', training=True)
+    folder = Folder(make_folder(train=texts, **settings))
+    rows = make_rows(folder, architecture, 8, 'documents')
     return [rows.read(row) for row in range(rows.num_rows)], folder.tokenizer
 
 
 @pytest.mark.parametrize('architecture, length', [('ar', 9), ('diffusion', 8)])
-def test_a_document_begins_with_endoftext_and_is_filled_with_ignore(make_folder, architecture, length):
+def test_a_document_begins_with_endoftext_and_is_padded_with_ignore(make_folder, architecture, length):
     (short, last), tokenizer = documents(make_folder, architecture, ['abc', 'de'])
     end, ignore = tokenizer.endoftext_id, tokenizer.ignore_id
     assert short[0].tolist() == [end, *tokenizer.encode('abc'), end] + [ignore] * (length - 5)
     assert last[0].tolist() == [end, *tokenizer.encode('de'), end] + [ignore] * (length - 4)
 
 
-def test_filler_is_trained_on_by_diffusion_and_masked_for_ar(make_folder):
-    for architecture, filler in (('ar', 0), ('diffusion', 1)):
-        ((tokens, trained),) = documents(lambda **kw: make_folder(architecture, **kw), architecture, ['abc'])[
-            0
-        ]
-        assert trained[1:5].tolist() == [1] * 4  # a, b, c and the end
-        assert set(trained[5:]) == {filler}
+@pytest.mark.parametrize('architecture, in_loss', [('ar', 0), ('diffusion', 1)])
+def test_padding_is_in_the_loss_of_diffusion_and_not_of_ar(make_folder, architecture, in_loss):
+    ((_, loss_mask),), _ = documents(make_folder, architecture, ['abc'])
+    assert loss_mask[1:5].tolist() == [1] * 4  # a, b, c and the end
+    assert set(loss_mask[5:]) == {in_loss}
 
 
-def test_filler_is_never_counted(make_folder):
-    folder = data.Folder(make_folder(train=['abc', 'de', 'f' * 30]))
+def test_padding_is_never_counted(make_folder):
+    folder = Folder(make_folder(train=['abc', 'de', 'f' * 30]))
     for architecture, num_rows in (('ar', 4), ('diffusion', 5)):  # 16 or 15 tokens in a row
         count = batches(folder, architecture, batch_size=num_rows, mode='documents').read(0)[1]
         assert count == 4 + 3 + 31
@@ -288,11 +251,11 @@ def test_filler_is_never_counted(make_folder):
 
 def test_a_long_document_continues_after_the_token_before(make_folder):
     rows, tokenizer = documents(make_folder, 'ar', ['abcdefghijklmno', 'z'])
-    (first, _), (second, trained), (third, _) = rows
+    (first, _), (second, loss_mask), (third, _) = rows
     end = tokenizer.endoftext_id
     assert first.tolist() == [end, *tokenizer.encode('abcdefgh')]
     assert second.tolist() == [*tokenizer.encode('hijklmno'), end]
-    assert trained[1:].all() and third[:2].tolist() == [end, *tokenizer.encode('z')]
+    assert loss_mask[1:].all() and third[:2].tolist() == [end, *tokenizer.encode('z')]
 
 
 def test_an_empty_document_has_a_row_with_its_end(make_folder):
@@ -303,76 +266,181 @@ def test_an_empty_document_has_a_row_with_its_end(make_folder):
 
 @pytest.mark.parametrize('mode', ['packed', 'documents'])
 def test_the_folders_masks_say_where_the_loss_is(make_folder, mode):
-    folder = data.Folder(make_folder(train_on='e'))
+    folder = Folder(make_folder(train_on='e'))
     (e,) = folder.tokenizer.encode('e')
-    micro_batches, count = batches(folder, batch_size=8, accumulation=2, mode=mode).read(3)
-    tokens, loss_mask = (torch.cat(parts) for parts in list(zip(*micro_batches))[:2])
+    micro_batches, count = batches(folder, batch_size=8, micro_steps=2, mode=mode).read(3)
+    tokens, loss_mask = (torch.cat([batch[i] for batch in micro_batches]) for i in (0, 1))
     assert torch.equal(loss_mask[:, 1:].bool(), tokens[:, 1:] == e)
     assert count == (tokens[:, 1:] == e).sum() > 0
 
 
-@pytest.mark.parametrize('architecture', ['ar', 'diffusion'])
-@pytest.mark.parametrize('mode', ['packed', 'documents'])
+@pytest.mark.parametrize('architecture, mode', [('ar', 'documents'), ('diffusion', 'packed')])
 @pytest.mark.parametrize('train_on', [None, 'aeiou'])
 def test_the_count_is_the_models_over_all_ranks_and_micro_steps(make_folder, architecture, mode, train_on):
-    folder = data.Folder(make_folder(train_on=train_on))
-    readers = [batches(folder, architecture, 2, 2, 2, rank, mode=mode).read(5) for rank in (0, 1)]
-    tokens, loss_mask, _ = zip(*(batch for micro_batches, _ in readers for batch in micro_batches))
-    tokens = torch.cat(tokens)
-    trained = torch.ones_like(tokens) if loss_mask[0] is None else torch.cat(loss_mask)
-    expected = (trained[:, 1:].bool() & (tokens[:, 1:] != folder.tokenizer.ignore_id)).sum()
+    folder = Folder(make_folder(train_on=train_on))
+    special = dict(mask_id=folder.tokenizer.mask_id, ignore_id=folder.tokenizer.ignore_id)
+    model = random_model(architecture, 0.1, vocab_size=30, n_layer=1, n_embd=8, n_head=2, **special)
+    readers = [batches(folder, architecture, 2, 2, 2, mode, rank(number, 2)).read(5) for number in (0, 1)]
+    expected = sum(int(model(*batch)[1]) for micro_batches, _ in readers for batch in micro_batches)
     assert [count for _, count in readers] == [expected, expected]
 
 
-# ---------------------------------------------------------------------------- what cannot be read
-
-DAMAGE = {  # the file, what it becomes, what the error says
-    'no config': ('config.json', None, 'did not finish'),
-    'cut config': ('config.json', lambda old: old[:-2], 'config.json is damaged'),
-    'empty config': ('config.json', lambda old: b'', 'config.json is damaged'),
-    'config of another kind': ('config.json', lambda old: b'[1]', 'config.json is damaged'),
-    'config without a name': ('config.json', lambda old: old.replace(b'name', b'nome'), "KeyError('name')"),
-    'config without a split': ('config.json', lambda old: old.replace(b'val', b'test'), "KeyError('val')"),
-    'cut tokens': ('train_tokens.bin', lambda old: old[:5], 'train_tokens.bin has 5 bytes'),
-    'no tokens': ('val_tokens.bin', None, 'val_tokens.bin has 0 bytes'),
-    'cut index': ('val_index.bin', lambda old: old[:4], 'val_index.bin has 4 bytes'),
-    'no tokenizer': ('tokenizer.json', None, 'There is no tokenizer'),
-    'cut tokenizer': ('tokenizer.json', lambda old: old[:99], 'tokenizer.json could not be read'),
-    'tokenizer that is no text': ('tokenizer.json', lambda old: b'\xff', 'tokenizer.json could not be read'),
-    'another tokenizer': (
-        'tokenizer.json',
-        lambda old: letter_tokenizer('abc').to_json().encode(),
-        'tokenizer.json has 6 tokens, config.json says 30',
-    ),
-}
+def test_collate_pads_outside_the_loss_with_a_document_of_its_own():
+    rows = [
+        (np.array([5, 6, 7]), np.array([0, 1, 1], np.uint8), np.array([0, 0, 1])),
+        (np.array([8]), None, np.array([0])),
+    ]
+    batch = data.collate(rows, np.zeros((2, 9), np.float32))
+    assert batch.tokens.tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert batch.loss_mask.tolist() == [[0, 1, 1], [1, 1, 1]]
+    assert batch.doc_ids.tolist() == [[0, 0, 1], [0, -1, -1]] and batch.noise.shape == (2, 4)
 
 
-@pytest.mark.parametrize('case', DAMAGE)
-def test_a_damaged_folder_is_refused_in_one_sentence_with_its_path(make_folder, case):
+# ---------------------------------------------------------------------------- mixes
+
+
+@pytest.fixture
+def mix(make_folder, tmp_path):
+    """Folders a, b and c, whose texts have letters of their own, mixed by the weights."""
+
+    def make(weights='a:0.5,b:0.3,c:0.2', **settings):
+        for name, size in (('a', 3000), ('b', 400), ('c', 150)):
+            train, val = [name * 29] * (size // 30), [name * 29] * (size // 90)
+            make_folder(name, train=train, val=val, **settings.get(name, {}))
+        return open_dataset(','.join(f'{tmp_path}/{part}' for part in weights.split(',')))
+
+    return make
+
+
+@pytest.mark.parametrize(
+    'weights', [['0.7', '0.3'], ['1/3', '1/3', '1/3'], ['0.5', '0.3', '0.19', '0.01'], ['1']]
+)
+def test_of_any_number_of_rows_each_folder_has_its_share(weights):
+    part = SimpleNamespace(num_rows=10**9, row_length=9, has_loss_mask=False)
+    weights = [Fraction(weight) for weight in weights]
+    rows = data.MixedRows([part] * len(weights), weights, training=True)
+    seen = [0] * len(weights)
+    for row in range(1000):
+        which, before = rows.find(row)
+        assert before == seen[which]  # each row of a folder once, in turn
+        seen[which] += 1
+        assert all(abs(count - (row + 1) * weight) < len(weights) for count, weight in zip(seen, weights))
+    assert rows.counts(10**15)[0] == 10**15 * weights[0] // 1  # exact, far beyond a float
+
+
+@pytest.mark.parametrize('mode', ['packed', 'documents'])
+def test_each_step_has_the_folders_in_proportion(mix, mode):
+    folder = mix()
+    for step in (0, 7, 123):
+        rows = rows_of_step(folder, step, batch_size=20, mode=mode)
+        letters = [max(tokens, key=tokens.count) for tokens, *_ in rows]
+        assert [letters.count(letter) for letter in sorted(set(letters))] == [10, 6, 4]
+
+
+@pytest.mark.parametrize('mode', ['packed', 'documents'])
+def test_rows_of_a_mix_depend_on_seed_step_and_row_only(mix, mode):
+    folder, settings = mix(), dict(architecture='diffusion', mode=mode)
+    expected = rows_of_step(folder, 9, batch_size=8, **settings)
+    assert rows_of_step(folder, 9, ranks=2, micro_steps=2, batch_size=2, **settings) == expected
+    assert rows_of_step(folder, 9, batch_size=8, seed=1, **settings) != expected
+
+
+@pytest.mark.parametrize('mode', ['packed', 'documents'])
+def test_each_folder_of_a_mix_has_epochs_of_its_own_without_repetition(make_folder, mode):
+    """Each token of a folder is a letter of its own, so that a row says which it is."""
+    letters = ''.join(map(chr, range(200, 600)))
+    paths = []
+    for name, size in (('large', 390), ('small', 90)):
+        train = [letters[i : i + 15] for i in range(0, size, 15)]
+        paths.append(make_folder(name, train=train, val=[letters[:30]], letters=letters))
+    reader = batches(open_dataset(f'{paths[0]}:3,{paths[1]}:1'), batch_size=8, mode=mode)
+    for which, part in enumerate(reader.rows.parts):
+        drawn = []
+        for row in itertools.count():
+            if reader.rows.find(row)[0] == which:
+                drawn.append(tuple(reader.read_rows(0, [row])[row][0].tolist()))
+            if len(drawn) == 2 * part.num_rows:
+                break
+        assert len(set(drawn[: part.num_rows])) == len(set(drawn[part.num_rows :])) == part.num_rows
+        assert drawn[: part.num_rows] != drawn[part.num_rows :]  # in another order
+
+
+def test_the_count_covers_folders_with_masks_and_without(mix):
+    folder = mix('a:0.5,b:0.5', b={'train_on': 'z'})
+    (batch,), count = batches(folder, batch_size=8).read(0)
+    assert count == 4 * 16 == batch.loss_mask[:, 1:].sum()
+    # Each rank reads rows of one folder only, and both know the count of all.
+    counts = [batches(folder, batch_size=1, dist=rank(number, 2)).read(0)[1] for number in (0, 1)]
+    assert counts == [16, 16]
+
+
+def test_epochs_of_a_mix_are_counted_in_all_and_by_folder(mix):
+    reader = batches(mix('a:0.5,b:0.5'), batch_size=10)
+    a, b = (part.num_rows for part in reader.rows.parts)
+    assert reader.epoch(12) == pytest.approx(120 / (a + b))
+    assert reader.describe_epochs(12) == f'{120 / (a + b):.2f} epochs (a {60 / a:.2f}, b {60 / b:.2f})'
+
+
+@pytest.mark.parametrize('mode', ['packed', 'documents'])
+@pytest.mark.parametrize('weights', ['a:0.5,b:0.3,c:0.2', 'a:0.01,b:0.01,c:0.98'])
+def test_validation_of_a_mix_is_in_proportion_and_has_no_row_twice(mix, mode, weights):
+    folder = mix(weights)
+    rows = make_rows(folder, 'diffusion', mode=mode, split='val', training=False)
+    chosen = []
+    for row in range(rows.num_rows):
+        part, count = rows.find(row)
+        chosen.append((part, count * rows.parts[part].num_rows // rows.taken[part]))
+    assert len(set(chosen)) == len(chosen) == rows.num_rows
+    for which, weight in enumerate(folder.weights):
+        assert abs(sum(part == which for part, _ in chosen) - weight * rows.num_rows) < 3
+    most = min(part.num_rows / weight for part, weight in zip(rows.parts, folder.weights))
+    assert rows.num_rows >= most - 3  # nearly all of the folder that limits it
+    whole, split = (
+        [row[0].tolist() for row in evaluated(folder, 'diffusion', ranks, mode=mode)] for ranks in (1, 2)
+    )
+    assert sorted(whole) == sorted(split)
+
+
+# ---------------------------------------------------------------------------- memory, mistakes
+
+
+def resident_file_pages():
+    """Megabytes of files that are mapped into this process and in memory."""
+    line = next(line for line in open('/proc/self/status') if line.startswith('RssFile'))
+    return int(line.split()[1]) / 1024
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='there is no /proc')
+def test_reading_a_large_folder_keeps_no_pages(make_folder):
     folder = make_folder()
-    name, change, expected = DAMAGE[case]
-    path = folder / name
-    path.unlink() if change is None else path.write_bytes(change(path.read_bytes()))
-    with pytest.raises(UserError) as error:
-        data.Folder(folder)
-    assert expected in str(error.value) and '\n' not in str(error.value)
-    assert str(folder) in str(error.value)
-    assert 'prepare' in str(error.value) or 'give a' in str(error.value)
-
-
-def test_a_missing_folder_is_named_with_the_remedy():
-    with pytest.raises(UserError, match="'nowhere'.*python prepare/stories.py"):
-        data.Folder('nowhere')
+    size, texts = 100_000_000, 2_000_000
+    config = json.loads((folder / 'config.json').read_text())
+    config['splits']['train'].update(tokens=size, documents=texts)
+    (folder / 'config.json').write_text(json.dumps(config))
+    with open(folder / 'train_tokens.bin', 'wb') as file:
+        file.truncate(2 * size)  # sparse: nothing is written
+    (np.arange(texts + 1, dtype=np.uint64) * np.uint64(50)).tofile(folder / 'train_index.bin')
+    opened = Folder(folder)
+    for mode in ('packed', 'documents'):
+        reader = data.Batches(opened, ARCHITECTURES['ar'], 64, 512, mode=mode)
+        reader.read(9)  # code is read into memory too
+        before = resident_file_pages()
+        for step in range(5):
+            reader.read(step)
+        assert resident_file_pages() - before < 5, mode  # 2560 positions of 200 MB
+        if mode == 'documents':
+            assert reader.rows.num_rows == texts
 
 
 def test_a_block_longer_than_the_data_is_refused(make_folder):
-    folder = data.Folder(make_folder(val=['abc']))
-    with pytest.raises(UserError, match='val split .* has 4 tokens, fewer than one row of 17; choose'):
-        next(data.evaluation_batches(folder, 'val', 'ar', 16, 4))
-    with pytest.raises(UserError, match='train split .* fewer than one row of 99999'):
-        data.Batches(folder, 'diffusion', 99999, 4)
+    folder = Folder(make_folder(val=['abc']))
+    with pytest.raises(UserError, match='val split .* has 4 tokens, a row 17; choose'):
+        next(evaluation_batches(folder, 'ar'))
+    with pytest.raises(UserError, match='train split .* tokens, a row 99999'):
+        make_rows(folder, 'diffusion', 99999)
 
 
 def test_an_unknown_mode_is_refused(make_folder):
     with pytest.raises(UserError, match="'rows'.*'packed' or 'documents'"):
-        batches(data.Folder(make_folder()), mode='rows')
+        batches(Folder(make_folder()), mode='rows')

@@ -193,7 +193,7 @@ def test_a_folder_is_reused_for_the_same_command_and_refused_for_another(instruc
     with pytest.raises(UserError, match='prompt_format was default and is qa'):
         instruct(alpaca(), '--prompt_format=qa')
     (instruct(alpaca()).path / 'val_masks.bin').write_bytes(b'1')
-    with pytest.raises(UserError, match='val_masks.bin has 1 bytes where'):
+    with pytest.raises(UserError, match='val_masks.bin has 1 bytes, config.json says'):
         instruct(alpaca())
 
 

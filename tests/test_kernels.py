@@ -1,83 +1,109 @@
-"""What is written out for speed gives what PyTorch's plain way gives."""
+"""The kernels compute what PyTorch's plain operations compute."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-import model
-from lm import kernels, optim
+from lm import kernels
 
 
 def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).requires_grad_()
 
 
-@pytest.mark.skipif(kernels.MULTIPLY is None, reason='this PyTorch has no oneDNN')
+# ---------------------------------------------------------------------------- linear layers
+
+
+@pytest.mark.skipif(kernels.ONEDNN is None, reason='this PyTorch has no oneDNN')
 @pytest.mark.parametrize('bias', [True, False])
-def test_float32_linear_layers_use_onednn_and_agree_with_pytorchs(bias, monkeypatch):
+def test_float32_linear_layers_agree_with_pytorchs(bias):
     x, weight, b = random(3, 70, 64), random(96, 64, seed=1), random(96, seed=2) if bias else None
     inputs = [x, weight] + [b] * bias
-    expected = F.linear(x, weight, b)
-    gradient = random(3, 70, 96, seed=3).detach()
-    used, multiply = [], kernels.MULTIPLY
-    monkeypatch.setattr(kernels, 'MULTIPLY', lambda *given: used.append(1) or multiply(*given))
-    y = kernels.linear(x, weight, b)
+    y, expected = kernels.linear(x, weight, b), F.linear(x, weight, b)
+    assert 'OneDNN' in type(y.grad_fn).__name__
     torch.testing.assert_close(y, expected, atol=1e-4, rtol=1e-5)
-    for ours, theirs in zip(
-        torch.autograd.grad(y, inputs, gradient), torch.autograd.grad(expected, inputs, gradient)
-    ):
-        torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-5)
-    assert len(used) == 3
+    upstream = random(3, 70, 96, seed=3).detach()
+    for got, wanted in zip(*(torch.autograd.grad(out, inputs, upstream) for out in (y, expected))):
+        torch.testing.assert_close(got, wanted, atol=2e-4, rtol=1e-5)
+
+
+@pytest.mark.skipif(kernels.ONEDNN is None, reason='this PyTorch has no oneDNN')
+def test_what_needs_no_gradient_gets_none_and_other_types_go_to_pytorch():
+    x, weight = random(3, 70, 64), random(96, 64, seed=1)
     kernels.linear(x, weight.detach(), None).sum().backward()
-    assert len(used) == 5  # what needs no gradient costs no product
-    kernels.linear(x[0, :2], weight, b)
+    assert x.grad is not None and weight.grad is None
+    small = kernels.linear(x[0, :2], weight)  # too small to be worth a call
+    assert 'OneDNN' not in type(small.grad_fn).__name__
     with torch.autocast('cpu', torch.bfloat16):
-        assert kernels.linear(x, weight, b).dtype == torch.bfloat16
-    assert len(used) == 5
+        assert kernels.linear(x, weight).dtype == torch.bfloat16
+    assert kernels.linear(x.bfloat16(), weight.bfloat16()).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize('cap', [0.0, 15.0])
+# ---------------------------------------------------------------------------- attention
+
+
+@pytest.mark.parametrize('kv_heads', [4, 2], ids=['full', 'grouped'])
+@pytest.mark.parametrize('masking', ['none', 'causal', 'documents'])
+def test_unfused_attention_is_the_fused_one(kv_heads, masking):
+    q, k, v = random(2, 4, 9, 8), random(2, kv_heads, 9, 8, seed=1), random(2, kv_heads, 9, 8, seed=2)
+    doc_ids = torch.tensor([[0] * 4 + [1] * 5, [0] * 9])
+    mask = (doc_ids[:, None, :, None] == doc_ids[:, None, None, :]) if masking == 'documents' else None
+    results = [
+        attend(q, k, v, mask, masking == 'causal', 0.0) for attend in (kernels.attend, kernels.attend_unfused)
+    ]
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
+    upstream = random(2, 4, 9, 8, seed=3).detach()
+    for one, other in zip(*(torch.autograd.grad(y, (q, k, v), upstream) for y in results)):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    low = kernels.attend(*(x.bfloat16() for x in (q, k, v)), mask, masking == 'causal', 0.0)
+    torch.testing.assert_close(low.float(), results[0], atol=0.05, rtol=0.05)
+
+
+# ---------------------------------------------------------------------------- the sum of token losses
+
+
+def nll_and_pred(hidden, targets, head_weight):
+    logits = 5 * torch.tanh(hidden @ head_weight.t() / 5)
+    return F.cross_entropy(logits, targets, reduction='none'), logits.detach().argmax(-1)
+
+
 @pytest.mark.parametrize('rows', [7, 64])
-def test_the_head_loss_has_the_gradients_of_autograd(cap, rows):
-    hidden, weight, never = random(20, 16), random(64, 16, seed=1), torch.zeros(64)
-    never[[3, 60, 61, 62, 63]] = -torch.inf
-    targets = torch.arange(20) + 10
-    shares = torch.rand(20, generator=torch.Generator().manual_seed(2)) + 0.1
-    shares[-2:] = torch.inf  # of no account
-    logits = hidden @ weight.t()
-    logits = cap * torch.tanh(logits / cap) if cap else logits
-    plain = F.cross_entropy(logits + never, targets, reduction='none') / shares
-    expected = torch.autograd.grad(3 * plain.sum(), (hidden, weight))
-    nats, guess = model.HeadLoss.apply(hidden, weight, never, targets, shares, cap, rows, torch.float32)
-    torch.testing.assert_close(nats, plain)
-    assert torch.equal(guess, (logits + never).argmax(-1))
-    for ours, theirs in zip(
-        torch.autograd.grad(3 * nats.sum(), (hidden, weight), retain_graph=True), expected
-    ):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-    with pytest.raises(RuntimeError, match='summed'):
-        (nats * torch.arange(20)).sum().backward()
-    empty = model.HeadLoss.apply(hidden[:0], weight, never, targets[:0], shares[:0], cap, rows, torch.float32)
-    assert len(empty[0]) == len(empty[1]) == 0
+def test_the_weighted_sum_has_autograds_gradient_for_any_upstream_and_for_its_weights(rows):
+    hidden, head, weights = random(20, 16), random(64, 16, seed=1), random(20, seed=2)
+    targets, inputs = torch.arange(20) + 10, (hidden, head, weights)
+    nll, pred = nll_and_pred(hidden, targets, head)
+    expected = (weights * nll).sum()
+    loss, got_nll, got_pred = kernels.WeightedSum.apply(hidden, head, weights, targets, nll_and_pred, rows)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(got_nll, nll)
+    assert torch.equal(got_pred, pred) and not got_nll.requires_grad
+    for function in (lambda x: x, lambda x: -3 * x, lambda x: (x / 10).exp(), lambda x: 0 * x):
+        gradients = [torch.autograd.grad(function(x), inputs, retain_graph=True) for x in (loss, expected)]
+        for got, wanted in zip(*gradients):
+            torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
 
 
-def test_batched_muon_steps_and_resumes_as_pytorchs():
-    shapes = [(16, 16), (16, 64), (16, 16), (64, 16), (24, 16)]
-    ours, theirs = (
-        [random(*shape, seed=i).detach().requires_grad_() for i, shape in enumerate(shapes)] for _ in range(2)
+def test_a_frozen_head_gets_no_gradient_and_no_token_costs_nothing():
+    hidden, head, weights = random(20, 16), random(64, 16, seed=1).detach(), torch.ones(20)
+    targets = torch.arange(20)
+    loss, *_ = kernels.WeightedSum.apply(hidden, head, weights, targets, nll_and_pred, 8)
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    (expected,) = torch.autograd.grad(nll_and_pred(hidden, targets, head)[0].sum(), hidden)
+    torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-4)
+    loss, nll, pred = kernels.WeightedSum.apply(
+        hidden[:0], head.requires_grad_(), weights[:0], targets[:0], nll_and_pred, 8
     )
-    options = dict(lr=0.01, weight_decay=0.1, momentum=0.95, adjust_lr_fn='match_rms_adamw')
-    optimizers = optim.BatchedMuon(ours, **options), torch.optim.Muon(theirs, **options)
-    for step in range(4):
-        for i, (p, q) in enumerate(zip(ours, theirs)):
-            p.grad = random(*p.shape, seed=10 * step + i + 100).detach()
-            q.grad = p.grad.clone()
-        if step == 2:  # a matrix that a step does not touch
-            ours[0].grad = theirs[0].grad = None
-            states = [optimizer.state_dict() for optimizer in optimizers]
-            for optimizer, state in zip(optimizers, reversed(states)):
-                optimizer.load_state_dict(state)
-        for optimizer in optimizers:
-            optimizer.step()
-    for p, q in zip(ours, theirs):
-        torch.testing.assert_close(p, q, atol=1e-4, rtol=1e-3)
+    loss.backward()
+    assert loss == 0 and len(nll) == len(pred) == 0 and not head.grad.any()
+
+
+def test_put_undoes_take():
+    x = torch.arange(12).view(3, 4)
+    index = torch.tensor([1, 6, 11])
+    assert kernels.take(x, index).tolist() == [1, 6, 11]
+    assert kernels.put(kernels.take(x, index), index, x, -1).tolist() == [
+        [-1, 1, -1, -1],
+        [-1, -1, 6, -1],
+        [-1, -1, -1, 11],
+    ]
+    assert torch.equal(kernels.put(kernels.take(x, None), None, x, -1), x)

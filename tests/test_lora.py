@@ -198,13 +198,12 @@ def test_merge_converts_a_base_that_was_converted(version, tmp_path):
     torch.testing.assert_close(merged.logits(tokens), model.logits(tokens), atol=1e-4, rtol=0)
 
 
-def test_merge_writes_a_checkpoint_and_says_how_exact_it_is(tmp_path, capsys):
+def test_merge_writes_a_checkpoint_that_says_what_peft_says(tmp_path):
     base = hf_model('llama', tmp_path / 'base')
     theirs = peft.get_peft_model(base, peft.LoraConfig(r=2, lora_alpha=4, target_modules=['q_proj']))
     randomise(theirs)
     theirs.save_pretrained(tmp_path / 'adapter')
     hf.main(['merge', f'{tmp_path}/adapter', f'--base={tmp_path}/base', f'--out={tmp_path}/merged.pt'])
-    assert float(re.search(r'by (\S+) at most', capsys.readouterr().out)[1]) < 1e-4
     assert_logits(load(tmp_path / 'merged.pt'), theirs.eval()(hf_tokens()).logits)
 
 
@@ -309,9 +308,7 @@ def test_other_mistakes_are_sentences(tmp_path):
     with pytest.raises(UserError, match='has an adapter already'):
         lora.load_adapter(model, folder)
     (folder / 'adapter_model.safetensors').write_bytes(b'no')
-    with pytest.raises(UserError, match='adapter_model.safetensors is damaged'):
+    with pytest.raises(UserError, match='adapter_model.safetensors cannot be read'):
         lora.load_adapter(native(), folder)
     with pytest.raises(UserError, match='No layer of the model is called head; choose of .*q_proj'):
         lora.add_lora(native(), 2, 2, targets=('q', 'head'))
-    with pytest.raises(UserError, match='rank is 0'):
-        lora.add_lora(native(), 0, 2)

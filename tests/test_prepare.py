@@ -239,7 +239,7 @@ def test_failed_replacement_leaves_the_old_folder(prepare, corpus, tmp_path):
 def test_damaged_folder_is_not_reused(prepare, corpus):
     folder = prepare('text.py', f'--input={corpus}')
     (folder / 'val_tokens.bin').write_bytes(b'xx')
-    with pytest.raises(UserError, match='val_tokens.bin has 2 bytes where .*--overwrite'):
+    with pytest.raises(UserError, match='val_tokens.bin has 2 bytes, config.json says .*--overwrite'):
         prepare('text.py', f'--input={corpus}')
     prepare('text.py', f'--input={corpus}', '--overwrite')
 

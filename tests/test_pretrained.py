@@ -88,9 +88,9 @@ def test_rotary_positions_stay_exact_in_bfloat16(tmp_path):
 
 
 @torch.no_grad()
-def test_a_sliding_window_limits_the_block(tmp_path, capsys):
+def test_a_sliding_window_limits_the_block(tmp_path):
     theirs = hf_model('mistral', tmp_path, sliding_window=40)
-    assert load(tmp_path).config.block_size == 40 and 'sliding_window' in capsys.readouterr().err
+    assert load(tmp_path).config.block_size == 40
     assert_same_logits(tmp_path, theirs, hf_tokens(2, 40))
 
 
@@ -137,14 +137,12 @@ def rewrite(folder, change):
     safetensors.torch.save_file(change(tensors), folder / 'model.safetensors')
 
 
-@pytest.mark.parametrize('form', ['bin', 'old bin', 'sharded', 'without prefix'])
+@pytest.mark.parametrize('form', ['bin', 'sharded', 'without prefix'])
 @torch.no_grad()
 def test_weights_are_read_in_any_form(form, tmp_path):
     theirs, path = hf_model('gpt2', tmp_path), tmp_path / 'model.safetensors'
-    if 'bin' in form:
-        zipped = form == 'bin'
-        tensors = safetensors.torch.load_file(path)
-        torch.save(tensors, tmp_path / 'pytorch_model.bin', _use_new_zipfile_serialization=zipped)
+    if form == 'bin':
+        torch.save(safetensors.torch.load_file(path), tmp_path / 'pytorch_model.bin')
         path.unlink()
     elif form == 'sharded':
         path.unlink()
@@ -164,7 +162,7 @@ def test_a_bin_that_would_run_code_is_refused(tmp_path):
     hf_model('gpt2', tmp_path)
     (tmp_path / 'model.safetensors').unlink()
     torch.save({'transformer.wte.weight': Payload()}, tmp_path / 'pytorch_model.bin')
-    with pytest.raises(UserError, match='pytorch_model.bin is damaged or holds more than weights'):
+    with pytest.raises(UserError, match='pytorch_model.bin cannot be read as weights'):
         checkpoints.load(tmp_path)
     assert not (tmp_path / 'ran').exists()
 
@@ -194,20 +192,21 @@ MISTAKES = {
     'no weights': (lambda f: (f / 'model.safetensors').unlink(), 'holds no weights'),
     'damaged weights': (
         lambda f: (f / 'model.safetensors').write_bytes(b'abc'),
-        'model.safetensors is damaged',
+        'model.safetensors cannot be read as weights',
     ),
     'another family': (lambda f: edit_config(f, model_type='bloom'), "of the family 'bloom'; choose"),
     'an unknown rope': (
         lambda f: edit_config(f, rope_parameters=dict(rope_type='yarn', rope_theta=1e4, factor=2.0)),
-        'cannot be taken over exactly.*yarn',
+        'rope_type=.yarn.; only default or linear or llama3 can be taken over exactly',
     ),
-    'biases': (lambda f: edit_config(f, attention_bias=True), 'attention_bias=True'),
+    'biases': (lambda f: edit_config(f, attention_bias=True), 'attention_bias=True; only False can'),
+    'a key that is missing': (lambda f: edit_config(f, hidden_size=None), "config.json lacks 'hidden_size'"),
     'a config cut short': (lambda f: (f / 'config.json').write_text('{"model_type": '), 'cannot be read'),
     'a shard that is missing': (
         lambda f: (f / 'model.safetensors.index.json').write_text(
             '{"weight_map": {"a": "part-1.safetensors"}}'
         ),
-        'lacks part-1.safetensors',
+        'part-1.safetensors cannot be read as weights',
     ),
 }
 
@@ -254,10 +253,9 @@ def test_the_older_pair_of_tokenizer_files_is_read(tmp_path):
     assert tokenizer.endoftext_id == pretrained.start_token(tmp_path, tokenizer) == 2
 
 
-def test_a_folder_without_a_tokenizer_comes_with_a_warning(tmp_path, capsys):
+def test_a_model_without_a_tokenizer_says_so_when_it_needs_one(tmp_path):
     hf_model('qwen2', tmp_path)
     checkpoint = checkpoints.load(tmp_path)
-    assert 'warning:' in (said := capsys.readouterr().err) and 'tokenizer.json' in said
     with pytest.raises(UserError, match='came without a tokenizer.json.*import it again'):
         Tokenizer(checkpoint['tokenizer'])
 

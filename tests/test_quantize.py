@@ -6,7 +6,6 @@ import torch.nn as nn
 from conftest import random_model
 
 from lm import lora
-from lm.configurator import UserError
 from lm.quantize import QuantizedLinear, linear_layers, quantize
 
 SHAPE = dict(vocab_size=40, block_size=16, n_layer=2, n_head=2, n_embd=32, mask_id=38, ignore_id=39)
@@ -65,8 +64,3 @@ def test_merging_into_few_bits_gives_plain_layers(bits):
     lora.merge(model)
     assert all(type(layer) is nn.Linear for _, layer in linear_layers(model))
     torch.testing.assert_close(model.logits(some_tokens()), expected, atol=1e-4, rtol=0)
-
-
-def test_other_numbers_of_bits_are_refused():
-    with pytest.raises(UserError, match='bits is 2; choose 8 or 4'):
-        quantize(random_model('ar', 0.3, **SHAPE), 2)

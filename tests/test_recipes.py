@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from lm import checkpoints, optim
+from lm import checkpoints, runtime
 from lm.configurator import ALIASES, ROOT, Config, apply_file, keys_of
 
 CONFIGS = sorted(path.name for path in (ROOT / 'config').glob('*.py') if path.name != 'languages.py')
@@ -28,7 +28,11 @@ def test_a_recipe_sets_what_its_script_knows(recipe):
     script = 'finetune.py' if recipe.startswith(('sft_', 'finetune_')) else 'train.py'
     config = config_of(script)
     apply_file(config, f'config/{recipe}')
-    assert config.given and config['optimizer'] in optim.OPTIMIZERS and config['schedule'] in optim.SCHEDULES
+    assert (
+        config.given
+        and config['optimizer'] in runtime.CHOICES['optimizer']
+        and config['schedule'] in runtime.CHOICES['schedule']
+    )
     checkpoints.size_of(config['model_size'])
 
 

@@ -3,12 +3,11 @@
 import math
 from itertools import permutations, product
 
-import numpy as np
 import pytest
 import torch
 from conftest import assert_drawn_from, random_model
 
-from lm import likelihood, optim
+from lm import likelihood
 from model import ARCHITECTURES, Belief, ModelConfig, mask_ratio
 from sampling import generate
 
@@ -161,41 +160,6 @@ def test_autocast_leaves_every_gradient_in_place():
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
 
 
-# ---------------------------------------------------------------------------- what a step believes
-
-RAMP = ((0.2, 0.5), (0.7, 0.9))
-
-
-def plans(steps, seed=0, **settings):
-    settings = {'p_belief': RAMP, 'k_schedule': (1, 2, 4, 8), 'k_warmup_steps': 0, **settings}
-    return [optim.draw_beliefs(ARCHITECTURES['sdd'], step, steps, seed, **settings) for step in range(steps)]
-
-
-def test_beliefs_set_in_as_the_ramp_says():
-    kept = np.array([plan['k'] > 0 for plan in plans(20000)])
-    assert not kept[:4000].any()
-    assert abs(kept[4000:14000].mean() - 0.5) < 0.03 and abs(kept[14000:].mean() - 0.9) < 0.03
-
-
-def test_k_is_drawn_evenly_or_follows_its_curriculum():
-    ks = np.array([plan['k'] for plan in plans(20000) if plan['k']])
-    for k in (1, 2, 4, 8):
-        assert abs((ks == k).mean() - 0.25) < 0.03
-    walked = [plan['k'] for plan in plans(2000, k_warmup_steps=1000, p_belief=((0.0, 1.0),))]
-    assert walked == [1] * 250 + [2] * 250 + [4] * 250 + [8] * 1250
-
-
-@pytest.mark.slow
-def test_what_a_step_believes_hangs_on_seed_and_step_only():
-    assert plans(200) == plans(200) != plans(200, seed=1)
-    views = plans(20000, p_belief=((0.0, 1.0),))
-    stale, depth = (np.array([plan[name] for plan in views]) for name in ('stale', 'depth'))
-    assert abs((stale > 0).mean() - optim.P_STALE) < 0.03 and stale.max() <= optim.MAX_STALE
-    for passes in range(1, optim.MAX_DEPTH + 1):
-        assert abs((depth >= passes).mean() - optim.P_DEEPER ** (passes - 1)) < 0.03
-    assert depth.max() == optim.MAX_DEPTH
-
-
 # ---------------------------------------------------------------------------- bounds, enumerated
 
 LETTERS, LENGTH = 3, 3
@@ -221,7 +185,7 @@ def path_nats(model, turn, steps):
     return nats
 
 
-@pytest.mark.parametrize('steps', [1, 2, 4])
+@pytest.mark.parametrize('steps', [1, 3])
 def test_the_bound_of_sampling_in_steps_is_the_mean_over_all_paths_and_above_the_truth(steps):
     model = toy()
     paths = torch.stack(
@@ -237,13 +201,12 @@ def test_the_bound_of_sampling_in_steps_is_the_mean_over_all_paths_and_above_the
         assert abs(draws.mean() - mean[place]) < 4 * draws.std() / 4000**0.5 + 1e-5
 
 
-@pytest.mark.parametrize('steps', [2, 4])
-def test_what_the_bound_bounds_is_what_the_sampler_draws(steps):
-    model = toy()
+def test_what_the_bound_bounds_is_what_the_sampler_draws():
+    model, steps = toy(), 3
     paths = torch.stack(
         [path_nats(model, turn, steps) for turn in product(range(1, steps + 1), repeat=LENGTH)]
     )
-    drawn = torch.tensor(generate(model, [[0]] * 20000, LENGTH, steps=steps))[:, 1:] @ torch.tensor([9, 3, 1])
+    drawn = torch.tensor(generate(model, [[0]] * 10000, LENGTH, steps=steps))[:, 1:] @ torch.tensor([9, 3, 1])
     assert_drawn_from(torch.exp(-paths).mean(0), drawn)
 
 
@@ -295,8 +258,8 @@ def test_beliefs_gain_and_shuffled_among_the_hidden_positions_they_lose_it(monke
         ModelConfig(vocab_size=17, mask_id=16, block_size=12, n_layer=1, n_head=2, n_embd=32, k=4)
     )
     optimizer = torch.optim.AdamW(model.parameters())
-    for step in range(400):
-        optimizer.param_groups[0]['lr'] = 5e-3 * (1 - step / 400)
+    for step in range(250):
+        optimizer.param_groups[0]['lr'] = 1e-2 * (1 - step / 250)
         loss, count, _ = model(chains(64, step + 1), None, stratified_noise(64, step + 1), k=4 * (step % 2))
         optimizer.zero_grad()
         (loss / count).backward()
@@ -315,19 +278,3 @@ def test_beliefs_gain_and_shuffled_among_the_hidden_positions_they_lose_it(monke
         monkeypatch.setattr(model, 'top_k_belief', shuffled)
         control = model(*batch)[0] / count
     assert two_pass < without - 0.05 and control > without
-
-
-# ---------------------------------------------------------------------------- why the published process fails
-
-
-def test_the_published_noise_leaves_77_percent_of_the_answers_in_sight():
-    """aaholmes/diffusion-llm, sparse_diffusion.py: at noise n = 1 - cos(πt/2) a candidate of probability q is
-    swapped for a random token with probability n (1 - q (1 - n)); for the true token, q = 1, that is n². What is
-    left is in the first slot with a probability that no swapped token has, so it can be copied: on average over t
-    for 1 - (3/2 - 4/π) = 77.3 % of the positions."""
-    generator = torch.Generator().manual_seed(0)
-    noise = 1 - torch.cos(math.pi / 2 * torch.rand(10**6, generator=generator))
-    swapped = torch.rand(10**6, generator=generator) < noise * (1 - 1.0 * (1 - noise))
-    in_sight = 1 - swapped.double().mean()
-    assert in_sight == pytest.approx(4 / math.pi - 1 / 2, abs=2e-3)
-    assert 4 / math.pi - 1 / 2 == pytest.approx(0.7732, abs=5e-5)

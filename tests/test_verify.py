@@ -83,7 +83,7 @@ DAMAGES = {
         lambda f: edit(f, 'config.json', '"val_masks.bin"', '"other"'),
         'val_masks.bin has no hash',
     ),
-    'a file cut': (lambda f: cut(f, 'val_tokens.bin', 2), 'val_tokens.bin has 2 bytes where'),
+    'a file cut': (lambda f: cut(f, 'val_tokens.bin', 2), 'val_tokens.bin has 2 bytes, config.json says'),
     'a file gone': (lambda f: (f / 'train_index.bin').unlink(), 'train_index.bin has 0 bytes'),
     'another count of bytes': (
         lambda f: edit(f, 'config.json', '"bytes": ', '"bytes": 1'),
@@ -91,7 +91,7 @@ DAMAGES = {
     ),
     'another count of tokens': (
         lambda f: edit(f, 'config.json', '"tokens": ', '"tokens": 1'),
-        'bytes where config.json promises',
+        'bytes, config.json says',
     ),
     'a config cut': (lambda f: cut(f, 'config.json', 1), 'config.json is damaged'),
     'a tokenizer changed': (lambda f: edit(f, 'tokenizer.json', '{', ' {'), 'tokenizer.json is not the file'),

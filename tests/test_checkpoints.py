@@ -1,0 +1,342 @@
+"""Checkpoints: written whole or not at all, read in their old form too, and the start of other runs."""
+
+import os
+import signal
+
+import pytest
+import torch
+from conftest import letter_tokenizer, random_model
+from helpers import GPT2_SWITCHES, same
+
+import sampling
+from lm import checkpoints, files, optim
+from lm.configurator import Config, Key, UserError
+from model import mask_ratio
+
+SHAPE = dict(vocab_size=30, block_size=16, n_layer=2, n_head=2, n_embd=16, mask_id=28, ignore_id=29)
+
+
+def make_checkpoint(architecture='ar', **changes):
+    """A model of random weights and its checkpoint."""
+    model = random_model(architecture, 0.4, **{**SHAPE, **changes})
+    return model, {
+        'architecture': architecture,
+        'model_config': vars(model.config),
+        'model_state_dict': model.state_dict(),
+        'tokenizer': letter_tokenizer().to_json(),
+    }
+
+
+def some_tokens(length=16):
+    return torch.randint(0, 28, (3, length), generator=torch.Generator().manual_seed(0))
+
+
+# ---------------------------------------------------------------------------- files
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    (tmp_path / 'ckpt.pt').write_text('old')
+
+    def write(file):
+        file.write(b'half of the ne')
+        raise OSError('No space left on device')
+
+    with pytest.raises(UserError, match='ckpt.pt could not be written .*No space left.*still is'):
+        files.save_atomically(tmp_path / 'ckpt.pt', write)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {'ckpt.pt': 'old'}
+
+
+def test_a_process_killed_while_it_writes_leaves_the_old_file(tmp_path):
+    checkpoints.save(tmp_path / 'ckpt.pt', {'weights': torch.ones(3)})
+
+    def write(file):
+        file.write(b'half')
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if child == 0:
+        files.save_atomically(tmp_path / 'ckpt.pt', write)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert torch.load(tmp_path / 'ckpt.pt', weights_only=True)['weights'].tolist() == [1, 1, 1]
+    checkpoints.save(tmp_path / 'ckpt.pt', {'weights': torch.zeros(3)})  # over what it left
+    assert [path.name for path in tmp_path.iterdir()] == ['ckpt.pt']
+
+
+def test_a_new_file_is_on_the_disk_before_it_takes_the_name(tmp_path, monkeypatch):
+    happened = []
+    monkeypatch.setattr(os, 'fsync', lambda file: happened.append('fsync'))
+    monkeypatch.setattr(os, 'replace', lambda source, target: happened.append('replace'))
+    files.save_atomically(tmp_path / 'file', lambda file: happened.append('write'))
+    assert happened == ['write', 'fsync', 'replace']
+
+
+def test_a_checkpoint_cut_anywhere_or_of_another_kind_is_refused(tmp_path):
+    path = tmp_path / 'ckpt.pt'
+    checkpoints.save(path, make_checkpoint()[1])
+    whole = path.read_bytes()
+    cut = (whole[:n] for n in range(1, len(whole), 4999))
+    for content in [b'', b'{"a": 1}', b'.', b'not a checkpoint', *cut]:
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f'{path} is damaged or no checkpoint of ours .*; take another'):
+            checkpoints.load(path)
+    for value in (5, [1], {'model': {}}):
+        torch.save(value, path)
+        with pytest.raises(UserError, match=f'{path} lacks .*tokenizer.*; give the ckpt.pt'):
+            checkpoints.load(path)
+    with pytest.raises(UserError, match='no checkpoint at nowhere.pt; correct'):
+        checkpoints.load('nowhere.pt')
+
+
+@pytest.mark.parametrize('mmap', [False, True])
+def test_a_run_folder_stands_for_its_checkpoint(tmp_path, mmap):
+    model, checkpoint = make_checkpoint()
+    checkpoints.save(tmp_path / 'ckpt.pt', checkpoint)
+    loaded = checkpoints.load(tmp_path, mmap=mmap)
+    assert loaded['format'] == checkpoints.CHECKPOINT_FORMAT
+    assert same(loaded['model_state_dict'], dict(model.state_dict()))
+    assert checkpoints.run_of(tmp_path / 'ckpt.pt') == tmp_path
+    assert checkpoints.run_of(tmp_path / 'checkpoints/checkpoint-5/ckpt.pt') == tmp_path
+
+
+def test_old_names_of_parameters_are_renamed_when_a_checkpoint_is_loaded(tmp_path):
+    model, checkpoint = make_checkpoint('sdd', embedding_width=8)
+    old_names = {
+        'belief_proj.weight': 'believed.weight',
+        'project_in.weight': 'widen.weight',
+        'project_out.weight': 'narrow.weight',
+    }
+    old = {old_names.get(name, name): weight for name, weight in model.state_dict().items()}
+    assert len(set(old) - set(model.state_dict())) == 3
+    average = {name: weight + 1 for name, weight in old.items()}
+    checkpoint.update(model_state_dict=old, ema_state_dict=average)
+    checkpoints.save(tmp_path / 'ckpt.pt', checkpoint)
+    loaded = checkpoints.load(tmp_path)
+    assert same(loaded['model_state_dict'], dict(model.state_dict()))
+    assert loaded['ema_state_dict'].keys() == model.state_dict().keys()
+
+
+# ---------------------------------------------------------------------------- models
+
+
+def test_a_model_to_use_has_the_average_where_there_is_one():
+    _, checkpoint = make_checkpoint()
+    weights = checkpoint['model_state_dict']
+    average = {name: weight + 1 for name, weight in weights.items()}
+    for state, expected in ((checkpoint, weights), ({**checkpoint, 'ema_state_dict': average}, average)):
+        model = checkpoints.load_model(state, 'cpu')
+        assert not model.training
+        assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    'call, expected',
+    [
+        (lambda: checkpoints.size_of('huge'), "model_size is 'huge'; choose tiny, small"),
+        (lambda: checkpoints.make_model('rnn', **SHAPE), "architecture is 'rnn'; choose ar or diffusion"),
+        (
+            lambda: checkpoints.make_model('ar', **{**SHAPE, 'n_head': 5}),
+            'n_embd=16 is no even multiple of n_head=5; choose',
+        ),
+        (lambda: checkpoints.make_model('ar', **SHAPE, dropout=1.5), 'dropout is 1.5; it must be'),
+    ],
+)
+def test_a_model_that_cannot_be_is_refused(call, expected):
+    with pytest.raises(UserError, match=expected):
+        call()
+
+
+def test_a_checkpoint_of_another_architecture_or_vocabulary_is_refused():
+    _, checkpoint = make_checkpoint()
+    checkpoints.check_fits(checkpoint, 'ckpt.pt', 'ar', letter_tokenizer(), 'data/letters')
+    with pytest.raises(UserError, match="architecture='ar', not 'diffusion'; use --architecture=ar"):
+        checkpoints.check_fits(checkpoint, 'ckpt.pt', 'diffusion', letter_tokenizer(), 'data/letters')
+    with pytest.raises(UserError, match=r'ckpt.pt .*vocabulary \(30 tokens\) than data/x \(6\)'):
+        checkpoints.check_fits(checkpoint, 'ckpt.pt', 'ar', letter_tokenizer('abc'), 'data/x')
+
+
+# ---------------------------------------------------------------------------- an ar model as the start of another
+
+
+def converted(checkpoint, architecture='diffusion', **settings):
+    return checkpoints.load_model(checkpoints.convert(checkpoint, 'ar.pt', architecture, **settings), 'cpu')
+
+
+@pytest.mark.parametrize(
+    'changes',
+    [{}, {'tied': False, 'n_head': 4, 'n_kv_head': 2}, {**GPT2_SWITCHES, 'embedding_width': 8}],
+    ids=['native', 'untied', 'projected'],
+)
+@pytest.mark.parametrize('architecture', ['diffusion', 'sdd'])
+@torch.no_grad()
+def test_a_converted_model_begins_as_the_ar_model_one_position_on(architecture, changes):
+    ar, checkpoint = make_checkpoint(**changes)
+    model, tokens = converted(checkpoint, architecture).train(), some_tokens()
+    expected = ar.logits(tokens)[:, :-1, :28]
+    model.attn_mask = optim.annealed_mask(0, 10, 16, seed=0)
+    torch.testing.assert_close(model.logits(tokens)[:, 1:, :28], expected, atol=1e-5, rtol=0)
+    model.attn_mask = None
+    assert (model.logits(tokens)[:, 1:, :28] - expected).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_loss_and_sampling_of_a_converted_model_see_the_same_shift():
+    model, tokens = converted(make_checkpoint()[1]), some_tokens()
+    masked = torch.zeros_like(tokens, dtype=torch.bool)
+    masked[:, [3, 4, 9]] = True
+    log_p = model.logits(tokens.masked_fill(masked, 28)).log_softmax(-1)
+    expected = -log_p.gather(2, tokens[..., None]).squeeze(2)
+    noise = torch.cat([torch.ones(3, 1), 1 - masked.float()], 1)
+    nll, *_ = model(tokens, masked, noise, reduction='none')
+    torch.testing.assert_close(nll, expected * masked)
+    rows = sampling.generate(model, tokens.masked_fill(masked, 28).tolist(), 0, steps=1, temperature=0)
+    assert torch.equal(torch.tensor(rows)[masked], log_p[masked].argmax(-1))
+
+
+@torch.no_grad()
+def test_a_masked_token_never_leaks_through_the_shift():
+    model, tokens = converted(make_checkpoint()[1]), some_tokens()
+    noise = torch.full((3, 17), 0.9)
+    noise[:, [0, 4, 8, 9]] = 0.5
+    masked = noise[:, 1:] < mask_ratio(noise)
+    other = torch.where(masked, (tokens + 1) % 28, tokens)
+    first, second = (model(x, None, noise, reduction='none')[0] for x in (tokens, other))
+    assert torch.equal(first != second, masked) and masked.sum() == 9  # another target, nothing else
+
+
+def test_rows_that_ar_never_learned_are_the_mean_of_those_that_it_did():
+    for changes in ({}, {'tied': False}):
+        ar, checkpoint = make_checkpoint(**changes)
+        model = converted(checkpoint)
+        for name in ('embedding', 'unembedding') if changes else ('embedding',):
+            before, after = getattr(ar, name).weight, getattr(model, name).weight
+            torch.testing.assert_close(after[28:30], before[:28].mean(0).expand(2, -1))
+            assert torch.equal(after[:28], before[:28]) and not torch.equal(before[28], after[28])
+
+
+@torch.no_grad()
+def test_a_diffusion_model_starts_an_sdd_model_that_is_the_same_without_beliefs():
+    diffusion, checkpoint = make_checkpoint('diffusion')
+    sdd, tokens = converted(checkpoint, 'sdd'), some_tokens()
+    assert torch.equal(sdd.denoiser(tokens, k=0), diffusion.denoiser(tokens))
+    assert torch.equal(sdd.belief_proj.weight, torch.eye(16)) and not sdd.config.shift
+
+
+@pytest.mark.parametrize('position', ['rope', 'learned'])
+def test_a_start_may_have_shorter_rows(position):
+    ar, checkpoint = make_checkpoint(position=position)
+    model = converted(checkpoint, 'ar', block_size=8)
+    assert model.config.block_size == 8
+    torch.testing.assert_close(model.logits(some_tokens(8)), ar.logits(some_tokens(8)))
+    with pytest.raises(UserError, match='ar.pt sees 16 tokens; choose a smaller block_size'):
+        converted(checkpoint, 'ar', block_size=17)
+
+
+@pytest.mark.parametrize('held, wanted', [('diffusion', 'ar'), ('sdd', 'diffusion'), ('ar', 'rnn')])
+def test_what_a_model_cannot_start_is_refused(held, wanted):
+    expected = f"holds architecture='{held}', which cannot start '{wanted}'; use --arch"
+    with pytest.raises(UserError, match=expected):
+        checkpoints.convert(make_checkpoint(held)[1], 'run', wanted)
+
+
+# ---------------------------------------------------------------------------- continuing a run
+
+
+def settings(**given):
+    """The variables and the Config of a script with some settings given."""
+    defaults = dict(resume_from='', out_dir='', batch_size=8, n_layer=4, init_from='')
+    config = Config({name: Key(value, type(value)) for name, value in defaults.items()})
+    config.update(given)
+    config.given = set(given)
+    return dict(config), config
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A run folder whose checkpoint can be continued."""
+    held = {'batch_size': 4, 'n_layer': 2, 'out_dir': 'elsewhere'}
+    checkpoint = {**make_checkpoint()[1], 'optimizer_state_dict': {}, 'train_config': held}
+    checkpoints.save(tmp_path / 'ckpt.pt', checkpoint)
+    return tmp_path
+
+
+def test_what_is_not_given_is_the_runs_own_and_what_differs_is_listed(saved):
+    namespace, config = settings(resume_from=str(saved), batch_size=16)
+    resumed = checkpoints.resume(namespace, config, fixed=['n_layer'])
+    assert (namespace['n_layer'], namespace['batch_size'], namespace['out_dir']) == (2, 16, '')
+    assert list(resumed.overrides) == [('batch_size', 4, 16)]
+    assert resumed.path == saved / 'ckpt.pt' and resumed.run_dir == saved
+    expected = 'has n_layer=2 and cannot go on with 4; leave --n_layer out'
+    with pytest.raises(UserError, match=expected):
+        checkpoints.resume(*settings(resume_from=str(saved), n_layer=4), ['n_layer'])
+
+
+def test_auto_needs_an_out_dir_and_starts_afresh_without_a_checkpoint(saved, tmp_path):
+    assert checkpoints.resume(*settings(), []) == checkpoints.Resumed()
+    new = tmp_path / 'new'
+    resumed = checkpoints.resume(*settings(resume_from='auto', out_dir=str(new)), [])
+    assert resumed.checkpoint is None and resumed.run_dir == new
+    resumed = checkpoints.resume(*settings(resume_from='auto', out_dir=str(saved)), [])
+    assert resumed.checkpoint['architecture'] == 'ar'
+    with pytest.raises(UserError, match='--resume_from=auto needs the folder.*--out_dir=PATH'):
+        checkpoints.resume(*settings(resume_from='auto'), [])
+
+
+def test_weights_alone_cannot_be_continued(tmp_path):
+    checkpoints.save(tmp_path / 'best.pt', {**make_checkpoint()[1], 'train_config': {}})
+    with pytest.raises(UserError, match='best.pt holds weights without.*--init_from=.*best.pt'):
+        checkpoints.resume(*settings(resume_from=str(tmp_path / 'best.pt')), [])
+
+
+def test_the_newest_copies_and_the_best_are_kept(tmp_path):
+    (tmp_path / 'ckpt.pt').write_text('state')
+
+    def kept():
+        return {
+            int(path.parent.name.removeprefix('checkpoint-')): path.read_text()
+            for path in (tmp_path / 'checkpoints').glob('*/ckpt.pt')
+        }
+
+    for step in (2, 4, 6, 8, 10):
+        checkpoints.keep_copy(tmp_path, step, limit=3, best_step=4)
+    assert kept() == {4: 'state', 8: 'state', 10: 'state'}
+    checkpoints.keep_copy(tmp_path, 12, limit=2, best_step=12)
+    assert set(kept()) == {10, 12}
+
+
+# ---------------------------------------------------------------------------- the run folder
+
+
+def test_run_folders_are_numbered_and_the_suffix_comes_last(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, 'ROOT', tmp_path)
+    for name, suffix, expected in (
+        ('a', '', 'a-v1'),
+        ('a', '', 'a-v2'),
+        ('b', '', 'b-v1'),
+        ('a', '', 'a-v3'),
+        ('a', 'fixed-k8', 'a-v1-fixed-k8'),
+        ('a', 'fixed-k8', 'a-v2-fixed-k8'),
+    ):
+        assert checkpoints.open_run_folder('', name, suffix) == tmp_path / 'out' / expected
+    (tmp_path / 'out/a-v2').rmdir()
+    assert checkpoints.open_run_folder('', 'a').name == 'a-v2'
+
+
+def test_a_folder_that_holds_a_run_is_refused_unless_it_continues_or_is_overwritten(tmp_path):
+    run = tmp_path / 'run'
+    assert checkpoints.open_run_folder(run, 'a') == run
+    assert checkpoints.open_run_folder(run, 'a') == run  # an empty folder holds none
+    for name in ('metrics.csv', 'notes.txt'):
+        (run / name).write_text('precious')
+    for run_dir in (None, tmp_path / 'another'):
+        with pytest.raises(UserError, match=f'{run} already holds a run; .*--resume_from=auto.*--overwrite'):
+            checkpoints.open_run_folder(run, 'a', run_dir=run_dir)
+    assert checkpoints.open_run_folder(run, 'a', run_dir=run.resolve()) == run
+    assert (run / 'metrics.csv').read_text() == 'precious'
+    checkpoints.open_run_folder(run, 'a', overwrite=True)
+    assert [path.name for path in run.iterdir()] == ['notes.txt']  # what is not the run's stays
+
+
+def test_a_data_folder_is_no_place_for_a_run(make_folder):
+    with pytest.raises(UserError, match='is a prepared data folder, not a place for a run'):
+        checkpoints.open_run_folder(make_folder(), 'a', overwrite=True)

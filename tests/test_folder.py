@@ -1,0 +1,125 @@
+"""Prepared folders: damage is named in one sentence, and mixes know their weights."""
+
+import json
+
+import pytest
+from conftest import letter_tokenizer
+
+from lm.configurator import UserError
+from lm.folder import Folder, open_dataset
+
+
+def test_an_opened_folder_has_its_texts_by_document(make_folder):
+    folder = Folder(make_folder(val=['abc', '', 'de']))
+    end = folder.tokenizer.endoftext_id
+    assert folder.index['val'].tolist() == [0, 4, 5, 8] and folder.masks['val'] is None
+    expected = [*folder.tokenizer.encode('abc'), end, end, *folder.tokenizer.encode('de'), end]
+    assert folder.tokens['val'].tolist() == expected
+    assert folder.tokens_per_byte('val') == folder.counted_tokens_per_byte('val') == 8 / 5
+
+
+def test_bytes_are_counted_of_the_text_in_the_loss(make_folder):
+    folder = Folder(make_folder(val=['abc', 'ad'], train_on='ad'))
+    assert folder.counted_tokens_per_byte('val') == 1  # a, a, d
+    assert Folder(make_folder('none', train_on='')).counted_tokens_per_byte('val') is None
+
+
+# ---------------------------------------------------------------------------- what cannot be read
+
+DAMAGE = {  # the file, what it becomes, what the error says
+    'no config': ('config.json', None, 'did not finish'),
+    'cut config': ('config.json', lambda old: old[:-2], 'config.json is damaged'),
+    'empty config': ('config.json', lambda old: b'', 'config.json is damaged'),
+    'config of another kind': ('config.json', lambda old: b'[1]', 'config.json is damaged'),
+    'config without a name': ('config.json', lambda old: old.replace(b'name', b'nome'), "KeyError('name')"),
+    'config without a split': ('config.json', lambda old: old.replace(b'val', b'test'), "KeyError('val')"),
+    'cut tokens': ('train_tokens.bin', lambda old: old[:5], 'train_tokens.bin has 5 bytes'),
+    'no tokens': ('val_tokens.bin', None, 'val_tokens.bin has 0 bytes'),
+    'cut index': ('val_index.bin', lambda old: old[:4], 'val_index.bin has 4 bytes'),
+    'no tokenizer': ('tokenizer.json', None, 'There is no tokenizer'),
+    'cut tokenizer': ('tokenizer.json', lambda old: old[:99], 'tokenizer.json could not be read'),
+    'tokenizer that is no text': ('tokenizer.json', lambda old: b'\xff', 'tokenizer.json could not be read'),
+    'another tokenizer': (
+        'tokenizer.json',
+        lambda old: letter_tokenizer('abc').to_json().encode(),
+        'tokenizer.json has 6 tokens, config.json says 30',
+    ),
+}
+
+
+@pytest.mark.parametrize('case', DAMAGE)
+def test_a_damaged_folder_is_refused_in_one_sentence_with_its_path(make_folder, case):
+    folder = make_folder()
+    name, change, expected = DAMAGE[case]
+    path = folder / name
+    path.unlink() if change is None else path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(UserError) as error:
+        Folder(folder)
+    assert expected in str(error.value) and '\n' not in str(error.value)
+    assert str(folder) in str(error.value)
+    assert 'prepare' in str(error.value) or 'give a' in str(error.value)
+
+
+def test_a_missing_folder_is_named_with_the_remedy():
+    with pytest.raises(UserError, match="'nowhere'.*python prepare/stories.py"):
+        Folder('nowhere')
+
+
+# ---------------------------------------------------------------------------- mixes
+
+
+@pytest.fixture
+def mix(make_folder, tmp_path):
+    """Opens a mix of the folders a and b, written with settings of their own."""
+
+    def make(weights, **settings):
+        for name in 'ab':
+            make_folder(name, **settings.get(name, {}))
+        return open_dataset(','.join(f'{tmp_path}/{part}' for part in weights.split(',')))
+
+    return make
+
+
+def test_bytes_of_a_mix_follow_its_weights(mix):
+    folder = mix('a:0.75,b:0.25', b={'val': ['a', 'b']})
+    a, b = (part.tokens_per_byte('val') for part in folder.folders)
+    assert a != b and 1 / folder.tokens_per_byte('val') == pytest.approx(0.75 / a + 0.25 / b)
+
+
+@pytest.mark.parametrize(
+    'weights, words',
+    [
+        ('a:0.7,b', 'no name with a weight above 0'),
+        ('a:0.7,b:0', 'weight above 0'),
+        ('a:0.7,b:x', 'NAME:WEIGHT'),
+        ('a:1,b:nan', 'weight above 0'),
+        ('a:-1,b:2', 'weight above 0'),
+        ('a:0.7,d:0.3', 'no prepared data at .*d'),
+        ('a:0.5,a:0.5', 'names a folder twice'),
+    ],
+)
+def test_a_mistaken_mix_is_one_sentence(mix, weights, words):
+    with pytest.raises(UserError, match=words):
+        mix(weights)
+
+
+def test_folders_of_different_tokenizers_are_refused(mix):
+    expected = 'different tokenizers, of 30 and 6 tokens.*the second with --tokenizer='
+    with pytest.raises(UserError, match=expected):
+        mix('a:0.5,b:0.5', b={'letters': 'ab ', 'train': ['ab'], 'val': ['ab']})
+
+
+def test_other_scripts_say_that_they_take_one_folder(mix):
+    with pytest.raises(UserError, match='mixes folders, which is for train.py; name one'):
+        Folder('a:0.5,b:0.5')
+
+
+def test_the_format_of_a_mix_is_that_of_the_folder_that_has_one(mix, tmp_path):
+    folder = mix('a:1,b:2')
+    assert folder.config['prompt_format'] is None and folder.config['max_seq_len'] == 0
+    for name, changes in (('a', {'max_seq_len': 24}), ('b', {'prompt_format': '{instruction}{output}'})):
+        path = tmp_path / name / 'config.json'
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    config = open_dataset(f'{tmp_path}/a:1,{tmp_path}/b:2').config
+    assert (config['prompt_format'], config['max_seq_len']) == ('{instruction}{output}', 24)
+    assert config['name'] == 'a+b'

@@ -1,0 +1,312 @@
+"""Optimizers, the average of the weights, and what else depends on the step."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_drawn_from
+from helpers import GPT2_SWITCHES
+
+from lm import optim, runtime
+from lm.configurator import UserError
+from model import ARCHITECTURES, ModelConfig
+
+TINY = dict(vocab_size=30, block_size=16, n_layer=2, n_head=2, n_embd=16, mask_id=28, ignore_id=29)
+
+
+def make_model(architecture='diffusion', **shape):
+    return ARCHITECTURES[architecture](ModelConfig(**{**TINY, **shape}))
+
+
+def make_optimizer(model, name='adamw', learning_rate=0.1, weight_decay=0.3, **settings):
+    return optim.make_optimizer(model, name, learning_rate, 0.9, 0.95, weight_decay, **settings)
+
+
+def parameters_of(optimizer):
+    return [p for part in optimizer.parts.values() for group in part.param_groups for p in group['params']]
+
+
+# ---------------------------------------------------------------------------- optimizers
+
+
+@pytest.mark.parametrize('name, parts', [('adamw', {'adamw'}), ('muon', {'adamw', 'muon'})])
+@pytest.mark.parametrize('shape', [{}, GPT2_SWITCHES], ids=['native', 'gpt2'])
+def test_each_trainable_parameter_is_in_exactly_one_part(name, parts, shape):
+    model = make_model(**shape)
+    model.blocks[0].mlp.up.weight.requires_grad_(False)
+    optimizer = make_optimizer(model, name)
+    assert set(optimizer.parts) == parts
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert sorted(map(id, parameters_of(optimizer))) == sorted(map(id, trainable))
+    for group in (group for part in optimizer.parts.values() for group in part.param_groups):
+        assert {p.dim() for p in group['params']} == ({2} if group['weight_decay'] else {1})
+
+
+def test_muon_has_the_matrices_of_the_blocks_and_no_others():
+    model = make_model(**GPT2_SWITCHES)
+    muon = make_optimizer(model, 'muon').parts['muon']
+    expected = [p for name, p in model.named_parameters() if name.startswith('blocks.') and p.dim() == 2]
+    assert [id(p) for p in muon.param_groups[0]['params']] == list(map(id, expected))
+    assert len(expected) == 2 * 6
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_muon_steps_as_pytorchs_and_takes_its_state():
+    shapes = [(16, 16), (16, 64), (16, 16), (64, 16), (24, 16)]
+    one, other = ([random(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes)] for _ in '12')
+    options = dict(lr=0.01, weight_decay=0.1, momentum=0.95, adjust_lr_fn='match_rms_adamw')
+    optimizers = optim.Muon(one, **options), torch.optim.Muon(other, **options)
+    for step in range(4):
+        for i, (p, q) in enumerate(zip(one, other)):
+            p.grad = random(*p.shape, seed=10 * step + i + 100)
+            q.grad = p.grad.clone()
+        if step == 2:  # a matrix that a step does not touch; and each goes on with the state of the other
+            one[0].grad = other[0].grad = None
+            states = [optimizer.state_dict() for optimizer in optimizers]
+            for optimizer, state in zip(optimizers, reversed(states)):
+                optimizer.load_state_dict(state)
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q in zip(one, other):
+        torch.testing.assert_close(p, q, atol=2e-3, rtol=1e-2)  # PyTorch's computes in bfloat16
+
+
+def one_step(model, optimizer, grad_clip=0.0):
+    """Give each parameter a gradient of 1 and step; returns the norm."""
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    return optimizer.step(runtime.Runtime('cpu', 'float32').scaler(), model.parameters(), grad_clip)
+
+
+def test_a_step_clips_by_the_norm_of_all_gradients_says_it_and_clears_them():
+    for grad_clip, expected in ((0.0, 1.0), (1e9, 1.0), (0.5, 0.5)):
+        model = make_model()
+        optimizer = make_optimizer(model, 'muon')
+        norm = one_step(model, optimizer, grad_clip)
+        assert norm.item() == pytest.approx(sum(p.numel() for p in model.parameters()) ** 0.5, rel=1e-5)
+        share = 1.0 if expected == 1.0 else 0.5 / norm.item()
+        moment = optimizer.parts['adamw'].state[model.embedding.weight]['exp_avg']
+        torch.testing.assert_close(moment, torch.full_like(moment, 0.1 * share), rtol=1e-4, atol=0)
+        assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_loaded_state_keeps_the_settings_of_this_run():
+    model, optimizer = make_model(), None
+    optimizer = make_optimizer(model, 'muon')
+    one_step(model, optimizer)
+    other = make_optimizer(model, 'muon', learning_rate=0.7, weight_decay=0.2)
+    other.load_state_dict(optimizer.state_dict())
+    for name, part in other.parts.items():
+        assert {group['lr'] for group in part.param_groups} == {0.7}
+        assert part.state_dict()['state'].keys() == optimizer.parts[name].state_dict()['state'].keys()
+    moment = 'exp_avg', model.embedding.weight
+    assert torch.equal(*(o.parts['adamw'].state[moment[1]][moment[0]] for o in (optimizer, other)))
+    other.set_lr(0.25)
+    assert {group['lr'] for part in other.parts.values() for group in part.param_groups} == {0.25}
+
+
+# ---------------------------------------------------------------------------- weights in bfloat16
+
+
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.mark.parametrize('x', [1.0 + 2**-9, -3.0 - 2**-8, 1e-30, 0.02001, -65504.3])
+def test_rounding_is_to_a_neighbour_and_exact_on_average(x):
+    x = torch.tensor(x)
+    down = (x.view(torch.int32) & -65536).view(torch.float32)  # towards zero
+    up = ((x.view(torch.int32) & -65536) + 65536).view(torch.float32)
+    rounded = optim.round_stochastically(x.expand(100_000).clone(), generator())
+    assert rounded.dtype == torch.bfloat16
+    is_up = (rounded.float() - down).abs() > 0
+    assert torch.equal(rounded.float(), torch.where(is_up, up, down))
+    share = ((x.double() - down.double()) / (up.double() - down.double())).item()
+    assert_drawn_from(torch.tensor([1 - share, share]), is_up.long())
+
+
+def test_what_bfloat16_can_hold_is_not_rounded():
+    x = torch.tensor([0.0, -0.0, 1.5, -(2.0**-130), math.inf, -math.inf, math.nan]).repeat(1000)
+    rounded = optim.round_stochastically(x, generator())
+    assert torch.equal(rounded.view(torch.int16), x.bfloat16().view(torch.int16))
+
+
+def descend(make, steps=400, rate=1e-4):
+    """Return weights of 1 after steps down a gradient of 1: in float32 each step takes `rate` off."""
+    weight = torch.nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
+    optimizer = make([weight], rate)
+    for _ in range(steps):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    return weight.detach().double()
+
+
+def test_an_update_far_below_the_precision_is_learned_and_lost_by_plain_rounding():
+    """The gap below 1 is 2⁻⁸ = 0.0039, an update 0.0001."""
+    plain = descend(lambda weights, rate: torch.optim.AdamW(weights, lr=rate, weight_decay=0.0))
+    assert (plain == 1).all()
+    stochastic = descend(lambda weights, rate: optim.StochasticAdamW(weights, rate, (0.9, 0.95)))
+    assert abs(stochastic.mean() - (1 - 400 * 1e-4)) < 5e-4  # 4096 weights of a deviation of 0.012
+
+
+def test_a_step_is_that_of_adamw_but_for_the_rounding(monkeypatch):
+    monkeypatch.setattr(optim, 'CHUNK', 1000)  # of 2100 elements
+    weight = random(300, 7).bfloat16()
+    exact, rounded = torch.nn.Parameter(weight.float()), torch.nn.Parameter(weight.clone())
+    optimizers = (
+        torch.optim.AdamW([exact], lr=0.01, betas=(0.9, 0.95), weight_decay=0.1),
+        optim.StochasticAdamW([{'params': [rounded], 'weight_decay': 0.1}], 0.01, (0.9, 0.95)),
+    )
+    for step in range(3):
+        gradient = random(300, 7, seed=step).bfloat16()
+        exact.grad, rounded.grad = gradient.float(), gradient
+        for optimizer in optimizers:
+            optimizer.step()
+    gap = exact.detach().abs() * 2**-7 + 1e-3
+    assert ((exact - rounded.float()).abs() < 3 * gap).all()
+    state = optimizers[1].state[rounded]
+    assert {x.dtype for key, x in state.items() if key != 'step'} == {torch.bfloat16}
+
+
+def test_weights_in_bfloat16_get_the_optimizer_that_rounds_them():
+    model = make_model().bfloat16()
+    parts = make_optimizer(model).parts
+    assert isinstance(parts['adamw'], optim.StochasticAdamW)
+    assert not isinstance(make_optimizer(make_model()).parts['adamw'], optim.StochasticAdamW)
+
+
+# ---------------------------------------------------------------------------- the average of the weights
+
+
+def test_the_average_of_the_weights_by_hand():
+    model = torch.nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+        average = optim.WeightAverage(model, decay=0.9)
+        for weight, expected in ((2.0, 0.9 + 0.2), (2.0, 0.9 * 1.1 + 0.2), (-1.0, 0.9 * 1.19 - 0.1)):
+            model.weight.fill_(weight)
+            average.update(step=10**6)
+            assert math.isclose(average.ema['weight'].item(), expected, rel_tol=1e-6)
+
+
+def test_a_long_average_forgets_the_random_start():
+    model = torch.nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(1000.0)
+        average = optim.WeightAverage(model, decay=0.9999)
+        model.weight.fill_(1.0)
+        for step in range(1, 301):
+            average.update(step)
+    assert abs(average.ema['weight'].item() - 1.0) < 0.01
+
+
+def test_the_average_is_in_place_only_within_its_context():
+    model = torch.nn.Linear(1, 1, bias=False)
+    average = optim.WeightAverage(model, decay=0.9)
+    average.load({'weight': torch.tensor([[5.0]])})
+    before = model.weight.item()
+    with pytest.raises(KeyError), average.in_place():
+        assert model.weight.item() == 5.0
+        raise KeyError  # whatever happens within
+    assert model.weight.item() == before and model.weight.requires_grad
+
+
+# ---------------------------------------------------------------------------- the learning rate
+
+
+@pytest.mark.parametrize(
+    'schedule, by_hand',
+    [
+        ('cosine', {10: 1.0, 40: 0.775, 55: 0.55, 70: 0.325, 100: 0.1}),  # half a cosine from step 10 to 100
+        ('linear', {10: 1.0, 40: 0.7, 55: 0.55, 91: 0.19, 100: 0.1}),
+        ('wsd', {10: 1.0, 79: 1.0, 80: 1.0, 90: 0.55, 95: 0.325, 100: 0.1}),  # the last fifth decays
+        ('constant', {10: 1.0, 50: 1.0, 100: 1.0}),
+    ],
+)
+def test_the_learning_rate_follows_its_schedule(schedule, by_hand):
+    warmup = {0: 0.1, 4: 0.5, 9: 1.0}
+    for step, expected in {**warmup, **by_hand}.items():
+        rate = optim.learning_rate_at(step, 100, 1.0, 0.1, 10, schedule, 0.2)
+        assert math.isclose(rate, expected), step
+
+
+def test_the_learning_rate_without_a_warmup_or_a_decay():
+    assert optim.learning_rate_at(0, 100, 1.0, 0.0, 0, 'cosine', 0.2) == 1.0
+    assert optim.learning_rate_at(99, 100, 1.0, 0.0, 0, 'wsd', 0.0) == 1.0
+    assert optim.learning_rate_at(0, 1, 1.0, 0.0, 0, 'linear', 0.2) == 1.0
+
+
+# ---------------------------------------------------------------------------- the beliefs of a step
+
+RAMP = ((0.2, 0.5), (0.7, 0.9))
+ALWAYS = ((0.0, 1.0),)
+
+
+def plans(steps, seed=0, architecture='sdd', p_belief=RAMP, k_warmup_steps=0):
+    kind = ARCHITECTURES[architecture]
+    return [
+        optim.draw_beliefs(kind, step, steps, seed, p_belief, (1, 2, 4, 8), k_warmup_steps)
+        for step in range(steps)
+    ]
+
+
+def test_beliefs_set_in_as_the_schedule_says():
+    with_beliefs = np.array([plan['k'] > 0 for plan in plans(5000)])
+    assert not with_beliefs[:1000].any()
+    assert abs(with_beliefs[1000:3500].mean() - 0.5) < 0.03 and abs(with_beliefs[3500:].mean() - 0.9) < 0.03
+    assert plans(3, architecture='diffusion') == [{}] * 3
+
+
+def test_k_is_drawn_evenly_or_follows_its_curriculum():
+    ks = np.array([plan['k'] for plan in plans(5000) if plan['k']])
+    for k in (1, 2, 4, 8):
+        assert abs((ks == k).mean() - 0.25) < 0.03
+    walked = [plan['k'] for plan in plans(2000, k_warmup_steps=1000, p_belief=ALWAYS)]
+    assert walked == [1] * 250 + [2] * 250 + [4] * 250 + [8] * 1250
+
+
+def test_beliefs_depend_on_seed_and_step_only():
+    assert plans(200) == plans(200) != plans(200, seed=1)
+
+
+def test_depth_and_staleness_have_their_probabilities():
+    drawn = plans(5000, p_belief=ALWAYS)
+    stale, depth = (np.array([plan[name] for plan in drawn]) for name in ('stale', 'depth'))
+    assert abs((stale > 0).mean() - optim.P_STALE) < 0.03 and stale.max() <= optim.MAX_STALE
+    for passes in range(1, optim.MAX_DEPTH + 1):
+        assert abs((depth >= passes).mean() - optim.P_DEEPER ** (passes - 1)) < 0.03
+    assert depth.max() == optim.MAX_DEPTH
+
+
+@pytest.mark.parametrize(
+    'p_belief, k_schedule, said',
+    [
+        (RAMP, (), 'k_schedule is .*; give'),
+        (RAMP, (0, 2), 'k_schedule is .*; give'),
+        ((0.5, 0.5), (1,), 'p_belief is'),
+        (((0.5, 1.5),), (1,), 'p_belief is'),
+        (((0.5, 0.1), (0.2, 0.3)), (1,), 'p_belief is'),
+    ],
+)
+def test_a_wrong_schedule_of_beliefs_is_one_sentence(p_belief, k_schedule, said):
+    with pytest.raises(UserError, match=said):
+        optim.check_beliefs(p_belief, k_schedule)
+
+
+# ---------------------------------------------------------------------------- annealing
+
+
+def test_the_mask_is_annealed_from_causal_to_none_and_depends_on_seed_and_step_only():
+    causal = torch.ones(64, 64, dtype=torch.bool).tril()
+    masks = [optim.annealed_mask(step, 10, 64, seed=3) for step in range(10)]
+    assert torch.equal(masks[0], causal) and optim.annealed_mask(10, 10, 64, seed=3) is None
+    assert all((mask | ~causal).all() for mask in masks)  # earlier positions are always visible
+    for step, mask in enumerate(masks):
+        assert mask[~causal].float().mean() == pytest.approx(step / 10, abs=0.05)
+        assert torch.equal(mask, optim.annealed_mask(step, 10, 64, seed=3))
+    assert not torch.equal(masks[5], optim.annealed_mask(5, 10, 64, seed=4))
+    assert not torch.equal(optim.annealed_mask(50, 100, 64, seed=3), optim.annealed_mask(51, 100, 64, seed=3))

@@ -1,0 +1,359 @@
+"""Runs of train.py that are interrupted, resumed, divided among ranks or of an earlier version."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import LETTERS, random_model, random_texts, write_folder
+from helpers import (
+    FIRST_STEP,
+    GPT2,
+    TRAIN,
+    assert_same_run,
+    fill_in,
+    fingerprints,
+    finish,
+    first_gradient,
+    load,
+    metrics,
+    run,
+    start,
+    start_ranks,
+    train,
+    wait_for_step,
+)
+
+from lm import checkpoints
+from lm.configurator import ROOT, UserError
+from lm.folder import Folder
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+    """A folder with data, letters/ and others/, and a finished run on it, run/."""
+    path = tmp_path_factory.mktemp('resume')
+    write_folder(path / 'letters')
+    write_folder(path / 'others', train=random_texts(60, 90, seed=3))
+    train(f'--dataset={path}/letters', f'--out_dir={path}/run', '--ema_decay=0.5')
+    return path
+
+
+@pytest.fixture
+def copied(place, tmp_path):
+    """A copy of that run."""
+    return shutil.copytree(place / 'run', tmp_path / 'run')
+
+
+# ---------------------------------------------------------------------------- interrupted runs
+
+CASES = {
+    'ar': ['--dataset=PLACE/letters', '--gradient_accumulation_steps=2', '--optimizer=muon'],
+    'average': ['--dataset=PLACE/letters', '--architecture=diffusion', '--ema_decay=0.9', '--dropout=0.1'],
+    'mix': [
+        '--dataset=PLACE/letters:0.7,PLACE/others:0.3',
+        '--architecture=sdd',
+        '--mode=documents',
+        '--k_warmup_steps=60',
+        '--p_belief=((0.1, 0.8),)',
+    ],
+    'converted': [
+        '--dataset=PLACE/letters',
+        '--architecture=diffusion',
+        '--init_from=PLACE/run',
+        '--anneal_steps=70',
+    ],
+    'bfloat16': ['--dataset=PLACE/letters', '--master_weights=bfloat16', '--dtype=bfloat16'],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('case', CASES)
+def test_a_run_killed_and_stopped_at_random_moments_goes_on_bit_identical(place, tmp_path, case):
+    steps, draw, out = 100, random.Random(case), tmp_path / 'run'
+    settings = [fill_in(word, PLACE=place) for word in CASES[case]]
+    settings += [f'--max_steps={steps}', '--eval_every=40', '--save_every=7', '--log_every=3']
+    settings += ['--save_total_limit=1']
+    reference = start('train.py', *TRAIN, *settings, f'--out_dir={tmp_path}/reference')
+    arguments = ['train.py', *TRAIN, *settings, f'--out_dir={out}', '--resume_from=auto']
+
+    process = start(*arguments)
+    wait_for_step(out, draw.randrange(30), process)
+    time.sleep(draw.uniform(0, 0.02))
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+    process = start(*arguments, log=tmp_path / 'log')
+    wait_for_step(out, draw.randrange(40, 60), process)
+    os.kill(process.pid, draw.choice([signal.SIGTERM, signal.SIGUSR1]))
+    finish(process)
+    stopped_at = load(out)['global_step']
+    assert 40 <= stopped_at < steps
+    said = f'stopped at step {stopped_at} of {steps}; continue with --resume_from={out}'
+    assert said in (tmp_path / 'log').read_text()
+
+    run('train.py', f'--resume_from={out}')  # the checkpoint knows the settings
+    finish(reference)
+    assert_same_run(out, tmp_path / 'reference')
+
+
+@pytest.mark.parametrize('before', ['its first checkpoint', 'its first row'])
+def test_a_run_killed_before_its_first_checkpoint_has_each_row_once(place, copied, before):
+    for name in ('ckpt.pt', 'best.pt', 'eval_results.json'):
+        (copied / name).unlink()
+    lines = (copied / 'metrics.csv').read_text().splitlines(keepends=True)
+    (copied / 'metrics.csv').write_text(''.join(lines[: 2 if 'checkpoint' in before else 0]))
+    train(f'--dataset={place}/letters', f'--out_dir={copied}', '--resume_from=auto', '--ema_decay=0.5')
+    assert_same_run(copied, place / 'run')
+    assert len(metrics(copied)) == 7
+
+
+def test_a_finished_run_says_so_and_changes_nothing(copied, capsys):
+    before = fingerprints(copied)
+    with pytest.raises(SystemExit) as stop:
+        train(f'--out_dir={copied}', '--resume_from=auto')
+    assert stop.value.code == 0 and fingerprints(copied) == before
+    assert re.search('step 6 of 6: the run is finished.*--max_steps', capsys.readouterr().out)
+
+
+def test_changed_settings_are_honoured_and_reported(copied, capsys):
+    changes = {'max_steps': 8, 'learning_rate': 0.5, 'weight_decay': 0.3, 'beta2': 0.9}
+    words = [f'--{key}={value}' for key, value in changes.items()]
+    variables = run('train.py', f'--resume_from={copied}', *words, '--schedule=constant')
+    group = variables['opt'].parts['adamw'].param_groups[0]
+    assert (group['lr'], group['weight_decay'], group['betas']) == (0.5, 0.3, (0.9, 0.9))
+    output = capsys.readouterr().out
+    for change in (
+        'learning_rate=0.5, which was 0.001',
+        'weight_decay=0.3, which was 0.1',
+        "schedule='constant', which was 'cosine'",
+        'max_steps=8, which was 6',
+    ):
+        assert f'resumed with {change}' in output
+    assert [row['train/lr'] for row in metrics(copied)][-2:] == ['0.5', '0.5']
+
+
+def test_a_copy_under_checkpoints_goes_on_in_its_run(place, tmp_path):
+    settings = [f'--dataset={place}/letters', '--save_every=2', '--save_total_limit=2', '--ema_decay=0.5']
+    train(*settings, f'--out_dir={tmp_path}/run')
+    shutil.copytree(tmp_path / 'run', tmp_path / 'reference')
+    kept = tmp_path / 'run/checkpoints'
+    assert sorted(path.name for path in kept.iterdir()) == ['checkpoint-4', 'checkpoint-6']
+    train(*settings, f'--resume_from={kept}/checkpoint-4')
+    assert_same_run(tmp_path / 'run', tmp_path / 'reference')
+    assert len(metrics(tmp_path / 'run')) == 7
+
+
+def test_float16_can_be_turned_on_in_the_middle_of_a_run(copied):
+    variables = run('train.py', f'--resume_from={copied}', '--max_steps=8', '--dtype=float16')
+    assert variables['scaler'].is_enabled() and load(copied)['scaler_state_dict']['scale'] > 0
+
+
+# ---------------------------------------------------------------------------- an earlier version
+
+
+def old_checkpoint(folder):
+    """A checkpoint as commit d63822a wrote it, of an sdd model after 3 of 6 steps."""
+    tokenizer = Folder(folder).tokenizer
+    model = random_model(
+        'sdd', 0.1, vocab_size=30, block_size=16, n_layer=1, n_head=2, n_embd=16, mask_id=28, ignore_id=29
+    )
+    weights = dict(model.state_dict())
+    weights['believed.weight'] = weights.pop('belief_proj.weight')
+    generator = torch.Generator().manual_seed(1)
+    moments = {
+        i: {
+            'step': torch.tensor(3.0),
+            'exp_avg': 0.01 * torch.randn(weight.shape, generator=generator),
+            'exp_avg_sq': 0.01 * torch.rand(weight.shape, generator=generator),
+        }
+        for i, weight in enumerate(weights.values())
+    }
+    group = {'lr': 0.001, 'betas': (0.9, 0.95), 'eps': 1e-8, 'weight_decay': 0.1, 'amsgrad': False}
+    group |= {'maximize': False, 'foreach': None, 'capturable': False, 'differentiable': False}
+    group |= {'fused': True, 'decoupled_weight_decay': True, 'params': [*range(len(weights))]}
+    train_config = {
+        'dataset': str(folder),
+        'mode': 'packed',
+        'batch_size': 4,
+        'gradient_accumulation_steps': 1,
+        'architecture': 'sdd',
+        'model_size': 'tiny',
+        'n_layer': 1,
+        'n_head': 2,
+        'n_embd': 16,
+        'n_kv_head': 2,
+        'block_size': 16,
+        'k_schedule': (1, 2, 4, 8),
+        'p_belief': ((0.0, 1.0),),
+        'anneal_steps': 0,
+        'max_steps': 6,
+        'eval_every': 3,
+        'log_every': 1,
+        'ema_decay': 0.5,
+        'out_dir': 'somewhere/else',
+        'seed': 0,
+        'no_wandb': True,
+        'device': 'cpu',
+        'dtype': 'float32',
+    }
+    return {
+        'format': 1,
+        'architecture': 'sdd',
+        'global_step': 3,
+        'best_step': 3,
+        'best_val_loss': 3.0,
+        'model_config': vars(model.config),
+        'model_state_dict': weights,
+        'ema_state_dict': {name: weight + 0.01 for name, weight in weights.items()},
+        'train_config': train_config,
+        'seed': 0,
+        'tokenizer': tokenizer.to_json(),
+        'start_token': tokenizer.endoftext_id,
+        'prompt_format': None,
+        'scaler_state_dict': {},
+        'rows_per_step': 4,
+        'data': None,
+        'wandb_run_id': None,
+        'optimizer_state_dict': {'adamw': {'state': moments, 'param_groups': [group]}},
+    }
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on_and_samples(place, tmp_path, capsys):
+    out = tmp_path / 'old'
+    out.mkdir()
+    old = old_checkpoint(place / 'letters')
+    torch.save(old, out / 'ckpt.pt')
+    model = checkpoints.load_model(checkpoints.load(out), 'cpu')  # has the averaged weights
+    assert torch.equal(model.belief_proj.weight, old['ema_state_dict']['believed.weight'])
+    run('train.py', f'--resume_from={out}')
+    new = load(out)
+    assert new['global_step'] == 6 and [row['step'] for row in metrics(out)] == list('456')
+    for name, weight in new['model_state_dict'].items():
+        before = old['model_state_dict'][name.replace('belief_proj', 'believed')]
+        assert 0 < (weight - before).abs().max() < 0.1, name
+    capsys.readouterr()
+    arguments = ['--max_new_tokens=5', '--device=cpu', '--num_samples=1']
+    run('sample.py', f'--checkpoint={out}', *arguments)
+    sampled = capsys.readouterr().out
+    torch.save(old, out / 'ckpt.pt')
+    run('sample.py', f'--checkpoint={out}', *arguments)
+    assert sampled and capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------- ranks and micro-steps
+
+
+def division(architecture, micro_steps, ranks):
+    """Eight rows a step, however they are divided; with GPT-2's switches no weight is zero at first."""
+    return [
+        *TRAIN,
+        *FIRST_STEP,
+        *GPT2,
+        '--mode=documents',
+        '--p_belief=((0,1),)',
+        f'--architecture={architecture}',
+        f'--batch_size={8 // (micro_steps * ranks)}',
+        f'--gradient_accumulation_steps={micro_steps}',
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('architecture', ['ar', 'diffusion', 'sdd'])
+def test_the_gradient_is_the_same_for_any_number_of_micro_steps_and_ranks(tmp_path, architecture):
+    """On documents of very different length, so that a mean of means would be something else."""
+    texts = [LETTERS * (n % 4) * (6 if n % 3 == 0 else 1) for n in range(40)]
+    folder, out = write_folder(tmp_path / 'letters', train=texts), tmp_path / 'run'
+    data_and_out = [f'--dataset={folder}', f'--out_dir={out}']
+    run('train.py', *division(architecture, 1, 1), *data_and_out)
+    expected, loss = first_gradient(out)
+    assert expected.norm() > 0.1
+    for micro_steps, ranks in ((4, 1), (1, 2), (2, 2)):
+        finish(
+            *start_ranks('train.py', *division(architecture, micro_steps, ranks), *data_and_out, ranks=ranks)
+        )
+        gradient, same_loss = first_gradient(out)
+        assert (gradient - expected).abs().max() < 1e-6
+        assert same_loss == pytest.approx(loss, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_two_ranks_of_torchrun_see_the_rows_of_one_and_stop_together(tmp_path):
+    """The validation split is one batch, so that the second rank has none of it."""
+    folder = write_folder(tmp_path / 'letters', val=['the cat sees a dog in its tree and sings'])
+    out, reference, steps = tmp_path / 'run', tmp_path / 'reference', 150
+    settings = [*TRAIN, f'--dataset={folder}', f'--max_steps={steps}', '--eval_every=60']
+    settings += ['--learning_rate=0.0003']
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+    command = [*torchrun, ROOT / 'train.py', *settings, f'--out_dir={out}']
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    path = out / 'metrics.csv'
+    while process.poll() is None and not (path.exists() and path.read_text().count('\n') > 6):
+        time.sleep(0.002)
+    process.terminate()
+    output = process.communicate()[0]
+    stopped_at = load(out)['global_step']
+    assert 5 <= stopped_at < steps and f'stopped at step {stopped_at} of {steps}' in output, output
+    resumed = start_ranks('train.py', *settings, f'--out_dir={out}', '--resume_from=auto')
+    run('train.py', *settings, '--batch_size=8', f'--out_dir={reference}')
+    finish(*resumed)
+    rows = [row for row in metrics(out) if row['step'] != str(stopped_at)]
+    expected_rows = [row for row in metrics(reference) if row['step'] != str(stopped_at)]
+    for row, expected in zip(rows, expected_rows, strict=True):
+        assert row['step'] == expected['step'] and row['train/epoch'] == expected['train/epoch']
+        for name in ('train/loss', 'val/loss'):
+            tolerance = 1e-6 if row['step'] in '01' else 1e-3
+            assert row[name] == expected[name] or abs(float(row[name]) - float(expected[name])) < tolerance
+
+
+# ---------------------------------------------------------------------------- what cannot go on
+
+RESUME = ['--resume_from=RUN', '--max_steps=9']
+BAD_RESUMES = {
+    'another shape': ([*RESUME, '--n_layer=3'], 'RUN.* has n_layer=1 and cannot go on with 3'),
+    'another seed': ([*RESUME, '--seed=1'], 'has seed=0 and cannot go on with 1; leave --seed out'),
+    'other rows per step': ([*RESUME, '--batch_size=8'], '4 rows per step, not 8.*keep the product'),
+    'weights alone': (
+        ['--resume_from=RUN/best.pt'],
+        'best.pt holds weights without.*--init_from=RUN/best.pt',
+    ),
+    'the folder of another run': ([*RESUME, '--out_dir=PLACE/run'], 'PLACE/run already holds a run'),
+    'another vocabulary': (
+        [*RESUME, '--dataset=DATA/abc'],
+        r'RUN/ckpt.pt has another vocabulary \(30 tokens\) than DATA/abc \(6\)',
+    ),
+    'data that were prepared anew': ([*RESUME], 'was prepared anew since the run of RUN.*add --dataset='),
+}
+
+
+@pytest.mark.parametrize('case', BAD_RESUMES)
+def test_a_run_that_cannot_go_on_is_refused_and_left_as_it_is(place, copied, tmp_path, case):
+    write_folder(tmp_path / 'abc', letters='abc', train=['abc' * 20], val=['abc' * 20])
+    if case == 'data that were prepared anew':
+        state = load(copied)
+        torch.save({**state, 'data': 'the hash of other data'}, copied / 'ckpt.pt')
+    names = dict(RUN=copied, DATA=tmp_path, PLACE=place)
+    before = fingerprints(tmp_path), fingerprints(place)
+    words, expected = BAD_RESUMES[case]
+    with pytest.raises(UserError, match=fill_in(expected, **names)) as error:
+        run('train.py', *(fill_in(word, **names) for word in words))
+    assert '\n' not in str(error.value)
+    assert before == (fingerprints(tmp_path), fingerprints(place))
+
+
+def test_annealing_is_fixed_for_a_run(place, tmp_path):
+    words = [fill_in(word, PLACE=place) for word in CASES['converted']]
+    train(*words, '--max_steps=2', f'--out_dir={tmp_path}/run')
+    state = load(tmp_path / 'run')
+    assert state['model_config']['shift'] and state['train_config']['anneal_steps'] == 70
+    assert json.loads((tmp_path / 'run/config.json').read_text())['anneal_steps'] == 70
+    with pytest.raises(UserError, match='anneal_steps=70 and cannot go on with 2'):
+        run('train.py', f'--resume_from={tmp_path}/run', '--max_steps=9', '--anneal_steps=2')
