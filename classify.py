@@ -112,9 +112,8 @@ FIXED = (
 ).split()
 SHAPE = ('n_layer', 'n_head', 'n_embd', 'n_kv_head')
 TASK_KEYS = {'target_func', 'sequence_length', 'train_set_size', 'test_set_size', 'compat'}
-TEXT_KEYS = set(
-    'train_langs eval_langs language_database model_type tokenizer vocab_size group_by_length'.split()
-)
+TEXT_KEYS = {'train_langs', 'eval_langs', 'language_database', 'model_type', 'tokenizer', 'vocab_size'}
+TEXT_KEYS.add('group_by_length')
 
 check_choice(config, 'model', ('', *families.PUBLISHED, *families.FINETUNED, *SIZES))
 check_choice(config, 'model_type', ('normal', 'ipa'))
@@ -128,9 +127,8 @@ check_range(config, 1, math.inf, 'max_steps')
 resumed = checkpoints.resume(globals(), config, FIXED)
 idle, kind = (TASK_KEYS, 'texts') if task else (TEXT_KEYS, 'an algorithmic task')
 for key in sorted(config.given & idle) if not resumed.checkpoint else ():
-    raise UserError(
-        f'{key} has no effect on {kind}; leave it out' + ('.' if task else ', or give --task=NAME for texts.')
-    )
+    remedy = 'leave it out' if task else 'leave it out, or give --task=NAME for texts'
+    raise UserError(f'{key} has no effect on {kind}; {remedy}.')
 both = lora_rank and num_layers_to_finetune is not None
 require(not both, 'lora_rank and num_layers_to_finetune freeze different things; leave one of them out.')
 model_size = model if model in SIZES else model_size
@@ -165,9 +163,7 @@ if initial:
     architecture, shape = initial['architecture'], dict(initial['model_config'])
     for key in sorted(config.given & {*SHAPE, 'architecture'}):
         held = {**shape, 'architecture': architecture}[key]
-        require(
-            config[key] == held, f'{init_from} has {key}={held!r}, not {config[key]!r}; leave --{key} out.'
-        )
+        require(config[key] == held, f'{init_from} has {key}={held!r}, not {config[key]!r}; leave it out.')
     block_size = min(block_size, shape['block_size']) if 'block_size' in config.given else shape['block_size']
 else:
     published = model in families.PUBLISHED
@@ -179,10 +175,8 @@ if not task:
     if shape.get('position', 'rope') == 'rope':
         shape['block_size'] = block_size
     longest = shape['block_size'] - 1
-    require(
-        sequence_length <= longest,
-        f'sequence_length is {sequence_length}; {init_from} takes at most {longest}.',
-    )
+    fits = sequence_length <= longest
+    require(fits, f'sequence_length is {sequence_length}; {init_from} takes at most {longest}.')
 torch.manual_seed(seed)
 shape.update(dropout=dropout, gradient_checkpointing=gradient_checkpointing)
 trunk = checkpoints.make_model(architecture, **shape)
@@ -192,12 +186,10 @@ if initial and not resumed.checkpoint:
 if task:
     sets, notes = languages.encode_sets(texts, vocabulary, start_token, block_size)
 else:
-    ids, notes = tasks.digit_ids(vocabulary, target_func), {}
-    sets = {
-        name: Examples(list(np.insert(ids[rows], 0, start_token, axis=1)), labels)
-        for name, (rows, labels) in digits.items()
-        if len(rows)
-    }
+    ids, sets, notes = tasks.digit_ids(vocabulary, target_func), {}, {}
+    for name, (rows, labels) in digits.items():
+        if len(rows):
+            sets[name] = Examples(list(np.insert(ids[rows], 0, start_token, axis=1)), labels)
 if val_set_size and 'val' not in sets:
     sets['train'], sets['val'] = classification.hold_out(sets['train'], val_set_size, seed)
 test_sets = [name for name in sets if name not in ('train', 'val')]
@@ -241,9 +233,7 @@ if resumed.checkpoint:
     best_score, history, finished = (initial[key] for key in ('best_score', 'history', 'finished'))
     before, now = (initial['rows_per_step'], initial['num_rows']), (rows_per_step, num_rows)
     remedy = 'leave batch_size, ranks and data as they were'
-    require(
-        before == now, f'The run of {resumed.path} has (rows per step, rows) {before}, not {now}; {remedy}.'
-    )
+    require(before == now, f'{resumed.path} has (rows per step, rows) {before}, not {now}; {remedy}.')
     checkpoints.load_state(resumed, raw_classifier, opt)
     if initial['scaler_state_dict']:  # empty unless dtype was float16
         scaler.load_state_dict(initial['scaler_state_dict'])
@@ -254,13 +244,9 @@ if resumed.checkpoint:
 classifier = dist.wrap(raw_classifier, compile)
 
 subject = f'{task}-{train_langs.replace(",", "+").replace(":", "-")}' if task else target_func
-config.update(
-    {key: getattr(trunk.config, key) for key in SHAPE}, architecture=architecture, max_steps=max_steps
-)
-config.update(
-    block_size=block_size, dtype=dist.dtype, num_classes=num_classes, pool=pool, init_from=init_from
-)
-config.update(tokenizer=tokenizer, num_layers_to_finetune=num_layers_to_finetune)
+config.update({key: getattr(trunk.config, key) for key in SHAPE}, tokenizer=tokenizer, init_from=init_from)
+config.update(architecture=architecture, max_steps=max_steps, block_size=block_size, dtype=dist.dtype)
+config.update(num_classes=num_classes, pool=pool, num_layers_to_finetune=num_layers_to_finetune)
 out, log = start_run(dist, config, f'{architecture}-{subject}-{model or model_size}', resumed)
 stop = runtime.StopSignal()
 trained = sum(p.numel() for p in raw_classifier.parameters() if p.requires_grad)
@@ -288,10 +274,8 @@ def checkpoint():
 def save():
     """Write ckpt.pt with all that it takes to go on."""
     if dist.is_main:
-        state = checkpoint() | {
-            'optimizer_state_dict': opt.state_dict(),
-            'scaler_state_dict': scaler.state_dict(),
-        }
+        state = {**checkpoint(), 'optimizer_state_dict': opt.state_dict()}
+        state['scaler_state_dict'] = scaler.state_dict()
         state |= {'rows_per_step': rows_per_step, 'num_rows': num_rows, 'finished': finished}
         state |= {'best_score': best_score, 'history': history, 'wandb_run_id': log.wandb_run_id}
         checkpoints.save(out / 'ckpt.pt', state)
@@ -340,12 +324,8 @@ def evaluate_and_save():
         lines = ''.join(f'{key} = {value!r}\n' for key, value in history.items())
         save_atomically(out / 'metrics.py', lambda file: file.write(lines.encode()))
         write_json(out / 'eval_results.json', {'step': step, **metrics})
-    perplexity = math.exp(min(selecting['loss'], 700))
-    return {
-        'val/loss': selecting['loss'],
-        'val/accuracy': selecting['accuracy'],
-        'val/perplexity': perplexity,
-    }
+    ppl = math.exp(min(selecting['loss'], 700))
+    return {'val/loss': selecting['loss'], 'val/accuracy': selecting['accuracy'], 'val/perplexity': ppl}
 
 
 def final_eval():
@@ -364,9 +344,8 @@ def final_eval():
         save_atomically(out / 'predictions.npz', lambda file: np.savez_compressed(file, **arrays))
     for name in test_sets:
         numbers = {key: value for key, value in results[name].items() if isinstance(value, float)}
-        log.print(
-            f'{name} at step {results["step"]}: ' + ', '.join(f'{k} {v:.4f}' for k, v in numbers.items())
-        )
+        figures = ', '.join(f'{key} {value:.4f}' for key, value in numbers.items())
+        log.print(f'{name} at step {results["step"]}: {figures}')
 
 
 # ---------------------------------------------------------------------------- the loop
@@ -403,11 +382,8 @@ while step < max_steps and not stopping and not finished:
         sums = dist.total(sums)
         metrics = {'train/loss': sums['loss'] / weight, 'train/accuracy': sums['correct'] / sums['predicted']}
         runtime.check_finite(metrics['train/loss'], step, learning_rate)
-        metrics |= {
-            'train/lr': lr,
-            'train/grad_norm': grad_norm.item(),
-            'train/epoch': step * rows_per_step / num_rows,
-        }
+        epoch = step * rows_per_step / num_rows
+        metrics |= {'train/lr': lr, 'train/grad_norm': grad_norm.item(), 'train/epoch': epoch}
         metrics |= speed.metrics(step)
         log.progress(step, max_steps, metrics, speed.seconds_per_step)
     if evaluating:

@@ -99,23 +99,12 @@ FIXED = (
 
 runtime.check_settings(config)
 resumed = checkpoints.resume(globals(), config, FIXED)
-require(
-    not (load_in_8bit and load_in_4bit), 'load_in_8bit and load_in_4bit are both given; choose one of them.'
-)
+require(not (load_in_8bit and load_in_4bit), 'load_in_8bit and load_in_4bit exclude each other; choose one.')
 require_peft = load_in_8bit or load_in_4bit or use_dora
-require(
-    use_peft or not require_peft,
-    'load_in_8bit, load_in_4bit and use_dora are about adapters; add --use_peft.',
-)
+require(use_peft or not require_peft, 'Quantized weights and use_dora are for adapters; add --use_peft.')
 require(learning_rate, 'learning_rate is 0, so nothing would be trained; 2e-5 is usual for all weights.')
-require(
-    max_steps > 0 or num_epochs > 0,
-    'max_steps and num_epochs are 0, so nothing would be trained; give one of them.',
-)
-require(
-    init_from,
-    'There is no model to start from; give --init_from=CHECKPOINT, a hub id, or --init_from=scratch.',
-)
+require(max_steps > 0 or num_epochs > 0, 'max_steps and num_epochs are 0: nothing to do; give one of them.')
+require(init_from, 'init_from is empty; give --init_from=CHECKPOINT, a hub id, or --init_from=scratch.')
 require(dataset, 'There is nothing to learn from; give --dataset=NAME, a folder of prepare/instruct.py.')
 
 # ---------------------------------------------------------------------------- process, data, start
@@ -139,9 +128,8 @@ if resumed.checkpoint and not use_peft:
 elif init_from == 'scratch':
     if dist.is_main:
         print('warning: init_from=scratch; a model that was not pretrained will not learn to answer.')
-    shape = dict(
-        **checkpoints.size_of(model_size), block_size=block_size or 256, vocab_size=tokenizer.vocab_size
-    )
+    shape = checkpoints.size_of(model_size)
+    shape.update(block_size=block_size or 256, vocab_size=tokenizer.vocab_size)
     shape.update(mask_id=tokenizer.mask_id, ignore_id=tokenizer.ignore_id)
     initial = {'architecture': architecture or 'ar', 'tokenizer': tokenizer.to_json(), 'model_config': shape}
 else:  # adapters go on from the weights that they were made for
@@ -224,9 +212,7 @@ def stops_early():
 
 if resumed.checkpoint and (step >= max_steps or stops_early()):
     remedy = '--max_steps makes it longer, --early_stopping=0 more patient'
-    dist.exit(
-        f'{resumed.path} is at step {step} of {max_steps}, its best at {best.step}: it is finished. {remedy}.'
-    )
+    dist.exit(f'{resumed.path} is finished at step {step} of {max_steps}, best at {best.step}. {remedy}.')
 model = dist.wrap(raw_model, compile, fsdp)
 
 base = model_size if init_from == 'scratch' else Path(init_from).resolve().name.removesuffix('.pt')
@@ -256,15 +242,12 @@ def print_example():
 
 
 print_example()
-sizes = {
-    name: size / 1e9
-    for name, size in runtime.memory_estimate(raw_model, batch_size, block_size, dist).items()
-}
+estimate = runtime.memory_estimate(raw_model, batch_size, block_size, dist)
+sizes = {name: size / 1e9 for name, size in estimate.items()}
 parts = ', '.join(f'{name} {size:.2f}' for name, size in sizes.items())
 log.print(f'memory, about: {parts}; {sum(sizes.values()):.2f} GB in all')
-num_trained, num_parameters = (
-    sum(p.numel() for p in group) for group in (trainable.values(), raw_model.parameters())
-)
+num_trained = sum(p.numel() for p in trainable.values())
+num_parameters = sum(p.numel() for p in raw_model.parameters())
 log.print(
     f'{out}: {architecture} from {init_from}, {num_trained:,} of {num_parameters:,} parameters trained, {dist.dtype} on '
     f'{dist.world_size} × {dist.device.type}; {max_steps} steps are {batches.epoch(max_steps):.2f} epochs'
@@ -387,10 +370,8 @@ if stopping and step < max_steps:
     log.print(f'stopped at step {step} of {max_steps}; continue with --resume_from={out}')
 else:
     early = f'stopped early at step {step}' if step < max_steps else 'done'
-    log.print(
-        f'{early}: best val/loss {best.loss:.4f} at step {best.step}; ask it something: '
-        f'python sample.py --checkpoint={out / "best.pt"} --chat'
-    )
+    sample = f'python sample.py --checkpoint={out / "best.pt"} --chat'
+    log.print(f'{early}: best val/loss {best.loss:.4f} at step {best.step}; ask it something: {sample}')
 log.close()
 if push_to_hub and dist.is_main and not stopping:
     hf.push(out, hub_model_id, token)

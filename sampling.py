@@ -83,14 +83,10 @@ def check_prompts(model, prompts):
     block_size, mask_id = model.config.block_size, model.config.mask_id
     for prompt in prompts:
         check(len(prompt) > 0, 'A prompt is empty; start it with <|endoftext|> for a new text.')
-        check(
-            len(prompt) <= block_size,
-            f'The prompt has {len(prompt)} tokens, but the model sees at most block_size={block_size}; shorten it.',
-        )
-        check(
-            not (model.causal and mask_id in prompt),
-            'The prompt holds <|mask|>, which a causal model cannot fill; infill with a diffusion model.',
-        )
+        size = len(prompt)
+        check(size <= block_size, f'The prompt has {size} tokens, but block_size={block_size}; shorten it.')
+        fills = not model.causal or mask_id not in prompt
+        check(fills, 'The prompt holds <|mask|>, which a causal model cannot fill; use a diffusion model.')
 
 
 def truncate(row, prompt_length, stop_tokens):

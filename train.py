@@ -91,17 +91,7 @@ del config['token']  # no secret goes into config.json, the checkpoint or W&B
 # else may change when it is resumed, and the change is printed.
 SHAPE = 'n_layer n_head n_embd n_kv_head block_size norm position mlp bias qk_norm logit_softcap'.split()
 FREE_SHAPE = ['dropout', 'gradient_checkpointing', 'selective_checkpointing']
-FIXED = [
-    *SHAPE,
-    'architecture',
-    'mode',
-    'model_size',
-    'optimizer',
-    'fsdp',
-    'master_weights',
-    'seed',
-    'anneal_steps',
-]
+FIXED = 'architecture mode model_size optimizer fsdp master_weights seed anneal_steps'.split() + SHAPE
 
 runtime.check_settings(config)
 check_range(config, 1, math.inf, 'max_steps')
@@ -132,9 +122,7 @@ if initial:
     checkpoints.check_fits(initial, resumed.path or init_from, architecture, tokenizer, folder.path)
     for key in sorted(config.given.intersection(SHAPE)):
         held = initial['model_config'][key]
-        require(
-            config[key] == held, f'{init_from} has {key}={held!r}, not {config[key]!r}; leave --{key} out.'
-        )
+        require(config[key] == held, f'{init_from} has {key}={held!r}, not {config[key]!r}; leave it out.')
     shape = dict(initial['model_config'])
 shape.update({key: config[key] for key in FREE_SHAPE}, k=max(k_schedule), vocab_size=tokenizer.vocab_size)
 shape.update(mask_id=tokenizer.mask_id, ignore_id=tokenizer.ignore_id)
@@ -166,9 +154,7 @@ scaler = dist.scaler()
 ema = optim.WeightAverage(raw_model, ema_decay) if ema_decay else None
 step, best = checkpoints.continue_run(resumed, store, raw_model, opt, scaler, batches, config)
 if resumed.checkpoint and step >= max_steps:
-    dist.exit(
-        f'{resumed.path} is at step {step} of {max_steps}: the run is finished. --max_steps makes it longer.'
-    )
+    dist.exit(f'{resumed.path} is finished at step {step} of {max_steps}. --max_steps makes it longer.')
 if ema and resumed.checkpoint and 'ema_state_dict' in initial:
     ema.load(initial['ema_state_dict'])
 weights = None  # not kept beside the model
@@ -283,9 +269,7 @@ while step < max_steps and not stopping:
 if step < max_steps:
     log.print(f'stopped at step {step} of {max_steps}; continue with --resume_from={out}')
 else:
-    log.print(
-        f'done: best val/loss {best.loss:.4f} at step {best.step}; look at what it writes: '
-        f'python sample.py --checkpoint={out / "ckpt.pt"}'
-    )
+    sample = f'python sample.py --checkpoint={out / "ckpt.pt"}'
+    log.print(f'done: best val/loss {best.loss:.4f} at step {best.step}; look at what it writes: {sample}')
 log.close()
 dist.close()

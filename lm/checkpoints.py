@@ -62,13 +62,8 @@ def load(path, token=None, revision=None, mmap=False, sharded=False):
         require(sharded, f'The weights of {path} are sharded in {path.parent / "sharded"}; {remedy}.')
         return checkpoint
     lacks = ', '.join(sorted(missing))
-    require(
-        not missing,
-        f'{path} lacks {lacks}, so it is no checkpoint of these scripts; give the ckpt.pt of a run.',
-    )
-    return {
-        k: current_names(value) if k.endswith('_state_dict') else value for k, value in checkpoint.items()
-    }
+    require(not missing, f'{path} lacks {lacks}, so it is no checkpoint of ours; give the ckpt.pt of a run.')
+    return {k: current_names(x) if k.endswith('_state_dict') else x for k, x in checkpoint.items()}
 
 
 # ---------------------------------------------------------------------------- models
@@ -120,9 +115,8 @@ def convert(checkpoint, path, architecture, block_size=None):
     """
     config, weights = dict(checkpoint['model_config']), dict(weights_of(checkpoint))
     longest = config['block_size']
-    require(
-        not block_size or block_size <= longest, f'{path} sees {longest} tokens; choose a smaller block_size.'
-    )
+    fits = not block_size or block_size <= longest
+    require(fits, f'{path} sees {longest} tokens; choose a smaller block_size.')
     if block_size and 'positions.weight' in weights:
         rows = config.get('position_offset', 0) + block_size
         weights['positions.weight'] = weights['positions.weight'][:rows]
@@ -132,9 +126,7 @@ def convert(checkpoint, path, architecture, block_size=None):
         before, after = ARCHITECTURES[source], ARCHITECTURES.get(architecture)
         possible = after and (before.causal and not after.causal or issubclass(after, before))
         remedy = f'use --architecture={source}'
-        require(
-            possible, f'{path} holds architecture={source!r}, which cannot start {architecture!r}; {remedy}.'
-        )
+        require(possible, f'{path} holds architecture={source!r}, no start for {architecture!r}; {remedy}.')
         if before.causal:
             config['shift'] = True
             special = [i for i in (config['mask_id'], config['ignore_id']) if i is not None]
@@ -246,7 +238,7 @@ def load_state(resumed, model, optimizer):
 
 
 class Resumed(NamedTuple):
-    """What a run continues from; all None and () for a new one."""
+    """The checkpoint that a run continues from; all None and () for a new run."""
 
     checkpoint: dict = None
     path: Path = None  # of the checkpoint
@@ -263,9 +255,7 @@ def resume(namespace, config, fixed):
     if not resume_from:
         return Resumed()
     auto = resume_from == 'auto'
-    require(
-        not auto or out_dir, "--resume_from=auto needs the folder of the run's ckpt.pt; add --out_dir=PATH."
-    )
+    require(not auto or out_dir, "--resume_from=auto needs the run's folder; add --out_dir=PATH.")
     path = Path(out_dir if auto else resume_from)
     path = path / 'ckpt.pt' if auto or path.is_dir() else path
     if auto and not path.exists():
@@ -280,10 +270,7 @@ def resume(namespace, config, fixed):
     overrides = restore(namespace, config, saved)
     for key, before, now in overrides:
         remedy = f'leave --{key} out, or start a new run'
-        require(
-            key not in fixed,
-            f'The run of {path} has {key}={before!r} and cannot go on with {now!r}; {remedy}.',
-        )
+        require(key not in fixed, f'The run of {path} has {key}={before!r}, not {now!r}; {remedy}.')
     return Resumed(checkpoint, path, run_of(path), overrides)
 
 
@@ -309,9 +296,8 @@ def continue_run(resumed, store, model, optimizer, scaler, batches, config):
 
 # ---------------------------------------------------------------------------- the run folder
 
-RUN_FILES = (
-    'config.json ckpt.pt best.pt metrics.csv logs.log eval_results.json checkpoints sharded metrics.py predictions.npz'
-).split()
+RUN_FILES = 'config.json ckpt.pt best.pt metrics.csv logs.log eval_results.json checkpoints sharded'.split()
+RUN_FILES += ['metrics.py', 'predictions.npz']
 
 
 def run_of(checkpoint_path):
@@ -334,9 +320,7 @@ def open_run_folder(out_dir, name, suffix='', run_dir=None, overwrite=False):
             return folder
     folder = Path(out_dir)
     is_data = (folder / 'tokenizer.json').exists()
-    require(
-        not is_data, f'{folder} is a prepared data folder, not a place for a run; choose another out_dir.'
-    )
+    require(not is_data, f'{folder} is a prepared data folder, no place for a run; choose another out_dir.')
     if folder.resolve() != run_dir and any((folder / name).exists() for name in RUN_FILES):
         remedy = 'continue it with --resume_from=auto, delete it with --overwrite, or choose another out_dir'
         require(overwrite, f'{folder} already holds a run; {remedy}.')

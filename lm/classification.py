@@ -1,4 +1,4 @@
-"""Classifying sequences: labelled rows, a head on a trunk, the metrics, and a test of two runs."""
+"""Classifying sequences: labelled rows, a head on a trunk, and the metrics."""
 
 import re
 from typing import NamedTuple
@@ -31,10 +31,8 @@ class Examples(NamedTuple):
 
 def hold_out(examples, size, seed):
     """Split off `size` examples of the classes in their proportions: (the rest, held out), by the seed only."""
-    require(
-        0 < size < len(examples),
-        f'val_set_size is {size}, but there are {len(examples)} training rows; choose fewer.',
-    )
+    room = len(examples)
+    require(0 < size < room, f'val_set_size is {size} of {room} training rows; choose fewer.')
     shuffled = np.random.default_rng(seed).permutation(len(examples))
     by_class = shuffled[np.argsort(examples.labels[shuffled], kind='stable')]
     held = by_class[np.arange(size) * len(examples) // size]  # evenly through the classes
@@ -61,8 +59,8 @@ def rows_of_step(step, rows_per_step, num_rows, seed, lengths=None):
     """
     window = 1 if lengths is None else max(1, min(WINDOW, num_rows // rows_per_step))
     first = step // window * window * rows_per_step
-    epoch, place = np.divmod(first + np.arange(window * rows_per_step), num_rows)
-    parts = [permuted(place[epoch == e], num_rows, PERMUTE, seed, int(e)) for e in np.unique(epoch)]
+    epoch, position = np.divmod(first + np.arange(window * rows_per_step), num_rows)
+    parts = [permuted(position[epoch == e], num_rows, PERMUTE, seed, int(e)) for e in np.unique(epoch)]
     index = np.concatenate(parts)
     if lengths is not None:
         index = index[np.argsort(lengths[index], kind='stable')]
@@ -166,20 +164,16 @@ def weights_of_classes(wanted, labels, num_classes):
         return np.where(counts > 0, len(labels) / (num_classes * np.maximum(counts, 1)), 0.0)
     fits = re.fullmatch(r'\d+\.?\d*(,\d+\.?\d*)*', wanted) and wanted.count(',') == num_classes - 1
     weights = np.array(wanted.split(',') if fits else [], float)
-    require(
-        weights.any(),
-        f'class_weights is {wanted!r}; give balanced, or {num_classes} numbers with commas between them.',
-    )
+    remedy = f'give balanced, or {num_classes} numbers with commas between them'
+    require(weights.any(), f'class_weights is {wanted!r}; {remedy}.')
     return weights
 
 
 def train_top_layers(classifier, num_layers, train_final_norm):
     """Freeze the trunk but for its top `num_layers` blocks, and its final norm unless that is to train."""
     trunk = classifier.trunk
-    require(
-        0 <= num_layers <= len(trunk.blocks),
-        f'num_layers_to_finetune is {num_layers}; the model has {len(trunk.blocks)} layers.',
-    )
+    most = len(trunk.blocks)
+    require(0 <= num_layers <= most, f'num_layers_to_finetune is {num_layers}; the model has {most} layers.')
     trunk.requires_grad_(False)
     trunk.blocks[len(trunk.blocks) - num_layers :].requires_grad_(True)
     trunk.norm.requires_grad_(train_final_norm)
@@ -208,11 +202,8 @@ def confusion_metrics(confusion):
     right, actual, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
     total = confusion.sum()
     occurring = actual + predicted > 0
-    per_class = {
-        'precision': divide(right, predicted),
-        'recall': divide(right, actual),
-        'f1': divide(2 * right, actual + predicted),
-    }
+    f1 = divide(2 * right, actual + predicted)
+    per_class = {'precision': divide(right, predicted), 'recall': divide(right, actual), 'f1': f1}
     accuracy = float(divide(right.sum(), total))
     metrics = {'accuracy': accuracy}
     for name, values in per_class.items():
@@ -225,8 +216,8 @@ def confusion_metrics(confusion):
 
 def auroc(labels, scores):
     """Compute the chance that a row of class 1 scores higher than one of class 0, ties half; None without both."""
-    _, place, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]  # from 1, those of ties averaged
+    _, index, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[index]  # from 1, those of ties averaged
     positives = int((labels == 1).sum())
     negatives = len(labels) - positives
     if not positives or not negatives:

@@ -94,9 +94,7 @@ def only_without_reentrant(options: dict):
 
 def no_remote_code(trust: bool):
     """Accept that no code of a model's own is run."""
-    require(
-        not trust, "trust_remote_code=True is refused: no code of a model's own is ever run; leave it out."
-    )
+    require(not trust, "trust_remote_code=True is refused: no model's code is ever run; leave it out.")
 
 
 DTYPES = {'bf16': 'bfloat16', 'fp16': 'float16', 'fp32': 'float32'}
@@ -260,9 +258,7 @@ def read_values(path, word):
 def find_config(word):
     """Return the path of a config file, relative to the working directory or else to the repository."""
     known = word.endswith(('.py', '.json', '.yaml', '.yml'))
-    require(
-        known, f"'{word}' is neither a config file (*.py, *.json, *.yaml) nor --key=value; write one of them."
-    )
+    require(known, f"'{word}' is neither a config file (*.py, *.json, *.yaml) nor --key=value; write one.")
     for folder in (Path.cwd(), ROOT):
         if (folder / word).is_file():
             return folder / word
@@ -302,9 +298,8 @@ def assign(config, name, value, source):
     if callable(conversion):
         return conversion(value)
     if conversion:
-        require(
-            value in conversion, f'{source} is not understood; choose from {", ".join(map(str, conversion))}.'
-        )
+        choices = ', '.join(map(str, conversion))
+        require(value in conversion, f'{source} is not understood; choose from {choices}.')
         value = conversion[value]
     config[target] = value
     config.given.add(target)

@@ -4,6 +4,7 @@ A batch is a pure function of (seed, step), so that there is no loader state to 
 nothing, and other numbers of ranks or micro-steps see the same rows.
 """
 
+from bisect import bisect_left, insort
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -41,10 +42,7 @@ class PackedRows:
         self.has_loss_mask = self.masks is not None  # in training
         room = len(self.tokens) - row_length
         size, remedy = len(self.tokens), 'choose a smaller block_size or prepare more data'
-        require(
-            room >= 0,
-            f'The {split} split of {folder.path} has {size:,} tokens, a row {row_length}; {remedy}.',
-        )
+        require(room >= 0, f'{folder.path} has {size:,} {split} tokens, a row {row_length}; {remedy}.')
         self.num_rows = max(1, room // stride) if training else 1 + -(-room // stride)
         self.max_move = room - (self.num_rows - 1) * stride
 
@@ -81,9 +79,8 @@ class DocumentRows:
         self.tokens, self.index, self.masks = folder.tokens[split], folder.index[split], folder.masks[split]
         self.row_length, self.train_on_padding = row_length, train_on_padding
         self.tokenizer = folder.tokenizer
-        self.start_token = (
-            folder.tokenizer.endoftext_id if self.masks is None else folder.config['start_token']
-        )
+        start = folder.config['start_token']
+        self.start_token = folder.tokenizer.endoftext_id if self.masks is None else start
         rows = -(-np.diff(self.index).astype(np.int64) // (row_length - 1))  # of each document
         self.row_ends = np.cumsum(rows)  # the row after the last of each document
         self.num_rows = int(self.row_ends[-1]) if len(rows) else 0
@@ -133,18 +130,15 @@ class ExampleRows:
         self.starts, self.ends = index[:-1][kept], index[1:][kept]
         self.dropped, self.cut = len(fitted) - len(kept), int((lengths <= self.ends - self.starts).sum())
         self.num_tokens, self.num_trained = int(lengths.sum()), sum(sum(fitted[number][1]) for number in kept)
-        padding = (
-            (row_length + 1 - lengths) * uniform(PADDING, np.array(kept)) ** 2 if train_on_padding else 0
-        )
-        self.sizes = lengths + np.asarray(padding).astype(np.int64)
+        room = (row_length + 1 - lengths) * train_on_padding
+        padding = room * uniform(PADDING, np.array(kept)) ** 2
+        self.sizes = lengths + padding.astype(np.int64)
         self.members = best_fit(self.sizes, row_length) if packed else [[i] for i in range(len(kept))]
         self.num_rows = len(self.members)
         self.has_doc_ids = packed or train_on_padding  # whether some tokens must not be attended to
 
     def fit(self, start, end):
-        ids, mask = (
-            array[self.split][start:end].tolist() for array in (self.folder.tokens, self.folder.masks)
-        )
+        ids, mask = (x[self.split][start:end].tolist() for x in (self.folder.tokens, self.folder.masks))
         return prompts.fit(ids, mask, self.row_length - 1) if 1 in mask else None
 
     def read(self, row, key=None):
@@ -156,29 +150,23 @@ class ExampleRows:
             tokens += [self.folder.config['start_token'], *ids] + [self.folder.tokenizer.ignore_id] * num_pad
             loss_mask += [0, *mask] + [int(self.train_on_padding)] * num_pad
             doc_ids += [number] * (len(tokens) - len(doc_ids))
-        return (
-            np.array(tokens),
-            np.array(loss_mask, np.uint8),
-            np.array(doc_ids) if self.has_doc_ids else None,
-        )
+        doc_ids = np.array(doc_ids) if self.has_doc_ids else None
+        return np.array(tokens), np.array(loss_mask, np.uint8), doc_ids
 
 
 def best_fit(sizes, room):
     """Pack items into rows of `room`: the largest first, each into the fullest row that it fits; lists of items."""
-    rows, by_space, spaces = [], {}, 0  # rows that have so much space; bit s of `spaces`: by_space[s] has one
-    for item in np.argsort(-sizes, kind='stable').tolist():
+    rows, unfilled = [], []  # sorted (space that is left, -turn, row): of equal spaces the one filled last
+    for turn, item in enumerate(np.argsort(-sizes, kind='stable').tolist()):
         size = int(sizes[item])
-        fitting = spaces >> size
-        if fitting:
-            space = size + (fitting & -fitting).bit_length() - 1
-            row = by_space[space].pop()
-            spaces ^= 0 if by_space[space] else 1 << space
-        else:
-            space, row = room, len(rows)
+        fitting = bisect_left(unfilled, (size,))
+        if fitting == len(unfilled):
             rows.append([])
+            space, row = room, len(rows) - 1
+        else:
+            space, _, row = unfilled.pop(fitting)
         rows[row].append(item)
-        by_space.setdefault(space - size, []).append(row)
-        spaces |= 1 << space - size
+        insort(unfilled, (space - size, -turn, row))
     return rows
 
 
@@ -192,9 +180,8 @@ class MixedRows:
     def __init__(self, parts, weights, training):
         self.parts, self.row_length = parts, parts[0].row_length
         self.has_loss_mask = any(part.has_loss_mask for part in parts)
-        self.shares = [
-            weight / sum(weights[i:]) for i, weight in enumerate(weights)
-        ]  # of what earlier parts leave
+        # Of what earlier parts leave.
+        self.shares = [weight / sum(weights[i:]) for i, weight in enumerate(weights)]
         if training:
             self.num_rows = sum(part.num_rows for part in parts)
         else:  # as many as there are in these proportions, none of them twice
@@ -240,14 +227,14 @@ def make_rows(folder, split, architecture, block_size, mode, training):
 # ---------------------------------------------------------------------------- batches
 
 
-class Alone:
-    """A single process on the CPU, in place of a runtime.Runtime."""
+class Local:
+    """One process on the CPU: the default where a runtime.Runtime is wanted."""
 
     rank, world_size, device = 0, 1, torch.device('cpu')
 
 
 class Batch(NamedTuple):
-    """What a model's forward takes."""
+    """The arguments of a model's forward."""
 
     tokens: torch.Tensor  # (B, T)
     loss_mask: torch.Tensor = None  # (B, T)
@@ -270,7 +257,7 @@ class Batches:
     """
 
     def __init__(
-        self, folder, architecture, block_size, batch_size, micro_steps=1, seed=0, mode='packed', dist=Alone
+        self, folder, architecture, block_size, batch_size, micro_steps=1, seed=0, mode='packed', dist=Local
     ):
         self.rows = make_rows(folder, 'train', architecture, block_size, mode, training=True)
         self.folder, self.ignore_id = folder, folder.tokenizer.ignore_id
@@ -316,18 +303,18 @@ class Batches:
 
     def read_rows(self, step, numbers):
         """Read {number: row} for rows of a step; those of an epoch are permuted at once, in a tenth of the time."""
-        groups = {}  # of an epoch of a folder: [(number, its place in the epoch)]
+        groups = {}  # of an epoch of a folder: [(number, its position in the epoch)]
         for number in numbers:
-            place, part, rows = step * self.rows_per_step + number, (), self.rows
+            position, part, rows = step * self.rows_per_step + number, (), self.rows
             if isinstance(rows, MixedRows):
-                *part, place = rows.find(place)
+                *part, position = rows.find(position)
                 rows = rows.parts[part[0]]
-            epoch, place = divmod(place, rows.num_rows)
-            groups.setdefault((rows, epoch, *part), []).append((number, place))
+            epoch, position = divmod(position, rows.num_rows)
+            groups.setdefault((rows, epoch, *part), []).append((number, position))
         found = {}
         for (rows, *key), members in groups.items():
-            places = permuted([place for _, place in members], rows.num_rows, PERMUTE, self.seed, *key)
-            for (number, _), row in zip(members, places):
+            indices = permuted([position for _, position in members], rows.num_rows, PERMUTE, self.seed, *key)
+            for (number, _), row in zip(members, indices):
                 found[number] = rows.read(row, (MOVE, self.seed, *key))
         return found
 
@@ -347,7 +334,7 @@ class Batches:
 
 
 def evaluation_batches(
-    folder, split, architecture, block_size, batch_size, mode='packed', num_batches=0, dist=Alone, even=False
+    folder, split, architecture, block_size, batch_size, mode='packed', num_batches=0, dist=Local, even=False
 ):
     """Yield this rank's share of a split's rows, with noise of their own: the same rows for any number of ranks.
 

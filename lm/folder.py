@@ -21,14 +21,11 @@ class Folder:
         self.path = find_folder(dataset)
         try:
             self.config = json.loads((self.path / 'config.json').read_text(encoding='utf-8'))
-            dtype, vocab_size, *_ = (
-                self.config[key] for key in ('dtype', 'vocab_size', 'name', 'start_token', 'prompt_format')
-            )
+            keys = 'dtype vocab_size name start_token prompt_format'.split()
+            dtype, vocab_size, *_ = (self.config[key] for key in keys)
             dtype = np.dtype(dtype)
-            self.splits = {
-                split: {unit: self.config['splits'][split][unit] for unit in ('tokens', 'documents', 'bytes')}
-                for split in ('train', 'val')
-            }
+            sizes, units = self.config['splits'], ('tokens', 'documents', 'bytes')
+            self.splits = {split: {unit: sizes[split][unit] for unit in units} for split in ('train', 'val')}
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f'{self.path}/config.json is damaged ({error!r}); prepare it again.') from error
         self.tokenizer = Tokenizer.load(self.path)
@@ -82,9 +79,7 @@ def find_folder(dataset):
         if (path / 'config.json').is_file():
             return path
         unfinished = path.is_dir() and any(path.glob('*_tokens.bin'))
-        require(
-            not unfinished, f'{path} has no config.json: its preparation did not finish; prepare it again.'
-        )
+        require(not unfinished, f'{path} has no config.json: its preparation was cut off; prepare it again.')
     raise UserError(
         f'There is no prepared data at {dataset!r} or {ROOT / "data" / dataset}; make it first, for example with: '
         'python prepare/stories.py'
@@ -125,9 +120,8 @@ class Mix:
 
     @property
     def fingerprint(self):
-        return ','.join(
-            f'{folder.fingerprint}:{weight}' for folder, weight in zip(self.folders, self.weights)
-        )
+        pairs = zip(self.folders, self.weights)
+        return ','.join(f'{folder.fingerprint}:{weight}' for folder, weight in pairs)
 
     def tokens_per_byte(self, split):
         """Compute tokens per byte of a text that has tokens of each folder in proportion to the weights."""

@@ -12,9 +12,8 @@ import torch.nn.functional as F
 # ---------------------------------------------------------------------------- linear layers
 
 # oneDNN's matmul, which PyTorch was built with on most processors but does not use for float32.
-ONEDNN = (
-    getattr(torch.ops.mkldnn, '_linear_pointwise', None) if torch.backends.mkldnn.is_available() else None
-)
+HAS_ONEDNN = torch.backends.mkldnn.is_available()
+ONEDNN = getattr(torch.ops.mkldnn, '_linear_pointwise', None) if HAS_ONEDNN else None
 MIN_ONEDNN_SIZE = 1 << 20  # products: below, the ten microseconds of a call outweigh the gain
 
 SAVED_OPS = [  # results that selective checkpointing keeps: many operations per number

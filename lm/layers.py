@@ -76,7 +76,7 @@ def rotate(x, rope):
 
 
 class AttentionMask:
-    """What the positions of a row attend to: those before (causal), all, or those of a mask (T, T).
+    """The positions that a position attends to: those before (causal), all, or those of a mask (T, T).
 
     The trunk asks it for positions, and each attention layer for keys, values and mask; a KV cache answers the
     same two questions (sampling.KVCache).

@@ -17,10 +17,8 @@ METRICS = (
 
 def start_run(dist, config, name, resumed):
     """Make the run folder, write its config.json and open its log; returns both."""
-    out_dir, options = (
-        config['out_dir'] or resumed.run_dir,
-        (config['run_suffix'], resumed.run_dir, config['overwrite']),
-    )
+    out_dir = config['out_dir'] or resumed.run_dir
+    options = config['run_suffix'], resumed.run_dir, config['overwrite']
     out = Path(dist.from_main(lambda: checkpoints.open_run_folder(out_dir, name, *options)))
     checkpoint = resumed.checkpoint
     if dist.is_main:
@@ -57,9 +55,9 @@ class Logger:
         if not self.is_main:
             return
         minutes, seconds = divmod(int((max_steps - step) * seconds_per_step), 60)
-        left = (
-            f'{minutes // 60}:{minutes % 60:02}:{seconds:02}' if minutes >= 60 else f'{minutes}:{seconds:02}'
-        )
+        left = f'{minutes}:{seconds:02}'
+        if minutes >= 60:
+            left = f'{minutes // 60}:{minutes % 60:02}:{seconds:02}'
         rate = rate or f'{metrics["train/tokens_per_sec"]:,.0f} tokens/s'
         line = f'step {step}/{max_steps}: loss {metrics["train/loss"]:.4f}, lr {metrics["train/lr"]:.2e}, {rate}, {left} left'
         self.log_file.write(line + '\n')

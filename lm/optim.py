@@ -136,9 +136,8 @@ class StochasticAdamW(torch.optim.Optimizer):
                 continue
             state = self.state[p]
             if not state:
-                state.update(
-                    step=torch.zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p)
-                )
+                exp_avg, exp_avg_sq = torch.zeros_like(p), torch.zeros_like(p)
+                state.update(step=torch.zeros(()), exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
             state['step'] += 1
             step = int(state['step'])
             generator = torch.Generator(p.device).manual_seed(torch_seed(*self.key, step, number))
@@ -262,10 +261,8 @@ def default_anneal_steps(anneal_steps, model, start, max_steps):
     """Return anneal_steps, or where it is None a tenth of max_steps for a model that starts from causal weights."""
     causal_start = start and start.get('converted_from') and model.config.shift
     anneal_steps = (max_steps // 10 if causal_start else 0) if anneal_steps is None else anneal_steps
-    require(
-        not (anneal_steps and model.causal),
-        f'anneal_steps is {anneal_steps}, but the model stays causal; leave it out.',
-    )
+    useless = anneal_steps and model.causal
+    require(not useless, f'anneal_steps is {anneal_steps}, but the model stays causal; leave it out.')
     return anneal_steps
 
 

@@ -24,23 +24,15 @@ CHOICES = {
     'master_weights': ('float32', 'bfloat16'),
 }
 RANGES = [  # settings that are at least the first number and below the second
-    (
-        1,
-        math.inf,
-        'batch_size gradient_accumulation_steps eval_batch_size block_size sequence_length num_classes',
-    ),
-    (1, math.inf, 'eval_every log_every sample_tokens peft_lora_r'),
+    (1, math.inf, 'batch_size gradient_accumulation_steps eval_batch_size block_size sequence_length'),
+    (1, math.inf, 'eval_every log_every sample_tokens peft_lora_r num_classes'),
+    (0, math.inf, 'num_epochs learning_rate min_lr warmup_steps warmup_ratio decay_ratio weight_decay'),
     (
         0,
         math.inf,
-        'num_epochs learning_rate min_lr warmup_steps warmup_ratio decay_ratio weight_decay grad_clip',
+        'eval_batches save_every save_total_limit sample_every num_samples early_stopping grad_clip',
     ),
-    (
-        0,
-        math.inf,
-        'eval_batches save_every save_total_limit sample_every num_samples early_stopping anneal_steps',
-    ),
-    (0, math.inf, 'neftune_alpha lora_rank num_layers_to_finetune val_set_size'),
+    (0, math.inf, 'anneal_steps neftune_alpha lora_rank num_layers_to_finetune val_set_size'),
     (0, 1, 'beta1 beta2 ema_decay dropout token_dropout label_smoothing peft_lora_dropout lora_dropout'),
 ]
 
@@ -58,9 +50,8 @@ def check_settings(config):
     if config.get('fsdp'):
         require_without('fsdp', **others, save_total_limit=config['save_total_limit'])
     if config.get('master_weights') == 'bfloat16':
-        require_without(
-            'master_weights=bfloat16', **others, **{'dtype=float32': config['dtype'] == 'float32'}
-        )
+        others['dtype=float32'] = config['dtype'] == 'float32'
+        require_without('master_weights=bfloat16', **others)
 
 
 # ---------------------------------------------------------------------------- ranks, device, precision
@@ -155,16 +146,12 @@ def pick_device(name):
     except RuntimeError as error:
         raise UserError(f'device is {name!r}; choose auto, cpu, cuda, cuda:N or mps.') from error
     is_there = available.get(device.type, False)
-    require(
-        is_there, f'device is {name!r}, but PyTorch finds none on this machine; use --device=cpu or auto.'
-    )
+    require(is_there, f'device is {name!r}, but PyTorch finds none here; use --device=cpu or auto.')
     if device.type != 'cuda':
         return device
     index, count = device.index, torch.cuda.device_count()
     index = int(os.environ.get('LOCAL_RANK', 0)) if index is None else index
-    require(
-        index < count, f'There is no GPU {index}, only {count}; start at most one process per GPU of a node.'
-    )
+    require(index < count, f'There is no GPU {index}, only {count}; start at most one process per GPU.')
     return torch.device('cuda', index)
 
 
@@ -338,10 +325,8 @@ class Speed:
     def metrics(self, step):
         self.seconds_per_step = (time.perf_counter() - self.start) / (step - self.step)
         tokens_per_sec = self.tokens_per_step / self.seconds_per_step
-        return {
-            'train/tokens_per_sec': tokens_per_sec,
-            'train/mfu': tokens_per_sec * self.flops / self.peak_flops,
-        }
+        mfu = tokens_per_sec * self.flops / self.peak_flops
+        return {'train/tokens_per_sec': tokens_per_sec, 'train/mfu': mfu}
 
 
 def check_finite(loss, step, learning_rate):

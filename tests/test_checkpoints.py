@@ -234,7 +234,7 @@ def test_a_start_may_have_shorter_rows(position):
 
 @pytest.mark.parametrize('held, wanted', [('diffusion', 'ar'), ('sdd', 'diffusion'), ('ar', 'rnn')])
 def test_what_a_model_cannot_start_is_refused(held, wanted):
-    expected = f"holds architecture='{held}', which cannot start '{wanted}'; use --arch"
+    expected = f"holds architecture='{held}', no start for '{wanted}'; use --arch"
     with pytest.raises(UserError, match=expected):
         checkpoints.convert(make_checkpoint(held)[1], 'run', wanted)
 
@@ -266,7 +266,7 @@ def test_what_is_not_given_is_the_runs_own_and_what_differs_is_listed(saved):
     assert (namespace['n_layer'], namespace['batch_size'], namespace['out_dir']) == (2, 16, '')
     assert list(resumed.overrides) == [('batch_size', 4, 16)]
     assert resumed.path == saved / 'ckpt.pt' and resumed.run_dir == saved
-    expected = 'has n_layer=2 and cannot go on with 4; leave --n_layer out'
+    expected = 'has n_layer=2, not 4; leave --n_layer out'
     with pytest.raises(UserError, match=expected):
         checkpoints.resume(*settings(resume_from=str(saved), n_layer=4), ['n_layer'])
 
@@ -278,7 +278,7 @@ def test_auto_needs_an_out_dir_and_starts_afresh_without_a_checkpoint(saved, tmp
     assert resumed.checkpoint is None and resumed.run_dir == new
     resumed = checkpoints.resume(*settings(resume_from='auto', out_dir=str(saved)), [])
     assert resumed.checkpoint['architecture'] == 'ar'
-    with pytest.raises(UserError, match='--resume_from=auto needs the folder.*--out_dir=PATH'):
+    with pytest.raises(UserError, match='--resume_from=auto needs .*--out_dir=PATH'):
         checkpoints.resume(*settings(resume_from='auto'), [])
 
 
@@ -338,5 +338,5 @@ def test_a_folder_that_holds_a_run_is_refused_unless_it_continues_or_is_overwrit
 
 
 def test_a_data_folder_is_no_place_for_a_run(make_folder):
-    with pytest.raises(UserError, match='is a prepared data folder, not a place for a run'):
+    with pytest.raises(UserError, match='is a prepared data folder, no place for a run'):
         checkpoints.open_run_folder(make_folder(), 'a', overwrite=True)

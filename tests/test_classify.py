@@ -205,7 +205,7 @@ def test_a_finished_run_is_left_alone_and_goes_on_where_it_is_made_longer(place)
     assert end.value.code == 0
     for words, said in (
         ([*TASK, '--out_dir=run'], 'already holds a run'),
-        (['--target_func=fn_b', '--resume_from=run'], "has target_func='fn_a' and cannot go on with 'fn_b'"),
+        (['--target_func=fn_b', '--resume_from=run'], "has target_func='fn_a', not 'fn_b'"),
         (['--batch_size=5', '--max_steps=4', '--resume_from=run'], r'rows.*\(6, 20\), not \(5, 20\)'),
     ):
         with pytest.raises(UserError, match=said):
@@ -238,7 +238,7 @@ def test_a_run_starts_from_a_checkpoint_and_only_its_top_trains(place):
     after = load(place / 'tuned')['model_state_dict']
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if name.startswith('blocks.1.')}
-    with pytest.raises(UserError, match='base has n_layer=2, not 3; leave --n_layer out'):
+    with pytest.raises(UserError, match='base has n_layer=2, not 3; leave it out'):
         classify(*settings, '--n_layer=3', '--out_dir=wrong')
     with pytest.raises(UserError, match='has 2 layers'):
         classify(*settings, '--num_layers_to_finetune=3', '--out_dir=wrong')

@@ -260,7 +260,7 @@ def test_a_run_that_is_finished_or_in_the_way_is_left_alone(place, capsys):
     before = fingerprints(place / 'run')
     with pytest.raises(SystemExit) as stop:
         run('finetune.py', f'--resume_from={place}/run')
-    assert stop.value.code == 0 and 'it is finished' in capsys.readouterr().out
+    assert stop.value.code == 0 and 'is finished at' in capsys.readouterr().out
     with pytest.raises(UserError, match='already holds a run'):
         tune(*settings(place, 'ar', f'--out_dir={place}/run'))
     assert fingerprints(place / 'run') == before
@@ -334,16 +334,16 @@ BAD = {
     '--dataset=PLACE/plain': 'PLACE/plain has no train_masks.bin.*prepare/instruct.py',
     '--dataset=PLACE/without': 'train split of PLACE/without has no answer of at most',
     '--dataset=PLACE/other': 'another vocabulary',
-    '--init_from=': 'no model to start from; give --init_from',
+    '--init_from=': 'init_from is empty; give --init_from',
     '--init_from=nowhere.pt': 'nowhere.pt',
     '--init_from=PLACE/examples/config.json': 'config.json',
-    '--architecture=nothing': "architecture='ar', which cannot start 'nothing'",
+    '--architecture=nothing': "architecture='ar', no start for 'nothing'",
     '--anneal_steps=5': 'anneal_steps is 5, but the model stays causal',
     '--block_size=2000': 'block_size is 2000; .*takes 8 to 64 tokens',
     '--learning_rate=0': 'learning_rate is 0, so nothing would be trained',
-    '--max_steps=-1 --num_epochs=0': 'max_steps and num_epochs are 0, so nothing would be trained',
+    '--max_steps=-1 --num_epochs=0': 'max_steps and num_epochs are 0: nothing to do',
     '--trust_remote_code': 'trust_remote_code=True is refused',
-    '--use_peft --load_in_8bit --load_in_4bit': 'both given; choose one',
+    '--use_peft --load_in_8bit --load_in_4bit': 'exclude each other; choose one',
     '--load_in_4bit': 'add --use_peft',
     '--use_peft --master_weights=bfloat16 --dtype=auto': 'does not go with use_peft',
     '--optimizer=sgd': "optimizer is 'sgd'; choose adamw",
@@ -374,10 +374,10 @@ def test_a_bad_setting_is_refused_before_anything_is_written(damaged, tmp_path, 
 
 
 BAD_RESUMES = {
-    '--block_size=32': 'has block_size=64 and cannot go on with 32',
-    '--packing=False': 'has packing=True and cannot go on with False',
+    '--block_size=32': 'has block_size=64, not 32',
+    '--packing=False': 'has packing=True, not False',
     '--batch_size=8': '4 rows per step, not 8',
-    '--init_from=other': "has init_from='.*/ar' and cannot go on with 'other'",
+    '--init_from=other': "has init_from='.*/ar', not 'other'",
 }
 
 

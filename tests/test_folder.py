@@ -27,7 +27,7 @@ def test_bytes_are_counted_of_the_text_in_the_loss(make_folder):
 # ---------------------------------------------------------------------------- what cannot be read
 
 DAMAGE = {  # the file, what it becomes, what the error says
-    'no config': ('config.json', None, 'did not finish'),
+    'no config': ('config.json', None, 'was cut off'),
     'cut config': ('config.json', lambda old: old[:-2], 'config.json is damaged'),
     'empty config': ('config.json', lambda old: b'', 'config.json is damaged'),
     'config of another kind': ('config.json', lambda old: b'[1]', 'config.json is damaged'),

@@ -280,7 +280,7 @@ BAD_STARTS = {  # the arguments, what the error says
     'a folder that holds a run': (['--out_dir=PLACE/run'], 'PLACE/run already holds a run; .*--overwrite'),
     'weights of another shape': (
         ['--init_from=PLACE/run', '--n_layer=3'],
-        'run has n_layer=1, not 3; leave --n_layer',
+        'run has n_layer=1, not 3; leave it out',
     ),
     'weights of another vocabulary': (
         ['--init_from=PLACE/run', '--dataset=DATA/abc'],
@@ -288,7 +288,7 @@ BAD_STARTS = {  # the arguments, what the error says
     ),
     'validation data that are too short': (
         ['--out_dir=PLACE/run', '--overwrite', '--dataset=DATA/short'],
-        'val split of DATA/short has 2 tokens, a row 17',
+        'DATA/short has 2 val tokens, a row 17',
     ),
     'a checkpoint cut in half': (['--init_from=DATA/cut.pt'], 'cut.pt is damaged .*; take another one'),
     'a file of another kind': (['--init_from=PLACE/letters/config.json'], 'config.json is damaged or no'),
