@@ -35,8 +35,7 @@ def head_and_values(form, instruction, given, system):
     if system and '{system}' not in form:  # a format without a slot for it
         instruction, system = f'{system}\n\n{instruction}', ''
     values = {'instruction': instruction, 'input': given, 'system': system}
-    keep = lambda section: section[2] if values.get(section[1]) else ''
-    form = re.sub(r'{#(\w+)}(.*?){/\1}', keep, form, flags=re.S)
+    form = re.sub(r'(?s){#(\w+)}(.*?){/\1}', lambda part: part[2] if values.get(part[1]) else '', form)
     return form.partition('{output}')[0], values
 
 

@@ -174,12 +174,9 @@ def check(task, length, sizes):
     require(total <= base**length, f'{problem}; choose smaller sets or a longer sequence_length.')
 
 
-def key_of(task, length, train, test, seed, compat=False):
-    """Return what the seed of a pool of rows is derived from. train: with the validation rows, of the same pool."""
-    return f'{task}|L={length}|train={train}|test={test}|base_seed={seed}' + ('|compat' if compat else '')
-
-
-def derived_seed(key):
+def derived_seed(task, length, train, test, seed, compat=False):
+    """Return the seed of a pool of rows. train: with the validation rows, which come out of the same pool."""
+    key = f'{task}|L={length}|train={train}|test={test}|base_seed={seed}' + '|compat' * compat
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], 'big') & 0x7FFFFFFF
 
 
@@ -191,7 +188,7 @@ def splits(task, length, train, test, val=0, seed=42, compat=False):
     """
     sizes = {'train': train, 'val': val, 'test': test}
     check(task, length, sizes)
-    draw = np.random.default_rng(derived_seed(key_of(task, length, train + val, test, seed, compat)))
+    draw = np.random.default_rng(derived_seed(task, length, train + val, test, seed, compat))
     parts, count = {name: [] for name in sizes}, sum(sizes.values()) // 2
     for wanted in (0, 1):
         x = rows_of_class(task, wanted, count, draw, length, compat)

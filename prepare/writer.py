@@ -61,12 +61,9 @@ def write(source, config, log_prob=None):
             raise UserError(f'{problem} of {found}; give other settings, or more text.')
         if log_prob:
             nats, val = -sum(map(log_prob, corpus.texts_of('val'))), counts['val']
-            per_byte = {
-                'nats_per_byte': nats / val['bytes'],
-                'bits_per_byte': nats / val['bytes'] / math.log(2),
-            }
-            per_token, per_story = nats / val['tokens'], nats / val['documents']
-            finished['floor'] = {'nats_per_token': per_token, **per_byte, 'nats_per_story': per_story}
+            per_byte, names = nats / val['bytes'], 'nats_per_token nats_per_byte bits_per_byte nats_per_story'
+            figures = nats / val['tokens'], per_byte, per_byte / math.log(2), nats / val['documents']
+            finished['floor'] = dict(zip(names.split(), figures))
         paths = sorted([*journal.folder.glob('*.bin'), path])
         finished['sha256'] = {path.name: sha256_of(path) for path in paths}
         finished['checksum'] = checksum(finished)
@@ -99,9 +96,8 @@ def target_folder(config):
 
 def content_arguments(config):
     """Return the settings that decide the content of the files, as config.json records them."""
-    omitted = {*NOT_CONTENT} if config.get('max_seq_len') else {*NOT_CONTENT, 'max_seq_len'}
+    omitted = {*NOT_CONTENT, *(key for key in ('max_seq_len', 'hub') if not config.get(key))}
     omitted |= set() if config['tokenizer'] == 'bpe' else {'vocab_size', 'tokenizer_sample_mb'}
-    omitted |= set() if config.get('hub') else {'hub'}
     arguments = {key: value for key, value in config.items() if key not in omitted}
     if config['tokenizer'] not in KINDS:  # by content, because a path may come to hold something else
         json_text = load_tokenizer(config['tokenizer']).to_json()

@@ -9,8 +9,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from lm import checkpoints, data, prompts
+from lm import checkpoints, prompts
 from lm.configurator import UserError
+from lm.folder import Folder
+from lm.tokenizer import ENDOFTEXT
 from prepare import writer
 from prepare.examples import Examples, conversation
 
@@ -23,7 +25,7 @@ def instruct(prepare, tmp_path):
         if records is not None:
             (tmp_path / file).write_text(json.dumps(records))
         settings = [f'--source={tmp_path / file}', '--tokenizer=bytes', '--val_fraction=0.5']
-        return data.Folder(prepare('instruct.py', *settings, *arguments, output_dir=tmp_path / folder))
+        return Folder(prepare('instruct.py', *settings, *arguments, output_dir=tmp_path / folder))
 
     return run
 
@@ -109,14 +111,14 @@ def test_records_are_read_from_each_kind_of_file(instruct, tmp_path, shape, endi
     folder = instruct(None, file=file.name)
     expected = prompts.prompt_of(prompts.DEFAULT, instruction, given)
     assert examples_of(folder) == [
-        (expected.replace('Add.', f'Add {n}.'), answer + data.ENDOFTEXT) for n in range(9)
+        (expected.replace('Add.', f'Add {n}.'), answer + ENDOFTEXT) for n in range(9)
     ]
     assert folder.config['prompt_format'] == prompts.DEFAULT
 
 
 def test_plain_text_is_trained_as_a_whole(instruct):
     folder = instruct([{'text': f'Text {i}.'} for i in range(6)], '--field=text')
-    assert examples_of(folder) == [('', f'Text {i}.{data.ENDOFTEXT}') for i in range(6)]
+    assert examples_of(folder) == [('', f'Text {i}.{ENDOFTEXT}') for i in range(6)]
 
 
 def test_many_turns_are_one_example_and_leading_answers_are_kept(instruct):

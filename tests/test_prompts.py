@@ -5,7 +5,8 @@ import pytest
 import tokenizers
 from conftest import letter_tokenizer
 
-from lm import data, prompts
+from lm import prompts
+from lm.tokenizer import Tokenizer
 
 CHATML = (
     '{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}'
@@ -23,7 +24,7 @@ def with_markers():
     """A tokenizer of letters that has the markers of chatml and llama3 as special tokens."""
     inner = tokenizers.Tokenizer.from_str(letter_tokenizer(ASCII).to_json())
     inner.add_special_tokens(CONTROL)
-    return data.Tokenizer(inner.to_str())
+    return Tokenizer(inner.to_str())
 
 
 def test_prompts_are_built_by_their_format():
