@@ -56,9 +56,8 @@ def write_language(folder, words, draw):
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A working folder with a database of two languages; what tasks make is kept there as well."""
+    """A working folder with a database of two languages."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tasks, 'ROOT', tmp_path)
     draw = np.random.default_rng(0)
     entry = {
         'train_features': ['a', 'b'],
