@@ -50,7 +50,7 @@ def load_database(path):
 def find_entry(database, language, task):
     """Return the entry of `language`, or language:name, and `task`."""
     language, _, name = language.partition(':')
-    require(language in database, f'The database has no language {language!r}, only {", ".join(database)}.')
+    require(language in database, f'{language!r} is not in the database; it has {", ".join(database)}.')
     tasks = database[language]
     require(task in tasks, f'The database has no task {task!r} of {language!r}, only {", ".join(tasks)}.')
 

@@ -28,7 +28,7 @@ from helpers import (
 )
 
 import hf
-from lm import checkpoints, tasks
+from lm import checkpoints
 from lm.configurator import UserError
 
 COMMON = [*CPU, '--seed=1']
