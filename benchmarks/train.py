@@ -101,8 +101,8 @@ def compare_architectures(peak, steps, *settings, **shape):
     trainees = {name: Trainee(name, *settings, **shape) for name in ARCHITECTURES}
     typical = compare_steps(trainees, steps, peak)
     ratios = [typical['diffusion'] / typical['ar'], typical['sdd'] / typical['diffusion']]
-    names = 'step of diffusion / step of ar', 'step of sdd / step of diffusion'
-    return [(name, ratio, '<=', most) for name, ratio, most in zip(names, ratios, (1.05, 1.4))]
+    targets = ('step of diffusion / step of ar', 1.05), ('step of sdd / step of diffusion', 1.4)
+    return [(name, ratio, '<=', most) for ratio, (name, most) in zip(ratios, targets)]
 
 
 def without(kernel, trainee):
