@@ -35,9 +35,8 @@ LLAMA = dict(mlp='swiglu', norm='rms_gain', qk_norm=False, logit_softcap=0.0)
 LLAMA_1B = dict(n_layer=16, n_head=32, n_kv_head=8, n_embd=2048, mlp_width=8192, vocab_size=128256, **LLAMA)
 
 
-def beside_nanogpt(dist, peak, *settings, block_size):
+def beside_nanogpt(module, dist, peak, *settings, block_size):
     """Train both on the same tokens in the same precision, each with its own AdamW, clipped at 1."""
-    module = timing.load_nanogpt(peer)
     ours = Trainee('ar', dist, 'adamw', *settings, block_size=block_size, **GPT2)
     shape = {key: getattr(ours.model.config, key) for key in ('n_layer', 'n_head', 'n_embd', 'block_size')}
     shape['vocab_size'] = ours.model.config.padded_vocab_size
@@ -95,7 +94,7 @@ def decoding(dist, shape):
 
 
 def main():
-    dist = runtime.Runtime(device, 'bfloat16')
+    module, dist = timing.load_nanogpt(peer), runtime.Runtime(device, 'bfloat16')
     timing.describe_machine(dist.device)
     peak = runtime.measure_peak_flops(dist.device, 'bfloat16')
     timing.say(f'matmuls of bfloat16: {peak / 1e12:,.1f} TFLOP/s')
@@ -104,7 +103,7 @@ def main():
     if dist.device.type == 'cpu':
         small, large, llama, length = ('tiny', 64, 1), ('tiny', 64, 1), dict(n_layer=1, vocab_size=64), 16
     targets = xl(dist, peak, *large, block_size=length)  # first, while the memory is free
-    targets += beside_nanogpt(dist, peak, *small, block_size=length)
+    targets += beside_nanogpt(module, dist, peak, *small, block_size=length)
     targets += compare_architectures(peak, steps, dist, 'muon', *small, block_size=length)
     timing.finish(targets + decoding(dist, llama))
 

@@ -32,10 +32,7 @@ config = configure(globals())
 
 
 class Allocations(TorchDispatchMode):
-    """While active, counts the bytes of the tensors that operations make: `now`, and `peak`, the most at once.
-
-    Not counted: what was there before, what an operation takes and gives back inside, the allocator's rounding.
-    """
+    """While active, counts the bytes of the tensors that operations make: `now`, and `peak`, the most at once."""
 
     now = peak = 0
 
