@@ -140,15 +140,11 @@ def arguments(name):
 
 
 def is_finished(name):
-    """Say whether there is the done.json of a sweep or job, or the predictions.npz that classify.py ends with."""
     return any((root / name / file).exists() for file in ('done.json', 'predictions.npz'))
 
 
 def start(name, gpu):
-    """Start a run, or return None if another process has its lock: a sweep, or a run that outlived its sweep.
-
-    The process of the run inherits the lock, which is held for as long as it lives.
-    """
+    """Start a run, which inherits its lock; or return None if another sweep, or a run that outlived one, has it."""
     folder, environment = root / name, {'CUDA_VISIBLE_DEVICES': gpu} if gpu else {}
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / '.lock', 'w') as lock, open(folder / 'stdout.log', 'a') as log:
@@ -173,14 +169,14 @@ def outcome(name, status):
 
 
 def last_line(path):
-    lines = path.read_text(errors='replace').splitlines() if path.exists() else []
+    lines = path.read_text(errors='replace').split('\n') if path.exists() else []
     return next(filter(str.strip, reversed(lines)), '')
 
 
 def run_here():
     """Run what is not finished, `jobs` at a time, and return whether all is done."""
     waiting, running, outcomes = [name for name in runs if not is_finished(name)], {}, []
-    total, free, begun = len(waiting), gpus.split(',')[:jobs] if gpus else [''] * jobs, time.time()
+    total, free = len(waiting), gpus.split(',')[:jobs] if gpus else [''] * jobs
     stopping = threading.Event()
 
     def stop(number, frame):
@@ -208,8 +204,7 @@ def run_here():
             free.append(gpu)
             outcomes.append(outcome(name, process.returncode))
             about = ' '.join(f'{key}={runs[name][key]}' for key in keys if key in runs[name])
-            left = (time.time() - begun) / 60 / len(outcomes) * (total - len(outcomes))
-            print(f'{len(outcomes)}/{total} {name} {about}: {outcomes[-1]}; {left:.0f} min left', flush=True)
+            print(f'{len(outcomes)}/{total} {name} {about}: {outcomes[-1]}', flush=True)
     return outcomes.count('done') == total
 
 
@@ -320,8 +315,7 @@ if submit:
     submit_jobs()
 elif dry_run:
     for name in runs:
-        finished = 'finished ' if is_finished(name) else ''
-        print(finished + shlex.join(['python', script, *arguments(name)]))
+        print('finished ' * is_finished(name) + shlex.join(['python', script, *arguments(name)]))
     print(f'{len(runs)} runs')
 else:
     complete = run_here()
