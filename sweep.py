@@ -45,8 +45,7 @@ jobs = 1  # runs at the same time
 gpus = ''  # 0,1: a run sees one of these; empty: all
 dry_run = False  # list the runs, or write the job scripts, and stop
 # --- results ---
-metric = 'test.accuracy'  # of eval_results.json, with dots between names: the best row is by this
-lower_is_better = False
+metric = 'test.accuracy'  # of eval_results.json, with dots between names: the best row has most of it
 show = ''  # more of these for the table; empty: the accuracy of each set
 # --- slurm ---
 submit = ''  # slurm
@@ -63,9 +62,6 @@ check_range(config, 1, math.inf, 'jobs', 'cpus')
 check_range(config, 0, math.inf, 'num_trials', 'gpus_per_job')
 root = (Path(results_root) / experiment_name).absolute()
 OUR_OWN = {'out_dir', 'results_path', 'output_dir', 'resume_from'}  # settings that the sweep gives
-
-
-# ---------------------------------------------------------------------------- the settings of the runs
 
 
 def all_runs():
@@ -104,9 +100,7 @@ def zipped_runs():
 
 
 def sampled_runs():
-    require(
-        bool(sampled) == bool(num_trials), 'sampled and num_trials need each other; give both or neither.'
-    )
+    require(bool(sampled) == bool(num_trials), 'sampled and num_trials need each other; give both or none.')
     generator, trials = random.Random(sample_seed), range(num_trials)
     return [{key: draw(generator, key, values) for key, values in sampled.items()} for _ in trials] or [{}]
 
@@ -146,18 +140,11 @@ def arguments(name):
 
 
 def is_finished(name):
-    """Say whether there is the done.json of a sweep or job, or the predictions.npz that classify.py ends with."""
     return any((root / name / file).exists() for file in ('done.json', 'predictions.npz'))
 
 
-# ---------------------------------------------------------------------------- on this machine
-
-
 def start(name, gpu):
-    """Start a run, or return None if another process has its lock: a sweep, or a run that outlived its sweep.
-
-    The process of the run inherits the lock, which is held for as long as it lives.
-    """
+    """Start a run, which inherits its lock; or return None if another sweep, or a run that outlived one, has it."""
     folder, environment = root / name, {'CUDA_VISIBLE_DEVICES': gpu} if gpu else {}
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / '.lock', 'w') as lock, open(folder / 'stdout.log', 'a') as log:
@@ -182,14 +169,14 @@ def outcome(name, status):
 
 
 def last_line(path):
-    lines = path.read_text(errors='replace').splitlines() if path.exists() else []
+    lines = path.read_text(errors='replace').split('\n') if path.exists() else []
     return next(filter(str.strip, reversed(lines)), '')
 
 
 def run_here():
     """Run what is not finished, `jobs` at a time, and return whether all is done."""
     waiting, running, outcomes = [name for name in runs if not is_finished(name)], {}, []
-    total, free, begun = len(waiting), gpus.split(',')[:jobs] if gpus else [''] * jobs, time.time()
+    total, free = len(waiting), gpus.split(',')[:jobs] if gpus else [''] * jobs
     stopping = threading.Event()
 
     def stop(number, frame):
@@ -217,19 +204,15 @@ def run_here():
             free.append(gpu)
             outcomes.append(outcome(name, process.returncode))
             about = ' '.join(f'{key}={runs[name][key]}' for key in keys if key in runs[name])
-            left = (time.time() - begun) / 60 / len(outcomes) * (total - len(outcomes))
-            print(f'{len(outcomes)}/{total} {name} {about}: {outcomes[-1]}; {left:.0f} min left', flush=True)
+            print(f'{len(outcomes)}/{total} {name} {about}: {outcomes[-1]}', flush=True)
     return outcomes.count('done') == total
-
-
-# ---------------------------------------------------------------------------- results
 
 
 def write_results():
     """Write results.csv, a row per finished run, and results.md, the mean ± standard deviation over seeds."""
     paths = {name: root / name / 'eval_results.json' for name in runs if is_finished(name)}
     figures = {
-        name: dict(flat(json.loads(path.read_text()))) for name, path in paths.items() if path.exists()
+        name: dict(flat(json.loads(paths[name].read_text()))) for name in paths if paths[name].exists()
     }
     names = list(dict.fromkeys(key for values in figures.values() for key in values))
     with open(root / 'results.csv', 'w', newline='') as file:
@@ -258,11 +241,11 @@ def flat(figures, prefix=''):
 def markdown_table(columns, groups, names):
     """Return a table with a line for each of groups {values of columns: [figures]}, the best one in bold."""
     accuracies = [n for n in names if n.endswith('accuracy') and not n.startswith('compare_to')]
-    shown = [name for name in show.split(',') if name] or accuracies
-    shown = list(dict.fromkeys([*shown, *([metric] if metric in names else [])]))
+    shown = (show.split(',') if show else accuracies) + [metric] * (metric in names)
+    shown = list(dict.fromkeys(shown))
     complete = [group for group, rows in groups.items() if all(metric in figures for figures in rows)]
     mean = {group: statistics.mean(figures[metric] for figures in groups[group]) for group in complete}
-    best = (min if lower_is_better else max)(mean, key=mean.get, default=None)
+    best = max(mean, key=mean.get, default=None)
 
     lines = [[*columns, 'runs', *shown], ['---'] * (len(columns) + 1 + len(shown))]
     for group, rows in groups.items():
@@ -275,9 +258,6 @@ def markdown_table(columns, groups, names):
 def mean_and_deviation(values):
     deviation = f' ± {statistics.stdev(values):.4f}' if len(values) > 1 else ''
     return f'{statistics.mean(values):.4f}{deviation}' if values else ''
-
-
-# ---------------------------------------------------------------------------- slurm
 
 
 def job_text(job_name, name):
@@ -312,14 +292,13 @@ def submit_jobs():
     path.write_text('\n'.join(['#!/bin/bash', *head, 'exec bash "${jobs[$SLURM_ARRAY_TASK_ID]}"\n']))
     print(f'{len(runs)} runs; scripts of the unfinished ones: {path}')
     if not dry_run:
-        remedy = f'copy the repository to the cluster and submit {path} there, or run here without --submit'
-        require(shutil.which('sbatch'), f'There is no sbatch on this machine; {remedy}.')
+        require(
+            shutil.which('sbatch'),
+            f'There is no sbatch here; submit {path} on a cluster, or leave out --submit.',
+        )
         answer = subprocess.run(['sbatch', path], capture_output=True, text=True)
         require(not answer.returncode, f'sbatch {path} failed: {answer.stderr.strip()}; correct {template}.')
         print(answer.stdout.strip())
-
-
-# ---------------------------------------------------------------------------- from top to bottom
 
 
 def find(kind, name):
@@ -336,8 +315,7 @@ if submit:
     submit_jobs()
 elif dry_run:
     for name in runs:
-        finished = 'finished ' if is_finished(name) else ''
-        print(finished + shlex.join(['python', script, *arguments(name)]))
+        print('finished ' * is_finished(name) + shlex.join(['python', script, *arguments(name)]))
     print(f'{len(runs)} runs')
 else:
     complete = run_here()

@@ -59,7 +59,7 @@ def main():
         ratio = compare_rates(name, sides, new_tokens, runs)
         targets.append((f"{name}: share of greedy tokens equal to nanoGPT's", same, '>=', 1.0))
         targets.append((f"{name}: our tokens/s / nanoGPT's, median of {runs}", ratio, '>=', 8.0))
-    finish(*targets)
+    finish(targets)
 
 
 if __name__ == '__main__':

@@ -206,7 +206,7 @@ def test_languages_become_runs(place):
         (dict(script='nothing.py'), "no script 'nothing.py'"),
         (dict(grid={'out_dir': ['x']}), 'given by the sweep'),
         (dict(languages={'train': 'all'}), 'needs a task'),
-        (dict(sampled={'lr': (2, 1)}, num_trials=1), 'write (low, high)'),
+        (dict(sampled={'lr': (2, 1)}, num_trials=1), 'write [...], (low, high)'),
     ],
 )
 def test_a_mistake_is_a_sentence(place, settings, part):

@@ -1,0 +1,178 @@
+"""What benchmarks/ promise apart from their figures: no peer but a stand-in, no data but what is made here."""
+
+import importlib.util
+import re
+import runpy
+import shutil
+import string
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import timing
+from lm import checkpoints, data, runtime
+from lm.configurator import ROOT, UserError
+from lm.folder import Folder
+from model import ARCHITECTURES
+
+NANOGPT = Path(__file__).parent / 'nanogpt'  # a stand-in for a clone
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """A script of benchmarks/ as a module, with given arguments."""
+    monkeypatch.setattr(sys, 'path', list(sys.path))
+
+    def load(name, *arguments):
+        path = ROOT / 'benchmarks' / f'{name}.py'
+        monkeypatch.setattr(sys, 'argv', [str(path), *map(str, arguments)])
+        spec = importlib.util.spec_from_file_location(f'bench_{name}', path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+def rehearse(main, capsys):
+    """The output of a whole benchmark, and the names of its targets; what is missed makes the status 1."""
+    with pytest.raises(SystemExit) as exit:
+        main()
+    output = capsys.readouterr().out
+    verdicts = re.findall(r'^(reached|MISSED) +(.*): ', output, re.M)
+    assert exit.value.code == ('MISSED' in dict(verdicts))
+    return output, [name for _, name in verdicts]
+
+
+@pytest.fixture
+def letters(tmp_path, prepare):
+    """A folder as prepare/shakespeare.py writes it, with as many characters."""
+    (tmp_path / 'letters.txt').write_text((string.ascii_letters + string.digits + '. \n') * 40)
+    return Folder(prepare('shakespeare.py', f'--input={tmp_path}/letters.txt'))
+
+
+def test_sides_take_turns_and_the_warmup_is_left_out(capsys):
+    calls = []
+
+    def side(name, seconds):
+        return lambda: calls.append(name) or seconds / len(calls)
+
+    ratio = timing.compare_rates('x', {'peer': side('peer', 6), 'ours': side('ours', 3)}, 60, 2, warmup=1)
+    assert calls == ['peer', 'ours', 'ours', 'peer', 'peer', 'ours']
+    assert ratio == pytest.approx(((6 / 4) / (3 / 3) + (6 / 5) / (3 / 6)) / 2)
+    assert 'x, peer: 40.0 · 50.0 tokens/s' in capsys.readouterr().out
+
+
+def test_a_missed_target_makes_the_status_1(capsys):
+    for value, status in ((1.62, 0), (1.63, 1)):
+        with pytest.raises(SystemExit) as exit:
+            timing.finish([('a', 1.0, '>=', 1.0), ('b', value, '<=', 1.62)])
+        assert exit.value.code == status
+    assert 'MISSED   b: 1.630 (wanted <= 1.62)' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    'name, arguments, said',
+    [
+        ('compare', ['--only=sleep'], 'sleep'),
+        ('compare', ['--runs=0'], 'runs is 0'),
+        ('sample', ['--peer=no/clone'], 'no/clone is no clone .* git clone'),
+        ('gpu', ['--device=cpu', '--steps=1'], 'git clone'),
+    ],
+)
+def test_a_mistake_is_one_sentence(bench, name, arguments, said):
+    with pytest.raises(UserError, match=said):
+        bench(name, *arguments).main()
+
+
+def test_benchmarks_run_from_anywhere(tmp_path):
+    command = [sys.executable, ROOT / 'benchmarks' / 'gpu.py', '--help']
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith('usage: python gpu.py'), done.stderr
+
+
+def test_loss_counts_each_token_but_the_first_once(bench, letters, monkeypatch):
+    torch.manual_seed(0)
+    shape = dict(n_layer=1, n_head=2, n_embd=32)
+    model = checkpoints.make_model('ar', vocab_size=letters.tokenizer.vocab_size, block_size=16, **shape)
+    compare = bench('compare')
+    monkeypatch.setattr(compare, 'BLOCK_SIZE', 16)
+    loss = compare.validation_loss(model.logits, letters.tokens['val'])
+    total = count = 0
+    for batch in data.evaluation_batches(letters, 'val', ARCHITECTURES['ar'], 16, 4):
+        nll, counted, _ = model(*batch)
+        total, count = total + nll.item(), count + counted.item()
+    assert count == len(letters.tokens['val']) - 1 and count % 16
+    assert loss == pytest.approx(total / count, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_learning_and_working_are_compared(bench, letters, tmp_path, monkeypatch, capsys):
+    clone = shutil.copytree(NANOGPT, tmp_path / 'clone', ignore=shutil.ignore_patterns('__pycache__'))
+    compare = bench('compare', f'--peer={clone}', f'--dataset={letters.path}', '--runs=1', '--rehearsal')
+    monkeypatch.setattr(compare, 'WORK', {'0.8M': compare.WORK['0.8M']})
+    output, targets = rehearse(compare.main, capsys)
+    assert len(targets) == 5 + 1
+    sizes = re.findall(r'(nanoGPT|ours), .* loss [\d.]+, ([\d,]+) parameters', output)
+    # As nanoGPT's get_num_params() counts; ours has no gains in RMSNorm, and rows that the peer has not do not count.
+    assert sizes == [('nanoGPT', '795,904'), ('ours', '794,752'), ('ours', '794,752')]
+    assert {path.name for path in clone.iterdir()} - {'__pycache__'} == {'model.py', 'train.py'}
+
+
+def test_decoding_with_the_peers_weights_gives_its_tokens(bench, monkeypatch, capsys):
+    sample = bench('sample', f'--peer={NANOGPT}', '--runs=1', '--new_tokens=64', '--block_size=66')
+    monkeypatch.setattr(sample, 'SHAPES', {'0.8M': {**sample.SHAPES['0.8M'], 'n_embd': 32}})
+    output, targets = rehearse(sample.main, capsys)
+    assert len(targets) == 2 and "equal to nanoGPT's: 1.000" in output
+
+
+@pytest.mark.slow
+@torch._dynamo.config.patch(disable=True)
+def test_all_figures_for_a_gpu_are_rehearsed_on_a_cpu(bench, capsys):
+    gpu = bench('gpu', f'--peer={NANOGPT}', '--device=cpu', '--steps=1', '--new_tokens=4')
+    _, targets = rehearse(gpu.main, capsys)
+    assert len(targets) == 7
+
+
+@pytest.mark.parametrize('what', ['steps', 'head'])
+def test_training_steps_of_all_architectures_are_timed(monkeypatch, capsys, what):
+    short = f'--what={what} --steps=1 --batch_size=2 --block_size=16 --vocab_size=64 --device=cpu'.split()
+    monkeypatch.setattr(sys, 'argv', ['train.py', *short])
+    monkeypatch.setattr(sys, 'path', list(sys.path))
+    script = str(ROOT / 'benchmarks/train.py')
+    output, targets = rehearse(lambda: runpy.run_path(script, run_name='__main__'), capsys)
+    if what == 'head':
+        assert targets == [f'{name}: step without head / step with it' for name in ARCHITECTURES]
+        return
+    assert len(targets) == 2 and len(re.findall(r'ms per step, [\d,]+ tokens/s, MFU', output)) == 3
+    shares = [int(share) for share in re.findall(r'sdd, \d passes before, (\d+)% of the steps', output)]
+    assert len(shares) == 5 and sum(shares) == pytest.approx(100, abs=2)
+
+
+def test_allocations_are_counted_until_they_are_freed(bench):
+    with bench('memory').Allocations() as allocations:
+        a = torch.zeros(1000)
+        b = a.view(10, 100).t() + 1
+        assert allocations.now == 8000
+        del a
+        c = b.add_(1)[0]
+        assert allocations.now == 4000
+        del b, c
+    assert allocations.now == 0 and allocations.peak == 8000
+
+
+def test_checkpointing_keeps_less_and_the_selective_kind_lies_between(bench):
+    memory, dist = bench('memory'), runtime.Runtime('cpu', 'float32')
+
+    def peak(batch_size, **changes):
+        return memory.peak_bytes('ar', dist, 'adamw', 'tiny', 512, batch_size, block_size=256, **changes)
+
+    none, each = peak(8), peak(8, gradient_checkpointing=True)
+    between = peak(8, gradient_checkpointing=True, selective_checkpointing=True)
+    assert each < 0.6 * none and each < between < 0.8 * none
+    # Weights, gradients and two moments are there in any case, of 12 matrices of a layer and of the embedding.
+    parameters = 4 * 12 * 128**2 + 512 * 128
+    assert peak(0) == pytest.approx(4 * 4 * parameters, rel=0.05)
