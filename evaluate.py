@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lm import checkpoints, files, likelihood, prompts, report, rng, runtime, scoring
+from lm import checkpoints, data, files, likelihood, prompts, report, rng, runtime, scoring
 from lm.configurator import ROOT, UserError, check_range, configure, require, user_errors
 from lm.folder import Folder
 from lm.tokenizer import ENDOFTEXT, Tokenizer
@@ -143,7 +143,9 @@ def evaluate_likelihood(model, first):
 
     first: these sums of the first model, with which each bound is compared; None for itself.
     """
-    rows = likelihood.open_rows(folder, 'val', model, block_size, mode)
+    rows = data.PackedRows(folder, 'val', block_size, block_size, training=False)  # the same for all models
+    if mode == 'documents':
+        rows = data.DocumentRows(folder, 'val', block_size, model.trains_on_padding)
     tokens_per_byte = folder.counted_tokens_per_byte('val')
     measure = partial(likelihood.measure, model, rows, dist, batch_size, draws)
 
@@ -247,13 +249,13 @@ def grammar_figures(rows):
     log_p = [grammar.log_prob(text) for text in finished]  # -inf: no story of it
     size = sum(len(text.encode()) for text, p in zip(finished, log_p) if p > -math.inf)
     log_p = [p for p in log_p if p > -math.inf]
-    share, interval = scoring.share_ci([i < len(log_p) for i in range(len(rows))])
-    return {
-        'valid_stories': share,
-        'valid_stories_ci95': interval,
+    valid, ci = scoring.share_ci([i < len(log_p) for i in range(len(rows))])
+    figures = {
+        'valid_stories': valid,
+        'valid_stories_ci95': ci,
         'finished_stories': len(finished) / len(rows),
-        'story_nats_per_byte': -sum(log_p) / size if size else None,
     }
+    return {**figures, 'story_nats_per_byte': -sum(log_p) / size if size else None}
 
 
 def evaluate_instructions(model, state):
@@ -333,16 +335,11 @@ names = [state['name'] for state in states]
 models, first = [], None
 for state in states:
     model = checkpoints.load_model(state, dist.device)
-    figures = {
-        'name': state['name'] if names.count(state['name']) == 1 else str(state['path']),
-        'path': str(state['path']),
-        'architecture': state['architecture'],
-        'parameters': model.num_parameters(),
-        'step': state.get('global_step'),
-        'bound': model.bound,
-    }
+    name = state['name'] if names.count(state['name']) == 1 else str(state['path'])
     if dist.is_main:
-        print(f'{figures["name"]} …', flush=True)
+        print(f'{name} …', flush=True)
+    figures = {'name': name, 'path': str(state['path']), 'architecture': state['architecture']}
+    figures |= {'parameters': model.num_parameters(), 'step': state.get('global_step'), 'bound': model.bound}
     if exact or bound_steps or {'perplexity', 'accuracy'} & set(wanted):
         more, sums = evaluate_likelihood(model, first)
         figures |= more
@@ -355,15 +352,14 @@ for state in states:
         figures |= evaluate_speed(model, state['start_token'])
     models.append(figures)
 
-results = {
-    'dataset': folder.config['name'],
-    'mode': mode,
-    'block_size': block_size,
-    'models': models,
+floor = report.entropy_row(folder.config.get('floor'))
+versions = {'python': platform.python_version(), 'torch': torch.__version__, 'numpy': np.__version__}
+results = {'dataset': folder.config['name'], 'mode': mode, 'block_size': block_size, 'models': models}
+results |= {
     'heldout': models[0].get('heldout'),
-    'floor': report.entropy_row(folder.config.get('floor')),
+    'floor': floor,
     'settings': dict(config),
-    'versions': {'python': platform.python_version(), 'torch': torch.__version__, 'numpy': np.__version__},
+    'versions': versions,
 }
 if dist.is_main:
     print(report.table(results))

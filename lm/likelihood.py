@@ -26,13 +26,6 @@ MIN_DOCUMENTS = 30  # with fewer, intervals are over windows
 QUANTITIES = ('nll', 'count', 'correct', 'predicted')
 
 
-def open_rows(folder, split, model, block_size, mode):
-    """Return the same rows for each architecture: adjacent windows of block_size tokens, or one document per row."""
-    if mode == 'documents':
-        return data.DocumentRows(folder, split, block_size, model.trains_on_padding)
-    return data.PackedRows(folder, split, block_size, stride=block_size, training=False)
-
-
 @torch.inference_mode()
 def measure(model, rows, dist, batch_size, draws=8, max_tokens=0, **bound):
     """Return sums over a split as {unit: {quantity: float64 array}}; the ranks share the rows, each gets all sums.

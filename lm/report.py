@@ -1,48 +1,33 @@
 """Show what evaluate.py found: an aligned table, and a page that loads nothing else."""
 
 import math
-import textwrap
 from html import escape
 
-COLUMNS = (  # title, key, format of the numbers; a column that no model has is left out
-    ('nats/token', 'nats_per_token', '.4f'),
-    ('interval over', 'ci_over', ''),
-    ('bound', 'bound', ''),
-    ('minus the first', 'difference', '+.4f'),
-    ('perplexity', 'perplexity', '.2f'),
-    ('bits/byte', 'bpb', '.4f'),
-    ('k = 0', 'k0.nats_per_token', '.4f'),
-    ('minus the first', 'k0.difference', '+.4f'),
-    ('in steps', 'steps.nats_per_token', '.4f'),
-    ('minus the first', 'steps.difference', '+.4f'),
-    ('left to right', 'exact.nats_per_token', '.4f'),
-    ('interval over', 'exact.ci_over', ''),
-    ('accuracy', 'accuracy', '.3f'),
-    ('distinct-1', 'distinct_1', '.3f'),
-    ('distinct-4', 'distinct_4', '.3f'),
-    ('rep-4', 'rep_4', '.3f'),
-    ('entropy', 'entropy', '.3f'),
-    ('empty', 'samples_empty', 'd'),
-    ('judge nats', 'judge_nats', '.3f'),
-    ('stories', 'valid_stories', '.3f'),
-    ('story nats/byte', 'story_nats_per_byte', '.4f'),
-    ('ROUGE-L', 'rouge_l', '.3f'),
-    ('format', 'format_compliance', '.3f'),
-    ('followed', 'followed', '.3f'),
-    ('tokens/s', 'tokens_per_sec', ',.0f'),
-    ('in a batch', 'tokens_per_sec_batch', ',.0f'),
-    ('passes/token', 'passes_per_token', '.3f'),
-)
+# Key, format and title of each column, a line per metric; a column that no model has is left out.
+COLUMNS = """
+nats_per_token .4f nats/token | ci_over s interval over | bound s bound | difference +.4f minus the first
+perplexity .2f perplexity | bpb .4f bits/byte
+k0.nats_per_token .4f k = 0 | k0.difference +.4f minus the first
+steps.nats_per_token .4f in steps | steps.difference +.4f minus the first
+exact.nats_per_token .4f left to right | exact.ci_over s interval over
+accuracy .3f accuracy
+distinct_1 .3f distinct-1 | distinct_4 .3f distinct-4 | rep_4 .3f rep-4 | entropy .3f entropy
+samples_empty d empty | judge_nats .3f judge nats
+valid_stories .3f stories | story_nats_per_byte .4f story nats/byte
+rouge_l .3f ROUGE-L | format_compliance .3f format | followed .3f followed
+tokens_per_sec ,.0f tokens/s | tokens_per_sec_batch ,.0f in a batch | passes_per_token .3f passes/token
+"""
+COLUMNS = [column.split(maxsplit=2) for line in COLUMNS.strip().split('\n') for column in line.split(' | ')]
 NOTES = """\
-± is half a 95 % interval, over documents or, where there are fewer than 30, over windows, which is
-somewhat too narrow where neighbouring windows are alike. exact: the nll itself; upper: an upper bound of
-it, so that an upper figure below an exact one is better, and one above it leaves the question open; no
-bound: neither, so that it does not compare. For sdd the bound is of sampling one token at a time, each
-after two passes; k = 0: the same without beliefs; in steps: of sampler='ancestral' at temperature 1 in
-bound_steps steps, and of no other sampler. Left to right: the exact nll of a diffusion model that samples
-in this order, on fewer rows. Accuracy: of the next token for ar, of masked tokens for the others, so the
-two do not compare. Diversity is of the samples that are not empty; it depends on their number and length:
-compare it with that of held-out text. n/a: cannot be computed."""
+± is half a 95 % interval, over documents or, where there are fewer than 30, over windows, which is somewhat
+too narrow where neighbouring windows are alike. exact: the nll itself; upper: an upper bound of it, so that
+an upper figure below an exact one is better, and one above it leaves the question open; no bound: neither, so
+that it does not compare. For sdd the bound is of sampling one token at a time, each after two passes; k = 0:
+the same without beliefs; in steps: of sampler='ancestral' at temperature 1 in bound_steps steps, and of no
+other sampler. Left to right: the exact nll of a diffusion model that samples in this order, on fewer rows.
+Accuracy: of the next token for ar, of masked tokens for the others, so the two do not compare. Diversity is
+of the samples that are not empty; it depends on their number and length: compare it with that of held-out
+text. n/a: cannot be computed."""
 
 
 def entropy_row(floor):
@@ -70,9 +55,9 @@ def cells(results):
     rows = [*models, *({'name': name, **figures} for name, figures in heldout.items())]
     rows = [flat(row) for row in rows + [results['floor']] * bool(results['floor'])]
 
-    columns = [column for column in COLUMNS if any(column[1] in row for row in rows[: len(models)])]
-    titles = ['model'] + [title for title, *_ in columns]
-    return titles, [[row['name']] + [cell(row, key, form) for _, key, form in columns] for row in rows]
+    columns = [column for column in COLUMNS if any(column[0] in row for row in rows[: len(models)])]
+    titles = ['model'] + [title for *_, title in columns]
+    return titles, [[row['name']] + [cell(row, key, form) for key, form, _ in columns] for row in rows]
 
 
 def flat(row):
@@ -99,7 +84,7 @@ def table(results):
     lines = []
     for name, *texts in [titles, *rows]:
         lines.append('  '.join([name.ljust(widths[0]), *map(str.rjust, texts, widths[1:])]))
-    return '\n'.join([lines[0], '-' * len(lines[0]), *lines[1:], '', *textwrap.wrap(NOTES, 110)])
+    return '\n'.join([lines[0], '-' * len(lines[0]), *lines[1:], '', NOTES])
 
 
 # ---------------------------------------------------------------------------- page

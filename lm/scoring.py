@@ -58,17 +58,16 @@ def rouge_l(text, reference):
 # ---------------------------------------------------------------------------- intervals
 
 
-def mean_ci(values, weights=None):
+def mean_ci(values, weights=1):
     """Return Σ values / Σ weights over independent documents and its 95 % interval [low, high].
 
-    values: (N,), a document's total, such as its nll; weights: (N,), such as its number of tokens; 1 by default.
+    values: (N,), a document's total, such as its nll; weights: (N,), such as its number of tokens.
     The interval is None for fewer than 2 documents with weight. It is that of a linearised ratio, mean ± t · se. A
     few long documents may carry most of the weight, so each squared residual is divided by 1 - h, h the document's
     share of the weight, and t has Satterthwaite's degrees of freedom (Bell & McCaffrey 2002): in simulations of 30
     to 1000 documents of log-normal or Pareto length it covers 95 to 96 %, where a normal quantile covers 90 to 94.
     """
-    values = np.asarray(values, dtype=np.float64)
-    weights = np.ones_like(values) if weights is None else np.asarray(weights, dtype=np.float64)
+    values, weights = np.broadcast_arrays(np.float64(values), np.float64(weights))
     values, weights = values[weights != 0], weights[weights != 0]
     if len(values) == 0 or not math.isfinite(values.sum()):
         return None, None

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import letter_tokenizer, random_model, random_texts, write_folder
 
-from lm import likelihood
+from lm import data, likelihood
 from lm.folder import Folder
 from sampling import KVCache
 
@@ -47,9 +47,15 @@ def model_for(folder, architecture):
     )
 
 
+def open_rows(folder, model, mode):
+    if mode == 'documents':
+        return data.DocumentRows(folder, 'val', 16, model.trains_on_padding)
+    return data.PackedRows(folder, 'val', 16, 16, training=False)
+
+
 def measured(folder, architecture, mode='packed', dist=None, batch_size=5, draws=3, **settings):
     model = model_for(folder, architecture)
-    rows = likelihood.open_rows(folder, 'val', model, 16, mode)
+    rows = open_rows(folder, model, mode)
     return likelihood.measure(model, rows, dist or rank(), batch_size, draws, **settings)
 
 
@@ -104,7 +110,7 @@ def test_every_token_but_the_rows_first_counts_once_and_for_its_own_document(fol
 def test_padding_is_in_the_loss_of_diffusion_only(folder):
     short = np.flatnonzero(np.diff(folder.index['val'].astype(int)) + 1 < 16)[0]
     for architecture, in_loss in (('ar', False), ('diffusion', True)):
-        rows = likelihood.open_rows(folder, 'val', model_for(folder, architecture), 16, 'documents')
+        rows = open_rows(folder, model_for(folder, architecture), 'documents')
         row = next(row for row in range(rows.num_rows) if rows.documents(row)[0] == short)
         tokens, loss_mask, *_ = rows.read(row, ())
         assert loss_mask[tokens == folder.tokenizer.ignore_id].all() == in_loss
