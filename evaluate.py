@@ -87,9 +87,7 @@ def read_exercises():
         entries = json.loads(path.read_text(encoding='utf-8'))
         exercises = [(one['instruction'], one.get('input', ''), list(one['checks'])) for one in entries]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(
-            f'{path} is no JSON list of instructions with checks ({error!r}); correct it.'
-        ) from error
+        raise UserError(f'{path} is no list of instructions with checks ({error!r}); correct it.') from error
     for *_, checks in exercises:
         scoring.check('', checks)  # raises for what is not a check
     return exercises
@@ -121,8 +119,7 @@ require(has_answers or 'instructions' not in wanted, f'{folder.path} has no val_
 
 smallest = min(state['model_config']['block_size'] for state in states)
 block_size = block_size or smallest
-remedy = f"choose from 2 to the smallest model's {smallest}"
-require(2 <= block_size <= smallest, f'block_size is {block_size}; {remedy}.')
+check_range({'block_size': block_size}, 2, smallest + 1, 'block_size')
 if not mode:
     by_documents = all(state['train_config'].get('mode') == 'documents' for state in states)
     mode = 'documents' if by_documents or has_answers else 'packed'
@@ -141,7 +138,7 @@ if judge:
 def evaluate_likelihood(model, first):
     """Return figures of the validation split, and the sums behind them by bound; '' is the model's own loss.
 
-    first: these sums of the first model, with which each bound is compared; None for itself.
+    first: the first model's sums, which each bound is compared with; None for that model itself.
     """
     rows = data.PackedRows(folder, 'val', block_size, block_size, training=False)  # the same for all models
     if mode == 'documents':
@@ -222,13 +219,10 @@ def heldout_texts(rows):
     In documents mode special tokens are not counted. A text begins with a document and runs on into the
     next ones; where there are too few documents, it begins anywhere.
     """
-    tokens = folder.tokens['val']
-    positions = np.arange(len(tokens))  # of the tokens that count
-    if mode == 'documents':
-        special = (tokenizer.endoftext_id, tokenizer.mask_id, tokenizer.ignore_id)
-        positions = np.flatnonzero(~np.isin(tokens, special))
-        rows = [likelihood.plain(row, tokenizer) for row in rows]
-    lengths = np.array([len(row) for row in rows])
+    tokens, rows = folder.tokens['val'], [np.array(row, dtype=np.int64) for row in rows]
+    special = (tokenizer.endoftext_id, tokenizer.mask_id, tokenizer.ignore_id) if mode == 'documents' else ()
+    positions = np.flatnonzero(np.isin(tokens, special, invert=True))  # of the tokens that count
+    lengths = np.array([np.isin(row, special, invert=True).sum() for row in rows])
     documents = np.searchsorted(positions, np.asarray(folder.index['val'][:-1], dtype=np.int64))
 
     spread = np.arange(len(rows)) / len(rows)  # (N,)
@@ -241,21 +235,14 @@ def heldout_texts(rows):
 
 
 def grammar_figures(rows):
-    """Return how many samples begin with a whole story of prepare/grammar.py, and these stories' exact nll."""
+    """Return the share of samples that begin with a whole story of prepare/grammar.py, and of those that end."""
     from prepare import grammar  # builds its tables: only for its own stories
 
     end = tokenizer.endoftext_id
     finished = [tokenizer.decode(row[: row.index(end)]) for row in rows if end in row]
-    log_p = [grammar.log_prob(text) for text in finished]  # -inf: no story of it
-    size = sum(len(text.encode()) for text, p in zip(finished, log_p) if p > -math.inf)
-    log_p = [p for p in log_p if p > -math.inf]
-    valid, ci = scoring.share_ci([i < len(log_p) for i in range(len(rows))])
-    figures = {
-        'valid_stories': valid,
-        'valid_stories_ci95': ci,
-        'finished_stories': len(finished) / len(rows),
-    }
-    return {**figures, 'story_nats_per_byte': -sum(log_p) / size if size else None}
+    valid = sum(grammar.log_prob(text) > -math.inf for text in finished)
+    share, ci = scoring.share_ci([i < valid for i in range(len(rows))])
+    return {'valid_stories': share, 'valid_stories_ci95': ci, 'finished_stories': len(finished) / len(rows)}
 
 
 def evaluate_instructions(model, state):
@@ -355,12 +342,8 @@ for state in states:
 floor = report.entropy_row(folder.config.get('floor'))
 versions = {'python': platform.python_version(), 'torch': torch.__version__, 'numpy': np.__version__}
 results = {'dataset': folder.config['name'], 'mode': mode, 'block_size': block_size, 'models': models}
-results |= {
-    'heldout': models[0].get('heldout'),
-    'floor': floor,
-    'settings': dict(config),
-    'versions': versions,
-}
+results |= {'heldout': models[0].get('heldout'), 'floor': floor}
+results |= {'settings': dict(config), 'versions': versions}
 if dist.is_main:
     print(report.table(results))
     if output:

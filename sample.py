@@ -3,7 +3,7 @@
 python sample.py --checkpoint=out/ar-stories-tiny-v1 --prompt="Once upon a time"
 python sample.py --checkpoint=out/diffusion-stories-tiny-v1 --infill="The <mask:12> sat"
 python sample.py --checkpoint=out/sdd-stories-tiny-v1 --k=4 --show_candidates --candidate_steps=1,40
-python sample.py --checkpoint=out/ar-alpaca-base-v1/best.pt --chat
+python sample.py --checkpoint=out/ar-alpaca-base-v1/best.pt --chat --prompt="Name three fruits."
 """
 
 import re
@@ -78,9 +78,7 @@ def print_candidates(step, x, belief):
 
 require(not (prompt and infill), 'A prompt and an infill are given; leave one out.')
 require(chat or not (input or system), 'input and system belong to --chat; add it, or leave them out.')
-require(
-    not chat or prompt and not infill, '--chat answers a --prompt, and fills no infill; give only a prompt.'
-)
+require(not chat or prompt and not infill, '--chat answers a --prompt; give one, and no --infill.')
 require(num_samples >= 1, f'num_samples is {num_samples}; it has to be at least 1.')
 if prompt.startswith('FILE:'):
     path = Path(prompt.removeprefix('FILE:'))
@@ -104,9 +102,7 @@ start, end = [state['start_token']], tokenizer.endoftext_id
 if chat:
     form = state.get('prompt_format') or prompts.DEFAULT
     if not state.get('prompt_format'):
-        print(
-            'warning: this checkpoint was not fine-tuned on instructions; the default prompt format is used.'
-        )
+        print('warning: this checkpoint was not fine-tuned on instructions; it gets the default format.')
     end, _ = prompts.end_of(form, tokenizer)
     ids, _ = prompts.encode(tokenizer, form, [(prompt, input, None)], system)
     block_size = model.config.block_size
@@ -119,15 +115,11 @@ else:
 
 num_steps = steps or (ids.count(tokenizer.mask_id) if infill else max_new_tokens)
 shown_steps = candidate_steps or (1, num_steps // 2, num_steps * 3 // 4)
+options = {name: config[name] for name in OPTIONS.split()}
+options['stop_tokens'] = [end] if stop_at_end else []
+options['watch'] = print_candidates if show_candidates else None
 with dist.autocast(), user_errors():
-    rows = generate(
-        model,
-        [start + ids] * num_samples,
-        0 if infill else max_new_tokens,
-        stop_tokens=[end] if stop_at_end else [],
-        watch=print_candidates if show_candidates else None,
-        **{name: config[name] for name in OPTIONS.split()},
-    )
+    rows = generate(model, [start + ids] * num_samples, 0 if infill else max_new_tokens, **options)
 for row in rows:
     text = tokenizer.decode(row[len(start + ids) :]).strip() if chat else tokenizer.decode(row[len(start) :])
     print(f'{"-" * 80}\n{text}')

@@ -138,22 +138,21 @@ def judge(rows, tokenizer, model, own_tokenizer, start_token, dist, batch_size):
     It reads each document by itself and predicts its end as well, where it has one. What does not fit the block is
     read in windows, the first token of each of which is context.
     """
-    parts, size, same = [], 0, own_tokenizer.to_json() == tokenizer.to_json()
+    parts, size, length = [], 0, model.config.block_size
+    same = own_tokenizer.to_json() == tokenizer.to_json()
     for row in rows:
-        *ended, last = split_at(row, tokenizer.endoftext_id)
-        for document, end in [*((one, [own_tokenizer.endoftext_id]) for one in ended), (last, [])]:
+        documents = split_at(row, tokenizer.endoftext_id)
+        for number, document in enumerate(documents, 1):
             text = tokenizer.decode(document)
             size += len(text.encode())
-            ids = plain(document, tokenizer) if same else own_tokenizer.encode(text)
-            ids, length = [start_token, *ids, *end], model.config.block_size
+            ids = [start_token] + (plain(document, tokenizer) if same else own_tokenizer.encode(text))
+            ids += [own_tokenizer.endoftext_id] if number < len(documents) else []
             parts += [ids[i : i + length] for i in range(0, len(ids) - 1, length - 1)]
 
     nll = torch.zeros((), dtype=torch.float64)
     for start in range(dist.rank * batch_size, len(parts), dist.world_size * batch_size):
         texts = [(part, np.ones(len(part))) for part in parts[start : start + batch_size]]
-        batch = data.collate(texts, None).to(
-            dist.device
-        )  # padded at the end, which a causal model does not see
+        batch = data.collate(texts, None).to(dist.device)  # a causal model does not see the padding
         with dist.autocast():
             nll += model.nll(batch.tokens, batch.loss_mask).double().sum().cpu()
     nll, count = dist.sum(nll).item(), sum(len(part) - 1 for part in parts)

@@ -12,8 +12,7 @@ steps.nats_per_token .4f in steps | steps.difference +.4f minus the first
 exact.nats_per_token .4f left to right | exact.ci_over s interval over
 accuracy .3f accuracy
 distinct_1 .3f distinct-1 | distinct_4 .3f distinct-4 | rep_4 .3f rep-4 | entropy .3f entropy
-samples_empty d empty | judge_nats .3f judge nats
-valid_stories .3f stories | story_nats_per_byte .4f story nats/byte
+samples_empty d empty | judge_nats .3f judge nats | valid_stories .3f stories
 rouge_l .3f ROUGE-L | format_compliance .3f format | followed .3f followed
 tokens_per_sec ,.0f tokens/s | tokens_per_sec_batch ,.0f in a batch | passes_per_token .3f passes/token
 """
@@ -39,7 +38,6 @@ def entropy_row(floor):
         'perplexity': math.exp(floor['nats_per_token']),
         'bpb': floor['bits_per_byte'],
         'valid_stories': 1.0,
-        'story_nats_per_byte': floor['nats_per_byte'],
     }
 
 
@@ -93,7 +91,7 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem; }
 pre { background: #f6f6f4; padding: .7rem; overflow-x: auto; }
 .samples { display: flex; gap: 1rem; }
-.samples div { flex: 1; min-width: 0; }
+.samples div { flex: 1; }
 .samples pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 """
 
@@ -113,7 +111,6 @@ def page(results, shown=10):
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head><body>
 <h1>{title}</h1>
 <pre>{escape(table(results))}</pre>
-<h2>Samples</h2>
 <div class="samples">{''.join(columns)}</div>
 <p>Rows of {results['block_size']} tokens, {escape(results['mode'])}; {escape(versions)}.</p>
 </body></html>

@@ -190,12 +190,8 @@ def check(answer, checks):
 
 
 def format_compliance(answer, reference, ended, markers):
-    """Return bools: it ended by itself (as the caller says), repeats no marker of the prompt, and has half to twice
-    as many words as the reference; and whether all hold."""
+    """Return bools: it ended by itself, repeats no marker of the prompt, has 1/2 to 2 times the reference's words."""
     words, wanted = len(words_in(answer)), len(words_in(reference))
-    kept = {
-        'format_ended': ended,
-        'format_no_markers': not any(marker in answer for marker in markers),
-        'format_length': wanted / 2 <= words <= 2 * wanted,
-    }
+    no_markers, length = not any(marker in answer for marker in markers), wanted / 2 <= words <= 2 * wanted
+    kept = {'format_ended': ended, 'format_no_markers': no_markers, 'format_length': length}
     return {**kept, 'format_compliance': all(kept.values())}

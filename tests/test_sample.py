@@ -101,7 +101,7 @@ def test_an_instruction_is_answered_in_the_prompt_format(tmp_path, sample):
         (['--infill=the cat'], '<mask:12>'),
         (['--infill=the <mask:2>'], 'use a diffusion model'),
         (['--infill=a<mask:1>', '--prompt=b'], 'leave one out'),
-        (['--chat'], 'give only a prompt'),
+        (['--chat'], 'give one, and no --infill'),
         (['--system=be kind'], '--chat'),
         (['--num_samples=0'], 'num_samples is 0'),
         (['--temperature=-1.0'], 'temperature is -1.0'),
