@@ -96,8 +96,8 @@ def write_tokenizer(checkpoint, folder, rows):
     start = end if start is None or tokenizer.decode([start]) else start  # has to be a special token
     text = text if rows is None else without_own_tokens(text, rows)
     (folder / 'tokenizer.json').write_text(text, encoding='utf-8')
-    settings = {'tokenizer_class': 'PreTrainedTokenizerFast', 'bos_token': tokenizer.name_of(start)}
-    settings['eos_token'] = tokenizer.name_of(end)
+    settings = {'tokenizer_class': 'PreTrainedTokenizerFast', 'bos_token': tokenizer.inner.id_to_token(start)}
+    settings['eos_token'] = tokenizer.inner.id_to_token(end)
     files.write_json(folder / 'tokenizer_config.json', settings)
     ids = {'bos_token_id': start, 'eos_token_id': end}
     files.write_json(folder / 'generation_config.json', ids)

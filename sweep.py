@@ -61,32 +61,24 @@ config = configure(globals())
 check_choice(config, 'submit', ('', 'slurm'))
 check_range(config, 1, math.inf, 'jobs', 'cpus')
 check_range(config, 0, math.inf, 'num_trials', 'gpus_per_job')
-grid = {**grid, **parameters}
 root = (Path(results_root) / experiment_name).absolute()
+OUR_OWN = {'out_dir', 'results_path', 'output_dir', 'resume_from'}  # settings that the sweep gives
 
 
 # ---------------------------------------------------------------------------- the settings of the runs
 
 
 def all_runs():
-    """Return {name: {key: value}} of every run, without repeats and in order."""
+    """Return {name: {key: value}} of every run, without repeats and in order; the name is the hash of the rest."""
+    axes = [[{key: value} for value in listed(key, values)] for key, values in {**grid, **parameters}.items()]
     runs = {}
-    for a, b, c, d in itertools.product(language_runs(), zipped_runs(), sampled_runs(), grid_runs()):
-        settings = {**base_args, **a, **b, **c, **d}
-        run = {key.replace('-', '_'): as_number(v) for key, v in settings.items() if v is not None}
-        if {'out_dir', 'results_path', 'output_dir', 'resume_from'} & set(run):
-            raise UserError('out_dir and resume_from are given by the sweep; take them out of its settings.')
-        runs[name_of(run)] = run
+    for parts in itertools.product([base_args], language_runs(), zipped_runs(), sampled_runs(), *axes):
+        settings = {key.replace('-', '_'): value for part in parts for key, value in part.items()}
+        run = {key: as_number(value) for key, value in settings.items() if value is not None}
+        require(OUR_OWN.isdisjoint(run), f'{", ".join(OUR_OWN)} are given by the sweep; take them out of it.')
+        text = json.dumps([Path(script).name, run], sort_keys=True, default=str)
+        runs[hashlib.sha256(text.encode()).hexdigest()[:12]] = run
     return runs
-
-
-def name_of(run):
-    """Return twelve letters that stand for the script and its settings."""
-    try:
-        text = json.dumps([Path(script).name, run], sort_keys=True)
-    except TypeError as error:
-        raise UserError(f'{run} cannot be written down ({error}); use numbers, texts and lists.') from error
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def as_number(value):
@@ -104,11 +96,6 @@ def listed(key, values):
     return values
 
 
-def grid_runs():
-    axes = [listed(key, values) for key, values in grid.items()]
-    return [dict(zip(grid, values)) for values in itertools.product(*axes)]
-
-
 def zipped_runs():
     lists = [listed(key, values) for key, values in zipped.items()]
     lengths = ', '.join(f'{key} {len(values)}' for key, values in zip(zipped, lists))
@@ -117,24 +104,24 @@ def zipped_runs():
 
 
 def sampled_runs():
-    wrong = 'sampled and num_trials need each other: what to draw from, and how often.'
-    require(bool(sampled) == bool(num_trials), wrong)
+    require(
+        bool(sampled) == bool(num_trials), 'sampled and num_trials need each other; give both or neither.'
+    )
     generator, trials = random.Random(sample_seed), range(num_trials)
     return [{key: draw(generator, key, values) for key, values in sampled.items()} for _ in trials] or [{}]
 
 
 def draw(generator, key, values):
     """Draw one of a list of values, or a number between two bounds, rounded to four digits."""
-    low, high, *scale = values if isinstance(values, tuple) and len(values) in (2, 3) else ('', '')
-    if not {type(low), type(high)} <= {int, float}:
+    if not isinstance(values, tuple):
         return generator.choice(listed(key, values))
-    if low >= high or scale not in ([], ['log']) or (scale and low <= 0):
-        example = '(low, high), or (low, high, "log") with low above 0'
-        raise UserError(f'sampled[{key!r}] is {values}; write {example}.')
-    if type(low) is type(high) is int and not scale:
-        return generator.randint(low, high)
+    (low, high), scale = values[:2], values[2:]
+    wrong = f'sampled[{key!r}] is {values}; write [...], (low, high), or (low, high, "log") with low above 0.'
+    require(low < high and (scale == () or scale == ('log',) and low > 0), wrong)
     if scale:
         return float(f'{math.exp(generator.uniform(math.log(low), math.log(high))):.4g}')
+    if type(low) is type(high) is int:
+        return generator.randint(low, high)
     return float(f'{generator.uniform(low, high):.4g}')
 
 
@@ -153,65 +140,53 @@ def language_runs():
     return [{'train_langs': name, 'eval_langs': ','.join(test)} for name in train]
 
 
-def varying_keys(runs):
-    """Return the keys that not all runs have the same value of."""
-    keys = dict.fromkeys(key for run in runs.values() for key in run)
-    return [key for key in keys if len({json.dumps(run.get(key)) for run in runs.values()}) > 1]
-
-
-def arguments(name, run):
-    settings = [f'--{key}={value}' for key, value in run.items()]
+def arguments(name):
+    settings = [f'--{key}={value}' for key, value in runs[name].items()]
     return [*settings, f'--out_dir={root / name}', '--resume_from=auto']
 
 
 def is_finished(name):
-    """Return whether there is the done.json of a sweep or job, or the predictions.npz that classify.py ends with."""
+    """Say whether there is the done.json of a sweep or job, or the predictions.npz that classify.py ends with."""
     return any((root / name / file).exists() for file in ('done.json', 'predictions.npz'))
 
 
 # ---------------------------------------------------------------------------- on this machine
 
 
-def start(name, run, gpu):
+def start(name, gpu):
     """Start a run, or return None if another process has its lock: a sweep, or a run that outlived its sweep.
 
     The process of the run inherits the lock, which is held for as long as it lives.
     """
-    folder = root / name
+    folder, environment = root / name, {'CUDA_VISIBLE_DEVICES': gpu} if gpu else {}
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / '.lock', 'w') as lock, open(folder / 'stdout.log', 'a') as log:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             return None
-        return subprocess.Popen(
-            [sys.executable, script_path, *arguments(name, run)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env={**os.environ, **({'CUDA_VISIBLE_DEVICES': gpu} if gpu else {})},
-            pass_fds=[lock.fileno()],
-            start_new_session=True,  # Ctrl-C is for the sweep, which tells its runs
-        )
+        options = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **environment})
+        options |= dict(pass_fds=[lock.fileno()], start_new_session=True)  # Ctrl-C is for the sweep alone
+        return subprocess.Popen([sys.executable, script_path, *arguments(name)], **options)
 
 
-def outcome(name, status, started):
+def outcome(name, status):
     """Return 'done', 'stopped' or 'failed: ...' for a run that has ended; leave done.json where it is done."""
     folder = root / name
     if status:
         return f'failed: {last_line(folder / "stdout.log")[:200]} ({folder / "stdout.log"})'
     if last_line(folder / 'logs.log').startswith('stopped at'):  # it saved on a signal
         return 'stopped'
-    write_json(folder / 'done.json', {'seconds': round(time.time() - started, 1)})
+    write_json(folder / 'done.json', {})
     return 'done'
 
 
 def last_line(path):
-    lines = path.read_text(errors='replace').split('\n') if path.exists() else []
-    return next((line for line in reversed(lines) if line.strip()), '')
+    lines = path.read_text(errors='replace').splitlines() if path.exists() else []
+    return next(filter(str.strip, reversed(lines)), '')
 
 
-def run_here(runs, keys):
+def run_here():
     """Run what is not finished, `jobs` at a time, and return whether all is done."""
     waiting, running, outcomes = [name for name in runs if not is_finished(name)], {}, []
     total, free, begun = len(waiting), gpus.split(',')[:jobs] if gpus else [''] * jobs, time.time()
@@ -220,64 +195,55 @@ def run_here(runs, keys):
     def stop(number, frame):
         stopping.set()
         os.write(2, b'\nstopping: the runs save and exit; once more to quit at once\n')
-        for process, *_ in running.values():
+        for process, _ in running.values():
             process.send_signal(signal.SIGTERM)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
     print(f'{len(runs)} runs, {len(runs) - total} of them finished before', flush=True)
 
     while running or (waiting and not stopping.is_set()):
-        while waiting and free and not stopping.is_set():
+        if waiting and free and not stopping.is_set():
             name = waiting.pop(0)
-            process = start(name, runs[name], free[0])
-            if process is None:
+            if process := start(name, free[0]):
+                running[name] = process, free.pop(0)
+                if stopping.is_set():  # since the process started
+                    process.send_signal(signal.SIGTERM)
+            else:
                 waiting.append(name)  # later
-                break
-            running[name] = process, free.pop(0), time.time()
-            if stopping.is_set():  # since the process started
-                process.send_signal(signal.SIGTERM)
         time.sleep(0.05)
-        for name in [name for name, (process, *_) in running.items() if process.poll() is not None]:
-            process, gpu, started = running.pop(name)
+        for name in [name for name, (process, _) in running.items() if process.poll() is not None]:
+            process, gpu = running.pop(name)
             free.append(gpu)
-            outcomes.append(outcome(name, process.returncode, started))
+            outcomes.append(outcome(name, process.returncode))
             about = ' '.join(f'{key}={runs[name][key]}' for key in keys if key in runs[name])
             left = (time.time() - begun) / 60 / len(outcomes) * (total - len(outcomes))
             print(f'{len(outcomes)}/{total} {name} {about}: {outcomes[-1]}; {left:.0f} min left', flush=True)
-
-    failed = sum(text.startswith('failed') for text in outcomes)
-    if failed:
-        print(f'{failed} runs failed; the same command tries them again', flush=True)
     return outcomes.count('done') == total
 
 
 # ---------------------------------------------------------------------------- results
 
 
-def write_results(runs, keys):
+def write_results():
     """Write results.csv, a row per finished run, and results.md, the mean ± standard deviation over seeds."""
-    finished = [name for name in runs if is_finished(name)]
-    figures = {name: read_figures(root / name / 'eval_results.json') for name in finished}
+    paths = {name: root / name / 'eval_results.json' for name in runs if is_finished(name)}
+    figures = {
+        name: dict(flat(json.loads(path.read_text()))) for name, path in paths.items() if path.exists()
+    }
     names = list(dict.fromkeys(key for values in figures.values() for key in values))
-
     with open(root / 'results.csv', 'w', newline='') as file:
         writer = csv.DictWriter(file, ['run', *keys, *names], extrasaction='ignore', lineterminator='\n')
         writer.writeheader()
-        for name in finished:
-            writer.writerow({**runs[name], **figures[name], 'run': name})
+        writer.writerows({**runs[name], **values, 'run': name} for name, values in figures.items())
 
     groups = {}
-    for name in finished:
+    for name, values in figures.items():
         group = tuple(str(runs[name].get(key, '')) for key in keys if key != 'seed')
-        groups.setdefault(group, []).append(figures[name])
+        groups.setdefault(group, []).append(values)
     table = markdown_table([key for key in keys if key != 'seed'], groups, names)
     (root / 'results.md').write_text(table + '\n')
-    print(f'\n{table}\n\n{len(finished)} of {len(runs)} runs: {root}/results.csv, {root}/results.md')
-
-
-def read_figures(path):
-    return dict(flat(json.loads(path.read_text()))) if path.exists() else {}
+    print(f'\n{table}\n\n{len(figures)} of {len(runs)} runs: {root}/results.csv, {root}/results.md')
 
 
 def flat(figures, prefix=''):
@@ -289,19 +255,19 @@ def flat(figures, prefix=''):
             yield prefix + key, value
 
 
-def markdown_table(keys, groups, names):
-    """Return a table with a line for each of groups {values of keys: [figures]}, the best one in bold."""
+def markdown_table(columns, groups, names):
+    """Return a table with a line for each of groups {values of columns: [figures]}, the best one in bold."""
     accuracies = [n for n in names if n.endswith('accuracy') and not n.startswith('compare_to')]
     shown = [name for name in show.split(',') if name] or accuracies
     shown = list(dict.fromkeys([*shown, *([metric] if metric in names else [])]))
-    complete = [group for group, runs in groups.items() if all(metric in figures for figures in runs)]
+    complete = [group for group, rows in groups.items() if all(metric in figures for figures in rows)]
     mean = {group: statistics.mean(figures[metric] for figures in groups[group]) for group in complete}
-    best = (min if lower_is_better else max)(complete, key=mean.get, default=None)
+    best = (min if lower_is_better else max)(mean, key=mean.get, default=None)
 
-    lines = [[*keys, 'runs', *shown], ['---'] * (len(keys) + 1 + len(shown))]
-    for group, runs in groups.items():
-        means = [mean_and_deviation([figures[n] for figures in runs if n in figures]) for n in shown]
-        cells = [*group, str(len(runs)), *means]
+    lines = [[*columns, 'runs', *shown], ['---'] * (len(columns) + 1 + len(shown))]
+    for group, rows in groups.items():
+        means = [mean_and_deviation([figures[n] for figures in rows if n in figures]) for n in shown]
+        cells = [*group, str(len(rows)), *means]
         lines.append([f'**{cell}**' if group == best and cell else cell for cell in cells])
     return '\n'.join('| ' + ' | '.join(cells) + ' |' for cells in lines)
 
@@ -314,61 +280,43 @@ def mean_and_deviation(values):
 # ---------------------------------------------------------------------------- slurm
 
 
-def job_text(job_name, name, run):
+def job_text(job_name, name):
     """Return the template with its fields filled in for a run."""
-    known = {
-        'job_name': job_name,
-        'args': shlex.join(arguments(name, run)),
-        'done': shlex.quote(f'{root / name}/done.json'),
-        'log': shlex.quote(f'{root / name}/stdout.log'),
-        'cpus': cpus,
-        'gpus': gpus_per_job,
-        'timeout': timeout,
-        'root': shlex.quote(str(ROOT)),
-        'script': shlex.quote(str(script_path)),
-        **fields,
-    }
+    paths = {'root': ROOT, 'script': script_path}
+    paths |= {'log': root / name / 'stdout.log', 'done': root / name / 'done.json'}
+    known = {key: shlex.quote(str(path)) for key, path in paths.items()}
+    known |= {'job_name': job_name, 'cpus': cpus, 'gpus': gpus_per_job, 'timeout': timeout}
+    known |= {'args': shlex.join(arguments(name)), **fields}
     try:
         return find('template', template).read_text().format(**known)
     except (KeyError, IndexError, ValueError) as error:
-        raise UserError(
-            f'{template} has a field {{{error.args[0]}}} that nothing fills; known are {", ".join(known)}, and '
-            "what --fields names. Write {{ and }} for the shell's braces."
-        ) from error
+        wrong = f'{template} has a field {{{error.args[0]}}} that is none of {", ".join(known)}'
+        raise UserError(f"{wrong}; give it with --fields, or write {{{{ and }}}} for the shell's.") from error
 
 
-def write_jobs(runs):
-    """Write a job script per unfinished run and one that submits them as an array; return its path, if any."""
-    unfinished = [name for name in runs if not is_finished(name)]
-    texts = {name: job_text(f'{experiment_name}-{name}', name, runs[name]) for name in unfinished}
+def submit_jobs():
+    """Write a job script per unfinished run, and one that runs them as an array; submit that unless dry_run."""
+    texts = {name: job_text(f'{experiment_name}-{name}', name) for name in runs if not is_finished(name)}
     if not texts:
-        return None
+        return print('all runs are finished')
     folder = Path(output_dir).absolute() if output_dir else root / 'jobs'
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         (root / name).mkdir(parents=True, exist_ok=True)
         (folder / f'{name}.sh').write_text(text)
 
-    head = job_text(experiment_name, name, runs[name]).splitlines()
-    limit = f'%{jobs}' if 'jobs' in config.given else ''
-    lines = [
-        '#!/bin/bash',
-        *(line for line in head if line.startswith('#SBATCH')),
-        f'#SBATCH --array=0-{len(texts) - 1}{limit}',
-        f'jobs=({shlex.join(f"{folder}/{name}.sh" for name in texts)})',
-        'exec bash "${jobs[$SLURM_ARRAY_TASK_ID]}"\n',
-    ]
-    (folder / 'array.sh').write_text('\n'.join(lines))
-    return folder / 'array.sh'
-
-
-def submit_array(path):
-    if not shutil.which('sbatch'):
+    head = [line for line in job_text(experiment_name, name).splitlines() if line.startswith('#SBATCH')]
+    limit, scripts = f'%{jobs}' if 'jobs' in config.given else '', [f'{folder}/{name}.sh' for name in texts]
+    head += [f'#SBATCH --array=0-{len(texts) - 1}{limit}', f'jobs=({shlex.join(scripts)})']
+    path = folder / 'array.sh'
+    path.write_text('\n'.join(['#!/bin/bash', *head, 'exec bash "${jobs[$SLURM_ARRAY_TASK_ID]}"\n']))
+    print(f'{len(runs)} runs; scripts of the unfinished ones: {path}')
+    if not dry_run:
         remedy = f'copy the repository to the cluster and submit {path} there, or run here without --submit'
-        raise UserError(f'There is no sbatch on this machine; {remedy}.')
-    answer = subprocess.run(['sbatch', path], capture_output=True, text=True)
-    require(not answer.returncode, f'sbatch {path} failed: {answer.stderr.strip()}; correct {template}.')
-    print(answer.stdout.strip())
+        require(shutil.which('sbatch'), f'There is no sbatch on this machine; {remedy}.')
+        answer = subprocess.run(['sbatch', path], capture_output=True, text=True)
+        require(not answer.returncode, f'sbatch {path} failed: {answer.stderr.strip()}; correct {template}.')
+        print(answer.stdout.strip())
 
 
 # ---------------------------------------------------------------------------- from top to bottom
@@ -381,20 +329,17 @@ def find(kind, name):
     raise UserError(f'There is no {kind} {name!r} in {Path.cwd()} or {ROOT}; correct the path.')
 
 
-script_path = find('script', script)
-runs = all_runs()
-keys = varying_keys(runs)
+script_path, runs = find('script', script), all_runs()
+keys = dict.fromkeys(key for run in runs.values() for key in run)
+keys = [key for key in keys if len({str(run.get(key)) for run in runs.values()}) > 1]  # those that vary
 if submit:
-    path = write_jobs(runs)
-    print(f'{len(runs)} runs; scripts of the unfinished ones: {path}' if path else 'all runs are finished')
-    if path and not dry_run:
-        submit_array(path)
+    submit_jobs()
 elif dry_run:
-    for name, run in runs.items():
+    for name in runs:
         finished = 'finished ' if is_finished(name) else ''
-        print(finished + shlex.join(['python', script, *arguments(name, run)]))
+        print(finished + shlex.join(['python', script, *arguments(name)]))
     print(f'{len(runs)} runs')
 else:
-    complete = run_here(runs, keys)
-    write_results(runs, keys)
+    complete = run_here()
+    write_results()
     sys.exit(0 if complete else 1)

@@ -1,30 +1,34 @@
-"""How long is a training step of each architecture, one beside the other, on any device?
+"""How long is a training step of each architecture, and what do our own kernels save of it? On any device.
 
-    python benchmarks/train.py --dataset=stories --mode=documents --block_size=160 --batch_size=24
+    python benchmarks/train.py --optimizer=muon
+    python benchmarks/train.py --what=head      # model.weighted_nll beside a sum over model.token_nll
+    python benchmarks/train.py --what=muon      # lm.optim.Muon beside torch.optim.Muon
+    python benchmarks/train.py --what=linear --dtype=float32    # lm.kernels.linear beside F.linear
 
-Steps take turns: milliseconds, tokens per second, and the share of the machine's own matmul speed (MFU). Steps of sdd
-are timed by the passes without gradient before them, and weighted by their share of train.py's schedule.
+Steps take turns, on random tokens. Those of sdd are timed by the passes without gradient before them, and weighted
+by their share of train.py's schedule. A kernel of ours is worth its lines where a step without it takes 5 % longer.
 """
 
-import functools
 import itertools
 import math
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import torch
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder, whose names are those of scripts
 from benchmarks import timing
-from benchmarks.timing import Target, say
-from lm import checkpoints, data, optim, runtime
-from lm.configurator import check_range, configure
+from lm import checkpoints, data, kernels, optim, runtime
+from lm.configurator import check_choice, check_range, configure
 from model import ARCHITECTURES
 
-dataset = 'stories'  # a name under data/, or a path
-mode = 'packed'  # packed, documents, examples
-model_size = 'tiny'
+what = 'steps'  # steps, head, muon, linear
+model_size = 'tiny'  # of steps; the others take several
+vocab_size = 8192  # likewise
 block_size = 128
 batch_size = 32
 optimizer = 'muon'  # adamw or muon
@@ -33,99 +37,124 @@ device = 'auto'
 dtype = 'auto'
 config = configure(globals(), None if __name__ == '__main__' else [])
 
-SCHEDULE = 10**4  # steps of the training run whose beliefs are timed
-P_BELIEF, K_SCHEDULE = ((0.5, 0.5),), (1, 2, 4, 8)  # the defaults of train.py
+SCHEDULE = 10**4  # steps of the training run whose beliefs are timed, with the defaults of train.py
+KERNELS = {  # architectures, sizes and vocabularies to measure a kernel with
+    'head': (('ar', 'diffusion'), ('tiny',), (68, 8192, 32000)),
+    'muon': (('ar',), ('tiny', 'small'), (8192,)),
+    'linear': (('ar',), ('tiny', 'small'), (8192,)),
+}
 
 
 class Trainee:
-    """A model with all that a training step takes."""
+    """A model with all that a training step takes, and batches of random tokens."""
 
-    def __init__(self, architecture, dist, optimizer, model_size, **shape):
-        """shape: keys of ModelConfig, the vocabulary among them."""
+    def __init__(self, architecture, dist, optimizer, model_size, vocab_size, rows, **shape):
         torch.manual_seed(0)
-        size = checkpoints.size_of(model_size)
+        shape.update(vocab_size=vocab_size, mask_id=vocab_size - 2, ignore_id=vocab_size - 1)
         with dist.device:
-            self.model = checkpoints.make_model(architecture, **size, **shape)
+            self.model = checkpoints.make_model(architecture, **checkpoints.size_of(model_size), **shape)
         if dist.device.type == 'cuda':
             self.model.compile()
-        self.dist, self.scaler = dist, dist.scaler()
+        self.dist, self.scaler, self.rows = dist, dist.scaler(), rows
         self.optimizer = optim.make_optimizer(self.model, optimizer, 1e-3, 0.9, 0.95, 0.1)
+        self.tokens, self.batches = rows * self.model.config.block_size, map(self.batch, itertools.count())
 
-    def step(self, batch, count, beliefs=None):
+    def batch(self, number):
+        generator, length = torch.Generator().manual_seed(number), self.model.config.block_size
+        row_length = length + self.model.extra_tokens
+        tokens = torch.randint(self.model.config.vocab_size - 3, (self.rows, row_length), generator=generator)
+        noise = torch.from_numpy(data.row_noise(np.arange(self.rows), self.rows, row_length, (0, number)))
+        return data.Batch(tokens, noise=noise if self.model.needs_noise else None).to(self.dist.device)
+
+    def step(self, batch, **beliefs):
         with self.dist.autocast():
-            loss, *_ = self.model(*batch, **(beliefs or {}))
+            loss, count, _ = self.model(*batch, **beliefs)
         self.scaler.scale(loss / count).backward()
         self.optimizer.step(self.scaler, self.model.parameters(), 1.0)
+
+    def timed_step(self, plans=None):
+        """Return the seconds of a step; plans: an iterator of how steps come to their beliefs."""
+        batch, beliefs = next(self.batches), next(plans) if plans else {}
+        return timing.seconds(lambda: self.step(batch, **beliefs), self.dist.device)
+
+    def mfu(self, seconds, peak):
+        return runtime.flops_per_token(self.model) * self.tokens / seconds / peak
 
 
 def belief_plans(model):
     """Return {passes before a step: the beliefs of those steps of train.py's schedule that have as many}."""
     plans = {}
     for step in range(SCHEDULE):
-        beliefs = optim.draw_beliefs(model, step, SCHEDULE, 0, P_BELIEF, K_SCHEDULE, 0)
+        beliefs = optim.draw_beliefs(model, step, SCHEDULE, 0, ((0.5, 0.5),), (1, 2, 4, 8), 0)
         plans.setdefault(beliefs.get('depth', 0), []).append(beliefs)
     return dict(sorted(plans.items()))
 
 
-def compare_steps(trainees, batches, steps, tokens, peak_flops):
-    """Print the times of steps of `trainees`, {architecture: Trainee}, in turn; return {architecture: seconds}.
+def compare_steps(trainees, steps, peak):
+    """Print the times of steps of `trainees`, {name: Trainee}, in turn; return {name: seconds}."""
+    sides, shares = {}, {}
+    for name, trainee in trainees.items():
+        for passes, plan in belief_plans(trainee.model).items():
+            sides[name, passes] = partial(trainee.timed_step, itertools.cycle(plan))
+            shares[name, passes] = len(plan) / SCHEDULE
 
-    batches: {architecture: iterator of (batch, number of tokens that its loss is over)}
-    """
-
-    def timed_step(name, beliefs):
-        batch, count = next(batches[name])
-        return timing.seconds(
-            lambda: trainees[name].step(batch, count, next(beliefs)), trainees[name].dist.device
-        )
-
-    plans = {name: belief_plans(trainee.model) for name, trainee in trainees.items()}
-    sides = {
-        (name, passes): functools.partial(timed_step, name, itertools.cycle(beliefs))
-        for name in trainees
-        for passes, beliefs in plans[name].items()
-    }
-    times = timing.alternate(sides, steps, warmup=3)
     typical = dict.fromkeys(trainees, 0.0)
-    for (name, passes), values in times.items():
-        share = len(plans[name][passes]) / sum(map(len, plans[name].values()))
-        typical[name] += share * statistics.median(values)
-        spread = timing.spread([1000 * value for value in values])
-        say(f'  {name}, {passes} passes before, {share:.0%} of the steps: {spread} ms')
-    for name, value in typical.items():
-        mfu = runtime.flops_per_token(trainees[name].model) * tokens / value / peak_flops
-        say(f'  {name}: {1000 * value:.1f} ms per step, {tokens / value:,.0f} tokens/s, MFU {mfu:.3f}')
+    for (name, passes), times in timing.alternate(sides, steps, warmup=3).items():
+        share, spread = shares[name, passes], timing.spread([1000 * seconds for seconds in times])
+        timing.say(f'  {name}, {passes} passes before, {share:.0%} of the steps: {spread} ms')
+        typical[name] += share * statistics.median(times)
+    for name, seconds in typical.items():
+        rate, mfu = trainees[name].tokens / seconds, trainees[name].mfu(seconds, peak)
+        timing.say(f'  {name}: {1000 * seconds:.1f} ms per step, {rate:,.0f} tokens/s, MFU {mfu:.3f}')
     return typical
 
 
-def step_targets(typical):
-    wanted = {'step of diffusion / step of ar': 1.05, 'step of sdd / step of diffusion': 1.4}
+def compare_architectures(dist, peak, steps, *settings, **shape):
+    """Compare steps of all architectures, and return the targets; settings, shape: of `Trainee`."""
+    trainees = {name: Trainee(name, dist, *settings, **shape) for name in ARCHITECTURES}
+    typical = compare_steps(trainees, steps, peak)
     ratios = [typical['diffusion'] / typical['ar'], typical['sdd'] / typical['diffusion']]
-    return [Target(name, ratio, '<=', most) for (name, most), ratio in zip(wanted.items(), ratios)]
+    names = 'step of diffusion / step of ar', 'step of sdd / step of diffusion'
+    return [(name, ratio, '<=', most) for name, ratio, most in zip(names, ratios, (1.05, 1.4))]
 
 
-def read_batches(folder, architecture, dist):
-    """Yield (batch, count) of the data, after printing how fast they come without a model."""
-    batches = data.Batches(folder, architecture, block_size, batch_size, mode=mode, dist=dist)
-    taken = timing.seconds(lambda: [batches.get(step) for step in range(steps)], dist.device)
-    say(f'  {architecture.description}: {steps / taken:,.0f} batches per second without a model')
-    for step in itertools.count():
-        (batch,), count = batches.get(step)
-        yield batch, count
+def without(kernel, trainee):
+    """Return a decorator of functions that are to use PyTorch's way in place of a kernel of ours."""
+    model, parts = trainee.model, trainee.optimizer.parts
+
+    def weighted_nll(hidden, targets, weights=None, label_smoothing=0.0):
+        nll, pred = model.token_nll(hidden, targets, weights, label_smoothing)
+        return (nll if weights is None else weights * nll).sum(), nll.detach(), pred
+
+    if kernel == 'head':
+        return mock.patch.object(model, 'weighted_nll', weighted_nll)
+    if kernel == 'muon':
+        return mock.patch.dict(parts, muon=torch.optim.Muon(parts['muon'].param_groups))
+    return mock.patch.object(kernels, 'MIN_ONEDNN_SIZE', math.inf)
+
+
+def compare_kernel(dist):
+    """Compare steps without a kernel and with it, and return a target for where it saves most."""
+    ratios = []
+    for name, size, words in itertools.product(*KERNELS[what]):
+        trainee = Trainee(name, dist, optimizer, size, words, batch_size, block_size=block_size)
+        sides = {'without': without(what, trainee)(trainee.timed_step), 'with': trainee.timed_step}
+        title = f'{name}, {size}, vocabulary {words}'
+        ratios.append(timing.compare_rates(title, sides, trainee.tokens, steps, warmup=3))
+    return [(f'{what}: step without it / step with it, the largest', max(ratios), '>=', 1.05)]
 
 
 def main():
+    check_choice(config, 'what', ('steps', *KERNELS))
     check_range(config, 1, math.inf, 'batch_size', 'block_size', 'steps')
-    dist, folder = runtime.Runtime(device, dtype), data.Folder(dataset)
+    dist = runtime.Runtime(device, dtype)
     timing.describe_machine(dist.device)
-    say(f'{folder.path}: {model_size}, {batch_size} rows of {block_size} tokens, {dist.dtype}, {optimizer}')
-    ids = {key: getattr(folder.tokenizer, key) for key in ('vocab_size', 'mask_id', 'ignore_id')}
-    batches = {name: read_batches(folder, kind, dist) for name, kind in ARCHITECTURES.items()}
-    trainees = {
-        name: Trainee(name, dist, optimizer, model_size, block_size=block_size, **ids) for name in batches
-    }
-    peak_flops = runtime.measure_peak_flops(dist.device, dist.dtype)
-    timing.finish(step_targets(compare_steps(trainees, batches, steps, batch_size * block_size, peak_flops)))
+    timing.say(f'{what}: {batch_size} rows of {block_size} tokens, {dist.dtype}, {optimizer}')
+    if what != 'steps':
+        timing.finish(*compare_kernel(dist))
+    peak, shape = runtime.measure_peak_flops(dist.device, dist.dtype), dict(block_size=block_size)
+    settings = optimizer, model_size, vocab_size, batch_size
+    timing.finish(*compare_architectures(dist, peak, steps, *settings, **shape))
 
 
 if __name__ == '__main__':

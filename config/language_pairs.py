@@ -3,17 +3,10 @@
 _a, _b = 'rus', 'pol'
 _both = f'{_a},{_b}'
 experiment_name = f'{_a}-{_b}-sentiment'
-base_args = {
-    'task': 'sentiment',
-    'num_epochs': 2,
-    'learning_rate': 2.5e-5,
-    'warmup_ratio': 0.05,
-    'batch_size': 32,
-    'schedule': 'linear',
-    'tokenizer': 'tokenizers/{model_type}',
-    'checkpoint_prefix': 'checkpoints',
-    'model_prefix': '{model_type}',
-}
+base_args = {'task': 'sentiment', 'tokenizer': 'tokenizers/{model_type}'}
+base_args |= {'checkpoint_prefix': 'checkpoints', 'model_prefix': '{model_type}'}
+base_args |= {'num_epochs': 2, 'batch_size': 32}
+base_args |= {'learning_rate': 2.5e-5, 'warmup_ratio': 0.05, 'schedule': 'linear'}
 zipped = {'train_langs': [_both, _both, _a, _a, _b, _b], 'eval_langs': [_a, _b, _a, _b, _a, _b]}
 grid = {'model_type': ['normal', 'ipa']}
 metric = f'{_a}.macro_f1'

@@ -1,8 +1,6 @@
 # A medium model on OpenWebText, 41.5M parameters at a 32k vocabulary.
 include('owt.py')
 model_size = 'medium'
-batch_size = 32
-gradient_accumulation_steps = 2
-learning_rate = 8e-4
-min_lr = learning_rate / 10
+batch_size, gradient_accumulation_steps = 32, 2
+learning_rate, min_lr = 8e-4, 8e-4 / 10
 max_steps = 80000

@@ -2,7 +2,5 @@
 include('tinystories.py')
 model_size = 'medium'
 batch_size = 64
-gradient_accumulation_steps = 1
-learning_rate = 8e-4
-min_lr = learning_rate / 10
+learning_rate, min_lr = 8e-4, 8e-4 / 10
 max_steps = 15000

@@ -2,7 +2,5 @@
 include('tinystories.py')
 model_size = 'small'
 batch_size = 64
-gradient_accumulation_steps = 1
-learning_rate = 1e-3
-min_lr = learning_rate / 10
+learning_rate, min_lr = 1e-3, 1e-3 / 10
 max_steps = 10000

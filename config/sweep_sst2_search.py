@@ -5,7 +5,7 @@ include('sweep_sst2.py')
 experiment_name = 'sst2-search'
 base_args = {**base_args, 'seed': 0}
 zipped = {
-    'architecture': ['ar', 'ar', 'ar', 'ar', 'diffusion', 'diffusion', 'diffusion', 'diffusion'],
+    'architecture': ['ar'] * 4 + ['diffusion'] * 4,
     'n_layer': [1, 1, None, None] * 2,  # from scratch a smaller model may be the better one
     'n_embd': [64, 128, None, None] * 2,
     'n_head': [2, 4, None, None] * 2,

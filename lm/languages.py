@@ -16,30 +16,22 @@ pol:allegro chooses one.
 """
 
 import csv
-import io
 import json
 import runpy
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import tokenizers
 
 from lm.classification import Examples
 from lm.configurator import ROOT, UserError, require
-from lm.records import READERS, decode, first_line, kind_of, read_records
+from lm.records import READERS, damage_named, read_records, refusals_named
 from lm.tokenizer import KINDS, Tokenizer, build
 
 REQUIRED = ('dataset', 'train_features', 'eval_feature', 'splits', 'classes')
-SUFFIXES = ('.tsv', '.csv', *READERS)
-
-
-class Labelled(NamedTuple):
-    texts: list  # of tuples of texts, one per feature
-    labels: np.ndarray  # (N,) int64, from 0
-
-
-# ---------------------------------------------------------------------------- the database
+TABLES = {'.tsv': dict(delimiter='\t', quoting=csv.QUOTE_NONE), '.csv': {}}
+SUFFIXES = (*TABLES, *READERS)
+csv.field_size_limit(2**31 - 1)  # a cell may hold a long text
 
 
 def load_database(path):
@@ -71,16 +63,8 @@ def find_entry(database, language, task):
         entry = entry[name]
     missing = ', '.join(key for key in REQUIRED if key not in entry)
     require(not missing, f'{where} lacks {missing}.')
-    require(
-        len(entry['splits']) in (2, 3), f'{where} has not 2 or 3 splits: name train, perhaps val, and test.'
-    )
+    require(len(entry['splits']) in (2, 3), f'{where}: splits has to name train, perhaps val, and test.')
     return entry
-
-
-def split_of(entry, part):
-    """Return the entry's name of its 'train', 'val' or 'test' split; None if it has no val."""
-    first, *val, last = entry['splits']
-    return {'train': first, 'val': val[0] if val else None, 'test': last}[part]
 
 
 def num_classes_of(entry):
@@ -91,95 +75,67 @@ def num_classes_of(entry):
 
 
 def read_split(entry, split, model_type='normal'):
-    """Return the Labelled rows of a split. model_type='ipa' reads the column {feature}-phoneme for each feature."""
+    """Return [(texts, one per feature, class from 0)] of a split; 'ipa' reads the column {feature}-phoneme for each."""
     phoneme = '-phoneme' if model_type == 'ipa' else ''
     features, label = [feature + phoneme for feature in entry['train_features']], entry['eval_feature']
-    texts, labels = [], []
+    rows = []
     for number, row in enumerate(rows_of(entry, split), 1):
+        if isinstance(row, UserError):
+            raise row
         where = f'{entry["dataset"]}, {split}, row {number}'
         missing = [name for name in (*features, label) if row.get(name) is None]
         if missing:
             known = ', '.join(map(repr, row))
             raise UserError(f'{where}: there is no {missing[0]!r}, only {known}; correct the database.')
-        texts.append(tuple(str(row[feature]) for feature in features))
-        labels.append(class_of(row[label], entry, where))
-    require(texts, f'{entry["dataset"]}, {split}: there are no rows.')
-    return Labelled(texts, np.array(labels, np.int64))
+        rows.append((tuple(str(row[feature]) for feature in features), class_of(row[label], entry, where)))
+    require(rows, f'{entry["dataset"]}, {split}: there are no rows.')
+    return rows
 
 
 def class_of(value, entry, where):
     """Return the class from 0 of a label: a number, or the name of a class."""
-    names = [] if isinstance(entry['classes'], int) else list(entry['classes'])
-    if value in names:
-        return names.index(value)
+    classes, count = entry['classes'], num_classes_of(entry)
+    if not isinstance(classes, int) and value in classes:
+        return classes.index(value)
     try:
         number = float(value)
     except (ValueError, TypeError):
         number = -1
-    count = num_classes_of(entry)
-    if number not in range(count):
-        problem = f'{where}: the label {value!r} is none of the {count} classes ({entry["classes"]})'
-        raise UserError(f'{problem}; correct the data or the database.')
+    problem = f'{where}: the label {value!r} is none of the {count} classes ({classes})'
+    require(number in range(count), f'{problem}; correct the data or the database.')
     return int(number)
 
 
 def rows_of(entry, split):
-    """Return the rows of a split as dicts: from a file of a local folder, or from the hub."""
+    """Return the rows of a split as dicts (or UserErrors): from a file of a local folder, or from the hub."""
     name = str(entry['dataset'])
-    for folder in (Path(name).expanduser(), ROOT / name, ROOT / 'data' / name):
-        if folder.is_dir():
-            paths = [folder / (split + suffix) for suffix in SUFFIXES]
-            path = next((path for path in paths if path.is_file()), None)
-            require(path, f'{folder} has no file for the split {split!r}, such as {", ".join(SUFFIXES)}.')
-            is_table = path.suffix in ('.tsv', '.csv')
-            return rows_of_table(path, entry.get('columns')) if is_table else rows_of_records(path)
-    is_path = name.startswith(('.', '/', '~')) or name.count('/') > 1
-    require(not is_path, f'There is no folder {name}; correct the dataset in the database.')
-    return rows_of_hub(name, entry.get('config'), split)
+    folders = Path(name).expanduser(), ROOT / name, ROOT / 'data' / name
+    folder = next(filter(Path.is_dir, folders), None)
+    if not folder:
+        import datasets  # takes a second to import
+
+        with refusals_named(f'{name}, which is no folder here or under data/,'):
+            return datasets.load_dataset(name, entry.get('config'), split=split)
+    paths = [folder / (split + suffix) for suffix in SUFFIXES]
+    path = next(filter(Path.is_file, paths), None)
+    require(path, f'{folder} has no file for the split {split!r}, such as {", ".join(SUFFIXES)}.')
+    if path.suffix in TABLES:
+        return rows_of_table(path, entry.get('columns'))
+    return (row for row, _ in read_records(path, lambda record, where: record))
 
 
 def rows_of_table(path, columns):
-    file = io.StringIO(decode(path.read_bytes(), path).lstrip('\ufeff'), newline=None)
-    if path.suffix == '.tsv':  # quotation marks in it are text
-        lines = [line.rstrip('\n').split('\t') for line in file if line.strip()]
-    else:
-        lines = [line for line in csv.reader(file) if line]
+    with damage_named(path), open(path, encoding='utf-8-sig') as file:  # only line breaks end a row
+        lines = [line for line in csv.reader(file, **TABLES[path.suffix]) if line]
     names = columns or (lines.pop(0) if lines else [])
     for number, cells in enumerate(lines, 1):
-        if len(cells) != len(names):
-            problem = f'{path}, row {number}: {len(cells)} columns where there should be {len(names)}'
-            raise UserError(f'{problem} ({", ".join(names)}); repair it, or correct columns in the database.')
+        problem = f'{path}, row {number}: {len(cells)} columns where there should be {len(names)} ({names})'
+        require(len(cells) == len(names), f'{problem}; repair it, or correct columns in the database.')
         yield dict(zip(names, cells))
 
 
-def rows_of_records(path):
-    for row, _ in read_records(path, as_row):
-        if isinstance(row, UserError):
-            raise row
-        yield row
-
-
-def as_row(record, where):
-    if not isinstance(record, dict):
-        raise UserError(f'{where}: {kind_of(record)} is no record; write {{"text": "...", "label": 0}}.')
-    return record
-
-
-def rows_of_hub(name, config, split):
-    import datasets  # takes a second to import
-
-    try:
-        return datasets.load_dataset(name, config, split=split)
-    except Exception as error:  # the hub, the network and the set's own files fail in many ways
-        problem = f'the hub did not give its split {split!r} ({type(error).__name__}: {first_line(error)})'
-        raise UserError(
-            f'{name!r} is no folder here or under data/, and {problem}; put a file per split into data/{name}/, or '
-            'correct the database.'
-        ) from error
-
-
 def read_sets(database, task, train_langs, eval_langs, model_type):
-    """Return {'train', perhaps 'val', each language of eval_langs: [(entry, Labelled)]}, and the number of classes.
+    """Return {'train', perhaps 'val', each language of eval_langs: [(entry, rows)]}, and the number of classes.
 
     The rows of all training languages are joined; validation rows are theirs too: the test set never selects a
     checkpoint.
@@ -191,22 +147,16 @@ def read_sets(database, task, train_langs, eval_langs, model_type):
 
     train, test = entries_of(train_langs), entries_of(eval_langs or train_langs)
     counts = {language: num_classes_of(entry) for language, entry in {**train, **test}.items()}
-    require(
-        train and len(set(counts.values())) == 1,
-        f'The data sets of a run need the same number of classes, but these are {counts}; choose other languages.',
-    )
+    problem = f'The data sets of a run need the same number of classes, but these are {counts}'
+    require(train and len(set(counts.values())) == 1, f'{problem}; choose other languages.')
 
-    def read(entries, part):
-        return [(entry, read_split(entry, split_of(entry, part), model_type)) for entry in entries]
-
-    sets = {'train': read(train.values(), 'train')}
-    if with_val := [entry for entry in train.values() if split_of(entry, 'val')]:
-        sets['val'] = read(with_val, 'val')
-    sets.update((language, read([entry], 'test')) for language, entry in test.items())
+    splits = [('train', entry, entry['splits'][0]) for entry in train.values()]
+    splits += [('val', entry, split) for entry in train.values() for split in entry['splits'][1:-1]]
+    splits += [(language, entry, entry['splits'][-1]) for language, entry in test.items()]
+    sets = {name: [] for name, _, _ in splits}
+    for name, entry, split in splits:
+        sets[name].append((entry, read_split(entry, split, model_type)))
     return sets, counts.popitem()[1]
-
-
-# ---------------------------------------------------------------------------- tokens
 
 
 def encode_sets(sets, tokenizer, start_token, block_size):
@@ -219,11 +169,12 @@ def encode_sets(sets, tokenizer, start_token, block_size):
     for name, parts in sets.items():
         rows, labels, too_long = [], [], 0
         for entry, labelled in parts:
-            features = [tokenizer.encode_batch(list(texts)) for texts in zip(*labelled.texts)]
-            for label, ids in zip(labelled.labels, zip(*features)):
-                row = [start_token, *ids[0]]
-                for more in ids[1:]:
-                    row += [tokenizer.endoftext_id, *more]
+            texts, classes = zip(*labelled)
+            features = [tokenizer.encode_batch(column) for column in zip(*texts)]
+            for label, (first, *others) in zip(classes, zip(*features)):
+                row = [start_token, *first]
+                for ids in others:
+                    row += [tokenizer.endoftext_id, *ids]
                 too_long += len(row) > block_size
                 if len(row) <= block_size or not entry.get('filter_length'):
                     rows.append(np.array(row[:block_size]))
@@ -236,10 +187,8 @@ def encode_sets(sets, tokenizer, start_token, block_size):
 
 def make_tokenizer(tokenizer, sets, vocab_size):
     """Return the tokenizer of a model from scratch; char and bpe learn theirs from the training texts."""
-    if tokenizer not in KINDS:
-        return load_tokenizer(tokenizer)
-    texts = (text for _, labelled in sets['train'] for texts in labelled.texts for text in texts)
-    return build(tokenizer, texts, vocab_size)
+    texts = (text for _, rows in sets['train'] for texts, _ in rows for text in texts)
+    return build(tokenizer, texts, vocab_size) if tokenizer in KINDS else load_tokenizer(tokenizer)
 
 
 def load_tokenizer(path):

@@ -155,11 +155,11 @@ def start_token(folder, tokenizer):
     first = pretrained_token(folder, 'bos')
     if tokenizer is None:
         return first if isinstance(first, int) else 0
-    if tokenizer.own_start:
-        return tokenizer.own_start[0]
+    if own_start := tokenizer.inner.encode('').ids:  # with what it puts before a text by itself
+        return own_start[0]
     settings = folder / 'tokenizer_config.json'
     if settings.is_file() and read_json(settings).get('add_bos_token') and isinstance(first, str):
-        return tokenizer.id_of(first)
+        return tokenizer.inner.token_to_id(first)
     return tokenizer.endoftext_id
 
 

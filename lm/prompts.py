@@ -9,8 +9,6 @@ characters within a user's text never do.
 
 import re
 
-from lm.configurator import require
-
 BLOCKS = '### Instruction:\n{instruction}\n\n{#input}### Input:\n{input}\n\n{/input}### Response:\n{output}'
 FORMATS = {
     'default': BLOCKS,
@@ -26,15 +24,6 @@ FORMATS = {
 }
 DEFAULT = FORMATS['default']
 MARKER = r'<\|\w+\|>'
-
-
-def named(name):
-    """Return the template that a name stands for."""
-    require(name in FORMATS, f'prompt_format is {name!r}; choose {", ".join(FORMATS)}.')
-    return FORMATS[name]
-
-
-# ---------------------------------------------------------------------------- as text
 
 
 def prompt_of(form, instruction, given='', system=''):
@@ -57,9 +46,6 @@ def markers_of(form):
     """Return the lines of a prompt that are not the example's own: '### Instruction:' and so on."""
     lines = '\n'.join(re.split(r'{[#/]?\w+}', form)).split('\n')
     return list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-
-
-# ---------------------------------------------------------------------------- as tokens
 
 
 def end_of(form, tokenizer):
@@ -110,8 +96,6 @@ def fit(ids, loss_mask, limit):
         return ids, loss_mask
     ids, kept = ids[cut:], list(loss_mask[cut:])
     if loss_mask[cut - 1] and kept[0]:  # within an answer
-        if 0 not in kept:
-            return None
-        rest = kept.index(0)
+        rest = kept.index(0) if 0 in kept else len(kept)
         kept[:rest] = [0] * rest
     return (ids, kept) if 1 in kept else None

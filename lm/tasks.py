@@ -15,15 +15,11 @@ import numpy as np
 import sympy
 import torch
 
-from lm.configurator import ROOT, UserError, require
+from lm.configurator import ROOT, require
 from lm.tokenizer import build
 
 PATTERNS = {'fn_c': (1, 0, 1, 0, 1, 0, 1, 0), 'fn_d': (0, 0, 1, 1, 1, 1, 1, 1)}
-RULE_30 = np.array([0, 1, 1, 1, 1, 0, 0, 0])  # the next cell, by 4 · left + 2 · centre + right
 VERSION = 1  # changes when the same key gives other rows, so that old caches are left alone
-
-
-# ---------------------------------------------------------------------------- the functions
 
 
 def parity(x):
@@ -31,8 +27,6 @@ def parity(x):
 
 
 def contains(x, pattern):
-    if x.shape[1] < len(pattern):
-        return np.zeros(len(x), int)
     windows = np.lib.stride_tricks.sliding_window_view(x, len(pattern), axis=1)  # (N, L - 7, 8)
     return (windows == pattern).all(2).any(1)
 
@@ -42,59 +36,48 @@ def chosen_positions(length, count):
     return torch.randperm(length, generator=torch.Generator().manual_seed(42))[:count].numpy()
 
 
-def parity_of_chosen(x, count):
-    return parity(x[:, chosen_positions(x.shape[1], count)])
-
-
 def balanced_brackets(x):
     """Label Dyck-2: pairs of bits are 00=( 01=) 10=[ 11=], all opened ones closed in the right order."""
-    kind, closes = x[:, ::2], x[:, 1::2].astype(bool)  # (N, L / 2)
-    rows = np.arange(len(x))
-    stack, depth = np.zeros((len(x), kind.shape[1] + 1), x.dtype), np.zeros(len(x), int)
-    right = np.ones(len(x), bool)
-    for i in range(kind.shape[1]):
-        closing = closes[:, i]
-        right &= ~closing | (depth > 0) & (stack[rows, np.maximum(depth - 1, 0)] == kind[:, i])
-        stack[rows, depth] = np.where(closing, stack[rows, depth], kind[:, i])
-        depth = np.maximum(depth + np.where(closing, -1, 1), 0)
-    return right & (depth == 0)
+    rows = [''.join(row) for row in np.array(list('()[]'))[2 * x[:, ::2] + x[:, 1::2]]]
+    for _ in range(x.shape[1] // 4):  # each time at least one pair is cancelled
+        rows = [row.replace('()', '').replace('[]', '') for row in rows]
+    return [row == '' for row in rows]
 
 
 def prime(x):
-    return np.array([sympy.isprime(int(text(row))) for row in x], int)
+    return [sympy.isprime(int(text)) for text in texts_of(x)]
 
 
 def parity_of_next_cells(x):
     """Label the parity after one step of the cellular automaton Rule 30, zeros beyond both ends."""
     padded = np.pad(x, ((0, 0), (1, 1)))
-    return parity(RULE_30[4 * padded[:, :-2] + 2 * padded[:, 1:-1] + padded[:, 2:]])
+    return parity(padded[:, :-2] ^ (padded[:, 1:-1] | padded[:, 2:]))
 
 
 def parity_of_sha256(x):
-    digests = (hashlib.sha256(text(row).encode()).digest() for row in x)
-    return np.array([int.from_bytes(digest).bit_count() % 2 for digest in digests], int)
+    digests = (hashlib.sha256(text.encode()).digest() for text in texts_of(x))
+    return [int.from_bytes(digest).bit_count() % 2 for digest in digests]
 
 
-def text(row):
-    return ''.join(map(str, row.tolist()))
+def texts_of(x):
+    return [''.join(map(str, row)) for row in x.tolist()]
 
 
-TASKS = {  # id: name, what labels rows (N, L) of digits
-    'fn_a': ('parity_all', parity),
-    'fn_b': ('parity_first_half', lambda x: parity(x[:, : x.shape[1] // 2])),
-    'fn_c': ('patternmatch1', lambda x: contains(x, PATTERNS['fn_c'])),
-    'fn_d': ('patternmatch2', lambda x: contains(x, PATTERNS['fn_d'])),
-    'fn_e': ('parity_rand_3', lambda x: parity_of_chosen(x, 3)),
-    'fn_f': ('parity_rand_10', lambda x: parity_of_chosen(x, 10)),
-    'fn_g': ('palindrome', lambda x: (x == x[:, ::-1]).all(1)),
-    'fn_h': ('dyck2', balanced_brackets),
-    'fn_i': ('prime_decimal', prime),
-    'fn_j': ('automata_parity', parity_of_next_cells),
-    'fn_k': ('prime_decimal_tf_check', prime),
-    'fn_l': ('sha256_parity', parity_of_sha256),
+TASKS = {  # id: name, what labels rows (N, L) of digits, the shortest row
+    'fn_a': ('parity_all', parity, 1),
+    'fn_b': ('parity_first_half', lambda x: parity(x[:, : x.shape[1] // 2]), 2),
+    'fn_c': ('patternmatch1', lambda x: contains(x, PATTERNS['fn_c']), 8),
+    'fn_d': ('patternmatch2', lambda x: contains(x, PATTERNS['fn_d']), 8),
+    'fn_e': ('parity_rand_3', lambda x: parity(x[:, chosen_positions(x.shape[1], 3)]), 1),
+    'fn_f': ('parity_rand_10', lambda x: parity(x[:, chosen_positions(x.shape[1], 10)]), 1),
+    'fn_g': ('palindrome', lambda x: (x == x[:, ::-1]).all(1), 1),
+    'fn_h': ('dyck2', balanced_brackets, 4),
+    'fn_i': ('prime_decimal', prime, 2),
+    'fn_j': ('automata_parity', parity_of_next_cells, 1),
+    'fn_k': ('prime_decimal_tf_check', prime, 2),
+    'fn_l': ('sha256_parity', parity_of_sha256, 1),
 }
 DECIMAL = ('fn_i', 'fn_k')
-SHORTEST = {'fn_b': 2, 'fn_c': 8, 'fn_d': 8, 'fn_h': 4, 'fn_i': 2, 'fn_k': 2}  # rows; 1 for the others
 
 
 def label(task, x):
@@ -103,24 +86,6 @@ def label(task, x):
 
 
 # ---------------------------------------------------------------------------- rows of a class
-
-
-def draw_bits(draw, n, length):
-    return draw.integers(0, 2, (n, length), np.uint8)
-
-
-def draw_with_pattern(draw, n, length, pattern):
-    x = draw_bits(draw, n, length)
-    start = draw.integers(0, length - len(pattern) + 1, n)
-    positions = start[:, None] + np.arange(len(pattern))
-    np.put_along_axis(x, positions, np.array(pattern, np.uint8)[None], axis=1)
-    return x
-
-
-def draw_palindromes(draw, n, length):
-    x = draw_bits(draw, n, length)
-    x[:, length - length // 2 :] = x[:, : length // 2][:, ::-1]
-    return x
 
 
 def draw_brackets(draw, n, length):
@@ -140,14 +105,12 @@ def draw_brackets(draw, n, length):
 def flip(draw, x, most, length):
     """Flip 1 to `most` of the first `length` bits of each row."""
     order = draw.random((len(x), length)).argsort(1)
-    flipped = order < draw.integers(1, most + 1, len(x))[:, None]
-    x[:, :length] ^= flipped.astype(np.uint8)
-    return x
+    x[:, :length] ^= order < draw.integers(1, most + 1, len(x))[:, None]
 
 
 def draw_number(draw, digits):
     """Draw a number of exactly so many decimal digits, a Python int."""
-    return int(text(np.concatenate([draw.integers(1, 10, 1), draw.integers(0, 10, digits - 1)])))
+    return int(''.join(map(str, [*draw.integers(1, 10, 1), *draw.integers(0, 10, digits - 1)])))
 
 
 def draw_numbers(draw, n, length, is_prime):
@@ -158,9 +121,8 @@ def draw_numbers(draw, n, length, is_prime):
             number = sympy.nextprime(draw_number(draw, length))
         else:
             number = draw_number(draw, length // 2) * draw_number(draw, length - length // 2)
-        if len(str(number)) == length:
-            found.append([int(digit) for digit in str(number)])
-    return np.array(found, np.uint8).reshape(-1, length)
+        found.append([int(digit) for digit in str(number)])
+    return np.array([digits for digits in found if len(digits) == length], np.uint8).reshape(-1, length)
 
 
 def draw_class(task, wanted, draw, n, length, near_misses):
@@ -171,23 +133,21 @@ def draw_class(task, wanted, draw, n, length, near_misses):
     if task in DECIMAL:
         x = draw_numbers(draw, min(n, 256), length, wanted)
         x = x[np.isin(x[:, -1], (1, 3, 7, 9))] if task == 'fn_k' else x
-    elif task in PATTERNS and wanted:
-        x = draw_with_pattern(draw, n, length, PATTERNS[task])
-    elif task == 'fn_g' and (wanted or near_misses):
-        x = draw_palindromes(draw, n, length)
-        x = x if wanted else flip(draw, x, 1, length // 2)
     elif task == 'fn_h':
         x = draw_brackets(draw, n, length)
-        x = x if wanted else flip(draw, x, min(5, length), length)
     else:
-        x = draw_bits(draw, n, length)
+        x = draw.integers(0, 2, (n, length), np.uint8)
+
+    if task in PATTERNS and wanted:
+        start = draw.integers(0, length - 7, n)
+        x[np.arange(n)[:, None], start[:, None] + np.arange(8)] = PATTERNS[task]
+    if task == 'fn_g' and (wanted or near_misses):
+        x[:, length - length // 2 :] = x[:, : length // 2][:, ::-1]
+    if task == 'fn_h' and not wanted:
+        flip(draw, x, min(5, length), length)
+    if task == 'fn_g' and near_misses and not wanted:
+        flip(draw, x, 1, length // 2)
     return x[label(task, x) == wanted]
-
-
-def distinct(x):
-    """Return the different rows of x in the order in which they first come."""
-    _, first = np.unique(x, axis=0, return_index=True)
-    return x[np.sort(first)]
 
 
 def rows_of_class(task, wanted, count, draw, length, compat):
@@ -195,14 +155,13 @@ def rows_of_class(task, wanted, count, draw, length, compat):
     x, idle = np.zeros((0, length), np.uint8), 0
     while len(x) < count and idle < 50:
         before = len(x)
-        x = distinct(np.concatenate([x, draw_class(task, wanted, draw, max(1024, count), length, compat)]))
+        x = np.concatenate([x, draw_class(task, wanted, draw, max(1024, count), length, compat)])
+        _, first = np.unique(x, axis=0, return_index=True)
+        x = x[np.sort(first)]  # in the order in which they first came
         idle = 0 if len(x) > before else idle + 1
-    repeats = ', or --compat, which repeats rows within a set' if task in ('fn_g', 'fn_h') else ''
-    require(
-        len(x) >= count or compat,
-        f'{task} at sequence_length={length} needs {count} different rows with label {wanted}, but only {len(x)} '
-        f'were found; choose smaller sets or longer sequences{repeats}.',
-    )
+    missing = f'{task} has only {len(x)} rows of sequence_length={length} with label {wanted}, not {count}'
+    repeats = ', or give --compat, which repeats rows' if task in ('fn_g', 'fn_h') else ''
+    require(len(x) >= count or compat, f'{missing}; choose smaller sets or longer sequences{repeats}.')
     return x[:count]
 
 
@@ -211,24 +170,18 @@ def rows_of_class(task, wanted, count, draw, length, compat):
 
 def check(task, length, sizes):
     """Raise UserError where the sets cannot be made. sizes: {'train': rows, 'val': rows, 'test': rows}"""
-    names = ', '.join(f'{key} ({name})' for key, (name, _) in TASKS.items())
+    names = ', '.join(f'{key} ({name})' for key, (name, *_) in TASKS.items())
     require(task in TASKS, f'target_func is {task!r}; choose {names}.')
-    shortest, name = SHORTEST.get(task, 1), TASKS[task][0]
+    name, _, shortest = TASKS[task]
     require(length >= shortest, f'sequence_length is {length}; {task} ({name}) needs at least {shortest}.')
-    require(
-        task != 'fn_h' or length % 4 == 0,
-        f'sequence_length is {length}; fn_h ({name}) needs a multiple of 4: two bits per bracket, as many closed.',
-    )
+    is_whole = task != 'fn_h' or length % 4 == 0  # two bits per bracket, as many closed as opened
+    require(is_whole, f'sequence_length is {length}; {task} ({name}) needs a multiple of 4.')
     for key, size in sizes.items():
-        require(
-            size >= 0 and size % 2 == 0, f'{key}_set_size is {size}; it has to be even, half of each class.'
-        )
+        is_even = size >= 0 and size % 2 == 0
+        require(is_even, f'{key}_set_size is {size}; it has to be even, half of each class.')
     total, base = sum(sizes.values()), len(digits_of(task))
-    require(
-        total <= base**length,
-        f'The sets ask for {total:,} different rows, but there are {base}^{length} = {base**length:,} of '
-        f'sequence_length={length}; choose smaller sets or longer sequences.',
-    )
+    problem = f'The sets ask for {total:,} rows, and there are only {base}^{length} = {base**length:,}'
+    require(total <= base**length, f'{problem}; choose smaller sets or a longer sequence_length.')
 
 
 def key_of(task, length, train, test, seed, compat=False):
@@ -241,29 +194,21 @@ def derived_seed(key):
 
 
 def make_splits(task, length, sizes, seed, compat):
-    """Return {'train', 'val', 'test': (rows, labels)} with as many rows of each class, and none in two sets."""
+    """Return {'train', 'val', 'test': rows}, the first half of each of class 0, and none in two sets."""
     draw, count = np.random.default_rng(seed), sum(sizes.values()) // 2
     parts = {name: [] for name in sizes}
     for wanted in (0, 1):
         x = rows_of_class(task, wanted, count, draw, length, compat)
-        x = x[draw.permutation(len(x))]
-        start = 0
+        x, found = x[draw.permutation(len(x))], len(x)
         for name, size in sizes.items():  # the test set comes last: what is missing repeats there
-            part = x[start : start + size // 2]
+            part, x = x[: size // 2], x[size // 2 :]
             missing = size // 2 - len(part)
-            require(
-                not missing or name == 'test' and len(part),
-                f'{task} at sequence_length={length} has only {len(x)} rows with label {wanted}; the {name} set needs '
-                'some of its own: choose smaller sets.',
-            )
+            problem = f'{task} has only {found} rows of sequence_length={length} with label {wanted}'
+            require(not missing or name == 'test' and len(part), f'{problem}; choose smaller sets.')
             if missing:
                 part = np.concatenate([part, part[draw.integers(0, len(part), missing)]])
             parts[name].append(part)
-            start += size // 2
-    return {
-        name: (np.concatenate(both), np.repeat([0, 1], [len(part) for part in both]))
-        for name, both in parts.items()
-    }
+    return {name: np.concatenate(both) for name, both in parts.items()}
 
 
 def splits(task, length, train, test, val=0, seed=42, compat=False, cache=None):
@@ -281,19 +226,14 @@ def splits(task, length, train, test, val=0, seed=42, compat=False, cache=None):
     path = folder / (f'rows-{VERSION}-val{val}.npz' if val else f'rows-{VERSION}.npz')
     try:
         with np.load(path) as saved:
-            return {name: (saved[f'{name}_set'], saved[f'{name}_label']) for name in sizes}
+            sets = {name: saved[f'{name}_set'] for name in sizes}
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # none yet, or damaged: made (again)
-        parts = make_splits(task, length, sizes, seed, compat)
-    arrays = {f'{name}_set': rows for name, (rows, _) in parts.items()}
-    arrays |= {f'{name}_label': labels for name, (_, labels) in parts.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    beside = folder / f'{os.getpid()}.tmp.npz'  # a sweep's runs may make the same rows at once
-    np.savez_compressed(beside, **arrays)
-    os.replace(beside, path)
-    return parts
-
-
-# ---------------------------------------------------------------------------- one token per digit
+        sets = make_splits(task, length, sizes, seed, compat)
+        folder.mkdir(parents=True, exist_ok=True)
+        beside = folder / f'{os.getpid()}.tmp.npz'  # a sweep's runs may make the same rows at once
+        np.savez_compressed(beside, **{f'{name}_set': rows for name, rows in sets.items()})
+        os.replace(beside, path)
+    return {name: (rows, np.repeat([0, 1], len(rows) // 2)) for name, rows in sets.items()}
 
 
 def digits_of(task):
@@ -308,6 +248,6 @@ def digit_tokenizer(task):
 def digit_ids(tokenizer, task):
     """Return the ids of the task's digits in any tokenizer, each encoded alone: it would group a text of digits."""
     ids = [tokenizer.encode(digit) for digit in digits_of(task)]
-    if any(len(one) != 1 for one in ids):
-        raise UserError('This tokenizer has no token for each digit; start from another checkpoint.')
+    is_single = all(len(one) == 1 for one in ids)
+    require(is_single, 'This tokenizer has no token for each digit; start from another checkpoint.')
     return np.array(ids)[:, 0]

@@ -27,20 +27,14 @@ class Tokenizer:
     """
 
     def __init__(self, json_text, name='The tokenizer', end=None):
-        remedy = 'put one into its folder and import it again'
-        require(
-            json_text is not None, f'This model came without a tokenizer.json, so it reads no text; {remedy}.'
-        )
+        require(json_text is not None, 'This model came without a tokenizer.json; import it again with one.')
         try:
             inner = tokenizers.Tokenizer.from_str(json_text)
         except Exception as error:  # the library raises nothing narrower
-            raise UserError(
-                f'{name} could not be read ({error}); give a tokenizer.json of Hugging Face.'
-            ) from error
+            raise UserError(f'{name} could not be read ({error}); give a tokenizer.json.') from error
 
-        recorded = (
-            None if inner.post_processor is None else end_in(json.loads(inner.post_processor.__getstate__()))
-        )
+        own = inner.post_processor
+        recorded = end_in(json.loads(own.__getstate__())) if own else None
         end = inner.token_to_id(end) if isinstance(end, str) else end
         if recorded is None and end not in (None, inner.token_to_id(ENDOFTEXT)):
             record_end(inner, end)
@@ -51,7 +45,7 @@ class Tokenizer:
         inner.no_truncation()
         inner.no_padding()
 
-        self._tokenizer = inner
+        self.inner = inner  # a tokenizers.Tokenizer
         self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
         self.endoftext_id = inner.token_to_id(ENDOFTEXT) if recorded is None else recorded
         self.mask_id, self.ignore_id = inner.token_to_id(MASK), inner.token_to_id(IGNORE)
@@ -67,18 +61,14 @@ class Tokenizer:
         path = Path(path)
         folder, path = (path, path / 'tokenizer.json') if path.is_dir() else (path.parent, path)
         end = pretrained_token(folder, 'eos')
-        if not path.is_file() and (folder / 'merges.txt').is_file() and (folder / 'vocab.json').is_file():
+        if not path.is_file() and (folder / 'merges.txt').is_file():
             return cls(json_of_pair(folder), folder, end)
-        require(
-            path.is_file(), f'There is no tokenizer at {path}; give a tokenizer.json or a prepared folder.'
-        )
-        text = path.read_text(
-            encoding='utf-8', errors='surrogateescape'
-        )  # what is no UTF-8 is no JSON either
-        return cls(text, path, end)
+        require(path.is_file(), f'There is no tokenizer at {path}; give a tokenizer.json or its folder.')
+        # What is no UTF-8 is no JSON either, which the library says:
+        return cls(path.read_text(encoding='utf-8', errors='surrogateescape'), path, end)
 
     def to_json(self):
-        return self._tokenizer.to_str()
+        return self.inner.to_str()
 
     def encode(self, text):
         """Return the token ids of `text`, with nothing added before or after it."""
@@ -88,23 +78,9 @@ class Tokenizer:
         """Return the token ids of each text; raise UserError for a character that the vocabulary lacks."""
         if self._characters is not None:
             unknown = ''.join(sorted(set().union(*texts) - self._characters))
-            require(
-                not unknown,
-                f'The character {unknown[:1]!r} is not in the vocabulary of this character tokenizer; leave it out, or '
-                'prepare the data with --tokenizer=bytes or bpe.',
-            )
-        return [row.ids for row in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-
-    @property
-    def own_start(self):
-        """Ids that a pretrained tokenizer puts before a text by itself; `encode` leaves that to its caller."""
-        return self._tokenizer.encode('', add_special_tokens=True).ids
-
-    def id_of(self, token):
-        return self._tokenizer.token_to_id(token)
-
-    def name_of(self, token_id):
-        return self._tokenizer.id_to_token(token_id)
+            problem = f'The character {unknown[:1]!r} is not in the vocabulary of this tokenizer'
+            require(not unknown, f'{problem}; leave it out, or prepare data with --tokenizer=bytes or bpe.')
+        return [row.ids for row in self.inner.encode_batch_fast(texts, add_special_tokens=False)]
 
     @property
     def joins_spaces(self):
@@ -113,7 +89,7 @@ class Tokenizer:
 
     def decode(self, ids, show_special=False):
         """Return the text of `ids`; special tokens decode to nothing, or to their names."""
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=not show_special)
+        return self.inner.decode([int(i) for i in ids], skip_special_tokens=not show_special)
 
 
 # ---------------------------------------------------------------------------- building one
@@ -121,6 +97,7 @@ class Tokenizer:
 PIECE = 2**16  # characters that are encoded at once
 LONGEST = 2**20  # characters without a BOUNDARY that stay together
 BOUNDARY = re.compile(r'(?<=\S)[ \n]')
+GPT2_FILES = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/'
 
 # How byte-level vocabularies write bytes: printable ones as they are, the n-th other as chr(256 + n).
 PRINTABLE = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != ' ']
@@ -129,37 +106,25 @@ CHARACTERS = {byte: chr(byte) for byte in PRINTABLE} | {byte: chr(256 + n) for n
 
 
 def build(kind, texts=(), vocab_size=None):
-    """Return the Tokenizer of one of KINDS; `char` and `bpe` learn theirs from the iterable `texts`."""
+    """Return the Tokenizer of one of KINDS; `char` and `bpe` learn theirs from the iterable `texts`.
+
+    `char` has one token per character that occurs, `bpe` with the special tokens at most `vocab_size` entries.
+    """
     if kind == 'char':
-        inner = char(texts)
-    elif kind == 'bytes':
-        inner = byte_level({spell(bytes([byte])): byte for byte in range(256)}, [])
+        vocab = {character: i for i, character in enumerate(sorted(set(chain.from_iterable(texts))))}
+        inner = tokenizers.Tokenizer(models.WordLevel(vocab))
+        inner.pre_tokenizer = pre_tokenizers.Split(Regex(r'[\s\S]'), 'isolated')
+        inner.decoder = decoders.Fuse()
+    elif kind == 'bpe':
+        inner, size = byte_level({}, []), vocab_size - len(SPECIAL_TOKENS)
+        parts = (text[i : i + PIECE] for text in texts for i in range(0, len(text), PIECE))  # none is endless
+        options = dict(min_frequency=2, show_progress=False, initial_alphabet=list(CHARACTERS.values()))
+        inner.train_from_iterator(parts, trainers.BpeTrainer(vocab_size=size, **options))
     elif kind == 'gpt2':
         inner = gpt2()
     else:
-        inner = bpe(texts, vocab_size)
+        inner = byte_level({CHARACTERS[byte]: byte for byte in range(256)}, [])
     return Tokenizer(inner.to_str())
-
-
-def char(texts):
-    """Build a tokenizer with one token per character that occurs, line ends among them."""
-    vocab = {character: i for i, character in enumerate(sorted(set(chain.from_iterable(texts))))}
-    tokenizer = tokenizers.Tokenizer(models.WordLevel(vocab))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r'[\s\S]'), 'isolated')
-    tokenizer.decoder = decoders.Fuse()
-    return tokenizer
-
-
-def bpe(texts, vocab_size):
-    """Train a byte-level BPE; with the special tokens it has at most `vocab_size` entries."""
-    tokenizer, size = byte_level({}, []), vocab_size - len(SPECIAL_TOKENS)
-    parts = (text[i : i + PIECE] for text in texts for i in range(0, len(text), PIECE))  # no word is endless
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, min_frequency=2, show_progress=False, initial_alphabet=alphabet
-    )
-    tokenizer.train_from_iterator(parts, trainer)
-    return tokenizer
 
 
 def byte_level(vocab, merges):
@@ -170,26 +135,15 @@ def byte_level(vocab, merges):
     return tokenizer
 
 
-def spell(token):
-    """Return the bytes of a token as a byte-level vocabulary writes them."""
-    return ''.join(map(CHARACTERS.__getitem__, token))
-
-
 def gpt2():
-    """Return GPT-2's tokenizer from tiktoken; the merges, which tiktoken does not keep, follow from the ranks."""
-    ranks = gpt2_encoding()._mergeable_ranks  # bytes of a token -> id; a lower id merges first
-    vocab = {spell(token): i for token, i in ranks.items()}
-    merges = [merged_from(token, ranks) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
-    return byte_level(vocab, [(spell(left), spell(right)) for left, right in merges])
+    """Return GPT-2's tokenizer, of the two files that tiktoken downloads, checks and keeps."""
+    from tiktoken.load import read_file_cached
 
-
-def merged_from(token, ranks):
-    """Return the two parts that BPE merges into `token`: its bytes, merged by rank until two are left."""
-    parts = [bytes([byte]) for byte in token]
-    while len(parts) > 2:
-        _, i = min((ranks.get(parts[i] + parts[i + 1], len(ranks)), i) for i in range(len(parts) - 1))
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts
+    gpt2_encoding()
+    vocab = json.loads(read_file_cached(GPT2_FILES + 'encoder.json'))
+    merges = read_file_cached(GPT2_FILES + 'vocab.bpe').decode().split('\n')[1:-1]  # after the version
+    del vocab[ENDOFTEXT]  # becomes a special token, of the same id
+    return byte_level(vocab, [tuple(line.split(' ')) for line in merges])
 
 
 def gpt2_encoding():
@@ -200,8 +154,7 @@ def gpt2_encoding():
         return tiktoken.get_encoding('gpt2')
     except (OSError, ValueError) as error:  # no network; a download that was cut short
         problem = f'The GPT-2 vocabulary could not be downloaded ({type(error).__name__})'
-        remedy = 'set TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer=bpe'
-        raise UserError(f'{problem}; connect to the network once, {remedy}.') from error
+        raise UserError(f'{problem}; give a TIKTOKEN_CACHE_DIR that holds it, or --tokenizer=bpe.') from error
 
 
 def fast_gpt2(tokenizer):
@@ -236,9 +189,8 @@ def pieces(text):
 
 def json_of_pair(folder):
     """Return a tokenizer.json's text made of vocab.json and merges.txt, the older form (OPT's)."""
-    tokenizer = byte_level({}, [])
     try:
-        tokenizer.model = models.BPE.from_file(str(folder / 'vocab.json'), str(folder / 'merges.txt'))
+        tokenizer = byte_level(*models.BPE.read_file(f'{folder}/vocab.json', f'{folder}/merges.txt'))
     except Exception as error:  # the library raises nothing narrower
         problem = f'vocab.json and merges.txt of {folder} could not be read ({error})'
         raise UserError(f'{problem}; download them again.') from error
@@ -264,10 +216,10 @@ def end_in(post_processor):
 
 def pretrained_token(folder, kind):
     """Return the name or id of the 'bos' or 'eos' token of a Hugging Face folder; None where none is given."""
-    names = ('tokenizer_config.json', 'special_tokens_map.json', 'config.json')
-    for name, key in zip(names, (f'{kind}_token', f'{kind}_token', f'{kind}_token_id')):
+    for name in ('tokenizer_config.json', 'special_tokens_map.json', 'config.json'):
         try:
-            token = json.loads((folder / name).read_text(encoding='utf-8')).get(key)
+            content = json.loads((folder / name).read_text(encoding='utf-8'))
+            token = content.get(f'{kind}_token_id' if name == 'config.json' else f'{kind}_token')
         except (OSError, ValueError, AttributeError):  # no such file, or no JSON object
             continue
         token = token.get('content') if isinstance(token, dict) else token

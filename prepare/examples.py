@@ -17,42 +17,29 @@ ROLES = ('system', 'user', 'human', *ASSISTANT)
 OUTCOMES = ('whole', 'cut', 'too long', 'empty')  # of encoding an example; the last two are left out
 
 
-# ---------------------------------------------------------------------------- records to conversations
-
-
 def conversation(record, where, field=''):
-    """Return a record as JSON text: {"system": "...", "turns": [[instruction, input, output], ...]} or {"text": "..."}.
+    """Return a record as {'system': '...', 'turns': [[instruction, input, output], ...]} or {'text': '...'}.
 
     Alpaca's, Dolly's, prompt and completion, `messages`, ShareGPT's `conversations`, or the plain text in
     `field`, if one is named. Raises UserError, which names `where`, for a record of any other shape.
     """
     if field:
-        return dump({'text': text_of(field, record, where)})
-    if not isinstance(record, dict):
-        raise UserError(
-            f'{where}: {kind_of(record)} instead of a record; write {{"instruction": "...", '
-            '"input": "...", "output": "..."}.'
-        )
+        return {'text': text_of(field, record, where)}
     for name in ('messages', 'conversations'):
         if name in record:
-            return dump(from_messages(record[name], f'{where}, {name}'))
+            return from_messages(record[name], f'{where}, {name}')
     for asked, answered, given in SHAPES:
         if asked in record and answered in record:
-            if isinstance(record[asked], list) and isinstance(record[answered], list):  # TRL's conversations
-                return dump(from_messages(record[asked] + record[answered], where))
-            context = text_of(given, record, where) if record.get(given) else ''
-            return dump(
-                {'turns': [[text_of(asked, record, where), context, text_of(answered, record, where)]]}
-            )
-    raise UserError(
-        f'{where}: the fields {", ".join(map(repr, record)) or "of an empty record"} are of no known '
-        'example; give instruction and output, instruction and response, prompt and completion, messages '
-        'or conversations, or name the field of a plain text with --field.'
-    )
-
-
-def dump(example):
-    return json.dumps(example, ensure_ascii=False)
+            if isinstance(record[asked], list):  # TRL's conversations
+                return from_messages([*record[asked], *record[answered]], where)
+            instruction, output = text_of(asked, record, where), text_of(answered, record, where)
+            return {
+                'turns': [[instruction, text_of(given, record, where) if record.get(given) else '', output]]
+            }
+    shapes = ', '.join(f'{asked} and {answered}' for asked, answered, _ in SHAPES)
+    fields = ', '.join(map(repr, record)) or 'of an empty record'
+    problem = f'{where}: the fields {fields} are of no known example'
+    raise UserError(f'{problem}; give {shapes}, messages, conversations, or --field.')
 
 
 def from_messages(messages, where):
@@ -60,20 +47,15 @@ def from_messages(messages, where):
 
     Consecutive user messages are one instruction; what follows the last answer is left out.
     """
-    if not isinstance(messages, list):
-        raise UserError(
-            f'{where}: {kind_of(messages)} instead of a list of messages; '
-            'write [{"role": "user", "content": "..."}, ...].'
-        )
+    is_list = isinstance(messages, list) and all(isinstance(message, dict) for message in messages)
+    problem = f'{where}: {kind_of(messages)} instead of a list of messages'
+    require(is_list, f'{problem}; write [{{"role": "user", "content": "..."}}, ...].')
     system, asked, turns = [], [], []
     for number, message in enumerate(messages, 1):
         here = f'{where}, message {number}'
-        keys = ('from', 'value') if isinstance(message, dict) and 'from' in message else ('role', 'content')
+        keys = ('from', 'value') if 'from' in message else ('role', 'content')
         role, text = (text_of(key, message, here) for key in keys)
-        require(
-            role in ROLES,
-            f'{here}: the role {role!r} is not known; choose from {", ".join(ROLES)}, or leave such records out.',
-        )
+        require(role in ROLES, f'{here}: the role {role!r} is not known; choose from {", ".join(ROLES)}.')
         if role in ASSISTANT:
             turns.append(['\n\n'.join(asked), '', text])
             asked = []
@@ -83,52 +65,39 @@ def from_messages(messages, where):
     return {'system': '\n\n'.join(system), 'turns': turns}
 
 
-# ---------------------------------------------------------------------------- conversations to tokens
-
-
 class Examples:
-    """Encode the documents that `conversation` makes; each worker of the writer gets a copy."""
+    """Encode conversations, as JSON text; each worker of the writer gets a copy."""
 
     def __init__(self, form, max_seq_len, start_token=None):
-        self.form, self.max_seq_len = form, max_seq_len
-        self.settings = {'prompt_format': form}  # entries of the folder's config.json
-        if start_token is not None:
-            self.settings['start_token'] = start_token
+        self.form, self.max_seq_len, self.start_token = form, max_seq_len, start_token
+
+    def read(self, document):
+        """Return (format, turns, system message) of a document."""
+        example = json.loads(document)
+        if 'text' in example:  # learnt as a whole
+            return '{output}', [('', '', example['text'])], ''
+        return self.form, example['turns'], example.get('system', '')
 
     def text(self, document):
         """Return the whole example as a text, from which a tokenizer learns."""
-        example = json.loads(document)
-        if 'text' in example:
-            return example['text']
-        system = example.get('system', '')
+        form, turns, system = self.read(document)
         return '\n\n'.join(
-            prompts.prompt_of(self.form, instruction, given, '' if number else system) + output
-            for number, (instruction, given, output) in enumerate(example['turns'])
+            prompts.prompt_of(form, instruction, given, '' if number else system) + output
+            for number, (instruction, given, output) in enumerate(turns)
         )
 
     def encode(self, tokenizer, document):
         """Return (ids, loss mask, outcome); an example that is left out has no ids."""
-        example = json.loads(document)
-        answer = example['text'] if 'text' in example else example['turns'][-1][2]
-        if not answer.strip():
+        form, turns, system = self.read(document)
+        if not turns[-1][2].strip():
             return [], [], 'empty'
-        if 'text' in example:
-            ids = tokenizer.encode(answer) + [tokenizer.endoftext_id]
-            loss_mask = [1] * len(ids)
-        else:
-            ids, loss_mask = prompts.encode(tokenizer, self.form, example['turns'], example.get('system', ''))
+        ids, loss_mask = prompts.encode(tokenizer, form, turns, system)
         fitted = prompts.fit(ids, loss_mask, self.max_seq_len - 1)  # a row begins with a start token
         if not fitted:
             return [], [], 'too long'
         return *fitted, 'whole' if len(fitted[0]) == len(ids) else 'cut'
 
-    def report(self, counts):
-        """Return the counts of OUTCOMES, and print them; raise UserError where no example is left."""
-        left_out = f'{counts["too long"]:,} whose answer is longer than that, {counts["empty"]:,} with an empty answer'
-        problem = f'No example of max_seq_len={self.max_seq_len} is left: {left_out}'
-        require(counts['documents'], f'{problem}; allow more tokens, or repair the data.')
-        print(
-            f'{counts["whole"]:,} examples as they are; {counts["cut"]:,} whose prompt was cut on the left to '
-            f'{self.max_seq_len} tokens; left out: {left_out}'
-        )
-        return {outcome: counts[outcome] for outcome in OUTCOMES}
+    def describe(self, counts):
+        """Return what config.json says of them."""
+        start = {} if self.start_token is None else {'start_token': self.start_token}
+        return {'prompt_format': self.form, **start, 'examples': {name: counts[name] for name in OUTCOMES}}

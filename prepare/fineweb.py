@@ -27,13 +27,10 @@ on_error = 'stop'  # or skip: leave out, and count, what cannot be read
 overwrite = False  # replace a finished folder that was prepared otherwise
 config = configure(globals())
 
-SUBSETS = {
-    prefix + sample: (path, sample)
-    for prefix, path in (('', 'HuggingFaceFW/fineweb'), ('edu-', 'HuggingFaceFW/fineweb-edu'))
-    for sample in ('sample-10BT', 'sample-100BT', 'sample-350BT')
-}
+SUBSETS = [prefix + f'sample-{size}BT' for prefix in ('', 'edu-') for size in (10, 100, 350)]
 
 if __name__ == '__main__':
     check_choice(config, 'subset', SUBSETS)
     config['name'] = name or f'fineweb-{subset}'
-    write(files(input, field) if input else hub(*SUBSETS[subset], field), config)
+    path = 'HuggingFaceFW/fineweb' + '-edu' * subset.startswith('edu-')
+    write(files(input, field) if input else hub(path, subset.removeprefix('edu-'), field), config)

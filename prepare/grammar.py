@@ -23,6 +23,8 @@ import random
 import re
 from functools import cache
 
+import numpy as np
+
 # Recorded in prepared folders, which are reused for the same stories only: change it with any of them.
 VERSION = {'prepare/grammar.py': '8daa642a586c4c61bb0c1afede843bdc0f01b16b9a0071e759a2f6ba3bcae937'}
 
@@ -31,257 +33,217 @@ VERSION = {'prepare/grammar.py': '8daa642a586c4c61bb0c1afede843bdc0f01b16b9a0071
 # that one's forms as well: Lily, being a "she", has her "her".
 TABLES = """
 pronouns | they | them | their | were
-she      | she  | her  | her   | was
-he       | he   | him  | his   | was
-it       | it   | it   | its   | was
-they     | they | them | their | were
-
-heroes     | kind     | pronouns
-Lily, Mia  | girl     | she
-Tom, Max   | boy      | he
-Pip        | mouse    | he
-Clover     | rabbit   | she
-Ruby, Zoe  | girl     | she
-Beep       | robot    | it
-Bruno      | bear     | he
-Robin      | child    | they
-Hazel      | hedgehog | she
-Noodle     | dragon   | they
-Ben, Leo   | boy      | he
-
+  she    | she  | her  | her   | was
+  he     | he   | him  | his   | was
+  it     | it   | it   | its   | was
+  they   | they | them | their | were
+heroes      | kind     | pronouns
+  Lily, Mia | girl     | she
+  Tom, Max  | boy      | he
+  Pip       | mouse    | he
+  Clover    | rabbit   | she
+  Ruby, Zoe | girl     | she
+  Beep      | robot    | it
+  Bruno     | bear     | he
+  Robin     | child    | they
+  Hazel     | hedgehog | she
+  Noodle    | dragon   | they
+  Ben, Leo  | boy      | he
 traits
-little, curious, small, cheerful, shy, clever, kind, young, silly, gentle, tiny, sleepy, odd, very polite
-
-loves                 | doing
-to sing               | singing
-to jump in puddles    | jumping in puddles
-to count the stars    | counting the stars
-to chase butterflies  | chasing butterflies
-to tell jokes         | telling jokes
-to bake tiny cakes    | baking tiny cakes
-to look for rainbows  | looking for rainbows
-to talk to clouds     | talking to clouds
-
+  little, curious, small, cheerful, shy, clever, kind, young, silly, gentle, tiny, sleepy, odd, very polite
+loves                  | doing
+  to sing              | singing
+  to jump in puddles   | jumping in puddles
+  to count the stars   | counting the stars
+  to chase butterflies | chasing butterflies
+  to tell jokes        | telling jokes
+  to bake tiny cakes   | baking tiny cakes
+  to look for rainbows | looking for rainbows
+  to talk to clouds    | talking to clouds
 weathers | night
-sunny    | the stars came out one by one
-rainy    | the rain stopped at last
-windy    | the wind went to sleep
-snowy    | the snow fell softly on the roof
-foggy    | the fog tucked in all the houses
-frosty   | the frost drew flowers on the window
-
-places  | at             | spots                          | traps                       | friends
-forest  | in the forest  | under a fern, in a hollow tree | in a thorn bush, in a pine  | owl, squirrel, crow
-park    | in the park    | under the slide, on a bench    | in a fence, in a drain      | dog, duck, squirrel
-garden  | in the garden  | under a big leaf, by the gate  | in a net, in a flower pot   | snail, bee, frog
-beach   | at the beach   | in a tide pool, under a towel  | in a hole, in a bucket      | crab, dog
-farm    | on the farm    | in the hay, under the tractor  | in the mud, in a milk can   | cow, goat, pig
-pond    | by the pond    | among the reeds, on a lily pad | in the mud, in a hollow log | frog, duck, goose
-market  | at the market  | behind the pumpkins, in a cart | in a sack, under a crate    | cat, goose, pig
-hill    | on the hill    | behind a rock, under a bush    | on a ledge, in a deep crack | goat, crow
-library | in the library | on a shelf, between two books  | in a drawer, in a vase      | cat, owl, snail
-
-friends  | pronouns | sound       | names           | search
-dog      | he       | Woof        | Biscuit, Scout  | sniffed all over the ground
-owl      | she      | Hoo hoo     | Olive, Luna     | flew up high to look around
-frog     | he       | Ribbit      | Hopper, Lumpy   | hopped from stone to stone
-cat      | she      | Meow        | Misty, Pepper   | looked with two green eyes
-duck     | she      | Quack       | Puddle, Daisy   | paddled around in a circle
-squirrel | he       | Chit chit   | Nutty, Dash     | ran up and down every tree
-goat     | he       | Maa         | Billy, Clogs    | climbed on a barrel to see
-cow      | she      | Moo         | Bella, Butter   | peered over the bushes
-crow     | she      | Caw         | Inky, Jet       | peeked into an empty nest
-goose    | she      | Honk        | Greta, Mabel    | stretched out a long, long neck
-pig      | he       | Oink        | Truffle, Hamlet | dug and dug with a pink snout
-bee      | she      | Bzzz        | Honey, Fuzz     | asked every single flower
-crab     | he       | Click clack | Pinch, Sideways | looked left, then left again
-snail    | it       | Hmm         | Speedy, Turbo   | searched one whole leaf, very slowly
-
-elders              | pronouns
-mom, grandma, aunt  | she
-dad, grandpa, uncle | he
-
+  sunny  | the stars came out one by one
+  rainy  | the rain stopped at last
+  windy  | the wind went to sleep
+  snowy  | the snow fell softly on the roof
+  foggy  | the fog tucked in all the houses
+  frosty | the frost drew flowers on the window
+places    | at             | spots                          | traps                       | friends
+  forest  | in the forest  | under a fern, in a hollow tree | in a thorn bush, in a pine  | owl, squirrel, crow
+  park    | in the park    | under the slide, on a bench    | in a fence, in a drain      | dog, duck, squirrel
+  garden  | in the garden  | under a big leaf, by the gate  | in a net, in a flower pot   | snail, bee, frog
+  beach   | at the beach   | in a tide pool, under a towel  | in a hole, in a bucket      | crab, dog
+  farm    | on the farm    | in the hay, under the tractor  | in the mud, in a milk can   | cow, goat, pig
+  pond    | by the pond    | among the reeds, on a lily pad | in the mud, in a hollow log | frog, duck, goose
+  market  | at the market  | behind the pumpkins, in a cart | in a sack, under a crate    | cat, goose, pig
+  hill    | on the hill    | behind a rock, under a bush    | on a ledge, in a deep crack | goat, crow
+  library | in the library | on a shelf, between two books  | in a drawer, in a vase      | cat, owl, snail
+friends    | pronouns | sound       | names           | search
+  dog      | he       | Woof        | Biscuit, Scout  | sniffed all over the ground
+  owl      | she      | Hoo hoo     | Olive, Luna     | flew up high to look around
+  frog     | he       | Ribbit      | Hopper, Lumpy   | hopped from stone to stone
+  cat      | she      | Meow        | Misty, Pepper   | looked with two green eyes
+  duck     | she      | Quack       | Puddle, Daisy   | paddled around in a circle
+  squirrel | he       | Chit chit   | Nutty, Dash     | ran up and down every tree
+  goat     | he       | Maa         | Billy, Clogs    | climbed on a barrel to see
+  cow      | she      | Moo         | Bella, Butter   | peered over the bushes
+  crow     | she      | Caw         | Inky, Jet       | peeked into an empty nest
+  goose    | she      | Honk        | Greta, Mabel    | stretched out a long, long neck
+  pig      | he       | Oink        | Truffle, Hamlet | dug and dug with a pink snout
+  bee      | she      | Bzzz        | Honey, Fuzz     | asked every single flower
+  crab     | he       | Click clack | Pinch, Sideways | looked left, then left again
+  snail    | it       | Hmm         | Speedy, Turbo   | searched one whole leaf, very slowly
+elders                | pronouns
+  mom, grandma, aunt  | she
+  dad, grandpa, uncle | he
 colors
-red, blue, yellow, green, orange, purple, golden, pink, silver, spotted
-
+  red, blue, yellow, green, orange, purple, golden, pink, silver, spotted
 toys
-ball, kite, teddy bear, hat, drum, toy train, boat, mitten, book, bell, balloon, spoon, button
-
-lows    | joys
-sad     | happy, glad, full of joy
-worried | calm, cheerful
-grumpy  | smiling, giggling
-
+  ball, kite, teddy bear, hat, drum, toy train, boat, mitten, book, bell, balloon, spoon, button
+lows      | joys
+  sad     | happy, glad, full of joy
+  worried | calm, cheerful
+  grumpy  | smiling, giggling
 games
-tag, hide and seek, catch, leapfrog, follow the leader
-
+  tag, hide and seek, catch, leapfrog, follow the leader
 snacks
-cookie, apple, sandwich, pancake, pear, muffin, orange, waffle, egg
-
-babies   | mother
-kitten   | cat
-duckling | duck
-puppy    | dog
-lamb     | sheep
-chick    | hen
-piglet   | pig
-
-tools      | used
-rope       | tied a good knot
-long stick | pushed as hard as a giant
-ladder     | climbed up step by step
-shovel     | dug a little path
-
-fears     | when                           | truth                               | deed
-the dark  | the lamp went out              | The dark is only the day asleep     | walked down the dark hall
-thunder   | the sky began to rumble        | Thunder is only clouds clapping     | clapped right back
-the wind  | the wind howled at the door    | The wind just wants to play         | opened the door to it
-spiders   | a spider came down on a thread | A spider is a very small knitter    | told it all about wool
-the bath  | the tub was full to the top    | A bath is a pond that came to visit | jumped in with a splash
-the broom | the broom fell with a bang     | A broom is a horse that cannot run  | rode it around the table
-
-gifts    | from              | made    | mess   | thanks
-cake     | flour and honey   | baked   | flour  | ate every crumb
-card     | paper and glue    | made    | glue   | put it above the fireplace
-scarf    | fluffy wool       | knitted | wool   | wore it all week, even in bed
-picture  | every color       | painted | paint  | hung it on the wall
-hat      | felt and feathers | sewed   | fluff  | wore it to breakfast
-kite     | silk and string   | made    | string | flew it over the rooftops
-
-charges     | do    | did     | well
-rose        | water | watered | had three new buds
-goldfish    | feed  | fed     | was blowing happy bubbles
-apple tree  | water | watered | had its very first apple
-pony        | brush | brushed | was shining like the moon
-baby turtle | feed  | fed     | had grown as big as a bun
-
-woes    | cure
-cold    | a warm blanket
-hungry  | a bowl of soup
-tired   | a soft pillow
-lost    | a map of the whole town
-bored   | a book about trains
-
-goals                  | craft     | from                | flop      | fixes           | far
-fly to the moon        | rocket    | boxes and a pot     | fell over | wings, a hat    | the apple tree
-sail to the sunset     | boat      | a tub and a sheet   | sank      | a sail, a cork  | the next pond
-ride to the North Pole | sled      | a ladder and spoons | got stuck | wax, a flag     | the corner
-dive to the sea floor  | submarine | a barrel and a hose | filled up | a lid, a window | the end of the pool
+  cookie, apple, sandwich, pancake, pear, muffin, orange, waffle, egg
+babies     | mother
+  kitten   | cat
+  duckling | duck
+  puppy    | dog
+  lamb     | sheep
+  chick    | hen
+  piglet   | pig
+tools        | used
+  rope       | tied a good knot
+  long stick | pushed as hard as a giant
+  ladder     | climbed up step by step
+  shovel     | dug a little path
+fears       | when                           | truth                               | deed
+  the dark  | the lamp went out              | The dark is only the day asleep     | walked down the dark hall
+  thunder   | the sky began to rumble        | Thunder is only clouds clapping     | clapped right back
+  the wind  | the wind howled at the door    | The wind just wants to play         | opened the door to it
+  spiders   | a spider came down on a thread | A spider is a very small knitter    | told it all about wool
+  the bath  | the tub was full to the top    | A bath is a pond that came to visit | jumped in with a splash
+  the broom | the broom fell with a bang     | A broom is a horse that cannot run  | rode it around the table
+gifts     | from              | made    | mess   | thanks
+  cake    | flour and honey   | baked   | flour  | ate every crumb
+  card    | paper and glue    | made    | glue   | put it above the fireplace
+  scarf   | fluffy wool       | knitted | wool   | wore it all week, even in bed
+  picture | every color       | painted | paint  | hung it on the wall
+  hat     | felt and feathers | sewed   | fluff  | wore it to breakfast
+  kite    | silk and string   | made    | string | flew it over the rooftops
+charges       | do    | did     | well
+  rose        | water | watered | had three new buds
+  goldfish    | feed  | fed     | was blowing happy bubbles
+  apple tree  | water | watered | had its very first apple
+  pony        | brush | brushed | was shining like the moon
+  baby turtle | feed  | fed     | had grown as big as a bun
+woes     | cure
+  cold   | a warm blanket
+  hungry | a bowl of soup
+  tired  | a soft pillow
+  lost   | a map of the whole town
+  bored  | a book about trains
+goals                   | craft     | from                | flop      | fixes           | far
+ fly to the moon        | rocket    | boxes and a pot     | fell over | wings, a hat    | the apple tree
+ sail to the sunset     | boat      | a tub and a sheet   | sank      | a sail, a cork  | the next pond
+ ride to the North Pole | sled      | a ladder and spoons | got stuck | wax, a flag     | the corner
+ dive to the sea floor  | submarine | a barrel and a hose | filled up | a lid, a window | the end of the pool
 """
 
-# A rule is its name, a colon and a template; what it binds may be used from there on.
+# A rule is its name, a colon and a template, indented where it goes on; what it binds may be used from there on.
 RULES = """
 story: <birth> <love> <plot> <ending>
-
 birth: Once upon a time there was {trait.a=traits} {hero.kind=heroes} named {hero}.
-| {Hero=heroes} was {trait.a=traits} {hero.kind}.
-| In a house [by the sea|made of stone] lived {trait.a=traits} {hero.kind=heroes} named {hero}.
-
+  | {Hero=heroes} was {trait.a=traits} {hero.kind}.
+  | In a house [by the sea|made of stone] lived {trait.a=traits} {hero.kind=heroes} named {hero}.
 love: {Hero.they} loved {love=loves}. | What {hero} liked best was {love.doing=loves}.
-
 plot: <lost> | <friend> | <rescue> | <sharing> | <fear> | <surprise> | <promise> | <noise> | <invention>
-
 day: One {weather=weathers} [day|morning|afternoon],
-
 She: {Hero.they} | {Hero}
-
 lost: <day> {hero} took {hero.their} {color=colors} {toy=toys} to the {place=places}.
-But on the way home, the {toy} was gone! <She> felt very {low=lows}.
-{Friend.a=place.friends} saw {hero.them}. "{friend.sound}! I will help you," said the {friend}.
-{Friend.they} {friend.search}, and {hero} looked [everywhere|high and low|in all the wrong places].
-At last they found the {color} {toy} {spot=place.spots}.
-"Thank you, {friend}!" said {hero} (and gave {friend.them} a hug).
-{Hero} was not {low} anymore. {Hero.they} {hero.were} {joy=low.joys}.
-
+  But on the way home, the {toy} was gone! <She> felt very {low=lows}.
+  {Friend.a=place.friends} saw {hero.them}. "{friend.sound}! I will help you," said the {friend}.
+  {Friend.they} {friend.search}, and {hero} looked [everywhere|high and low|in all the wrong places].
+  At last they found the {color} {toy} {spot=place.spots}.
+  "Thank you, {friend}!" said {hero} (and gave {friend.them} a hug).
+  {Hero} was not {low} anymore. {Hero.they} {hero.were} {joy=low.joys}.
 friend: But {hero} had no one to play with and often felt lonely.
-<day> {hero.they} sat [alone|on a stone] {place.at=places}.
-"{friend.sound=place.friends}!" said [a small voice|somebody]. It was {friend.a}!
-"My name is {pal=friend.names}. Do you want to play {game=games}?" asked the {friend}.
-<She> [nodded|said yes right away]. They played until [supper|it was dark|their legs were tired].
-({Pal} won every time, but {hero} did not mind.)
-"Come back to the {place} tomorrow," said {pal}. And {hero} was never lonely again.
-
+  <day> {hero.they} sat [alone|on a stone] {place.at=places}.
+  "{friend.sound=place.friends}!" said [a small voice|somebody]. It was {friend.a}!
+  "My name is {pal=friend.names}. Do you want to play {game=games}?" asked the {friend}.
+  <She> [nodded|said yes right away]. They played until [supper|it was dark|their legs were tired].
+  ({Pal} won every time, but {hero} did not mind.)
+  "Come back to the {place} tomorrow," said {pal}. And {hero} was never lonely again.
 rescue: <day> {hero} was {place.at=places} when {hero.they} heard a tiny voice.
-"Help! [Please help!|Help!]" It was {baby.a=babies}, stuck {trap=place.traps}.
-"Do not be afraid, little {baby}," said {hero}. {Hero} [ran to get|quickly found] {tool.a=tools}.
-{Hero.they} {tool.used}, and [pop|hop|one, two, three], the {baby} was free!
-"You saved my {baby}!" [cried|laughed] the mother {baby.mother}. ({Hero} blushed.)
-From then on, the {baby} said hello whenever {hero} came to the {place}.
-
+  "Help! [Please help!|Help!]" It was {baby.a=babies}, stuck {trap=place.traps}.
+  "Do not be afraid, little {baby}," said {hero}. {Hero} [ran to get|quickly found] {tool.a=tools}.
+  {Hero.they} {tool.used}, and [pop|hop|one, two, three], the {baby} was free!
+  "You saved my {baby}!" [cried|laughed] the mother {baby.mother}. ({Hero} blushed.)
+  From then on, the {baby} said hello whenever {hero} came to the {place}.
 sharing: <day> {hero} sat {place.at=places} with {snack.a=snacks}.
-Just then {friend.a=place.friends} came by. "{friend.sound}! I am so hungry," said the {friend}.
-{Hero} looked at the {snack}. It was [a very small|the last|such a good] {snack}. (<She> thought hard.)
-Then {hero} broke the {snack} in two and gave the [bigger|first] half to the {friend}.
-"[Thank you, {hero}|You are the kindest {hero.kind} {place.at}]," said the {friend}.
-{Friend.they} ate it [in one bite|with {friend.their} eyes closed].
-(Half {snack.a} tasted better than a whole one.)
-
+  Just then {friend.a=place.friends} came by. "{friend.sound}! I am so hungry," said the {friend}.
+  {Hero} looked at the {snack}. It was [a very small|the last|such a good] {snack}. (<She> thought hard.)
+  Then {hero} broke the {snack} in two and gave the [bigger|first] half to the {friend}.
+  "[Thank you, {hero}|You are the kindest {hero.kind} {place.at}]," said the {friend}.
+  {Friend.they} ate it [in one bite|with {friend.their} eyes closed].
+  (Half {snack.a} tasted better than a whole one.)
 fear: There was just one thing: {hero} was afraid of {fear=fears}.
-One {weather=weathers} evening, {fear.when}. <She> hid [under the bed|behind the sofa|inside a big coat].
-(Only {hero.their} toes stuck out.) {Hero.their} {elder=elders} sat down beside {hero.them}.
-"{fear.truth}," said {hero.their} {elder} (and held {hero.their} hand).
-{Hero} took a deep breath. Then {hero.they} [stood up|counted to three] and {fear.deed}.
-"[Bravo|Look at you], {hero}!" said {hero.their} {elder}. "I am not afraid of {fear} anymore," said {hero}.
-
+  One {weather=weathers} evening, {fear.when}. <She> hid [under the bed|behind the sofa|inside a big coat].
+  (Only {hero.their} toes stuck out.) {Hero.their} {elder=elders} sat down beside {hero.them}.
+  "{fear.truth}," said {hero.their} {elder} (and held {hero.their} hand).
+  {Hero} took a deep breath. Then {hero.they} [stood up|counted to three] and {fear.deed}.
+  "[Bravo|Look at you], {hero}!" said {hero.their} {elder}. "I am not afraid of {fear} anymore," said {hero}.
 surprise: <day> {hero} had a secret. It was almost {hero.their} {elder=elders}'s birthday!
-So {hero} {gift.made=gifts} {gift.a} from {gift.from}.
-(There was {gift.mess} on the floor and {gift.mess} on {hero.their} nose.)
-"What are you doing in there?" [asked|called] {hero.their} {elder}. "Nothing!" [said|sang] {hero}.
-The next morning {hero} held out the {gift}. "[Surprise|Happy birthday]!"
-"You {gift.made} this {gift} for me?" {Hero.their} {elder} [was so happy|had to sit down].
-{Elder.they} hugged {hero.them} and {gift.thanks}.
-
+  So {hero} {gift.made=gifts} {gift.a} from {gift.from}.
+  (There was {gift.mess} on the floor and {gift.mess} on {hero.their} nose.)
+  "What are you doing in there?" [asked|called] {hero.their} {elder}. "Nothing!" [said|sang] {hero}.
+  The next morning {hero} held out the {gift}. "[Surprise|Happy birthday]!"
+  "You {gift.made} this {gift} for me?" {Hero.their} {elder} [was so happy|had to sit down].
+  {Elder.they} hugged {hero.them} and {gift.thanks}.
 promise: <day> {hero.their} {elder=elders} had to go away.
-"Will you {charge.do=charges} my {charge}?" {elder.they} asked. "I promise," said {hero}.
-Soon {friend.a=friends} came to the door. "{friend.sound}! Come and play {game=games}," said the {friend}.
-"First I have to {charge.do} the {charge}," said {hero}. "A promise is a promise."
-So {hero.they} {charge.did} the {charge}, and the {friend} [helped|waited]. Then they played {game}.
-When {hero.their} {elder} came home, the {charge} {charge.well}. ({Hero} felt as tall as a tower.)
-
+  "Will you {charge.do=charges} my {charge}?" {elder.they} asked. "I promise," said {hero}.
+  Soon {friend.a=friends} came to the door. "{friend.sound}! Come and play {game=games}," said the {friend}.
+  "First I have to {charge.do} the {charge}," said {hero}. "A promise is a promise."
+  So {hero.they} {charge.did} the {charge}, and the {friend} [helped|waited]. Then they played {game}.
+  When {hero.their} {elder} came home, the {charge} {charge.well}. ({Hero} felt as tall as a tower.)
 noise: <day> {hero} was taking a nap when a strange noise woke {hero.them}.
-"{friend.sound=friends}! {friend.sound}!" It came from [under the bed|the closet|behind the curtain].
-"Is it a [ghost|monster|pirate]?" whispered {hero}. ({Hero.they} picked up a [pillow|broom|boot].)
-Step by step, {hero.they} crept closer. It was only {friend.a}! "I am so {woe=woes}," said the {friend}.
-So {hero} brought {friend.them} {woe.cure}. The {friend} was not {woe} anymore.
-Soon {friend.they} [was snoring|curled up] in {hero}'s [slipper|bed|sock drawer]. "{friend.sound}!"
-
+  "{friend.sound=friends}! {friend.sound}!" It came from [under the bed|the closet|behind the curtain].
+  "Is it a [ghost|monster|pirate]?" whispered {hero}. ({Hero.they} picked up a [pillow|broom|boot].)
+  Step by step, {hero.they} crept closer. It was only {friend.a}! "I am so {woe=woes}," said the {friend}.
+  So {hero} brought {friend.them} {woe.cure}. The {friend} was not {woe} anymore.
+  Soon {friend.they} [was snoring|curled up] in {hero}'s [slipper|bed|sock drawer]. "{friend.sound}!"
 invention: <day> {hero} wanted to {goal=goals}.
-<She> built a {goal.craft} out of {goal.from}. "Three, two, one, go!" [shouted|cried] {hero}.
-But the {goal.craft} {goal.flop}. (<She> kicked a bucket. The bucket did not mind.)
-{Friend.a=friends} looked it over. "{friend.sound}! It needs {fix=goal.fixes}," said the {friend}.
-So they added {fix} and tried again.
-The {goal.craft} did not {goal}, but it did reach {goal.far}. "We did it, {friend}!" said {hero}.
-
+  <She> built a {goal.craft} out of {goal.from}. "Three, two, one, go!" [shouted|cried] {hero}.
+  But the {goal.craft} {goal.flop}. (<She> kicked a bucket. The bucket did not mind.)
+  {Friend.a=friends} looked it over. "{friend.sound}! It needs {fix=goal.fixes}," said the {friend}.
+  So they added {fix} and tried again.
+  The {goal.craft} did not {goal}, but it did reach {goal.far}. "We did it, {friend}!" said {hero}.
 ending: That night {weather.night}, and {hero} dreamed of {love.doing}.
-| When {hero} went to bed, {weather.night}. "Good night, {trait} {hero}," [said|whispered] the moon.
-| And the next day? The next day {hero} went back to {love.doing}. (The end.)
+  | When {hero} went to bed, {weather.night}. "Good night, {trait} {hero}," [said|whispered] the moon.
+  | And the next day? The next day {hero} went back to {love.doing}. (The end.)
 """
 
 
-class Row(dict):
-    """{form: text}, with `word` and `a` among the forms. A row equals itself only, whatever it says."""
+def blocks_of(text):
+    return re.split(r'\n(?! )', text.strip())  # what is indented belongs to what stands above it
 
-    __hash__, __eq__, __ne__ = object.__hash__, object.__eq__, object.__ne__
 
-    def __init__(self, word):
-        super().__init__(word=word, a=('an ' if word[0].lower() in 'aeiou' else 'a ') + word)
-
-    def __missing__(self, form):
-        raise ValueError(f'The rules ask for {form!r} of {self["word"]!r}, but its table has no such column.')
+def make_row(word):
+    return {'word': word, 'a': ('an ' if word[0].lower() in 'aeiou' else 'a ') + word}
 
 
 def read_tables(text):
-    """Return {table: {word: row}} of a text like TABLES."""
+    """Return {table: {word: row}} of a text like TABLES; a row is {form: text}."""
     tables = {}
-    for block in text.strip().split('\n\n'):
+    for block in blocks_of(text):
         (name, *columns), *lines = [[cell.strip() for cell in line.split('|')] for line in block.split('\n')]
-        table = tables[name] = {}
-        for words, *cells in lines:
-            if len(cells) != len(columns) or not all([words, *cells]):
-                raise ValueError(f'Table {name!r}: the row {words!r} must fill {len(columns) + 1} columns.')
-            for word in words.split(', '):
-                table[word] = Row(word)
-                table[word].update(zip(columns, cells))
+        tables[name] = {
+            word: {**make_row(word), **dict(zip(columns, cells, strict=True))}
+            for words, *cells in lines
+            for word in words.split(', ')
+        }
     for row in [row for table in tables.values() for row in table.values()]:
         for column in [column for column in row if row[column] in tables.get(column, {})]:
             row.update({**tables[column][row[column]], **row})  # Lily is a "she", so she has her "her"
@@ -289,10 +251,9 @@ def read_tables(text):
 
 
 def read_rules(text):
-    """Return {rule: alternatives} of a text like RULES; an alternative is a list of pieces: "Once upon ", "{hero}",
-    "<plot>". What stands in brackets becomes a rule of its own, with a number for a name."""
+    """Return {rule: text} of a text like RULES. What stands in brackets becomes a rule, with a number for a name."""
     rules = {}
-    for block in text.strip().split('\n\n'):
+    for block in blocks_of(text):
         name, _, body = block.partition(':')
         body = re.sub(r'\s*\|\s*', '|', ' '.join(body.split()))
         body = body.replace(' (', '[ ').replace(')', '|]')  # what "(perhaps)" is short for
@@ -301,10 +262,7 @@ def read_rules(text):
             rules[number] = inner[1]
             body = body.replace(inner[0], f'<{number}>')
         rules[name] = body
-    return {
-        name: [[piece for piece in re.split(r'(<\w+>|{.*?})', way) if piece] for way in body.split('|')]
-        for name, body in rules.items()
-    }
+    return rules
 
 
 def zipf(options):
@@ -328,44 +286,30 @@ class Node:
         return [(p, self.text, option, bindings) for p, option in self.options]
 
 
-class Recall(Node):
-    """{hero.them}: says a form of a row that is bound."""
+class Slot(Node):
+    """{hero.them} says a form of a row that is bound; {friend.a=place.friends} draws the row and binds it first."""
 
-    def __init__(self, variable, form, then):
+    def __init__(self, variable, form, parent, source, rows_of, then):
         super().__init__('', [then])
         self.variable, self.form = variable[0].lower() + variable[1:], form or 'word'
         self.capital, self.then = variable[0].isupper(), then
-        self.needs |= {self.variable}
+        self.parent, self.source, self.rows_of = parent, source, rows_of
+        self.needs = self.needs - {self.variable} | ({parent} - {None} if source else {self.variable})
 
     def text_of(self, row):
         text = row[self.form]
         return text[0].upper() + text[1:] if self.capital else text
 
     def transitions(self, bindings):
-        return [(1.0, self.text_of(bindings[self.variable]), self.then, bindings)]
-
-
-class Draw(Recall):
-    """{friend=place.friends}: draws a row, binds it, and says a form of it."""
-
-    def __init__(self, variable, form, parent, source, rows_of, then):
-        super().__init__(variable, form, then)
-        self.parent, self.source, self.rows_of = parent, source, cache(rows_of)
-        self.needs = self.needs - {self.variable} | {parent} - {None}
-
-    def rows(self, bindings):
-        """Return [(probability, row), ...] of what can be drawn, given the bindings."""
-        return self.rows_of(self.source, bindings[self.parent][self.source] if self.parent else None)
-
-    def transitions(self, bindings):
-        return [
-            (p, self.text_of(row), self.then, {**bindings, self.variable: row})
-            for p, row in self.rows(bindings)
-        ]
+        if self.source:
+            rows = self.rows_of(self.source, bindings[self.parent][self.source] if self.parent else None)
+        else:
+            rows = [(1.0, bindings[self.variable])]
+        return [(p, self.text_of(row), self.then, {**bindings, self.variable: row}) for p, row in rows]
 
 
 class Grammar:
-    """A distribution over stories, from texts like RULES and TABLES; ValueError where they are malformed.
+    """A distribution over stories, from texts like RULES and TABLES.
 
     It is a Markov chain, whose state is a node and the bindings. To draw a story is to walk along it; the
     probability of a text is summed over the walks that say just that.
@@ -373,61 +317,35 @@ class Grammar:
 
     def __init__(self, rules, tables):
         self.rules, self.tables = read_rules(rules), read_tables(tables)
-        self.nodes = []  # each stands after all to which it leads
+        self.rows_of = cache(self.rows_of)
         self.start = self.link('story', Node('', []))
         for name in sorted(self.start.needs):
             raise ValueError(f'The rules can refer to {name!r} before a {{{name}=...}} has introduced it.')
-        self.domains = self.find_domains()
 
-    def link(self, rule, then, inside=()):
-        """Return the node at which `rule` begins and after which comes the node `then`; `inside`: the rules around it."""
-        if rule not in self.rules or rule in inside:
-            raise ValueError(
-                f'The rule <{rule}> {"contains itself" if rule in inside else "does not exist"}.'
-            )
+    def link(self, rule, then):
+        """Return the node at which `rule` begins and after which comes the node `then`."""
         options = []
-        for pieces in self.rules[rule]:
+        for way in self.rules[rule].split('|'):
             node = then
-            for piece in reversed(pieces):
-                is_rule = piece[0] == '<' and piece[-1] == '>'
-                node = self.link(piece[1:-1], node, (*inside, rule)) if is_rule else self.node_of(piece, node)
+            for piece in filter(None, reversed(re.split(r'(<\w+>|{.*?})', way))):
+                node = self.node_of(piece, node)
             options.append(node)
-        self.nodes.append(Node('', options))
-        return self.nodes[-1]
+        return Node('', options)
 
     def node_of(self, piece, then):
-        slot = re.fullmatch(r'{(\w+)(?:\.(\w+))?(?:=(?:(\w+)\.)?(\w+))?}', piece)
-        if not slot and re.search(r'[][<>{}()]', piece):
+        if rule := re.fullmatch(r'<(\w+)>', piece):
+            return self.link(rule[1], then)
+        if slot := re.fullmatch(r'{(\w+)(?:\.(\w+))?(?:=(?:(\w+)\.)?(\w+))?}', piece):
+            return Slot(*slot.groups(), self.rows_of, then)
+        if re.search(r'[][<>{}()]', piece):
             raise ValueError(f'The rules have a slot that cannot be read or a stray bracket in {piece!r}.')
-        if not slot:
-            node = Node(piece, [then])
-        elif not slot[4]:
-            node = Recall(slot[1], slot[2], then)
-        else:
-            node = Draw(*slot.groups(), self.rows_of, then)
-        self.nodes.append(node)
-        return node
+        return Node(piece, [then])
 
-    def rows_of(self, source, cell=None):
+    def rows_of(self, source, cell):
         """Return [(probability, row), ...] of the table `source`, or of those that a cell of a column `source` names."""
-        table = self.tables.get(source)
-        words = cell.split(', ') if cell else table
-        if not words or table and not set(words) <= set(table):
-            raise ValueError(f'There is no table {source!r}, or it lacks a row of {cell!r}.')
-        return zipf([table[word] if table else Row(word) for word in words])
-
-    def find_domains(self):
-        """Return {variable: set of the rows that it can be bound to}; each must have all forms asked of it."""
-        domains = {}
-        for node in reversed(self.nodes):
-            if isinstance(node, Draw):
-                for parent in domains.get(node.parent, [None]):
-                    rows = {row for _, row in node.rows({node.parent: parent})}
-                    domains[node.variable] = domains.get(node.variable, set()) | rows
-            if isinstance(node, Recall):
-                for row in domains[node.variable]:
-                    node.text_of(row)
-        return domains
+        table = self.tables.get(source)  # none of that name: the words of the cell are all there is
+        words = cell.split(', ') if cell else self.tables[source]
+        return zipf([table[word] if table else make_row(word) for word in words])
 
     def walk(self, rng):
         """Yield a story step by step: (probability of this step, text, node)."""
@@ -455,9 +373,7 @@ class Grammar:
 
     def log_prob(self, text):
         """Return the log-probability in nats that a story is exactly this text; -inf if none is."""
-        log_ps = [log_p for log_p, _ in self.derivations(text)]  # unambiguous rules give one at most
-        best = max(log_ps, default=-math.inf)
-        return best + math.log(sum(math.exp(log_p - best) for log_p in log_ps)) if log_ps else best
+        return float(np.logaddexp.reduce([log_p for log_p, _ in self.derivations(text)]))
 
 
 GRAMMAR = Grammar(RULES, TABLES)

@@ -7,18 +7,19 @@ Records of Alpaca (instruction, input, output), Dolly (context, response), promp
 ShareGPT's `conversations`, or plain text (--field=text).
 """
 
+import json
 import math
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lm import prompts
-from lm.configurator import check_range, configure, require
+from lm.configurator import check_choice, check_range, configure, require
 from lm.records import READERS, suffix_of
 from lm.tokenizer import Tokenizer
 from prepare.examples import Examples, conversation
-from prepare.readers import files, first_of, hub
-from prepare.writer import is_checkpoint, write
+from prepare.readers import files, hub
+from prepare.writer import checkpoint_at, write
 
 source = ''  # alpaca, dolly, a data set of the Hugging Face hub, or files: .json, .jsonl, .parquet
 field = ''  # of records that are plain text: the field that holds it
@@ -40,21 +41,19 @@ HUB = {'alpaca': 'tatsu-lab/alpaca', 'dolly': 'databricks/databricks-dolly-15k'}
 
 
 def document(record, where):
-    return conversation(record, where, field)
+    return json.dumps(conversation(record, where, field), ensure_ascii=False)
 
 
 if __name__ == '__main__':
     check_range(config, 0, math.inf, 'max_examples')
     require(source, 'There is nothing to read: give --source=alpaca, dolly, FILE.json, or a hub id.')
-    form, block_size, start_token = prompts.named(prompt_format), None, None
-    if is_checkpoint(tokenizer):
-        from lm import checkpoints  # imports torch, which takes seconds
-
-        base = checkpoints.load(tokenizer, mmap=True)
+    check_choice(config, 'prompt_format', prompts.FORMATS)
+    block_size, start_token = 1024, None
+    if base := checkpoint_at(tokenizer):
         block_size, start_token = base['model_config']['block_size'], base.get('start_token')
         if start_token not in Tokenizer(base['tokenizer']).special_ids.values():
             start_token = None
-    config['max_seq_len'] = max_seq_len = max_seq_len or block_size or 1024
+    config['max_seq_len'] = max_seq_len or block_size
     check_range(config, 8, math.inf, 'max_seq_len')
     config['name'] = name or Path(source.partition(',')[0]).stem
 
@@ -63,7 +62,6 @@ if __name__ == '__main__':
         records = hub(HUB.get(source, source), document=document)
     else:
         records = files(source, field, document=document)
-    if max_examples:
-        records = first_of(records, max_examples)
-    records.examples = Examples(form, max_seq_len, start_token)
+    records.limit = max_examples or None
+    records.examples = Examples(prompts.FORMATS[prompt_format], config['max_seq_len'], start_token)
     write(records, config)

@@ -8,17 +8,16 @@ import glob
 import hashlib
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from tqdm import tqdm
 
 from lm.configurator import UserError, require
 from lm.files import sha256_of
-from lm.records import READERS, attempt, damage_named, decode, first_line, kind_of, read_records, suffix_of
+from lm.records import READERS, attempt, damage_named, kind_of, read_records, refusals_named, suffix_of
 
 
 @dataclass
@@ -26,13 +25,12 @@ class Source:
     """Where documents come from."""
 
     name: str
-    # (done=0, state=None) -> a fresh iterable of (text or UserError, amount of the source that it took), from
-    # after the first `done` documents on
-    documents: Callable
+    documents: Callable  # (done=0, state=None) -> iterable of (text or UserError, amount), from `done` on
     inputs: dict  # name -> sha256 of what the documents are read from or made by
     total: float  # amount of the whole source, in `unit`s; None where nobody knows
     unit: str = 'B'
     state: Callable = lambda: None  # () -> JSON that spares `documents` to read what is done once more
+    limit: int = None  # of documents, where only the first are wanted
     examples: object = None  # prepare.examples.Examples, where documents are records and no plain text
 
 
@@ -40,39 +38,49 @@ def files(patterns, field, separator='', document=None):
     """Return the Source of comma-separated files, folders or globs, in that order, each of them sorted.
 
     `field` names the text of a record; or `document(record, where)` makes a document of a whole record. A .txt
-    is one document, or several with a `separator` between them. Reading streams, except for .txt without a
-    separator and .json. Raises UserError for what cannot be read.
+    is one document, or several with a `separator` between them. Raises UserError for what cannot be read.
     """
     make = document or partial(text_of, field)
     paths = expand(patterns, [*READERS] if document else ['.txt', *READERS])
-    before = [path.stat().st_mtime_ns for path in paths]
     inputs = {}
     for path in paths:  # before anything is written
         require(path.stat().st_size, f'{path} is empty; fill it, or leave it out.')
         with damage_named(path):
             inputs[str(path)] = sha256_of(path)
 
-    def all_documents():
-        for path, modified in zip(paths, before):
-            yield from (
-                read_txt(path, separator) if path.suffix.lower() == '.txt' else read_records(path, make)
-            )
-            is_same = path.stat().st_mtime_ns == modified
-            require(is_same, f'{path} changed while it was being read; let it rest, and give --overwrite.')
+    def read(path):
+        return read_txt(path, separator) if path.suffix.lower() == '.txt' else read_records(path, make)
 
     def documents(done=0, state=None):
-        return islice(all_documents(), done, None)
+        return islice(chain.from_iterable(map(read, paths)), done, None)
 
     return Source(patterns, documents, inputs, total=sum(path.stat().st_size for path in paths))
 
 
-def first_of(source, count):
-    """Return the Source of the first `count` documents of another."""
+def hub(path, subset=None, field='text', document=None):
+    """Return the Source of the training split of a data set on the hub, streamed, at its newest revision.
+
+    `field` and `document` are as in `files`. A restart goes on within the file where it was.
+    """
+    import datasets  # it takes seconds, and files do not need it
+    from huggingface_hub import HfApi
+
+    with refusals_named(path):
+        revision = HfApi().dataset_info(path).sha
+    make, stream = document or partial(text_of, field), None
 
     def documents(done=0, state=None):
-        return islice(source.documents(done, state), max(0, count - done))
+        nonlocal stream
+        with refusals_named(path):
+            stream = datasets.load_dataset(path, subset, split='train', streaming=True, revision=revision)
+            if state:
+                stream.load_state_dict(state)
+            for number, row in enumerate(stream, done + 1):
+                yield attempt(make, row, f'{path}, row {number}'), 1
 
-    return replace(source, documents=documents)
+    name = f'{path}/{subset}' if subset else path
+    url = f'https://huggingface.co/datasets/{name}'
+    return Source(url, documents, {name: revision}, None, ' documents', state=lambda: stream.state_dict())
 
 
 # ---------------------------------------------------------------------------- documents and their splits
@@ -97,7 +105,8 @@ class Corpus:
     def texts(self, read=None):
         """Yield the texts, from the start or from where `self.read` stood; it is counted up on the way."""
         self.read = dict(read or {'documents': 0, 'amount': 0, 'blank': 0, 'skipped': 0, 'state': None})
-        for text, amount in self.source.documents(self.read['documents'], self.read['state']):
+        done, limit = self.read['documents'], self.source.limit
+        for text, amount in islice(self.source.documents(done, self.read['state']), limit and limit - done):
             self.read['documents'] += 1
             self.read['amount'] += amount
             if isinstance(text, UserError):
@@ -147,7 +156,7 @@ def expand(patterns, suffixes):
 
     Of a folder these are all files below it that can be read; others (a README) are not meant.
     """
-    paths = []
+    paths, endings = [], ', '.join(suffixes)
     for pattern in filter(None, map(str.strip, patterns.split(','))):
         pattern = str(Path(pattern).expanduser())
         matches = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
@@ -155,10 +164,7 @@ def expand(patterns, suffixes):
         for path in map(Path, matches):
             below = (file for file in path.rglob('*') if file.is_file() and suffix_of(file) in suffixes)
             paths += sorted(below) if path.is_dir() else [path]
-    endings = ', '.join(suffixes)
-    require(
-        paths, f'There is nothing to read: give files, folders or globs, with commas between, of {endings}.'
-    )
+    require(paths, f'There is nothing to read: give files, folders or globs, between commas, of {endings}.')
     for path in paths:
         require(suffix_of(path) in suffixes, f'{path} ends in none of {endings}; convert or rename it.')
     return list(dict.fromkeys(paths))
@@ -166,11 +172,13 @@ def expand(patterns, suffixes):
 
 def read_txt(path, separator):
     """Yield (text or UserError, bytes) of the documents of a .txt."""
-    if not separator:
-        yield attempt(decode, path.read_bytes(), path), path.stat().st_size
-        return
-    for number, content in enumerate(split_file(path, separator.encode()), 1):
-        yield attempt(decode, content.strip(), f'{path}, document {number}'), len(content) + len(separator)
+    contents = map(bytes.strip, split_file(path, separator.encode())) if separator else [path.read_bytes()]
+    for number, content in enumerate(contents, 1):
+        try:
+            text = content.decode()
+        except UnicodeDecodeError as error:
+            text = UserError(f'{path}, document {number}: no valid UTF-8 ({error}); convert it as by iconv.')
+        yield text, len(content) + len(separator)
 
 
 def split_file(path, separator):
@@ -184,63 +192,14 @@ def split_file(path, separator):
 
 
 def text_of(field, record, where):
-    """Return the text of a record; raise UserError, which names `where`, if it has none."""
-    if not isinstance(record, dict):
-        raise UserError(f'{where}: {kind_of(record)} instead of a record; write {{"{field}": "..."}}.')
-    if field not in record:
-        names = ', '.join(map(repr, record)) or 'none'
-        raise UserError(
-            f'{where}: there is no field {field!r}, only {names}; name the right one with --field.'
-        )
-    text, name = record[field], f'{where}: the field {field!r}'
+    """Return the text in a field of a record; raise UserError, which names `where`, if it has none."""
+    text = record.get(field)
     if not isinstance(text, str):
-        raise UserError(f'{name} holds {kind_of(text)}, not text; repair it, or name another with --field.')
+        problem = f'there is no field {field!r}, only {", ".join(map(repr, record)) or "none"}'
+        problem = f'the field {field!r} holds {kind_of(text)}, not text' if field in record else problem
+        raise UserError(f'{where}: {problem}; repair it, or name another with --field.')
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a character pair
-        half = repr(text[error.start])
-        raise UserError(f'{name} holds half a character, {half}; repair it, or leave it out.') from error
+        raise UserError(f'{where}: half a character in {field!r} ({error}); leave it out.') from error
     return text
-
-
-# ---------------------------------------------------------------------------- the hub
-
-
-def hub(path, subset=None, field='text', document=None):
-    """Return the Source of the training split of a data set on the Hugging Face hub, streamed, at its newest revision.
-
-    `field` and `document` are as in `files`. A restart goes on within the file where it was. Raises UserError
-    for what the hub refuses.
-    """
-    import datasets  # it takes seconds, and files do not need it
-    from huggingface_hub import HfApi
-
-    with refusals_named(path):
-        revision = HfApi().dataset_info(path).sha
-    make, stream = document or partial(text_of, field), None
-
-    def documents(done=0, state=None):
-        nonlocal stream
-        with refusals_named(path):
-            stream = datasets.load_dataset(path, subset, split='train', streaming=True, revision=revision)
-            if state:
-                stream.load_state_dict(state)
-            for number, row in enumerate(stream, done + 1):
-                yield attempt(make, row, f'{path}, row {number}'), 1
-
-    name = f'{path}/{subset}' if subset else path
-    url = f'https://huggingface.co/datasets/{name}'
-    return Source(url, documents, {name: revision}, None, ' documents', state=lambda: stream.state_dict())
-
-
-@contextmanager
-def refusals_named(path):
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # of many kinds, from four libraries
-        problem = f'The data set {path} could not be read from the hub ({first_line(error)})'
-        raise UserError(
-            f'{problem}; correct the name, try again, or fetch its files and give their folder.'
-        ) from error

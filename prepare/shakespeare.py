@@ -28,7 +28,6 @@ config = configure(globals())
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
-SIZE = 1_115_394  # bytes
 
 
 @cache
@@ -39,14 +38,12 @@ def download():
             content = response.read()
     except OSError as error:
         raise UserError(f'{URL} could not be downloaded ({error}); give a copy with --input=FILE.') from error
-    require(
-        hashlib.sha256(content).hexdigest() == SHA256,
-        f'{URL} gave {len(content)} bytes that are not the known file; try again, or give a copy with --input=FILE.',
-    )
+    is_known = hashlib.sha256(content).hexdigest() == SHA256
+    require(is_known, f'{URL} gave {len(content)} bytes of another file; give a copy with --input=FILE.')
     return content.decode('utf-8')
 
 
 if __name__ == '__main__':
     config['name'] = name or f'shakespeare_{Path(tokenizer).stem}'
-    online = Source(URL, lambda done=0, state=None: [(download(), SIZE)][done:], {URL: SHA256}, SIZE)
+    online = Source(URL, lambda done=0, state=None: [(download(), 1)][done:], {URL: SHA256}, 1, ' texts')
     write(files(input, field='text') if input else online, config)

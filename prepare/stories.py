@@ -35,8 +35,6 @@ if __name__ == '__main__':
     check_range(config, 1, math.inf, 'num_stories')
     source = Source('prepare/grammar.py', documents, grammar.VERSION, num_stories, ' stories')
     floor = write(source, config, grammar.log_prob)['floor']
+    figures = ', '.join(f'{nats:.4f} {unit.replace("_", " ")}' for unit, nats in floor.items())
     print(f'\n{next(grammar.stories(1, seed))}\n')
-    print(
-        f'No model can be expected to do better than {floor["nats_per_token"]:.4f} nats per token, '
-        f'{floor["bits_per_byte"]:.4f} bits per byte, on the validation stories.'
-    )
+    print(f'The best expected loss on the validation stories: {figures}.')

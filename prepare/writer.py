@@ -1,8 +1,5 @@
 """The one writer of prepared folders: documents in, flat token ids out, ready to be memory-mapped.
 
-    source = files('books.jsonl', field='text')     # or any other Source
-    write(source, config)                           # config: the settings of the script
-
 The documents are read once to train the tokenizer, if it is trained, and once to be encoded: the main process
 reads, worker processes encode, and results are written in the order of the source, so that memory stays flat and
 the number of workers changes nothing. After each shard of the source a killed run can go on (prepare/folders.py).
@@ -14,11 +11,10 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from itertools import chain
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +28,8 @@ from prepare.readers import Corpus
 
 BATCH = 2**18  # characters that a worker encodes at once
 SHARD = 2**22  # characters per worker after which a killed run can go on
-SPLITS = ('train', 'val')
-# Settings that decide no token:
-NOT_CONTENT = ('name', 'output_dir', 'input', 'source', 'num_workers', 'overwrite', 'on_error')
+SPLITS, UNITS = ('train', 'val'), ('tokens', 'documents', 'bytes')
+NOT_CONTENT = 'name output_dir input source num_workers overwrite on_error'.split()  # decide no token
 
 
 def write(source, config, log_prob=None):
@@ -45,46 +40,36 @@ def write(source, config, log_prob=None):
     distribution of the documents is known: then the loss that no model can beat is recorded too. Raises UserError
     for every mistake of the user's; a folder that was there is then as it was.
     """
-    started = time.time()
     check_settings(config)
     target = target_folder(config)
     command = {'format': FORMAT, 'arguments': content_arguments(config), 'inputs': source.inputs}
-    finished = finished_folder(target, command, config['overwrite'])
-    if finished:
+    if finished := finished_folder(target, command, config['overwrite']):
         print(f'{shown(target)} is prepared already, with the same settings from the same input.')
         report(target, finished)
         return finished
 
     with unfinished_folder(target, command, config['overwrite']) as journal:
         corpus = Corpus(source, config['val_fraction'], config.get('on_error', 'stop'))
-        if journal.state:
-            tokenizer = Tokenizer.load(journal.folder)
-        else:
-            tokenizer = make_tokenizer(corpus, config)
-            json_text = tokenizer.to_json().encode()
-            save_atomically(journal.folder / 'tokenizer.json', lambda file: file.write(json_text))
+        path = journal.folder / 'tokenizer.json'
+        if not journal.state:
+            json_text = make_tokenizer(corpus, config).to_json()
+            save_atomically(path, lambda file: file.write(json_text.encode()))
+        tokenizer = Tokenizer.load(path)
         counts = encode_corpus(corpus, tokenizer, config, journal)
-        if not (counts['train']['tokens'] and counts['val']['tokens']):
+        finished = describe(target, command, tokenizer, counts, corpus)
+        if empty := [split for split in SPLITS if not counts[split]['tokens']]:
             journal.state = None  # with these settings there is nothing to go on with
-        outcomes = source.examples.report(counts['train'] + counts['val']) if source.examples else None
-        for split in SPLITS:
-            problem = f'The {split} split is empty at val_fraction={config["val_fraction"]}'
-            require(counts[split]['tokens'], f'{problem}; give another fraction, or more text.')
-
-        finished = describe(target, source, command['arguments'], tokenizer, counts, corpus)
+            problem = f'The {empty[0]} split is empty at val_fraction={config["val_fraction"]}'
+            found = finished.get('examples') or finished['splits']
+            raise UserError(f'{problem} of {found}; give other settings, or more text.')
         if log_prob:
             finished['floor'] = floor(counts['val'], -sum(map(log_prob, corpus.texts_of('val'))))
-        if outcomes:
-            finished['examples'] = outcomes
-        paths = sorted([*journal.folder.glob('*.bin'), journal.folder / 'tokenizer.json'])
+        paths = sorted([*journal.folder.glob('*.bin'), path])
         finished['sha256'] = {path.name: sha256_of(path) for path in paths}
         finished['checksum'] = checksum(finished)
         write_json(journal.folder / 'config.json', finished)
-    report(target, finished, f', {time.time() - started:.0f} s')
+    report(target, finished)
     return finished
-
-
-# ---------------------------------------------------------------------------- settings
 
 
 def check_settings(config):
@@ -111,42 +96,35 @@ def target_folder(config):
 
 def content_arguments(config):
     """Return the settings that decide the content of the files, as config.json records them."""
-    arguments = {key: value for key, value in config.items() if key not in NOT_CONTENT}
-    if not arguments.get('max_seq_len'):
-        arguments.pop('max_seq_len', None)
-    if config['tokenizer'] != 'bpe':
-        del arguments['vocab_size'], arguments['tokenizer_sample_mb']
+    omitted = {*NOT_CONTENT} if config.get('max_seq_len') else {*NOT_CONTENT, 'max_seq_len'}
+    omitted |= set() if config['tokenizer'] == 'bpe' else {'vocab_size', 'tokenizer_sample_mb'}
+    arguments = {key: value for key, value in config.items() if key not in omitted}
     if config['tokenizer'] not in KINDS:  # by content, because a path may come to hold something else
         json_text = load_tokenizer(config['tokenizer']).to_json()
-        arguments['tokenizer'] = f'sha256:{hashlib.sha256(json_text.encode()).hexdigest()}'
+        arguments['tokenizer'] = 'sha256:' + hashlib.sha256(json_text.encode()).hexdigest()
     return arguments
 
 
 def make_tokenizer(corpus, config):
-    kind = config['tokenizer']
-    if kind not in KINDS:
-        return load_tokenizer(kind)
-    if kind == 'bpe':
-        return build(kind, corpus.sample(config['tokenizer_sample_mb']), config['vocab_size'])
-    return build(kind, map(corpus.as_text, corpus.texts()))
+    kind, texts = config['tokenizer'], map(corpus.as_text, corpus.texts())
+    texts = corpus.sample(config['tokenizer_sample_mb']) if kind == 'bpe' else texts
+    return build(kind, texts, config['vocab_size']) if kind in KINDS else load_tokenizer(kind)
 
 
 def load_tokenizer(path):
     """Load the Tokenizer of a tokenizer.json, of a folder that holds one, or of a checkpoint."""
     kinds = ', '.join(KINDS)
-    require(
-        Path(path).exists(),
-        f'tokenizer={path} is none of {kinds}, nor the path of a tokenizer.json, of its folder or of a checkpoint.',
-    )
-    if is_checkpoint(path):
+    require(Path(path).exists(), f'tokenizer={path} is none of {kinds}, nor a path; correct it.')
+    checkpoint = checkpoint_at(path)
+    return Tokenizer(checkpoint['tokenizer']) if checkpoint else Tokenizer.load(path)
+
+
+def checkpoint_at(path):
+    """Return the checkpoint that `path` leads to, or None."""
+    if Path(path).suffix == '.pt' or (Path(path) / 'ckpt.pt').is_file():
         from lm import checkpoints  # imports torch, which takes seconds
 
-        return Tokenizer(checkpoints.load(path, mmap=True)['tokenizer'])
-    return Tokenizer.load(path)
-
-
-def is_checkpoint(path):
-    return Path(path).suffix == '.pt' or (Path(path) / 'ckpt.pt').is_file()
+        return checkpoints.load(path, mmap=True)
 
 
 # ---------------------------------------------------------------------------- encoding
@@ -155,37 +133,35 @@ def is_checkpoint(path):
 def encode_corpus(corpus, tokenizer, config, journal):
     """Write the files of tokens, index and, of examples, masks; return the counts of each split."""
     source, num_workers = corpus.source, config['num_workers'] or os.cpu_count()
-    state = journal.state or {'source': None, 'counts': {'train': {}, 'val': {}}, 'sizes': {}}
-    counts, sizes = {split: Counter(state['counts'][split]) for split in SPLITS}, dict(state['sizes'])
-    for split in SPLITS:
-        for kind in ('tokens', 'index', 'masks') if source.examples else ('tokens', 'index'):
-            path = journal.folder / f'{split}_{kind}.bin'
-            path.touch()
-            # What was written after the last finished shard goes; a new index holds the start of document 0.
-            os.truncate(path, sizes.get(path.name, 8 if kind == 'index' else 0))
+    state = journal.state or {'source': None, 'counts': {}, 'sizes': {}}
+    counts, sizes = {split: Counter(state['counts'].get(split)) for split in SPLITS}, dict(state['sizes'])
+    kinds = ('tokens', 'index', 'masks') if source.examples else ('tokens', 'index')
+    for split, kind in product(SPLITS, kinds):
+        path = journal.folder / f'{split}_{kind}.bin'
+        path.touch()
+        # What was written after the last finished shard goes; a new index holds the start of document 0.
+        os.truncate(path, sizes.get(path.name, 8 if kind == 'index' else 0))
 
     in_pieces = config['tokenizer'] in KINDS and not source.examples
+    texts = corpus.texts(state['source'])
     setup = config['tokenizer'], tokenizer.to_json(), not corpus.is_single, source.examples
     bar = tqdm(total=source.total, unit=source.unit, unit_scale=True, disable=None)  # on a terminal only
     with bar, ProcessPoolExecutor(num_workers, initializer=start_worker, initargs=setup) as pool:
         try:
-            texts = corpus.texts(state['source'])
-            for first in texts:
-                shard, arrays = one_shard(chain([first], texts), num_workers * SHARD), defaultdict(list)
-                for encoded in pool.map(encode, batches(corpus, shard, in_pieces)):
-                    for split, found, added in encoded:
-                        found['index'] += np.uint64(counts[split]['tokens'])
-                        counts[split].update(added)
-                        for kind, array in found.items():
-                            arrays[f'{split}_{kind}.bin'].append(array)
+            while encoded := list(pool.map(encode, one_shard(corpus, texts, num_workers * SHARD, in_pieces))):
+                arrays = defaultdict(list)
+                for split, found, added in encoded:
+                    found['index'] += np.uint64(counts[split]['tokens'])
+                    counts[split].update(added)
+                    for kind in kinds:
+                        arrays[f'{split}_{kind}.bin'].append(found[kind])
                 sizes |= {name: append(journal.folder / name, parts) for name, parts in arrays.items()}
                 read = {**corpus.read, 'state': source.state()}
                 journal.save({'source': read, 'counts': counts, 'sizes': sizes})
                 bar.update(corpus.read['amount'] - bar.n)
         except BrokenProcessPool as error:
-            raise UserError(
-                f'A worker process was killed, as when memory runs out; give fewer than num_workers={num_workers}.'
-            ) from error
+            problem = 'A worker process was killed, as when memory runs out'
+            raise UserError(f'{problem}; give fewer than num_workers={num_workers}.') from error
         finally:
             pool.shutdown(cancel_futures=True)
     return counts
@@ -194,43 +170,35 @@ def encode_corpus(corpus, tokenizer, config, journal):
 def append(path, arrays):
     """Append arrays to a file, force it onto the disk and return its size in bytes."""
     with open(path, 'ab') as file:
-        for array in arrays:
-            file.write(array)
+        file.writelines(arrays)
         file.flush()
         os.fsync(file.fileno())
         return file.tell()
 
 
-def one_shard(texts, room):
-    """Yield texts until there are `room` characters; nothing is read beyond them."""
+def one_shard(corpus, texts, room, in_pieces):
+    """Yield (split, [(text, is_last)]) of about BATCH characters, until `room` characters are read."""
+    batches, sizes = defaultdict(list), Counter()
     for text in texts:
-        yield text
+        for split, part in corpus.parts(text):
+            parts = list(pieces(part)) if in_pieces else [part]
+            for number, piece in enumerate(parts, 1):
+                batches[split].append((piece, number == len(parts)))
+                sizes[split] += len(piece)
+                if sizes[split] >= BATCH:
+                    yield split, batches.pop(split)
+                    del sizes[split]
         room -= len(text)
         if room <= 0:
-            return
-
-
-def batches(corpus, texts, in_pieces):
-    """Yield lists of (split, text, is_last), of about BATCH characters; `in_pieces`: long texts are cut."""
-    batch, size = [], 0
-    for split, text in chain.from_iterable(map(corpus.parts, texts)):
-        *others, last = pieces(text) if in_pieces else [text]
-        for piece in [*((split, other, False) for other in others), (split, last, True)]:
-            batch.append(piece)
-            size += len(piece[1])
-            if size >= BATCH:
-                yield batch
-                batch, size = [], 0
-    if batch:
-        yield batch
+            break
+    yield from batches.items()
 
 
 # ---------------------------------------------------------------------------- in a worker process
 
 
 def start_worker(*setup):
-    """Load the tokenizer, once per process."""
-    global encoder
+    global encoder  # one per process
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process answers Ctrl-C
     threading.Thread(target=end_with_parent, daemon=True).start()
     os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # the processes are the parallelism
@@ -243,9 +211,8 @@ def end_with_parent():
 
 
 def encode(batch):
-    """Return [(split, {'tokens', 'index', 'masks': array}, counts)] of a batch of (split, text, is_last)."""
-    parts = {split: [piece[1:] for piece in batch if piece[0] == split] for split in SPLITS}
-    return [(split, *encoder.encode(part)) for split, part in parts.items() if part]
+    """Return the split, {'tokens', 'index', 'masks': array} and the counts of (split, [(text, is_last)])."""
+    return batch[0], *encoder.encode(batch[1])
 
 
 class Encoder:
@@ -265,21 +232,20 @@ class Encoder:
             masks += loss_mask
             counts.update(tokens=len(ids), documents=int(is_last), bytes=len(text.encode()))
             index += [counts['tokens']] * is_last
-        arrays = {'tokens': np.concatenate(tokens), 'index': np.array(index, np.uint64)}
-        return arrays | ({'masks': np.array(masks, np.uint8)} if self.examples else {}), counts
+        tokens = np.concatenate(tokens, dtype=self.dtype, casting='unsafe')
+        return dict(tokens=tokens, index=np.array(index, np.uint64), masks=np.array(masks, np.uint8)), counts
 
     def rows_of(self, batch, counts):
-        """Yield (ids, loss mask, text, is_last)."""
+        """Return [(ids, loss mask, text, is_last)]; the outcomes of examples are counted."""
+        texts = [text for text, _ in batch]
         if self.examples:
-            for document, _ in batch:
-                ids, loss_mask, outcome = self.examples.encode(self.tokenizer, document)
-                counts[outcome] += 1
-                if ids:
-                    yield np.array(ids, self.dtype), loss_mask, self.examples.text(document), True
-            return
-        for ids, (text, is_last) in zip(self.encode_batch([text for text, _ in batch]), batch):
-            ids = np.asarray(ids, self.dtype)
-            yield np.append(ids, self.end) if is_last else ids, [], text, is_last
+            encoded = [(*self.examples.encode(self.tokenizer, text), text) for text in texts]
+            counts.update(outcome for _, _, outcome, _ in encoded)
+            return [(ids, mask, self.examples.text(text), True) for ids, mask, _, text in encoded if ids]
+        return [
+            (np.append(ids, self.end) if is_last else ids, [], text, is_last)
+            for ids, (text, is_last) in zip(self.encode_batch(texts), batch)
+        ]
 
 
 # ---------------------------------------------------------------------------- config.json and what is printed
@@ -289,28 +255,26 @@ def token_dtype(tokenizer):
     return np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
 
 
-def describe(target, source, arguments, tokenizer, counts, corpus):
+def describe(target, command, tokenizer, counts, corpus):
     """Return config.json but for what follows from the files."""
     ids = tokenizer.endoftext_id, tokenizer.mask_id, tokenizer.ignore_id
-    units = 'tokens', 'documents', 'bytes'
     opening = tokenizer.encode(corpus.opening) if corpus.is_single else ids[:1]
     config = {
         'format': FORMAT,
         'name': target.name,
-        'source': source.name,
-        'arguments': arguments,
-        'inputs': source.inputs,
+        'source': corpus.source.name,
+        **{key: command[key] for key in ('arguments', 'inputs')},
         'vocab_size': tokenizer.vocab_size,
         'dtype': token_dtype(tokenizer).name,
         'special_ids': dict(zip(SPECIAL_TOKENS, ids)),
-        'splits': {split: {unit: count[unit] for unit in units} for split, count in counts.items()},
-        'blank': corpus.read['blank'],
-        'skipped': corpus.read['skipped'],
+        'splits': {split: {unit: count[unit] for unit in UNITS} for split, count in counts.items()},
+        **{key: corpus.read[key] for key in ('blank', 'skipped')},
+        **{key: value for key, value in command['arguments'].items() if key == 'max_seq_len'},
+        'prompt_format': None,
+        'start_token': opening[0] if len(opening) == 1 else ids[0],
     }
-    if 'max_seq_len' in arguments:
-        config['max_seq_len'] = arguments['max_seq_len']
-    config |= {'prompt_format': None, 'start_token': opening[0] if len(opening) == 1 else ids[0]}
-    return config | (source.examples.settings if source.examples else {})
+    examples = corpus.source.examples
+    return config | (examples.describe(counts['train'] + counts['val']) if examples else {})
 
 
 def floor(counts, nats):
@@ -323,19 +287,14 @@ def floor(counts, nats):
     }
 
 
-def report(target, finished, remark=''):
+def report(target, finished):
     """Print what the folder holds, and the command that comes next."""
     train, val = finished['splits']['train'], finished['splits']['val']
-    blank, skipped = finished.get('blank'), finished.get('skipped')
-    print(
-        f'{shown(target)}: {train["documents"]:,} + {val["documents"]:,} documents, '
-        f'{train["tokens"]:,} + {val["tokens"]:,} tokens (training + validation), '
-        f'{(train["bytes"] + val["bytes"]) / (train["tokens"] + val["tokens"]):.2f} bytes per token, '
-        f'vocabulary {finished["vocab_size"]:,}'
-        + (f', {blank} blank documents left out' if blank else '')
-        + (f', {skipped} that could not be read left out' if skipped else '')
-        + remark
-    )
-    dataset = target.name if target == ROOT / 'data' / target.name else target
+    sizes = ', '.join(f'{train[unit]:,} + {val[unit]:,} {unit}' for unit in UNITS)
+    print(f'{shown(target)}: {sizes} (training + validation), vocabulary {finished["vocab_size"]:,}')
+    print(f'left out: {finished["blank"]:,} blank documents, {finished["skipped"]:,} that could not be read')
+    if 'examples' in finished:
+        print('examples:', ', '.join(f'{count:,} {name}' for name, count in finished['examples'].items()))
     script = 'finetune.py --init_from=CHECKPOINT' if 'examples' in finished else 'train.py'
+    dataset = target.name if target == ROOT / 'data' / target.name else target
     print(f'next: python {script} --dataset={dataset}')

@@ -27,7 +27,7 @@ import hf
 import model as models
 from lm import checkpoints, lora
 from lm.configurator import ROOT, UserError
-from lm.tokenizer import Tokenizer, byte_level, spell
+from lm.tokenizer import CHARACTERS, Tokenizer, byte_level
 
 transformers = pytest.importorskip('transformers', reason='transformers is not installed')
 
@@ -111,7 +111,7 @@ def test_a_sharded_model_passes_through_memory_one_shard_at_a_time(tmp_path):
 
 def write_tokenizer(folder):
     """A byte-level tokenizer of 256 bytes, <s> and </s>, which puts <s> before a text by itself."""
-    tokenizer = byte_level({spell(bytes([byte])): byte for byte in range(256)}, [])
+    tokenizer = byte_level({character: byte for byte, character in CHARACTERS.items()}, [])
     tokenizer.add_special_tokens(['<s>', '</s>'])
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single='<s> $A', pair='<s> $A $B', special_tokens=[('<s>', 256)]

@@ -353,10 +353,9 @@ def test_a_restart_repeats_no_finished_shard(prepare, tmp_path, small_shards, ca
     words = ['text.py', f'--input={path}', '--tokenizer=bytes']
     expected = contents(prepare(*words, '--on_error=skip', output_dir=tmp_path / 'whole' / 'out'))
     for _ in range(2):  # the second time the same command goes on, and meets the same line
-        with pytest.raises(
-            UserError, match='line 161: not valid JSON.*documents, is kept .* goes on from there'
-        ):
+        with pytest.raises(UserError, match='line 161: not valid JSON'):
             prepare(*words)
+        assert 'documents, is kept in' in capsys.readouterr().err
     tokens = tmp_path / '.out.partial' / 'train_tokens.bin'
     tokens.write_bytes(b'\x01\x02' + tokens.read_bytes()[2:] + b'written after the last finished shard')
     capsys.readouterr()
@@ -373,7 +372,7 @@ def test_a_restart_repeats_no_finished_shard(prepare, tmp_path, small_shards, ca
 def test_another_input_or_setting_between_restarts_is_refused(prepare, tmp_path, small_shards, words):
     path = write_jsonl(tmp_path / 'a.jsonl', make_texts(80))
     path.open('a').write('broken\n')
-    with pytest.raises(UserError, match='line 81: not valid JSON.*documents, is kept'):
+    with pytest.raises(UserError, match='line 81: not valid JSON'):
         prepare('text.py', f'--input={path}', '--tokenizer=bytes')
     if 'input' in words:
         path.write_text(path.read_text().replace('every', 'no'))
@@ -382,7 +381,7 @@ def test_another_input_or_setting_between_restarts_is_refused(prepare, tmp_path,
         UserError, match=f'unfinished preparation of .* was begun otherwise: .*{words}.*--overwrite'
     ):
         prepare('text.py', *again)
-    assert (tmp_path / '.out.partial' / 'journal.json').exists()
+    assert (tmp_path / '.out.partial' / 'work' / 'journal.json').exists()
     assert config_of(prepare('text.py', *again, '--on_error=skip', '--overwrite'))['skipped'] == 1
 
 
@@ -391,7 +390,7 @@ def test_a_killed_run_leaves_no_worker_and_nothing_that_looks_finished(prepare, 
     words = ['text.py', f'--input={path}', '--tokenizer=bytes', '--num_workers=2']
     target, journal, kills, draw = (
         tmp_path / 'x',
-        tmp_path / '.x.partial' / 'journal.json',
+        tmp_path / '.x.partial' / 'work' / 'journal.json',
         0,
         random.Random(0),
     )
@@ -475,7 +474,7 @@ def test_an_error_has_no_traceback_and_exit_status_1(tmp_path):
     command = [sys.executable, ROOT / 'prepare' / 'text.py', '--input=a.txt', '--output_dir=out']
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ''
-    assert len(done.stderr.splitlines()) == 1 and 'is not valid UTF-8' in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and 'no valid UTF-8' in done.stderr
 
 
 def test_other_subsets_and_no_network_are_one_sentence(prepare, monkeypatch):

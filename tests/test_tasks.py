@@ -22,17 +22,19 @@ POSITIONS = {
 
 
 def brackets_match(v):
-    """The same language as fn_h by cancelling neighbours until nothing is left to cancel."""
-    word = ''.join({'00': '(', '01': ')', '10': '[', '11': ']'}[v[i : i + 2]] for i in range(0, len(v), 2))
-    while '()' in word or '[]' in word:
-        word = word.replace('()', '').replace('[]', '')
-    return word == ''
+    """The same language as fn_h with a stack of what is open."""
+    opened = []
+    for kind, closes in zip(v[::2], v[1::2]):
+        if closes == '0':
+            opened.append(kind)
+        elif not opened or opened.pop() != kind:
+            return False
+    return not opened
 
 
 def next_cells(v):
-    return ''.join(
-        str(int(l) ^ (int(c) | int(r))) for l, c, r in zip('0' + v[:-1], v, v[1:] + '0')
-    )  # Rule 30
+    windows = zip('0' + v[:-1], v, v[1:] + '0')
+    return ''.join(f'{30:08b}'[7 - int(l + c + r, 2)] for l, c, r in windows)  # Rule 30 by its table
 
 
 def definition(task, v):
@@ -137,7 +139,7 @@ def test_compat_repeats_rare_rows_within_the_test_set_only(tmp_path):
         (dict(length=5), '2^5 = 32'),
         (dict(task='fn_h', length=22), 'multiple of 4'),
         (dict(task='fn_c', length=7), 'at least 8'),
-        (dict(task='fn_g', length=8), 'only 16 were found'),
+        (dict(task='fn_g', length=8), 'has only 16 rows'),
     ],
 )
 def test_a_mistake_is_named(settings, part, tmp_path):

@@ -34,21 +34,17 @@ def change(folder, name, place, value, dtype, seal=False):
         (folder / 'config.json').write_text(json.dumps(config | {'checksum': checksum(config)}))
 
 
-def test_a_folder_as_it_was_written_gets_its_card(folder, capsys, monkeypatch):
-    for size in (verify.CHUNK, 7):
-        monkeypatch.setattr(verify, 'CHUNK', size)
-        assert verify.main([str(folder)]) == 0
+def test_a_folder_as_it_was_written_gets_its_card(folder, capsys):
+    assert verify.main([str(folder)]) == 0
     said, sizes = capsys.readouterr().out, config_of(folder)['splits']
     for part in (
         'a.jsonl',
         'max_seq_len=1024',
         'bytes per token',
         f'{sizes["train"]["tokens"]:,}',
-        "the shortest: 2 tokens, 'x'",
-        "'a long one a long one",
         'all is as it was written',
     ):
-        assert said.count(part) >= 2, part
+        assert part in said, part
 
 
 def cut(folder, name, size):
