@@ -170,7 +170,7 @@ def evaluate_likelihood(model, first):
 
 
 def write_texts(model, heads, stop_tokens):
-    """Return a continuation per head, lists of token ids; each batch has its own seed, so that ranks share the work."""
+    """Return a continuation per head (token ids); each batch has its own seed, so that ranks can share them."""
     rows = {}
     for start in range(dist.rank * batch_size, len(heads), dist.world_size * batch_size):
         batch = heads[start : start + batch_size]
@@ -235,7 +235,7 @@ def heldout_texts(rows):
 
 
 def grammar_figures(rows):
-    """Return the share of samples that begin with a whole story of prepare/grammar.py, and of those that end."""
+    """Return the share of samples that begin with a whole story of prepare/grammar.py, and that end."""
     from prepare import grammar  # builds its tables: only for its own stories
 
     end = tokenizer.endoftext_id

@@ -190,7 +190,7 @@ def check(answer, checks):
 
 
 def format_compliance(answer, reference, ended, markers):
-    """Return bools: it ended by itself, repeats no marker of the prompt, has 1/2 to 2 times the reference's words."""
+    """Return bools: it ended, repeats no marker of the prompt, has half to twice the words of the reference."""
     words, wanted = len(words_in(answer)), len(words_in(reference))
     no_markers, length = not any(marker in answer for marker in markers), wanted / 2 <= words <= 2 * wanted
     kept = {'format_ended': ended, 'format_no_markers': no_markers, 'format_length': length}
