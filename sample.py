@@ -3,16 +3,15 @@
 python sample.py --checkpoint=out/ar-stories-tiny-v1 --prompt="Once upon a time"
 python sample.py --checkpoint=out/diffusion-stories-tiny-v1 --infill="The <mask:12> sat"
 python sample.py --checkpoint=out/sdd-stories-tiny-v1 --k=4 --show_candidates --candidate_steps=1,40
-python sample.py --checkpoint=out/ar-alpaca-base-v1/best.pt --chat
+python sample.py --checkpoint=out/ar-alpaca-base-v1/best.pt --chat --prompt="Name three fruits."
 """
 
 import re
-import sys
 from pathlib import Path
 
 from lm import checkpoints, prompts, runtime
 from lm.configurator import ROOT, UserError, configure, require, user_errors
-from lm.data import ENDOFTEXT, IGNORE, Tokenizer
+from lm.tokenizer import Tokenizer
 from sampling import generate
 
 checkpoint = ''  # a ckpt.pt, run folder, Hugging Face folder or hub id; empty: newest under out/
@@ -20,7 +19,7 @@ token = ''  # of the Hugging Face hub, for private models
 revision = ''  # a branch, tag or commit of the hub
 prompt = ''  # the text to continue, or FILE:path; empty: a new text
 infill = ''  # diffusion: a text with gaps, <mask:12> for 12 tokens; instead of a prompt
-chat = False  # the prompt is an instruction, in the checkpoint's format; without one: a conversation
+chat = False  # the prompt is an instruction, in the checkpoint's format
 input = ''  # of --chat: what the instruction is about
 system = ''  # of --chat: the system message
 num_samples = 3
@@ -47,23 +46,6 @@ config = configure(globals())
 OPTIONS = 'temperature top_k top_p seed use_cache compile steps sampler block_length threshold eta k'
 
 
-def newest_checkpoint():
-    paths = sorted((ROOT / 'out').glob('*/ckpt.pt'), key=lambda path: path.stat().st_mtime)
-    require(paths, 'There is no run under out/; train one with `python train.py`, or give --checkpoint=PATH.')
-    return paths[-1]
-
-
-def read_prompt(text):
-    """Return the prompt itself, or the text of the file that FILE:path names."""
-    if not text.startswith('FILE:'):
-        return text
-    path = Path(text.removeprefix('FILE:'))
-    try:
-        return path.read_text(encoding='utf-8')
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f'The prompt file {path} cannot be read ({error}); give a text in UTF-8.') from error
-
-
 def encode_infill(text):
     """Return the token ids of a text in which <mask:N> stands for N masked tokens.
 
@@ -78,19 +60,6 @@ def encode_infill(text):
     return ids
 
 
-def sample(ids, count, stop_token):
-    """Return `count` continuations of the token ids, or infillings of their gaps."""
-    with dist.autocast(), user_errors():
-        return generate(
-            model,
-            [ids] * count,
-            0 if infill else max_new_tokens,
-            stop_tokens=[stop_token] if stop_at_end else [],
-            watch=print_candidates if show_candidates else None,
-            **{name: config[name] for name in OPTIONS.split()},
-        )
-
-
 def print_candidates(step, x, belief):
     """Print the first row of x (B, L) after a step, and each masked position's candidates."""
     if step not in shown_steps:
@@ -100,75 +69,57 @@ def print_candidates(step, x, belief):
     print(f'{"-" * 80}\nafter step {step} of {num_steps}: {text}')
     for position, (tokens, probabilities) in enumerate(zip(*(part[0].tolist() for part in belief))):
         if row[position] == tokenizer.mask_id:
-            candidates = [f'{name_of(token)} {p:.3f}' for token, p in zip(tokens, probabilities) if p > 0]
+            names = [repr(tokenizer.decode([token], show_special=True)) for token in tokens]
+            candidates = [f'{name} {p:.3f}' for name, p in zip(names, probabilities) if p > 0]
             print(f'{position:5}', *candidates, f'any other {1 - sum(probabilities):.3f}', sep='  ')
-
-
-def name_of(token):
-    """Return the text of a token in quotes, or a special token's name."""
-    special = {tokenizer.endoftext_id: ENDOFTEXT, tokenizer.ignore_id: IGNORE}
-    return special.get(token) or repr(tokenizer.decode([token]))
-
-
-def answer(turns, count):
-    """Return `count` outputs for the last of `turns`; a long conversation is cut on the left."""
-    ids, _ = prompts.encode(tokenizer, form, turns, system)
-    block_size = model.config.block_size
-    ids = [state['start_token']] + ids[1 - max(block_size // 2, block_size - max_new_tokens) :]
-    rows = sample(ids, count, prompts.end_of(form, tokenizer)[0])
-    return [tokenizer.decode(row[len(ids) :]).strip() for row in rows]
-
-
-def converse():
-    """Answer the lines of stdin until there are no more."""
-    print('Type an instruction; an empty line starts over, Ctrl-D ends.')
-    turns = []
-    for line in sys.stdin:
-        if not line.strip():
-            turns = []
-            continue
-        (output,) = answer([*turns, (line.strip(), input, None)], 1)
-        turns.append((line.strip(), input, output))
-        print(f'> {output}', flush=True)
 
 
 # ---------------------------------------------------------------------------- run
 
 require(not (prompt and infill), 'A prompt and an infill are given; leave one out.')
 require(chat or not (input or system), 'input and system belong to --chat; add it, or leave them out.')
-require(not (chat and infill), 'An infill does not belong to --chat; leave one out.')
+require(not chat or prompt and not infill, '--chat answers a --prompt; give one, and no --infill.')
 require(num_samples >= 1, f'num_samples is {num_samples}; it has to be at least 1.')
+if prompt.startswith('FILE:'):
+    path = Path(prompt.removeprefix('FILE:'))
+    try:
+        prompt = path.read_text(encoding='utf-8')
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f'The prompt file {path} cannot be read ({error}); give a text in UTF-8.') from error
 
 dist = runtime.Runtime(device, dtype)
-path = checkpoint or newest_checkpoint()
+runs = sorted((ROOT / 'out').glob('*/ckpt.pt'), key=lambda path: path.stat().st_mtime)
+require(checkpoint or runs, 'There is no run under out/; train one, or give --checkpoint=PATH.')
+path = checkpoint or runs[-1]
 state = checkpoints.load(path, token, revision)
 tokenizer = Tokenizer(state['tokenizer'])
 model = checkpoints.load_model(state, dist.device)
-require(
-    not show_candidates or model.has_beliefs and k != 0,
-    f'{path} keeps no candidates (architecture={state["architecture"]}, k={k}); leave --show_candidates '
-    'out, or take an sdd checkpoint and a k above 0.',
-)
+has_candidates, remedy = model.has_beliefs and k != 0, 'take an sdd checkpoint and a k above 0'
+require(not show_candidates or has_candidates, f'{path} with k={k} keeps no candidates to show; {remedy}.')
 print(f'{path}: {state["architecture"]}, {model.num_parameters():,} parameters, step {state["global_step"]}')
 
-form = state.get('prompt_format') or prompts.DEFAULT
-if chat and not state.get('prompt_format'):
-    print('warning: this checkpoint was not fine-tuned on instructions; the default prompt format is used.')
-if chat and not prompt:
-    converse()
-    sys.exit()
-
-ids = [] if chat else encode_infill(infill) if infill else tokenizer.encode(read_prompt(prompt))
-num_steps = steps or (ids.count(tokenizer.mask_id) if infill else max_new_tokens)
-shown_steps = candidate_steps or (1, num_steps // 2, num_steps * 3 // 4)
+start, end = [state['start_token']], tokenizer.endoftext_id
 if chat:
-    texts = answer([(read_prompt(prompt), input, None)], num_samples)
+    form = state.get('prompt_format') or prompts.DEFAULT
+    if not state.get('prompt_format'):
+        print('warning: this checkpoint was not fine-tuned on instructions; it gets the default format.')
+    end, _ = prompts.end_of(form, tokenizer)
+    ids, _ = prompts.encode(tokenizer, form, [(prompt, input, None)], system)
+    block_size = model.config.block_size
+    ids = ids[1 - max(block_size // 2, block_size - max_new_tokens) :]  # a long prompt is cut on the left
 else:
+    ids = encode_infill(infill) if infill else tokenizer.encode(prompt)
     # A text begins after the end of another, or after a start token. Where the data was one long text, only an
     # empty prompt needs one.
-    is_special = not tokenizer.decode([state['start_token']])
-    start = [state['start_token']] if not ids or is_special else []
-    rows = sample(start + ids, num_samples, tokenizer.endoftext_id)
-    texts = [tokenizer.decode(row[len(start) :]) for row in rows]
-for text in texts:
+    start = [] if ids and tokenizer.decode(start) else start
+
+num_steps = steps or (ids.count(tokenizer.mask_id) if infill else max_new_tokens)
+shown_steps = candidate_steps or (1, num_steps // 2, num_steps * 3 // 4)
+options = {name: config[name] for name in OPTIONS.split()}
+options['stop_tokens'] = [end] if stop_at_end else []
+options['watch'] = print_candidates if show_candidates else None
+with dist.autocast(), user_errors():
+    rows = generate(model, [start + ids] * num_samples, 0 if infill else max_new_tokens, **options)
+for row in rows:
+    text = tokenizer.decode(row[len(start + ids) :]).strip() if chat else tokenizer.decode(row[len(start) :])
     print(f'{"-" * 80}\n{text}')

@@ -7,8 +7,7 @@ number and the length of the samples: compare it with that of similar held-out t
 import json
 import math
 import re
-import string
-from collections import Counter, defaultdict
+from collections import Counter
 
 import numpy as np
 
@@ -19,19 +18,20 @@ Z = 1.959964  # the 97.5 % quantile of the normal distribution
 # ---------------------------------------------------------------------------- diversity, overlap
 
 
-def ngrams(tokens, n):
-    return list(zip(*(tokens[i:] for i in range(n))))
+def ngrams(samples, n):
+    """Return the list of n-grams of each sample."""
+    return [list(zip(*(sample[i:] for i in range(n)))) for sample in samples]
 
 
 def distinct(samples, n):
     """Return distinct-n, the different n-grams over all n-grams of all samples (Li et al. 2016)."""
-    grams = [gram for sample in samples for gram in ngrams(sample, n)]
+    grams = [gram for of_sample in ngrams(samples, n) for gram in of_sample]
     return len(set(grams)) / len(grams) if grams else None
 
 
 def rep(samples, n):
     """Return rep-n, the share of n-grams that occurred earlier in the same sample (Welleck et al. 2020)."""
-    grams = [ngrams(sample, n) for sample in samples]
+    grams = ngrams(samples, n)
     total = sum(map(len, grams))
     return 1 - sum(len(set(of_sample)) for of_sample in grams) / total if total else None
 
@@ -43,94 +43,31 @@ def entropy(samples):
     return float(abs(p @ np.log(p))) if counts else None  # abs instead of minus: never -0
 
 
-def self_bleu(samples, n):
-    """Return self-BLEU-n, the mean over samples of BLEU-n against all the others (Zhu et al. 2018, Texygen).
-
-    BLEU (Papineni et al. 2002): the geometric mean of the clipped 1..n-gram precisions, times exp(1 - r / c) for a
-    sample of c tokens shorter than r, the closest length of another. Not smoothed: a sample without a common n-gram
-    of some order has BLEU 0. Samples of fewer than n tokens are left out on both sides.
-    """
-    samples = [sample for sample in samples if len(sample) >= n]
-    if len(samples) < 2:
-        return None
-
-    log_bleu = np.zeros(len(samples))
-    for order in range(1, n + 1):
-        counts = [Counter(ngrams(sample, order)) for sample in samples]
-        with np.errstate(divide='ignore'):  # log 0 is -inf
-            log_bleu += np.log(clipped_matches(counts) / [count.total() for count in counts]) / n
-
-    lengths = [len(sample) for sample in samples]
-    for i, length in enumerate(lengths):
-        others = lengths[:i] + lengths[i + 1 :]
-        closest = min(others, key=lambda other: (abs(other - length), other))
-        log_bleu[i] += min(0, 1 - closest / length)
-    return float(np.exp(log_bleu).mean())
-
-
-def clipped_matches(counts):
-    """Return how many n-grams of each sample (N,) are in another, each counted at most as often as there."""
-    by_gram = defaultdict(lambda: [0])
-    for of_sample in counts:
-        for gram, count in of_sample.items():
-            by_gram[gram].append(count)
-    two_largest = {gram: sorted(found)[-2:] for gram, found in by_gram.items()}
-
-    matches = np.zeros(len(counts))
-    for i, of_sample in enumerate(counts):
-        for gram, count in of_sample.items():
-            second, first = two_largest[gram]
-            matches[i] += second if count == first else count
-    return matches
-
-
 def rouge_l(text, reference):
     """Return ROUGE-L (Lin 2004), the F1 of the longest common subsequence of words in lower case."""
     text, reference = (re.findall(r'\w+', words.lower()) for words in (text, reference))
-    return 2 * common_subsequence(text, reference) / (len(text) + len(reference)) if reference else None
-
-
-def common_subsequence(a, b):
-    """Return the length of the longest common subsequence of two lists."""
-    row = [0] * (len(b) + 1)  # row[j]: of b[:j] and what was read of a
-    for x in a:
+    common = [0] * (len(reference) + 1)  # common[j]: of reference[:j] and what was read of the text
+    for word in text:
         diagonal = 0
-        for j, y in enumerate(b, 1):
-            diagonal, row[j] = row[j], diagonal + 1 if x == y else max(row[j], row[j - 1])
-    return row[-1]
-
-
-def normalised(text):
-    """Return the words as SQuAD compares them: in lower case, without ASCII punctuation and articles."""
-    text = text.lower().translate(str.maketrans('', '', string.punctuation))
-    return re.sub(r'\b(a|an|the)\b', ' ', text).split()
-
-
-def token_f1(text, reference):
-    """Return the F1 of the bags of normalised words."""
-    text, reference = Counter(normalised(text)), Counter(normalised(reference))
-    return 2 * (text & reference).total() / (text.total() + reference.total()) if reference else None
-
-
-def exact_match(text, reference):
-    """Return 1.0 where the normalised words are the same, else 0.0."""
-    return float(normalised(text) == normalised(reference)) if normalised(reference) else None
+        for j, other in enumerate(reference, 1):
+            longer = diagonal + 1 if word == other else max(common[j], common[j - 1])
+            diagonal, common[j] = common[j], longer
+    return 2 * common[-1] / (len(text) + len(reference)) if reference else None
 
 
 # ---------------------------------------------------------------------------- intervals
 
 
-def mean_ci(values, weights=None):
+def mean_ci(values, weights=1):
     """Return Σ values / Σ weights over independent documents and its 95 % interval [low, high].
 
-    values: (N,), a document's total, such as its nll; weights: (N,), such as its number of tokens; 1 by default.
+    values: (N,), a document's total, such as its nll; weights: (N,), such as its number of tokens.
     The interval is None for fewer than 2 documents with weight. It is that of a linearised ratio, mean ± t · se. A
     few long documents may carry most of the weight, so each squared residual is divided by 1 - h, h the document's
     share of the weight, and t has Satterthwaite's degrees of freedom (Bell & McCaffrey 2002): in simulations of 30
     to 1000 documents of log-normal or Pareto length it covers 95 to 96 %, where a normal quantile covers 90 to 94.
     """
-    values = np.asarray(values, dtype=np.float64)
-    weights = np.ones_like(values) if weights is None else np.asarray(weights, dtype=np.float64)
+    values, weights = np.broadcast_arrays(np.float64(values), np.float64(weights))
     values, weights = values[weights != 0], weights[weights != 0]
     if len(values) == 0 or not math.isfinite(values.sum()):
         return None, None
@@ -149,9 +86,9 @@ def share_ci(passed):
     n = len(passed)
     if n == 0:
         return None, None
-    p = sum(passed) / n
+    p = float(sum(passed) / n)
     centre, half = p + Z * Z / (2 * n), Z * math.sqrt(p * (1 - p) / n + (Z / (2 * n)) ** 2)
-    return float(p), [float((centre + side * half) / (1 + Z * Z / n)) for side in (-1, 1)]
+    return p, [(centre - half) / (1 + Z * Z / n), (centre + half) / (1 + Z * Z / n)]
 
 
 # ---------------------------------------------------------------------------- checks of answers
@@ -237,9 +174,8 @@ def check(answer, checks):
     """
     passed = []
     for one in checks:
-        require(
-            isinstance(one, dict) and len(one) == 1, f'{one!r} is no check; write one as {{"max_words": 20}}.'
-        )
+        is_one = isinstance(one, dict) and len(one) == 1
+        require(is_one, f'{one!r} is no check; write one as {{"max_words": 20}}.')
         ((name, value),) = one.items()
         require(name in CHECKS, f'There is no check {name!r}; there are: {", ".join(CHECKS)}.')
         kind, passes = CHECKS[name]
@@ -254,14 +190,8 @@ def check(answer, checks):
 
 
 def format_compliance(answer, reference, ended, markers):
-    """Return bools: it ended by itself (as the caller says), repeats no marker of the prompt, and has half to twice as
-    many words as the reference."""
+    """Return bools: it ended, repeats no marker of the prompt, has half to twice the words of the reference."""
     words, wanted = len(words_in(answer)), len(words_in(reference))
-    no_markers = not any(marker in answer for marker in markers)
-    length = wanted / 2 <= words <= 2 * wanted
-    return {
-        'format_ended': ended,
-        'format_no_markers': no_markers,
-        'format_length': length,
-        'format_compliance': ended and no_markers and length,
-    }
+    no_markers, length = not any(marker in answer for marker in markers), wanted / 2 <= words <= 2 * wanted
+    kept = {'format_ended': ended, 'format_no_markers': no_markers, 'format_length': length}
+    return {**kept, 'format_compliance': all(kept.values())}

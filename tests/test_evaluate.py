@@ -13,11 +13,13 @@ import pytest
 import torch
 from conftest import signals_kept, write_folder, write_small_checkpoint
 
-from lm import checkpoints, data, report
+from lm import checkpoints, report
 from lm.configurator import ROOT, UserError
+from lm.folder import Folder
+from lm.tokenizer import Tokenizer
 from prepare import grammar
 
-DIVERSITY = [f'{name}_{n}' for name in ('self_bleu', 'distinct') for n in range(1, 5)] + ['rep_4', 'entropy']
+DIVERSITY = [f'distinct_{n}' for n in range(1, 5)] + ['rep_4', 'entropy']
 
 
 def evaluate(*arguments):
@@ -33,7 +35,7 @@ def models_of(*arguments):
 
 def write_run(path, folder, architecture, mode='packed', **shape):
     """Write a run folder with a model of random weights for a prepared folder."""
-    folder = data.Folder(folder)
+    folder = Folder(folder)
     train_config = {'dataset': str(folder.path), 'mode': mode}
     start_token = folder.config['start_token']
     write_small_checkpoint(
@@ -44,7 +46,6 @@ def write_run(path, folder, architecture, mode='packed', **shape):
         start_token=start_token,
         shape=shape,
     )
-    (path / 'metrics.csv').write_text('step,train/loss,val/loss\n0,3.5,3.4\n10,2.5,\n20,2.1,2.3\n')
     return path
 
 
@@ -95,9 +96,8 @@ def test_bounds_of_sdd_are_told_apart_and_compared_with_their_own_kind(place):
 
 
 def test_k_is_for_sdd_and_leaves_the_others_as_they_are(place):
-    (place / 'k.jsonl').write_text('{"question": "the cat", "choices": ["sat", "ran away"], "answer": 0}\n')
     arguments = ['--metrics=perplexity,generation', '--num_samples=2', '--max_tokens=60', '--draws=2']
-    arguments += [f'--checkpoint={place}/ar,{place}/diffusion,{place}/sdd', f'--choices={place}/k.jsonl']
+    arguments += [f'--checkpoint={place}/ar,{place}/diffusion,{place}/sdd']
     own, other = models_of(*arguments), models_of(*arguments, '--k=2')
     assert own[:2] == other[:2]
     assert own[2]['nats_per_token'] != other[2]['nats_per_token'] and own[2]['k0'] == other[2]['k0']
@@ -125,27 +125,13 @@ def test_models_are_compared_on_the_same_tokens(finished):
     assert low < diffusion['difference'] < high
 
 
-def test_multiple_choice_by_likelihood_per_byte(place):
-    file = place / 'choices.jsonl'
-    file.write_text(
-        '{"question": "the cat\u2028", "choices": ["sees", "zqxj"], "answer": 0}\n\n'
-        '{"question": "a dog", "choices": ["qqqq vvvv", "sings"], "answer": "sings"}\n'
-    )
-    arguments = ['--metrics=accuracy', '--max_tokens=50', f'--choices={file}']
-    for model in models_of(f'--checkpoint={place}/ar,{place}/diffusion', *arguments):
-        assert model['choices_accuracy'] in (0, 0.5, 1) and model['choices_chance'] == 0.5
-        assert model['choices_ci95'][0] > -1e-9 and model['choices_ci95'][1] - model['choices_ci95'][0] > 0.4
-
-
 # ---------------------------------------------------------------------------- what is written
 
 
 def test_json_has_every_figure_for_every_model(finished):
     results, _, _ = finished
     assert [model['name'] for model in results['models']] == ['ar', 'diffusion']
-    others = (
-        'judge_nats judge_bpb tokens_per_sec tokens_per_sec_batch seconds_to_first_token passes_per_token'
-    )
+    others = 'judge_nats judge_bpb tokens_per_sec tokens_per_sec_batch passes_per_token'
     for model, bound in zip(results['models'], ('exact', 'upper')):
         assert model['bound'] == bound and model['ci_over'] == 'windows'
         for name in (*DIVERSITY, *others.split()):
@@ -156,7 +142,6 @@ def test_json_has_every_figure_for_every_model(finished):
         assert len(model['samples']) == 6 and set(DIVERSITY) < set(model['heldout'])
         assert all(model['heldout'][name] is not None for name in DIVERSITY)
     ar, diffusion = results['models']
-    assert 'accuracy_by_level' not in ar and len(diffusion['accuracy_by_level']) == 10
     assert 'exact' not in ar and diffusion['exact']['tokens'] == 2 * 31
     assert set(DIVERSITY) < set(results['heldout']) and results['floor'] is None
     assert results['settings']['draws'] == 8 and results['versions']['torch'] == torch.__version__
@@ -195,7 +180,7 @@ def test_an_empty_figure_is_said_and_never_a_number(place):
     arguments = ['--metrics=generation', '--num_samples=1', '--sample_tokens=2']
     results = evaluate(f'--checkpoint={place}/ar', *arguments)['results']
     model = results['models'][0]
-    assert model['self_bleu_1'] is None and model['distinct_3'] is None and model['rep_4'] is None
+    assert model['distinct_3'] is None and model['rep_4'] is None
     assert model['distinct_1'] is not None and 'nats_per_token' not in model
     assert re.search(r'^ar .* n/a', report.table(results), re.M)
 
@@ -248,7 +233,6 @@ def test_html_is_one_page_that_loads_nothing(finished):
     page = Page(html)
     assert page.open == [] and page.loads == [] and 'script' not in page.tags and 'link' not in page.tags
     assert not re.search(r'https?:|url\(|@import', html)
-    assert page.tags.count('polyline') == 4  # two curves per model
     assert html.count('<pre>') == 13 and report.table(results) in page.text  # and six samples
 
 
@@ -256,16 +240,8 @@ def test_html_shows_what_a_model_wrote_and_does_not_run_it(finished):
     results = json.loads(json.dumps(finished[0]))
     evil = '<script>alert("&amp;")</script>'
     results['models'][0].update(name=evil, samples=[evil] * 2, answers=[[evil, evil, evil]])
-    page = Page(report.page({**results, 'dataset': evil}, {evil: {'val/loss': [(0, 2.0), (5, 1.0)]}}))
-    assert 'script' not in page.tags and page.text.count(evil) >= 7 and page.open == []
-
-
-def test_curves_of_odd_runs_do_not_break_the_page(tmp_path):
-    assert report.read_loss_curves(tmp_path / 'metrics.csv') == {}
-    assert 'svg' not in report.loss_chart({'a': {}})
-    assert 'polyline' in report.loss_chart({'a': {'val/loss': [(3, 1.0)]}})
-    chart = report.loss_chart({'a': {'val/loss': [(3, 1.0), (4, float('nan')), (5, 2.0)]}})
-    assert 'nan' not in chart and 'points="3,1 5,0"' in chart  # downwards from the highest loss
+    page = Page(report.page({**results, 'dataset': evil}))
+    assert 'script' not in page.tags and page.text.count(evil) >= 6 and page.open == []
 
 
 # ---------------------------------------------------------------------------- the same numbers
@@ -291,8 +267,6 @@ def test_likelihood_is_the_same_for_any_batch_size(place):
 
 @pytest.mark.slow
 def test_two_ranks_give_the_same_numbers(place):
-    questions = place / 'questions.jsonl'
-    questions.write_text('{"question": "the cat sees a", "choices": ["dog", "zzz"], "answer": 0}\n')
     arguments = [
         f'--checkpoint={place}/ar,{place}/diffusion',
         '--exact',
@@ -301,8 +275,7 @@ def test_two_ranks_give_the_same_numbers(place):
         '--draws=2',
         '--device=cpu',
         '--num_samples=6',
-        f'--judge={place}/diffusion',
-        f'--choices={questions}',
+        f'--judge={place}/ar',
     ]
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
     command += [ROOT / 'evaluate.py', *arguments, f'--output={place}/two.json']
@@ -316,14 +289,6 @@ def test_two_ranks_give_the_same_numbers(place):
 def test_passes_per_token_count_forward_passes(finished):
     ar, diffusion = finished[0]['models']
     assert ar['passes_per_token'] == 1 and 0 < diffusion['passes_per_token'] <= 1
-    assert ar['seconds_to_first_token'] < 31 / ar['tokens_per_sec']
-    assert diffusion['seconds_to_first_token'] == pytest.approx(31 / diffusion['tokens_per_sec'])
-
-
-def test_with_blocks_the_first_token_is_there_with_the_first_block(place):
-    arguments = ['--metrics=speed', '--sampler=blocks', '--block_length=4', '--sample_tokens=12']
-    (model,) = models_of(f'--checkpoint={place}/diffusion', *arguments)
-    assert model['seconds_to_first_token'] * model['tokens_per_sec'] == pytest.approx(4)
 
 
 # ---------------------------------------------------------------------------- stories
@@ -349,8 +314,6 @@ def test_samples_are_stories_of_the_grammar_or_not_and_the_true_entropy_is_shown
     rows = [told + [end], told + [end] + told[:9], told, tokenizer.encode(stories[1][:-1]) + [end]]
     figures = script['grammar_figures'](rows)
     assert figures['valid_stories'] == 0.5 and figures['finished_stories'] == 0.75
-    exact = -grammar.log_prob(stories[0]) / len(stories[0].encode())
-    assert figures['story_nats_per_byte'] == pytest.approx(exact)
 
 
 # ---------------------------------------------------------------------------- instructions
@@ -394,7 +357,7 @@ def test_instruction_models_are_measured_on_responses(taught):
         assert model['ci_over'] == 'documents'
         per_byte = model['nats_per_token'] * model['tokens'] / (10 * sum(map(len, ANSWERS)))
         assert model['bpb'] == pytest.approx(per_byte / np.log(2))
-        for name in ('rouge_l', 'token_f1', 'exact_match', 'format_compliance', 'format_ended', 'followed'):
+        for name in ('rouge_l', 'format_compliance', 'format_ended', 'followed'):
             assert 0 <= model[name] <= 1
         assert model['examples'] == 6 and model['followed_of'] == 2
         prompt, _, reference = model['answers'][0]
@@ -405,7 +368,7 @@ def test_instruction_models_are_measured_on_responses(taught):
 def test_perfect_answers_score_one(tmp_path):
     run = write_run(tmp_path / 'ar', write_instructions(tmp_path / 'one', ['b']), 'ar', block_size=128)
     state = checkpoints.load(run)
-    weights, tokenizer = state['model_state_dict'], data.Tokenizer(state['tokenizer'])
+    weights, tokenizer = state['model_state_dict'], Tokenizer(state['tokenizer'])
     for weight in weights.values():
         weight.zero_()
     newline, letter = tokenizer.encode('\nb')
@@ -422,8 +385,8 @@ def test_perfect_answers_score_one(tmp_path):
     (tmp_path / 'checks.json').write_text(json.dumps([CHECKS[1], {**CHECKS[0], 'checks': [{'words': 1}]}]))
     arguments = ['--metrics=instructions', f'--instructions={tmp_path}/checks.json', '--temperature=0']
     (model,) = models_of(f'--checkpoint={run}', *arguments)
-    figures = ('rouge_l', 'token_f1', 'exact_match', 'format_compliance', 'format_ended', 'followed')
-    assert [model[name] for name in figures] == [1] * 6, model['answers']
+    figures = ('rouge_l', 'format_compliance', 'format_ended', 'followed')
+    assert [model[name] for name in figures] == [1] * 4, model['answers']
 
 
 def test_examples_end_with_their_first_response_and_fit_the_block(tmp_path, taught):
@@ -453,13 +416,10 @@ def test_examples_end_with_their_first_response_and_fit_the_block(tmp_path, taug
         (['--checkpoint={place}/ar', '--block_size=64'], '64'),
         (['--checkpoint={place}/ar', '--num_samples=0'], 'num_samples'),
         (['--checkpoint={place}/ar', '--judge={place}/nobody'], 'nobody'),
+        (['--checkpoint={place}/ar', '--judge={place}/diffusion'], 'no exact likelihood'),
         (['--checkpoint={place}/ar', '--judge={place}/ar', '--metrics=accuracy'], 'generation'),
         (['--checkpoint={place}/ar', '--metrics=instructions'], 'val_masks.bin'),
-        (['--checkpoint={place}/ar', '--choices={place}/none.jsonl'], 'none.jsonl'),
-        (['--checkpoint={place}/ar', '--choices={place}/ar/metrics.csv'], 'metrics.csv'),
         (['--checkpoint={place}/ar', '--output={place}/no/where.json'], 'where.json'),
-        (['--checkpoint={place}/ar', '--architecture=rnn'], 'rnn'),
-        (['--checkpoint={place}/sdd', '--architecture=ar'], '--architecture'),
         (['--checkpoint={place}/diffusion', '--metrics=generation', '--sampler=magic'], 'magic'),
     ],
 )
@@ -470,22 +430,20 @@ def test_mistakes_are_one_sentence(place, arguments, named):
 
 
 @pytest.mark.parametrize(
-    'line',
+    'text',
     [
         'not json',
+        '{"a": 1}',
         '[1]',
-        '{"question": "a", "choices": ["b"], "answer": 0}',
-        '{"question": "a", "choices": ["b", 1], "answer": 0}',
-        '{"question": "a", "choices": ["b", "c"], "answer": 2}',
-        '{"question": "a", "choices": ["b", " "], "answer": 0}',
-        '',
+        '[{"instruction": "a"}]',
+        '[{"instruction": "a", "checks": [{"word": 1}]}]',
+        '5',
     ],
 )
-def test_bad_choices_are_refused(place, line):
-    file = place / 'bad.jsonl'
-    file.write_text(line)
-    with pytest.raises(UserError, match='bad.jsonl|The choice'):
-        evaluate(f'--checkpoint={place}/ar', '--metrics=accuracy', '--max_tokens=50', f'--choices={file}')
+def test_a_bad_file_of_instructions_is_refused(place, tmp_path, text):
+    (tmp_path / 'bad.json').write_text(text)
+    with pytest.raises(UserError, match="bad.json|There is no check 'word'"):
+        evaluate(f'--checkpoint={place}/ar', '--metrics=instructions', f'--instructions={tmp_path}/bad.json')
 
 
 def test_a_checkpoint_of_another_vocabulary_is_refused_and_as_a_judge_reads_the_text(place, tmp_path):

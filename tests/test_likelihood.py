@@ -11,6 +11,7 @@ import torch
 from conftest import letter_tokenizer, random_model, random_texts, write_folder
 
 from lm import data, likelihood
+from lm.folder import Folder
 from sampling import KVCache
 
 MASK, IGNORE = 4, 5
@@ -28,14 +29,14 @@ def rank(rank=0, world_size=1):
         world_size=world_size,
         device=torch.device('cpu'),
         autocast=nullcontext,
-        total=lambda values: {name: np.asarray(value).tolist() for name, value in values.items()},
+        sum=lambda array: array,
     )
 
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp('likelihood') / 'letters'
-    return data.Folder(write_folder(path, val=random_texts(8, 60, seed=2)))
+    return Folder(write_folder(path, val=random_texts(8, 60, seed=2)))
 
 
 def model_for(folder, architecture):
@@ -46,9 +47,15 @@ def model_for(folder, architecture):
     )
 
 
+def open_rows(folder, model, mode):
+    if mode == 'documents':
+        return data.DocumentRows(folder, 'val', 16, model.trains_on_padding)
+    return data.PackedRows(folder, 'val', 16, 16, training=False)
+
+
 def measured(folder, architecture, mode='packed', dist=None, batch_size=5, draws=3, **settings):
     model = model_for(folder, architecture)
-    rows = likelihood.open_rows(folder, 'val', model, 16, mode)
+    rows = open_rows(folder, model, mode)
     return likelihood.measure(model, rows, dist or rank(), batch_size, draws, **settings)
 
 
@@ -103,7 +110,7 @@ def test_every_token_but_the_rows_first_counts_once_and_for_its_own_document(fol
 def test_padding_is_in_the_loss_of_diffusion_only(folder):
     short = np.flatnonzero(np.diff(folder.index['val'].astype(int)) + 1 < 16)[0]
     for architecture, in_loss in (('ar', False), ('diffusion', True)):
-        rows = likelihood.open_rows(folder, 'val', model_for(folder, architecture), 16, 'documents')
+        rows = open_rows(folder, model_for(folder, architecture), 'documents')
         row = next(row for row in range(rows.num_rows) if rows.documents(row)[0] == short)
         tokens, loss_mask, *_ = rows.read(row, ())
         assert loss_mask[tokens == folder.tokenizer.ignore_id].all() == in_loss
@@ -185,24 +192,14 @@ def toy_rows(count):
     )
 
 
-def test_measured_and_scored_bounds_are_unbiased():
+def test_measured_bounds_are_unbiased():
     model = toy()
     truth = nelbo(model, ROW).item()
     nll = likelihood.measure(model, toy_rows(2000), rank(), 500, draws=8)['windows']['nll']
     error = nll.std() / len(nll) ** 0.5
     assert abs(nll.mean() - truth) < 4 * error + 1e-3 * truth  # mask ratios start at 0.001
-    nll = likelihood.score(model, [(ROW[0].tolist(), [False, True, True, True])] * 2000, rank(), 500, draws=6)
-    assert abs(nll.mean() - truth) < 4 * nll.std() / len(nll) ** 0.5
     exact = likelihood.measure(model, toy_rows(2), rank(), 2, exact=True)
     np.testing.assert_allclose(exact['windows']['nll'], chain(model, ROW, (1, 2, 3)).item(), rtol=1e-5)
-
-
-@torch.no_grad()
-def test_one_masked_token_is_scored_exactly_by_one_draw():
-    model, scored = toy(), [False, False, True, False]
-    truth = -model.logits(torch.tensor([[3, 0, MASK, 1]]))[0, 2].log_softmax(-1)[2].item()
-    nll = likelihood.score(model, [(ROW[0].tolist(), scored)] * 3, rank(), 2, draws=1)
-    np.testing.assert_allclose(nll, truth, rtol=1e-5)
 
 
 def test_mask_ratios_are_stratified_and_depend_on_the_row_only():
@@ -210,15 +207,6 @@ def test_mask_ratios_are_stratified_and_depend_on_the_row_only():
     assert (np.floor(noise[:, :, 0] * 8).T == np.arange(8)).all()
     assert len(np.unique(noise[:, :, 1:])) > 0.99 * noise[:, :, 1:].size
     np.testing.assert_array_equal(likelihood.ratio_noise([3], 5, 8, 16)[0], noise[5, 1])
-
-
-def test_masked_counts_are_stratified_over_all_of_them():
-    scored = np.array([[False] + [True] * 6 + [False]] * 2)
-    noise = [likelihood.count_noise([7, 3], draw, 6, scored) for draw in range(6)]
-    for row in range(2):
-        masked = [(noise[draw][row, 1:] == 0) for draw in range(6)]
-        assert sorted(mask.sum() for mask in masked) == [1, 2, 3, 4, 5, 6]
-        assert not any(mask[~scored[row]].any() for mask in masked)
 
 
 # ---------------------------------------------------------------------------- the same number, however computed
@@ -241,16 +229,6 @@ def test_neither_batch_size_nor_ranks_change_the_other_bounds(folder, bound):
     assert measured(folder, 'sdd', **bound)['windows']['nll'].sum() != own['windows']['nll'].sum()
 
 
-def test_scores_of_texts_depend_on_neither_batches_nor_ranks(folder):
-    model, tokens = model_for(folder, 'diffusion'), folder.tokens['val']
-    texts = [(tokens[i : i + 3 + i % 4].tolist(), [False] + [True] * (2 + i % 4)) for i in range(12)]
-    whole = likelihood.score(model, texts, rank(), 4)
-    assert (whole > 0).all()
-    np.testing.assert_allclose(likelihood.score(model, texts, rank(), 1), whole, rtol=1e-5)
-    shares = [likelihood.score(model, texts, rank(i, 2), 4) for i in range(2)]
-    np.testing.assert_allclose(sum(shares), whole, rtol=1e-5)
-
-
 # ---------------------------------------------------------------------------- texts
 
 
@@ -261,45 +239,30 @@ def nll_from_left_to_right(model, ids, first):
 
 
 @torch.no_grad()
-def test_the_right_choice_has_the_least_nll_per_byte(folder):
-    model, tokenizer = model_for(folder, 'ar'), folder.tokenizer
-    start, questions = tokenizer.endoftext_id, []
-    for number, question in enumerate(('the cat ', 'a dog' * 9, 'one')):  # the second is too long
-        options, per_byte = ['is', 'sings ', 'in a tree'], []
-        for option in options:
-            tail = tokenizer.encode(' ' + option.strip())
-            ids = ([start] + tokenizer.encode(question.strip()) + tail)[-16:]
-            per_byte.append(nll_from_left_to_right(model, ids, len(ids) - len(tail)) / len(tail))
-        answer = int(np.argmin(per_byte)) if number else int(np.argmax(per_byte))
-        questions.append({'question': question, 'choices': options, 'answer': answer})
-    figures = likelihood.choose(model, tokenizer, start, questions, rank(), 4, 8)
-    assert figures['choices_accuracy'] == pytest.approx(2 / 3) and figures['choices_chance'] == pytest.approx(
-        1 / 3
-    )
-
-
-@torch.no_grad()
 def test_a_judge_reads_documents_apart_in_its_own_tokens(folder):
     tokenizer, other = folder.tokenizer, letter_tokenizer('zyxwvutsrqponmlkjihgfedcba ')
     model, end, begin = model_for(folder, 'ar'), tokenizer.endoftext_id, [other.endoftext_id]
     rows = [tokenizer.encode('cat') + [end] + tokenizer.encode('do'), [], tokenizer.encode('a') + [end]]
-    figures = likelihood.judge(likelihood.Judge(model, other, *begin), rows, tokenizer, rank(), 4, 8)
+    figures = likelihood.judge(rows, tokenizer, model, other, *begin, rank(), 2)
     texts = (other.encode('cat') + begin, other.encode('do'), other.encode('a') + begin)
     nll = sum(nll_from_left_to_right(model, begin + text, 1) for text in texts)
     assert figures['judge_nats'] == pytest.approx(nll / (4 + 2 + 2), rel=1e-5)
-    assert (
-        figures['judge_bpb'] == pytest.approx(nll / 6 / np.log(2), rel=1e-5)
-        and figures['judge_bound'] == 'exact'
-    )
+    assert figures['judge_bpb'] == pytest.approx(nll / 6 / np.log(2), rel=1e-5)
 
 
-def test_windows_score_each_token_but_the_first_once():
-    for length in range(1, 20):
-        parts = likelihood.windows(list(range(length)), 5)
-        assert [i for ids, scored in parts for i, s in zip(ids, scored) if s] == list(range(1, length))
-        assert all(len(ids) <= 5 and not scored[0] for ids, scored in parts)
-    nll = likelihood.score(toy(), likelihood.windows([3], 4), rank(), 2)
-    assert nll.tolist() == [0.0]  # nothing to score is no nll, and no division by zero
+@torch.no_grad()
+def test_a_judge_reads_a_long_text_in_windows_and_each_token_once(folder):
+    tokenizer, model = folder.tokenizer, model_for(folder, 'ar')
+    reader = (tokenizer, model, tokenizer, tokenizer.endoftext_id, rank())
+    for length in (0, 14, 15, 16, 30, 31, 50):
+        ids = [tokenizer.endoftext_id, *folder.tokens['val'][:length].tolist()]
+        ids = [ids[0], *likelihood.plain(ids[1:], tokenizer)]
+        nll = sum(nll_from_left_to_right(model, ids[i : i + 16], 1) for i in range(0, len(ids) - 1, 15))
+        figures = likelihood.judge([ids[1:]], *reader, 3)
+        if length == 0:
+            assert figures['judge_nats'] is None
+        else:
+            assert figures['judge_nats'] == pytest.approx(nll / (len(ids) - 1), rel=1e-5)
 
 
 def test_documents_are_what_lies_between_ends():
@@ -309,16 +272,6 @@ def test_documents_are_what_lies_between_ends():
 
 
 # ---------------------------------------------------------------------------- figures
-
-
-def test_accuracy_is_of_masked_tokens_and_told_by_mask_ratio(folder):
-    sums = measured(folder, 'diffusion', draws=20)
-    figures = likelihood.accuracy_figures(sums, by_ratio=True)
-    masked = sums['ratios']['predicted'] / sums['ratios']['predicted'].sum()
-    assert len(figures['accuracy_by_level']) == 10 and 0 < figures['accuracy'] < 1
-    assert masked[9] > masked[5] > masked[1]  # at a high ratio more is masked
-    weighted = sum(share * (accuracy or 0) for share, accuracy in zip(masked, figures['accuracy_by_level']))
-    assert figures['accuracy'] == pytest.approx(weighted)
 
 
 def sums_of(documents, windows):
@@ -349,6 +302,6 @@ def test_intervals_are_over_windows_where_there_are_fewer_than_30_documents():
         sums[unit]['nll'] += random.normal(size=len(sums[unit]['nll']))  # the other unit is without noise
         figures = likelihood.perplexity_figures(sums, None)
         assert figures['ci_over'] == unit and figures['ci95'][1] - figures['ci95'][0] > 0.01
-        low, high = likelihood.difference(sums, others)['difference_ci95']
+        low, high = likelihood.interval(sums, 'nll', 'count', others)[1]
         assert high - low == pytest.approx(figures['ci95'][1] - figures['ci95'][0])
     assert likelihood.perplexity_figures(sums_of(1, 1), None)['ci95'] is None  # nothing to tell from

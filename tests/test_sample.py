@@ -79,18 +79,14 @@ def test_candidates_are_shown_with_their_probabilities(checkpoint_of, sample):
             assert len(numbers) == 3 and abs(sum(numbers) - 1) < 2e-3  # two candidates, and any other token
 
 
-def test_an_instruction_is_answered_and_a_conversation_goes_on(tmp_path, sample, monkeypatch, capsys):
+def test_an_instruction_is_answered_in_the_prompt_format(tmp_path, sample):
     tokenizer = letter_tokenizer(sorted(set('abcdefghijklmnopqrstuvwxyz ### Instruction:\n\nResponse')))
     checkpoint = write_small_checkpoint(tmp_path / 'ckpt.pt', 'ar', tokenizer, shape={'block_size': 128})
-    options = [f'--checkpoint={checkpoint}', '--chat', '--max_new_tokens=5', '--seed=3']
-    (text,) = sample(*options, '--prompt=say yes', '--num_samples=1')
-    assert len(text) <= 5
-
-    monkeypatch.setattr(sys, 'stdin', iter(['say yes\n', 'say no\n', '\n', 'say yes\n']))
-    with pytest.raises(SystemExit):
-        sample(*options)
-    answers = capsys.readouterr().out.split('\n> ')[1:]
-    assert len(answers) == 3 and answers[0] == answers[2].strip() == text  # an empty line starts over
+    options = [f'--checkpoint={checkpoint}', '--max_new_tokens=5', '--seed=3', '--num_samples=1']
+    (text,) = sample(*options, '--chat', '--prompt=say yes')
+    prompt = '### Instruction:\nsay yes\n\n### Response:\n'
+    (whole,) = sample(*options, f'--prompt={prompt}')
+    assert whole.removeprefix(prompt).strip() == text != ''
 
 
 @pytest.mark.parametrize(
@@ -103,8 +99,9 @@ def test_an_instruction_is_answered_and_a_conversation_goes_on(tmp_path, sample,
         (['--prompt=what?'], "'?'"),
         (['--prompt=FILE:nowhere.txt'], 'nowhere.txt'),
         (['--infill=the cat'], '<mask:12>'),
-        (['--infill=the <mask:2>'], 'infill with a diffusion model'),
+        (['--infill=the <mask:2>'], 'use a diffusion model'),
         (['--infill=a<mask:1>', '--prompt=b'], 'leave one out'),
+        (['--chat'], 'give one, and no --infill'),
         (['--system=be kind'], '--chat'),
         (['--num_samples=0'], 'num_samples is 0'),
         (['--temperature=-1.0'], 'temperature is -1.0'),
