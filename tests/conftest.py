@@ -19,8 +19,9 @@ import numpy as np
 import tokenizers
 import torch
 
-from lm import checkpoints, data
+from lm import checkpoints
 from lm.configurator import ROOT
+from lm.tokenizer import Tokenizer
 from model import ARCHITECTURES, ModelConfig, architecture_name
 
 LETTERS = 'abcdefghijklmnopqrstuvwxyz '
@@ -31,7 +32,7 @@ def letter_tokenizer(letters=LETTERS):
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r'[\s\S]'), 'isolated')
     tokenizer.decoder = tokenizers.decoders.Fuse()
-    return data.Tokenizer(tokenizer.to_str())
+    return Tokenizer(tokenizer.to_str())
 
 
 def random_texts(count, longest, seed):
@@ -42,7 +43,7 @@ def random_texts(count, longest, seed):
 
 
 def write_folder(folder, train=None, val=None, train_on=None, letters=LETTERS):
-    """Writes a prepared folder, as data.Folder reads it, of texts of the letters a to z and spaces.
+    """Writes a prepared folder, as Folder reads it, of texts of the letters a to z and spaces.
 
     train, val: texts, one per document; train_on: the letters that the model is trained on, all by default.
     """
@@ -264,7 +265,7 @@ def documents_of(folder, split):
 
 def texts_of(folder, *splits):
     """The texts of a prepared folder's documents, by default of both splits."""
-    tokenizer = data.Tokenizer.load(folder)
+    tokenizer = Tokenizer.load(folder)
     return [
         tokenizer.decode(ids) for split in splits or ('train', 'val') for ids in documents_of(folder, split)
     ]
