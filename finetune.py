@@ -7,7 +7,6 @@ torchrun --standalone --nproc_per_node=2 finetune.py --dataset=alpaca --init_fro
 
 import copy
 import math
-import sys
 from itertools import groupby
 from pathlib import Path
 
@@ -227,13 +226,11 @@ def print_example():
     rows = batches.rows
     tokens, loss_mask, doc_ids = rows.read(0)
     length = len(tokens) if doc_ids is None else int((doc_ids == 0).sum())
-    before, after = ('\033[32m', '\033[0m') if sys.stdout.isatty() else ('«', '»')
     text = ''
     for in_loss, part in groupby(range(length), lambda i: loss_mask[i]):
         piece = tokenizer.decode([tokens[i] for i in part], show_special=True)
-        text += before + piece + after if in_loss else piece
-    marked = 'green' if sys.stdout.isatty() else 'in «»'
-    log.print(f'--- an example; the loss is on what is {marked}', text, '---')
+        text += f'«{piece}»' if in_loss else piece
+    log.print('--- an example; the loss is on what is in «»', text, '---')
     log.print(
         f'{len(rows.starts):,} examples of {rows.num_tokens:,} tokens, {rows.num_trained:,} of them trained, in '
         f'{rows.num_rows:,} rows of {block_size}; the prompt of {rows.cut:,} is cut on the left, {rows.dropped:,} left '

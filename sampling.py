@@ -4,8 +4,6 @@ A causal model decodes from left to right with a KV cache. The diffusion archite
 wherever they are: a prompt is what is visible, so a continuation and an infilling are the same call.
 """
 
-from contextlib import contextmanager
-
 import torch
 
 from model import Belief, check
@@ -50,31 +48,22 @@ def generate(
     check(top_k is None or top_k >= 1, f'top_k is {top_k}; it must be at least 1, or None.')
     check(top_p is None or 0 < top_p <= 1, f'top_p is {top_p}; it must be above 0 and at most 1, or None.')
     check(steps is None or steps >= 1, f'steps is {steps}; it must be at least 1, or None.')
-    generator, options = torch.Generator().manual_seed(seed), (temperature, top_k, top_p)
-    stop_tokens = set(stop_tokens)
-    sampler = Sampler(model, generator, options, stop_tokens, **choice)
-    with evaluating(model):
+    rng, options = torch.Generator().manual_seed(seed), (temperature, top_k, top_p)
+    sampler = Sampler(model, rng, options, set(stop_tokens), **choice)
+    training = model.training
+    model.eval()
+    try:
         if model.causal:
-            return generate_left_to_right(
-                model, prompts, max_new_tokens, options, generator, stop_tokens, use_cache, compile
-            )
+            return generate_left_to_right(model, prompts, max_new_tokens, sampler, use_cache, compile)
         rows = [None] * len(prompts)
         for length in sorted(set(map(len, prompts))):  # rows of one length share their forward passes
             same = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
             batch = torch.tensor([prompts[i] for i in same], device=model.embedding.weight.device)
-            denoised = generate_by_denoising(model, batch, max_new_tokens, stop_tokens, steps, sampler, watch)
-            for i, row in zip(same, denoised):
+            for i, row in zip(
+                same, generate_by_denoising(model, batch, max_new_tokens, sampler, steps, watch)
+            ):
                 rows[i] = row
         return rows
-
-
-@contextmanager
-def evaluating(model):
-    """Turn dropout off while the context lasts."""
-    training = model.training
-    model.eval()
-    try:
-        yield
     finally:
         model.train(training)
 
@@ -117,9 +106,9 @@ def sample_tokens(model, hidden, uniform, options, confidence=False):
     return (torch.cat(tokens), torch.cat(probabilities)) if confidence else torch.cat(tokens)
 
 
-def uniform_numbers(shape, generator, device):
+def uniform_numbers(shape, rng, device):
     """Draw numbers in [0, 1) in float64, on the CPU, so that a seed means the same on each device."""
-    uniform = torch.rand(*shape, dtype=torch.float64, generator=generator)
+    uniform = torch.rand(*shape, dtype=torch.float64, generator=rng)
     return uniform if device.type == 'mps' else uniform.to(device)  # mps has no float64
 
 
@@ -216,29 +205,27 @@ class KVCache:
         self.longest += max(lengths)
 
 
-def generate_left_to_right(
-    model, prompts, max_new_tokens, options, generator, stop_tokens, use_cache, compile
-):
-    """Decode in windows of at most block_size tokens; options: temperature, top_k, top_p."""
+def generate_left_to_right(model, prompts, max_new_tokens, sampler, use_cache, compile):
+    """Decode in windows of at most block_size tokens."""
     rows, starts = [list(prompt) for prompt in prompts], [0] * len(prompts)
     block_size, left, running = model.config.block_size, max_new_tokens, [True] * len(prompts)
     while left > 0 and any(running):
         texts = [row[start:] for row, start in zip(rows, starts)]
         new = min(left, block_size + 1 - max(map(len, texts)))  # until a row is past the block
-        written = decode(model, texts, new, running, options, generator, stop_tokens, use_cache, compile)
+        written = decode(model, texts, new, running, sampler, use_cache, compile)
         for i, more in enumerate(written):
             rows[i] += more
-            running[i] = running[i] and stop_tokens.isdisjoint(more)
+            running[i] = running[i] and sampler.stop_tokens.isdisjoint(more)
             if len(rows[i]) - starts[i] > block_size:
                 starts[i] = len(rows[i]) - max(1, block_size // 2)
         left -= new
-    return [truncate(row, len(prompt), stop_tokens) for row, prompt in zip(rows, prompts)]
+    return [truncate(row, len(prompt), sampler.stop_tokens) for row, prompt in zip(rows, prompts)]
 
 
-def decode(model, texts, new, running, options, generator, stop_tokens, use_cache, compile):
+def decode(model, texts, new, running, sampler, use_cache, compile):
     """Decode `new` tokens after each of `texts`, as lists; fewer only once all rows that are `running` have stopped."""
-    device = model.embedding.weight.device
-    uniform = uniform_numbers((new, len(texts)), generator, device) if options[0] > 0 else [None] * new
+    device, options, stop_tokens = model.embedding.weight.device, sampler.options, sampler.stop_tokens
+    uniform = uniform_numbers((new, len(texts)), sampler.rng, device) if options[0] > 0 else [None] * new
     size = -(-(max(map(len, texts)) + new - 1) // 64) * 64  # few different ones: each is compiled anew
     cache = KVCache(len(texts), size, device) if use_cache else None
     tokens = sample_tokens(model, prefill(model, texts, cache), uniform[0], options)
@@ -286,7 +273,7 @@ def decode_step(model, cache, tokens, uniform, options):
 
 
 class Sampler:
-    """How masked positions are chosen: a name, `sampler`, and its parameters.
+    """How tokens are drawn, options = (temperature, top_k, top_p), and in which order masked positions are filled.
 
     ancestral             each with the same probability, so that the order is random (MDLM)
     confidence, blocks    the most confident, an equal share of them in each step (LLaDA); within blocks of block_length
@@ -298,16 +285,7 @@ class Sampler:
     """
 
     def __init__(
-        self,
-        model,
-        generator,
-        options,
-        stop_tokens,
-        sampler='ancestral',
-        block_length=32,
-        threshold=0.9,
-        eta=0.1,
-        k=None,
+        self, model, rng, options, stops, sampler='ancestral', block_length=32, threshold=0.9, eta=0.1, k=None
     ):
         check(sampler in SAMPLERS, f'sampler is {sampler!r}; choose {", ".join(SAMPLERS)}.')
         check(block_length >= 1, f'block_length is {block_length}; it must be at least 1.')
@@ -315,12 +293,13 @@ class Sampler:
         check(0 <= eta <= 1, f'eta is {eta}; it must be between 0 and 1.')
         check(k is None or k >= 0, f'k is {k}; it must be at least 0, or None.')
         self.name, self.block_length, self.threshold, self.eta = sampler, block_length, threshold, eta
-        self.generator, self.options, self.k = generator, options, model.config.k if k is None else k
-        self.ends = [token for token in (*stop_tokens, model.config.ignore_id) if token is not None]
+        self.rng, self.options, self.stop_tokens = rng, options, stops
+        self.k = model.config.k if k is None else k
+        self.ends = [token for token in (*stops, model.config.ignore_id) if token is not None]
 
     def bernoulli(self, where, probability):
         """Choose each position of `where` (B, L) with this probability."""
-        uniform = torch.rand(where.shape, dtype=torch.float64, generator=self.generator)
+        uniform = torch.rand(where.shape, dtype=torch.float64, generator=self.rng)
         return where & (uniform < probability).to(where.device)
 
     def remasked(self, written, steps_left, steps):
@@ -350,7 +329,7 @@ class Sampler:
     def sample(self, model, hidden):
         uniform = None
         if self.options[0] > 0:
-            uniform = uniform_numbers((len(hidden),), self.generator, hidden.device)
+            uniform = uniform_numbers((len(hidden),), self.rng, hidden.device)
         return sample_tokens(model, hidden, uniform, self.options, confidence=True)
 
 
@@ -365,10 +344,10 @@ def remdm_rates(steps_left, steps, eta):
     return sigma, (after - (1 - sigma) * now) / (1 - now)
 
 
-def generate_by_denoising(model, rows, max_new_tokens, stop_tokens, steps, sampler, watch):
+def generate_by_denoising(model, rows, max_new_tokens, sampler, steps, watch):
     """Continue prompts of one length, rows (B, L), by windows of at most block_size tokens."""
     block_size, mask_id = model.config.block_size, model.config.mask_id
-    prompt_length, left = rows.size(1), max_new_tokens
+    prompt_length, left, stop_tokens = rows.size(1), max_new_tokens, sampler.stop_tokens
     while True:
         infills = (rows == mask_id).any()  # within the prompt, before a full one gives way to new tokens
         whole = rows.size(1) + min(left, 1) <= block_size or infills

@@ -19,9 +19,6 @@ from model import ARCHITECTURES, SIZES, ModelConfig, architecture_name
 CHECKPOINT_FORMAT = 1
 
 
-# ---------------------------------------------------------------------------- files
-
-
 def save(path, checkpoint):
     save_atomically(path, lambda file: torch.save({'format': CHECKPOINT_FORMAT, **checkpoint}, file))
 
@@ -153,28 +150,25 @@ class Best:
 
 def contents(model, step, best, config, tokenizer, start_token, prompt_format):
     """Return what the other scripts need to use a model, but for its weights."""
-    return {
+    state = {
         'architecture': architecture_name(model),
+        'model_config': vars(model.config),
+        'seed': config['seed'],
+    }
+    state |= {
         'global_step': step,
         'best_step': best.step,
         'best_val_loss': best.loss,
-        'model_config': vars(model.config),
-        'train_config': dict(config),
-        'seed': config['seed'],
-        'tokenizer': tokenizer.to_json(),
-        'start_token': start_token,
-        'prompt_format': prompt_format,
+        'train_config': {**config},
     }
+    state |= {'tokenizer': tokenizer.to_json(), 'start_token': start_token, 'prompt_format': prompt_format}
+    return state
 
 
 def state_of_run(scaler, batches, log):
     """Return what a run needs to go on beside weights and optimizer."""
-    return {
-        'scaler_state_dict': scaler.state_dict(),
-        'rows_per_step': batches.rows_per_step,
-        'data': batches.folder.fingerprint,
-        'wandb_run_id': log.wandb_run_id,
-    }
+    state = {'scaler_state_dict': scaler.state_dict(), 'rows_per_step': batches.rows_per_step}
+    return {**state, 'data': batches.folder.fingerprint, 'wandb_run_id': log.wandb_run_id}
 
 
 def save_if_best(out, step, values, best, checkpoint, weights, dist):

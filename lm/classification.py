@@ -15,9 +15,6 @@ WINDOW = 16  # steps whose rows are sorted by length
 BEST_BY = ('loss', 'accuracy', 'macro_f1')  # metrics by which the best weights can be chosen
 
 
-# ---------------------------------------------------------------------------- labelled rows
-
-
 class Examples(NamedTuple):
     rows: list  # of token ids (length,), the start token first
     labels: np.ndarray  # (N,) int64, from 0
@@ -80,14 +77,7 @@ class Classifier(nn.Module):
     """
 
     def __init__(
-        self,
-        trunk,
-        num_classes,
-        pool,
-        dropout=0.0,
-        class_weights=None,
-        label_smoothing=0.0,
-        token_dropout=0.0,
+        self, trunk, num_classes, pool, dropout=0, class_weights=None, label_smoothing=0, token_dropout=0
     ):
         super().__init__()
         self.trunk, self.pool, self.width = trunk, pool, num_classes

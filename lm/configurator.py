@@ -32,9 +32,6 @@ ROOT = Path(__file__).resolve().parent.parent
 TYPES = {kind.__name__: kind for kind in (bool, int, float, str, tuple, list, dict)}
 
 
-# ---------------------------------------------------------------------------- errors
-
-
 class UserError(ValueError):
     """A mistake of the user's in one sentence: what was wrong, the offending value, the remedy."""
 

@@ -13,19 +13,9 @@ import torch
 
 from lm import prompts
 from lm.configurator import require
-from lm.folder import Folder, Mix, find_folder, open_dataset  # noqa: F401
+from lm.folder import Folder, Mix  # noqa: F401
 from lm.rng import LEVEL, MOVE, NOISE, PADDING, PERMUTE, permuted, random_bits, uniform
-from lm.tokenizer import (  # noqa: F401
-    ENDOFTEXT,
-    IGNORE,
-    MASK,
-    SPECIAL_TOKENS,
-    Tokenizer,
-    end_in,
-    pretrained_token,
-)
-
-# ---------------------------------------------------------------------------- rows
+from lm.tokenizer import ENDOFTEXT, Tokenizer  # noqa: F401
 
 
 class PackedRows:

@@ -170,8 +170,6 @@ def family_of(architecture, config):
     return None, None
 
 
-# ---------------------------------------------------------------------------- shapes of published models
-
 SHAPE = 'n_layer n_embd mlp_width n_head n_kv_head head_dim norm_eps rope_theta rope_scaling'.split()
 LINEAR = dict(rope_type='linear', factor=4.0)
 LLAMA3 = dict(rope_type='llama3', factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0)

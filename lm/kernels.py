@@ -9,8 +9,6 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-# ---------------------------------------------------------------------------- linear layers
-
 # oneDNN's matmul, which PyTorch was built with on most processors but does not use for float32.
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
 ONEDNN = getattr(torch.ops.mkldnn, '_linear_pointwise', None) if HAS_ONEDNN else None
@@ -77,9 +75,6 @@ class OneDNNLinear(torch.autograd.Function):
         return x_grad, weight_grad, bias_grad
 
 
-# ---------------------------------------------------------------------------- attention
-
-
 def attend(q, k, v, mask, is_causal, dropout):
     """Compute softmax(q kᵀ / √D) v: q (B, H, T, D), k and v (B, H or fewer, S, D), mask (B, 1, T, S) or None."""
     if q.device.type == 'cpu' and q.dtype == torch.bfloat16:
@@ -98,9 +93,6 @@ def attend_unfused(q, k, v, mask, is_causal, dropout):
     if mask is not None:
         weights = weights.masked_fill(~mask, -math.inf)
     return F.dropout(weights.softmax(-1), dropout) @ v
-
-
-# ---------------------------------------------------------------------------- the sum of token losses
 
 
 class WeightedSum(torch.autograd.Function):

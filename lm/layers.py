@@ -125,10 +125,8 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, cache):
         """x: (B, T, C); cache: an AttentionMask, or a KV cache."""
-        q, k, v = (
-            project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
-            for project in (self.q, self.k, self.v)
-        )
+        heads = -1, self.head_dim  # (B, T, C) -> (B, H, T, D)
+        q, k, v = (project(x).unflatten(-1, heads).transpose(1, 2) for project in (self.q, self.k, self.v))
         if self.q_norm is not None:
             q, k = self.q_norm(q).type_as(v), self.k_norm(k).type_as(v)
         if rope is not None:
@@ -136,9 +134,6 @@ class Attention(nn.Module):
         k, v, mask, is_causal = cache.extend(self, k, v)  # (B, H, S, D), cached ones included
         y = attend(q, k, v, mask, is_causal, self.dropout if self.training else 0.0)
         return self.out(y.transpose(1, 2).flatten(2))  # (B, T, C)
-
-
-# ---------------------------------------------------------------------------- MLP and block
 
 
 class MLP(nn.Module):
@@ -171,15 +166,9 @@ class Block(nn.Module):
         if not (self.config.gradient_checkpointing and torch.is_grad_enabled()):
             return self.run(x, rope, cache)
         selective = partial(create_selective_checkpoint_contexts, SAVED_OPS)
-        return checkpoint(
-            self.run,
-            x,
-            rope,
-            cache,
-            use_reentrant=False,
-            preserve_rng_state=self.config.dropout > 0,
-            context_fn=selective if self.config.selective_checkpointing else noop_context_fn,
-        )
+        options = {'context_fn': selective if self.config.selective_checkpointing else noop_context_fn}
+        options['preserve_rng_state'] = self.config.dropout > 0
+        return checkpoint(self.run, x, rope, cache, use_reentrant=False, **options)
 
     def run(self, x, rope, cache):
         if self.config.norm_after:

@@ -67,8 +67,6 @@ class Logger:
         else:
             print(line, flush=True)
 
-    # ------------------------------------------------------------------------ metrics.csv
-
     def open_csv(self, step):
         """Open metrics.csv without the rows after `step`, which a resumed run writes again, and a cut last one."""
         path = self.folder / 'metrics.csv'
@@ -103,8 +101,6 @@ class Logger:
         self.write_row([step] + [values.get(name, '') for name in self.columns[1:]])
         if self.wandb:
             self.attempt(lambda: self.wandb.log(values, step=step))
-
-    # ------------------------------------------------------------------------ W&B
 
     def start_wandb(self, **settings):
         if self.is_main:

@@ -205,9 +205,6 @@ class WeightAverage:
             weight.copy_(values[name])
 
 
-# ---------------------------------------------------------------------------- what depends on the step
-
-
 def learning_rate_at(step, max_steps, learning_rate, min_lr, warmup_steps, schedule, decay_ratio):
     """Compute the learning rate of step `step`, counted from 0: a linear warm-up, then `schedule` down to min_lr.
 

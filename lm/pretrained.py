@@ -13,17 +13,14 @@ from lm.tokenizer import SPECIAL_TOKENS, Tokenizer, pretrained_token
 from model import ARCHITECTURES, Autoregressive, ModelConfig, architecture_name
 
 CAUSAL_LM = architecture_name(Autoregressive)
-RENAMED = dict(
-    believed='belief_proj', widen='project_in', narrow='project_out'
-)  # by name in earlier versions
+RENAMED = dict(believed='belief_proj', widen='project_in', narrow='project_out')  # since earlier versions
 BUFFERS = re.compile(r'(.*\.)?(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)')  # in old files, no weights
 
 
 def current_names(state_dict):
     """Return a state dict with the names of today for tensors that had others in earlier versions."""
-    return {
-        '.'.join(RENAMED.get(part, part) for part in name.split('.')): x for name, x in state_dict.items()
-    }
+    renamed = {name: '.'.join(RENAMED.get(part, part) for part in name.split('.')) for name in state_dict}
+    return {renamed[name]: tensor for name, tensor in state_dict.items()}
 
 
 def load(path, token=None, revision=None):

@@ -39,6 +39,7 @@ from helpers import (
 import hf
 from lm import checkpoints, data
 from lm.configurator import ROOT, UserError
+from lm.folder import Folder
 from model import ARCHITECTURES
 
 
@@ -78,7 +79,7 @@ def test_the_loss_is_on_answers_alone_or_on_the_prompt_too(place, tmp_path, on_p
     words = [f'--train_on_prompt={on_prompt}', '--packing=False', '--batch_size=60']
     words += ['--num_epochs=1', '--max_steps=0', f'--out_dir={tmp_path}/run']
     variables = tune(*settings(place, 'ar', *words))
-    folder, count = data.Folder(place / 'examples'), variables['batches'].get(0)[1]
+    folder, count = Folder(place / 'examples'), variables['batches'].get(0)[1]
     assert count == (len(folder.tokens['train']) if on_prompt else folder.masks['train'].sum())
     assert variables['step'] == variables['max_steps'] == 1
 
