@@ -198,9 +198,8 @@ if max_steps <= 0:
 anneal_steps = optim.default_anneal_steps(anneal_steps, raw_model, initial, max_steps)
 warmup_given = resumed.checkpoint or 'warmup_steps' in config.given
 warmup = warmup_steps if warmup_given else min(warmup_steps, max_steps // 10)
-opt = optim.make_optimizer(
-    raw_model, optimizer, learning_rate, beta1, beta2, weight_decay, seed, dist.rank if fsdp else 0
-)
+rank = dist.rank if fsdp else 0  # of the random numbers that round this rank's weights
+opt = optim.make_optimizer(raw_model, optimizer, learning_rate, beta1, beta2, weight_decay, seed, rank)
 scaler = dist.scaler()
 step, best = checkpoints.continue_run(resumed, store, raw_model, opt, scaler, batches, config)
 

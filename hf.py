@@ -144,7 +144,6 @@ def push(source, hub_model_id, token=None, private=False, dry_run=False):
             sent = [f'{file.stat().st_size:>15,}  {file.name}' for file in sorted(folder.iterdir())]
             print(f'{hub_model_id} would get {path}, {description}', *sent, card, sep='\n')
             return
-
         with hub(token, f'{hub_model_id} got nothing') as api:
             api.create_repo(hub_model_id, private=private, exist_ok=True)
             message = f'The model of {path.name}'
@@ -193,17 +192,11 @@ def model_card(checkpoint, name):
     quality = '' if loss is None else f'Best val/loss: {loss:.4f} nats per token{BOUNDS[architecture.bound]}.'
     shown = {k: v for k, v in settings.items() if k not in NOT_ON_THE_CARD and '/' not in str(v)}
     rows = [f'{key} = {value!r}' for key, value in shown.items() if value not in ('', None)]
-    parts = [
-        f'---\n{head.to_yaml()}\n---\n\n# {name.split("/")[1]}',
-        f'A language model ({architecture.description}) of {size:,} parameters{trained}.',
-        f'    python sample.py --checkpoint={name}',
-        quality,
-        '\n'.join(['```', *rows, '```']),
-    ]
-    return '\n\n'.join(parts) + '\n'
+    title = f'---\n{head.to_yaml()}\n---\n\n# {name.split("/")[1]}'
+    kind = f'A language model ({architecture.description}) of {size:,} parameters{trained}.'
+    usage, table = f'    python sample.py --checkpoint={name}', '\n'.join(['```', *rows, '```'])
+    return '\n\n'.join([title, kind, usage, quality, table]) + '\n'
 
-
-# ---------------------------------------------------------------------------- the command line
 
 COMMANDS = {  # function, its source, options
     'import': (import_model, 'a folder or hub id', 'out overwrite token revision'),
@@ -233,7 +226,6 @@ def main(words=None):
         command.add_argument('source', help=source)
         for option in options.split():
             command.add_argument(f'--{option}', **OPTIONS[option])
-
     args = vars(parser.parse_args(words))
     name = args.pop('command')
     if 'out' in args:

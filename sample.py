@@ -7,6 +7,7 @@ python sample.py --checkpoint=out/ar-alpaca-base-v1/best.pt --chat --prompt="Nam
 """
 
 import re
+import sys
 from pathlib import Path
 
 from lm import checkpoints, prompts, runtime
@@ -19,7 +20,7 @@ token = ''  # of the Hugging Face hub, for private models
 revision = ''  # a branch, tag or commit of the hub
 prompt = ''  # the text to continue, or FILE:path; empty: a new text
 infill = ''  # diffusion: a text with gaps, <mask:12> for 12 tokens; instead of a prompt
-chat = False  # the prompt is an instruction, in the checkpoint's format
+chat = False  # the prompt is an instruction, in the checkpoint's format; without one: a conversation
 input = ''  # of --chat: what the instruction is about
 system = ''  # of --chat: the system message
 num_samples = 3
@@ -74,11 +75,33 @@ def print_candidates(step, x, belief):
             print(f'{position:5}', *candidates, f'any other {1 - sum(probabilities):.3f}', sep='  ')
 
 
-# ---------------------------------------------------------------------------- run
+def write(ids, count):
+    """Return `count` rows of token ids that begin with `ids`."""
+    with dist.autocast(), user_errors():
+        return generate(model, [ids] * count, 0 if infill else max_new_tokens, **options)
+
+
+def answer(turns, count):
+    """Return `count` outputs for the last of `turns`; a long conversation is cut on the left."""
+    ids, _ = prompts.encode(tokenizer, form, turns, system)
+    block_size = model.config.block_size
+    ids = start + ids[1 - max(block_size // 2, block_size - max_new_tokens) :]
+    return [tokenizer.decode(row[len(ids) :]).strip() for row in write(ids, count)]
+
+
+def converse():
+    """Answer the lines of stdin until there are no more."""
+    print('Type an instruction; an empty line starts over, Ctrl-D ends.')
+    turns = []
+    for line in map(str.strip, sys.stdin):
+        (output,) = answer([*turns, (line, input, None)], 1) if line else ('',)
+        turns = [*turns, (line, input, output)] if line else []
+        print(f'> {output}' if line else '', flush=True)
+
 
 require(not (prompt and infill), 'A prompt and an infill are given; leave one out.')
 require(chat or not (input or system), 'input and system belong to --chat; add it, or leave them out.')
-require(not chat or prompt and not infill, '--chat answers a --prompt; give one, and no --infill.')
+require(not (chat and infill), 'An infill does not belong to --chat; leave one out.')
 require(num_samples >= 1, f'num_samples is {num_samples}; it has to be at least 1.')
 if prompt.startswith('FILE:'):
     path = Path(prompt.removeprefix('FILE:'))
@@ -98,28 +121,28 @@ has_candidates, remedy = model.has_beliefs and k != 0, 'take an sdd checkpoint a
 require(not show_candidates or has_candidates, f'{path} with k={k} keeps no candidates to show; {remedy}.')
 print(f'{path}: {state["architecture"]}, {model.num_parameters():,} parameters, step {state["global_step"]}')
 
-start, end = [state['start_token']], tokenizer.endoftext_id
-if chat:
-    form = state.get('prompt_format') or prompts.DEFAULT
-    if not state.get('prompt_format'):
-        print('warning: this checkpoint was not fine-tuned on instructions; it gets the default format.')
-    end, _ = prompts.end_of(form, tokenizer)
-    ids, _ = prompts.encode(tokenizer, form, [(prompt, input, None)], system)
-    block_size = model.config.block_size
-    ids = ids[1 - max(block_size // 2, block_size - max_new_tokens) :]  # a long prompt is cut on the left
+ids = [] if chat else encode_infill(infill) if infill else tokenizer.encode(prompt)
+num_steps = steps or (ids.count(tokenizer.mask_id) if infill else max_new_tokens)
+shown_steps = candidate_steps or (1, num_steps // 2, num_steps * 3 // 4)
+form = state.get('prompt_format') or prompts.DEFAULT
+end = prompts.end_of(form, tokenizer)[0] if chat else tokenizer.endoftext_id
+options = {name: config[name] for name in OPTIONS.split()}
+options |= {
+    'stop_tokens': [end] if stop_at_end else [],
+    'watch': print_candidates if show_candidates else None,
+}
+start = [state['start_token']]
+
+if chat and not state.get('prompt_format'):
+    print('warning: this checkpoint was not fine-tuned on instructions; it gets the default format.')
+if chat and not prompt:
+    converse()
+elif chat:
+    texts = answer([(prompt, input, None)], num_samples)
 else:
-    ids = encode_infill(infill) if infill else tokenizer.encode(prompt)
     # A text begins after the end of another, or after a start token. Where the data was one long text, only an
     # empty prompt needs one.
     start = [] if ids and tokenizer.decode(start) else start
-
-num_steps = steps or (ids.count(tokenizer.mask_id) if infill else max_new_tokens)
-shown_steps = candidate_steps or (1, num_steps // 2, num_steps * 3 // 4)
-options = {name: config[name] for name in OPTIONS.split()}
-options['stop_tokens'] = [end] if stop_at_end else []
-options['watch'] = print_candidates if show_candidates else None
-with dist.autocast(), user_errors():
-    rows = generate(model, [start + ids] * num_samples, 0 if infill else max_new_tokens, **options)
-for row in rows:
-    text = tokenizer.decode(row[len(start + ids) :]).strip() if chat else tokenizer.decode(row[len(start) :])
+    texts = [tokenizer.decode(row[len(start) :]) for row in write(start + ids, num_samples)]
+for text in texts if prompt or not chat else ():
     print(f'{"-" * 80}\n{text}')

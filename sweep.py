@@ -211,9 +211,8 @@ def run_here():
 def write_results():
     """Write results.csv, a row per finished run, and results.md, the mean ± standard deviation over seeds."""
     paths = {name: root / name / 'eval_results.json' for name in runs if is_finished(name)}
-    figures = {
-        name: dict(flat(json.loads(paths[name].read_text()))) for name in paths if paths[name].exists()
-    }
+    found = [name for name in paths if paths[name].exists()]
+    figures = {name: dict(flat(json.loads(paths[name].read_text()))) for name in found}
     names = list(dict.fromkeys(key for values in figures.values() for key in values))
     with open(root / 'results.csv', 'w', newline='') as file:
         writer = csv.DictWriter(file, ['run', *keys, *names], extrasaction='ignore', lineterminator='\n')
@@ -293,8 +292,7 @@ def submit_jobs():
     print(f'{len(runs)} runs; scripts of the unfinished ones: {path}')
     if not dry_run:
         require(
-            shutil.which('sbatch'),
-            f'There is no sbatch here; submit {path} on a cluster, or leave out --submit.',
+            shutil.which('sbatch'), f'There is no sbatch here; submit {path} elsewhere, or omit --submit.'
         )
         answer = subprocess.run(['sbatch', path], capture_output=True, text=True)
         require(not answer.returncode, f'sbatch {path} failed: {answer.stderr.strip()}; correct {template}.')

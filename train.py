@@ -147,9 +147,8 @@ if num_epochs and 'max_steps' not in config.given:
     max_steps = math.ceil(num_epochs * batches.rows.num_rows / batches.rows_per_step)
 anneal_steps = optim.default_anneal_steps(anneal_steps, raw_model, initial, max_steps)
 warmup = round(warmup_ratio * max_steps) if warmup_steps is None else warmup_steps
-opt = optim.make_optimizer(
-    raw_model, optimizer, learning_rate, beta1, beta2, weight_decay, seed, dist.rank if fsdp else 0
-)
+rank = dist.rank if fsdp else 0  # of the random numbers that round this rank's weights
+opt = optim.make_optimizer(raw_model, optimizer, learning_rate, beta1, beta2, weight_decay, seed, rank)
 scaler = dist.scaler()
 ema = optim.WeightAverage(raw_model, ema_decay) if ema_decay else None
 step, best = checkpoints.continue_run(resumed, store, raw_model, opt, scaler, batches, config)

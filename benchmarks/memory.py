@@ -70,9 +70,8 @@ def peak_bytes(*settings, **shape):
 
 def main():
     dist = runtime.Runtime('cpu', dtype)
-    timing.say(
-        f'{model_size}, {batch_size} rows of {block_size} tokens, {dist.dtype}, {optimizer}; GB of 10⁹ bytes'
-    )
+    run = f'{model_size}, {batch_size} rows of {block_size} tokens, {dist.dtype}, {optimizer}'
+    timing.say(f'{run}; GB of 10⁹ bytes')
     settings, kinds = (dist, optimizer, model_size, vocab_size, batch_size), ('', 'gradient', 'selective')
     for name in ARCHITECTURES:
         for number, kind in enumerate(kinds):

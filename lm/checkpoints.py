@@ -98,10 +98,8 @@ def check_fits(checkpoint, path, architecture, tokenizer, dataset):
     remedy = f'use --architecture={held}'
     require(held == architecture, f'{path} holds architecture={held!r}, not {architecture!r}; {remedy}.')
     remedy = "prepare the data with the checkpoint's tokenizer, or start from scratch"
-    require(
-        checkpoint['tokenizer'] == tokenizer.to_json(),
-        f'{path} has another vocabulary ({size} tokens) than {dataset} ({tokenizer.vocab_size}); {remedy}.',
-    )
+    same, here = checkpoint['tokenizer'] == tokenizer.to_json(), tokenizer.vocab_size
+    require(same, f'{path} has another vocabulary ({size} tokens) than {dataset} ({here}); {remedy}.')
 
 
 def convert(checkpoint, path, architecture, block_size=None):
@@ -150,19 +148,10 @@ class Best:
 
 def contents(model, step, best, config, tokenizer, start_token, prompt_format):
     """Return what the other scripts need to use a model, but for its weights."""
-    state = {
-        'architecture': architecture_name(model),
-        'model_config': vars(model.config),
-        'seed': config['seed'],
-    }
-    state |= {
-        'global_step': step,
-        'best_step': best.step,
-        'best_val_loss': best.loss,
-        'train_config': {**config},
-    }
-    state |= {'tokenizer': tokenizer.to_json(), 'start_token': start_token, 'prompt_format': prompt_format}
-    return state
+    state = {'architecture': architecture_name(model), 'seed': config['seed'], 'train_config': dict(config)}
+    state |= {'global_step': step, 'best_step': best.step, 'best_val_loss': best.loss}
+    state |= {'model_config': vars(model.config), 'tokenizer': tokenizer.to_json()}
+    return {**state, 'start_token': start_token, 'prompt_format': prompt_format}
 
 
 def state_of_run(scaler, batches, log):
@@ -255,10 +244,8 @@ def resume(namespace, config, fixed):
     if auto and not path.exists():
         return Resumed(run_dir=run_of(path))
     checkpoint = load(path, mmap=config.get('fsdp', False), sharded=True)
-    require(
-        {'optimizer_state_dict', 'sharded'} & set(checkpoint),
-        f'{path} holds weights without the state of their training; give a ckpt.pt, or start with --init_from={path}.',
-    )
+    can_go_on, remedy = {'optimizer_state_dict', 'sharded'} & set(checkpoint), f'use it by --init_from={path}'
+    require(can_go_on, f'{path} holds weights without the state of training; give a ckpt.pt, or {remedy}.')
     own = {'out_dir', 'resume_from', 'overwrite'} | ({'init_from'} - set(fixed))
     saved = {key: value for key, value in checkpoint['train_config'].items() if key not in own}
     overrides = restore(namespace, config, saved)

@@ -65,9 +65,6 @@ def rows_of_step(step, rows_per_step, num_rows, seed, lengths=None):
     return index.reshape(window, rows_per_step)[turn]
 
 
-# ---------------------------------------------------------------------------- the model
-
-
 class Classifier(nn.Module):
     """A trunk, its last hidden states pooled over a row's true length, dropout, and a linear head.
 
@@ -167,9 +164,6 @@ def train_top_layers(classifier, num_layers, train_final_norm):
     trunk.requires_grad_(False)
     trunk.blocks[len(trunk.blocks) - num_layers :].requires_grad_(True)
     trunk.norm.requires_grad_(train_final_norm)
-
-
-# ---------------------------------------------------------------------------- metrics
 
 
 def confusion_matrix(labels, predictions, num_classes):

@@ -82,11 +82,8 @@ sys.excepthook = print_without_traceback
 
 def only_without_reentrant(options: dict):
     """Accept what `gradient_checkpointing` does anyway, and nothing else."""
-    require(
-        options in ({}, {'use_reentrant': False}),
-        f'gradient_checkpointing_kwargs={options} is refused: reentrant checkpointing gives no gradient to a block whose '
-        'input needs none, as over frozen embeddings, so blocks always use use_reentrant=False; leave this setting out.',
-    )
+    why = 'reentrant checkpointing gives no gradient to a block over frozen embeddings; leave it out'
+    require(options in ({}, {'use_reentrant': False}), f'gradient_checkpointing_kwargs={options}: {why}.')
 
 
 def no_remote_code(trust: bool):

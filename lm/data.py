@@ -379,9 +379,6 @@ def collate(rows, noise):
     loss_mask = None
     if any(mask is not None for mask in loss_masks):
         loss_mask = padded([np.ones(length) if mask is None else mask for mask in loss_masks], 0, np.uint8)
-    return Batch(
-        padded(tokens, 0, np.int64),
-        loss_mask,
-        None if noise is None else torch.from_numpy(np.ascontiguousarray(noise[:, : 1 + length])),
-        None if doc_ids[0] is None else padded(doc_ids, -1, np.int64),
-    )
+    noise = None if noise is None else torch.from_numpy(np.ascontiguousarray(noise[:, : 1 + length]))
+    doc_ids = None if doc_ids[0] is None else padded(doc_ids, -1, np.int64)
+    return Batch(padded(tokens, 0, np.int64), loss_mask, noise, doc_ids)

@@ -85,13 +85,11 @@ def hf_name(name, family):
     """
     if family is None:
         return name, None, False
-
     layout = FAMILIES[family][0]
     names = column(NAMES, layout)
     module, _, kind = name.rpartition('.')
     if not name.startswith('blocks.'):
         return f'{names[module]}.{kind}', None, False
-
     _, layer, module = module.split('.', 2)
     qkv = ('attention.q', 'attention.k', 'attention.v')
     qkv_index = qkv.index(module) if layout == 'gpt2' and module in qkv else None
@@ -114,7 +112,6 @@ def config_from_hf(c, path):
         found.update(logit_softcap=0.0, vocab_size=c['vocab_size'], pretrained_rows=c['vocab_size'])
     except KeyError as error:
         raise UserError(f'{path}/config.json lacks {error}; download it again.') from error
-
     for key, known in KNOWN.items():
         exact = f'only {" or ".join(map(str, known))} can be taken over exactly'
         require(c[key] in known, f'{path} has {key}={c[key]!r}; {exact}.')
@@ -129,7 +126,6 @@ def with_rope_and_length(c):
     kind = rope.get('rope_type', rope.get('type', 'default'))
     numbers = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
     scaling = {'rope_type': kind, **{key: rope[key] for key in numbers if key in rope}}
-
     length, window = c['max_position_embeddings'], c.get('sliding_window')
     if window and (c['model_type'] == 'mistral' or c.get('use_sliding_window')):
         length = min(length, window)  # up to there a window changes nothing
@@ -156,7 +152,6 @@ def family_of(architecture, config):
     """
     if not ARCHITECTURES.get(architecture, architecture).hf_causal_lm:
         return None, None
-
     unused = 'dropout k shift gradient_checkpointing selective_checkpointing mask_id ignore_id'.split()
     unused += ['rope_theta'] if config.position == 'learned' else []
     for family in FAMILIES:

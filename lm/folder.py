@@ -80,10 +80,8 @@ def find_folder(dataset):
             return path
         unfinished = path.is_dir() and any(path.glob('*_tokens.bin'))
         require(not unfinished, f'{path} has no config.json: its preparation was cut off; prepare it again.')
-    raise UserError(
-        f'There is no prepared data at {dataset!r} or {ROOT / "data" / dataset}; make it first, for example with: '
-        'python prepare/stories.py'
-    )
+    remedy = 'make it first, for example with: python prepare/stories.py'
+    raise UserError(f'There is no prepared data at {dataset!r} or {ROOT / "data" / dataset}; {remedy}')
 
 
 class Mix:
@@ -99,10 +97,13 @@ class Mix:
         first, *others = self.folders
         self.tokenizer = first.tokenizer
         for folder in others:
-            require(
+            same, remedy = (
                 folder.tokenizer.to_json() == first.tokenizer.to_json(),
-                f'{first.path} and {folder.path} have different tokenizers, of {first.tokenizer.vocab_size} and '
-                f'{folder.tokenizer.vocab_size} tokens; prepare the second with --tokenizer={first.path}.',
+                f'--tokenizer={first.path}',
+            )
+            sizes = f'{first.tokenizer.vocab_size} and {folder.tokenizer.vocab_size} tokens'
+            require(
+                same, f'{first.path} and {folder.path} differ in tokenizer ({sizes}); prepare with {remedy}.'
             )
         unique = len({folder.path.resolve() for folder in self.folders}) == len(names)
         require(unique, f'dataset={dataset} names a folder twice; give it once, with the sum of its weights.')
@@ -136,11 +137,8 @@ def parse_weight(part, dataset):
         weight = Fraction(number)
     except (ValueError, ZeroDivisionError):
         weight = 0
-    require(
-        name and weight > 0,
-        f'{part!r} in dataset={dataset} is no name with a weight above 0; write NAME:WEIGHT,NAME:WEIGHT, as in '
-        'openwebtext:0.7,tinystories:0.3.',
-    )
+    remedy = 'write NAME:WEIGHT,NAME:WEIGHT, as in openwebtext:0.7,tinystories:0.3'
+    require(name and weight > 0, f'{part!r} in dataset={dataset} has no weight above 0; {remedy}.')
     return name, weight
 
 

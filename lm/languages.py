@@ -70,9 +70,6 @@ def num_classes_of(entry):
     return entry['classes'] if isinstance(entry['classes'], int) else len(entry['classes'])
 
 
-# ---------------------------------------------------------------------------- rows
-
-
 def read_split(entry, split, model_type='normal'):
     """Return [(texts, one per feature, class from 0)] of a split; 'ipa' reads the column {feature}-phoneme for each."""
     phoneme = '-phoneme' if model_type == 'ipa' else ''

@@ -37,9 +37,6 @@ def make_norm(config, head_dim=None):
     return RMSNorm(head_dim or config.n_embd, config.norm_eps, elementwise_affine=config.norm == 'rms_gain')
 
 
-# ---------------------------------------------------------------------------- rotary positions (Su et al. 2021)
-
-
 def rope_table(theta, head_dim, length, scaling=None):
     """Compute cosines and sines (2, length, D), the first half of the sines negated as `rotate` wants them."""
     frequency = theta ** -(torch.arange(0, head_dim, 2).double() / head_dim)  # (D/2,)
@@ -70,9 +67,6 @@ def rotate(x, rope):
     """
     cos, sin = rope
     return (x * cos + x.roll(x.size(-1) // 2, -1) * sin).type_as(x)
-
-
-# ---------------------------------------------------------------------------- attention
 
 
 class AttentionMask:

@@ -128,9 +128,6 @@ def chain_rule(model, tokens, loss_mask=None, turn=None, batch_size=32, k=None):
     return nll
 
 
-# ---------------------------------------------------------------------------- written texts
-
-
 @torch.inference_mode()
 def judge(rows, tokenizer, model, own_tokenizer, start_token, dist, batch_size):
     """Return an `ar` model's nll per token of its own, and bits per byte, of `rows`, token ids of `tokenizer`.
@@ -170,9 +167,6 @@ def split_at(row, end):
     """Return the parts of a list of ids that lie before, between and after the ids `end`."""
     ends = [i for i, token in enumerate(row) if token == end]
     return [row[start + 1 : stop] for start, stop in zip([-1, *ends], [*ends, len(row)])]
-
-
-# ---------------------------------------------------------------------------- figures
 
 
 def interval(sums, numerator, denominator, others=None):

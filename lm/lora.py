@@ -46,7 +46,6 @@ class LoRALinear(nn.Module):
         update = F.linear(self.scale * F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B)
         if self.magnitude is None:
             return y + update.to(y.dtype)
-
         with torch.no_grad():
             length = self.direction().norm(dim=1)
         ratio, plain = self.magnitude / length, self.base(x) if dropping else y
@@ -181,7 +180,6 @@ def save_adapter(model, folder, base_name):
         ids = {name: table.ids.tolist() for name, table in tables.items()}
         config.update(trainable_token_indices=ids, modules_to_save=new or None)
         config['architecture'] = architecture_name(model)  # a key of ours, by which a base is converted
-
     folder.mkdir(parents=True, exist_ok=True)
     data = safetensors.torch.save(tensors, metadata={'format': 'pt'})
     files.save_atomically(folder / 'adapter_model.safetensors', lambda file: file.write(data))
@@ -195,7 +193,6 @@ def load_adapter(model, folder):
     for key, known in {**SUPPORTED, 'architecture': architecture_name(model)}.items():
         value, remedy = config.get(key) or known, 'merge it into its base with PEFT'
         require(value == known, f'{folder} has {key}={value!r}; only {known!r} is known here; {remedy}.')
-
     tensors = pretrained.read_tensors(path if path.is_file() else path.with_suffix('.bin'))
     tensors = pretrained.current_names({name.removeprefix(PREFIX): x for name, x in tensors.items()})
     family, _ = families.family_of(type(model), model.config)
@@ -208,7 +205,6 @@ def load_adapter(model, folder):
     freeze_the_rest(model)
     if 'architecture' in config:
         train_new_embeddings(model)
-
     odd, base = copy_tensors(tensors, model, family), config.get('base_model_name_or_path')
     require(not odd, f'The adapter {folder} does not fit ({odd}); give the base that it is for, {base!r}.')
 

@@ -222,16 +222,14 @@ def learning_rate_at(step, max_steps, learning_rate, min_lr, warmup_steps, sched
 
 def check_beliefs(p_belief, k_schedule):
     """Raise a UserError for settings that `draw_beliefs` cannot follow."""
-    require(
-        k_schedule and all(type(k) is int and k >= 1 for k in k_schedule),
-        f'k_schedule is {k_schedule}; give numbers of candidates, each at least 1, as (1, 2, 4, 8).',
-    )
+    positive = k_schedule and all(type(k) is int and k >= 1 for k in k_schedule)
+    require(positive, f'k_schedule is {k_schedule}; give numbers of candidates, as (1, 2, 4, 8).')
     pairs = all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in p_belief)
-    require(
-        pairs and all(0 <= x <= 1 for pair in p_belief for x in pair) and list(p_belief) == sorted(p_belief),
-        f'p_belief is {p_belief}; give (fraction of training, probability from there on), both from 0 to 1 and in the '
-        'order of the fractions, as ((0.5, 0.5),).',
+    fits = (
+        pairs and all(0 <= x <= 1 for pair in p_belief for x in pair) and list(p_belief) == sorted(p_belief)
     )
+    remedy = 'give (fraction of training, probability from there on) from 0 to 1 in order, as ((0.5, 0.5),)'
+    require(fits, f'p_belief is {p_belief}; {remedy}.')
 
 
 def draw_beliefs(model, step, max_steps, seed, p_belief, k_schedule, k_warmup_steps):

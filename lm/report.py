@@ -31,14 +31,10 @@ text. n/a: cannot be computed."""
 
 def entropy_row(floor):
     """Return the figures of the data's true distribution, which no model beats; None if unknown."""
-    return floor and {
-        'name': 'true entropy',
-        'bound': 'exact',
-        'nats_per_token': floor['nats_per_token'],
-        'perplexity': math.exp(floor['nats_per_token']),
-        'bpb': floor['bits_per_byte'],
-        'valid_stories': 1.0,
-    }
+    nll = floor and floor['nats_per_token']
+    figures = {'name': 'true entropy', 'bound': 'exact', 'valid_stories': 1.0}
+    figures |= {'nats_per_token': nll, 'perplexity': floor and math.exp(nll)}
+    return floor and {**figures, 'bpb': floor['bits_per_byte']}
 
 
 def cells(results):
@@ -84,8 +80,6 @@ def table(results):
         lines.append('  '.join([name.ljust(widths[0]), *map(str.rjust, texts, widths[1:])]))
     return '\n'.join([lines[0], '-' * len(lines[0]), *lines[1:], '', NOTES])
 
-
-# ---------------------------------------------------------------------------- page
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem; }

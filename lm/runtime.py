@@ -27,12 +27,8 @@ RANGES = [  # settings that are at least the first number and below the second
     (1, math.inf, 'batch_size gradient_accumulation_steps eval_batch_size block_size sequence_length'),
     (1, math.inf, 'eval_every log_every sample_tokens peft_lora_r num_classes'),
     (0, math.inf, 'num_epochs learning_rate min_lr warmup_steps warmup_ratio decay_ratio weight_decay'),
-    (
-        0,
-        math.inf,
-        'eval_batches save_every save_total_limit sample_every num_samples early_stopping grad_clip',
-    ),
-    (0, math.inf, 'anneal_steps neftune_alpha lora_rank num_layers_to_finetune val_set_size'),
+    (0, math.inf, 'eval_batches save_every save_total_limit sample_every num_samples early_stopping'),
+    (0, math.inf, 'anneal_steps neftune_alpha lora_rank num_layers_to_finetune val_set_size grad_clip'),
     (0, 1, 'beta1 beta2 ema_decay dropout token_dropout label_smoothing peft_lora_dropout lora_dropout'),
 ]
 
@@ -52,9 +48,6 @@ def check_settings(config):
     if config.get('master_weights') == 'bfloat16':
         others['dtype=float32'] = config['dtype'] == 'float32'
         require_without('master_weights=bfloat16', **others)
-
-
-# ---------------------------------------------------------------------------- ranks, device, precision
 
 
 class Runtime:
@@ -204,9 +197,6 @@ class StopSignal:
         os.write(2, f'\n{self.received}: saving at the next step; once more to quit at once\n'.encode())
 
 
-# ---------------------------------------------------------------------------- speed and memory
-
-
 def measure_peak_flops(device, dtype):
     """Measure the operations per second of a large matmul here: what `train/mfu` is a share of."""
     size = 8192 if device.type == 'cuda' else 1024
@@ -259,9 +249,6 @@ def memory_estimate(model, batch_size, length, dist):
     peak = max(head, block if config.gradient_checkpointing else 0)
     sizes = {'weights': weights + copies, 'gradients': trained, 'optimizer': 2 * trained}
     return {**sizes, 'activations': blocks + peak}
-
-
-# ---------------------------------------------------------------------------- metrics
 
 
 def add(sums, loss, count, metrics):
@@ -330,8 +317,5 @@ class Speed:
 
 
 def check_finite(loss, step, learning_rate):
-    require(
-        math.isfinite(loss),
-        f'The loss is {loss} at step {step}; the checkpoint before it is kept. Try a lower learning_rate than '
-        f'{learning_rate}, a longer warm-up, or --dtype=float32.',
-    )
+    remedy = f'try a lower learning_rate than {learning_rate}, a longer warm-up, or --dtype=float32'
+    require(math.isfinite(loss), f'The loss is {loss} at step {step}; the last checkpoint is kept; {remedy}.')

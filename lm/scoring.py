@@ -15,8 +15,6 @@ from lm.configurator import UserError, require
 
 Z = 1.959964  # the 97.5 % quantile of the normal distribution
 
-# ---------------------------------------------------------------------------- diversity, overlap
-
 
 def ngrams(samples, n):
     """Return the list of n-grams of each sample."""
@@ -55,9 +53,6 @@ def rouge_l(text, reference):
     return 2 * common[-1] / (len(text) + len(reference)) if reference else None
 
 
-# ---------------------------------------------------------------------------- intervals
-
-
 def mean_ci(values, weights=1):
     """Return Σ values / Σ weights over independent documents and its 95 % interval [low, high].
 
@@ -90,8 +85,6 @@ def share_ci(passed):
     centre, half = p + Z * Z / (2 * n), Z * math.sqrt(p * (1 - p) / n + (Z / (2 * n)) ** 2)
     return p, [(centre - half) / (1 + Z * Z / n), (centre + half) / (1 + Z * Z / n)]
 
-
-# ---------------------------------------------------------------------------- checks of answers
 
 LABEL = re.compile(r'^([ \t]*)(?:(\(?\d{1,2}[.)])|([-*•–]))\s+', re.M)  # of an item: "1. ", "2) ", "- "
 TITLE = re.compile(r'\b(Mr|Mrs|Ms|Dr|Prof|St|vs|[A-HJ-Z])\.(?=\s)')  # a full stop that ends no sentence

@@ -39,7 +39,6 @@ def place(model, weights, dist):
             fully_shard(module, mesh=mesh, mp_policy=policy)
     if not on_meta:
         return model.to(dist.device)
-
     model.to_empty(device=dist.device)
     for name, table in model.tables().items():
         setattr(model, name, table.to(dist.device))

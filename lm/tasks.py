@@ -77,9 +77,6 @@ def label(task, x):
     return np.asarray(TASKS[task][1](x)).astype(np.int64)
 
 
-# ---------------------------------------------------------------------------- rows of a class
-
-
 def draw_brackets(draw, n, length):
     """Draw random walks: where both are possible, a bracket opens or closes with the same chance."""
     pairs, rows = length // 2, np.arange(n)
@@ -154,9 +151,6 @@ def rows_of_class(task, wanted, count, draw, length, compat):
     missing = f'{task} has only {len(x)} rows of sequence_length={length} with label {wanted}, not {count}'
     require(len(x) >= count or compat, f'{missing}; choose smaller sets, longer sequences, or --compat.')
     return x[:count]
-
-
-# ---------------------------------------------------------------------------- balanced sets
 
 
 def check(task, length, sizes):

@@ -91,8 +91,6 @@ class Tokenizer:
         return self.inner.decode([int(i) for i in ids], skip_special_tokens=not show_special)
 
 
-# ---------------------------------------------------------------------------- building one
-
 PIECE = 2**16  # characters that are encoded at once
 LONGEST = 2**20  # characters without a BOUNDARY that stay together
 BOUNDARY = re.compile(r'(?<=\S)[ \n]')
@@ -180,9 +178,6 @@ def pieces(text):
         yield text[start:end]
         start = end
     yield text[start:]
-
-
-# ---------------------------------------------------------------------------- of pretrained models
 
 
 def json_of_pair(folder):

@@ -65,9 +65,7 @@ def unfinished_folder(target, command, overwrite):
             try:  # a record lock ends with this process and is not inherited by its workers
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                raise UserError(
-                    f'Another process is preparing {target}; wait, or choose another --name.'
-                ) from error
+                raise UserError(f'Another process is preparing {target}; wait, or change --name.') from error
             journal = Journal(folder, command, overwrite)
             try:
                 yield journal
@@ -83,9 +81,7 @@ def unfinished_folder(target, command, overwrite):
                     shutil.rmtree(folder, ignore_errors=True)
                 raise
     except OSError as error:
-        raise UserError(
-            f'{target} could not be written ({error}); make room, or give another path.'
-        ) from error
+        raise UserError(f'{target} could not be written ({error}); make room, or change the path.') from error
 
 
 class Journal:

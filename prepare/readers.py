@@ -82,9 +82,6 @@ def hub(path, subset=None, field='text', document=None):
     return Source(url, documents, {name: revision}, None, ' documents', state=lambda: stream.state_dict())
 
 
-# ---------------------------------------------------------------------------- documents and their splits
-
-
 class Corpus:
     """The documents of a source, each with its split, by a hash of the text; blank ones are left out and counted.
 
@@ -144,9 +141,6 @@ class Corpus:
 
     def as_text(self, document):
         return self.source.examples.text(document) if self.source.examples else document
-
-
-# ---------------------------------------------------------------------------- files
 
 
 def expand(patterns, suffixes):

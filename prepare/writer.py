@@ -126,9 +126,6 @@ def checkpoint_at(path):
         return checkpoints.load(path, mmap=True)
 
 
-# ---------------------------------------------------------------------------- encoding
-
-
 def encode_corpus(corpus, tokenizer, config, journal):
     """Write the files of tokens, index and, of examples, masks; return the counts of each split."""
     source, num_workers = corpus.source, config['num_workers'] or os.cpu_count()
@@ -193,9 +190,6 @@ def one_shard(corpus, texts, room, in_pieces):
     yield from batches.items()
 
 
-# ---------------------------------------------------------------------------- in a worker process
-
-
 def start_worker(*setup):
     global encoder  # one per process
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process answers Ctrl-C
@@ -250,9 +244,6 @@ class Encoder:
                 yield ids, loss_mask, self.examples.text(document), True
 
 
-# ---------------------------------------------------------------------------- config.json and what is printed
-
-
 def token_dtype(tokenizer):
     return np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
 
@@ -261,18 +252,14 @@ def describe(target, command, tokenizer, counts, corpus):
     """Return config.json but for what follows from the files."""
     ids = tokenizer.endoftext_id, tokenizer.mask_id, tokenizer.ignore_id
     opening = tokenizer.encode(corpus.opening) if corpus.is_single else ids[:1]
-    config = {
-        **{'format': FORMAT, 'name': target.name, 'source': corpus.source.name},
-        **{key: command[key] for key in ('arguments', 'inputs')},
-        'vocab_size': tokenizer.vocab_size,
-        'dtype': token_dtype(tokenizer).name,
-        'special_ids': dict(zip(SPECIAL_TOKENS, ids)),
-        'splits': {split: {unit: count[unit] for unit in UNITS} for split, count in counts.items()},
-        **{key: corpus.read[key] for key in ('blank', 'skipped')},
-        **{key: value for key, value in command['arguments'].items() if key == 'max_seq_len'},
-        'prompt_format': None,
-        'start_token': opening[0] if len(opening) == 1 else ids[0],
-    }
+    config = {'format': FORMAT, 'name': target.name, 'source': corpus.source.name}
+    config |= {key: command[key] for key in ('arguments', 'inputs')}
+    config |= {'vocab_size': tokenizer.vocab_size, 'dtype': token_dtype(tokenizer).name}
+    config['special_ids'] = dict(zip(SPECIAL_TOKENS, ids))
+    config['splits'] = {split: {unit: count[unit] for unit in UNITS} for split, count in counts.items()}
+    config |= {key: corpus.read[key] for key in ('blank', 'skipped')}
+    config |= {key: value for key, value in command['arguments'].items() if key == 'max_seq_len'}
+    config |= {'prompt_format': None, 'start_token': opening[0] if len(opening) == 1 else ids[0]}
     examples = corpus.source.examples
     return config | (examples.describe(counts['train'] + counts['val']) if examples else {})
 

@@ -30,7 +30,7 @@ def sample(capsys, monkeypatch):
         runpy.run_path(str(ROOT / 'sample.py'), run_name='__main__')
         header, *samples = capsys.readouterr().out.split('-' * 80 + '\n')
         assert 'step 7' in header
-        return [text.removesuffix('\n') for text in samples]
+        return [text.removesuffix('\n') for text in samples or [header]]
 
     return run
 
@@ -89,6 +89,17 @@ def test_an_instruction_is_answered_in_the_prompt_format(tmp_path, sample):
     assert whole.removeprefix(prompt).strip() == text != ''
 
 
+def test_a_conversation_goes_on_from_line_to_line(tmp_path, sample, monkeypatch):
+    tokenizer = letter_tokenizer(sorted(set('abcdefghijklmnopqrstuvwxyz ### Instruction:\n\nResponse')))
+    checkpoint = write_small_checkpoint(tmp_path / 'ckpt.pt', 'ar', tokenizer, shape={'block_size': 128})
+    options = [f'--checkpoint={checkpoint}', '--chat', '--max_new_tokens=5', '--seed=3']
+    (text,) = sample(*options, '--prompt=say yes', '--num_samples=1')
+    monkeypatch.setattr(sys, 'stdin', iter(['say yes\n', 'say no\n', '\n', 'say yes\n']))
+    (conversation,) = sample(*options)
+    answers = conversation.split('\n> ')[1:]
+    assert len(answers) == 3 and answers[0] == answers[2].strip() == text  # an empty line starts over
+
+
 @pytest.mark.parametrize(
     'options, said',
     [
@@ -101,7 +112,7 @@ def test_an_instruction_is_answered_in_the_prompt_format(tmp_path, sample):
         (['--infill=the cat'], '<mask:12>'),
         (['--infill=the <mask:2>'], 'use a diffusion model'),
         (['--infill=a<mask:1>', '--prompt=b'], 'leave one out'),
-        (['--chat'], 'give one, and no --infill'),
+        (['--chat', '--infill=a<mask:1>'], 'leave one out'),
         (['--system=be kind'], '--chat'),
         (['--num_samples=0'], 'num_samples is 0'),
         (['--temperature=-1.0'], 'temperature is -1.0'),
