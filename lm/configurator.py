@@ -82,8 +82,9 @@ sys.excepthook = print_without_traceback
 
 def only_without_reentrant(options: dict):
     """Accept what `gradient_checkpointing` does anyway, and nothing else."""
-    why = 'reentrant checkpointing gives no gradient to a block over frozen embeddings; leave it out'
-    require(options in ({}, {'use_reentrant': False}), f'gradient_checkpointing_kwargs={options}: {why}.')
+    refused = f'gradient_checkpointing_kwargs={options} is refused: reentrant checkpointing'
+    reason = 'gives no gradient to a block over frozen embeddings; leave this setting out'
+    require(options in ({}, {'use_reentrant': False}), f'{refused} {reason}.')
 
 
 def no_remote_code(trust: bool):

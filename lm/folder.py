@@ -97,14 +97,10 @@ class Mix:
         first, *others = self.folders
         self.tokenizer = first.tokenizer
         for folder in others:
-            same, remedy = (
-                folder.tokenizer.to_json() == first.tokenizer.to_json(),
-                f'--tokenizer={first.path}',
-            )
+            same = folder.tokenizer.to_json() == first.tokenizer.to_json()
+            remedy = f'prepare the second with --tokenizer={first.path}'
             sizes = f'{first.tokenizer.vocab_size} and {folder.tokenizer.vocab_size} tokens'
-            require(
-                same, f'{first.path} and {folder.path} differ in tokenizer ({sizes}); prepare with {remedy}.'
-            )
+            require(same, f'{first.path}, {folder.path} have different tokenizers, of {sizes}; {remedy}.')
         unique = len({folder.path.resolve() for folder in self.folders}) == len(names)
         require(unique, f'dataset={dataset} names a folder twice; give it once, with the sum of its weights.')
         configs = [folder.config for folder in self.folders]

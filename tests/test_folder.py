@@ -89,7 +89,7 @@ def test_bytes_of_a_mix_follow_its_weights(mix):
 @pytest.mark.parametrize(
     'weights, words',
     [
-        ('a:0.7,b', 'no name with a weight above 0'),
+        ('a:0.7,b', 'no weight above 0'),
         ('a:0.7,b:0', 'weight above 0'),
         ('a:0.7,b:x', 'NAME:WEIGHT'),
         ('a:1,b:nan', 'weight above 0'),
