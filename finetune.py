@@ -112,7 +112,9 @@ if push_to_hub:
     import hf  # slow to import
 
     hf.check_hub(hub_model_id, token)
-store = checkpoints.pick_store(fsdp)  # keeps weights and training state
+store = checkpoints  # keeps weights and the state of training
+if fsdp:
+    from lm import sharded as store  # slow to import
 if master_weights == 'bfloat16' and dtype == 'auto':
     dtype = 'bfloat16'
 dist = runtime.Runtime(device, dtype)

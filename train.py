@@ -99,7 +99,9 @@ check_range(config, 1, math.inf, 'max_steps')
 # ---------------------------------------------------------------------------- process, data, start
 
 resumed = checkpoints.resume(globals(), config, FIXED)
-store = checkpoints.pick_store(fsdp)  # keeps weights and training state
+store = checkpoints  # keeps weights and the state of training
+if fsdp:
+    from lm import sharded as store  # slow to import
 if master_weights == 'bfloat16' and dtype == 'auto':
     dtype = 'bfloat16'
 dist = runtime.Runtime(device, dtype)

@@ -3,7 +3,6 @@
 import contextlib
 import math
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -178,15 +177,6 @@ def save_if_best(out, step, values, best, checkpoint, weights, dist):
 
 
 # The next five are the store of weights and training state; lm/sharded.py has the same five for sharded ones.
-
-
-def pick_store(fsdp):
-    """Return the module that keeps weights and training state: this one, or lm.sharded."""
-    if fsdp:
-        from lm import sharded  # slow to import
-
-        return sharded
-    return sys.modules[__name__]
 
 
 def place(model, weights, dist):
