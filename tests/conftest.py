@@ -1,4 +1,4 @@
-"""What several tests share: the repository root on sys.path, prepared folders made of nothing."""
+"""Share between tests: the repository root on sys.path, prepared folders made of nothing."""
 
 import json
 import os

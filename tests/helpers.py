@@ -1,4 +1,4 @@
-"""What several test files share: runs of the scripts, in this process or in others, and what they leave behind."""
+"""Share between test files: runs of the scripts, in this process or in others, and what they leave behind."""
 
 import csv
 import hashlib

@@ -1,4 +1,4 @@
-"""What benchmarks/ promise apart from their figures: no peer but a stand-in, no data but what is made here."""
+"""Check what benchmarks/ promise apart from their figures: no peer but a stand-in, no data but what is made here."""
 
 import importlib.util
 import re

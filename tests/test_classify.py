@@ -1,4 +1,4 @@
-"""What classify.py promises, seen from outside: runs of the script on small tasks and texts, without network."""
+"""Check what classify.py promises, seen from outside: runs of the script on small tasks and texts, without network."""
 
 import json
 import os

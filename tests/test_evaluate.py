@@ -1,4 +1,4 @@
-"""What evaluate.py promises, seen from outside: runs of the script on tiny models, without network."""
+"""Check what evaluate.py promises, seen from outside: runs of the script on tiny models, without network."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def finished(place):
-    """What a run with everything leaves: results.json as a dict, report.html, what it printed."""
+    """Return what a run with everything leaves: results.json as a dict, report.html, what it printed."""
     printed = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr('builtins.print', lambda *words, **settings: printed.append(' '.join(map(str, words))))

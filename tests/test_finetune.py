@@ -1,4 +1,4 @@
-"""What finetune.py promises: runs of the script on a few letters, without network."""
+"""Check what finetune.py promises: runs of the script on a few letters, without network."""
 
 import math
 import os

@@ -128,7 +128,7 @@ def texts_of(domains, node, bindings):
 
 
 def can_meet(domains, one, other):
-    """Whether two ways (text, node, bindings) may come to have said the same and to have the same before them."""
+    """Say whether two ways (text, node, bindings) may come to have said the same and to have the same before them."""
     agenda, seen, bindings = [(*one[:2], *other[:2])], set(), (one[2], other[2])
     while agenda:
         text, node, text2, node2 = state = agenda.pop()

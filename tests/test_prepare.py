@@ -1,4 +1,4 @@
-"""What a prepared folder holds, and that a preparation can be killed, repeated, refused and gone on with."""
+"""Check what a prepared folder holds, and that a preparation can be killed, repeated, refused and gone on with."""
 
 import gzip
 import hashlib

@@ -1,4 +1,4 @@
-"""What a run of train.py leaves and logs, what it refuses, and from where it runs."""
+"""Check what a run of train.py leaves and logs, what it refuses, and from where it runs."""
 
 import json
 import math
@@ -203,13 +203,13 @@ def test_the_hubs_token_is_written_nowhere(place, tmp_path):
 @pytest.mark.slow
 def test_a_copy_under_another_name_runs_from_another_folder_and_a_mistake_is_one_line(place, tmp_path):
     """The copy lies in a folder that is as the repository's root: its own files are links."""
-    root, elsewhere = tmp_path / 'root', tmp_path / 'elsewhere'
+    root, elsewhere = tmp_path / 'copy', tmp_path / 'elsewhere'
     for folder in (root, elsewhere):
         folder.mkdir()
     for name in ('lm', 'model.py', 'sampling.py', 'config'):
         (root / name).symlink_to(ROOT / name)
     shutil.copy(ROOT / 'train.py', root / 'my_train.py')
-    command = [sys.executable, '../root/my_train.py', *TRAIN, f'--dataset={place}/letters']
+    command = [sys.executable, '../copy/my_train.py', *TRAIN, f'--dataset={place}/letters']
     command += ['--max_steps=2', '--out_dir=run']
     environment = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
 

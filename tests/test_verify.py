@@ -1,4 +1,4 @@
-"""What `python -m lm.verify data/NAME` promises: any damage is found and named, and a card where there is none."""
+"""Check what `python -m lm.verify data/NAME` promises: any damage is found and named, and a card where there is none."""
 
 import re
 import subprocess
