@@ -123,6 +123,11 @@ def without(kernel, trainee):
 def main():
     check_choice(config, 'what', ('steps', 'head', 'muon', 'linear'))
     check_range(config, 1, math.inf, 'batch_size', 'block_size', 'steps')
+    if what == 'linear' and not kernels.HAS_AVX512:
+        timing.say(
+            "--what=linear: this processor has no AVX-512, so training uses PyTorch's own linear layers."
+        )
+        return
     dist = runtime.Runtime(device, dtype)
     timing.describe_machine(dist.device)
     timing.say(f'{what}: {batch_size} rows of {block_size} tokens, {dist.dtype}, {optimizer}')

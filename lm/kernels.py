@@ -9,10 +9,14 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-# oneDNN's matmul, which PyTorch was built with on most processors but does not use for float32.
+# oneDNN's matmul, which PyTorch was built with on most processors but does not use for float32. It gains where there is
+# AVX-512, which MKL leaves unused on AMD's processors; elsewhere the two are as fast, and PyTorch's own is taken.
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
 ONEDNN = getattr(torch.ops.mkldnn, '_linear_pointwise', None) if HAS_ONEDNN else None
-MIN_ONEDNN_SIZE = 1 << 20  # products: below, the ten microseconds of a call outweigh the gain
+HAS_AVX512 = 'AVX512' in torch.backends.cpu.get_cpu_capability()
+MIN_ONEDNN_SIZE = (
+    1 << 20 if HAS_AVX512 else math.inf
+)  # products: below, ten microseconds of a call outweigh the gain
 
 SAVED_OPS = [  # results that selective checkpointing keeps: many operations per number
     torch.ops.aten.mm.default,
@@ -50,10 +54,7 @@ def linear(x, weight, bias=None):
 
 
 class OneDNNLinear(torch.autograd.Function):
-    """Computes x Wᵀ + b in float32 by oneDNN, with the two matmuls of the backward pass.
-
-    PyTorch calls MKL for these, which on AMD's processors stops at AVX2; on Intel's the two are as fast.
-    """
+    """Computes x Wᵀ + b in float32 by oneDNN, with the two matmuls of the backward pass."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
