@@ -166,8 +166,7 @@ class Transformer(nn.Module):
 
     def never_predicted(self):
         """List the special tokens that get no probability."""
-        special = (self.config.mask_id, None if self.trains_on_padding else self.config.ignore_id)
-        return [i for i in special if i is not None]
+        return list({self.config.mask_id, None if self.trains_on_padding else self.config.ignore_id} - {None})
 
     @torch.no_grad()
     def init_weights(self):
@@ -422,11 +421,8 @@ class SDD(Diffusion):
     (Chen et al. 2022), LRD, LDDM, SCMDM.
     """
 
-    description, has_beliefs, order = (
-        'sparse distribution diffusion',
-        True,
-        f'{Diffusion.order}, two passes each',
-    )
+    description, order = 'sparse distribution diffusion', f'{Diffusion.order}, two passes each'
+    has_beliefs = True
 
     def __init__(self, config):
         super().__init__(config)  # draws the same weights as Diffusion
