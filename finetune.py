@@ -250,7 +250,8 @@ num_trained = sum(p.numel() for p in trainable.values())
 num_parameters = sum(p.numel() for p in raw_model.parameters())
 log.print(
     f'{out}: {architecture} from {init_from}, {num_trained:,} of {num_parameters:,} parameters trained, {dist.dtype} on '
-    f'{dist.world_size} × {dist.device.type}; {max_steps} steps are {batches.epoch(max_steps):.2f} epochs'
+    f'{dist.world_size} × {dist.device.type}; {max_steps} steps are {batches.epoch(max_steps):.2f} epochs',
+    f'val/loss: nats per token, {runtime.describe_loss(raw_model)}',
 )
 
 # ---------------------------------------------------------------------------- evaluation and checkpoints

@@ -172,7 +172,8 @@ stop = runtime.StopSignal()
 log.print(
     f'{out}: {architecture}, {raw_model.num_parameters():,} parameters, {dist.dtype} on {dist.world_size} × '
     f'{dist.device.type}; {max_steps} steps of {batches.rows_per_step} rows of {block_size} tokens are '
-    f'{batches.describe_epochs(max_steps)}'
+    f'{batches.describe_epochs(max_steps)}',
+    f'val/loss: nats per token, {runtime.describe_loss(raw_model)}',
 )
 
 # ---------------------------------------------------------------------------- evaluation and checkpoints

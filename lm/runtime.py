@@ -303,6 +303,14 @@ def evaluate(model, batches, dist):
     return values
 
 
+def describe_loss(model):
+    """Say what the loss of a model, or of its class, is the nll of or bounds."""
+    kind = {'exact': 'the nll', 'upper': 'an upper bound of the nll', 'none': 'no bound of the nll'}[
+        model.bound
+    ]
+    return f'{kind} of texts that are written {model.order}'
+
+
 class Speed:
     """Tokens per second and their share of the peak (MFU) since the last log."""
 
