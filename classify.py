@@ -85,7 +85,7 @@ early_stopping = 0  # evaluations on validation rows without a better one before
 best_by = 'loss'  # which weights are best on them: loss, accuracy, macro_f1
 # --- evaluation and log ---
 eval_every: int = None  # steps; None: ten times
-eval_batches = 0  # batches of each set that are evaluated while training; 0: all; the last time all
+eval_examples = 0  # of each set that are evaluated while training; 0: all; the last time all
 log_every = 10  # steps
 # --- the run ---
 out_dir = ''  # empty: out/{architecture}-{task}-{size}-v{n}
@@ -297,7 +297,7 @@ def predict(examples):
 
 
 def subset(examples):
-    size = min(len(examples), eval_batches * eval_batch_size) if eval_batches else len(examples)
+    size = min(len(examples), eval_examples or len(examples))
     return examples.take(np.arange(size) * len(examples) // size)
 
 

@@ -39,7 +39,7 @@ batch_size = 32
 draws = 8  # diffusion: mask ratios per row
 k: int = None  # sdd: candidates per masked position; None: the model's own number
 bound_steps = 0  # diffusion: the bound of sampling in so many steps as well, slow
-exact = False  # diffusion: the exact likelihood from left to right as well, slow
+exact = False  # diffusion: the exact likelihood from left to right as well; sdd: with fresh beliefs and carried ones; slow
 exact_rows = 16  # rows for that
 # --- generation ---
 num_samples = 100
@@ -50,10 +50,11 @@ temperature = 1.0
 top_k: int = None
 top_p: float = None
 steps: int = None  # diffusion: forward passes; None: one per token
-sampler = 'ancestral'  # diffusion: ancestral, confidence, blocks, threshold, remdm
+sampler = ''  # diffusion: first_hitting, with steps ancestral; confidence, blocks, threshold, remdm
 block_length = 32  # of sampler=blocks
 threshold = 0.9  # of sampler=threshold
 eta = 0.1  # of sampler=remdm
+fresh_beliefs: bool = None  # sdd: from a pass before each step; None: where one token is written at a time
 seed = 0
 # --- the machine ---
 device = 'auto'  # cpu, cuda, cuda:N, mps
@@ -62,7 +63,7 @@ config = configure(globals())
 del config['token']  # no secret goes into the results
 
 METRICS = ('perplexity', 'accuracy', 'generation', 'speed', 'instructions')
-OPTIONS = 'temperature top_k top_p steps sampler block_length threshold eta k'  # of generate()
+OPTIONS = 'temperature top_k top_p steps sampler block_length threshold eta k fresh_beliefs'  # of generate()
 paths, wanted = ([part.strip() for part in text.split(',') if part.strip()] for text in (checkpoint, metrics))
 
 check_range(config, 1, math.inf, 'batch_size', 'draws', 'exact_rows', 'num_samples')
@@ -152,13 +153,16 @@ def evaluate_likelihood(model, first):
     if bound_steps and model.needs_noise:
         sums['steps'] = measure(max_tokens, k=k, steps=bound_steps)
     figures = {name: likelihood.perplexity_figures(part, tokens_per_byte) for name, part in sums.items()}
+    if 'steps' in sums:
+        figures['steps']['steps'] = bound_steps
     for name, part in sums.items() if first else ():
         value, ci, _ = likelihood.interval(part, 'nll', 'count', first.get(name, first['']))
         figures[name] |= {'difference': value, 'difference_ci95': ci}
 
     if exact and not model.causal:
         few = exact_rows * (block_size - 1)
-        figures['exact'] = likelihood.perplexity_figures(measure(few, k=k, exact=True), tokens_per_byte)
+        for name in ('exact', 'carried')[: 1 + model.has_beliefs]:
+            figures[name] = likelihood.perplexity_figures(measure(few, k=k, exact=name), tokens_per_byte)
         upper = likelihood.perplexity_figures(measure(few, k=k), tokens_per_byte)
         figures['exact']['upper_nats_per_token'] = upper['nats_per_token']
     own = figures.pop('')
@@ -326,7 +330,8 @@ for state in states:
     if dist.is_main:
         print(f'{name} …', flush=True)
     figures = {'name': name, 'path': str(state['path']), 'architecture': state['architecture']}
-    figures |= {'parameters': model.num_parameters(), 'step': state.get('global_step'), 'bound': model.bound}
+    figures |= {'parameters': model.num_parameters(), 'step': state.get('global_step')}
+    figures |= {'bound': model.bound, 'order': model.order}
     if exact or bound_steps or {'perplexity', 'accuracy'} & set(wanted):
         more, sums = evaluate_likelihood(model, first)
         figures |= more

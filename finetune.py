@@ -64,7 +64,7 @@ grad_clip = 1.0  # largest norm of the gradient; 0: not clipped
 early_stopping = 0  # evaluations without a better val/loss after which the run ends; 0: none
 # --- evaluation and log ---
 eval_every = 100  # steps
-eval_batches = 0  # batches of validation rows; 0: the whole split
+eval_tokens = 0  # of the validation split; 0: all of it
 log_every = 10  # steps
 num_samples = 3  # held-out prompts answered at each evaluation, always the same; 0: none
 sample_tokens = 100  # of an answer, at most
@@ -194,7 +194,9 @@ mode = 'packed examples' if packing else 'examples'
 batches = data.Batches(
     folder, type(raw_model), block_size, batch_size, gradient_accumulation_steps, seed, mode, dist
 )
-data.make_rows(folder, 'val', type(raw_model), block_size, mode, training=False)  # fail early
+val_batches = data.EvaluationBatches(
+    folder, 'val', type(raw_model), block_size, batch_size, mode, eval_tokens, dist, even=fsdp
+)
 if max_steps <= 0:
     max_steps = math.ceil(num_epochs * batches.rows.num_rows / batches.rows_per_step)
 anneal_steps = optim.default_anneal_steps(anneal_steps, raw_model, initial, max_steps)
@@ -248,7 +250,8 @@ num_trained = sum(p.numel() for p in trainable.values())
 num_parameters = sum(p.numel() for p in raw_model.parameters())
 log.print(
     f'{out}: {architecture} from {init_from}, {num_trained:,} of {num_parameters:,} parameters trained, {dist.dtype} on '
-    f'{dist.world_size} × {dist.device.type}; {max_steps} steps are {batches.epoch(max_steps):.2f} epochs'
+    f'{dist.world_size} × {dist.device.type}; {max_steps} steps are {batches.epoch(max_steps):.2f} epochs',
+    f'val/loss: nats per token, {runtime.describe_loss(raw_model)}',
 )
 
 # ---------------------------------------------------------------------------- evaluation and checkpoints
@@ -279,15 +282,9 @@ def save():
     store.save_state(out / 'ckpt.pt', raw_model, opt, dist, state, whole_weights, is_last)
 
 
-tokens_per_byte = folder.counted_tokens_per_byte('val')
-
-
 def evaluate_and_save():
     """Compute the val/ metrics, the same for any number of ranks, print answers, save the best weights."""
-    rows = data.evaluation_batches(
-        folder, 'val', type(raw_model), block_size, batch_size, mode, eval_batches, dist, even=fsdp
-    )
-    values = runtime.evaluate(raw_model, rows, dist, tokens_per_byte)
+    values = runtime.evaluate(raw_model, val_batches, dist)
     if num_samples and (dist.is_main or fsdp):
         print_answers()
     log.print(f'step {step}: ' + ', '.join(f'{name} {value:.4f}' for name, value in values.items()))

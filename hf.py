@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi, ModelCardData, save_torch_state_dict
 
-from lm import checkpoints, families, files, lora, pretrained, sharded
+from lm import checkpoints, families, files, lora, pretrained, runtime, sharded
 from lm.configurator import UserError, require
 from lm.tokenizer import IGNORE, MASK, Tokenizer, end_in
 from model import ARCHITECTURES, ModelConfig
@@ -173,7 +173,6 @@ def hub(token, failure):
         raise UserError(f'{failure} ({pretrained.first_line(error)}); {remedy}.') from error
 
 
-BOUNDS = {'exact': '', 'upper': ' (an upper bound)', 'none': ' (no bound)'}
 # Names of the machine and its accounts; paths are left out as well.
 NOT_ON_THE_CARD = 'out_dir resume_from wandb_project wandb_run_name no_wandb hub_model_id push_to_hub'.split()
 
@@ -189,7 +188,9 @@ def model_card(checkpoint, name):
     head = ModelCardData(library_name=library, tags=tags, base_model=base if on_the_hub else None)
     size, loss = num_parameters(checkpoint), checkpoint.get('best_val_loss')
     trained = f', trained on {Path(data).name}' if data else ''
-    quality = '' if loss is None else f'Best val/loss: {loss:.4f} nats per token{BOUNDS[architecture.bound]}.'
+    quality = ''
+    if loss is not None:
+        quality = f'Best val/loss: {loss:.4f} nats per token, {runtime.describe_loss(architecture)}.'
     shown = {k: v for k, v in settings.items() if k not in NOT_ON_THE_CARD and '/' not in str(v)}
     rows = [f'{key} = {value!r}' for key, value in shown.items() if value not in ('', None)]
     title = f'---\n{head.to_yaml()}\n---\n\n# {name.split("/")[1]}'

@@ -4,9 +4,8 @@
     Diffusion        predicts masked tokens from all visible ones           (MDLM, LLaDA)
     SDD(Diffusion)   the same, with weighted candidates at masked positions (sparse distribution diffusion)
 
-`model(tokens, loss_mask, noise)` returns the sum of the loss in nats, the count of tokens that it is over, and metric
-sums: sums, so that micro-batches and ranks of uneven size add up exactly. The first token of a row is context for
-every architecture, never predicted and never counted.
+`model(tokens, loss_mask, noise)` returns sums, so that uneven micro-batches and ranks add up exactly: of the loss in
+nats, of its tokens, and of metrics. The first token of a row is context, never predicted and never counted.
 """
 
 import math
@@ -123,6 +122,7 @@ class Transformer(nn.Module):
 
     description = 'of its own kind'  # "a language model (autoregressive)"
     bound = 'none'  # its loss is -log p(row) itself: 'exact'; an upper bound of it: 'upper'; neither: 'none'
+    order = 'in its own way'  # of writing: the sampler of which the loss is the nll or its bound
     causal = False  # each position attends to those before it only
     needs_noise = True  # forward takes uniform numbers, drawn with the batch
     has_beliefs = False  # masked positions can hold weighted candidates
@@ -166,8 +166,7 @@ class Transformer(nn.Module):
 
     def never_predicted(self):
         """List the special tokens that get no probability."""
-        special = (self.config.mask_id, None if self.trains_on_padding else self.config.ignore_id)
-        return [i for i in special if i is not None]
+        return list({self.config.mask_id, None if self.trains_on_padding else self.config.ignore_id} - {None})
 
     @torch.no_grad()
     def init_weights(self):
@@ -322,8 +321,8 @@ def reduced(reduction, loss, weighted_nll, counted, metrics):
 class Autoregressive(Transformer):
     """Predicts each token from those before it; its likelihood is exact."""
 
-    description, bound, causal, hf_causal_lm = 'autoregressive', 'exact', True, True
-    needs_noise, extra_tokens, trains_on_padding = False, 1, False
+    description, bound, order = 'autoregressive', 'exact', 'from left to right'
+    causal, needs_noise, extra_tokens, trains_on_padding, hf_causal_lm = True, False, 1, False, True
 
     def forward(self, tokens, loss_mask=None, noise=None, doc_ids=None, reduction='sum'):
         """Compute Σ nll of tokens (B, T) but the first, where loss_mask (B, T) says; None: of all."""
@@ -349,7 +348,7 @@ class Diffusion(Transformer):
     of masked positions says it (Ou et al. 2024, RADD).
     """
 
-    description, bound = 'masked diffusion', 'upper'
+    description, bound, order = 'masked diffusion', 'upper', 'in random order, one token at a time'
 
     def __init__(self, config):
         check(config.mask_id is not None, 'mask_id is None; a diffusion model needs the id of <|mask|>.')
@@ -384,7 +383,7 @@ class Diffusion(Transformer):
         metrics = {'correct': (pred == tokens) & counted, 'predicted': masked & counted}
         if self.config.ignore_id is not None:
             padding = tokens == self.config.ignore_id
-            metrics['text_loss'] = weighted_nll.masked_fill(padding, 0)
+            metrics['loss_without_padding'] = weighted_nll.masked_fill(padding, 0)
             metrics['ignore_correct'] = (pred == tokens) & padding
             metrics['ignore_targets'] = masked & padding
             metrics['ignore_guesses'] = pred == self.config.ignore_id
@@ -417,12 +416,13 @@ class SDD(Diffusion):
     identity and learns to tell a candidate from a token. Visible positions have no belief; k = 0 is masked diffusion.
 
     A belief is a function of a view that is masked as much as x_t or more, so the network with its earlier passes is
-    a deeper function of the visible tokens, and its loss bounds -log p(row) as that of `Diffusion` does. Earlier
-    passes carry no gradient. Related: Soft-Masked Diffusion (Hersche et al. 2025), self-conditioning (Chen et al.
-    2022), LRD, LDDM, SCMDM.
+    a deeper function of the visible tokens, and its loss bounds -log p(row) of the sampler that makes these passes
+    before each token. They carry no gradient. Related: Soft-Masked Diffusion (Hersche et al. 2025), self-conditioning
+    (Chen et al. 2022), LRD, LDDM, SCMDM.
     """
 
-    description, has_beliefs = 'sparse distribution diffusion', True
+    description, order = 'sparse distribution diffusion', f'{Diffusion.order}, two passes each'
+    has_beliefs = True
 
     def __init__(self, config):
         super().__init__(config)  # draws the same weights as Diffusion

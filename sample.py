@@ -33,18 +33,21 @@ stop_at_end = True  # stop at <|endoftext|>
 use_cache = True  # ar: keep keys and values; False: the same text, slower
 compile = False  # ar: compile the decode step; for long texts on a GPU
 steps: int = None  # diffusion: forward passes; None: one per token
-sampler = 'ancestral'  # diffusion: ancestral, confidence, blocks, threshold, remdm
+sampler = ''  # diffusion: first_hitting, with steps ancestral; confidence, blocks, threshold, remdm
 block_length = 32  # of sampler=blocks: tokens per block
 threshold = 0.9  # of sampler=threshold: the probability at which a token is kept
 eta = 0.1  # of sampler=remdm: the largest probability to mask a token again
 k: int = None  # sdd: candidates per masked position, 0: none; None: the model's own number
+fresh_beliefs: bool = None  # sdd: from a pass before each step; None: where one token is written at a time
 show_candidates = False  # sdd: print the candidates of the first sample's masked positions
 candidate_steps = ()  # after these steps; none given: the first, half of them, three quarters
 device = 'auto'  # cpu, cuda, cuda:N, mps
 dtype = 'float32'  # bfloat16 and float16 are faster on a GPU
 config = configure(globals())
 
-OPTIONS = 'temperature top_k top_p seed use_cache compile steps sampler block_length threshold eta k'
+OPTIONS = (
+    'temperature top_k top_p seed use_cache compile steps sampler block_length threshold eta k fresh_beliefs'
+)
 
 
 def encode_infill(text):

@@ -8,7 +8,7 @@ import torch
 
 from model import Belief, check
 
-SAMPLERS = ('ancestral', 'confidence', 'blocks', 'threshold', 'remdm')
+SAMPLERS = ('first_hitting', 'ancestral', 'confidence', 'blocks', 'threshold', 'remdm')
 CHECK_EVERY = 16  # tokens between questions to a GPU whether all rows have stopped: each waits for it
 
 
@@ -24,8 +24,6 @@ def generate(
     seed=0,
     use_cache=True,
     compile=False,
-    steps=None,
-    watch=None,
     **choice,
 ):
     """Continue each of `prompts` (lists of token ids, not empty) by max_new_tokens tokens.
@@ -38,16 +36,13 @@ def generate(
     top_k, top_p    sample among the k likeliest tokens; among the fewest that have probability p together
     use_cache       causal: keep keys and values; the same tokens without, only slower
     compile         causal: compile the decode step; the first text waits for that
-    steps           diffusion: forward passes, at most, for the masked positions of a window; None: one per position
-    watch           diffusion: called as watch(step, x (B, L), belief or None) after each step of a window
-    choice          diffusion: sampler='ancestral', block_length, threshold, eta, k, see `Sampler`
+    choice          diffusion: sampler, steps, fresh_beliefs, block_length, threshold, eta, k, watch: see `Sampler`
     """
     check_prompts(model, prompts)
     check(max_new_tokens >= 0, f'max_new_tokens is {max_new_tokens}; it must be at least 0.')
     check(temperature >= 0, f'temperature is {temperature}; it must be at least 0.')
     check(top_k is None or top_k >= 1, f'top_k is {top_k}; it must be at least 1, or None.')
     check(top_p is None or 0 < top_p <= 1, f'top_p is {top_p}; it must be above 0 and at most 1, or None.')
-    check(steps is None or steps >= 1, f'steps is {steps}; it must be at least 1, or None.')
     rng, options = torch.Generator().manual_seed(seed), (temperature, top_k, top_p)
     sampler = Sampler(model, rng, options, set(stop_tokens), **choice)
     training = model.training
@@ -59,9 +54,7 @@ def generate(
         for length in sorted(set(map(len, prompts))):  # rows of one length share their forward passes
             same = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
             batch = torch.tensor([prompts[i] for i in same], device=model.embedding.weight.device)
-            for i, row in zip(
-                same, generate_by_denoising(model, batch, max_new_tokens, sampler, steps, watch)
-            ):
+            for i, row in zip(same, generate_by_denoising(model, batch, max_new_tokens, sampler)):
                 rows[i] = row
         return rows
     finally:
@@ -275,26 +268,53 @@ def decode_step(model, cache, tokens, uniform, options):
 class Sampler:
     """How tokens are drawn, options = (temperature, top_k, top_p), and in which order masked positions are filled.
 
+    first_hitting         one per step, in random order: ancestral in the limit of many steps (Zheng et al. 2024)
     ancestral             each with the same probability, so that the order is random (MDLM)
     confidence, blocks    the most confident, an equal share of them in each step (LLaDA); within blocks of block_length
     threshold             all that are more confident than the threshold, one at least (Fast-dLLM)
     remdm                 like ancestral, and written tokens are masked again with probability eta at most (ReMDM)
 
     Where the most confident come first, a text's end and its padding come last: they are sure before the text is.
-    k: candidates of `SDD` per masked position; 0: none, as masked diffusion; None: the model's own number.
+
+    sampler         '': first_hitting, of which the NELBO is a bound; where steps are given, ancestral
+    steps           forward passes, at most, for the masked positions of a window; None: one per position
+    fresh_beliefs   `SDD`: a pass before each step gives its beliefs, at twice the cost; False: the step before gives
+                    them; None: where one token is written at a time, as the two-pass NELBO assumes
+    k               candidates of `SDD` per masked position; 0: none, as masked diffusion; None: the model's own number
+    watch           called as watch(step, x (B, L), belief or None) after each step of a window
     """
 
     def __init__(
-        self, model, rng, options, stops, sampler='ancestral', block_length=32, threshold=0.9, eta=0.1, k=None
+        self,
+        model,
+        rng,
+        options,
+        stops,
+        sampler='',
+        steps=None,
+        fresh_beliefs=None,
+        block_length=32,
+        threshold=0.9,
+        eta=0.1,
+        k=None,
+        watch=None,
     ):
+        sampler = sampler or ('ancestral' if steps else 'first_hitting')
         check(sampler in SAMPLERS, f'sampler is {sampler!r}; choose {", ".join(SAMPLERS)}.')
+        check(steps is None or steps >= 1, f'steps is {steps}; it must be at least 1, or None.')
+        one_by_one, remedy = sampler == 'first_hitting', "leave it out, or choose 'ancestral'"
+        useless = f"sampler='first_hitting' writes one token per pass, so steps={steps} has no effect"
+        check(not (one_by_one and steps), f'{useless}; {remedy}.')
         check(block_length >= 1, f'block_length is {block_length}; it must be at least 1.')
         check(0 <= threshold <= 1, f'threshold is {threshold}; it must be between 0 and 1.')
         check(0 <= eta <= 1, f'eta is {eta}; it must be between 0 and 1.')
         check(k is None or k >= 0, f'k is {k}; it must be at least 0, or None.')
         self.name, self.block_length, self.threshold, self.eta = sampler, block_length, threshold, eta
         self.rng, self.options, self.stop_tokens = rng, options, stops
+        self.steps, self.watch = steps, watch
         self.k = model.config.k if k is None else k
+        self.fresh_beliefs = one_by_one if fresh_beliefs is None else fresh_beliefs
+        self.carries_beliefs = model.has_beliefs and self.k > 0 and not self.fresh_beliefs
         self.ends = [token for token in (*stops, model.config.ignore_id) if token is not None]
 
     def bernoulli(self, where, probability):
@@ -309,6 +329,10 @@ class Sampler:
 
     def candidates(self, masked, steps_left, steps):
         """Choose where to sample (B, L): at random, or everywhere, to see where the model is confident."""
+        if self.name == 'first_hitting':
+            uniform = torch.rand(masked.shape, dtype=torch.float64, generator=self.rng)
+            first = uniform.masked_fill(~masked.cpu(), -1).argmax(1, keepdim=True).to(masked.device)
+            return masked & torch.zeros_like(masked).scatter(1, first, True)
         if self.name == 'ancestral':
             return self.bernoulli(masked, 1 / steps_left)
         if self.name == 'remdm':
@@ -317,7 +341,7 @@ class Sampler:
 
     def kept(self, where, tokens, confidence, steps_left):
         """Choose which of the positions `where` (B, L) keep their tokens, given the probability of each."""
-        if self.name in ('ancestral', 'remdm') or steps_left == 1:
+        if self.name in ('first_hitting', 'ancestral', 'remdm') or steps_left == 1:
             return where
         for token in self.ends:
             confidence = torch.where(tokens == token, confidence - 1, confidence)
@@ -344,7 +368,7 @@ def remdm_rates(steps_left, steps, eta):
     return sigma, (after - (1 - sigma) * now) / (1 - now)
 
 
-def generate_by_denoising(model, rows, max_new_tokens, sampler, steps, watch):
+def generate_by_denoising(model, rows, max_new_tokens, sampler):
     """Continue prompts of one length, rows (B, L), by windows of at most block_size tokens."""
     block_size, mask_id = model.config.block_size, model.config.mask_id
     prompt_length, left, stop_tokens = rows.size(1), max_new_tokens, sampler.stop_tokens
@@ -355,14 +379,14 @@ def generate_by_denoising(model, rows, max_new_tokens, sampler, steps, watch):
         new = min(left, block_size - context)
         before, window = rows.split([rows.size(1) - context, context], 1)
         window = torch.cat([window, rows.new_full((len(rows), new), mask_id)], 1)
-        rows = torch.cat([before, denoise(model, window, steps, sampler, watch)], 1)
+        rows = torch.cat([before, denoise(model, window, sampler)], 1)
         left -= new
         finished = [truncate(row, prompt_length, stop_tokens) for row in rows.tolist()]
         if left == 0 or all(row[-1] in stop_tokens and len(row) > prompt_length for row in finished):
             return finished
 
 
-def denoise(model, x, steps, sampler, watch=None):
+def denoise(model, x, sampler):
     """Fill each <|mask|> of x (B, L), all together or, for sampler 'blocks', block by block from left to right."""
     x = x.clone()
     masked = x == model.config.mask_id
@@ -370,7 +394,7 @@ def denoise(model, x, steps, sampler, watch=None):
     if len(columns) == 0:
         return x
     blocks = columns.split(sampler.block_length) if sampler.name == 'blocks' else [columns]
-    steps = len(columns) if steps is None else steps
+    steps = sampler.steps or len(columns)
     belief, step = None, 0  # of all masked positions, also of those whose block comes later
     for block, block_steps in zip(blocks, share_steps(steps, [len(block) for block in blocks])):
         region = torch.zeros_like(masked)
@@ -378,8 +402,8 @@ def denoise(model, x, steps, sampler, watch=None):
         for steps_left in range(block_steps, 0, -1):  # the last step takes what is left
             belief = denoise_step(model, x, region, belief, steps_left, block_steps, sampler)
             step += 1
-            if watch:
-                watch(step, x, belief)
+            if sampler.watch:
+                sampler.watch(step, x, belief)
     return x
 
 
@@ -397,22 +421,26 @@ def denoise_step(model, x, region, belief, steps_left, steps, sampler):
     """Write some of the region (B, L) into x (B, L), and return the belief of what stays masked.
 
     Tokens are always sampled from the full output distribution; beliefs are only an input. Only rows that need it are
-    computed: those in which a token may be sampled or, since a step renews beliefs, that have a mask.
+    computed: those in which a token may be sampled or, where a step renews beliefs for the next, that have a mask.
     """
     mask_id = model.config.mask_id
     masked = region & (x == mask_id)
     where = sampler.candidates(masked, steps_left, steps)
     remasked = sampler.remasked(region & ~masked, steps_left, steps)
-    rows = ((x == mask_id) if model.has_beliefs and sampler.k > 0 else where).any(1)
+    rows = ((x == mask_id) if sampler.carries_beliefs else where).any(1)
     if rows.any():
-        given = belief and Belief(*(values[rows] for values in belief))
-        hidden = model.hidden(x[rows], belief=given)
+        if sampler.fresh_beliefs:
+            hidden = model.denoiser(x[rows], k=sampler.k)
+        else:
+            hidden = model.hidden(x[rows], belief=belief and Belief(*(values[rows] for values in belief)))
         tokens, confidence = sampler.sample(model, hidden[where[rows]])
         drawn = torch.zeros_like(x).masked_scatter(where, tokens)
         confidence = torch.zeros(x.shape, device=x.device).masked_scatter(where, confidence)
         kept = sampler.kept(where, drawn, confidence, steps_left)
         x[kept] = drawn[kept]
-        belief = update_belief(belief, model.top_k_belief(hidden, x[rows] == mask_id, sampler.k), rows)
+        if sampler.carries_beliefs or sampler.watch:
+            new_belief = model.top_k_belief(hidden, x[rows] == mask_id, sampler.k)
+            belief = update_belief(belief, new_belief, rows)
     if remasked is not None:
         x[remasked] = mask_id  # without a belief
     return belief

@@ -62,7 +62,7 @@ grad_clip = 1.0  # largest norm of the gradient; 0: not clipped
 ema_decay = 0.0  # moving average of the weights, e.g. 0.999, evaluated and sampled instead; 0: none
 # --- evaluation and log ---
 eval_every = 250  # steps
-eval_batches = 0  # batches of validation rows; 0: the whole split
+eval_tokens = 0  # of the validation split; 0: all of it
 log_every = 10  # steps
 sample_every = 0  # steps between samples, printed at evaluations; 0: none
 num_samples = 2
@@ -144,7 +144,9 @@ block_size = raw_model.config.block_size
 batches = data.Batches(
     folder, type(raw_model), block_size, batch_size, gradient_accumulation_steps, seed, mode, dist
 )
-data.make_rows(folder, 'val', type(raw_model), block_size, mode, training=False)  # fail early
+val_batches = data.EvaluationBatches(
+    folder, 'val', type(raw_model), block_size, batch_size, mode, eval_tokens, dist, even=fsdp
+)
 if num_epochs and 'max_steps' not in config.given:
     max_steps = math.ceil(num_epochs * batches.rows.num_rows / batches.rows_per_step)
 anneal_steps = optim.default_anneal_steps(anneal_steps, raw_model, initial, max_steps)
@@ -170,7 +172,8 @@ stop = runtime.StopSignal()
 log.print(
     f'{out}: {architecture}, {raw_model.num_parameters():,} parameters, {dist.dtype} on {dist.world_size} × '
     f'{dist.device.type}; {max_steps} steps of {batches.rows_per_step} rows of {block_size} tokens are '
-    f'{batches.describe_epochs(max_steps)}'
+    f'{batches.describe_epochs(max_steps)}',
+    f'val/loss: nats per token, {runtime.describe_loss(raw_model)}',
 )
 
 # ---------------------------------------------------------------------------- evaluation and checkpoints
@@ -196,11 +199,8 @@ def whole_weights():
 
 def evaluate_and_save():
     """Compute the val/ metrics, the same for any number of ranks, print samples where it is their turn, save the best weights."""
-    rows = data.evaluation_batches(
-        folder, 'val', type(raw_model), block_size, batch_size, mode, eval_batches, dist, even=fsdp
-    )
     with ema.in_place() if ema else nullcontext():
-        values = runtime.evaluate(raw_model, rows, dist, folder.tokens_per_byte('val'))
+        values = runtime.evaluate(raw_model, val_batches, dist)
         if sample_every and (step % sample_every == 0 or step == max_steps) and (dist.is_main or fsdp):
             print_samples()
     log.print(f'step {step}: ' + ', '.join(f'{name} {value:.4f}' for name, value in values.items()))

@@ -49,7 +49,7 @@ SAME_WORK = {  # the same blocks and the same optimizer; nanoGPT's has no biases
     'nanoGPT': '--log_interval=5 --eval_interval=1000000 --eval_iters=1',
     'ours': """--dtype=float32 --norm=layer --position=learned --mlp=gelu --bias=False --qk_norm=False
         --logit_softcap=0 --dropout=0.0 --optimizer=adamw --learning_rate=1e-3 --beta2=0.99 --weight_decay=0.1
-        --grad_clip=1.0 --eval_batches=1 --log_every=5""",
+        --grad_clip=1.0 --eval_tokens=1 --log_every=5""",
 }
 WORK = {  # parameters: shape, tokens per step, steps, steps of warm-up; the second with fewer rows than on a GPU
     '0.8M': ('--n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --batch_size=12', 12 * 64, 300, 50),

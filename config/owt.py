@@ -4,6 +4,6 @@ block_size = 1024
 dtype = 'bfloat16'
 warmup_steps = 2000
 eval_every = 1000
-eval_batches = 40
+eval_tokens = 650_000
 save_every = 1000
 sample_every = 5000

@@ -9,5 +9,5 @@ learning_rate = 6e-3
 schedule = 'linear'
 max_steps = 600
 eval_every = 300
-eval_batches = 20
+eval_tokens = 76_800
 log_every = 20

@@ -10,7 +10,7 @@
 experiment_name = 'sst2'
 base_args = {'task': 'sentiment', 'train_langs': 'eng', 'pool': 'mean', 'block_size': 64, 'batch_size': 64}
 base_args |= {'warmup_ratio': 0.1, 'schedule': 'linear', 'label_smoothing': 0.1}
-base_args |= {'eval_every': 10**6, 'eval_batches': 4, 'log_every': 100, 'device': 'cpu', 'no_wandb': True}
+base_args |= {'eval_every': 10**6, 'eval_examples': 1024, 'log_every': 100, 'device': 'cpu', 'no_wandb': True}
 zipped = {
     'architecture': ['ar'] * 3 + ['diffusion'] * 3,
     'n_layer': [1, None, None] * 2,  # None: 4, as the pretrained ones have

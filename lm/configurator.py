@@ -92,6 +92,21 @@ def no_remote_code(trust: bool):
     require(not trust, "trust_remote_code=True is refused: no model's code is ever run; leave it out.")
 
 
+def batches_in_tokens(batches: int):
+    """Count evaluation in tokens, so that its value depends on no batch size: batches of 32 rows of 256."""
+    return note_conversion('eval_tokens', batches * 32 * 256, batches)
+
+
+def batches_in_examples(batches: int):
+    return note_conversion('eval_examples', batches * 256, batches)
+
+
+def note_conversion(key, value, batches):
+    if os.environ.get('RANK', '0') == '0':
+        print(f'{batches} batches of evaluation are taken as --{key}={value}, for any batch size.')
+    return value
+
+
 DTYPES = {'bf16': 'bfloat16', 'fp16': 'float16', 'fp32': 'float32'}
 DTYPES |= {dtype: dtype for dtype in ('bfloat16', 'float16', 'float32', 'auto')}
 PUBLISHED_NAMES = {  # key: names that published scripts use
@@ -106,18 +121,19 @@ PUBLISHED_NAMES = {  # key: names that published scripts use
     'init_from': 'pretrained_checkpoint base_model model_name',
     'out_dir': 'results_path output_dir',
     'eval_every': 'eval_interval eval_steps',
-    'eval_batches': 'eval_iters',
     'log_every': 'log_interval logging_steps',
     'save_every': 'save_steps save_every_n_steps',
     'wandb_run_name': 'experiment_name',
 }
-# Alias, key, how the value converts (None: it stays as it is, a dict: looked up, a function: checked only). A row
-# counts in a script that has the key and not the alias.
+# Alias, key, how the value converts (None: it stays as it is, a dict: looked up, a function: called; where it returns
+# None the value is checked only). A row counts in a script that has the key and not the alias.
 ALIASES = [
     *((alias, key, None) for key, names in PUBLISHED_NAMES.items() for alias in names.split()),
     ('precision', 'dtype', DTYPES),
     ('bf16', 'dtype', {True: 'bfloat16', False: 'float32'}),
     ('wandb', 'no_wandb', {True: False, False: True}),
+    *((alias, 'eval_tokens', batches_in_tokens) for alias in ('eval_batches', 'eval_iters')),
+    *((alias, 'eval_examples', batches_in_examples) for alias in ('eval_batches', 'eval_iters')),
     ('gradient_checkpointing_kwargs', 'gradient_checkpointing', only_without_reentrant),
     ('trust_remote_code', 'revision', no_remote_code),
 ]
@@ -291,8 +307,10 @@ def assign(config, name, value, source):
     target, key, conversion = resolve(config.known, name, source)
     value = check_type(key, value, source)
     if callable(conversion):
-        return conversion(value)
-    if conversion:
+        value = conversion(value)
+        if value is None:
+            return
+    elif conversion:
         choices = ', '.join(map(str, conversion))
         require(value in conversion, f'{source} is not understood; choose from {choices}.')
         value = conversion[value]

@@ -101,12 +101,13 @@ class ExampleRows:
 
     Of an example that is too long the prompt is truncated on the left; one whose answer does not fit is dropped. For
     a bidirectional model <|ignore|> follows the answer, and it is trained on that too, so that it can tell where an
-    answer ends in whatever room it is given: u² of what the row has left, u uniform by the example.
+    answer ends in whatever room it is given: u² of what the row has left, u uniform by the example. In evaluation it
+    is given the whole row, because a room that depends on the answer would tell its length.
     """
 
     has_loss_mask = True
 
-    def __init__(self, folder, split, row_length, train_on_padding, packed):
+    def __init__(self, folder, split, row_length, train_on_padding, packed, training=True):
         self.folder, self.split, self.row_length = folder, split, row_length
         self.train_on_padding = train_on_padding
         index = folder.index[split].astype(np.int64)
@@ -120,9 +121,10 @@ class ExampleRows:
         self.starts, self.ends = index[:-1][kept], index[1:][kept]
         self.dropped, self.cut = len(fitted) - len(kept), int((lengths <= self.ends - self.starts).sum())
         self.num_tokens, self.num_trained = int(lengths.sum()), sum(sum(fitted[number][1]) for number in kept)
-        room = (row_length + 1 - lengths) * train_on_padding
-        padding = room * uniform(PADDING, np.array(kept)) ** 2
-        self.sizes = lengths + padding.astype(np.int64)
+        room = row_length - lengths
+        if training:
+            room = ((room + 1) * uniform(PADDING, np.array(kept)) ** 2).astype(np.int64)
+        self.sizes = lengths + room * train_on_padding
         self.members = best_fit(self.sizes, row_length) if packed else [[i] for i in range(len(kept))]
         self.num_rows = len(self.members)
         self.has_doc_ids = packed or train_on_padding  # whether some tokens must not be attended to
@@ -211,7 +213,7 @@ def make_rows(folder, split, architecture, block_size, mode, training):
     if mode == 'documents':
         return DocumentRows(folder, split, row_length, padding)
     require(mode in ('examples', 'packed examples'), f"mode is {mode!r}; choose 'packed' or 'documents'.")
-    return ExampleRows(folder, split, row_length, padding, packed=mode == 'packed examples')
+    return ExampleRows(folder, split, row_length, padding, mode == 'packed examples', training)
 
 
 # ---------------------------------------------------------------------------- batches
@@ -285,7 +287,7 @@ class Batches:
         # The count is over the rows of all ranks, so where it depends on them they are all read.
         rows = self.read_rows(step, (numbers if self.rows.has_loss_mask else mine).ravel().tolist())
         if self.rows.has_loss_mask:
-            count = max(1, sum(map(self.count, rows.values())))
+            count = max(1, sum(count_tokens(row, self.ignore_id) for row in rows.values()))
         else:
             count = numbers.size * (self.rows.row_length - 1)
         self.folder.release()
@@ -308,13 +310,6 @@ class Batches:
                 found[number] = rows.read(row, (MOVE, self.seed, *key))
         return found
 
-    def count(self, row):
-        """Count the tokens of a row that the loss is divided by: in the loss, not its first, not padding."""
-        tokens, loss_mask, *_ = row
-        if loss_mask is None:
-            return len(tokens) - 1
-        return int(np.count_nonzero(loss_mask[1:] * (tokens[1:] != self.ignore_id)))
-
     def micro_batch(self, step, numbers, rows):
         noise = None
         if self.needs_noise:
@@ -323,31 +318,68 @@ class Batches:
         return batch.pin_memory() if self.dist.device.type == 'cuda' else batch
 
 
-def evaluation_batches(
-    folder, split, architecture, block_size, batch_size, mode='packed', num_batches=0, dist=Local, even=False
-):
-    """Yield this rank's share of a split's rows, with noise of their own: the same rows for any number of ranks.
+class EvaluationBatches:
+    """Batches of a split's rows, this rank's share, with noise of their own: the same rows for any number of ranks.
 
-    num_batches: so many batches of rows, spread over the split; 0: the whole split. even: each rank gets as many
+    max_tokens: of rows spread over the split, whatever the batch size; 0: the whole split. even: each rank gets as many
     batches, if need be one without loss, as ranks have to whose forward passes wait for each other.
     """
-    rows = make_rows(folder, split, architecture, block_size, mode, training=False)
-    size = min(rows.num_rows, num_batches * batch_size) if num_batches else rows.num_rows
-    chosen = np.arange(size) * rows.num_rows // size
-    for start in range(0, size, dist.world_size * batch_size):
-        numbers = np.arange(start, min(start + dist.world_size * batch_size, size))
-        numbers = numbers[dist.rank * batch_size :][:batch_size]
-        if len(numbers):
-            batch = [rows.read(row, ()) for row in chosen[numbers]]
-        elif even:
-            numbers = np.zeros(1, np.int64)
-            tokens, _, *doc_ids = rows.read(0, ())
-            batch = [(tokens, np.zeros(len(tokens), np.uint8), *doc_ids)]
-        else:
-            return
-        noise = row_noise(numbers, size, rows.row_length, ()) if architecture.needs_noise else None
-        yield collate(batch, noise).to(dist.device)
-        folder.release()
+
+    def __init__(
+        self,
+        folder,
+        split,
+        architecture,
+        block_size,
+        batch_size,
+        mode='packed',
+        max_tokens=0,
+        dist=Local,
+        even=False,
+    ):
+        self.rows = make_rows(folder, split, architecture, block_size, mode, training=False)
+        self.folder, self.batch_size, self.dist, self.even = folder, batch_size, dist, even
+        self.needs_noise = architecture.needs_noise
+        most = max(1, max_tokens // block_size) if max_tokens else self.rows.num_rows
+        self.size = min(self.rows.num_rows, most)
+        folders = folder.folders if isinstance(folder, Mix) else [folder]
+        self.tokens_per_byte = [one.counted_tokens_per_byte(split) for one in folders]
+        self.counts = np.zeros(len(folders))
+
+    @property
+    def num_bytes(self):
+        """The bytes of text, nan if unknown, that the counted tokens of the last iteration stand for."""
+        ratios = np.array(self.tokens_per_byte, float)  # None is nan
+        return float((self.counts / ratios).sum())
+
+    def __iter__(self):
+        self.counts[:] = 0
+        chosen, share = np.arange(self.size) * self.rows.num_rows // self.size, self.batch_size
+        for start in range(0, self.size, self.dist.world_size * share):
+            numbers = np.arange(start, min(start + self.dist.world_size * share, self.size))
+            numbers = numbers[self.dist.rank * share :][:share]
+            if len(numbers):
+                batch = [self.rows.read(row, ()) for row in chosen[numbers]]
+                for row, read in zip(chosen[numbers], batch):
+                    part = self.rows.find(row)[0] if isinstance(self.folder, Mix) else 0
+                    self.counts[part] += count_tokens(read, self.folder.tokenizer.ignore_id)
+            elif self.even:
+                numbers = np.zeros(1, np.int64)
+                tokens, _, *doc_ids = self.rows.read(0, ())
+                batch = [(tokens, np.zeros(len(tokens), np.uint8), *doc_ids)]
+            else:
+                return
+            noise = row_noise(numbers, self.size, self.rows.row_length, ()) if self.needs_noise else None
+            yield collate(batch, noise).to(self.dist.device)
+            self.folder.release()
+
+
+def count_tokens(row, ignore_id):
+    """Count the tokens of a row that the loss is divided by: in the loss, not its first, not padding."""
+    tokens, loss_mask, *_ = row
+    if loss_mask is None:
+        return len(tokens) - 1
+    return int(np.count_nonzero(loss_mask[1:] * (tokens[1:] != ignore_id)))
 
 
 def row_noise(numbers, num_rows, row_length, key):

@@ -59,14 +59,10 @@ class Folder:
         """The hash of the training split, recorded when it was prepared."""
         return self.config.get('sha256', {}).get('train_tokens.bin')
 
-    def tokens_per_byte(self, split):
-        """Compute tokens, <|endoftext|> included, per UTF-8 byte of text."""
-        return self.splits[split]['tokens'] / max(1, self.splits[split]['bytes'])
-
     def counted_tokens_per_byte(self, split):
-        """Compute the same of the tokens that the loss is over; None where they have no text."""
+        """Compute tokens, <|endoftext|> included, per UTF-8 byte of text where the loss is; None for no text."""
         if self.masks[split] is None:
-            return self.tokens_per_byte(split)
+            return self.splits[split]['tokens'] / max(1, self.splits[split]['bytes'])
         counted = self.tokens[split][self.masks[split] == 1]
         text = self.tokenizer.decode(counted)
         return len(counted) / len(text.encode()) if text else None
@@ -119,11 +115,6 @@ class Mix:
     def fingerprint(self):
         pairs = zip(self.folders, self.weights)
         return ','.join(f'{folder.fingerprint}:{weight}' for folder, weight in pairs)
-
-    def tokens_per_byte(self, split):
-        """Compute tokens per byte of a text that has tokens of each folder in proportion to the weights."""
-        ratios = [Fraction(folder.tokens_per_byte(split)) for folder in self.folders]
-        return 1 / float(sum(weight / ratio for weight, ratio in zip(self.weights, ratios)))
 
 
 def parse_weight(part, dataset):

@@ -3,15 +3,16 @@
 Rows of block_size tokens, the first of each given, the others counted. From left to right the nll is exact. A
 diffusion model has a likelihood for each way to generate a row; each figure is exact for or bounds one of them:
 
-    NELBO           random order, one token at a time; for `sdd` with k = 0 the same, without beliefs
-    two-pass NELBO  `sdd`: random order, each token after a first pass over the same masked row gave the beliefs
-    nested_bound    random order in S steps, all tokens of a step at once, beliefs kept from step to step: what
-                    sampler='ancestral' with steps=S, temperature 1 and no top_k or top_p does
-    chain_rule      exact, from left to right, one forward pass per token
+    NELBO           a bound for sampler='first_hitting': random order, one token at a time; of `sdd` with k = 0 too
+    two-pass NELBO  `sdd`: a bound for the same sampler, whose fresh_beliefs come from a first pass over each masked row
+    nested_bound    a bound for sampler='ancestral' with steps=S: random order, all tokens of a step at once, beliefs
+                    carried from step to step
+    chain_rule      exact for sampler='blocks' with block_length=1, from left to right; of `sdd` with fresh_beliefs=True
+    carried_chain_rule  `sdd`: the same, beliefs carried from token to token
 
-No bound holds for samples by confidence, blocks, threshold or ReMDM, or at another temperature. It would be void
-if a belief came from a less masked row or from the text itself, overrode a visible token, or if k were chosen per
-row by its loss. Random numbers are keyed by a row's number: the result depends neither on the batch size nor on
+All of them at temperature 1 without top_k or top_p. No bound holds for samples by confidence, longer blocks, threshold
+or ReMDM. It would be void if a belief came from a less masked row or from the text itself, overrode a visible token, or
+if k were chosen per row by its loss. Random numbers are keyed by a row's number: the result depends neither on the batch size nor on
 the number of ranks, and models are compared under the same masks.
 """
 
@@ -59,14 +60,16 @@ def measure(model, rows, dist, batch_size, draws=8, max_tokens=0, **bound):
     return sums
 
 
-def token_values(model, tokens, loss_mask, noise, batch_size, exact=False, steps=0, k=None):
+def token_values(model, tokens, loss_mask, noise, batch_size, exact='', steps=0, k=None):
     """Return {quantity: (B, T)} of one pass with noise (B, 1 + T).
 
-    exact: the chain rule instead of the model's loss; steps: the bound of sampling in so many steps; neither has
-    'correct' and 'predicted'. k: of an `sdd`, if not its own.
+    exact: 'exact' or 'carried', the chain rule with fresh or carried beliefs instead of the model's loss; steps: the bound of sampling in
+    so many steps; neither has 'correct' and 'predicted'. k: of an `sdd`, if not its own.
     """
     noise = torch.from_numpy(noise).to(tokens.device) if model.needs_noise else None
-    if exact:
+    if exact == 'carried':
+        nll = carried_chain_rule(model, tokens, loss_mask, k)
+    elif exact:
         nll = chain_rule(model, tokens, loss_mask, None, batch_size, k)
     elif steps:
         nll = nested_bound(model, tokens, loss_mask, noise[:, 1:], steps, k)
@@ -97,13 +100,29 @@ def nested_bound(model, tokens, loss_mask, noise, steps, k=None):
     which saw less: they depend on the path of the reverse process alone, on which p may be conditioned.
     """
     maskable, _ = model.loss_positions(tokens, loss_mask)
-    k = model.config.k if k is None else k
+    masks = ((maskable & (noise < step / steps), step) for step in range(steps, 0, -1))
+    return nll_along(model, tokens, ((masked, masked, 1 / step) for masked, step in masks), k)
+
+
+@torch.inference_mode()
+def carried_chain_rule(model, tokens, loss_mask=None, k=None):
+    """Return the exact nll (B, T) from left to right, each token predicted with beliefs of the pass before."""
+    maskable, _ = model.loss_positions(tokens, loss_mask)
+    index = torch.arange(tokens.size(1), device=tokens.device)
+    path = ((maskable & (index >= i), maskable & (index == i), 1) for i in range(1, tokens.size(1)))
+    return nll_along(model, tokens, path, k)
+
+
+def nll_along(model, tokens, path, k=None):
+    """Return Σ weight · nll (B, T) over the steps of a path, each of which passes its beliefs on to the next.
+
+    path: for each step what is masked (B, T), what of that is predicted (B, T), and its weight.
+    """
     nll, belief = torch.zeros(tokens.shape, device=tokens.device), None
-    for step in range(steps, 0, -1):
-        masked = maskable & (noise < step / steps)
+    for masked, predicted, weight in path:
         hidden = model.hidden(tokens.masked_fill(masked, model.config.mask_id), belief=belief)
-        nll += model.token_nll(hidden, tokens, masked)[0] / step
-        belief = model.top_k_belief(hidden, masked, k) if model.has_beliefs else None
+        nll += weight * model.token_nll(hidden, tokens, predicted)[0]
+        belief = model.top_k_belief(hidden, masked, model.config.k if k is None else k)
     return nll
 
 
@@ -113,7 +132,7 @@ def chain_rule(model, tokens, loss_mask=None, turn=None, batch_size=32, k=None):
 
     turn: (T,), when each position's turn comes; None: from left to right. Each token is predicted while its own
     position and all later ones are masked: as many forward passes as tokens, batch_size of them at once.
-    -log p(row) of the model that samples in this very order; the mean over all orders is the NELBO.
+    -log p(row) of the model that samples in this very order, with fresh beliefs; the mean over all orders is the NELBO.
     """
     maskable, _ = model.loss_positions(tokens, loss_mask)
     index = torch.arange(tokens.size(1), device=tokens.device)
@@ -172,12 +191,13 @@ def split_at(row, end):
 def interval(sums, numerator, denominator, others=None):
     """Return Σ numerator / Σ denominator, its 95 % interval, and the unit that this is over.
 
-    The unit is documents, or windows where there are few documents: as windows next to each other resemble each
-    other, these intervals are somewhat too narrow. others: another model's sums over the same tokens, to subtract.
-    What makes a document hard for both cancels, so this tells models apart whose own intervals overlap.
+    The unit is what shares randomness: a document shares its subject, and the documents of one window share its mask
+    ratio. So it is the larger of the two, or windows where there are few documents: as windows next to each other
+    resemble each other, these intervals are somewhat too narrow. others: another model's sums over the same tokens, to
+    subtract. What makes a text hard for both cancels, so this tells models apart whose own intervals overlap.
     """
-    enough = np.count_nonzero(sums['documents']['count']) >= MIN_DOCUMENTS
-    unit = 'documents' if enough else 'windows'
+    documents, windows = (np.count_nonzero(sums[unit]['count']) for unit in ('documents', 'windows'))
+    unit = 'documents' if MIN_DOCUMENTS <= documents <= windows else 'windows'
     values = sums[unit][numerator] - (others[unit][numerator] if others else 0)
     return *scoring.mean_ci(values, sums[unit][denominator]), unit
 

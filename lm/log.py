@@ -11,7 +11,7 @@ from lm.files import save_atomically, write_json
 METRICS = (
     'train/loss train/accuracy train/perplexity train/lr train/tokens_per_sec train/grad_norm train/mfu train/epoch '
     'val/loss val/accuracy val/perplexity val/bpb val/loss_k0 train/k train/ignore_acc train/ignore_precision '
-    'val/text_loss'
+    'val/loss_without_padding'
 ).split()
 
 

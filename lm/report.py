@@ -5,11 +5,11 @@ from html import escape
 
 # Key, format and title of each column, a line per metric; a column that no model has is left out.
 COLUMNS = """
-nats_per_token .4f nats/token | ci_over s interval over | bound s bound | difference +.4f minus the first
+nats_per_token .4f nats/token | ci_over s interval over | bound s bound | order s written | difference +.4f minus the first
 perplexity .2f perplexity | bpb .4f bits/byte
 k0.nats_per_token .4f k = 0 | k0.difference +.4f minus the first
-steps.nats_per_token .4f in steps | steps.difference +.4f minus the first
-exact.nats_per_token .4f left to right | exact.ci_over s interval over
+steps.steps d S | steps.nats_per_token .4f in S steps | steps.difference +.4f minus the first
+exact.nats_per_token .4f left to right | carried.nats_per_token .4f beliefs carried | exact.ci_over s interval over
 accuracy .3f accuracy
 distinct_1 .3f distinct-1 | distinct_4 .3f distinct-4 | rep_4 .3f rep-4 | entropy .3f entropy
 samples_empty d empty | judge_nats .3f judge nats | valid_stories .3f stories
@@ -18,12 +18,13 @@ tokens_per_sec ,.0f tokens/s | tokens_per_sec_batch ,.0f in a batch | passes_per
 """
 COLUMNS = [column.split(maxsplit=2) for line in COLUMNS.strip().split('\n') for column in line.split(' | ')]
 NOTES = """\
-± is half a 95 % interval, over documents or, where there are fewer than 30, over windows, which is somewhat
-too narrow where neighbouring windows are alike. exact: the nll itself; upper: an upper bound of it, so that
-an upper figure below an exact one is better, and one above it leaves the question open; no bound: neither, so
-that it does not compare. For sdd the bound is of sampling one token at a time, each after two passes; k = 0:
-the same without beliefs; in steps: of sampler='ancestral' at temperature 1 in bound_steps steps, and of no
-other sampler. Left to right: the exact nll of a diffusion model that samples in this order, on fewer rows.
+± is half a 95 % interval, over documents or, where there are fewer than 30 or several per window, over windows,
+which is somewhat too narrow where neighbouring windows are alike. exact: the nll itself; upper: an upper bound
+of it, so that an upper figure below an exact one is better, and one above it leaves the question open; no bound:
+neither, so that it does not compare. Each is of texts written as the table says, at temperature 1: what sample.py
+does unless told otherwise. k = 0: the same without beliefs; in S steps: of sampler='ancestral' with steps=S, and
+of no other. Left to right: the exact nll of a diffusion model that samples in this order (sampler='blocks' of
+length 1, fresh_beliefs=True; beliefs carried: False), on fewer rows.
 Accuracy: of the next token for ar, of masked tokens for the others, so the two do not compare. Diversity is
 of the samples that are not empty; it depends on their number and length: compare it with that of held-out
 text. n/a: cannot be computed."""

@@ -27,7 +27,11 @@ RANGES = [  # settings that are at least the first number and below the second
     (1, math.inf, 'batch_size gradient_accumulation_steps eval_batch_size block_size sequence_length'),
     (1, math.inf, 'eval_every log_every sample_tokens peft_lora_r num_classes'),
     (0, math.inf, 'num_epochs learning_rate min_lr warmup_steps warmup_ratio decay_ratio weight_decay'),
-    (0, math.inf, 'eval_batches save_every save_total_limit sample_every num_samples early_stopping'),
+    (
+        0,
+        math.inf,
+        'eval_tokens eval_examples save_every save_total_limit sample_every num_samples early_stopping',
+    ),
     (0, math.inf, 'anneal_steps neftune_alpha lora_rank num_layers_to_finetune val_set_size grad_clip'),
     (0, 1, 'beta1 beta2 ema_decay dropout token_dropout label_smoothing peft_lora_dropout lora_dropout'),
 ]
@@ -270,19 +274,19 @@ def means(split, sums):
     if correct is not None:
         values[f'{split}/accuracy'] = correct / max(1, predicted)
     found, targets, guesses = (sums.pop(f'ignore_{name}', 0) for name in ('correct', 'targets', 'guesses'))
-    text_loss = sums.pop('text_loss', 0)
+    without_padding = sums.pop('loss_without_padding', 0)
     if targets and split == 'train':  # masked padding in these rows: recall and precision
         values['train/ignore_acc'] = found / targets
         values['train/ignore_precision'] = found / max(1, guesses)
-    if targets and split == 'val':  # the loss without that of padding, over the same count
-        values['val/text_loss'] = text_loss / count
+    if targets and split == 'val':  # no bound: visible padding tells how long the text is
+        values['val/loss_without_padding'] = without_padding / count
     return values | {f'{split}/{name}': value / count for name, value in sums.items()}
 
 
 @torch.no_grad()
-def evaluate(model, batches, dist, tokens_per_byte):
-    """Compute the val/ metrics over the batches of all ranks; tokens_per_byte: None where there is no text."""
-    names = 'loss count correct predicted text_loss ignore_correct ignore_targets ignore_guesses'.split()
+def evaluate(model, batches, dist):
+    """Compute the val/ metrics over the batches of all ranks, a data.EvaluationBatches."""
+    names = 'loss count correct predicted loss_without_padding ignore_correct ignore_targets ignore_guesses'.split()
     sums, sums_k0 = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)  # a rank may have no batch
     model.eval()
     for batch in batches:
@@ -291,11 +295,20 @@ def evaluate(model, batches, dist, tokens_per_byte):
             if model.has_beliefs:  # and without beliefs, at the same masks
                 add(sums_k0, *model(*batch, k=0))
     model.train()
-    values = means('val', dist.total(sums))
-    values['val/bpb'] = values['val/loss'] / math.log(2) * (tokens_per_byte or math.nan)
+    totals, num_bytes = dist.total(sums), dist.total({'bytes': batches.num_bytes})['bytes']
+    values = means('val', totals)
+    values['val/bpb'] = totals['loss'] / math.log(2) / num_bytes if num_bytes else math.nan
     if model.has_beliefs:
         values['val/loss_k0'] = means('val', dist.total(sums_k0))['val/loss']
     return values
+
+
+def describe_loss(model):
+    """Say what the loss of a model, or of its class, is the nll of or bounds."""
+    kind = {'exact': 'the nll', 'upper': 'an upper bound of the nll', 'none': 'no bound of the nll'}[
+        model.bound
+    ]
+    return f'{kind} of texts that are written {model.order}'
 
 
 class Speed:

@@ -154,7 +154,7 @@ def first_gradient(out):
     return gradient, float(metrics(out)[-1]['train/loss'])
 
 
-FIRST_STEP = '--max_steps=1 --eval_batches=1 --beta1=0 --grad_clip=0 --overwrite'.split()
+FIRST_STEP = '--max_steps=1 --eval_tokens=64 --beta1=0 --grad_clip=0 --overwrite'.split()
 
 
 def fingerprints(path):

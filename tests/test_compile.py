@@ -31,8 +31,8 @@ def training_steps(model, folder, mode):
 
 
 def evaluate(model, folder, mode):
-    rows = data.evaluation_batches(folder, 'train', type(model), 32, 16, mode, num_batches=3)
-    runtime.evaluate(model, rows, runtime.Runtime('cpu', 'float32'), 1.0)
+    rows = data.EvaluationBatches(folder, 'train', type(model), 32, 16, mode, max_tokens=3 * 16 * 32)
+    runtime.evaluate(model, rows, runtime.Runtime('cpu', 'float32'))
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ top_k: int = None              # cut-off
 temperature: float | None = None  # of sampling
 options = {}                   # of the optimizer
 eval_every = 100               # steps
-eval_batches = 20              # batches
+eval_tokens = 20               # tokens
 log_every = 10                 # steps
 save_every = 0                 # steps
 no_wandb = False               # nothing to W&B
@@ -339,7 +339,7 @@ def test_json_and_yaml_are_read_as_python_files_are(run, name, text):
         ('--results_path=x --output_dir=x', 'out_dir', 'x'),
         ('--max_iters=3', 'max_steps', 3),
         ('--eval_interval=3 --eval_steps=3', 'eval_every', 3),
-        ('--eval_iters=3', 'eval_batches', 3),
+        ('--eval_iters=3 --eval_batches=3', 'eval_tokens', 3 * 8192),
         ('--logging_steps=3 --log_interval=3', 'log_every', 3),
         ('--save_steps=3 --save_every_n_steps=3', 'save_every', 3),
         ('--grad_accum_steps=3', 'gradient_accumulation_steps', 3),

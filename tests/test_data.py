@@ -149,9 +149,9 @@ def test_mask_ratio_and_noise_of_a_row_are_independent(make_folder):
 # ---------------------------------------------------------------------------- evaluation
 
 
-def evaluation_batches(folder, architecture, batch_size=3, mode='packed', num_batches=0, dist=data.Local):
-    return data.evaluation_batches(
-        folder, 'val', ARCHITECTURES[architecture], 16, batch_size, mode, num_batches, dist
+def evaluation_batches(folder, architecture, batch_size=3, mode='packed', max_tokens=0, dist=data.Local):
+    return data.EvaluationBatches(
+        folder, 'val', ARCHITECTURES[architecture], 16, batch_size, mode, max_tokens, dist
     )
 
 
@@ -189,31 +189,58 @@ def test_diffusion_evaluation_counts_no_token_twice(make_folder):
 
 
 @pytest.mark.parametrize('architecture, mode', [('ar', 'packed'), ('diffusion', 'documents')])
-@pytest.mark.parametrize('num_batches', [0, 2])
-def test_evaluation_is_the_same_for_any_number_of_ranks(make_folder, architecture, mode, num_batches):
+@pytest.mark.parametrize('max_tokens', [0, 96])
+def test_evaluation_is_the_same_for_any_number_of_ranks(make_folder, architecture, mode, max_tokens):
     folder = Folder(make_folder())
 
     def rows(ranks):
-        found = evaluated(folder, architecture, ranks, mode=mode, num_batches=num_batches)
+        found = evaluated(folder, architecture, ranks, mode=mode, max_tokens=max_tokens)
         return sorted(repr([x if x is None else x.tolist() for x in row]) for row in found)
 
     assert rows(1) == rows(2) == rows(5)
-    assert len(rows(1)) == 6 if num_batches else len(rows(1)) > 12
+    assert len(rows(1)) == 6 if max_tokens else len(rows(1)) > 12
 
 
 def test_ranks_that_wait_for_each_other_get_as_many_evaluation_batches(make_folder):
     folder = Folder(make_folder(val=['abcdefghi' * 4]))  # two rows, both in the first rank's batch
     kind = ARCHITECTURES['diffusion']
     first, second = (
-        list(data.evaluation_batches(folder, 'val', kind, 16, 4, dist=rank(i, 2), even=True)) for i in (0, 1)
+        list(data.EvaluationBatches(folder, 'val', kind, 16, 4, dist=rank(i, 2), even=True)) for i in (0, 1)
     )
     assert len(first) == len(second) == 1 and len(first[0].tokens) > len(second[0].tokens)
     assert not second[0].loss_mask.any()
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize('architecture', ['ar', 'diffusion'])
+def test_rows_and_noise_of_evaluation_do_not_depend_on_the_batch_size(make_folder, architecture):
+    folder = Folder(make_folder())
+    few, many = (evaluated(folder, architecture, batch_size=n, max_tokens=160) for n in (2, 7))
+    assert len(few) == 10
+    for row, other in zip(few, many, strict=True):
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(row, other))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize('mode', ['packed', 'documents'])
+def test_bytes_of_a_mix_are_those_of_its_tokens(make_folder, tmp_path, mode):
+    """In documents mode the weights are of rows, and a row of short documents has few tokens."""
+    for name, val in (('long', ['a' * 29] * 20), ('short', ['b'] * 400)):
+        make_folder(name, val=val)
+    folder = open_dataset(f'{tmp_path}/long:0.5,{tmp_path}/short:0.5')
+    batches = evaluation_batches(folder, 'ar', mode=mode)
+    tokens = (
+        torch.cat([b.tokens[:, 1:][b.loss_mask[:, 1:] > 0] for b in batches]) if mode == 'documents' else None
+    )
+    if mode == 'packed':
+        tokens = torch.cat([b.tokens[:, 1:].flatten() for b in batches])
+    long, short = (sum(folder.tokenizer.decode([t]) == x for t in tokens.tolist()) for x in 'ab')
+    assert batches.num_bytes == pytest.approx(long + short, rel=0.05) and long > short
+
+
 def test_evaluation_of_a_few_batches_is_spread_over_the_split(make_folder):
     folder = Folder(make_folder(val=['a' * 499, 'b' * 499]))
-    tokens = torch.stack([row[0] for row in evaluated(folder, 'ar', num_batches=2)])
+    tokens = torch.stack([row[0] for row in evaluated(folder, 'ar', max_tokens=96)])
     letters = letter_tokenizer()
     assert (tokens == letters.encode('a')[0]).any() and (tokens == letters.encode('b')[0]).any()
 
@@ -436,7 +463,7 @@ def test_reading_a_large_folder_keeps_no_pages(make_folder):
 def test_a_block_longer_than_the_data_is_refused(make_folder):
     folder = Folder(make_folder(val=['abc']))
     with pytest.raises(UserError, match='has 4 val tokens, a row 17; choose'):
-        next(evaluation_batches(folder, 'ar'))
+        evaluation_batches(folder, 'ar')
     with pytest.raises(UserError, match='train tokens, a row 99999'):
         make_rows(folder, 'diffusion', 99999)
 

@@ -50,6 +50,14 @@ def test_padding_of_examples_is_of_all_lengths_for_diffusion(examples):
     assert (padding < 3).any() and (padding > 20).any()
 
 
+@pytest.mark.faults
+def test_the_room_of_an_answer_in_evaluation_does_not_tell_its_length(examples):
+    rows = data.make_rows(
+        examples, 'val', ARCHITECTURES['diffusion'], LONG, 'packed examples', training=False
+    )
+    assert all(len(rows.read(row)[0]) == LONG for row in range(rows.num_rows))
+
+
 def test_best_fit_never_overfills_and_wastes_little():
     sizes = np.array([int(x) for x in rng.random_bits(1, np.arange(500)) % np.uint64(60) + np.uint64(1)])
     rows = data.best_fit(sizes, 64)

@@ -96,21 +96,21 @@ def test_a_prompt_is_never_masked_answer_and_padding_are(place, tmp_path, packin
     assert masked[~in_prompt & padding].any() and masked[~in_prompt & ~padding].any()
 
 
-def test_the_loss_of_the_text_stands_beside_that_with_padding(place, tmp_path, capsys):
+def test_the_loss_without_padding_stands_beside_that_with_it(place, tmp_path, capsys):
     words = [f'--out_dir={tmp_path}/run', '--packing=False', '--max_steps=3']
     variables = tune(*settings(place, 'diffusion', *words))
     row, model = metrics(tmp_path / 'run')[-1], variables['raw_model'].eval()
     text = padding = count = 0
-    for batch in data.evaluation_batches(variables['folder'], 'val', type(model), 64, 4, 'examples'):
+    for batch in data.EvaluationBatches(variables['folder'], 'val', type(model), 64, 4, 'examples'):
         with torch.no_grad():
             nll, counted, _ = model(*batch, reduction='none')
         is_padding, count = batch.tokens == model.config.ignore_id, count + counted.sum()
         text, padding = text + nll[~is_padding].sum(), padding + nll[is_padding].sum()
     assert padding > 0
-    assert float(row['val/text_loss']) == pytest.approx((text / count).item(), rel=1e-5)
+    assert float(row['val/loss_without_padding']) == pytest.approx((text / count).item(), rel=1e-5)
     assert float(row['val/loss']) == pytest.approx(((text + padding) / count).item(), rel=1e-5)
-    assert f'val/text_loss {float(row["val/text_loss"]):.4f}' in capsys.readouterr().out
-    assert not metrics(place / 'run')[-1]['val/text_loss']  # of ar, which has no padding
+    assert f'val/loss_without_padding {float(row["val/loss_without_padding"]):.4f}' in capsys.readouterr().out
+    assert not metrics(place / 'run')[-1]['val/loss_without_padding']  # of ar, which has no padding
 
 
 def test_steps_win_over_epochs_and_warmup_is_at_most_a_tenth_of_them_unless_given(place, tmp_path):
@@ -298,7 +298,7 @@ print('peak', re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1
 
 
 def start_for_peak(place, base, out, *more):
-    words = ['--max_steps=1', '--packing=False', '--eval_batches=1', *more]
+    words = ['--max_steps=1', '--packing=False', '--eval_tokens=64', *more]
     arguments = [*TUNE, *settings(place, base, *words), f'--out_dir={out}']
     command = [sys.executable, '-c', PEAK, *map(str, arguments)]
     environment = {**os.environ, 'MALLOC_MMAP_THRESHOLD_': '65536'}  # nothing that is freed is kept

@@ -188,7 +188,7 @@ def test_every_architecture_exports_comes_back_and_is_pushed(architecture, tmp_p
 
     run('push', tmp_path / 'ckpt.pt', '--hub_model_id=me/it', '--dry_run')
     card = capsys.readouterr().out
-    bound = {'ar': 'token.', 'fourth': 'token (no bound).'}.get(architecture, 'token (an upper bound).')
+    bound = {'ar': 'the nll', 'fourth': 'no bound'}.get(architecture, 'an upper bound')
     assert f'A language model ({model.description})' in card and bound in card
 
 
@@ -325,7 +325,7 @@ def test_the_card_tells_the_settings_and_no_path_of_the_machine(run_folder, clie
     run('push', run_folder, f'--hub_model_id={NAME}', '--token=secret')
     card = (client.folder / 'README.md').read_text()
     assert re.match(r'---\n(.+\n)*library_name: transformers\n', card) and 'base_model: owner/base\n' in card
-    assert 'Best val/loss: 1.2500 nats per token.' in card and f'sample.py --checkpoint={NAME}\n' in card
+    assert 'Best val/loss: 1.2500 nats per token, the nll of' in card and f'sample.py --checkpoint={NAME}\n' in card
     assert 'parameters, trained on letters.' in card and 'learning_rate = 2e-05\n' in card
     assert not any(word in card for word in ('/home/me', 'out_dir', 'wandb', 'secret', 'block_size'))
 

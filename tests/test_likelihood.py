@@ -198,7 +198,7 @@ def test_measured_bounds_are_unbiased():
     nll = likelihood.measure(model, toy_rows(2000), rank(), 500, draws=8)['windows']['nll']
     error = nll.std() / len(nll) ** 0.5
     assert abs(nll.mean() - truth) < 4 * error + 1e-3 * truth  # mask ratios start at 0.001
-    exact = likelihood.measure(model, toy_rows(2), rank(), 2, exact=True)
+    exact = likelihood.measure(model, toy_rows(2), rank(), 2, exact='exact')
     np.testing.assert_allclose(exact['windows']['nll'], chain(model, ROW, (1, 2, 3)).item(), rtol=1e-5)
 
 
@@ -221,7 +221,14 @@ def test_neither_batch_size_nor_ranks_change_the_sums(folder, architecture, mode
 
 
 @pytest.mark.parametrize(
-    'bound', [dict(steps=5), dict(k=0), dict(steps=5, k=0), dict(exact=True, max_tokens=30)]
+    'bound',
+    [
+        dict(steps=5),
+        dict(k=0),
+        dict(steps=5, k=0),
+        dict(exact='exact', max_tokens=30),
+        dict(exact='carried', max_tokens=30),
+    ],
 )
 def test_neither_batch_size_nor_ranks_change_the_other_bounds(folder, bound):
     assert_independent_of_batches_and_ranks(lambda **settings: measured(folder, 'sdd', **bound, **settings))
@@ -293,6 +300,19 @@ def test_figures_by_hand():
         1 / np.log(2)
     )
     assert 'bpb' not in likelihood.perplexity_figures(sums_of(40, 12), None)
+
+
+@pytest.mark.faults
+def test_intervals_cover_the_mean_where_the_documents_of_a_window_share_its_mask_ratio():
+    random, covered = np.random.default_rng(0), 0
+    for _ in range(300):
+        windows = random.normal(size=40)  # what a mask ratio does to all of a window's documents
+        documents = np.repeat(windows, 4) + 0.5 * random.normal(size=160)
+        nll = {'documents': documents, 'windows': documents.reshape(40, 4).sum(1)}
+        sums = {unit: {'nll': x, 'count': np.full(len(x), 160 / len(x))} for unit, x in nll.items()}
+        low, high = likelihood.interval(sums, 'nll', 'count')[1]
+        covered += low < 0 < high
+    assert covered / 300 > 0.92
 
 
 def test_intervals_are_over_windows_where_there_are_fewer_than_30_documents():

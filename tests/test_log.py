@@ -53,7 +53,7 @@ def test_a_new_metric_gets_a_column_and_rows_before_it_an_empty_cell(tmp_path):
         {'step': '2', 'val/entropy': '0.25', 'val/z': '1.0'},
     ]
     header, *lines = (tmp_path / 'metrics.csv').read_text().splitlines()
-    assert header.endswith('val/text_loss,val/entropy,val/z')
+    assert header.endswith('val/loss_without_padding,val/entropy,val/z')
     assert {line.count(',') for line in lines} == {header.count(',')}
 
 

@@ -100,10 +100,13 @@ def test_means_are_over_the_counted_tokens_and_accuracy_over_the_predicted():
 
 def test_recall_and_precision_of_padding_are_of_training_and_the_loss_of_text_of_evaluation():
     sums = dict(loss=20.0, count=10.0, ignore_correct=2.0, ignore_targets=8.0, ignore_guesses=4.0)
-    sums['text_loss'] = 5.0
+    sums['loss_without_padding'] = 5.0
     train, val = runtime.means('train', sums), runtime.means('val', sums)
     assert (train['train/ignore_acc'], train['train/ignore_precision']) == (0.25, 0.5)
-    assert val['val/text_loss'] == 0.5 and not {'val/ignore_acc', 'train/text_loss'} & {*train, *val}
+    assert val['val/loss_without_padding'] == 0.5 and not {'val/ignore_acc', 'train/loss_without_padding'} & {
+        *train,
+        *val,
+    }
     without = runtime.means('val', {**sums, 'ignore_targets': 0.0})
     assert set(without) == {'val/loss', 'val/perplexity'}
 
@@ -117,6 +120,10 @@ def test_a_metric_of_ones_own_is_a_mean_over_the_counted_tokens_under_its_name()
     assert sums == {'loss': 2.0, 'count': 4.0, 'entropy': 6.0}
 
 
+class Batches(list):
+    num_bytes = 25.0
+
+
 @pytest.mark.parametrize('architecture', ['ar', 'sdd'])
 def test_evaluation_sums_over_batches_of_any_size(architecture):
     model = random_model(architecture, 0.4, **SHAPE).train()
@@ -126,10 +133,10 @@ def test_evaluation_sums_over_batches_of_any_size(architecture):
     dist = runtime.Runtime('cpu', 'float32')
     parts = [Batch(tokens[i], None, noise[i]) for i in (slice(0, 1), slice(1, 5))]
     split, whole = (
-        runtime.evaluate(model, batches, dist, 2.0) for batches in (parts, [Batch(tokens, None, noise)])
+        runtime.evaluate(model, Batches(batches), dist) for batches in (parts, [Batch(tokens, None, noise)])
     )
     assert split == pytest.approx(whole, rel=1e-5) and model.training
-    assert split['val/bpb'] == pytest.approx(split['val/loss'] / math.log(2) * 2)
+    assert split['val/bpb'] == pytest.approx(split['val/loss'] / math.log(2) * 75 / 25)
     assert ('val/loss_k0' in split) == model.has_beliefs
     assert split.get('val/loss_k0') != split['val/loss']
 

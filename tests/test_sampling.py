@@ -259,6 +259,7 @@ def test_nothing_to_write_gives_the_prompts_back(architecture):
         ('ar', [1], {'top_p': 0.0}, 'top_p is 0.0; '),
         ('ar', [1], {'top_p': 1.5}, 'top_p is 1.5; '),
         ('diffusion', [1], {'steps': 0}, 'steps is 0; '),
+        ('diffusion', [1], {'sampler': 'first_hitting', 'steps': 3}, 'so steps=3 has no effect'),
         ('diffusion', [1], {'block_length': 0}, 'block_length is 0; '),
         ('diffusion', [1], {'threshold': 2.0}, 'threshold is 2.0; '),
         ('diffusion', [1], {'eta': -0.1}, 'eta is -0.1; '),
@@ -288,7 +289,7 @@ def test_every_hidden_position_is_filled_and_no_other(sampler, max_new_tokens):
 
 
 @pytest.mark.parametrize('steps', [1, 3, 4, 6, 8, 40, None])
-@pytest.mark.parametrize('sampler', SAMPLERS)
+@pytest.mark.parametrize('sampler', SAMPLERS[1:])
 def test_at_most_so_many_forward_passes_as_steps(sampler, steps):
     model = tiny('diffusion')
     seen = watch(model)
@@ -372,6 +373,16 @@ def test_threshold_writes_in_each_row_in_each_pass():
     generate(model, EQUAL, 9, sampler='threshold', threshold=0.999)
     counts = torch.stack([(x == MASK).sum(1) for x in seen])
     assert len(seen) > 1 and (counts.diff(dim=0) < 0)[counts[:-1] > 0].all()
+
+
+def test_first_hitting_writes_one_token_of_each_row_in_each_pass():
+    model = tiny('diffusion')
+    seen = watch(model)
+    generate(model, [[1, 2, MASK], [MASK, 2, MASK]], 0)
+    generate(model, [[1, MASK, 3, MASK]] * 50, 4)
+    left = [(x == MASK).sum(1).tolist() for x in seen]
+    assert left[:2] == [[1, 2], [1]] and left[2:] == [[n] * 50 for n in range(6, 0, -1)]
+    assert len((seen[3] == MASK).unique(dim=0)) == 6  # in random order
 
 
 @pytest.mark.parametrize('sampler', ['ancestral', 'remdm'])
@@ -527,9 +538,10 @@ def test_ancestral_sampling_is_the_reverse_process_of_so_many_steps(steps):
     assert_drawn_from(expected, drawn_texts(p, 20000, steps=steps))
 
 
-def test_ancestral_sampling_in_many_steps_gives_the_joint_distribution():
+def test_ancestral_sampling_in_many_steps_and_one_by_one_gives_the_joint_distribution():
     p = toy_joint()
     assert_drawn_from(p, drawn_texts(p, 4000, steps=400))
+    assert_drawn_from(p, drawn_texts(p, 20000))
 
 
 def test_remdm_is_the_reverse_process_with_its_rates():

@@ -167,8 +167,10 @@ TEXTS = list(product(range(LETTERS), repeat=LENGTH))
 ROWS = torch.tensor([(0, *text) for text in TEXTS])  # (27, 4); the first token is given
 
 
-def toy():
-    return tiny(vocab_size=LETTERS + 1, mask_id=LETTERS, ignore_id=None, block_size=LENGTH + 1, k=2)
+def toy(architecture='sdd'):
+    return tiny(
+        architecture, vocab_size=LETTERS + 1, mask_id=LETTERS, ignore_id=None, block_size=LENGTH + 1, k=2
+    )
 
 
 @torch.no_grad()
@@ -201,26 +203,54 @@ def test_the_bound_of_sampling_in_steps_is_the_mean_over_all_paths_and_above_the
         assert abs(draws.mean() - mean[place]) < 4 * draws.std() / 4000**0.5 + 1e-5
 
 
-def test_what_the_bound_bounds_is_what_the_sampler_draws():
-    model, steps = toy(), 3
-    paths = torch.stack(
-        [path_nats(model, turn, steps) for turn in product(range(1, steps + 1), repeat=LENGTH)]
-    )
-    drawn = torch.tensor(generate(model, [[0]] * 10000, LENGTH, steps=steps))[:, 1:] @ torch.tensor([9, 3, 1])
-    assert_drawn_from(torch.exp(-paths).mean(0), drawn)
+def orders(model):
+    """-log p (6, 27) of each text if it is written in each order, with fresh beliefs."""
+    turns = ([-1, *turn] for turn in permutations(range(LENGTH)))
+    return torch.stack([likelihood.chain_rule(model, ROWS, turn=turn).sum(1).double() for turn in turns])
+
+
+LIKELIHOODS = {  # of each sampler: p (27,) of each text, by what its likelihood or bound is the mean of
+    'first_hitting': lambda model: torch.exp(-orders(model)).mean(0),
+    'left to right': lambda model: torch.exp(-likelihood.chain_rule(model, ROWS).sum(1).double()),
+    'left to right, carried': lambda m: torch.exp(-likelihood.carried_chain_rule(m, ROWS).sum(1).double()),
+    'ancestral': lambda model: torch.stack(
+        [torch.exp(-path_nats(model, turn, 3)) for turn in product((1, 2, 3), repeat=LENGTH)]
+    ).mean(0),
+}
+SETTINGS = {
+    'first_hitting': {},
+    'left to right': {'sampler': 'blocks', 'block_length': 1, 'fresh_beliefs': True},
+    'left to right, carried': {'sampler': 'blocks', 'block_length': 1},
+    'ancestral': {'steps': 3},
+}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize('architecture', ['diffusion', 'sdd'])
+@pytest.mark.parametrize('sampler', SETTINGS)
+def test_each_sampler_draws_from_what_its_likelihood_says(sampler, architecture):
+    model = toy(architecture)
+    rows = torch.tensor(generate(model, [[0]] * 10000, LENGTH, **SETTINGS[sampler]))
+    p = LIKELIHOODS[sampler](model)
+    assert p.sum() == pytest.approx(1, abs=1e-5)
+    assert_drawn_from(p, rows[:, 1:] @ torch.tensor([9, 3, 1]))
+
+
+@pytest.mark.faults
+def test_beliefs_that_are_carried_are_another_model_than_fresh_ones():
+    fresh, carried = (LIKELIHOODS[sampler](toy()) for sampler in ('left to right', 'left to right, carried'))
+    assert (fresh - carried).abs().sum() > 0.01
+    rows = generate(toy(), [[0]] * 10000, LENGTH, sampler='blocks', block_length=1)
+    with pytest.raises(AssertionError):
+        assert_drawn_from(fresh, torch.tensor(rows)[:, 1:] @ torch.tensor([9, 3, 1]))
 
 
 @torch.no_grad()
 def test_the_two_pass_bound_is_the_mean_over_all_orders_and_above_the_truth():
     model = toy()
-    orders = torch.stack(
-        [
-            likelihood.chain_rule(model, ROWS, turn=[-1, *turn]).sum(1).double()
-            for turn in permutations(range(LENGTH))
-        ]
-    )
-    truth = -(torch.logsumexp(-orders, 0) - math.log(len(orders)))
-    assert torch.exp(-orders).sum(1).numpy() == pytest.approx(1, abs=1e-5)  # each order is a distribution
+    nll = orders(model)
+    truth = -(torch.logsumexp(-nll, 0) - math.log(len(nll)))
+    assert torch.exp(-nll).sum(1).numpy() == pytest.approx(1, abs=1e-5)  # each order is a distribution
     bound = torch.zeros(len(ROWS), dtype=torch.float64)
     for mask in product(
         (0, 1), repeat=LENGTH
@@ -228,7 +258,7 @@ def test_the_two_pass_bound_is_the_mean_over_all_orders_and_above_the_truth():
         if m := sum(mask):
             noise = torch.tensor([[1.0, 2.0, *(2.0 - 2 * one for one in mask)]]).expand(len(ROWS), -1)
             bound += model.nll(ROWS, None, noise).double() / (m * math.comb(LENGTH, m))
-    torch.testing.assert_close(bound, orders.mean(0), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(bound, nll.mean(0), atol=1e-4, rtol=1e-5)
     assert (bound >= truth - 1e-6).all() and (bound > truth + 1e-3).any()
 
 

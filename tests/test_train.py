@@ -117,7 +117,7 @@ def test_the_model_learns(place, tmp_path, words):
 def test_evaluation_never_changes_training(place, tmp_path, architecture):
     settings = [f'--dataset={place}/letters', f'--architecture={architecture}', '--dropout=0.2']
     train(*settings, f'--out_dir={tmp_path}/all')
-    more = ['--eval_batches=1', '--eval_every=2', '--sample_every=2', '--sample_tokens=4']
+    more = ['--eval_tokens=64', '--eval_every=2', '--sample_every=2', '--sample_tokens=4']
     train(*settings, *more, f'--out_dir={tmp_path}/some')
     one, other = tmp_path / 'all', tmp_path / 'some'
     assert same(load(one)['model_state_dict'], load(other)['model_state_dict'])
@@ -263,7 +263,7 @@ BAD_SETTINGS = {
     },
     **{
         f'--{key}=-1': f'{key} is -1.*; it must be at least 0'
-        for key in 'learning_rate weight_decay grad_clip eval_batches save_every warmup_steps'.split()
+        for key in 'learning_rate weight_decay grad_clip eval_tokens save_every warmup_steps'.split()
     },
 }
 
