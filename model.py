@@ -9,7 +9,6 @@ nats, of its tokens, and of metrics. The first token of a row is context, never 
 """
 
 import math
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -19,7 +18,17 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lm.kernels import WeightedSum, linear, put, take
-from lm.layers import ACTIVATIONS, AttentionMask, Block, DocumentMask, Linear, make_norm, rope_table
+from lm.layers import (  # noqa: F401
+    AttentionMask,
+    Block,
+    DocumentMask,
+    Linear,
+    ModelConfig,
+    TwoStreams,
+    check,
+    make_norm,
+    rope_table,
+)
 
 SIZES = {  # model_size: n_layer, n_head, n_embd
     'tiny': (4, 4, 128),
@@ -28,76 +37,8 @@ SIZES = {  # model_size: n_layer, n_head, n_embd
     'large': (12, 12, 768),
     'xl': (24, 16, 1024),
 }
-CHOICES = {'norm': ('rms', 'rms_gain', 'layer'), 'position': ('rope', 'learned'), 'mlp': tuple(ACTIVATIONS)}
 T_MIN = 1e-3  # smallest mask ratio: the loss weight 1/t stays finite (MDLM's eps)
 LOGITS_PER_CHUNK = 7 << 20  # logits that exist at once on a CPU: 28 MB in float32; 18 times as many on a GPU
-
-
-@dataclass
-class ModelConfig:
-    """The shape of a model. The defaults are the native trunk; lm/families.py sets the switches for others.
-
-    nanoGPT's model: norm='layer', position='learned', mlp='gelu', bias=True, qk_norm=False, logit_softcap=0.
-    """
-
-    vocab_size: int  # real tokens, special ones included; the embedding is padded beyond it
-    block_size: int = 256
-    n_layer: int = 4
-    n_head: int = 4
-    n_kv_head: int = None  # fewer than n_head: grouped-query attention; None: as many
-    n_embd: int = 128
-    dropout: float = 0.0
-    norm: str = 'rms'  # 'rms' has no parameters, 'rms_gain' a gain, 'layer' a gain (and a bias)
-    position: str = 'rope'  # or 'learned'
-    mlp: str = 'relu2'  # squared ReLU, or another of ACTIVATIONS
-    bias: bool = False  # in linear layers and LayerNorm
-    qk_norm: bool = True  # RMS-normalised queries and keys
-    logit_softcap: float = 15.0  # logits are squashed into ±this by tanh; 0: they are not
-    rope_theta: float = 10000.0
-    rope_scaling: dict = None  # arguments of lm.layers.scale_rope
-    head_dim: int = None  # None: n_embd / n_head
-    mlp_width: int = None  # None: 4 n_embd
-    qkv_bias: bool = None  # None: as bias
-    norm_eps: float = None  # None: PyTorch's
-    norm_after: bool = False  # post-norm: after each residual sum, and none at the end
-    embedding_width: int = None  # of embedding and head, where a projection leads to n_embd; None: n_embd
-    position_offset: int = 0  # rows of learned positions before the first
-    tied: bool = True  # the embedding is the head as well
-    pretrained_rows: int = None  # rows of a pretrained embedding, its own padding included
-    shift: bool = False  # bidirectional with `ar` weights: a hidden state predicts the token after it
-    mask_id: int = None  # <|mask|>: an input, never predicted
-    ignore_id: int = None  # <|ignore|>: padding that a bidirectional model predicts; not counted as text
-    k: int = 8  # sdd: candidates per masked position, where no other number is asked for
-    gradient_checkpointing: bool = False  # recompute each block in the backward pass
-    selective_checkpointing: bool = False  # of that, all but lm.kernels.SAVED_OPS
-
-    def __post_init__(self):
-        self.n_kv_head = self.n_head if self.n_kv_head is None else self.n_kv_head
-        self.mlp_width = 4 * self.n_embd if self.mlp_width is None else self.mlp_width
-        self.qkv_bias = self.bias if self.qkv_bias is None else self.qkv_bias
-        self.embedding_width = self.embedding_width or self.n_embd
-        for name, choices in CHOICES.items():
-            value = getattr(self, name)
-            check(value in choices, f'{name} is {value!r}; choose {" or ".join(choices)}.')
-        for name in ('vocab_size', 'block_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd'):
-            check(getattr(self, name) >= 1, f'{name} is {getattr(self, name)}; it must be at least 1.')
-        check(0 <= self.dropout < 1, f'dropout is {self.dropout}; it must be at least 0 and below 1.')
-        heads = f'n_head={self.n_head}'
-        check(self.n_head % self.n_kv_head == 0, f'{heads} is no multiple of n_kv_head={self.n_kv_head}.')
-        if self.head_dim is None:
-            self.head_dim = self.n_embd // self.n_head
-            even = self.head_dim % 2 == 0 and self.head_dim * self.n_head == self.n_embd
-            check(even, f'n_embd={self.n_embd} is no even multiple of {heads}; choose one that is.')
-
-    @property
-    def padded_vocab_size(self):
-        """Rows of the embedding: a multiple of 64 keeps the head's matmul fast."""
-        return -(-max(self.vocab_size, self.pretrained_rows or 0) // 64) * 64
-
-
-def check(condition, message):
-    if not condition:
-        raise ValueError(message)
 
 
 # ---------------------------------------------------------------------------- trunk and head
@@ -206,11 +147,14 @@ class Transformer(nn.Module):
     def hidden(self, tokens, doc_ids=None, cache=None, belief=None):
         """Compute the last, normalised hidden states (B, T, C) of token ids (B, T), T at most block_size.
 
-        doc_ids: (B, T), documents that do not attend to each other; cache: a KV cache instead; belief: of `SDD`.
+        doc_ids: (B, T), documents that do not attend to each other; cache: a KV cache or TwoStreams instead; belief: of
+        `SDD`.
         """
         c, length = self.config, tokens.size(1)
-        check(length <= c.block_size, f'A row of {length} tokens is longer than block_size={c.block_size}.')
         if cache is None:
+            check(
+                length <= c.block_size, f'A row of {length} tokens is longer than block_size={c.block_size}.'
+            )
             annealing = self.training and self.attn_mask is not None
             attn_mask = self.attn_mask[:length, :length] if annealing else self.causal
             cache = AttentionMask(attn_mask) if doc_ids is None else DocumentMask(doc_ids, attn_mask)
@@ -292,16 +236,20 @@ class Transformer(nn.Module):
         nll, pred = (torch.cat(parts) for parts in zip(*chunks))
         return put(nll, index, targets, 0.0), put(pred, index, targets, -1)
 
-    def loss_positions(self, tokens, loss_mask=None):
+    def loss_positions(self, tokens, loss_mask=None, streams=None):
         """Return where the loss is and which of these tokens count, (B, T) bool each.
 
-        Padding adds to the loss of a bidirectional model, but not to the token count.
+        Padding adds to the loss of a bidirectional model, but not to the token count; blocks, in TwoStreams, that
+        consist of it are never written.
         """
         in_loss = torch.ones_like(tokens, dtype=torch.bool) if loss_mask is None else loss_mask.bool().clone()
         in_loss[:, 0] = False  # the first token is context
         if self.config.ignore_id is None:
             return in_loss, in_loss
-        return in_loss, in_loss & (tokens != self.config.ignore_id)
+        is_text = tokens != self.config.ignore_id
+        if streams is not None:
+            in_loss &= is_text.gather(1, streams.start.expand_as(tokens))
+        return in_loss, in_loss & is_text
 
     def nll(self, tokens, loss_mask=None, noise=None):
         """Compute each row's negative log-likelihood (B,) in nats, or one unbiased draw of its upper bound."""
@@ -335,9 +283,15 @@ class Autoregressive(Transformer):
         return reduced(reduction, loss, nll, counted, metrics)
 
 
-def mask_ratio(noise):
-    """Return the probability t (B, 1), T_MIN at least, that a token of a row is masked; noise: (B, 1 + T)."""
-    return T_MIN + (1 - T_MIN) * noise[:, :1]
+def mask_ratio(noise, window=(0, 1), streams=None):
+    """Return the probability t (B, 1), or of each block (B, T), that a token is masked; noise: (B, 1 + T).
+
+    window: the lowest, at least T_MIN, and the highest. The blocks of a row are spread over it by the golden ratio.
+    """
+    u, low = noise[:, :1], max(window[0], T_MIN)
+    if streams is not None:
+        u = (u + streams.number * 0.6180339887498949) % 1
+    return low + (window[1] - low) * u
 
 
 class Diffusion(Transformer):
@@ -345,7 +299,8 @@ class Diffusion(Transformer):
 
     Each token of a row is masked with probability t and predicted from the visible ones. E_t[Σ_masked -log p / t]
     is an upper bound of -log p(row), the NELBO, up to the ratios below T_MIN. The network is not told t: the share
-    of masked positions says it (Ou et al. 2024, RADD).
+    of masked positions says it (Ou et al. 2024, RADD). With block_length it is autoregressive over blocks and
+    diffuses within them (Arriola et al. 2025, BD3-LM); with ar_weight the clean tokens are an `ar` model as well.
     """
 
     description, bound, order = 'masked diffusion', 'upper', 'in random order, one token at a time'
@@ -354,20 +309,38 @@ class Diffusion(Transformer):
         check(config.mask_id is not None, 'mask_id is None; a diffusion model needs the id of <|mask|>.')
         super().__init__(config)
 
-    def forward(self, tokens, loss_mask=None, noise=None, doc_ids=None, reduction='sum'):
-        """Compute Σ nll / t over the masked tokens.
+    def forward(
+        self,
+        tokens,
+        loss_mask=None,
+        noise=None,
+        doc_ids=None,
+        reduction='sum',
+        mask_window=(0, 1),
+        block_length=None,
+    ):
+        """Compute Σ nll / t over the masked tokens, plus ar_weight Σ nll of next tokens in training.
 
         tokens, loss_mask, doc_ids: (B, T), with the loss where loss_mask is not 0; noise: (B, 1 + T) uniform numbers
-        for the mask ratio and for each token, drawn here where None.
+        for the mask ratio and for each token, drawn here where None; mask_window: of the mask ratios; block_length:
+        one of config.block_length, None for the first.
         """
         noise = random_noise(tokens) if noise is None else noise
-        maskable, counted = self.loss_positions(tokens, loss_mask)  # (B, T) each
-        t = mask_ratio(noise)  # (B, 1)
+        streams = self.two_streams(tokens, doc_ids, block_length)
+        maskable, counted = self.loss_positions(tokens, loss_mask, streams)  # (B, T) each
+        t = mask_ratio(noise, mask_window, streams)  # (B, 1) or (B, T)
         x_t, masked = self.corrupt(tokens, maskable, noise, t)  # (B, T) each
-        h = self.hidden(x_t, doc_ids)  # (B, T, C)
+        h, clean = self.denoiser(x_t, doc_ids, streams, tokens)  # (B, T, C) each
         weights = self.loss_weights(masked, t)  # (B, T)
         loss, nll, pred = self.weighted_nll(h, tokens, weights)
-        return self.outputs(reduction, loss, weights * nll, pred, tokens, masked, counted)
+        return self.outputs(reduction, loss, weights * nll, pred, tokens, masked, counted, clean)
+
+    def two_streams(self, tokens, doc_ids=None, block_length=None):
+        """Return the TwoStreams of rows (B, T), where blocks or ar_weight need them, else None."""
+        c, length = self.config, tokens.size(1)
+        block_length = (c.block_length[0] if block_length is None else block_length) or length
+        if block_length < length or c.ar_weight:
+            return TwoStreams(tokens, block_length, doc_ids)
 
     def corrupt(self, tokens, maskable, noise, t):
         """Draw x_t ~ q(x_t | x): mask each maskable token with probability t. Returns x_t and where, (B, T) each."""
@@ -378,8 +351,11 @@ class Diffusion(Transformer):
         """Return the weights (B, T) of the NELBO: 1/t where a token is masked."""
         return masked / t
 
-    def outputs(self, reduction, loss, weighted_nll, pred, tokens, masked, counted):
-        """Return what forward returns, with the metrics that are logged beside the loss."""
+    def outputs(self, reduction, loss, weighted_nll, pred, tokens, masked, counted, clean=None):
+        """Return what forward returns, with the metrics that are logged beside the loss.
+
+        clean: hidden states (B, T, C) of the clean tokens, for the next-token loss.
+        """
         metrics = {'correct': (pred == tokens) & counted, 'predicted': masked & counted}
         if self.config.ignore_id is not None:
             padding = tokens == self.config.ignore_id
@@ -387,11 +363,26 @@ class Diffusion(Transformer):
             metrics['ignore_correct'] = (pred == tokens) & padding
             metrics['ignore_targets'] = masked & padding
             metrics['ignore_guesses'] = pred == self.config.ignore_id
+        if self.config.ar_weight:
+            ar_loss, nll, _ = self.weighted_nll(clean[:, :-1], tokens[:, 1:], counted[:, 1:].float())
+            loss = loss + self.config.ar_weight * ar_loss if self.training else loss
+            metrics['ar_loss'] = F.pad(nll, (1, 0))
         return reduced(reduction, loss, weighted_nll, counted, metrics)
 
-    def denoiser(self, x_t, doc_ids=None, k=None):
-        """Compute the hidden states (B, T, C) that predict the masked tokens of x_t (B, T)."""
-        return self.hidden(x_t, doc_ids)
+    def denoiser(self, x_t, doc_ids=None, cache=None, clean=None, k=None):
+        """Compute the hidden states (B, T, C) that predict the masked tokens of x_t (B, T), and those of clean (B, T).
+
+        cache: TwoStreams, or a cache of the blocks before, or None: x_t is the whole row, and clean has no states.
+        """
+        return self.predict(x_t, doc_ids, cache, clean)
+
+    def predict(self, x_t, doc_ids=None, cache=None, clean=None, belief=None):
+        """Compute what `denoiser` does, in one pass."""
+        if not isinstance(cache, TwoStreams):
+            return self.hidden(x_t, doc_ids, cache, belief), None
+        if belief is not None:  # of the noisy tokens
+            belief = Belief(*(F.pad(x, (0, 0, 0, x.size(1))) for x in belief))
+        return self.hidden(torch.cat([x_t, clean], 1), None, cache, belief).chunk(2, 1)
 
     def top_k_belief(self, hidden, where, k):
         """Return what a sampler keeps of a prediction for the next step; see `SDD`. Here: nothing."""
@@ -434,7 +425,17 @@ class SDD(Diffusion):
         return {'belief_proj.weight': torch.eye(config.embedding_width)}
 
     def forward(
-        self, tokens, loss_mask=None, noise=None, doc_ids=None, reduction='sum', k=None, depth=1, stale=0.0
+        self,
+        tokens,
+        loss_mask=None,
+        noise=None,
+        doc_ids=None,
+        reduction='sum',
+        mask_window=(0, 1),
+        block_length=None,
+        k=None,
+        depth=1,
+        stale=0.0,
     ):
         """Compute Σ nll / t over the masked tokens as in `Diffusion`, after `depth` passes that give beliefs.
 
@@ -442,25 +443,27 @@ class SDD(Diffusion):
         next ones steadily less, as in sampling.
         """
         noise = random_noise(tokens) if noise is None else noise
-        maskable, counted = self.loss_positions(tokens, loss_mask)  # (B, T) each
-        t = mask_ratio(noise)  # (B, 1)
+        streams = self.two_streams(tokens, doc_ids, block_length)
+        maskable, counted = self.loss_positions(tokens, loss_mask, streams)  # (B, T) each
+        t = mask_ratio(noise, mask_window, streams)  # (B, 1) or (B, T)
         x_t, masked = self.corrupt(tokens, maskable, noise, t)  # (B, T) each
         views = [self.corrupt(tokens, maskable, noise, t + stale * i / depth)[0] for i in range(depth, 0, -1)]
-        h = self.denoiser(x_t, doc_ids, k, views)  # (B, T, C)
+        h, clean = self.denoiser(x_t, doc_ids, streams, tokens, k, views)  # (B, T, C) each
         weights = self.loss_weights(masked, t)  # (B, T)
         loss, nll, pred = self.weighted_nll(h, tokens, weights)
-        return self.outputs(reduction, loss, weights * nll, pred, tokens, masked, counted)
+        return self.outputs(reduction, loss, weights * nll, pred, tokens, masked, counted, clean)
 
-    def denoiser(self, x_t, doc_ids=None, k=None, views=None):
-        """Compute hidden states (B, T, C) of x_t (B, T), after a pass over each view (B, T), by default x_t itself, that
-        gives the next pass its belief."""
+    def denoiser(self, x_t, doc_ids=None, cache=None, clean=None, k=None, views=None):
+        """Compute what `Diffusion.denoiser` does, after a pass over each view (B, T) of the tokens, by default x_t itself,
+        that gives the next pass its belief."""
         k, belief = self.config.k if k is None else k, None
         masked = x_t == self.config.mask_id
         with torch.no_grad():
             for view in (views or [x_t]) if k else ():
-                belief = self.top_k_belief(self.hidden(view, doc_ids, belief=belief), masked, k)
+                hidden, _ = self.predict(view, doc_ids, cache, clean, belief)
+                belief = self.top_k_belief(hidden, masked, k)
         torch.clear_autocast_cache()  # torch 2.9 would reuse here what it cast without gradient
-        return self.hidden(x_t, doc_ids, belief=belief)
+        return self.predict(x_t, doc_ids, cache, clean, belief)
 
     @torch.no_grad()
     def top_k_belief(self, hidden, where, k):

@@ -1,6 +1,10 @@
-"""The layers of the trunk: norms, rotary positions, attention and its masks, MLP, block. Torch only."""
+"""The shape of a model and the layers of its trunk: norms, rotary positions, attention and its masks, MLP, block.
+
+Torch only.
+"""
 
 import math
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -17,6 +21,85 @@ ACTIVATIONS = {
     'gelu_tanh': lambda x: F.gelu(x, approximate='tanh'),
     'swiglu': F.silu,  # of the gate (Shazeer 2020)
 }
+
+CHOICES = {'norm': ('rms', 'rms_gain', 'layer'), 'position': ('rope', 'learned'), 'mlp': tuple(ACTIVATIONS)}
+
+
+@dataclass
+class ModelConfig:
+    """The shape of a model. The defaults are the native trunk; lm/families.py sets the switches for others.
+
+    nanoGPT's model: norm='layer', position='learned', mlp='gelu', bias=True, qk_norm=False, logit_softcap=0.
+    """
+
+    vocab_size: int  # real tokens, special ones included; the embedding is padded beyond it
+    block_size: int = 256
+    n_layer: int = 4
+    n_head: int = 4
+    n_kv_head: int = None  # fewer than n_head: grouped-query attention; None: as many
+    n_embd: int = 128
+    dropout: float = 0.0
+    norm: str = 'rms'  # 'rms' has no parameters, 'rms_gain' a gain, 'layer' a gain (and a bias)
+    position: str = 'rope'  # or 'learned'
+    mlp: str = 'relu2'  # squared ReLU, or another of ACTIVATIONS
+    bias: bool = False  # in linear layers and LayerNorm
+    qk_norm: bool = True  # RMS-normalised queries and keys
+    logit_softcap: float = 15.0  # logits are squashed into ±this by tanh; 0: they are not
+    rope_theta: float = 10000.0
+    rope_scaling: dict = None  # arguments of lm.layers.scale_rope
+    head_dim: int = None  # None: n_embd / n_head
+    mlp_width: int = None  # None: 4 n_embd
+    qkv_bias: bool = None  # None: as bias
+    norm_eps: float = None  # None: PyTorch's
+    norm_after: bool = False  # post-norm: after each residual sum, and none at the end
+    embedding_width: int = None  # of embedding and head, where a projection leads to n_embd; None: n_embd
+    position_offset: int = 0  # rows of learned positions before the first
+    tied: bool = True  # the embedding is the head as well
+    pretrained_rows: int = None  # rows of a pretrained embedding, its own padding included
+    shift: bool = False  # bidirectional with `ar` weights: a hidden state predicts the token after it
+    mask_id: int = None  # <|mask|>: an input, never predicted
+    ignore_id: int = None  # <|ignore|>: padding that a bidirectional model predicts; not counted as text
+    block_length: tuple = (
+        0,
+    )  # diffusion: tokens per block, the first where no other is asked for; 0: the whole row
+    ar_weight: float = (
+        0.0  # diffusion: of the next-token loss of the clean tokens, which makes the model an `ar` too
+    )
+    k: int = 8  # sdd: candidates per masked position, where no other number is asked for
+    gradient_checkpointing: bool = False  # recompute each block in the backward pass
+    selective_checkpointing: bool = False  # of that, all but lm.kernels.SAVED_OPS
+
+    def __post_init__(self):
+        self.n_kv_head = self.n_head if self.n_kv_head is None else self.n_kv_head
+        self.mlp_width = 4 * self.n_embd if self.mlp_width is None else self.mlp_width
+        self.qkv_bias = self.bias if self.qkv_bias is None else self.qkv_bias
+        self.embedding_width = self.embedding_width or self.n_embd
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            check(value in choices, f'{name} is {value!r}; choose {" or ".join(choices)}.')
+        for name in ('vocab_size', 'block_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd'):
+            check(getattr(self, name) >= 1, f'{name} is {getattr(self, name)}; it must be at least 1.')
+        check(0 <= self.dropout < 1, f'dropout is {self.dropout}; it must be at least 0 and below 1.')
+        self.block_length = tuple(self.block_length)
+        possible = self.block_length and all(type(x) is int and x >= 0 for x in self.block_length)
+        check(possible, f'block_length is {self.block_length}; give numbers of tokens, 0 for the whole row.')
+        check(self.ar_weight >= 0, f'ar_weight is {self.ar_weight}; it must be at least 0.')
+        heads = f'n_head={self.n_head}'
+        check(self.n_head % self.n_kv_head == 0, f'{heads} is no multiple of n_kv_head={self.n_kv_head}.')
+        if self.head_dim is None:
+            self.head_dim = self.n_embd // self.n_head
+            even = self.head_dim % 2 == 0 and self.head_dim * self.n_head == self.n_embd
+            check(even, f'n_embd={self.n_embd} is no even multiple of {heads}; choose one that is.')
+
+    @property
+    def padded_vocab_size(self):
+        """Rows of the embedding: a multiple of 64 keeps the head's matmul fast."""
+        return -(-max(self.vocab_size, self.pretrained_rows or 0) // 64) * 64
+
+
+def check(condition, message):
+    if not condition:
+        raise ValueError(message)
 
 
 class Linear(nn.Linear):
@@ -96,9 +179,42 @@ class DocumentMask(AttentionMask):
         else:
             same = same & attn_mask
         super().__init__(same.unsqueeze(1))  # (B, 1, T, T)
-        index = torch.arange(doc_ids.size(1), device=doc_ids.device)
-        starts = F.pad(doc_ids[:, 1:] != doc_ids[:, :-1], (1, 0), value=True)
-        self.index = index - (starts * index).cummax(1).values  # (B, T)
+        self.index = positions_of(doc_ids)
+
+    def positions(self, length):
+        return self.index
+
+
+def positions_of(doc_ids):
+    """Return the position (B, T) of each token in its document."""
+    index = torch.arange(doc_ids.size(1), device=doc_ids.device)
+    starts = F.pad(doc_ids[:, 1:] != doc_ids[:, :-1], (1, 0), value=True)
+    return index - (starts * index).cummax(1).values
+
+
+class TwoStreams(AttentionMask):
+    """A row twice, noisy and then clean (B, 2T), in blocks of block_length (Arriola et al. 2025, BD3-LM).
+
+    A noisy token attends to its own noisy block and to the clean blocks before it; a clean one to the clean tokens up
+    to itself. Documents, doc_ids (B, T), attend to themselves alone and begin a block each.
+    """
+
+    def __init__(self, tokens, block_length, doc_ids=None):
+        index = torch.arange(tokens.size(1), device=tokens.device)
+        position = index if doc_ids is None else positions_of(doc_ids)  # (T,) or (B, T)
+        self.number = position // block_length  # of each token's block
+        self.start = index - position % block_length  # where it begins in the row
+        query, key = self.start.unsqueeze(-1), self.start.unsqueeze(-2)
+        same, before, causal = query == key, key < query, index <= index.unsqueeze(-1)
+        if doc_ids is not None:
+            same_doc = doc_ids[:, :, None] == doc_ids[:, None, :]
+            before, causal = before & same_doc, causal & same_doc
+        noisy = torch.cat([same, before], -1)
+        mask = torch.cat(
+            [noisy, torch.cat([torch.zeros_like(causal), causal], -1)], -2
+        )  # (2T, 2T) or (B, 2T, 2T)
+        super().__init__(mask if doc_ids is None else mask.unsqueeze(1))
+        self.index = torch.cat([position, position], -1)
 
     def positions(self, length):
         return self.index

@@ -12,8 +12,8 @@ diffusion model has a likelihood for each way to generate a row; each figure is 
 
 All of them at temperature 1 without top_k or top_p. No bound holds for samples by confidence, longer blocks, threshold
 or ReMDM. It would be void if a belief came from a less masked row or from the text itself, overrode a visible token, or
-if k were chosen per row by its loss. Random numbers are keyed by a row's number: the result depends neither on the batch size nor on
-the number of ranks, and models are compared under the same masks.
+if k were chosen per row by its loss. Random numbers are keyed by a row's number: the result depends neither on the
+batch size nor on the number of ranks, and models are compared under the same masks.
 """
 
 import math
