@@ -5,6 +5,7 @@ wherever they are: a prompt is what is visible, so a continuation and an infilli
 """
 
 import torch
+import torch.nn.functional as F
 
 from model import Belief, check
 
@@ -54,7 +55,8 @@ def generate(
         for length in sorted(set(map(len, prompts))):  # rows of one length share their forward passes
             same = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
             batch = torch.tensor([prompts[i] for i in same], device=model.embedding.weight.device)
-            for i, row in zip(same, generate_by_denoising(model, batch, max_new_tokens, sampler)):
+            write = generate_by_blocks if sampler.is_causal(batch) else generate_by_denoising
+            for i, row in zip(same, write(model, batch, max_new_tokens, sampler)):
                 rows[i] = row
         return rows
     finally:
@@ -276,6 +278,7 @@ class Sampler:
 
     Where the most confident come first, a text's end and its padding come last: they are sure before the text is.
 
+    block_length    of `blocks`, 32 where None; of a model that was trained on blocks: one of its lengths, 0 the whole row
     sampler         '': first_hitting, of which the NELBO is a bound; where steps are given, ancestral
     steps           forward passes, at most, for the masked positions of a window; None: one per position
     fresh_beliefs   `SDD`: a pass before each step gives its beliefs, at twice the cost; False: the step before gives
@@ -293,7 +296,7 @@ class Sampler:
         sampler='',
         steps=None,
         fresh_beliefs=None,
-        block_length=32,
+        block_length=None,
         threshold=0.9,
         eta=0.1,
         k=None,
@@ -305,17 +308,34 @@ class Sampler:
         one_by_one, remedy = sampler == 'first_hitting', "leave it out, or choose 'ancestral'"
         useless = f"sampler='first_hitting' writes one token per pass, so steps={steps} has no effect"
         check(not (one_by_one and steps), f'{useless}; {remedy}.')
-        check(block_length >= 1, f'block_length is {block_length}; it must be at least 1.')
+        own = model.config.block_length
+        if any(own):
+            block_length, possible = (
+                own[0] if block_length is None else block_length,
+                block_length in (None, *own),
+            )
+            check(
+                possible,
+                f'block_length is {block_length}; this model was trained on {", ".join(map(str, own))}.',
+            )
+        else:
+            block_length = 32 if block_length is None else block_length
+            check(block_length >= 1, f'block_length is {block_length}; it must be at least 1.')
         check(0 <= threshold <= 1, f'threshold is {threshold}; it must be between 0 and 1.')
         check(0 <= eta <= 1, f'eta is {eta}; it must be between 0 and 1.')
         check(k is None or k >= 0, f'k is {k}; it must be at least 0, or None.')
         self.name, self.block_length, self.threshold, self.eta = sampler, block_length, threshold, eta
         self.rng, self.options, self.stop_tokens = rng, options, stops
-        self.steps, self.watch = steps, watch
+        self.steps, self.watch, self.own_blocks, self.mask_id = steps, watch, own, model.config.mask_id
         self.k = model.config.k if k is None else k
         self.fresh_beliefs = one_by_one if fresh_beliefs is None else fresh_beliefs
         self.carries_beliefs = model.has_beliefs and self.k > 0 and not self.fresh_beliefs
         self.ends = [token for token in (*stops, model.config.ignore_id) if token is not None]
+
+    def is_causal(self, prompts):
+        """Say whether to write block after block: not what a model fills that was trained on whole rows as well."""
+        infills = 0 in self.own_blocks and (prompts == self.mask_id).any()
+        return any(self.own_blocks) and self.block_length > 0 and not infills
 
     def bernoulli(self, where, probability):
         """Choose each position of `where` (B, L) with this probability."""
@@ -386,21 +406,75 @@ def generate_by_denoising(model, rows, max_new_tokens, sampler):
             return finished
 
 
-def denoise(model, x, sampler):
+class BlockCache:
+    """Keys and values of clean tokens, `length` of them, which each token of the block after them attends to."""
+
+    def __init__(self):
+        self.past, self.length, self.storing = (
+            {},
+            0,
+            False,
+        )  # by layer: keys and values, (B, H, length, D) each
+
+    def positions(self, length):
+        return slice(self.length, self.length + length)
+
+    def extend(self, layer, k, v):
+        if layer in self.past:
+            k, v = (torch.cat(pair, 2) for pair in zip(self.past[layer], (k, v)))  # (B, H, S, D)
+        if not self.storing:
+            return k, v, None, False
+        self.past[layer], size = (k, v), k.size(2)
+        mask = torch.ones(size - self.length, size, dtype=torch.bool, device=k.device).tril(self.length)
+        return k, v, mask, False
+
+    def store(self, model, tokens):
+        """Read clean tokens (B, T) that follow what the cache holds."""
+        self.storing = True
+        model.hidden(tokens, cache=self)
+        self.storing, self.length = False, self.length + tokens.size(1)
+
+
+def generate_by_blocks(model, rows, max_new_tokens, sampler):
+    """Continue prompts of one length, rows (B, L), and fill what they mask, block after block over a cache.
+
+    Past block_size the last half of it is the context. A row is written to the end of the block in which it stops.
+    """
+    length, prompt_length, block_size = sampler.block_length, rows.size(1), model.config.block_size
+    size = prompt_length + max_new_tokens
+    rows = F.pad(rows, (0, -(-size // length) * length - prompt_length), value=sampler.mask_id)
+    begins = [i for i in range(0, rows.size(1), length) if (rows[:, i : i + length] == sampler.mask_id).any()]
+    lengths = [min(length, size - begin) for begin in begins]
+    steps = share_steps(sampler.steps, lengths) if sampler.steps else [None] * len(begins)
+    start, cache = 0, BlockCache()
+    for begin, block_steps in zip(begins, steps):
+        if begin + length - start > block_size:
+            start, cache = begin - block_size // 2 // length * length, BlockCache()
+        if start + cache.length < begin:
+            cache.store(model, rows[:, start + cache.length : begin])
+        part = slice(begin, begin + length)
+        rows[:, part] = denoise(model, rows[:, part], sampler, block_steps, cache)
+        finished = [truncate(row, prompt_length, sampler.stop_tokens) for row in rows[:, :size].tolist()]
+        if all(row[-1] in sampler.stop_tokens and len(row) > prompt_length for row in finished):
+            break
+    return finished if begins else rows.tolist()
+
+
+def denoise(model, x, sampler, steps=None, cache=None):
     """Fill each <|mask|> of x (B, L), all together or, for sampler 'blocks', block by block from left to right."""
     x = x.clone()
     masked = x == model.config.mask_id
     columns = masked.any(0).nonzero().squeeze(1)  # where any row has a mask
     if len(columns) == 0:
         return x
-    blocks = columns.split(sampler.block_length) if sampler.name == 'blocks' else [columns]
-    steps = sampler.steps or len(columns)
+    blocks = columns.split(sampler.block_length) if sampler.name == 'blocks' and not cache else [columns]
+    steps = steps or sampler.steps or len(columns)
     belief, step = None, 0  # of all masked positions, also of those whose block comes later
     for block, block_steps in zip(blocks, share_steps(steps, [len(block) for block in blocks])):
         region = torch.zeros_like(masked)
         region[:, block] = masked[:, block]
         for steps_left in range(block_steps, 0, -1):  # the last step takes what is left
-            belief = denoise_step(model, x, region, belief, steps_left, block_steps, sampler)
+            belief = denoise_step(model, x, region, belief, steps_left, block_steps, sampler, cache)
             step += 1
             if sampler.watch:
                 sampler.watch(step, x, belief)
@@ -417,7 +491,7 @@ def share_steps(steps, lengths):
     return shares
 
 
-def denoise_step(model, x, region, belief, steps_left, steps, sampler):
+def denoise_step(model, x, region, belief, steps_left, steps, sampler, cache=None):
     """Write some of the region (B, L) into x (B, L), and return the belief of what stays masked.
 
     Tokens are always sampled from the full output distribution; beliefs are only an input. Only rows that need it are
@@ -428,11 +502,14 @@ def denoise_step(model, x, region, belief, steps_left, steps, sampler):
     where = sampler.candidates(masked, steps_left, steps)
     remasked = sampler.remasked(region & ~masked, steps_left, steps)
     rows = ((x == mask_id) if sampler.carries_beliefs else where).any(1)
+    if cache:  # which holds all rows
+        rows[:] = rows.any()
     if rows.any():
         if sampler.fresh_beliefs:
-            hidden = model.denoiser(x[rows], k=sampler.k)
+            hidden, _ = model.denoiser(x[rows], cache=cache, k=sampler.k)
         else:
-            hidden = model.hidden(x[rows], belief=belief and Belief(*(values[rows] for values in belief)))
+            given = belief and Belief(*(values[rows] for values in belief))
+            hidden, _ = model.predict(x[rows], cache=cache, belief=given)
         tokens, confidence = sampler.sample(model, hidden[where[rows]])
         drawn = torch.zeros_like(x).masked_scatter(where, tokens)
         confidence = torch.zeros(x.shape, device=x.device).masked_scatter(where, confidence)

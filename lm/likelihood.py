@@ -7,8 +7,8 @@ diffusion model has a likelihood for each way to generate a row; each figure is 
     two-pass NELBO  `sdd`: a bound for the same sampler, whose fresh_beliefs come from a first pass over each masked row
     nested_bound    a bound for sampler='ancestral' with steps=S: random order, all tokens of a step at once, beliefs
                     carried from step to step
-    chain_rule      exact for sampler='blocks' with block_length=1, from left to right; of `sdd` with fresh_beliefs=True
-    carried_chain_rule  `sdd`: the same, beliefs carried from token to token
+    chain_rule      exact for sampler='blocks' with block_length=1, from left to right; `sdd`: with fresh_beliefs=True,
+                    or carried from token to token
 
 All of them at temperature 1 without top_k or top_p. No bound holds for samples by confidence, longer blocks, threshold
 or ReMDM. It would be void if a belief came from a less masked row or from the text itself, overrode a visible token, or
@@ -49,7 +49,7 @@ def measure(model, rows, dist, batch_size, draws=8, max_tokens=0, **bound):
         for draw in range(passes):
             noise = ratio_noise(numbers, draw, draws, rows.row_length)
             with dist.autocast():
-                values = token_values(model, batch.tokens, batch.loss_mask, noise, batch_size, **bound)
+                values = token_values(model, batch.tokens, batch.loss_mask, noise, **bound)
             for name, value in values.items():
                 value = value.cpu().double().numpy() / passes  # (B, T)
                 np.add.at(sums['documents'][name], documents, value)
@@ -60,17 +60,15 @@ def measure(model, rows, dist, batch_size, draws=8, max_tokens=0, **bound):
     return sums
 
 
-def token_values(model, tokens, loss_mask, noise, batch_size, exact='', steps=0, k=None):
+def token_values(model, tokens, loss_mask, noise, exact='', steps=0, k=None):
     """Return {quantity: (B, T)} of one pass with noise (B, 1 + T).
 
     exact: 'exact' or 'carried', the chain rule with fresh or carried beliefs instead of the model's loss; steps: the bound of sampling in
     so many steps; neither has 'correct' and 'predicted'. k: of an `sdd`, if not its own.
     """
     noise = torch.from_numpy(noise).to(tokens.device) if model.needs_noise else None
-    if exact == 'carried':
-        nll = carried_chain_rule(model, tokens, loss_mask, k)
-    elif exact:
-        nll = chain_rule(model, tokens, loss_mask, None, batch_size, k)
+    if exact:
+        nll = chain_rule(model, tokens, loss_mask, k=k, carried=exact == 'carried')
     elif steps:
         nll = nested_bound(model, tokens, loss_mask, noise[:, 1:], steps, k)
     else:
@@ -93,58 +91,65 @@ def ratio_noise(numbers, draw, draws, row_length):
 
 @torch.inference_mode()
 def nested_bound(model, tokens, loss_mask, noise, steps, k=None):
-    """Return nll (B, T) whose sum over a row is an unbiased upper bound for generating it in `steps` random steps.
+    """Return nll (B, T) whose sum over a row is an unbiased upper bound for generating it in `steps` random steps, or
+    each of its blocks in so many.
 
     Σ_j (t_j - t_{j-1}) / t_j Σ_{masked at t_j} nll with t_j = j / steps, so the weight is 1 / j; a token is masked
     while its uniform number in noise (B, T) is below t_j: the masks are nested. Beliefs come from the step before,
     which saw less: they depend on the path of the reverse process alone, on which p may be conditioned.
     """
-    maskable, _ = model.loss_positions(tokens, loss_mask)
-    masks = ((maskable & (noise < step / steps), step) for step in range(steps, 0, -1))
-    return nll_along(model, tokens, ((masked, masked, 1 / step) for masked, step in masks), k)
+    masks = ((noise < step / steps, step) for step in range(steps, 0, -1))
+    return nll_along(model, tokens, loss_mask, ((mask, mask, 1 / step) for mask, step in masks), True, k)
 
 
 @torch.inference_mode()
-def carried_chain_rule(model, tokens, loss_mask=None, k=None):
-    """Return the exact nll (B, T) from left to right, each token predicted with beliefs of the pass before."""
-    maskable, _ = model.loss_positions(tokens, loss_mask)
-    index = torch.arange(tokens.size(1), device=tokens.device)
-    path = ((maskable & (index >= i), maskable & (index == i), 1) for i in range(1, tokens.size(1)))
-    return nll_along(model, tokens, path, k)
-
-
-def nll_along(model, tokens, path, k=None):
-    """Return Σ weight · nll (B, T) over the steps of a path, each of which passes its beliefs on to the next.
-
-    path: for each step what is masked (B, T), what of that is predicted (B, T), and its weight.
-    """
-    nll, belief = torch.zeros(tokens.shape, device=tokens.device), None
-    for masked, predicted, weight in path:
-        hidden = model.hidden(tokens.masked_fill(masked, model.config.mask_id), belief=belief)
-        nll += weight * model.token_nll(hidden, tokens, predicted)[0]
-        belief = model.top_k_belief(hidden, masked, model.config.k if k is None else k)
-    return nll
-
-
-@torch.inference_mode()
-def chain_rule(model, tokens, loss_mask=None, turn=None, batch_size=32, k=None):
-    """Return the exact nll (B, T) of a diffusion model that fills one position after the other.
+def chain_rule(model, tokens, loss_mask=None, turn=None, k=None, carried=False):
+    """Return the exact nll (B, T) of a diffusion model that fills one position of a row, or of each block, after the other.
 
     turn: (T,), when each position's turn comes; None: from left to right. Each token is predicted while its own
-    position and all later ones are masked: as many forward passes as tokens, batch_size of them at once.
-    -log p(row) of the model that samples in this very order, with fresh beliefs; the mean over all orders is the NELBO.
+    position and all later ones are masked, with fresh beliefs or `carried` ones. -log p(row) of the model that samples
+    in this very order; with fresh beliefs the mean over all orders is the NELBO.
     """
-    maskable, _ = model.loss_positions(tokens, loss_mask)
     index = torch.arange(tokens.size(1), device=tokens.device)
-    turn = index if turn is None else torch.as_tensor(turn, device=tokens.device)
-    nll = torch.zeros(tokens.shape, device=tokens.device)
-    for part in maskable.nonzero().split(batch_size):
-        row, position = part.unbind(1)  # (n,), (n,)
-        masked = maskable[row] & (turn >= turn[position, None])  # (n, T)
-        hidden = model.denoiser(tokens[row].masked_fill(masked, model.config.mask_id), k=k)
-        one = index == position[:, None]  # (n, T)
-        nll[row, position] = model.token_nll(hidden, tokens[row], one)[0].sum(1).float()
+    if turn is None:
+        turn = index % (model.config.block_length[0] or tokens.size(1))
+    turn = torch.as_tensor(turn, device=tokens.device)
+    path = ((turn >= i, turn == i, 1) for i in range(int(turn.min()), 1 + int(turn.max())))
+    return nll_along(model, tokens, loss_mask, path, carried, k)
+
+
+def nll_along(model, tokens, loss_mask, path, carried, k=None):
+    """Return Σ weight · nll (B, T) over the steps of a path: with beliefs of a pass before each, or `carried` on.
+
+    path: for each step what is masked, what of that is predicted, (T,) or (B, T) each, and its weight.
+    """
+    streams = model.two_streams(tokens)
+    maskable, _ = model.loss_positions(tokens, loss_mask, streams)
+    k = model.config.k if k is None else k
+    nll, belief = torch.zeros(tokens.shape, device=tokens.device), None
+    for masked, predicted, weight in path:
+        masked = maskable & masked  # (B, T)
+        x_t = tokens.masked_fill(masked, model.config.mask_id)
+        if carried:
+            hidden, _ = model.predict(x_t, None, streams, tokens, belief)
+            belief = model.top_k_belief(hidden, masked & written_in(masked & predicted, streams), k)
+        else:
+            hidden, _ = model.denoiser(x_t, None, streams, tokens, k)
+        nll += weight * model.token_nll(hidden, tokens, masked & predicted)[0]
     return nll
+
+
+def written_in(where, streams):
+    """Say of each position (B, T) whether `where` is true somewhere in its row or block: no pass is made otherwise."""
+    if streams is None:
+        return where.any(1, keepdim=True)
+    start = streams.start.expand_as(where)
+    return (
+        torch.zeros_like(where, dtype=torch.int8)
+        .scatter_reduce(1, start, where.char(), 'amax')
+        .gather(1, start)
+        > 0
+    )
 
 
 @torch.inference_mode()

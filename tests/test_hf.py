@@ -325,7 +325,10 @@ def test_the_card_tells_the_settings_and_no_path_of_the_machine(run_folder, clie
     run('push', run_folder, f'--hub_model_id={NAME}', '--token=secret')
     card = (client.folder / 'README.md').read_text()
     assert re.match(r'---\n(.+\n)*library_name: transformers\n', card) and 'base_model: owner/base\n' in card
-    assert 'Best val/loss: 1.2500 nats per token, the nll of' in card and f'sample.py --checkpoint={NAME}\n' in card
+    assert (
+        'Best val/loss: 1.2500 nats per token, the nll of' in card
+        and f'sample.py --checkpoint={NAME}\n' in card
+    )
     assert 'parameters, trained on letters.' in card and 'learning_rate = 2e-05\n' in card
     assert not any(word in card for word in ('/home/me', 'out_dir', 'wandb', 'secret', 'block_size'))
 

@@ -212,7 +212,9 @@ def orders(model):
 LIKELIHOODS = {  # of each sampler: p (27,) of each text, by what its likelihood or bound is the mean of
     'first_hitting': lambda model: torch.exp(-orders(model)).mean(0),
     'left to right': lambda model: torch.exp(-likelihood.chain_rule(model, ROWS).sum(1).double()),
-    'left to right, carried': lambda m: torch.exp(-likelihood.carried_chain_rule(m, ROWS).sum(1).double()),
+    'left to right, carried': lambda m: torch.exp(
+        -likelihood.chain_rule(m, ROWS, carried=True).sum(1).double()
+    ),
     'ancestral': lambda model: torch.stack(
         [torch.exp(-path_nats(model, turn, 3)) for turn in product((1, 2, 3), repeat=LENGTH)]
     ).mean(0),
