@@ -283,17 +283,6 @@ class Autoregressive(Transformer):
         return reduced(reduction, loss, nll, counted, metrics)
 
 
-def mask_ratio(noise, window=(0, 1), streams=None):
-    """Return the probability t (B, 1), or of each block (B, T), that a token is masked; noise: (B, 1 + T).
-
-    window: the lowest, at least T_MIN, and the highest. The blocks of a row are spread over it by the golden ratio.
-    """
-    u, low = noise[:, :1], max(window[0], T_MIN)
-    if streams is not None:
-        u = (u + streams.number * 0.6180339887498949) % 1
-    return low + (window[1] - low) * u
-
-
 class Diffusion(Transformer):
     """Masked diffusion (Sahoo et al. 2024, MDLM; Nie et al. 2025, LLaDA).
 
@@ -308,39 +297,42 @@ class Diffusion(Transformer):
     def __init__(self, config):
         check(config.mask_id is not None, 'mask_id is None; a diffusion model needs the id of <|mask|>.')
         super().__init__(config)
+        self.mask_window, self.block_length = (0, 1), None  # of a training step: its mask ratios, its blocks
 
-    def forward(
-        self,
-        tokens,
-        loss_mask=None,
-        noise=None,
-        doc_ids=None,
-        reduction='sum',
-        mask_window=(0, 1),
-        block_length=None,
-    ):
+    def forward(self, tokens, loss_mask=None, noise=None, doc_ids=None, reduction='sum'):
         """Compute Σ nll / t over the masked tokens, plus ar_weight Σ nll of next tokens in training.
 
         tokens, loss_mask, doc_ids: (B, T), with the loss where loss_mask is not 0; noise: (B, 1 + T) uniform numbers
-        for the mask ratio and for each token, drawn here where None; mask_window: of the mask ratios; block_length:
-        one of config.block_length, None for the first.
+        for the mask ratio and for each token, drawn here where None.
         """
         noise = random_noise(tokens) if noise is None else noise
-        streams = self.two_streams(tokens, doc_ids, block_length)
+        streams = self.two_streams(tokens, doc_ids)
         maskable, counted = self.loss_positions(tokens, loss_mask, streams)  # (B, T) each
-        t = mask_ratio(noise, mask_window, streams)  # (B, 1) or (B, T)
+        t = self.mask_ratio(noise, streams)  # (B, 1), or (B, T) by blocks
         x_t, masked = self.corrupt(tokens, maskable, noise, t)  # (B, T) each
         h, clean = self.denoiser(x_t, doc_ids, streams, tokens)  # (B, T, C) each
         weights = self.loss_weights(masked, t)  # (B, T)
         loss, nll, pred = self.weighted_nll(h, tokens, weights)
         return self.outputs(reduction, loss, weights * nll, pred, tokens, masked, counted, clean)
 
-    def two_streams(self, tokens, doc_ids=None, block_length=None):
+    def two_streams(self, tokens, doc_ids=None):
         """Return the TwoStreams of rows (B, T), where blocks or ar_weight need them, else None."""
-        c, length = self.config, tokens.size(1)
-        block_length = (c.block_length[0] if block_length is None else block_length) or length
-        if block_length < length or c.ar_weight:
-            return TwoStreams(tokens, block_length, doc_ids)
+        c, length, block_length = self.config, tokens.size(1), self.config.block_length[0]
+        if self.training and self.block_length is not None:
+            block_length = self.block_length
+        if 0 < block_length < length or c.ar_weight:
+            return TwoStreams(tokens, block_length or length, doc_ids)
+
+    def mask_ratio(self, noise, streams=None):
+        """Return the probability t (B, 1), or of each block (B, T), that a token is masked; noise: (B, 1 + T).
+
+        The blocks of a row are spread over the ratios by the golden ratio.
+        """
+        low, high = self.mask_window if self.training else (0, 1)
+        u, low = noise[:, :1], max(low, T_MIN)
+        if streams is not None:
+            u = (u + streams.number * 0.6180339887498949) % 1
+        return low + (high - low) * u
 
     def corrupt(self, tokens, maskable, noise, t):
         """Draw x_t ~ q(x_t | x): mask each maskable token with probability t. Returns x_t and where, (B, T) each."""
@@ -425,17 +417,7 @@ class SDD(Diffusion):
         return {'belief_proj.weight': torch.eye(config.embedding_width)}
 
     def forward(
-        self,
-        tokens,
-        loss_mask=None,
-        noise=None,
-        doc_ids=None,
-        reduction='sum',
-        mask_window=(0, 1),
-        block_length=None,
-        k=None,
-        depth=1,
-        stale=0.0,
+        self, tokens, loss_mask=None, noise=None, doc_ids=None, reduction='sum', k=None, depth=1, stale=0.0
     ):
         """Compute Σ nll / t over the masked tokens as in `Diffusion`, after `depth` passes that give beliefs.
 
@@ -443,9 +425,9 @@ class SDD(Diffusion):
         next ones steadily less, as in sampling.
         """
         noise = random_noise(tokens) if noise is None else noise
-        streams = self.two_streams(tokens, doc_ids, block_length)
+        streams = self.two_streams(tokens, doc_ids)
         maskable, counted = self.loss_positions(tokens, loss_mask, streams)  # (B, T) each
-        t = mask_ratio(noise, mask_window, streams)  # (B, 1) or (B, T)
+        t = self.mask_ratio(noise, streams)  # (B, 1), or (B, T) by blocks
         x_t, masked = self.corrupt(tokens, maskable, noise, t)  # (B, T) each
         views = [self.corrupt(tokens, maskable, noise, t + stale * i / depth)[0] for i in range(depth, 0, -1)]
         h, clean = self.denoiser(x_t, doc_ids, streams, tokens, k, views)  # (B, T, C) each

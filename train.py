@@ -36,6 +36,9 @@ mlp = 'relu2'  # relu2, relu, gelu, gelu_tanh or swiglu
 bias = False  # in linear layers and LayerNorm
 qk_norm = True  # RMS-normalised queries and keys
 logit_softcap = 15.0  # 0: none
+mask_ratio = (0.0, 1.0)  # diffusion: the lowest and the highest in training; evaluation integrates over all
+block_length = (0,)  # diffusion: tokens per block, several: one is drawn for each step; 0: the whole row
+ar_weight = 0.0  # diffusion: of the next-token loss of the clean tokens, which makes it an ar model as well
 k_schedule = (1, 2, 4, 8)  # sdd: candidates per masked position, one of these drawn for each step
 k_warmup_steps = 0  # sdd: go through k_schedule in this many steps instead, then stay at its last
 p_belief = ((0.5, 0.5),)  # sdd: (fraction of training, probability that a step uses beliefs from there on)
@@ -90,6 +93,7 @@ del config['token']  # no secret goes into config.json, the checkpoint or W&B
 # The shape of the model: keys that go to ModelConfig as they are. A run keeps it and what else is FIXED; everything
 # else may change when it is resumed, and the change is printed.
 SHAPE = 'n_layer n_head n_embd n_kv_head block_size norm position mlp bias qk_norm logit_softcap'.split()
+SHAPE += ['block_length', 'ar_weight']
 FREE_SHAPE = ['dropout', 'gradient_checkpointing', 'selective_checkpointing']
 FIXED = 'architecture mode model_size optimizer fsdp master_weights seed anneal_steps'.split() + SHAPE
 
@@ -223,11 +227,13 @@ if not resumed.checkpoint:
     log.metrics(0, evaluate_and_save())
     save()
 raw_model.train()
+raw_model.mask_window = mask_ratio
 speed = runtime.Speed(raw_model, dist, batches.rows_per_step * block_size, step)
 stopping = False
 while step < max_steps and not stopping:
     lr = optim.learning_rate_at(step, max_steps, learning_rate, min_lr, warmup, schedule, decay_ratio)
     opt.set_lr(lr)
+    raw_model.block_length = optim.draw_block_length(raw_model, step, seed)
     raw_model.attn_mask = optim.annealed_mask(step, anneal_steps, block_size, seed, dist.device)
     beliefs = optim.draw_beliefs(raw_model, step, max_steps, seed, p_belief, k_schedule, k_warmup_steps)
     micro_batches, count = batches.get(step)

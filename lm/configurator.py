@@ -340,6 +340,8 @@ def check_type(key, value, source):
         return value
     if key.type is float and type(value) is int:
         return float(value)
+    if key.type is tuple and type(value) in (int, float):
+        return (value,)
     if {type(value), key.type} == {tuple, list}:  # JSON knows only lists
         return key.type(value)
     example = ' or None' if key.default is None else f', such as {key.default!r}'

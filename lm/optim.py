@@ -7,7 +7,7 @@ import torch
 
 from lm.configurator import require
 from lm.kernels import has_bfloat16
-from lm.rng import ANNEAL, BELIEF, torch_seed, uniform
+from lm.rng import ANNEAL, BELIEF, BLOCKS, torch_seed, uniform
 
 CHUNK = 1 << 22  # elements that StochasticAdamW has in float32 at once
 
@@ -250,6 +250,12 @@ def draw_beliefs(model, step, max_steps, seed, p_belief, k_schedule, k_warmup_st
     depth = next((d for d in range(1, MAX_DEPTH) if deeper >= P_DEEPER**d), MAX_DEPTH)
     stale = MAX_STALE * stale if is_stale < P_STALE else 0.0
     return {'k': k_schedule[int(position * len(k_schedule))], 'depth': depth, 'stale': stale}
+
+
+def draw_block_length(model, step, seed):
+    """Draw the block length of a step, the same on all ranks, from those of the model's config."""
+    lengths = model.config.block_length
+    return lengths[int(float(uniform(BLOCKS, seed, step)) * len(lengths))]
 
 
 def default_anneal_steps(anneal_steps, model, start, max_steps):

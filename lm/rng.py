@@ -2,7 +2,7 @@
 
 import numpy as np
 
-PERMUTE, MOVE, LEVEL, NOISE, BELIEF, ANNEAL, PADDING = range(7)  # purposes: the first part of a key
+PERMUTE, MOVE, LEVEL, NOISE, BELIEF, ANNEAL, PADDING, BLOCKS = range(8)  # purposes: the first part of a key
 
 
 def random_bits(*key):

@@ -11,7 +11,6 @@ from helpers import GPT2_SWITCHES, same
 import sampling
 from lm import checkpoints, files, optim
 from lm.configurator import Config, Key, UserError
-from model import mask_ratio
 
 SHAPE = dict(vocab_size=30, block_size=16, n_layer=2, n_head=2, n_embd=16, mask_id=28, ignore_id=29)
 
@@ -198,7 +197,7 @@ def test_a_masked_token_never_leaks_through_the_shift():
     model, tokens = converted(make_checkpoint()[1]), some_tokens()
     noise = torch.full((3, 17), 0.9)
     noise[:, [0, 4, 8, 9]] = 0.5
-    masked = noise[:, 1:] < mask_ratio(noise)
+    masked = noise[:, 1:] < model.mask_ratio(noise)
     other = torch.where(masked, (tokens + 1) % 28, tokens)
     first, second = (model(x, None, noise, reduction='none')[0] for x in (tokens, other))
     assert torch.equal(first != second, masked) and masked.sum() == 9  # another target, nothing else

@@ -190,7 +190,6 @@ def test_the_annotation_is_the_type_where_the_default_is_none(run):
         ('--max_steps=', 'str', 'int'),
         ('--max_steps=True', 'bool', 'int'),
         ('--compile=1', 'int', 'bool'),
-        ('--k_schedule=4', 'int', 'tuple'),
         ('--learning_rate=x', 'str', 'float'),
         ('--learning_rate=None', 'NoneType', 'float'),
         ('--options=[1]', 'list', 'dict'),

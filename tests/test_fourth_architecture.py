@@ -13,7 +13,7 @@ from helpers import assert_same_run, losses, metrics, run, train
 
 import hf
 from lm import checkpoints
-from model import ARCHITECTURES, Diffusion, Transformer, mask_ratio, reduced
+from model import ARCHITECTURES, Diffusion, Transformer, reduced
 
 
 class Focal(Diffusion):
@@ -23,7 +23,7 @@ class Focal(Diffusion):
 
     def forward(self, tokens, loss_mask=None, noise=None, doc_ids=None, reduction='sum'):
         maskable, counted = self.loss_positions(tokens, loss_mask)
-        x_t, masked = self.corrupt(tokens, maskable, noise, mask_ratio(noise))
+        x_t, masked = self.corrupt(tokens, maskable, noise, self.mask_ratio(noise))
         nll, pred = self.token_nll(self.hidden(x_t, doc_ids), tokens, masked)
         loss = (1 - torch.exp(-nll)) ** 2 * nll  # (B, T)
         metrics = {'correct': (pred == tokens) & counted, 'predicted': masked & counted}

@@ -10,7 +10,7 @@ from conftest import random_model
 
 import model as model_module
 from lm.layers import rope_table, rotate
-from model import ARCHITECTURES, SIZES, Diffusion, ModelConfig, mask_ratio
+from model import ARCHITECTURES, SIZES, Diffusion, ModelConfig
 
 GPT2 = dict(norm='layer', position='learned', mlp='gelu', bias=True, qk_norm=False, logit_softcap=0)
 MASK, IGNORE = 10, 9
@@ -145,7 +145,7 @@ def test_diffusion_sees_both_sides():
 def test_hidden_tokens_never_leak(monkeypatch):
     model, tokens = tiny('diffusion'), some_tokens()
     noise = some_noise(tokens)
-    masked = noise[:, 1:] < mask_ratio(noise)
+    masked = noise[:, 1:] < model.mask_ratio(noise)
     masked[:, 0] = False
     seen, hidden = [], model.hidden
     monkeypatch.setattr(model, 'hidden', lambda x_t, *rest: seen.append(hidden(x_t, *rest)) or seen[-1])
@@ -239,7 +239,7 @@ def exact_bound(model, rows):
     nodes, weights = np.polynomial.legendre.leggauss(4)
     for u, du in zip((nodes + 1) / 2, weights / 2):
         level = torch.full((len(rows), 1), u, dtype=torch.float32)
-        t = mask_ratio(level).double()[0, 0]
+        t = model.mask_ratio(level).double()[0, 0]
         for choice in product((0, 1), repeat=LENGTH):
             masked = torch.tensor((0, *choice)).expand(len(rows), -1)
             chance = t ** sum(choice) * (1 - t) ** (LENGTH - sum(choice))
@@ -340,7 +340,7 @@ class Smoothed(Diffusion):
 
     def forward(self, tokens, loss_mask=None, noise=None, doc_ids=None, reduction='sum'):
         maskable, counted = self.loss_positions(tokens, loss_mask)
-        t = mask_ratio(noise)
+        t = self.mask_ratio(noise)
         x_t, masked = self.corrupt(tokens, maskable, noise, t)
         h = self.hidden(x_t, doc_ids)
         weights = self.loss_weights(masked, t)
@@ -350,7 +350,7 @@ class Smoothed(Diffusion):
 
 def plain_loss(model, tokens, noise, weight_of=lambda i: 1, smoothing=0.0):
     """The same loss from whole logits, as the formula says it."""
-    t = mask_ratio(noise)
+    t = model.mask_ratio(noise)
     masked = noise[:, 1:] < t
     masked[:, 0] = False
     log_p = model.logits(tokens.masked_fill(masked, MASK)).log_softmax(-1)

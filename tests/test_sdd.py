@@ -8,7 +8,7 @@ import torch
 from conftest import assert_drawn_from, random_model
 
 from lm import likelihood
-from model import ARCHITECTURES, Belief, ModelConfig, mask_ratio
+from model import ARCHITECTURES, Belief, ModelConfig
 from sampling import generate
 
 MASK, IGNORE = 10, 9
@@ -103,7 +103,7 @@ def test_without_candidates_it_is_masked_diffusion_bit_for_bit(changes):
 def test_hidden_tokens_never_influence_logits(beliefs, monkeypatch):
     model, tokens = tiny(), some_tokens()
     noise, seen, hidden = some_noise(tokens), [], model.hidden
-    masked = noise[:, 1:] < mask_ratio(noise)
+    masked = noise[:, 1:] < model.mask_ratio(noise)
     masked[:, 0] = False
     monkeypatch.setattr(
         model, 'hidden', lambda *given, **more: seen.append(hidden(*given, **more)) or seen[-1]

@@ -1,0 +1,176 @@
+"""Block diffusion: what a block attends to, what its likelihood is of, and the `ar` model in its clean tokens."""
+
+from itertools import permutations, product
+
+import pytest
+import torch
+from conftest import assert_drawn_from, random_model
+
+from lm import likelihood
+from model import Autoregressive
+from sampling import BlockCache, generate
+
+MASK, IGNORE, BLOCK = 10, 9, 12
+SHAPE = dict(vocab_size=11, block_size=BLOCK, n_layer=2, n_head=2, n_embd=16, mask_id=MASK, ignore_id=IGNORE)
+KINDS = pytest.mark.parametrize('architecture', ['diffusion', 'sdd'])
+
+
+def tiny(architecture='diffusion', block_length=(4,), **changes):
+    return random_model(architecture, 0.4, **{**SHAPE, 'block_length': block_length, **changes})
+
+
+def some_tokens(rows=3, length=BLOCK, seed=0):
+    return torch.randint(0, IGNORE, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def some_noise(tokens, seed=1):
+    return torch.rand(len(tokens), 1 + tokens.size(1), generator=torch.Generator().manual_seed(seed))
+
+
+# ---------------------------------------------------------------------------- the two streams
+
+
+@KINDS
+def test_a_block_as_long_as_the_row_is_the_whole_row_bit_for_bit(architecture):
+    tokens = some_tokens()
+    whole, long = (
+        tiny(architecture, length)(tokens, None, some_noise(tokens)) for length in ((0,), (BLOCK,))
+    )
+    assert torch.equal(whole[0], long[0])
+    two_streams = tiny(architecture, ar_weight=0.5, block_length=(0,)).eval()(
+        tokens, None, some_noise(tokens)
+    )
+    torch.testing.assert_close(two_streams[0], whole[0])
+
+
+@KINDS
+def test_a_block_sees_the_clean_tokens_before_it_and_its_own_noisy_ones(architecture):
+    model, tokens = tiny(architecture), some_tokens(1)
+    noise = torch.ones(1, 1 + BLOCK)
+    noise[:, 1:] = torch.tensor([2.0, 0, 2, 0, 0, 2, 0, 2, 0, 0, 2, 0])  # 0: masked
+    nll = model(tokens, None, noise, reduction='none')[0][0]
+    for place in range(BLOCK):
+        changed = tokens.clone()
+        changed[0, place] = (tokens[0, place] + 1) % IGNORE
+        other = model(changed, None, noise, reduction='none')[0][0]
+        differs = (other - nll).abs() > 1e-6
+        differs[place] = False  # its own loss
+        block = torch.arange(BLOCK) // 4
+        visible = noise[0, 1 + place] > 1
+        masked = noise[0, 1:] < 1
+        expected = masked & ((block > place // 4) | ((block == place // 4) & visible))
+        expected[place] = False
+        assert torch.equal(differs, expected), place
+
+
+@KINDS
+def test_cached_states_of_a_block_are_those_of_the_two_streams(architecture):
+    model, tokens = tiny(architecture), some_tokens()
+    masked = some_noise(tokens)[:, 1:] < 0.5
+    x_t = tokens.masked_fill(masked, MASK)
+    streams = model.two_streams(tokens)
+    hidden, clean = model.denoiser(x_t, None, streams, tokens)
+    cache = BlockCache()
+    for begin in (0, 4, 8):
+        part = slice(begin, begin + 4)
+        torch.testing.assert_close(
+            model.denoiser(x_t[:, part], cache=cache)[0], hidden[:, part], atol=1e-5, rtol=1e-5
+        )
+        cache.store(model, tokens[:, part])
+    ar = Autoregressive(model.config)
+    ar.load_state_dict(model.state_dict(), strict=False)
+    torch.testing.assert_close(ar.eval().hidden(tokens), clean, atol=1e-5, rtol=1e-5)
+
+
+@KINDS
+def test_documents_of_a_row_are_what_they_are_alone(architecture):
+    model, tokens = tiny(architecture, block_length=(3,), ar_weight=0.3), some_tokens(1)
+    doc_ids = torch.tensor([[0] * 5 + [1] * 7])
+    loss_mask = torch.ones_like(tokens)
+    loss_mask[0, 5] = 0  # its context
+    noise = some_noise(tokens)
+    together, _, metrics = model(tokens, loss_mask, noise, doc_ids, reduction='none')
+    for part in (slice(0, 5), slice(5, 12)):
+        own_noise = torch.cat([noise[:, :1], noise[:, 1:][:, part]], 1)
+        alone, _, own = model(tokens[:, part], loss_mask[:, part], own_noise, reduction='none')
+        torch.testing.assert_close(alone, together[:, part], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(own['ar_loss'], metrics['ar_loss'][:, part], atol=1e-5, rtol=1e-5)
+
+
+def test_blocks_of_padding_alone_are_not_in_the_loss():
+    model, tokens = tiny(), some_tokens(1)
+    tokens[0, 6:] = IGNORE
+    nll, counted, _ = model(tokens, None, torch.zeros(1, 1 + BLOCK), reduction='none')
+    assert (nll[0, 1:8] > 0).all() and (nll[0, 8:] == 0).all()
+    assert counted[0].tolist() == [False] + [True] * 5 + [False] * 6
+
+
+def test_the_next_token_loss_is_that_of_an_ar_model_and_trains_with_its_weight():
+    tokens = some_tokens()
+    noise, model = some_noise(tokens), tiny(ar_weight=0.3)
+    ar = Autoregressive(model.config)
+    ar.load_state_dict(model.state_dict())
+    bound, count, metrics = model(tokens, None, noise)
+    log_p = ar.hidden(tokens)[:, :-1] @ ar.head_weight().T
+    log_p = (
+        15 * torch.tanh(log_p / 15) + ar.logit_bias.masked_fill(torch.arange(64) == IGNORE, 0)
+    ).log_softmax(-1)
+    expected = -log_p.gather(2, tokens[:, 1:, None]).sum()
+    torch.testing.assert_close(metrics['ar_loss'], expected, rtol=1e-5, atol=1e-4)
+    loss, *_ = model.train()(tokens, None, noise)
+    torch.testing.assert_close(loss, bound + 0.3 * expected, rtol=1e-5, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------- likelihoods, enumerated
+
+LETTERS, LENGTH = 3, 3
+TEXTS = list(product(range(LETTERS), repeat=LENGTH))
+ROWS = torch.tensor([(0, *text) for text in TEXTS])  # (27, 4); blocks of two: the context and one, two
+
+
+def toy(architecture, block_length):
+    shape = dict(vocab_size=LETTERS + 1, mask_id=LETTERS, ignore_id=None, block_size=LENGTH + 1, k=2)
+    return tiny(architecture, block_length, **shape)
+
+
+def in_orders(model, **options):
+    """p (27,) where the two of the second block are written in either order."""
+    turns = [[-1, 0, *turn] for turn in permutations((0, 1))]
+    nll = [likelihood.chain_rule(model, ROWS, turn=turn, **options).sum(1).double() for turn in turns]
+    return torch.exp(-torch.stack(nll)).mean(0)
+
+
+@KINDS
+@pytest.mark.parametrize('fresh', [True, False])
+def test_blocks_are_written_with_the_probabilities_of_their_likelihood(architecture, fresh):
+    model = toy(architecture, (2,))
+    rows = torch.tensor(generate(model, [[0]] * 10000, LENGTH, fresh_beliefs=fresh))
+    p = in_orders(model, carried=not fresh)
+    assert p.sum() == pytest.approx(1, abs=1e-5)
+    assert_drawn_from(p, rows[:, 1:] @ torch.tensor([9, 3, 1]))
+
+
+@KINDS
+def test_the_bound_of_blocks_is_the_mean_over_the_orders_in_them(architecture):
+    model = toy(architecture, (2,))
+    turns = [[-1, 0, *turn] for turn in permutations((0, 1))]
+    expected = torch.stack([likelihood.chain_rule(model, ROWS, turn=turn).sum(1) for turn in turns]).mean(0)
+    noise = some_noise(torch.zeros(20000, LENGTH + 1), seed=0)
+    for place in (0, 13, 26):
+        draws = model.nll(ROWS[place].expand(20000, -1), None, noise)
+        assert abs(draws.mean() - expected[place]) < 4 * draws.std() / 20000**0.5 + 2e-3 * expected[place]
+
+
+@KINDS
+def test_blocks_of_one_are_an_ar_over_masked_tokens(architecture):
+    model = toy(architecture, (1,))
+    nll = likelihood.chain_rule(model, ROWS).sum(1)
+    expected = torch.zeros(27)
+    for i in range(1, LENGTH + 1):
+        x = torch.cat([ROWS[:, :i], torch.full((27, 1), LETTERS)], 1)
+        cache = BlockCache()
+        cache.store(model, x[:, :i])
+        log_p = model.head(model.denoiser(x[:, i:], cache=cache)[0])[:, 0].log_softmax(-1)
+        expected -= log_p.gather(1, ROWS[:, i : i + 1]).squeeze(1)
+    torch.testing.assert_close(nll, expected, atol=1e-5, rtol=1e-5)
+    assert torch.exp(-nll).sum().item() == pytest.approx(1, abs=1e-5)
