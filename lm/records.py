@@ -97,9 +97,8 @@ def rows_of(batch):
     try:
         return batch.to_pylist()
     except (ValueError, ArithmeticError, LookupError, pyarrow.ArrowException) as error:
-        if len(batch) == 1:
-            return [error]
-        return chain.from_iterable(rows_of(batch.slice(i, 1)) for i in range(len(batch)))
+        rows = (rows_of(batch.slice(i, 1)) for i in range(len(batch)))
+        return [error] if len(batch) == 1 else chain.from_iterable(rows)
 
 
 def read_table(path, columns):

@@ -92,7 +92,6 @@ class Corpus:
     def __init__(self, source, val_fraction, on_error):
         self.source, self.val_fraction, self.on_error = source, val_fraction, on_error
         self.warnings = []
-        self.lowest, self.highest = 1.0, 0.0  # positions of documents; below val_fraction is validation
         first = list(islice(self.texts(), 2))
         skipped = f' {self.read["skipped"]} records were skipped: {self.warnings[0]}' if self.warnings else ''
         require(first, f'There is no text in {source.name}; give files that hold some.{skipped}')
@@ -127,18 +126,9 @@ class Corpus:
         """Return [(split, text)] of a document."""
         if self.is_single:
             cut = int(len(text) * (1 - self.val_fraction))
-            self.lowest, self.highest = 0, 1 - 1 / len(text)
             return [('train', text[:cut]), ('val', text[cut:])]
         position = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], 'big') / 2**64
-        self.lowest, self.highest = min(self.lowest, position), max(self.highest, position)
         return [('val' if position < self.val_fraction else 'train', text)]
-
-    def remedy_for(self, split):
-        """Say what fills an empty split: a val_fraction, if the documents are of any use."""
-        wanted = (int(self.lowest * 1000) + 1 if split == 'val' else int(self.highest * 1000)) / 1000
-        helps = self.val_fraction <= self.lowest if split == 'val' else self.val_fraction > self.highest
-        helps = helps and self.lowest < wanted <= self.highest
-        return f'give --val_fraction={wanted}, or more text' if helps else 'give more text'
 
     def texts_of(self, split):
         return (part for text in self.texts() for name, part in self.parts(text) if name == split)

@@ -57,8 +57,9 @@ def write(source, config, log_prob=None):
         if empty := [split for split in SPLITS if not counts[split]['tokens']]:
             journal.state = None  # with these settings there is nothing to go on with
             found = finished.get('examples') or finished['splits']
-            problem = f'The {empty[0]} split is empty at val_fraction={config["val_fraction"]}'
-            raise UserError(f'{problem} of {found}; {corpus.remedy_for(empty[0])}.')
+            problem = f'The {empty[0]} split is empty at val_fraction={config["val_fraction"]} of {found}'
+            nearer = '' if config['val_fraction'] == 0.5 else 'a val_fraction nearer to 0.5, or '
+            raise UserError(f'{problem}; give {nearer}more text.')
         if log_prob:
             nats, val = -sum(map(log_prob, corpus.texts_of('val'))), counts['val']
             per_byte, names = nats / val['bytes'], 'nats_per_token nats_per_byte bits_per_byte nats_per_story'
