@@ -120,7 +120,7 @@ if master_weights == 'bfloat16' and dtype == 'auto':
 dist = runtime.Runtime(device, dtype)
 folder = Folder(dataset)
 tokenizer, prompt_format = folder.tokenizer, folder.config['prompt_format'] or prompts.DEFAULT
-answer_masks = folder.masks['val']
+max_seq_len, answer_masks = folder.config.get('max_seq_len'), folder.masks['val']
 if train_on_prompt:
     folder.masks = {split: np.ones(len(tokens), np.uint8) for split, tokens in folder.tokens.items()}
 
@@ -130,9 +130,7 @@ elif init_from == 'scratch':
     if dist.is_main:
         print('warning: init_from=scratch; a model that was not pretrained will not learn to answer.')
     shape = checkpoints.size_of(model_size)
-    shape.update(
-        block_size=block_size or folder.config.get('max_seq_len') or 256, vocab_size=tokenizer.vocab_size
-    )
+    shape.update(block_size=block_size or max_seq_len or 256, vocab_size=tokenizer.vocab_size)
     shape.update(mask_id=tokenizer.mask_id, ignore_id=tokenizer.ignore_id)
     initial = {'architecture': architecture or 'ar', 'tokenizer': tokenizer.to_json(), 'model_config': shape}
 else:  # adapters go on from the weights that they were made for
@@ -146,7 +144,7 @@ checkpoints.check_fits(initial, init_from, architecture, tokenizer, folder.path)
 shape = {**initial['model_config'], 'k': max(k_schedule), 'dropout': dropout}
 shape['gradient_checkpointing'] = gradient_checkpointing
 longest = shape['block_size']
-block_size = block_size or min(folder.config.get('max_seq_len') or longest, longest)
+block_size = block_size or min(max_seq_len or longest, longest)
 require(8 <= block_size <= longest, f'block_size is {block_size}; {init_from} takes 8 to {longest} tokens.')
 torch.manual_seed(seed)
 has_weights = not {'model_state_dict', 'sharded'}.isdisjoint(initial)

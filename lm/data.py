@@ -99,10 +99,9 @@ class DocumentRows:
 class ExampleRows:
     """Instruction examples, one per row or, packed, as many as fit: a start token, the prompt, the answer.
 
-    Of an example that is too long the prompt is truncated on the left; one whose answer does not fit is dropped, one
-    that is learnt as a whole, a plain text, becomes several. For a bidirectional model <|ignore|> follows the answer,
-    and it is trained on that too, so that it can tell where an answer ends in whatever room it is given: u² of what the
-    row has left, u uniform by the example.
+    Of one that is too long the prompt is truncated on the left; it is dropped where the answer does not fit, and cut in
+    several where all is answer. For a bidirectional model <|ignore|> follows the answer, and it is trained on that too,
+    so that it can tell where an answer ends in whatever room it is given: u² of what the row has left, u uniform.
     """
 
     has_loss_mask = True
