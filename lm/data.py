@@ -99,9 +99,9 @@ class DocumentRows:
 class ExampleRows:
     """Instruction examples, one per row or, packed, as many as fit: a start token, the prompt, the answer.
 
-    Of one that is too long the prompt is truncated on the left; it is dropped where the answer does not fit, and cut in
-    several where all is answer. For a bidirectional model <|ignore|> follows the answer, and it is trained on that too,
-    so that it can tell where an answer ends in whatever room it is given: u² of what the row has left, u uniform.
+    Of an example that is too long the prompt is truncated on the left; one whose answer does not fit is dropped. For
+    a bidirectional model <|ignore|> follows the answer, and it is trained on that too, so that it can tell where an
+    answer ends in whatever room it is given: u² of what the row has left, u uniform by the example.
     """
 
     has_loss_mask = True
@@ -112,7 +112,7 @@ class ExampleRows:
         index = folder.index[split].astype(np.int64)
         masks = f'{split}_masks.bin, which says where the answers are'
         require(folder.masks[split] is not None, f'{folder.path} has no {masks}; use prepare/instruct.py.')
-        spans = []
+        spans = []  # one that is all answer, a plain text, becomes several
         for start, end in zip(index, index[1:]):
             windows = prompts.windows(folder.masks[split][start:end], row_length - 1)
             spans += [(start + first, start + last) for first, last in windows]
