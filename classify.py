@@ -31,6 +31,7 @@ task = ''  # of the database, e.g. sentiment; instead of target_func
 train_langs = 'eng'  # commas between several
 eval_langs = ''  # empty: train_langs
 language_database = 'config/languages.py'  # or a .json file of the same shape
+max_expansion = 100  # times its size that a file of texts may take once it is decompressed
 model_type = 'normal'  # normal, or ipa: reads the columns {feature}-phoneme
 tokenizer = 'bpe'  # of a model from scratch: bpe, bytes, char, gpt2, or a path; of a nanoGPT ckpt.pt: a path
 vocab_size = 4096  # of a bpe, which is trained on the training texts
@@ -113,7 +114,7 @@ FIXED = (
 SHAPE = ('n_layer', 'n_head', 'n_embd', 'n_kv_head')
 TASK_KEYS = {'target_func', 'sequence_length', 'train_set_size', 'test_set_size', 'compat'}
 TEXT_KEYS = {'train_langs', 'eval_langs', 'language_database', 'model_type', 'tokenizer', 'vocab_size'}
-TEXT_KEYS.add('group_by_length')
+TEXT_KEYS |= {'group_by_length', 'max_expansion'}
 
 check_choice(config, 'model', ('', *families.PUBLISHED, *families.FINETUNED, *SIZES))
 check_choice(config, 'model_type', ('normal', 'ipa'))
@@ -147,7 +148,8 @@ dist = runtime.Runtime(device, dtype)
 
 if task:
     database = languages.load_database(language_database)
-    texts, num_labels = languages.read_sets(database, task, train_langs, eval_langs, model_type)
+    choice = task, train_langs, eval_langs, model_type
+    texts, num_labels = languages.read_sets(database, *choice, max_expansion)
     vocabulary = None if initial else languages.make_tokenizer(tokenizer, texts, vocab_size)
 else:
     num_labels = 2
@@ -283,17 +285,26 @@ def save():
 
 @torch.no_grad()
 def predict(examples):
-    """Compute logits (N, width) as numpy, the same for any number of ranks; rows of like length come together."""
+    """Judge each row, the same for any number of ranks: (N, 3), and its logits where they are not too many to keep.
+
+    Rows of like length come together.
+    """
     order = np.argsort([len(row) for row in examples.rows], kind='stable')
-    logits = torch.zeros(len(examples), raw_classifier.width)
+    is_kept = len(examples) * raw_classifier.width <= classification.MAX_LOGITS
+    judged = torch.zeros(len(examples), 3 + raw_classifier.width * is_kept)
     raw_classifier.eval()
     for start in range(dist.rank * eval_batch_size, len(order), dist.world_size * eval_batch_size):
         index = order[start : start + eval_batch_size]
-        tokens, token_counts, _ = classification.collate(examples, index, dist.device)
+        tokens, token_counts, labels = classification.collate(examples, index, dist.device)
         with dist.autocast():
-            logits[index] = raw_classifier.logits(tokens, token_counts).cpu()
+            logits = raw_classifier.logits(tokens, token_counts).cpu()
+        judged[index] = classification.judge(logits, labels.cpu())[:, : judged.size(1)]
     raw_classifier.train()
-    return dist.sum(logits).numpy()
+    return dist.sum(judged).numpy()
+
+
+def evaluate(labels, judged):
+    return classification.evaluate_predictions(labels, judged, max(2, num_classes))
 
 
 def subset(examples):
@@ -305,10 +316,10 @@ def evaluate_and_save():
     """Evaluate all sets, keep the best weights by the validation rows, and write down the history."""
     global best_score
     parts = {name: subset(examples) for name, examples in sets.items()}
-    logits = {name: predict(examples) for name, examples in parts.items()}
-    metrics = {name: classification.evaluate_predictions(parts[name].labels, logits[name]) for name in parts}
+    judged = {name: predict(examples)[:, :3] for name, examples in parts.items()}
+    metrics = {name: evaluate(parts[name].labels, judged[name]) for name in parts}
     labels = np.concatenate([parts[name].labels for name in test_sets])
-    test = classification.evaluate_predictions(labels, np.concatenate([logits[name] for name in test_sets]))
+    test = evaluate(labels, np.concatenate([judged[name] for name in test_sets]))
     figures = (f'{name} loss {m["loss"]:.4f}, accuracy {m["accuracy"]:.4f}' for name, m in metrics.items())
     log.print(f'step {step}: ' + ', '.join(figures))
     train, selecting = metrics['train'], metrics.get('val', test)
@@ -334,11 +345,11 @@ def final_eval():
         classification.load_state(raw_classifier, checkpoints.load(out / 'best.pt'))
     results, arrays = {'step': best.step if 'val' in sets else step}, {}
     for name, examples in sets.items():
-        logits = predict(examples)
-        results[name] = classification.evaluate_predictions(examples.labels, logits)
+        judged = predict(examples)
+        results[name] = evaluate(examples.labels, judged)
         if name != 'train':
-            preds = classification.predicted_classes(torch.from_numpy(logits)).numpy()
-            arrays |= {f'{name}_labels': examples.labels, f'{name}_preds': preds, f'{name}_logits': logits}
+            arrays |= {f'{name}_labels': examples.labels, f'{name}_preds': judged[:, 1].astype(np.int64)}
+            arrays |= {f'{name}_logits': judged[:, 3:]} if judged.shape[1] > 3 else {}
     if dist.is_main:
         write_json(out / 'eval_results.json', results)
         save_atomically(out / 'predictions.npz', lambda file: np.savez_compressed(file, **arrays))

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from lm import checkpoints, data, files, likelihood, prompts, report, rng, runtime, scoring
-from lm.configurator import ROOT, UserError, check_range, configure, require, user_errors
+from lm.configurator import ROOT, UserError, check_range, configure, printable, require, user_errors
 from lm.folder import Folder
 from lm.tokenizer import ENDOFTEXT, Tokenizer
 from sampling import generate
@@ -85,7 +85,7 @@ def read_exercises():
     """Return [(instruction, input, checks)] of --instructions."""
     path = Path(instructions) if Path(instructions).exists() else ROOT / instructions
     try:
-        entries = json.loads(path.read_text(encoding='utf-8'))
+        entries = json.loads(path.read_bytes())
         exercises = [(one['instruction'], one.get('input', ''), list(one['checks'])) for one in entries]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f'{path} is no list of instructions with checks ({error!r}); correct it.') from error
@@ -350,7 +350,7 @@ results = {'dataset': folder.config['name'], 'mode': mode, 'block_size': block_s
 results |= {'heldout': models[0].get('heldout'), 'floor': floor}
 results |= {'settings': dict(config), 'versions': versions}
 if dist.is_main:
-    print(report.table(results))
+    print(printable(report.table(results)))
     if output:
         files.write_json(output, results)
     if html:

@@ -28,7 +28,7 @@ train_on_prompt = False  # the loss is on the prompt as well
 # --- model ---
 init_from = ''  # a ckpt.pt, run folder, Hugging Face folder or hub id; scratch: random weights
 architecture = ''  # ar, diffusion or sdd; empty: that of the checkpoint
-block_size: int = None  # tokens per row; None: as many as the model sees
+block_size: int = None  # tokens per row; None: the data's max_seq_len, or as many as the model sees
 dropout = 0.0
 k_schedule = (1, 2, 4, 8)  # sdd: candidates per masked position, one of these drawn for each step
 k_warmup_steps = 0  # sdd: go through k_schedule in this many steps instead, then stay at its last
@@ -120,7 +120,7 @@ if master_weights == 'bfloat16' and dtype == 'auto':
 dist = runtime.Runtime(device, dtype)
 folder = Folder(dataset)
 tokenizer, prompt_format = folder.tokenizer, folder.config['prompt_format'] or prompts.DEFAULT
-answer_masks = folder.masks['val']
+max_seq_len, answer_masks = folder.config.get('max_seq_len'), folder.masks['val']
 if train_on_prompt:
     folder.masks = {split: np.ones(len(tokens), np.uint8) for split, tokens in folder.tokens.items()}
 
@@ -130,7 +130,7 @@ elif init_from == 'scratch':
     if dist.is_main:
         print('warning: init_from=scratch; a model that was not pretrained will not learn to answer.')
     shape = checkpoints.size_of(model_size)
-    shape.update(block_size=block_size or 256, vocab_size=tokenizer.vocab_size)
+    shape.update(block_size=block_size or max_seq_len or 256, vocab_size=tokenizer.vocab_size)
     shape.update(mask_id=tokenizer.mask_id, ignore_id=tokenizer.ignore_id)
     initial = {'architecture': architecture or 'ar', 'tokenizer': tokenizer.to_json(), 'model_config': shape}
 else:  # adapters go on from the weights that they were made for
@@ -143,8 +143,8 @@ checkpoints.check_fits(initial, init_from, architecture, tokenizer, folder.path)
 
 shape = {**initial['model_config'], 'k': max(k_schedule), 'dropout': dropout}
 shape['gradient_checkpointing'] = gradient_checkpointing
-block_size = block_size or shape['block_size']
 longest = shape['block_size']
+block_size = block_size or min(max_seq_len or longest, longest)
 require(8 <= block_size <= longest, f'block_size is {block_size}; {init_from} takes 8 to {longest} tokens.')
 torch.manual_seed(seed)
 has_weights = not {'model_state_dict', 'sharded'}.isdisjoint(initial)
@@ -217,6 +217,8 @@ if resumed.checkpoint and (step >= max_steps or stops_early()):
     dist.exit(f'{resumed.path} is finished at step {step} of {max_steps}, best at {best.step}. {remedy}.')
 model = dist.wrap(raw_model, compile, fsdp)
 
+estimate = runtime.memory_estimate(raw_model, batch_size, block_size, dist)
+runtime.check_memory(estimate, dist)
 base = model_size if init_from == 'scratch' else Path(init_from).resolve().name.removesuffix('.pt')
 config.update(architecture=architecture, block_size=block_size, max_steps=max_steps, warmup_steps=warmup)
 config.update(dtype=dist.dtype, anneal_steps=anneal_steps)
@@ -242,7 +244,6 @@ def print_example():
 
 
 print_example()
-estimate = runtime.memory_estimate(raw_model, batch_size, block_size, dist)
 sizes = {name: size / 1e9 for name, size in estimate.items()}
 parts = ', '.join(f'{name} {size:.2f}' for name, size in sizes.items())
 log.print(f'memory, about: {parts}; {sum(sizes.values()):.2f} GB in all')

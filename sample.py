@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from lm import checkpoints, prompts, runtime
-from lm.configurator import ROOT, UserError, configure, require, user_errors
+from lm.configurator import ROOT, UserError, configure, printable, require, user_errors
 from lm.tokenizer import Tokenizer
 from sampling import generate
 
@@ -70,7 +70,7 @@ def print_candidates(step, x, belief):
         return
     row = x[0].tolist()
     text = ''.join('▁' if token == tokenizer.mask_id else tokenizer.decode([token]) for token in row)
-    print(f'{"-" * 80}\nafter step {step} of {num_steps}: {text}')
+    print(printable(f'{"-" * 80}\nafter step {step} of {num_steps}: {text}'))
     for position, (tokens, probabilities) in enumerate(zip(*(part[0].tolist() for part in belief))):
         if row[position] == tokenizer.mask_id:
             names = [repr(tokenizer.decode([token], show_special=True)) for token in tokens]
@@ -95,11 +95,13 @@ def answer(turns, count):
 def converse():
     """Answer the lines of stdin until there are no more."""
     print('Type an instruction; an empty line starts over, Ctrl-D ends.')
+    if hasattr(sys.stdin, 'reconfigure'):
+        sys.stdin.reconfigure(errors='replace')  # what is typed may be no UTF-8
     turns = []
     for line in map(str.strip, sys.stdin):
         (output,) = answer([*turns, (line, input, None)], 1) if line else ('',)
         turns = [*turns, (line, input, output)] if line else []
-        print(f'> {output}' if line else '', flush=True)
+        print(printable(f'> {output}') if line else '', flush=True)
 
 
 require(not (prompt and infill), 'A prompt and an infill are given; leave one out.')
@@ -109,9 +111,12 @@ require(num_samples >= 1, f'num_samples is {num_samples}; it has to be at least 
 if prompt.startswith('FILE:'):
     path = Path(prompt.removeprefix('FILE:'))
     try:
-        prompt = path.read_text(encoding='utf-8')
+        prompt = path.read_text(encoding='utf-8-sig')
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f'The prompt file {path} cannot be read ({error}); give a text in UTF-8.') from error
+for key, text in {'prompt': prompt, 'infill': infill, 'input': input, 'system': system}.items():
+    is_text = text.encode(errors='ignore').decode() == text  # bytes that are none come as half characters
+    require(is_text, f'--{key} is no valid UTF-8; convert it as by iconv.')
 
 dist = runtime.Runtime(device, dtype)
 runs = sorted((ROOT / 'out').glob('*/ckpt.pt'), key=lambda path: path.stat().st_mtime)
@@ -148,4 +153,4 @@ else:
     start = [] if ids and tokenizer.decode(start) else start
     texts = [tokenizer.decode(row[len(start) :]) for row in write(start + ids, num_samples)]
 for text in texts if prompt or not chat else ():
-    print(f'{"-" * 80}\n{text}')
+    print(printable(f'{"-" * 80}\n{text}'))

@@ -12,6 +12,8 @@ from lm.configurator import require
 from lm.rng import PERMUTE, permuted
 
 WINDOW = 16  # steps whose rows are sorted by length
+MATRIX = 100  # classes at most of which the confusion matrix is written whole
+MAX_LOGITS = 2**26  # of a set, that are kept
 BEST_BY = ('loss', 'accuracy', 'macro_f1')  # metrics by which the best weights can be chosen
 
 
@@ -166,25 +168,20 @@ def train_top_layers(classifier, num_layers, train_final_norm):
     trunk.norm.requires_grad_(train_final_norm)
 
 
-def confusion_matrix(labels, predictions, num_classes):
-    """Count (num_classes, num_classes) pairs: rows are the labels, columns the predictions."""
-    pairs = np.bincount(labels * num_classes + predictions, minlength=num_classes**2)
-    return pairs.reshape(num_classes, -1)
-
-
 def divide(a, b):
     """Compute a / b, 0 where b is 0."""
     return np.divide(a, b, out=np.zeros(np.broadcast(a, b).shape), where=np.asarray(b) != 0)
 
 
-def confusion_metrics(confusion):
-    """Compute accuracy, precision, recall and F1, macro and micro, and MCC of a confusion matrix, as fractions.
+def class_metrics(labels, predictions, num_classes):
+    """Compute accuracy, precision, recall and F1, macro and micro, and MCC of predicted classes (N,), as fractions.
 
     Macro is the mean over the classes that occur as a label or a prediction; a ratio with 0 below is 0. Micro pools the
     decisions, so with one label per row each micro metric is the accuracy. MCC: Gorodkin 2004.
     """
-    right, actual, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
-    total = confusion.sum()
+    parts = labels[labels == predictions], labels, predictions
+    right, actual, predicted = (np.bincount(part, minlength=num_classes) for part in parts)
+    total = len(labels)
     occurring = actual + predicted > 0
     f1 = divide(2 * right, actual + predicted)
     per_class = {'precision': divide(right, predicted), 'recall': divide(right, actual), 'f1': f1}
@@ -209,15 +206,28 @@ def auroc(labels, scores):
     return float((ranks[labels == 1].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
-def evaluate_predictions(labels, logits):
-    """Compute the loss, `confusion_metrics`, auroc where there are two classes, and the confusion matrix of a set.
+def judge(logits, labels):
+    """Return (N, 3 + C) of logits (N, C), or (N, 1) for two classes: loss in nats, class, score of class 1, logits."""
+    score = logits[:, -1] - (logits[:, 0] if logits.size(1) == 2 else 0)
+    columns = losses(logits, labels), predicted_classes(logits), score
+    return torch.cat([torch.stack(columns, 1), logits], 1)
 
-    labels: (N,) int; logits: (N, C) float32, or (N, 1) for two classes by one logit.
+
+def evaluate_predictions(labels, judged, num_classes):
+    """Compute the loss, `class_metrics`, auroc where there are two classes, and the confusion matrix of a set.
+
+    labels: (N,) int; judged: (N, 3 or more) by `judge`. The matrix has a row per label and a column per prediction; of
+    many classes there are [label, prediction, count] of its cells that are not 0.
     """
-    predictions = predicted_classes(torch.from_numpy(logits)).numpy()
-    confusion = confusion_matrix(labels, predictions, max(2, logits.shape[1]))
-    loss = losses(torch.from_numpy(logits), torch.from_numpy(labels)).double().mean().item()
-    metrics = {'loss': loss, **confusion_metrics(confusion)}
-    if logits.shape[1] <= 2:
-        metrics['auroc'] = auroc(labels, logits[:, -1] - (logits[:, 0] if logits.shape[1] == 2 else 0))
-    return {**metrics, 'rows': len(labels), 'confusion': confusion.tolist()}
+    predictions = judged[:, 1].astype(np.int64)
+    loss = torch.from_numpy(judged[:, 0]).double().mean().item()
+    metrics = {'loss': loss, **class_metrics(labels, predictions, num_classes)}
+    if num_classes == 2:
+        metrics['auroc'] = auroc(labels, judged[:, 2])
+    metrics['rows'] = len(labels)
+    pairs, counts = np.unique(labels * num_classes + predictions, return_counts=True)
+    if num_classes > MATRIX:
+        cells = np.stack([*np.divmod(pairs, num_classes), counts], 1)
+        return {**metrics, 'confusion_cells': cells.tolist()}
+    confusion = np.bincount(pairs, counts, minlength=num_classes**2).astype(int)
+    return {**metrics, 'confusion': confusion.reshape(num_classes, -1).tolist()}

@@ -57,9 +57,15 @@ def user_errors():
         raise UserError(str(error)) from error
 
 
+def printable(text):
+    """Return a text with its control characters spelled out: what data or models say must not steer a terminal."""
+    control = r'[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]|\r(?!\n)'
+    return re.sub(control, lambda match: repr(match[0])[1:-1], text)
+
+
 def print_without_traceback(kind, error, trace, previous=sys.excepthook):
     if issubclass(kind, UserError):
-        print(f'error: {error}', file=sys.stderr)  # Python then exits with status 1
+        print(f'error: {printable(str(error))}', file=sys.stderr)  # Python then exits with status 1
     elif not (issubclass(kind, BrokenPipeError) and output_is_cut()):
         previous(kind, error, trace)
 

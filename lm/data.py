@@ -113,12 +113,16 @@ class ExampleRows:
         index = folder.index[split].astype(np.int64)
         masks = f'{split}_masks.bin, which says where the answers are'
         require(folder.masks[split] is not None, f'{folder.path} has no {masks}; use prepare/instruct.py.')
-        fitted = [self.fit(start, end) for start, end in zip(index, index[1:])]
+        spans = []  # one that is all answer, a plain text, becomes several
+        for start, end in zip(index, index[1:]):
+            windows = prompts.windows(folder.masks[split][start:end], row_length - 1)
+            spans += [(start + first, start + last) for first, last in windows]
+        fitted = [self.fit(*span) for span in spans]
         kept = [number for number, example in enumerate(fitted) if example]
         short = f'answer of at most {row_length - 2} tokens'
         require(kept, f'The {split} split of {folder.path} has no {short}; choose a larger block_size.')
         lengths = np.array([1 + len(fitted[number][0]) for number in kept], np.int64)
-        self.starts, self.ends = index[:-1][kept], index[1:][kept]
+        self.starts, self.ends = np.array(spans, np.int64)[kept].T
         self.dropped, self.cut = len(fitted) - len(kept), int((lengths <= self.ends - self.starts).sum())
         self.num_tokens, self.num_trained = int(lengths.sum()), sum(sum(fitted[number][1]) for number in kept)
         room = row_length - lengths

@@ -15,9 +15,11 @@ A task may also hold several such entries by name, {'sentiment': {'allegro': {..
 pol:allegro chooses one.
 """
 
-import csv
 import json
+import re
+import reprlib
 import runpy
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +27,11 @@ import tokenizers
 
 from lm.classification import Examples
 from lm.configurator import ROOT, UserError, require
-from lm.records import READERS, damage_named, read_records, refusals_named
+from lm.records import MAX_EXPANSION, READERS, TABLES, read_records, refusals_named, text_of, value_of
 from lm.tokenizer import KINDS, Tokenizer, build
 
 REQUIRED = ('dataset', 'train_features', 'eval_feature', 'splits', 'classes')
-TABLES = {'.tsv': dict(delimiter='\t', quoting=csv.QUOTE_NONE), '.csv': {}}
 SUFFIXES = (*TABLES, *READERS)
-csv.field_size_limit(2**31 - 1)  # a cell may hold a long text
 
 
 def load_database(path):
@@ -40,7 +40,7 @@ def load_database(path):
     require(found, f'There is no language database at {path}; correct --language_database.')
     try:
         if found.suffix == '.json':
-            return dict(json.loads(found.read_text(encoding='utf-8')))
+            return dict(json.loads(found.read_bytes()))
         return dict(runpy.run_path(str(found))['LANGUAGES'])
     except (OSError, ValueError, KeyError, SyntaxError, NameError, TypeError) as error:
         problem = f'{path} is no language database ({type(error).__name__}: {error})'
@@ -70,39 +70,41 @@ def num_classes_of(entry):
     return entry['classes'] if isinstance(entry['classes'], int) else len(entry['classes'])
 
 
-def read_split(entry, split, model_type='normal'):
+def read_split(entry, split, model_type='normal', max_expansion=MAX_EXPANSION):
     """Return [(texts, one per feature, class from 0)] of a split; 'ipa' reads the column {feature}-phoneme for each."""
     phoneme = '-phoneme' if model_type == 'ipa' else ''
     features, label = [feature + phoneme for feature in entry['train_features']], entry['eval_feature']
-    rows = []
-    for number, row in enumerate(rows_of(entry, split), 1):
+    classes, rows = classes_of(entry), []
+    for number, row in enumerate(rows_of(entry, split, max_expansion), 1):
         if isinstance(row, UserError):
             raise row
         where = f'{entry["dataset"]}, {split}, row {number}'
-        known = ', '.join(map(repr, row))
-        for name in (*features, label):
-            exists = row.get(name) is not None
-            require(exists, f'{where}: there is no {name!r}, only {known}; correct the database.')
-        rows.append((tuple(str(row[feature]) for feature in features), class_of(row[label], entry, where)))
+        texts = tuple(text_of(feature, row, where) for feature in features)
+        rows.append((texts, class_of(value_of(label, row, where), classes, where)))
     require(rows, f'{entry["dataset"]}, {split}: there are no rows.')
     return rows
 
 
-def class_of(value, entry, where):
-    """Return the class from 0 of a label: a number, or the name of a class."""
-    classes, count = entry['classes'], num_classes_of(entry)
-    if not isinstance(classes, int) and value in classes:
-        return classes.index(value)
-    try:
-        number = float(value)
-    except (ValueError, TypeError):
-        number = -1
-    problem = f'{where}: the label {value!r} is none of the {count} classes ({classes})'
-    require(number in range(count), f'{problem}; correct the data or the database.')
-    return int(number)
+def classes_of(entry):
+    """Return {label as a text: class from 0}: names, and numbers unless names are numbers, as of stars from 1 to 5."""
+    count = num_classes_of(entry)
+    named = ['False', 'True'] if entry['classes'] == 2 else []
+    named = named if isinstance(entry['classes'], int) else [*map(str, entry['classes'])]
+    numbers = [] if any(map(str.isdecimal, named)) else map(str, range(count))
+    return {label: number for labels in (numbers, named) for number, label in enumerate(labels)}
 
 
-def rows_of(entry, split):
+def class_of(value, classes, where):
+    """Return the class of a label by `classes_of`; tables may write a number as 1.0."""
+    if isinstance(value, (str, int, float)) and value == value:  # no null, no nan, no date
+        number = re.sub(r'^\s*0{0,9}([0-9]{1,9})(\.0{0,9})?\s*$', r'\1', str(value))
+        for label in filter(classes.__contains__, (str(value), number)):
+            return classes[label]
+    problem = f'{where}: the label {reprlib.repr(value)} is none of the {len({*classes.values()})} classes'
+    raise UserError(f'{problem} ({", ".join(islice(classes, 20))}); correct the data or the database.')
+
+
+def rows_of(entry, split, max_expansion):
     """Return the rows of a split as dicts (or UserErrors): from a file of a local folder, or from the hub."""
     name = str(entry['dataset'])
     folder = next(filter(Path.is_dir, (Path(name).expanduser(), ROOT / name, ROOT / 'data' / name)), None)
@@ -113,26 +115,11 @@ def rows_of(entry, split):
             return datasets.load_dataset(name, entry.get('config'), split=split)
     path = next(filter(Path.is_file, (folder / (split + suffix) for suffix in SUFFIXES)), None)
     require(path, f'{folder} has no file for the split {split!r}, such as {", ".join(SUFFIXES)}.')
-    if path.suffix in TABLES:
-        return rows_of_table(path, entry.get('columns'))
-    return (row for row, _ in read_records(path, lambda record, where: record))
+    rows = read_records(path, lambda record, where: record, max_expansion, entry.get('columns'))
+    return (row for row, _ in rows)
 
 
-def rows_of_table(path, columns):
-    with damage_named(path), open(path, encoding='utf-8-sig') as file:  # only line breaks end a row
-        reader = csv.DictReader(file, columns, **TABLES[path.suffix])
-        for number, row in enumerate(reader, 1):
-            fits = (
-                None not in row and None not in row.values()
-            )  # how DictReader marks cells too many or too few
-            problem = (
-                f'{path}, row {number} does not have the {len(reader.fieldnames)} columns {reader.fieldnames}'
-            )
-            require(fits, f'{problem}; repair it, or correct columns in the database.')
-            yield row
-
-
-def read_sets(database, task, train_langs, eval_langs, model_type):
+def read_sets(database, task, train_langs, eval_langs, model_type, max_expansion=MAX_EXPANSION):
     """Return {'train', perhaps 'val', each language of eval_langs: [(entry, rows)]}, and the number of classes.
 
     Validation rows are of the training languages: the test set never selects a checkpoint.
@@ -152,7 +139,7 @@ def read_sets(database, task, train_langs, eval_langs, model_type):
     splits += [(language, entry, entry['splits'][-1]) for language, entry in test.items()]
     sets = {name: [] for name, _, _ in splits}
     for name, entry, split in splits:
-        sets[name].append((entry, read_split(entry, split, model_type)))
+        sets[name].append((entry, read_split(entry, split, model_type, max_expansion)))
     return sets, counts.popitem()[1]
 
 

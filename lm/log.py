@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from lm import checkpoints
+from lm.configurator import printable
 from lm.files import save_atomically, write_json
 
 METRICS = (
@@ -45,7 +46,7 @@ class Logger:
             self.open_csv(step)
 
     def print(self, *lines):
-        for line in lines if self.is_main else ():
+        for line in map(printable, lines) if self.is_main else ():
             print(('\n' if self.line_open else '') + line, flush=True)
             self.line_open = False
             self.log_file.write(line + '\n')

@@ -56,17 +56,17 @@ def end_of(form, tokenizer):
 def encode(tokenizer, form, turns, system=''):
     """Return the token ids of a conversation and its loss mask: 1 for an answer and its end, else 0.
 
-    turns: [(instruction, input, output)]; an output of None is for the model to write, and comes last. The
-    mask is made piece by piece: each answer is encoded on its own, as it is when the model writes it.
+    turns: [(instruction, input, output)]; an output of None is for the model to write, and comes last; False behind
+    one keeps it out of the loss. Each answer is encoded on its own, as it is when the model writes it.
     """
     end, between = end_of(form, tokenizer)
     ids, loss_mask = [], []
-    for number, (instruction, given, output) in enumerate(turns):
+    for number, (instruction, given, output, *learnt) in enumerate(turns):
         head, values = head_and_values(form, instruction, given, '' if number else system)
         prompt = encode_template(tokenizer, between + head if number else head, values)
         answer = [] if output is None else tokenizer.encode(output) + [end]
         ids += prompt + answer
-        loss_mask += [0] * len(prompt) + [1] * len(answer)
+        loss_mask += [0] * len(prompt) + [int(all(learnt))] * len(answer)
     return ids, loss_mask
 
 
@@ -81,6 +81,13 @@ def encode_template(tokenizer, template, values):
         else:
             text += values[piece[1:-1]] if re.fullmatch(r'{\w+}', piece) else piece
     return ids + tokenizer.encode(text)
+
+
+def windows(loss_mask, limit):
+    """Return the (start, end) of each part of an example: one that is all in the loss, a plain text, may have several."""
+    length = len(loss_mask)
+    size = limit if all(loss_mask) else length
+    return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def fit(ids, loss_mask, limit):

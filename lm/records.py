@@ -1,11 +1,13 @@
-"""Records of .jsonl (.gz, .zst), .json and .parquet files, read one at a time.
+"""Records of .jsonl (.gz, .zst), .json, .parquet, .csv and .tsv files, read one at a time.
 
 A record that cannot be read is handed on as a UserError in its place, which names the file and the line, so that the
 caller may skip it.
 """
 
+import csv
 import io
 import json
+import reprlib
 from contextlib import contextmanager
 from itertools import chain
 
@@ -14,42 +16,102 @@ import pyarrow.parquet
 
 from lm.configurator import UserError, require
 
+MAX_EXPANSION = 100  # times its size that a file may take once it is decompressed
+UNBOUNDED = 2**28  # bytes that any file may take; and most of them that a batch of a parquet's rows should
+TABLES = {'.tsv': dict(delimiter='\t', quoting=csv.QUOTE_NONE), '.csv': {}}
+END = '\0end of the table\0'  # a row of its own, unless a quote is open
+csv.field_size_limit(2**31 - 1)  # a cell may hold a long text
 
-def read_records(path, make):
+
+def read_records(path, make, max_expansion=MAX_EXPANSION, columns=None):
     """Yield (make(record, where) or a UserError, bytes of the file that it took) for each record, a dict.
 
-    A .json, which holds a list, is parsed at once; all others stream.
+    A .json, which holds a list, is parsed at once; all others stream. columns: names for a table without a header
+    line. Raises UserError for a file that is damaged, or that takes more than max_expansion times its size.
     """
+    suffix = suffix_of(path)
     with damage_named(path):
-        for row, where, size in READERS[suffix_of(path)](path):
+        bound = Bound(path, max_expansion)
+        rows = read_table(path, columns) if suffix in TABLES else READERS[suffix](path, bound)
+        for row, where, size in rows:
             yield attempt(make, row, f'{path}, {where}'), size
 
 
-def read_jsonl(path):
+class Bound:
+    """What a file may take once it is decompressed: a small one can expand to more than any memory."""
+
+    def __init__(self, path, max_expansion):
+        self.path, self.left = path, max(UNBOUNDED, max_expansion * path.stat().st_size)
+        self.problem = f'{path} expands to more than {self.left:,} bytes, max_expansion={max_expansion}'
+
+    def take(self, size):
+        self.left -= size
+        require(self.left >= 0, f'{self.problem}; if you trust it, raise max_expansion or decompress it.')
+
+
+def read_jsonl(path, bound):
     compression = {'.gz': 'gzip', '.zst': 'zstd'}.get(path.suffix.lower())
     with open(path, 'rb', buffering=0) as raw:
         stream, before = pyarrow.input_stream(raw, compression=compression) if compression else raw, 0
-        for number, line in enumerate(io.BufferedReader(stream, 2**16), 1):
+        lines = io.BufferedReader(stream, 2**16)
+        for number, line in enumerate(iter(lambda: lines.readline(bound.left + 1), b''), 1):
+            bound.take(len(line))
             if not line.isspace():
                 yield line, f'line {number}', raw.tell() - before
                 before = raw.tell()
 
 
-def read_json(path):
+def read_json(path, bound):
     content = path.read_bytes()
-    rows = parse_json(content, path)
+    try:
+        rows = parse_json(content, path)
+    except UserError:
+        first = attempt(lambda record, where: record, content.partition(b'\n')[0], path)
+        if isinstance(first, UserError):
+            raise
+        return (yield from read_jsonl(path, bound))  # JSON lines by another name
     problem = f'{path} holds {kind_of(rows)}, not a list of records'
     require(isinstance(rows, list), f'{problem}; write one per line as .jsonl.')
     for number, row in enumerate(rows, 1):
         yield row, f'record {number}', len(content) / len(rows)
 
 
-def read_parquet(path):
+def read_parquet(path, bound):
     with pyarrow.parquet.ParquetFile(path, buffer_size=2**20) as file:
-        size = path.stat().st_size / max(file.metadata.num_rows, 1)
-        rows = chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(batch_size=100))
-        for number, row in enumerate(rows, 1):
-            yield row, f'row {number}', size
+        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        columns = [group.column(i) for group in groups for i in range(group.num_columns)]
+        # A value that repeats takes no room in the file, so that each may be as large as all of its column.
+        sizes = [max(column.total_uncompressed_size, 8 * column.num_values) for column in columns]
+        require(sum(sizes) <= bound.left, f'{bound.problem}; if you trust it, raise max_expansion.')
+        batch_size = min(100, max(1, UNBOUNDED // max(sizes, default=1)))
+        number, size = 0, path.stat().st_size / max(file.metadata.num_rows, 1)
+        for batch in file.iter_batches(batch_size):
+            bound.take(batch.nbytes)
+            for row in rows_of(batch):
+                number += 1
+                yield row, f'row {number}', size
+
+
+def rows_of(batch):
+    """Return the rows of a batch; in place of one that Python cannot hold, such as no UTF-8, the error."""
+    try:
+        return batch.to_pylist()
+    except (ValueError, ArithmeticError, LookupError, pyarrow.ArrowException) as error:
+        rows = (rows_of(batch.slice(i, 1)) for i in range(len(batch)))
+        return [error] if len(batch) == 1 else chain.from_iterable(rows)
+
+
+def read_table(path, columns):
+    with open(path, encoding='utf-8-sig') as file:  # only line breaks end a row
+        rows = csv.reader(chain(file, [END]), **TABLES[suffix_of(path)])
+        columns = columns or next(rows)
+        for number, cells in enumerate(filter(None, rows), 1):
+            if cells == [END]:
+                return
+            row, many = dict(zip(columns, cells)), f'the {len(columns)} columns {str(columns)[:200]}'
+            row = row if len(cells) == len(columns) else ValueError(f'it has {len(cells)} cells, not {many}')
+            row = ValueError('a quote opens that nothing closes') if cells[-1].endswith(END) else row
+            yield row, f'row {number}', sum(map(len, cells))
 
 
 READERS = dict.fromkeys(['.jsonl', '.jsonl.gz', '.jsonl.zst'], read_jsonl)
@@ -67,7 +129,9 @@ def damage_named(path):
     """Turn the errors of a file that is damaged into UserErrors."""
     try:
         yield
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f'{path} is no valid UTF-8 ({error}); convert it as by iconv.') from error
+    except (pyarrow.ArrowException, OSError, csv.Error) as error:
         raise UserError(f'{path} cannot be read to its end ({first_line(error)}); fetch it again.') from error
 
 
@@ -84,6 +148,7 @@ def refusals_named(path):
 def attempt(make, row, where):
     """Return make(record, where) of a line of JSON or a parsed record, or the UserError in its place."""
     try:
+        require(not isinstance(row, Exception), f'{where}: {row}; repair it, or leave it out.')
         record = parse_json(row, where) if isinstance(row, bytes) else row
         problem = f'{where}: {kind_of(record)} instead of a record'
         require(isinstance(record, dict), f'{problem}; write {{"field": "...", ...}}.')
@@ -99,8 +164,29 @@ def parse_json(content, where):
         raise UserError(f'{where}: not valid JSON ({error}); repair it, or leave it out.') from error
 
 
+def value_of(field, record, where):
+    """Return a field of a record; raise UserError, which names `where`, if there is none."""
+    known = ', '.join(map(repr, record))[:300] or 'none'
+    problem = f'{where}: there is no field {field!r}, only {known}'
+    require(field in record, f'{problem}; repair it, or name another.')
+    return record[field]
+
+
+def text_of(field, record, where):
+    """Return the text in a field of a record; raise UserError, which names `where`, if it has none."""
+    text = value_of(field, record, where)
+    problem = f'{where}: the field {field!r} holds {kind_of(text)}, not text'
+    require(isinstance(text, str), f'{problem}; repair it, or name another.')
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a character pair
+        raise UserError(f'{where}: half a character in {field!r} ({error}); leave it out.') from error
+    return text
+
+
 def kind_of(value):
-    return 'null' if value is None else f'a {type(value).__name__} ({str(value)[:30]})'
+    shown = value if isinstance(value, str) else reprlib.repr(value)  # which does not follow any depth
+    return 'null' if value is None else f'a {type(value).__name__} ({shown[:30]})'
 
 
 def first_line(error):

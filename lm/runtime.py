@@ -255,6 +255,15 @@ def memory_estimate(model, batch_size, length, dist):
     return {**sizes, 'activations': blocks + peak}
 
 
+def check_memory(estimate, dist):
+    """Raise a UserError where training would not fit even if half as much again as there is were enough."""
+    on_host = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    room = torch.cuda.mem_get_info(dist.device)[1] if dist.device.type == 'cuda' else on_host
+    needed, remedy = sum(estimate.values()), 'lower batch_size or block_size, or add --use_peft'
+    problem = f'Training takes about {needed / 1e9:.0f} GB, and there are {room / 1e9:.0f}'
+    require(needed <= 1.5 * room, f'{problem}; {remedy}.')
+
+
 def add(sums, loss, count, metrics):
     """Add what a model's forward returns to `sums`, without its graph."""
     for name, value in {'loss': loss, 'count': count, **metrics}.items():

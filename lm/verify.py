@@ -2,6 +2,7 @@
 
 import sys
 
+from lm.configurator import printable
 from lm.files import checksum, sha256_of
 from lm.folder import Folder
 
@@ -16,7 +17,7 @@ def main(arguments):
         print(*(f'error: {damage}' for damage in damages), sep='\n', file=sys.stderr)
         print(f'Prepare {folder.path} again with --overwrite, or take it from a copy.', file=sys.stderr)
         return 1
-    print(*card(folder), sep='\n')
+    print(*map(printable, card(folder)), sep='\n')
     return 0
 
 

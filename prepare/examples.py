@@ -4,8 +4,7 @@ import json
 
 from lm import prompts
 from lm.configurator import UserError, require
-from lm.records import kind_of
-from prepare.readers import text_of
+from lm.records import kind_of, text_of
 
 SHAPES = (  # fields that have to be there, and one that may: of the instruction, the answer, the input
     ('instruction', 'output', 'input'),  # Alpaca
@@ -17,49 +16,65 @@ ROLES = ('system', 'user', 'human', *ASSISTANT)
 OUTCOMES = ('whole', 'cut', 'too long', 'empty')  # of encoding an example; the last two are left out
 
 
+class Document(str):
+    """A conversation as JSON text; `unread` names fields of its record that were not read."""
+
+
 def conversation(record, where, field=''):
-    """Return a record as {'system': '...', 'turns': [[instruction, input, output], ...]} or, with `field`, {'text': ...}.
+    """Return a record as {'system': '...', 'turns': [[instruction, input, output], ...]} or, with `field`, {'text': ...};
+    and the names of the fields that were read, beside `system`. A turn that ends with False is not learnt.
 
     Raises UserError, which names `where`, for a record of none of the known shapes.
     """
     if field:
-        return {'text': text_of(field, record, where)}
+        return {'text': text_of(field, record, where)}, [*record]
+    system = text_of('system', record, where) if record.get('system') else ''
     for name in ('messages', 'conversations'):
         if name in record:
-            return from_messages(record[name], f'{where}, {name}')
+            return from_messages(record[name], f'{where}, {name}', system), [name]
     for asked, answered, given in SHAPES:
         if asked in record and answered in record:
-            if isinstance(record[asked], list):  # TRL's conversations
-                return from_messages([*record[asked], *record[answered]], where)
+            read = [asked, answered, given]
+            if isinstance(record[asked], list) and isinstance(record[answered], list):  # TRL's conversations
+                return from_messages(record[asked] + record[answered], where, system), read
             instruction, output = text_of(asked, record, where), text_of(answered, record, where)
             given = text_of(given, record, where) if record.get(given) else ''
-            return {'turns': [[instruction, given, output]]}
+            return {'turns': [[instruction, given, output]]} | ({'system': system} if system else {}), read
     shapes = ', '.join(f'{asked} and {answered}' for asked, answered, _ in SHAPES)
     problem = f'{where}: the fields {", ".join(map(repr, record)) or "(none)"} are of no known example'
     raise UserError(f'{problem}; give {shapes}, messages, conversations, or --field.')
 
 
-def from_messages(messages, where):
+def unread_of(record, read):
+    """Return the names of the fields that hold something, but for those that were read."""
+    return [name for name, value in record.items() if name not in read and value not in (None, '', [], {})]
+
+
+def from_messages(messages, where, system=''):
     """Return a conversation made of [{"role", "content"}] or ShareGPT's [{"from", "value"}].
 
-    Consecutive user messages are one instruction; what follows the last answer is left out.
+    Consecutive user messages are one instruction; what follows the last answer is left out. An answer of `weight` 0 or
+    `train` false is not learnt.
     """
     is_list = isinstance(messages, list) and all(isinstance(message, dict) for message in messages)
     problem = f'{where}: {kind_of(messages)} instead of a list of messages'
     require(is_list, f'{problem}; write [{{"role": "user", "content": "..."}}, ...].')
-    system, asked, turns = [], [], []
+    systems, asked, turns, unread = [system] if system else [], [], [], {}
     for number, message in enumerate(messages, 1):
         here = f'{where}, message {number}'
         keys = ('from', 'value') if 'from' in message else ('role', 'content')
         role, text = (text_of(key, message, here) for key in keys)
         require(role in ROLES, f'{here}: the role {role!r} is not known; choose from {", ".join(ROLES)}.')
+        known = (0, 1) if role in ASSISTANT else (0,)  # only answers are learnt
+        switches = [key for key in ('weight', 'train') if message.get(key) in known]
+        unread |= {f'{key} of a message': True for key in unread_of(message, [*keys, *switches])}
         if role in ASSISTANT:
-            turns.append(['\n\n'.join(asked), '', text])
+            turns.append(['\n\n'.join(asked), '', text] + [False] * any(not message[key] for key in switches))
             asked = []
         else:
-            (system if role == 'system' else asked).append(text)
+            (systems if role == 'system' else asked).append(text)
     require(turns, f'{where}: nobody answers; one message has to be of the role "assistant".')
-    return {'system': '\n\n'.join(system), 'turns': turns}
+    return {'system': '\n\n'.join(systems), 'turns': turns, 'unread': [*unread]}
 
 
 class Examples:
@@ -80,19 +95,21 @@ class Examples:
         form, turns, system = self.read(document)
         return '\n\n'.join(
             prompts.prompt_of(form, instruction, given, '' if number else system) + output
-            for number, (instruction, given, output) in enumerate(turns)
+            for number, (instruction, given, output, *_) in enumerate(turns)
         )
 
     def encode(self, tokenizer, document):
-        """Return (ids, loss mask, outcome); an example that is left out has no ids."""
+        """Return [(ids, loss mask)], several of a long plain text, and the outcome; [] where it is left out."""
         form, turns, system = self.read(document)
-        if not turns[-1][2].strip():
-            return [], [], 'empty'
         ids, loss_mask = prompts.encode(tokenizer, form, turns, system)
-        fitted = prompts.fit(ids, loss_mask, self.max_seq_len - 1)  # a row begins with a start token
-        if not fitted:
-            return [], [], 'too long'
-        return *fitted, 'whole' if len(fitted[0]) == len(ids) else 'cut'
+        if not turns[-1][2].strip() or 1 not in loss_mask:
+            return [], 'empty'
+        limit = self.max_seq_len - 1  # a row begins with a start token
+        windows = prompts.windows(loss_mask, limit)
+        parts = [prompts.fit(ids[start:end], loss_mask[start:end], limit) for start, end in windows]
+        if None in parts:
+            return [], 'too long'
+        return parts, 'whole' if sum(len(part) for part, _ in parts) == len(ids) else 'cut'
 
     def describe(self, counts):
         """Return what config.json says of them."""

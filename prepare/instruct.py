@@ -4,7 +4,7 @@
     $ python prepare/instruct.py --source=dolly --tokenizer=gpt2 --prompt_format=chatml
 
 Records of Alpaca (instruction, input, output), Dolly (context, response), prompt and completion, `messages`,
-ShareGPT's `conversations`, or plain text (--field=text).
+ShareGPT's `conversations`, or plain text (--field=text). Fields that were not read are counted and named.
 """
 
 import json
@@ -17,7 +17,7 @@ from lm import prompts
 from lm.configurator import check_choice, check_range, configure, require
 from lm.records import READERS, suffix_of
 from lm.tokenizer import Tokenizer
-from prepare.examples import Examples, conversation
+from prepare.examples import Document, Examples, conversation, unread_of
 from prepare.readers import files, hub
 from prepare.writer import checkpoint_at, write
 
@@ -34,6 +34,7 @@ tokenizer_sample_mb = 100  # megabytes of the training text, from its start, tha
 val_fraction = 0.1  # share of the examples for validation, by hash
 num_workers = 0  # processes that encode; 0 is one per core
 on_error = 'stop'  # or skip: leave out, and count, what cannot be read
+max_expansion = 100  # times its size that a file may take once it is decompressed
 overwrite = False  # replace a finished folder that was prepared otherwise
 config = configure(globals())
 
@@ -41,7 +42,11 @@ HUB = {'alpaca': 'tatsu-lab/alpaca', 'dolly': 'databricks/databricks-dolly-15k'}
 
 
 def document(record, where):
-    return json.dumps(conversation(record, where, field), ensure_ascii=False)
+    example, read = conversation(record, where, field)
+    unread = example.pop('unread', []) + unread_of(record, [*read, 'system'])
+    text = Document(json.dumps(example, ensure_ascii=False))
+    text.unread = unread
+    return text
 
 
 if __name__ == '__main__':
@@ -58,9 +63,10 @@ if __name__ == '__main__':
 
     is_file = Path(source).exists() or suffix_of(Path(source)) in READERS or source.count('/') != 1
     is_file = is_file and source not in HUB
-    records = (
-        files(source, field, '', document) if is_file else hub(HUB.get(source, source), None, field, document)
-    )
+    if is_file:
+        records = files(source, field, '', document, max_expansion=max_expansion)
+    else:
+        records = hub(HUB.get(source, source), None, field, document)
     records.limit = max_examples or None
     records.examples = Examples(prompts.FORMATS[prompt_format], config['max_seq_len'], start_token)
     write(records, config)

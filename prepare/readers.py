@@ -14,9 +14,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lm.configurator import UserError, require
+from lm.configurator import UserError, printable, require
 from lm.files import sha256_of
-from lm.records import READERS, attempt, damage_named, kind_of, read_records, refusals_named, suffix_of
+from lm.records import READERS, attempt, damage_named, read_records, refusals_named, suffix_of, text_of
 
 
 @dataclass
@@ -33,11 +33,11 @@ class Source:
     examples: object = None  # prepare.examples.Examples, where documents are records and no plain text
 
 
-def files(patterns, field, separator='', document=None):
+def files(patterns, field, separator='', document=None, **options):
     """Return the Source of comma-separated files, folders or globs, in that order, each of them sorted.
 
     `field` names the text of a record; or `document(record, where)` makes a document of it. A .txt is one document,
-    or several with a `separator` between them.
+    or several with a `separator` between them. options: of lm.records.read_records.
     """
     make = document or partial(text_of, field)
     paths = expand(patterns, [*READERS] if document else ['.txt', *READERS])
@@ -48,7 +48,8 @@ def files(patterns, field, separator='', document=None):
             inputs[str(path)] = sha256_of(path)
 
     def read(path):
-        return read_txt(path, separator) if path.suffix.lower() == '.txt' else read_records(path, make)
+        is_txt = path.suffix.lower() == '.txt'
+        return read_txt(path, separator) if is_txt else read_records(path, make, **options)
 
     def documents(done=0, state=None):
         return islice(chain.from_iterable(map(read, paths)), done, None)
@@ -100,6 +101,7 @@ class Corpus:
     def texts(self, read=None):
         """Yield the texts, from the start or from where `self.read` stood; it is counted up on the way."""
         self.read = dict(read or {'documents': 0, 'amount': 0, 'blank': 0, 'skipped': 0, 'state': None})
+        unread = self.read.setdefault('unread', {})  # fields of records: of how many
         done, limit = self.read['documents'], self.source.limit
         for text, amount in islice(self.source.documents(done, self.read['state']), limit and limit - done):
             self.read['documents'] += 1
@@ -109,6 +111,7 @@ class Corpus:
             elif not text or text.isspace():
                 self.read['blank'] += 1
             else:
+                unread.update((name, unread.get(name, 0) + 1) for name in getattr(text, 'unread', ()))
                 yield text
 
     def skip(self, error):
@@ -117,7 +120,7 @@ class Corpus:
         self.read['skipped'] += 1
         if len(self.warnings) < 10 and str(error) not in self.warnings:  # the source is read several times
             self.warnings.append(str(error))
-            tqdm.write(f'skipped: {error}', file=sys.stderr)
+            tqdm.write(printable(f'skipped: {error}'), file=sys.stderr)
 
     def parts(self, text):
         """Return [(split, text)] of a document."""
@@ -164,7 +167,7 @@ def read_txt(path, separator):
     contents = map(bytes.strip, split_file(path, separator.encode())) if separator else [path.read_bytes()]
     for number, content in enumerate(contents, 1):
         try:
-            text = content.decode()
+            text = content.decode('utf-8-sig' if number == 1 else 'utf-8')
         except UnicodeDecodeError as error:
             text = UserError(f'{path}, document {number}: no valid UTF-8 ({error}); convert it as by iconv.')
         yield text, len(content) + len(separator)
@@ -178,17 +181,3 @@ def split_file(path, separator):
             *whole, rest = (rest + chunk).split(separator)
             yield from whole
     yield rest
-
-
-def text_of(field, record, where):
-    """Return the text in a field of a record; raise UserError, which names `where`, if it has none."""
-    text = record.get(field)
-    if not isinstance(text, str):
-        problem = f'there is no field {field!r}, only {", ".join(map(repr, record)) or "none"}'
-        problem = f'the field {field!r} holds {kind_of(text)}, not text' if field in record else problem
-        raise UserError(f'{where}: {problem}; repair it, or name another with --field.')
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a character pair
-        raise UserError(f'{where}: half a character in {field!r} ({error}); leave it out.') from error
-    return text

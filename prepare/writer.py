@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from lm.configurator import ROOT, UserError, check_choice, check_range, require
+from lm.configurator import ROOT, UserError, check_choice, check_range, printable, require
 from lm.files import checksum, save_atomically, sha256_of, write_json
 from lm.tokenizer import KINDS, SPECIAL_TOKENS, Tokenizer, build, fast_gpt2, pieces
 from prepare.folders import FORMAT, finished_folder, shown, unfinished_folder
@@ -28,7 +28,7 @@ from prepare.readers import Corpus
 BATCH = 2**18  # characters that a worker encodes at once
 SHARD = 2**22  # characters per worker after which a killed run can go on
 SPLITS, UNITS = ('train', 'val'), ('tokens', 'documents', 'bytes')
-NOT_CONTENT = 'name output_dir input source num_workers overwrite on_error'.split()  # decide no token
+NOT_CONTENT = 'name output_dir input source num_workers overwrite on_error max_expansion'.split()
 
 
 def write(source, config, log_prob=None):
@@ -57,8 +57,9 @@ def write(source, config, log_prob=None):
         if empty := [split for split in SPLITS if not counts[split]['tokens']]:
             journal.state = None  # with these settings there is nothing to go on with
             found = finished.get('examples') or finished['splits']
-            problem = f'The {empty[0]} split is empty at val_fraction={config["val_fraction"]}'
-            raise UserError(f'{problem} of {found}; give other settings, or more text.')
+            problem = f'The {empty[0]} split is empty at val_fraction={config["val_fraction"]} of {found}'
+            nearer = '' if config['val_fraction'] == 0.5 else 'a val_fraction nearer to 0.5, or '
+            raise UserError(f'{problem}; give {nearer}more text.')
         if log_prob:
             nats, val = -sum(map(log_prob, corpus.texts_of('val'))), counts['val']
             per_byte, names = nats / val['bytes'], 'nats_per_token nats_per_byte bits_per_byte nats_per_story'
@@ -74,7 +75,7 @@ def write(source, config, log_prob=None):
 
 def check_settings(config):
     kind = config['tokenizer']
-    check_range(config, 0, math.inf, *{'num_workers', 'max_seq_len'} & set(config))
+    check_range(config, 0, math.inf, *{'num_workers', 'max_seq_len', 'max_expansion'} & set(config))
     check_range(config, 0, 1, 'val_fraction')
     check_range(config, 0.001, math.inf, 'tokenizer_sample_mb')
     if 'on_error' in config:
@@ -236,12 +237,14 @@ class Encoder:
             yield np.append(ids, self.end) if is_last else ids, [], text, is_last
 
     def examples_of(self, batch, counts):
-        """Yield the same of each example that is kept; the outcomes are counted."""
+        """Yield the same of each part of an example that is kept; the outcomes are counted."""
         for document, _ in batch:
-            ids, loss_mask, outcome = self.examples.encode(self.tokenizer, document)
+            parts, outcome = self.examples.encode(self.tokenizer, document)
             counts[outcome] += 1
-            if ids:
-                yield ids, loss_mask, self.examples.text(document), True
+            text = self.examples.text(document)
+            for ids, loss_mask in parts:
+                yield ids, loss_mask, text, True
+                text = ''  # its bytes count once
 
 
 def token_dtype(tokenizer):
@@ -257,7 +260,7 @@ def describe(target, command, tokenizer, counts, corpus):
     config |= {'vocab_size': tokenizer.vocab_size, 'dtype': token_dtype(tokenizer).name}
     config['special_ids'] = dict(zip(SPECIAL_TOKENS, ids))
     config['splits'] = {split: {unit: count[unit] for unit in UNITS} for split, count in counts.items()}
-    config |= {key: corpus.read[key] for key in ('blank', 'skipped')}
+    config |= {key: corpus.read[key] for key in ('blank', 'skipped', 'unread')}
     config |= {key: value for key, value in command['arguments'].items() if key == 'max_seq_len'}
     config |= {'prompt_format': None, 'start_token': opening[0] if len(opening) == 1 else ids[0]}
     examples = corpus.source.examples
@@ -274,4 +277,7 @@ def report(target, finished):
     if 'examples' in finished:
         print('examples:', ', '.join(f'{count:,} {name}' for name, count in finished['examples'].items()))
         script = 'finetune.py --init_from=CHECKPOINT'
+        unread = Counter(finished.get('unread')).most_common(20)
+        fields = ', '.join(f'{printable(name)} ({count:,})' for name, count in unread)
+        print('fields that were not read:', fields or 'none')
     print(f'next: python {script} --dataset={target.name if target.parent == ROOT / "data" else target}')

@@ -21,7 +21,8 @@ def test_every_metric_is_that_of_scikit_learn(num_classes, outputs, rows):
     labels[:2] = 0, 1
     logits = (draw.integers(-4, 5, (rows, outputs)) / 2).astype(np.float32)  # with ties
     logits[np.arange(rows), labels % outputs] += 0.5
-    figures = c.evaluate_predictions(labels, logits)
+    judged = c.judge(torch.from_numpy(logits), torch.from_numpy(labels)).numpy()
+    figures = c.evaluate_predictions(labels, judged, num_classes)
     predictions = (logits[:, 0] > 0).astype(int) if outputs == 1 else logits.argmax(1)
     for average in ('macro', 'micro'):
         expected = sk.precision_recall_fscore_support(labels, predictions, average=average, zero_division=0)
@@ -43,6 +44,17 @@ def test_every_metric_is_that_of_scikit_learn(num_classes, outputs, rows):
     assert figures['loss'] == pytest.approx(
         sk.log_loss(labels, probabilities, labels=range(num_classes)), rel=1e-5
     )
+
+
+@pytest.mark.faults
+def test_the_figures_of_many_classes_grow_with_the_rows_only():
+    labels, classes = np.array([99_999, 5, 7, 5]), torch.tensor([99_999, 5, 5, 5])
+    logits = 9.0 * F.one_hot(classes, 100_000)
+    judged = c.judge(logits, torch.from_numpy(labels)).numpy()
+    figures = c.evaluate_predictions(labels, judged, 100_000)
+    assert figures['accuracy'] == 0.75 and figures['macro_f1'] == pytest.approx((1 + 0 + 0.8) / 3)
+    assert figures['mcc'] == pytest.approx(sk.matthews_corrcoef(labels, classes.numpy()))
+    assert figures['confusion_cells'] == [[5, 5, 2], [7, 5, 1], [99_999, 99_999, 1]]
 
 
 def test_auroc_of_one_class_is_none():

@@ -133,6 +133,19 @@ def test_validation_rows_choose_the_weights_and_stop_early(place):
 # ---------------------------------------------------------------------------- texts
 
 
+@pytest.mark.faults
+def test_a_thousand_classes_leave_small_files(place):
+    database = (
+        (place / 'db.py')
+        .read_text()
+        .replace("['neg', 'pos']", str(['neg', 'pos', *map(str, range(9, 1007))]))
+    )
+    (place / 'db.py').write_text(database)
+    classify(*TINY, *TEXTS, *BYTES, '--max_steps=1', '--out_dir=run')
+    assert (place / 'run/eval_results.json').stat().st_size < 20_000
+    assert results_of(place / 'run')['rus']['confusion_cells']
+
+
 @pytest.mark.slow
 def test_texts_in_two_languages_are_joined_and_judged_apart(place):
     settings = '--num_epochs=30 --learning_rate=1e-2 --optimizer=muon --architecture=diffusion'.split()

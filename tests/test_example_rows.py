@@ -44,6 +44,15 @@ def test_each_example_comes_once_whole_and_only_answers_are_in_the_loss(examples
     assert rows.num_rows == 60 if mode == 'examples' else rows.num_rows < 35
 
 
+@pytest.mark.faults
+def test_an_example_that_is_all_answer_is_cut_into_rows_not_dropped(tmp_path):
+    folder = Folder(write_examples(tmp_path / 'plain', form='{output}'))
+    rows = make_rows(folder, 'ar', 12, 'examples')
+    assert rows.dropped == 0 and rows.num_trained == len(folder.tokens['train']) and rows.num_rows > 60
+    tokens = [token for row in range(rows.num_rows) for token in rows.read(row)[0][1:]]
+    assert tokens == folder.tokens['train'].tolist()
+
+
 def test_padding_of_examples_is_of_all_lengths_for_diffusion(examples):
     rows = make_rows(examples, 'diffusion', 64, 'examples')
     padding = np.array([(rows.read(row)[0] == examples.tokenizer.ignore_id).sum() for row in range(60)])

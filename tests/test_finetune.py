@@ -1,5 +1,6 @@
 """Check what finetune.py promises: runs of the script on a few letters, without network."""
 
+import json
 import math
 import os
 import re
@@ -111,6 +112,27 @@ def test_the_loss_without_padding_stands_beside_that_with_it(place, tmp_path, ca
     assert float(row['val/loss']) == pytest.approx(((text + padding) / count).item(), rel=1e-5)
     assert f'val/loss_without_padding {float(row["val/loss_without_padding"]):.4f}' in capsys.readouterr().out
     assert not metrics(place / 'run')[-1]['val/loss_without_padding']  # of ar, which has no padding
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    'prepared, given, used', [(32, [], 32), (500, [], 64), (32, ['--block_size=48'], 48)]
+)
+def test_the_block_size_is_the_one_that_the_data_were_prepared_for(place, tmp_path, prepared, given, used):
+    folder = shutil.copytree(place / 'examples', tmp_path / 'examples')
+    config = json.loads((folder / 'config.json').read_text())
+    (folder / 'config.json').write_text(json.dumps({**config, 'max_seq_len': prepared}))
+    variables = tune(
+        *settings(place), f'--dataset={folder}', '--max_steps=1', *given, f'--out_dir={tmp_path}/out'
+    )
+    assert variables['block_size'] == used
+
+
+@pytest.mark.faults
+def test_what_cannot_fit_into_the_memory_is_refused_before_anything_is_written(place, tmp_path):
+    with pytest.raises(UserError, match='Training takes about .* GB, and there are .*; lower batch_size'):
+        tune(*settings(place), '--batch_size=1_000_000_000', '--max_steps=1', f'--out_dir={tmp_path}/out')
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_steps_win_over_epochs_and_warmup_is_at_most_a_tenth_of_them_unless_given(place, tmp_path):

@@ -95,7 +95,8 @@ SHAPES = {
 @pytest.mark.parametrize('shape', SHAPES)
 def test_records_of_each_shape_are_the_same_example(shape):
     record, instruction, given, answer = SHAPES[shape]
-    text = Examples(prompts.DEFAULT, 100).text(json.dumps(conversation(record, 'here')))
+    example, _ = conversation(record, 'here')
+    text = Examples(prompts.DEFAULT, 100).text(json.dumps(example))
     assert text == prompts.prompt_of(prompts.DEFAULT, instruction, given) + answer
 
 
@@ -119,6 +120,39 @@ def test_records_are_read_from_each_kind_of_file(instruct, tmp_path, shape, endi
 def test_plain_text_is_trained_as_a_whole(instruct):
     folder = instruct([{'text': f'Text {i}.'} for i in range(6)], '--field=text')
     assert examples_of(folder) == [('', f'Text {i}.{ENDOFTEXT}') for i in range(6)]
+
+
+@pytest.mark.faults
+def test_a_plain_text_longer_than_a_row_becomes_several_and_loses_nothing(instruct, capsys):
+    texts = [f'{i}: ' + 'abcdefghij' * i for i in range(1, 12)]
+    folder = instruct([{'text': text} for text in texts], '--field=text', '--max_seq_len=32')
+    assert folder.config['examples']['whole'] == 11 and folder.config['examples']['too long'] == 0
+    parts = [text for _, text in examples_of(folder)]
+    assert sum(map(len, parts)) == sum(len(text + ENDOFTEXT) for text in texts) and len(parts) > 20
+    assert sum(sizes['bytes'] for sizes in folder.splits.values()) == sum(map(len, texts))
+    assert all(np.diff(folder.index[split].astype(int)).max() <= 31 for split in ('train', 'val'))
+
+
+@pytest.mark.faults
+def test_system_and_the_switches_of_answers_are_read_and_other_fields_named(instruct, capsys):
+    talk = [
+        {'role': 'user', 'content': 'A', 'weight': 0},
+        {'role': 'assistant', 'content': 'no', 'weight': 0},
+        {'role': 'user', 'content': 'B', 'train': True, 'name': ''},
+        {'role': 'assistant', 'content': 'yes', 'train': True, 'tool_calls': [{'id': 1}]},
+    ]
+    more = {'tools': [{'name': 'f'}], 'id': 7, 'history': []}
+    records = [{'messages': talk, 'system': f'Be kind, {i}.', **more} for i in range(9)]
+    records.append({'instruction': 'C', 'output': 'D', 'system': 'Be brief.', 'history': [['a', 'b']]})
+    folder = instruct(records, '--prompt_format=chatml')
+    expected = {'tools': 9, 'id': 9, 'tool_calls of a message': 9, 'train of a message': 9, 'history': 1}
+    assert folder.config['unread'] == expected
+    said = capsys.readouterr().out
+    assert 'fields that were not read: ' in said and 'tools (9)' in said and 'history (1)' in said
+    found = examples_of(folder)
+    assert {answer for _, answer in found} == {'yes' + ENDOFTEXT, 'D' + ENDOFTEXT}
+    assert all('no' in prompt and f'Be kind, {i}.' in prompt for i, (prompt, _) in enumerate(found[1:]))
+    assert 'Be brief.' in found[0][0]
 
 
 def test_many_turns_are_one_example_and_leading_answers_are_kept(instruct):

@@ -1,6 +1,7 @@
 """Labelled texts come out of a database of files or hub sets, and become rows of tokens."""
 
 import csv
+import datetime
 import json
 
 import datasets
@@ -103,8 +104,8 @@ def test_the_hub_is_asked_for_what_is_no_folder(monkeypatch):
 
 
 BAD_ROWS = {
-    'test.tsv': ('a\tb\tlabel\nx\ty\n', 'row 1 does not have the 3 columns'),
-    'test.jsonl': ('{"a": "x", "label": "neg"}', "row 1: there is no 'b', only 'a', 'label'"),
+    'test.tsv': ('a\tb\tlabel\nx\ty\n', 'row 1: it has 2 cells, not the 3 columns'),
+    'test.jsonl': ('{"a": "x", "label": "neg"}', "row 1: there is no field 'b', only 'a', 'label'"),
     'test.json': ('[7]', 'record 1: a int .7. instead of a record'),
     'test.csv': ('a,b,label\nx,y,good\n', "row 1: the label 'good' is none of the 2 classes"),
     'other.csv': ('', "has no file for the split 'test'"),
@@ -118,6 +119,37 @@ def test_bad_rows_are_refused_with_their_place(tmp_path, name):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
         languages.read_split({**ENTRY, 'dataset': str(tmp_path)}, 'test')
+
+
+NO_TEXT = [None, float('nan'), 7, True, 1.5, datetime.date(2020, 1, 2), b'x', ['x']]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize('value', NO_TEXT, ids=str)
+def test_what_is_no_text_is_never_read_as_one(tmp_path, value):
+    table = pyarrow.table({'a': ['x', 'y'], 'b': [value, value], 'label': [0, 1]})
+    pyarrow.parquet.write_table(table, tmp_path / 'test.parquet')
+    with pytest.raises(UserError, match="row 1: the field 'b' holds .*, not text"):
+        languages.read_split({**ENTRY, 'dataset': str(tmp_path)}, 'test')
+
+
+LABELS = [  # classes, labels that are read, labels that are none
+    (['neg', 'pos'], {'pos': 1, 0: 0, '1.0': 1, 1.0: 1}, [*NO_TEXT, 'nan', -1, 2, 'True', 10**400, '1_0']),
+    (2, {'1': 1, True: 1, 'False': 0, 0.0: 0}, [None, float('nan'), 0.5, 'inf', datetime.date(2020, 1, 2)]),
+    (['1', '2', '3'], {'2': 1, 3: 2, 1.0: 0, '2.0': 1}, [0, '0', None, float('nan')]),
+    ([1, 2, 3], {'2': 1, 3: 2, 1.0: 0}, [0, True, 4]),
+    (['None', 'nan'], {'None': 0, 'nan': 1}, [None, float('nan')]),
+]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize('names, read, refused', LABELS, ids=str)
+def test_a_label_is_a_class_by_name_or_number_and_nothing_else(names, read, refused):
+    classes = languages.classes_of({'classes': names})
+    assert {label: languages.class_of(label, classes, 'here') for label in read} == read
+    for label in refused:
+        with pytest.raises(UserError, match='here: the label .* is none of the [23] classes'):
+            languages.class_of(label, classes, 'here')
 
 
 def test_texts_that_are_too_long_are_cut_or_left_out():

@@ -32,6 +32,15 @@ def test_console_log_and_csv_agree_and_other_ranks_are_silent(tmp_path, capsys, 
     assert rows_of(tmp_path) == [{'step': '5', 'train/lr': '0.1', 'val/loss': '2.5'}]
 
 
+@pytest.mark.faults
+def test_what_is_logged_cannot_steer_the_terminal(tmp_path, capsys):
+    log = Logger(tmp_path, True, -1)
+    log.print('one\x1b[2J\ttwo\nthree\r\nfour\rfive')
+    log.close()
+    for said in (capsys.readouterr().out, (tmp_path / 'logs.log').read_bytes().decode()):
+        assert said == 'one\\x1b[2J\ttwo\nthree\r\nfour\\rfive\n'
+
+
 def test_hours_that_are_left_are_told_as_such(tmp_path, capsys):
     log = Logger(tmp_path, True, -1)
     log.progress(0, 2, LINE, seconds_per_step=3723, rate='7 rows/s')

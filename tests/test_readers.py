@@ -2,16 +2,19 @@
 
 import gzip
 import json
+import sys
 
 import datasets
 import httpx
 import huggingface_hub
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import requests
 from conftest import config_of, make_texts, texts_of, write_jsonl
 
+from lm import records
 from lm.configurator import UserError
 from prepare import readers
 
@@ -153,6 +156,105 @@ def test_parquet_without_the_field_names_those_it_has(prepare, tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({'body': ['x'], 'title': ['y']}), tmp_path / 'a.parquet')
     with pytest.raises(UserError, match=r"a\.parquet, row 1: there is no field 'text', only 'body', 'title'"):
         prepare('text.py', f'--input={tmp_path / "a.parquet"}')
+
+
+# ---------------------------------------------------------------------------- what files of others may hold
+
+
+def records_of(path, **options):
+    return [record for record, _ in records.read_records(path, lambda record, where: record, **options)]
+
+
+@pytest.mark.faults
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
+    for name, content in (('a.txt', 'one'), ('a.jsonl', '{"text": "one"}'), ('a.json', '[{"text": "one"}]')):
+        (tmp_path / name).write_text(content, encoding='utf-8-sig')
+        assert [text for text, _ in readers.files(str(tmp_path / name), 'text').documents()] == ['one']
+    (tmp_path / 'a.csv').write_text('text,label\none,1\n', encoding='utf-8-sig')
+    assert records_of(tmp_path / 'a.csv') == [{'text': 'one', 'label': '1'}]
+
+
+@pytest.mark.faults
+def test_json_lines_are_read_under_the_name_json_too(tmp_path):
+    path = tmp_path / 'a.json'
+    path.write_text('{"text": "one"}\n{"text": "two"}\n{"text": \n')
+    one, two, broken = [text for text, _ in readers.files(str(path), 'text').documents()]
+    assert (one, two) == ('one', 'two') and 'a.json, line 3: not valid JSON' in str(broken)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize('name', ['a.jsonl.zst', 'a.parquet'])
+def test_a_file_that_expands_without_bound_is_refused_unless_it_is_wanted(tmp_path, name):
+    path, text = tmp_path / name, 'a' * 270_000_000
+    if name.endswith('parquet'):  # 270 times one value, which is there once
+        column = pyarrow.DictionaryArray.from_arrays(
+            pyarrow.array([0] * 270, pyarrow.int8()), [text[:1_000_000]]
+        )
+        options = dict(compression='zstd', store_schema=False, write_statistics=False)
+        pyarrow.parquet.write_table(pyarrow.table({'text': column}), path, **options)
+    else:
+        write_zst(path, b'{"text": "%s"}' % text.encode())
+    with pytest.raises(UserError, match='expands to more than .* bytes, max_expansion=100; .* raise'):
+        records_of(path)
+    if name.endswith('parquet'):
+        source = readers.files(str(path), 'text', max_expansion=10**6)
+        assert sum(len(text) for text, _ in source.documents()) == len(text)
+
+
+@pytest.mark.faults
+def test_a_column_of_one_number_is_not_expanded_without_bound(tmp_path):
+    path, count = tmp_path / 'a.parquet', 34_000_000
+    offsets = pyarrow.array([0, count], pyarrow.int32())
+    zeros = pyarrow.array(np.zeros(count, np.int8))
+    table = pyarrow.table({'text': pyarrow.ListArray.from_arrays(offsets, zeros)})
+    pyarrow.parquet.write_table(table, path, compression='zstd')
+    assert path.stat().st_size < 10_000
+    with pytest.raises(UserError, match='expands to more than'):
+        records_of(path)
+
+
+@pytest.mark.faults
+def test_a_row_of_a_parquet_that_is_no_utf8_is_skipped_alone(tmp_path):
+    path, offsets = tmp_path / 'a.parquet', np.array([0, 1, 2, 3], np.int32).tobytes()
+    buffers = [None, pyarrow.py_buffer(offsets), pyarrow.py_buffer(b'a\xffb')]
+    texts = pyarrow.Array.from_buffers(pyarrow.string(), 3, buffers)
+    pyarrow.parquet.write_table(pyarrow.table({'text': texts}), path)
+    one, broken, two = [text for text, _ in readers.files(str(path), 'text').documents()]
+    assert (one, two) == ('a', 'b') and "row 2: 'utf-8' codec can't decode" in str(broken)
+
+
+@pytest.mark.faults
+def test_tables_keep_long_cells_and_name_a_quote_that_nothing_closes(tmp_path):
+    path = tmp_path / 'a.csv'
+    path.write_text(f'text,label\n"{"x" * 200_000}\ny",1\n')
+    (row,) = records_of(path)
+    assert len(row['text']) == 200_002
+    path.write_text('label,text\n0,fine\n1,"open\n0,lost\n')
+    row, error = records_of(path)
+    assert row['text'] == 'fine' and 'row 2: a quote opens that nothing closes' in str(error)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize('fraction, texts', [(0.004, 30), (0.999, 30), (0, 1)])
+def test_an_empty_split_is_told_what_fills_it(prepare, tmp_path, fraction, texts):
+    words = [f'--input={write_jsonl(tmp_path / "a.jsonl", make_texts(texts))}', '--tokenizer=bytes']
+    with pytest.raises(UserError, match=f'split is empty at val_fraction={fraction}') as error:
+        prepare('text.py', *words, f'--val_fraction={float(fraction)}')
+    assert 'give a val_fraction nearer to 0.5, or more text' in str(error.value)
+    prepare('text.py', *words, '--val_fraction=0.5')
+
+
+@pytest.mark.faults
+def test_what_data_say_cannot_steer_the_terminal(prepare, tmp_path, capsys):
+    path = write_jsonl(tmp_path / 'a.jsonl', make_texts(40))
+    lines = [json.dumps(line) for line in ('\x1b[2J\x9b31m\rhidden', {'text': ['\x1b[2J']}, '\x07')]
+    path.write_text(path.read_text() + '\n'.join(lines))
+    with pytest.raises(UserError) as error:
+        prepare('text.py', f'--input={path}', *BYTES)
+    sys.excepthook(UserError, error.value, None)
+    prepare('text.py', f'--input={path}', *BYTES, '--on_error=skip')
+    said = capsys.readouterr()
+    assert not set('\x1b\x9b\x07') & set(said.out + said.err) and said.err.count('\\x1b[2J\\x9b') == 2
 
 
 # ---------------------------------------------------------------------------- the hub

@@ -59,6 +59,23 @@ def test_a_prompt_comes_from_a_file(checkpoint_of, tmp_path, sample):
     assert text.startswith('a small bird')
 
 
+@pytest.mark.faults
+def test_what_a_model_writes_cannot_steer_the_terminal(tmp_path, sample):
+    checkpoint = write_small_checkpoint(tmp_path / 'ckpt.pt', 'ar', letter_tokenizer('\x1b\x9b'))
+    (text,) = sample(f'--checkpoint={checkpoint}', '--num_samples=1', '--max_new_tokens=30')
+    assert text.startswith('\\x') and text.isprintable()
+
+
+@pytest.mark.faults
+def test_a_prompt_that_begins_with_a_byte_order_mark_or_is_no_utf8(checkpoint_of, tmp_path, sample):
+    (tmp_path / 'prompt.txt').write_text('a bird', encoding='utf-8-sig')
+    options = [f'--checkpoint={checkpoint_of("ar")}', '--num_samples=1', '--max_new_tokens=3']
+    (text,) = sample(*options, f'--prompt=FILE:{tmp_path}/prompt.txt')
+    assert text.startswith('a bird')
+    with pytest.raises(UserError, match='--prompt is no valid UTF-8'):
+        sample(*options, '--prompt=a\udcff')  # as Python reads the byte
+
+
 @pytest.mark.parametrize('architecture', ['diffusion', 'sdd'])
 @pytest.mark.parametrize('sampler', ['ancestral', 'confidence', 'blocks', 'threshold', 'remdm'])
 def test_gaps_are_filled_and_the_rest_stays(sampler, architecture, checkpoint_of, sample):
