@@ -51,7 +51,7 @@ top_k: int = None
 top_p: float = None
 steps: int = None  # diffusion: forward passes; None: one per token
 sampler = ''  # diffusion: first_hitting, with steps ancestral; confidence, blocks, threshold, remdm
-block_length = 32  # of sampler=blocks
+block_length: int = None  # of sampler=blocks, 32; of a model trained on blocks: one of its lengths
 threshold = 0.9  # of sampler=threshold
 eta = 0.1  # of sampler=remdm
 fresh_beliefs: bool = None  # sdd: from a pass before each step; None: where one token is written at a time
@@ -105,7 +105,12 @@ def load(path):
 
 
 exercises = read_exercises() if 'instructions' in wanted else []
-states = [load(path) for path in paths]
+states = []
+for state in map(load, paths):
+    states.append(state)
+    if state['model_config'].get('ar_weight'):  # two models in one
+        own = {key: f'{state[key]}, as ar' for key in ('name', 'path')}
+        states.append({**checkpoints.as_ar(state, state['path']), **own})
 dataset_name = dataset or states[0]['train_config'].get('dataset')
 require(dataset_name, f'{states[0]["path"]} does not say what it was trained on; give --dataset=NAME.')
 folder = Folder(dataset_name)

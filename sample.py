@@ -33,8 +33,8 @@ stop_at_end = True  # stop at <|endoftext|>
 use_cache = True  # ar: keep keys and values; False: the same text, slower
 compile = False  # ar: compile the decode step; for long texts on a GPU
 steps: int = None  # diffusion: forward passes; None: one per token
-sampler = ''  # diffusion: first_hitting, with steps ancestral; confidence, blocks, threshold, remdm
-block_length = 32  # of sampler=blocks: tokens per block
+sampler = ''  # diffusion: first_hitting, with steps ancestral; confidence, blocks, threshold, remdm, ar
+block_length: int = None  # of sampler=blocks, 32; of a model trained on blocks: one of its lengths
 threshold = 0.9  # of sampler=threshold: the probability at which a token is kept
 eta = 0.1  # of sampler=remdm: the largest probability to mask a token again
 k: int = None  # sdd: candidates per masked position, 0: none; None: the model's own number
@@ -124,6 +124,8 @@ require(checkpoint or runs, 'There is no run under out/; train one, or give --ch
 path = checkpoint or runs[-1]
 state = checkpoints.load(path, token, revision)
 tokenizer = Tokenizer(state['tokenizer'])
+if sampler == 'ar':
+    state, sampler = checkpoints.as_ar(state, path), ''
 model = checkpoints.load_model(state, dist.device)
 has_candidates, remedy = model.has_beliefs and k != 0, 'take an sdd checkpoint and a k above 0'
 require(not show_candidates or has_candidates, f'{path} with k={k} keeps no candidates to show; {remedy}.')
@@ -134,7 +136,7 @@ num_steps = steps or (ids.count(tokenizer.mask_id) if infill else max_new_tokens
 shown_steps = candidate_steps or (1, num_steps // 2, num_steps * 3 // 4)
 form = state.get('prompt_format') or prompts.DEFAULT
 end = prompts.end_of(form, tokenizer)[0] if chat else tokenizer.endoftext_id
-options = {name: config[name] for name in OPTIONS.split()}
+options = {name: globals()[name] for name in OPTIONS.split()}
 options |= {
     'stop_tokens': [end] if stop_at_end else [],
     'watch': print_candidates if show_candidates else None,

@@ -13,7 +13,7 @@ from lm import pretrained
 from lm.configurator import ROOT, UserError, require, restore, user_errors
 from lm.files import save_atomically, write_json
 from lm.pretrained import current_names
-from model import ARCHITECTURES, SIZES, ModelConfig, architecture_name
+from model import ARCHITECTURES, SIZES, Autoregressive, ModelConfig, architecture_name
 
 CHECKPOINT_FORMAT = 1
 
@@ -89,6 +89,24 @@ def load_model(checkpoint, device, **changes):
     model = make_model(checkpoint['architecture'], **{**checkpoint['model_config'], **changes})
     model.load_state_dict(weights_of(checkpoint))
     return model.to(device).eval()
+
+
+def as_ar(checkpoint, path):
+    """Return the `ar` model that the clean tokens of a diffusion model, trained with ar_weight, are."""
+    config = checkpoint['model_config']
+    remedy = 'train with --ar_weight, or choose another sampler'
+    require(config.get('ar_weight'), f'{path} was not trained to predict the next token; {remedy}.')
+    kind = architecture_name(Autoregressive)
+    own = ARCHITECTURES[checkpoint['architecture']].new_weights(ModelConfig(**config))
+    weights = {name: x for name, x in weights_of(checkpoint).items() if name not in own}
+    config = {**config, 'block_length': (0,), 'ar_weight': 0.0}
+    return {
+        **checkpoint,
+        'architecture': kind,
+        'model_config': config,
+        'model_state_dict': weights,
+        'ema_state_dict': None,
+    }
 
 
 def check_fits(checkpoint, path, architecture, tokenizer, dataset):
