@@ -5,7 +5,7 @@
     SDD(Diffusion)   the same, with weighted candidates at masked positions (sparse distribution diffusion)
 
 `model(tokens, loss_mask, noise)` returns sums, so that uneven micro-batches and ranks add up exactly: of the loss in
-nats, of its tokens, and of metrics. The first token of a row is context, never predicted and never counted.
+nats, of the tokens that it is divided by, and of metrics. The first token of a row is context, never predicted and never counted.
 """
 
 import math
@@ -62,7 +62,7 @@ class Transformer(nn.Module):
     """
 
     description = 'of its own kind'  # "a language model (autoregressive)"
-    bound = 'none'  # its loss is -log p(row) itself: 'exact'; an upper bound of it: 'upper'; neither: 'none'
+    bound = 'none'  # 'exact': its loss is -log p(row); 'upper': an upper bound of that; 'none': neither
     order = 'in its own way'  # of writing: the sampler of which the loss is the nll or its bound
     causal = False  # each position attends to those before it only
     needs_noise = True  # forward takes uniform numbers, drawn with the batch
@@ -286,8 +286,8 @@ class Autoregressive(Transformer):
 class Diffusion(Transformer):
     """Masked diffusion (Sahoo et al. 2024, MDLM; Nie et al. 2025, LLaDA).
 
-    Each token of a row is masked with probability t and predicted from the visible ones. E_t[Σ_masked -log p / t]
-    is an upper bound of -log p(row), the NELBO, up to the ratios below T_MIN. The network is not told t: the share
+    Each token of a row is masked with probability t and predicted from the visible ones. The NELBO, E_t[Σ_masked
+    -log p / t], is an upper bound of -log p(row), up to the ratios below T_MIN. The network is not told t: the share
     of masked positions says it (Ou et al. 2024, RADD). With block_length it is autoregressive over blocks and
     diffuses within them (Arriola et al. 2025, BD3-LM); with ar_weight the clean tokens are an `ar` model as well.
     """
@@ -394,9 +394,9 @@ class Belief(NamedTuple):
 class SDD(Diffusion):
     """Sparse distribution diffusion: masked diffusion whose masked positions hold beliefs.
 
-    A belief is the top-k of the model's own previous prediction, with its probabilities as they are: what they lack
-    to 1 stays on <|mask|>. A masked position enters the network as E[mask] + W Σ_j p_j E[token_j]; W starts as the
-    identity and learns to tell a candidate from a token. Visible positions have no belief; k = 0 is masked diffusion.
+    A belief is the top-k of the model's own previous prediction with its probabilities, which do not add up to 1. A
+    masked position enters the network as E[mask] + W Σ_j p_j E[token_j]; W starts as the identity and learns to tell a
+    candidate from a token. Visible positions have no belief; k = 0 is masked diffusion.
 
     A belief is a function of a view that is masked as much as x_t or more, so the network with its earlier passes is
     a deeper function of the visible tokens, and its loss bounds -log p(row) of the sampler that makes these passes
@@ -422,7 +422,7 @@ class SDD(Diffusion):
         """Compute Σ nll / t over the masked tokens as in `Diffusion`, after `depth` passes that give beliefs.
 
         k: candidates, None for config.k; stale: how much more of a row the first of these passes sees masked, the
-        next ones steadily less, as in sampling.
+        next ones steadily less, as in sampling. In training `optim.draw_beliefs` chooses the three for each step.
         """
         noise = random_noise(tokens) if noise is None else noise
         streams = self.two_streams(tokens, doc_ids)

@@ -110,8 +110,8 @@ def uniform_numbers(shape, rng, device):
 def choose(logits, uniform, temperature, top_k, top_p):
     """Sample a token (N,) per row of logits (N, V), by uniform numbers (N,); the likeliest at temperature 0.
 
-    In float64: Gumbel noise in float32 cannot reach the tail, which silently lowers the temperature (Zheng et al.
-    2024).
+    By inverting the distribution in float64: float32 cannot reach its tail, which would silently lower the temperature
+    (Zheng et al. 2024).
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -276,11 +276,12 @@ class Sampler:
     threshold             all that are more confident than the threshold, one at least (Fast-dLLM)
     remdm                 like ancestral, and written tokens are masked again with probability eta at most (ReMDM)
 
-    Where the most confident come first, a text's end and its padding come last: they are sure before the text is.
+    Where the most confident come first, a text's end and its padding come last: a model is sure of these before it is
+    of the text, which would end too early. A name of your own in SAMPLERS needs a branch in `to_sample` and in `to_keep`.
 
     block_length    of `blocks`, 32 where None; of a model that was trained on blocks: one of its lengths, 0 the whole row
     sampler         '': first_hitting, of which the NELBO is a bound; where steps are given, ancestral
-    steps           forward passes, at most, for the masked positions of a window; None: one per position
+    steps           for the masked positions of a window, at least one per block; None: one per position
     fresh_beliefs   `SDD`: a pass before each step gives its beliefs, at twice the cost; False: the step before gives
                     them; None: where one token is written at a time, as the two-pass NELBO assumes
     k               candidates of `SDD` per masked position; 0: none, as masked diffusion; None: the model's own number
@@ -342,12 +343,12 @@ class Sampler:
         uniform = torch.rand(where.shape, dtype=torch.float64, generator=self.rng)
         return where & (uniform < probability).to(where.device)
 
-    def remasked(self, written, steps_left, steps):
+    def to_remask(self, written, steps_left, steps):
         """Choose which of the positions `written` (B, L) so far are masked again; None: no position."""
         if self.name == 'remdm':
             return self.bernoulli(written, remdm_rates(steps_left, steps, self.eta)[0])
 
-    def candidates(self, masked, steps_left, steps):
+    def to_sample(self, masked, steps_left, steps):
         """Choose where to sample (B, L): at random, or everywhere, to see where the model is confident."""
         if self.name == 'first_hitting':
             uniform = torch.rand(masked.shape, dtype=torch.float64, generator=self.rng)
@@ -359,7 +360,7 @@ class Sampler:
             return self.bernoulli(masked, remdm_rates(steps_left, steps, self.eta)[1])
         return masked
 
-    def kept(self, where, tokens, confidence, steps_left):
+    def to_keep(self, where, tokens, confidence, steps_left):
         """Choose which of the positions `where` (B, L) keep their tokens, given the probability of each."""
         if self.name in ('first_hitting', 'ancestral', 'remdm') or steps_left == 1:
             return where
@@ -499,8 +500,8 @@ def denoise_step(model, x, region, belief, steps_left, steps, sampler, cache=Non
     """
     mask_id = model.config.mask_id
     masked = region & (x == mask_id)
-    where = sampler.candidates(masked, steps_left, steps)
-    remasked = sampler.remasked(region & ~masked, steps_left, steps)
+    where = sampler.to_sample(masked, steps_left, steps)
+    remasked = sampler.to_remask(region & ~masked, steps_left, steps)
     rows = ((x == mask_id) if sampler.carries_beliefs else where).any(1)
     if cache:  # which holds all rows
         rows[:] = rows.any()
@@ -513,7 +514,7 @@ def denoise_step(model, x, region, belief, steps_left, steps, sampler, cache=Non
         tokens, confidence = sampler.sample(model, hidden[where[rows]])
         drawn = torch.zeros_like(x).masked_scatter(where, tokens)
         confidence = torch.zeros(x.shape, device=x.device).masked_scatter(where, confidence)
-        kept = sampler.kept(where, drawn, confidence, steps_left)
+        kept = sampler.to_keep(where, drawn, confidence, steps_left)
         x[kept] = drawn[kept]
         if sampler.carries_beliefs or sampler.watch:
             new_belief = model.top_k_belief(hidden, x[rows] == mask_id, sampler.k)
