@@ -69,8 +69,8 @@ def test_the_xl_recipe_checkpoints_and_accumulates():
     assert config['min_lr'] == config['learning_rate'] / 10 == 4e-4 / 10
 
 
-def test_each_alias_of_train_py_leads_to_a_key():
-    assert {key for _, key, _ in ALIASES} <= set(config_of('train.py'))
+def test_each_alias_leads_to_a_key():
+    assert {key for _, key, _ in ALIASES} <= {*config_of('train.py'), *config_of('classify.py')}
 
 
 def test_the_readme_speaks_of_files_and_settings_that_exist(capsys, monkeypatch):
