@@ -109,7 +109,7 @@ states = []
 for state in map(load, paths):
     states.append(state)
     if state['model_config'].get('ar_weight'):  # two models in one
-        own = {key: f'{state[key]}, as ar' for key in ('name', 'path')}
+        own = {'name': f'{state["name"]}, as ar', 'path': Path(f'{state["path"]}, as ar')}
         states.append({**checkpoints.as_ar(state, state['path']), **own})
 dataset_name = dataset or states[0]['train_config'].get('dataset')
 require(dataset_name, f'{states[0]["path"]} does not say what it was trained on; give --dataset=NAME.')

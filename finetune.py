@@ -30,9 +30,16 @@ init_from = ''  # a ckpt.pt, run folder, Hugging Face folder or hub id; scratch:
 architecture = ''  # ar, diffusion or sdd; empty: that of the checkpoint
 block_size: int = None  # tokens per row; None: the data's max_seq_len, or as many as the model sees
 dropout = 0.0
+mask_ratio = (0.0, 1.0)  # diffusion: the lowest and the highest in training; evaluation integrates over all
+block_length: tuple = (
+    None  # diffusion: tokens per block, several: one is drawn for each step; None: as the base
+)
+ar_weight: float = None  # diffusion: of the next-token loss of the clean tokens; None: as the base
 k_schedule = (1, 2, 4, 8)  # sdd: candidates per masked position, one of these drawn for each step
 k_warmup_steps = 0  # sdd: go through k_schedule in this many steps instead, then stay at its last
-p_belief = ((0.5, 0.5),)  # sdd: (fraction of training, probability that a step uses beliefs from there on); before: 0
+p_belief = (
+    (0.5, 0.5),
+)  # sdd: (fraction of training, probability that a step uses beliefs from there on); before: 0
 anneal_steps: int = None  # from ar weights: steps to bidirectional attention; None: a tenth of all
 neftune_alpha = 0.0  # noise on the embeddings while training, e.g. 5 (Jain et al. 2023); 0: none
 gradient_checkpointing = True  # recompute each block in the backward pass: less memory, a third more time
@@ -93,8 +100,9 @@ del config['token']  # no secret goes into config.json, the checkpoint or W&B
 # A run keeps what is FIXED; everything else may change when it is resumed, and the change is printed.
 FIXED = (
     'architecture block_size packing train_on_prompt init_from model_size use_peft peft_lora_r peft_lora_alpha '
-    'peft_targets use_dora load_in_8bit load_in_4bit optimizer fsdp master_weights seed anneal_steps'
+    'peft_targets use_dora load_in_8bit load_in_4bit optimizer fsdp master_weights seed anneal_steps block_length ar_weight'
 ).split()
+BLOCKS = ['block_length', 'ar_weight']
 
 runtime.check_settings(config)
 resumed = checkpoints.resume(globals(), config, FIXED)
@@ -132,10 +140,12 @@ elif init_from == 'scratch':
     shape = checkpoints.size_of(model_size)
     shape.update(block_size=block_size or max_seq_len or 256, vocab_size=tokenizer.vocab_size)
     shape.update(mask_id=tokenizer.mask_id, ignore_id=tokenizer.ignore_id)
+    shape.update({key: config[key] for key in config.given.intersection(BLOCKS)})
     initial = {'architecture': architecture or 'ar', 'tokenizer': tokenizer.to_json(), 'model_config': shape}
 else:  # adapters go on from the weights that they were made for
     initial = checkpoints.load(init_from, token, revision, mmap=True)
-    initial = checkpoints.convert(initial, init_from, architecture or initial['architecture'])
+    blocks = {key: config[key] for key in config.given.intersection(BLOCKS)}
+    initial = checkpoints.convert(initial, init_from, architecture or initial['architecture'], **blocks)
 architecture = initial['architecture']
 checkpoints.check_fits(initial, init_from, architecture, tokenizer, folder.path)
 
@@ -222,6 +232,7 @@ runtime.check_memory(estimate, dist)
 base = model_size if init_from == 'scratch' else Path(init_from).resolve().name.removesuffix('.pt')
 config.update(architecture=architecture, block_size=block_size, max_steps=max_steps, warmup_steps=warmup)
 config.update(dtype=dist.dtype, anneal_steps=anneal_steps)
+config.update({key: getattr(raw_model.config, key) for key in BLOCKS})
 out, log = start_run(dist, config, f'{architecture}-{folder.config["name"]}-{base}', resumed)
 stop = runtime.StopSignal()
 
@@ -319,6 +330,7 @@ if not resumed.checkpoint:
     log.metrics(0, evaluate_and_save())
     save()
 raw_model.train()
+raw_model.mask_window = mask_ratio
 tokens_per_step = batches.rows_per_step * batches.rows.num_tokens / batches.rows.num_rows  # without padding
 speed = runtime.Speed(raw_model, dist, tokens_per_step, step)
 stopping = False
@@ -326,6 +338,7 @@ while step < max_steps and not stopping and not stops_early():
     lr = optim.learning_rate_at(step, max_steps, learning_rate, min_lr, warmup, schedule, decay_ratio)
     opt.set_lr(lr)
     raw_model.attn_mask = optim.annealed_mask(step, anneal_steps, block_size, seed, dist.device)
+    raw_model.block_length = optim.draw_block_length(raw_model, step, seed)
     beliefs = optim.draw_beliefs(raw_model, step, max_steps, seed, p_belief, k_schedule, k_warmup_steps)
     micro_batches, count = batches.get(step)
     sums = {}

@@ -272,6 +272,11 @@ class Autoregressive(Transformer):
     description, bound, order = 'autoregressive', 'exact', 'from left to right'
     causal, needs_noise, extra_tokens, trains_on_padding, hf_causal_lm = True, False, 1, False, True
 
+    def __init__(self, config):
+        has_blocks = any(config.block_length) or config.ar_weight
+        check(not has_blocks, 'block_length and ar_weight are for diffusion models; leave them out.')
+        super().__init__(config)
+
     def forward(self, tokens, loss_mask=None, noise=None, doc_ids=None, reduction='sum'):
         """Compute Σ nll of tokens (B, T) but the first, where loss_mask (B, T) says; None: of all."""
         _, counted = self.loss_positions(tokens, loss_mask)  # (B, T)

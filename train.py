@@ -41,7 +41,9 @@ block_length = (0,)  # diffusion: tokens per block, several: one is drawn for ea
 ar_weight = 0.0  # diffusion: of the next-token loss of the clean tokens, which makes it an ar model as well
 k_schedule = (1, 2, 4, 8)  # sdd: candidates per masked position, one of these drawn for each step
 k_warmup_steps = 0  # sdd: go through k_schedule in this many steps instead, then stay at its last
-p_belief = ((0.5, 0.5),)  # sdd: (fraction of training, probability that a step uses beliefs from there on); before: 0
+p_belief = (
+    (0.5, 0.5),
+)  # sdd: (fraction of training, probability that a step uses beliefs from there on); before: 0
 gradient_checkpointing = False  # recompute each block in the backward pass: less memory, a third more time
 selective_checkpointing = False  # with it: keep matmuls and attention, half of a block's memory
 init_from = ''  # start from the weights of a ckpt.pt, run folder, Hugging Face folder or hub id
@@ -93,9 +95,11 @@ del config['token']  # no secret goes into config.json, the checkpoint or W&B
 # The shape of the model: keys that go to ModelConfig as they are. A run keeps it and what else is FIXED; everything
 # else may change when it is resumed, and the change is printed.
 SHAPE = 'n_layer n_head n_embd n_kv_head block_size norm position mlp bias qk_norm logit_softcap'.split()
-SHAPE += ['block_length', 'ar_weight']
+BLOCKS = ['block_length', 'ar_weight']  # may be others than those of the weights that a run starts from
 FREE_SHAPE = ['dropout', 'gradient_checkpointing', 'selective_checkpointing']
-FIXED = 'architecture mode model_size optimizer fsdp master_weights seed anneal_steps'.split() + SHAPE
+FIXED = (
+    'architecture mode model_size optimizer fsdp master_weights seed anneal_steps'.split() + SHAPE + BLOCKS
+)
 
 runtime.check_settings(config)
 check_range(config, 1, math.inf, 'max_steps')
@@ -118,12 +122,13 @@ initial = resumed.checkpoint
 if init_from and not initial:
     given_size = block_size if 'block_size' in config.given else None
     initial = checkpoints.load(init_from, token, revision, mmap=True)
-    initial = checkpoints.convert(initial, init_from, architecture, given_size)
+    blocks = {key: config[key] for key in config.given.intersection(BLOCKS)}
+    initial = checkpoints.convert(initial, init_from, architecture, given_size, **blocks)
 
 # ---------------------------------------------------------------------------- model
 
 shape = checkpoints.size_of(model_size)
-shape.update({key: config[key] for key in SHAPE if config[key] is not None})
+shape.update({key: config[key] for key in SHAPE + BLOCKS if config[key] is not None})
 if initial:
     checkpoints.check_fits(initial, resumed.path or init_from, architecture, tokenizer, folder.path)
     for key in sorted(config.given.intersection(SHAPE)):
@@ -169,7 +174,7 @@ if initial:
     initial.pop('model_state_dict', None)
 model = dist.wrap(raw_model, compile, fsdp)
 
-config.update({key: getattr(raw_model.config, key) for key in [*SHAPE, *FREE_SHAPE]})
+config.update({key: getattr(raw_model.config, key) for key in SHAPE + FREE_SHAPE + BLOCKS})
 config.update(max_steps=max_steps, dtype=dist.dtype, anneal_steps=anneal_steps)
 out, log = start_run(dist, config, f'{architecture}-{folder.config["name"]}-{model_size}', resumed)
 stop = runtime.StopSignal()

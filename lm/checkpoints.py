@@ -119,11 +119,12 @@ def check_fits(checkpoint, path, architecture, tokenizer, dataset):
     require(same, f'{path} has another vocabulary ({size} tokens) than {dataset} ({here}); {remedy}.')
 
 
-def convert(checkpoint, path, architecture, block_size=None):
+def convert(checkpoint, path, architecture, block_size=None, **blocks):
     """Turn the checkpoint at `path` into the start of a run of `architecture`, rows of at most `block_size` tokens.
 
-    Weights of a causal model start the bidirectional ones: a hidden state goes on predicting the token after it
-    (`shift`), and the rows of <|mask|> and <|ignore|>, which it never learned, become the mean of the embedding.
+    Weights of a causal model start the bidirectional ones: a hidden state of a whole row goes on predicting the token
+    after it (`shift`), and the rows of <|mask|> and <|ignore|>, which it never learned, become the mean of the embedding.
+    blocks: a block_length and ar_weight other than the checkpoint's.
     """
     config, weights = dict(checkpoint['model_config']), dict(weights_of(checkpoint))
     longest = config['block_size']
@@ -132,7 +133,7 @@ def convert(checkpoint, path, architecture, block_size=None):
     if block_size and 'positions.weight' in weights:
         rows = config.get('position_offset', 0) + block_size
         weights['positions.weight'] = weights['positions.weight'][:rows]
-    config['block_size'] = block_size or longest
+    config |= {'block_size': block_size or longest, **blocks}
     source = checkpoint['architecture']
     if source != architecture:
         before, after = ARCHITECTURES[source], ARCHITECTURES.get(architecture)
@@ -140,7 +141,7 @@ def convert(checkpoint, path, architecture, block_size=None):
         remedy = f'use --architecture={source}'
         require(possible, f'{path} holds architecture={source!r}, no start for {architecture!r}; {remedy}.')
         if before.causal:
-            config['shift'] = True
+            config['shift'] = not any(config.get('block_length', ()))
             special = [i for i in (config['mask_id'], config['ignore_id']) if i is not None]
             others = [i for i in range(config['vocab_size']) if i not in special]
             for name in {'embedding.weight', 'unembedding.weight'} & set(weights):

@@ -1,12 +1,16 @@
 """Block diffusion: what a block attends to, what its likelihood is of, and the `ar` model in its clean tokens."""
 
+import json
+from dataclasses import replace
 from itertools import permutations, product
 
 import pytest
 import torch
-from conftest import assert_drawn_from, random_model
+from conftest import assert_drawn_from, random_model, write_folder
+from helpers import assert_same_run, load, losses, metrics, run, train
 
 from lm import likelihood
+from lm.configurator import UserError
 from model import Autoregressive
 from sampling import BlockCache, generate
 
@@ -77,7 +81,7 @@ def test_cached_states_of_a_block_are_those_of_the_two_streams(architecture):
             model.denoiser(x_t[:, part], cache=cache)[0], hidden[:, part], atol=1e-5, rtol=1e-5
         )
         cache.store(model, tokens[:, part])
-    ar = Autoregressive(model.config)
+    ar = Autoregressive(replace(model.config, block_length=(0,), ar_weight=0.0))
     ar.load_state_dict(model.state_dict(), strict=False)
     torch.testing.assert_close(ar.eval().hidden(tokens), clean, atol=1e-5, rtol=1e-5)
 
@@ -108,7 +112,7 @@ def test_blocks_of_padding_alone_are_not_in_the_loss():
 def test_the_next_token_loss_is_that_of_an_ar_model_and_trains_with_its_weight():
     tokens = some_tokens()
     noise, model = some_noise(tokens), tiny(ar_weight=0.3)
-    ar = Autoregressive(model.config)
+    ar = Autoregressive(replace(model.config, block_length=(0,), ar_weight=0.0))
     ar.load_state_dict(model.state_dict())
     bound, count, metrics = model(tokens, None, noise)
     log_p = ar.hidden(tokens)[:, :-1] @ ar.head_weight().T
@@ -174,3 +178,60 @@ def test_blocks_of_one_are_an_ar_over_masked_tokens(architecture):
         expected -= log_p.gather(1, ROWS[:, i : i + 1]).squeeze(1)
     torch.testing.assert_close(nll, expected, atol=1e-5, rtol=1e-5)
     assert torch.exp(-nll).sum().item() == pytest.approx(1, abs=1e-5)
+
+
+# ---------------------------------------------------------------------------- the scripts
+
+
+@pytest.fixture(scope='module', params=['diffusion', 'sdd'])
+def trained(request, tmp_path_factory):
+    """A run on blocks of four and whole rows, with an ar model in it."""
+    path = tmp_path_factory.mktemp(request.param)
+    write_folder(path / 'letters')
+    words = [f'--dataset={path}/letters', f'--architecture={request.param}', '--block_length=(4,0)']
+    words += ['--ar_weight=0.5', '--mask_ratio=(0.2,0.8)', '--mode=documents', '--learning_rate=0.02']
+    train(*words, '--schedule=constant', '--max_steps=20', '--eval_every=10', f'--out_dir={path}/run')
+    return path / 'run'
+
+
+def test_a_run_on_blocks_learns_all_its_losses_and_goes_on_where_it_stopped(trained, tmp_path):
+    first, *_, last = losses(trained)
+    rows = [float(row['val/ar_loss']) for row in metrics(trained) if row['val/ar_loss']]
+    assert last < first - 0.2 and rows[-1] < rows[0] - 0.2
+    data = trained.parent / 'letters'
+    words = [
+        f'--dataset={data}',
+        f'--init_from={trained}',
+        '--schedule=constant',
+        f'--out_dir={tmp_path}/whole',
+    ]
+    words[1:1] = [f'--architecture={load(trained)["architecture"]}', '--p_belief=((0.0,0.5),)']
+    train(*words)
+    assert load(tmp_path / 'whole')['model_config']['block_length'] == (4, 0)
+    train(*words[:-1], '--max_steps=3', f'--out_dir={tmp_path}/half')
+    run('train.py', f'--resume_from={tmp_path}/half', '--max_steps=6')
+    assert_same_run(tmp_path / 'half', tmp_path / 'whole')
+
+
+def test_its_decoders_write_and_are_evaluated_apart(trained, tmp_path, capsys):
+    words = [f'--checkpoint={trained}', '--num_samples=2', '--device=cpu']
+    for options in ([], ['--sampler=ar'], ['--sampler=confidence', '--steps=4'], ['--block_length=0']):
+        run('sample.py', *words, '--max_new_tokens=10', '--stop_at_end=False', *options)
+    run('sample.py', *words, '--infill=a <mask:3> b')
+    run('evaluate.py', *words, '--max_tokens=60', '--draws=2', f'--output={tmp_path}/results.json')
+    whole, ar = json.loads((tmp_path / 'results.json').read_text())['models']
+    assert (whole['bound'], ar['bound']) == ('upper', 'exact') and ar['name'].endswith(', as ar')
+    assert whole['nats_per_token'] != ar['nats_per_token']
+
+
+def test_an_ar_checkpoint_starts_one_and_what_cannot_be_is_refused(tmp_path):
+    write_folder(tmp_path / 'letters')
+    train(f'--dataset={tmp_path}/letters', f'--out_dir={tmp_path}/ar')
+    words = [f'--dataset={tmp_path}/letters', f'--init_from={tmp_path}/ar', '--architecture=sdd']
+    train(*words, '--block_length=4', '--ar_weight=1', f'--out_dir={tmp_path}/sdd')
+    config = load(tmp_path / 'sdd')['model_config']
+    assert config['block_length'] == (4,) and not config['shift']
+    first = [float(row['val/ar_loss']) for row in metrics(tmp_path / 'sdd') if row['val/ar_loss']][0]
+    assert first == pytest.approx(losses(tmp_path / 'ar')[-1], abs=0.15)  # the clean tokens are the ar model
+    with pytest.raises(UserError, match='block_length and ar_weight are for diffusion models'):
+        train(f'--dataset={tmp_path}/letters', '--block_length=4')
