@@ -7,9 +7,10 @@ wherever they are: a prompt is what is visible, so a continuation and an infilli
 import torch
 import torch.nn.functional as F
 
+from lm.speculation import speculate
 from model import Belief, check
 
-SAMPLERS = ('first_hitting', 'ancestral', 'confidence', 'blocks', 'threshold', 'remdm')
+SAMPLERS = ('first_hitting', 'ancestral', 'confidence', 'blocks', 'threshold', 'remdm', 'speculative')
 CHECK_EVERY = 16  # tokens between questions to a GPU whether all rows have stopped: each waits for it
 
 
@@ -51,6 +52,8 @@ def generate(
     try:
         if model.causal:
             return generate_left_to_right(model, prompts, max_new_tokens, sampler, use_cache, compile)
+        if sampler.name == 'speculative':
+            return [speculate(model, prompt, max_new_tokens, sampler) for prompt in prompts]
         rows = [None] * len(prompts)
         for length in sorted(set(map(len, prompts))):  # rows of one length share their forward passes
             same = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
@@ -275,6 +278,7 @@ class Sampler:
     confidence, blocks    the most confident, an equal share of them in each step (LLaDA); within blocks of block_length
     threshold             all that are more confident than the threshold, one at least (Fast-dLLM)
     remdm                 like ancestral, and written tokens are masked again with probability eta at most (ReMDM)
+    speculative           blocks drafted in a pass and checked by the ar model in a model with ar_weight: its samples
 
     Where the most confident come first, a text's end and its padding come last: a model is sure of these before it is
     of the text, which would end too early. A name of your own in SAMPLERS needs a branch in `to_sample` and in `to_keep`.
@@ -325,6 +329,10 @@ class Sampler:
         check(0 <= threshold <= 1, f'threshold is {threshold}; it must be between 0 and 1.')
         check(0 <= eta <= 1, f'eta is {eta}; it must be between 0 and 1.')
         check(k is None or k >= 0, f'k is {k}; it must be at least 0, or None.')
+        has_ar, remedy = model.config.ar_weight and block_length, 'train with --ar_weight and --block_length'
+        check(
+            sampler != 'speculative' or has_ar, f"sampler='speculative' needs an ar model to check; {remedy}."
+        )
         self.name, self.block_length, self.threshold, self.eta = sampler, block_length, threshold, eta
         self.rng, self.options, self.stop_tokens = rng, options, stops
         self.steps, self.watch, self.own_blocks, self.mask_id = steps, watch, own, model.config.mask_id
@@ -370,6 +378,33 @@ class Sampler:
         if self.name == 'threshold':
             return where & ((confidence > self.threshold) | (rank == 0))
         return where & (rank < -(-where.sum(1, keepdim=True) // steps_left))
+
+    def probabilities(self, logits):
+        """Compute what tokens are drawn with (N, V) from logits (N, V); at temperature 0 all is on the likeliest."""
+        if self.options[0] == 0:
+            return F.one_hot(logits.argmax(-1), logits.size(-1)).double()
+        return restrict(logits.double(), *self.options)
+
+    def ar_probabilities(self, model, hidden):
+        """Compute the same of the `ar` model, which never writes padding, for states (N, C) of clean tokens."""
+        logits = model.head(hidden)
+        if model.config.ignore_id is not None:
+            logits[:, model.config.ignore_id] = -torch.inf
+        return self.probabilities(logits)
+
+    def draft(self, model, hidden):
+        """Draw a token for each hidden state (N, C); return them as a list, and what they were drawn with (N, V)."""
+        q = self.probabilities(model.head(hidden))
+        return torch.multinomial(q.cpu(), 1, generator=self.rng).squeeze(1).tolist(), q
+
+    def check_draft(self, draft, q, p):
+        """Return how many tokens drawn with q (N, V) are accepted as of p (1 + N, V), and the token after these."""
+        for i, token in enumerate(draft):
+            uniform = torch.rand((), dtype=torch.float64, generator=self.rng)
+            if uniform * q[i, token].cpu() >= p[i, token].cpu():
+                rest = (p[i] - q[i]).clamp(min=0)
+                return i, int(torch.multinomial(rest.cpu(), 1, generator=self.rng))
+        return len(draft), int(torch.multinomial(p[-1].cpu(), 1, generator=self.rng))
 
     def sample(self, model, hidden):
         uniform = None

@@ -12,7 +12,7 @@ from helpers import assert_same_run, load, losses, metrics, run, train
 from lm import likelihood
 from lm.configurator import UserError
 from model import Autoregressive
-from sampling import BlockCache, generate
+from sampling import BlockCache, generate, restrict
 
 MASK, IGNORE, BLOCK = 10, 9, 12
 SHAPE = dict(vocab_size=11, block_size=BLOCK, n_layer=2, n_head=2, n_embd=16, mask_id=MASK, ignore_id=IGNORE)
@@ -235,3 +235,34 @@ def test_an_ar_checkpoint_starts_one_and_what_cannot_be_is_refused(tmp_path):
     assert first == pytest.approx(losses(tmp_path / 'ar')[-1], abs=0.15)  # the clean tokens are the ar model
     with pytest.raises(UserError, match='block_length and ar_weight are for diffusion models'):
         train(f'--dataset={tmp_path}/letters', '--block_length=4')
+
+
+# ---------------------------------------------------------------------------- self-speculation
+
+
+def ar_of(model):
+    ar = Autoregressive(replace(model.config, block_length=(0,), ar_weight=0.0))
+    ar.load_state_dict(model.state_dict(), strict=False)
+    return ar.eval()
+
+
+@KINDS
+def test_self_speculation_is_greedily_the_ar_models_text(architecture):
+    model = tiny(architecture, ar_weight=1.0, block_size=24)
+    prompts = [some_tokens(1, length, seed=length)[0].tolist() for length in range(1, 20, 3)]
+    expected = generate(ar_of(model), prompts, 40, temperature=0)
+    seen, hidden = [], model.hidden
+    model.hidden = lambda *inputs, **options: seen.append(1) or hidden(*inputs, **options)
+    rows = generate(model, prompts, 40, temperature=0, sampler='speculative')
+    assert rows == expected and len(seen) < 40 * len(prompts)
+
+
+@pytest.mark.parametrize('options', [{}, {'temperature': 0.7, 'top_k': 2}])
+def test_self_speculation_draws_from_the_ar_model(options):
+    shape = dict(vocab_size=LETTERS + 1, mask_id=LETTERS, ignore_id=None, block_size=LENGTH + 5, k=2)
+    model = tiny('diffusion', (2,), ar_weight=1.0, **shape)
+    rows = torch.tensor(generate(model, [[0]] * 400, LENGTH, sampler='speculative', **options))
+    logits = ar_of(model).logits(ROWS[:, :-1]).double().flatten(0, 1)
+    q = restrict(logits, options.get('temperature', 1), options.get('top_k'), None).view(27, LENGTH, -1)
+    p = q.gather(2, ROWS[:, 1:, None]).squeeze(-1).prod(1)
+    assert_drawn_from(p, rows[:, 1:] @ torch.tensor([9, 3, 1]))
