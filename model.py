@@ -70,7 +70,7 @@ class ModelConfig:
     ignore_id: int = None  # <|ignore|>: padding that a bidirectional model predicts; not counted as text
     k: int = 8  # sdd: candidates per masked position, where no other number is asked for
     gradient_checkpointing: bool = False  # recompute each block in the backward pass
-    selective_checkpointing: bool = False  # of that, all but lm.kernels.SAVED_OPS
+    selective_checkpointing: bool = False  # of that, all but lm.kernels.SAVED_*
 
     def __post_init__(self):
         self.n_kv_head = self.n_head if self.n_kv_head is None else self.n_kv_head
@@ -287,7 +287,7 @@ class Transformer(nn.Module):
         h, y, weight = take(hidden, index), take(targets, index), self.head_weight()
         chunk_nll = partial(self.chunk_nll, label_smoothing=label_smoothing)
         if torch.is_grad_enabled():
-            chunk_nll = partial(checkpoint, chunk_nll, use_reentrant=False, preserve_rng_state=False)
+            chunk_nll = partial(checkpoint, chunk_nll, use_reentrant=False)
         rows = self.head_rows(h)
         chunks = [chunk_nll(h_part, y_part, weight) for h_part, y_part in zip(h.split(rows), y.split(rows))]
         nll, pred = (torch.cat(parts) for parts in zip(*chunks))
