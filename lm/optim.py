@@ -2,6 +2,7 @@
 
 import math
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import torch
 
@@ -28,14 +29,19 @@ class Optimizer:
                 group['lr'] = lr
 
     def step(self, scaler, parameters, grad_clip):
-        """Clip the gradients to a norm of at most grad_clip (0: any), step, and return what the norm was."""
-        for part in self.parts.values():
-            scaler.unscale_(part)
+        """Clip the gradients to a norm of at most grad_clip (0: any), step, and return what the norm was.
+
+        A gradient that overflows in float16 makes the norm of all of them nan: the scaler has to skip every part.
+        """
+        parts = self.parts.values()
+        groups = [group for part in parts for group in part.param_groups]
+        together = SimpleNamespace(param_groups=groups, step=lambda: [part.step() for part in parts])
+        scaler.unscale_(together)
         norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
-        for part in self.parts.values():
-            scaler.step(part)
-            part.zero_grad(set_to_none=True)
+        scaler.step(together)
         scaler.update()
+        for part in parts:
+            part.zero_grad(set_to_none=True)
         return norm.full_tensor() if hasattr(norm, 'full_tensor') else norm  # of sharded gradients
 
     def state_dict(self):

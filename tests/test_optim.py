@@ -94,6 +94,23 @@ def test_a_step_clips_by_the_norm_of_all_gradients_says_it_and_clears_them():
         assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize('where', ['embedding', 'blocks'])
+def test_a_gradient_that_overflows_in_float16_skips_the_step_of_every_part(where):
+    model = make_model()
+    optimizer, scaler = make_optimizer(model, 'muon'), runtime.Runtime('cpu', 'float16').scaler()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for overflows in (True, False):
+        for name, p in model.named_parameters():
+            p.grad = torch.full_like(p, math.inf if overflows and name.startswith(where) else 1.0)
+        scaler.scale(torch.ones(()))  # as the loss was
+        optimizer.step(scaler, model.parameters(), 1.0)
+        moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+        assert not moved if overflows else moved == before.keys()
+        assert all(p.isfinite().all() for p in model.parameters())
+    assert scaler.get_scale() == 2.0**15  # halved once
+
+
 def test_a_loaded_state_keeps_the_settings_of_this_run():
     model, optimizer = make_model(), None
     optimizer = make_optimizer(model, 'muon')
