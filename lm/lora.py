@@ -37,6 +37,7 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.magnitude = nn.Parameter(base.weight.detach().float().norm(dim=1)) if dora else None
         self.dropout = nn.Dropout(dropout)
+        self.train(base.training)
 
     def forward(self, x):
         if isinstance(self.base, nn.Linear):  # a quantized one computes in any type

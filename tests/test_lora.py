@@ -264,6 +264,35 @@ def test_adapters_train_on_a_base_in_bfloat16(bits):
         assert all(layer.lora_B.grad.abs().max() > 0 for layer in layers)
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize('selective', [False, True])
+def test_checkpointing_repeats_whatever_random_numbers_a_block_draws(selective):
+    """Dropout of adapters or of a layer of one's own, where the model's own dropout is 0."""
+    gradients = []
+    for checkpointing in (False, True):
+        model = native(gradient_checkpointing=checkpointing, selective_checkpointing=selective)
+        lora.add_lora(model.train(), rank=4, alpha=8, dropout=0.5)
+        randomise(model)
+        model.blocks[0].mlp.activation = lambda x: torch.dropout(x.relu(), 0.3, True)
+        torch.manual_seed(0)
+        model(native_tokens())[0].backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name])
+
+
+@pytest.mark.faults
+def test_an_adapter_on_a_model_in_evaluation_drops_nothing(tmp_path):
+    model = native().train()
+    lora.add_lora(model, 2, 4, dropout=0.5)
+    randomise(model)
+    lora.save_adapter(model, tmp_path, 'base')
+    again = native()
+    lora.load_adapter(again, tmp_path)
+    assert not any(layer.training for _, layer in lora.adapted_layers(again))
+    assert torch.equal(again.logits(native_tokens()), model.eval().logits(native_tokens()))
+
+
 # ---------------------------------------------------------------------------- mistakes
 
 
