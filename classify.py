@@ -155,7 +155,7 @@ else:
     digits = tasks.splits(target_func, sequence_length, *sizes, seed, compat)
     vocabulary = None if initial else tasks.digit_tokenizer(target_func)
 vocabulary = vocabulary or Tokenizer(initial['tokenizer'])
-start_token = initial['start_token'] if initial else vocabulary.endoftext_id
+start_token = initial['start_token'] if initial else vocabulary.start_id
 
 # ---------------------------------------------------------------------------- model
 
@@ -263,6 +263,9 @@ for name, examples in sets.items():
 def checkpoint():
     """Return the trunk as all scripts know it, adapters merged, and the head."""
     state = checkpoints.contents(trunk, step, best, config, vocabulary, start_token, None)
+    state['came_with'] = initial and initial.get(
+        'came_with'
+    )  # of a pretrained model, which an export says again
     state.update(model_state_dict=trunk.state_dict(), head_state_dict=raw_classifier.head.state_dict())
     if lora_rank:
         merged = copy.deepcopy(trunk)

@@ -258,6 +258,7 @@ def checkpoint():
     """Return what the other scripts need to use the model, but for its weights."""
     start_token = folder.config['start_token']
     state = checkpoints.contents(raw_model, step, best, config, tokenizer, start_token, prompt_format)
+    state['came_with'] = initial.get('came_with')  # of a pretrained model, which an export says again
     if use_peft:
         state['adapter_state_dict'] = {name: p.detach() for name, p in trainable.items()}
     return state
@@ -293,7 +294,7 @@ def evaluate_and_save():
     log.print(f'step {step}: ' + ', '.join(f'{name} {value:.4f}' for name, value in values.items()))
     is_best = checkpoints.save_if_best(out, step, values, best, checkpoint, whole_weights, dist)
     if is_best and use_peft and dist.is_main:
-        lora.save_adapter(raw_model, out / 'adapter', init_from)
+        lora.save_adapter(raw_model, out / 'adapter', init_from, prompt_format)
     return values
 
 

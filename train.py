@@ -180,6 +180,9 @@ def checkpoint():
     """Return what the other scripts need to use the model, but for its weights."""
     start_token, prompt_format = folder.config['start_token'], folder.config['prompt_format']
     state = checkpoints.contents(raw_model, step, best, config, tokenizer, start_token, prompt_format)
+    state['came_with'] = initial and initial.get(
+        'came_with'
+    )  # of a pretrained model, which an export says again
     return {**state, 'ema_state_dict': ema.ema} if ema else state
 
 

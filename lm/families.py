@@ -119,6 +119,13 @@ def config_from_hf(c, path):
     return {key: value for key, value in {**found, **FIELDS[layout], **fields}.items() if value is not None}
 
 
+def block_size_of(c, path):
+    """Return how many tokens the model of a config.json sees; None of a family that is not known."""
+    if c['model_type'] == NATIVE:
+        return c['model_config']['block_size']
+    return config_from_hf(c, path)['block_size'] if c['model_type'] in FAMILIES else None
+
+
 def with_rope_and_length(c):
     """Return a config.json of llama's layout with the same keys for all versions of transformers."""
     rope = c.get('rope_parameters') or c.get('rope_scaling') or {}  # the former since transformers 5

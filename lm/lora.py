@@ -162,10 +162,10 @@ def peft_name(name, family):
     return f'{module}.{PEFT_NAMES.get(kind, kind)}', None if kind == 'lora_A' else qkv_index
 
 
-def save_adapter(model, folder, base_name):
+def save_adapter(model, folder, base_name, prompt_format=None):
     """Write adapter_model.safetensors and adapter_config.json for PEFT; base_name: what they are for.
 
-    Layers have the names of the model's family; our own without one and for gpt2, where q, k, v are one.
+    prompt_format: that of the answers it was trained on, a key of ours, which goes with it into its base. Layers have the names of the model's family; our own without one and for gpt2, where q, k, v are one.
     """
     folder, tables, (_, layer) = Path(folder), trained_tables(model), adapted_layers(model)[0]
     family, _ = families.family_of(type(model), model.config)
@@ -176,6 +176,7 @@ def save_adapter(model, folder, base_name):
     config.update(base_model_name_or_path=str(base_name), r=layer.rank, lora_alpha=layer.alpha)
     config.update(lora_dropout=layer.dropout.p, target_modules=sorted(targets), bias='none')
     config.update(use_dora=layer.magnitude is not None, use_rslora=False, inference_mode=True)
+    config.update({'prompt_format': prompt_format} if prompt_format else {})
     if tables:
         new = [name.removesuffix('.weight') for name in model.new_weights(model.config)]
         ids = {name: table.ids.tolist() for name, table in tables.items()}

@@ -9,7 +9,7 @@ import torch
 
 from lm import families
 from lm.configurator import UserError, require, user_errors
-from lm.tokenizer import SPECIAL_TOKENS, Tokenizer, pretrained_token
+from lm.tokenizer import SPECIAL_TOKENS, Tokenizer, pretrained_token, settings_of
 from model import ARCHITECTURES, Autoregressive, ModelConfig, architecture_name
 
 CAUSAL_LM = architecture_name(Autoregressive)
@@ -29,12 +29,16 @@ def load(path, token=None, revision=None):
     c, tensors = read_json(folder / 'config.json'), open_tensors(folder)
     has_tokenizer = any((folder / name).is_file() for name in ('tokenizer.json', 'merges.txt'))
     tokenizer = Tokenizer.load(folder) if has_tokenizer else None
-    start = c['start_token'] if 'start_token' in c else start_token(folder, tokenizer)
     if c.get('model_type') == families.NATIVE:
         name, fields, family, tensors = c['architecture'], c['model_config'], None, current_names(tensors)
     else:
         name, fields, family = CAUSAL_LM, families.config_from_hf(c, folder), c['model_type']
-    return as_checkpoint(name, fields, family, tensors, folder, tokenizer, start, c.get('prompt_format'))
+    start = c.get('start_token', None if tokenizer else c.get('bos_token_id'))
+    start = start if isinstance(start, int) else tokenizer.start_id if tokenizer else 0
+    checkpoint = as_checkpoint(
+        name, fields, family, tensors, folder, tokenizer, start, c.get('prompt_format')
+    )
+    return {**checkpoint, 'came_with': {'added_tokens': tokenizer and tokenizer.added, **around(folder, c)}}
 
 
 def load_nanogpt(path, tokenizer):
@@ -50,7 +54,7 @@ def load_nanogpt(path, tokenizer):
     rows, size = fields['pretrained_rows'], tokenizer.vocab_size
     fits = rows >= size - len(SPECIAL_TOKENS)
     require(fits, f'{path} has {rows} tokens, the tokenizer {size}; give its own as --tokenizer.')
-    return as_checkpoint(CAUSAL_LM, fields, 'gpt2', tensors, path, tokenizer, tokenizer.endoftext_id)
+    return as_checkpoint(CAUSAL_LM, fields, 'gpt2', tensors, path, tokenizer, tokenizer.start_id)
 
 
 def gpt2_layout(state_dict):
@@ -147,17 +151,15 @@ def read_json(path):
         raise UserError(f'{path} cannot be read ({error}); download the folder again.') from error
 
 
-def start_token(folder, tokenizer):
-    """Return the id before a text: what the tokenizer itself puts there, or <|endoftext|>."""
-    first = pretrained_token(folder, 'bos')
-    if tokenizer is None:
-        return first if isinstance(first, int) else 0
-    if own_start := tokenizer.inner.encode('').ids:  # with what it puts before a text by itself
-        return own_start[0]
-    settings = folder / 'tokenizer_config.json'
-    if settings.is_file() and read_json(settings).get('add_bos_token') and isinstance(first, str):
-        return tokenizer.inner.token_to_id(first)
-    return tokenizer.endoftext_id
+def around(folder, c):
+    """Return what a folder with the config.json `c` says of texts beside its model, which an export says again."""
+    settings, jinja = settings_of(folder, 'tokenizer_config.json'), folder / 'chat_template.jinja'
+    kept = {key: settings[key] for key in ('chat_template', 'add_bos_token') if key in settings}
+    if jinja.is_file():
+        kept['chat_template'] = jinja.read_text(encoding='utf-8', errors='replace')
+    ends = settings_of(folder, 'generation_config.json').get('eos_token_id', c.get('eos_token_id'))
+    ends = [token for token in ends if isinstance(token, int)] if isinstance(ends, list) else []
+    return {'end_tokens': ends, 'pad_token': pretrained_token(folder, 'pad'), 'tokenizer_config': kept}
 
 
 def download(name, token=None, revision=None):
@@ -166,7 +168,7 @@ def download(name, token=None, revision=None):
 
     options = dict(token=token or None, revision=revision or None)
     try:
-        patterns = ['*.json', 'merges.txt', 'model*.safetensors']
+        patterns = ['*.json', '*.jinja', 'merges.txt', 'model*.safetensors']
         folder = Path(snapshot_download(name, allow_patterns=patterns, **options))
         if not any(folder.glob('model*.safetensors')):
             snapshot_download(name, allow_patterns=['pytorch_model*.bin'], **options)

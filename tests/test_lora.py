@@ -207,6 +207,18 @@ def test_merge_writes_a_checkpoint_that_says_what_peft_says(tmp_path):
     assert_logits(load(tmp_path / 'merged.pt'), theirs.eval()(hf_tokens()).logits)
 
 
+@pytest.mark.faults
+def test_merge_keeps_the_prompt_format_that_the_adapter_was_tuned_with(tmp_path):
+    write_checkpoint(tmp_path / 'ckpt.pt', native())
+    model = native()
+    lora.add_lora(model, 2, 4)
+    for form in (None, 'Q: {instruction}\nA: {output}'):
+        lora.save_adapter(model, tmp_path / 'adapter', 'ckpt.pt', form)
+        words = f'merge {tmp_path}/adapter --base={tmp_path}/ckpt.pt --out={tmp_path}/out.pt --overwrite'
+        hf.main(words.split())
+        assert checkpoints.load(tmp_path / 'out.pt')['prompt_format'] == form
+
+
 # ---------------------------------------------------------------------------- training
 
 

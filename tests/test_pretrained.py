@@ -250,7 +250,7 @@ def test_the_older_pair_of_tokenizer_files_is_read(tmp_path):
     tokenizer = Tokenizer.load(tmp_path)
     assert tokenizer.encode('the cat') == [vocab[token] for token in ('the', 'Ġ', 'c', 'a', 't')]
     assert tokenizer.decode(tokenizer.encode('the cat') + [2]) == 'the cat'
-    assert tokenizer.endoftext_id == pretrained.start_token(tmp_path, tokenizer) == 2
+    assert tokenizer.endoftext_id == tokenizer.start_id == 2
 
 
 def test_a_model_without_a_tokenizer_says_so_when_it_needs_one(tmp_path):
