@@ -152,7 +152,12 @@ PEFT_NAMES = {  # by the last part of our names
     'magnitude': 'lora_magnitude_vector',
     'rows': 'token_adapter.trainable_tokens_delta',
 }
-SUPPORTED = dict(peft_type='LORA', bias='none', lora_bias=False, rank_pattern={}, alpha_pattern={})
+SUPPORTED = dict(peft_type=['LORA'], bias=['none'], init_lora_weights=[True, False, 'gaussian'])
+# Other keys of adapter_config.json that are read, say nothing of the weights, or what the tensors say as well; any
+# further one (of PiSSA, activated LoRA, ...) has to be empty.
+READ = 'r lora_alpha lora_dropout use_dora use_rslora base_model_name_or_path prompt_format target_modules'.split()
+READ += 'exclude_modules layers_to_transform layers_pattern modules_to_save trainable_token_indices revision'.split()
+READ += 'task_type inference_mode peft_version auto_mapping fan_in_fan_out megatron_core qalora_group_size'.split()
 
 
 def peft_name(name, family):
@@ -192,9 +197,14 @@ def load_adapter(model, folder):
     """Put the adapter of a folder in PEFT's format on the model, to be used, trained on or merged."""
     config, path = read_config(folder), Path(folder) / 'adapter_model.safetensors'
     require(not adapted_layers(model), f'The model has an adapter already; merge it before {folder}.')
-    for key, known in {**SUPPORTED, 'architecture': architecture_name(model)}.items():
-        value, remedy = config.get(key) or known, 'merge it into its base with PEFT'
-        require(value == known, f'{folder} has {key}={value!r}; only {known!r} is known here; {remedy}.')
+    supported, remedy = (
+        {**SUPPORTED, 'architecture': [architecture_name(model)]},
+        'merge it into its base with PEFT',
+    )
+    for key in config.keys() - READ:
+        value, known = config[key], supported.get(key, [None])
+        is_known = value in known or value in families.ABSENT and key != 'peft_type'
+        require(is_known, f'{folder} has {key}={value!r}; only {known[0]!r} is known here; {remedy}.')
     tensors = pretrained.read_tensors(path if path.is_file() else path.with_suffix('.bin'))
     tensors = pretrained.current_names({name.removeprefix(PREFIX): x for name, x in tensors.items()})
     family, _ = families.family_of(type(model), model.config)

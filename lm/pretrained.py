@@ -46,7 +46,8 @@ def load_nanogpt(path, tokenizer):
     try:
         saved = torch.load(path, map_location='cpu', weights_only=True)
         args, tensors = saved['model_args'], gpt2_layout(saved['model'])
-        c = {**args, 'model_type': 'gpt2', 'activation_function': 'gelu', 'n_positions': args['block_size']}
+        c = {key: args[key] for key in ('n_layer', 'n_head', 'n_embd', 'vocab_size')}
+        c |= {'model_type': 'gpt2', 'activation_function': 'gelu', 'n_positions': args['block_size']}
         fields = {**families.config_from_hf(c, path), 'bias': args['bias']}
     except Exception as error:  # damaged bytes make it fail in a dozen ways
         remedy = 'correct the path, or leave --tokenizer out, which our own checkpoints hold'

@@ -340,6 +340,37 @@ def test_an_adapter_that_does_not_fit_is_refused(changes, base, message, tmp_pat
         lora.load_adapter(load(tmp_path / 'other'), folder)
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {'init_lora_weights': 'pissa'},
+        {'init_lora_weights': 'olora'},
+        {'init_lora_weights': 'loftq'},
+        {'alora_invocation_tokens': [1, 2]},
+        {'layer_replication': [[0, 2]]},
+        {'target_parameters': ['mlp.weight']},
+        {'use_qalora': True},
+        {'of_a_later_version': 'x'},
+    ],
+)
+def test_an_adapter_of_another_kind_is_refused(changes, tmp_path):
+    folder, ((key, value),) = adapter(tmp_path, **changes), changes.items()
+    with pytest.raises(
+        UserError, match=re.escape(f'has {key}={value!r}; only ') + '.*merge it into its base with PEFT'
+    ):
+        lora.load_adapter(load(tmp_path / 'base'), folder)
+
+
+@pytest.mark.faults
+def test_an_adapter_with_all_of_pefts_defaults_is_read(tmp_path):
+    folder = adapter(tmp_path)
+    path = folder / 'adapter_config.json'
+    defaults = json.loads(json.dumps(peft.LoraConfig().to_dict(), default=str))
+    path.write_text(json.dumps({**defaults, **json.loads(path.read_text())}))
+    lora.load_adapter(load(tmp_path / 'base'), folder)
+
+
 def test_other_mistakes_are_sentences(tmp_path):
     folder = adapter(tmp_path)
     with pytest.raises(UserError, match='There is no adapter in'):
