@@ -358,7 +358,7 @@ if not resumed.checkpoint:
     save()
 raw_classifier.train()
 tokens_per_row = np.mean([len(row) for row in sets['train'].rows])
-speed = runtime.Speed(trunk, dist, rows_per_step * tokens_per_row, step)
+speed = runtime.Speed(trunk, dist, rows_per_step * tokens_per_row, step, tokens_per_row)
 stopping = False
 while step < max_steps and not stopping and not finished:
     lr = optim.learning_rate_at(step, max_steps, learning_rate, min_lr, warmup, schedule, decay_ratio)

@@ -323,7 +323,7 @@ if not resumed.checkpoint:
     save()
 raw_model.train()
 tokens_per_step = batches.rows_per_step * batches.rows.num_tokens / batches.rows.num_rows  # without padding
-speed = runtime.Speed(raw_model, dist, tokens_per_step, step)
+speed = runtime.Speed(raw_model, dist, tokens_per_step, step, block_size)
 stopping = False
 while step < max_steps and not stopping and not stops_early():
     lr = optim.learning_rate_at(step, max_steps, learning_rate, min_lr, warmup, schedule, decay_ratio)
@@ -340,6 +340,7 @@ while step < max_steps and not stopping and not stops_early():
         # The mean over the trained tokens of all micro-steps and ranks; DDP divides by the number of ranks.
         scaler.scale(loss * (dist.world_size / count)).backward()
         runtime.add(sums, loss, *rest)
+    speed.count(sums, **beliefs)
     grad_norm = opt.step(scaler, trainable.values(), grad_clip)
     step += 1
 

@@ -226,7 +226,7 @@ if not resumed.checkpoint:
     log.metrics(0, evaluate_and_save())
     save()
 raw_model.train()
-speed = runtime.Speed(raw_model, dist, batches.rows_per_step * block_size, step)
+speed = runtime.Speed(raw_model, dist, batches.rows_per_step * block_size, step, block_size)
 stopping = False
 while step < max_steps and not stopping:
     lr = optim.learning_rate_at(step, max_steps, learning_rate, min_lr, warmup, schedule, decay_ratio)
@@ -243,6 +243,7 @@ while step < max_steps and not stopping:
         # The mean over the tokens of all micro-steps and ranks; DDP divides by the number of ranks.
         scaler.scale(loss * (dist.world_size / count)).backward()
         runtime.add(sums, loss, *rest)
+    speed.count(sums, **beliefs)
     grad_norm = opt.step(scaler, raw_model.parameters(), grad_clip)
     if ema:
         ema.update(step)
