@@ -189,6 +189,24 @@ def test_a_step_is_that_of_adamw_but_for_the_rounding(monkeypatch):
     assert {x.dtype for key, x in state.items() if key != 'step'} == {torch.bfloat16}
 
 
+@pytest.mark.faults
+def test_gradients_of_many_micro_steps_add_up_in_bfloat16():
+    """Rounded to the nearest, what comes after 256 like ones is lost: an error of 64 %."""
+
+    def gradient(count):
+        model = torch.nn.Linear(64, 64, bias=False).bfloat16()
+        make_optimizer(model)
+        for i in range(count):
+            (model.weight * (random(64, 64) / count).bfloat16()).sum().backward()
+        return model.weight.grad.float()
+
+    exact = (random(64, 64) / 1024).bfloat16().float() * 1024
+    assert (gradient(1024) - exact).norm() < 0.06 * exact.norm()
+    assert abs((gradient(1024) / exact).mean() - 1) < 0.005  # the rounding favours no side
+    assert torch.equal(gradient(1024), gradient(1024))
+    assert torch.equal(gradient(1), random(64, 64).bfloat16().float())
+
+
 def test_weights_in_bfloat16_get_the_optimizer_that_rounds_them():
     model = make_model().bfloat16()
     parts = make_optimizer(model).parts
