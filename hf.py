@@ -21,8 +21,8 @@ import torch
 from huggingface_hub import HfApi, ModelCardData, save_torch_state_dict
 
 from lm import checkpoints, families, files, lora, pretrained, prompts, sharded
-from lm.configurator import UserError, require
-from lm.tokenizer import IGNORE, MASK, Tokenizer, end_in
+from lm.configurator import require
+from lm.tokenizer import IGNORE, MASK, Tokenizer, end_in, known_id
 from model import ARCHITECTURES, ModelConfig
 
 SHARD_BYTES = 5 * 10**9  # of an exported file, at most
@@ -104,16 +104,15 @@ def write_tokenizer(checkpoint, folder, rows):
     text = tokenizer.to_json()
     text = text if rows is None else without_own_tokens(text, rows, added)
     (folder / 'tokenizer.json').write_text(text, encoding='utf-8')
-    start, end, pad = tokenizer.start_id, tokenizer.endoftext_id, came_with.get('pad_token')
+    start, end = tokenizer.start_id, tokenizer.endoftext_id
     settings = {**came_with.get('tokenizer_config', {}), 'tokenizer_class': 'PreTrainedTokenizerFast'}
     settings |= {'bos_token': name_of(start), 'eos_token': name_of(end)}
     ends = [token for token in prompts.stop_tokens(checkpoint, tokenizer) if rows is None or token < rows]
     ids = {'bos_token_id': start, 'eos_token_id': ends if len(ends) > 1 else end}
     if form := checkpoint.get('prompt_format'):
         settings['chat_template'] = prompts.chat_template(form, tokenizer)
-    if pad is not None:
-        ids['pad_token_id'] = tokenizer.inner.token_to_id(pad) if isinstance(pad, str) else pad
-        settings['pad_token'] = name_of(ids['pad_token_id'])
+    if (pad := known_id(tokenizer.inner, came_with.get('pad_token'))) is not None:
+        ids['pad_token_id'], settings['pad_token'] = pad, name_of(pad)
     files.write_json(folder / 'tokenizer_config.json', settings)
     files.write_json(folder / 'generation_config.json', ids)
     return ids
@@ -184,11 +183,10 @@ def check_name(hub_model_id):
 @contextmanager
 def hub(token, failure):
     """Yield an HfApi; all the ways in which a network and a service fail become a UserError."""
-    try:
+    with files.as_sentence(
+        failure, 'log in with `hf auth login`, and send a finished run by `python hf.py push`'
+    ):
         yield HfApi(token=token or None)
-    except Exception as error:  # the client's, the network's and httpx' own errors have no common class
-        remedy = 'log in with `hf auth login`, and send a finished run by `python hf.py push`'
-        raise UserError(f'{failure} ({pretrained.first_line(error)}); {remedy}.') from error
 
 
 BOUNDS = {'exact': '', 'upper': ' (an upper bound)', 'none': ' (no bound)'}

@@ -195,7 +195,12 @@ def save_adapter(model, folder, base_name, prompt_format=None):
 
 def load_adapter(model, folder):
     """Put the adapter of a folder in PEFT's format on the model, to be used, trained on or merged."""
-    config, path = read_config(folder), Path(folder) / 'adapter_model.safetensors'
+    with files.as_sentence(f'{folder} cannot be read as an adapter', 'save it again'):
+        put_on(model, folder, read_config(folder))
+
+
+def put_on(model, folder, config):
+    path = Path(folder) / 'adapter_model.safetensors'
     require(not adapted_layers(model), f'The model has an adapter already; merge it before {folder}.')
     supported, remedy = (
         {**SUPPORTED, 'architecture': [architecture_name(model)]},

@@ -10,6 +10,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from lm.configurator import UserError, require
+from lm.files import as_sentence
 
 ENDOFTEXT = '<|endoftext|>'  # ends each document
 MASK = '<|mask|>'  # a position that a diffusion model has to fill
@@ -28,14 +29,14 @@ class Tokenizer:
 
     def __init__(self, json_text, name='The tokenizer', end=None, start=None):
         require(json_text is not None, 'This model came without a tokenizer.json; import it again with one.')
-        try:
-            inner = tokenizers.Tokenizer.from_str(json_text)
-        except Exception as error:  # the library raises nothing narrower
-            raise UserError(f'{name} could not be read ({error}); give a tokenizer.json.') from error
+        with as_sentence(f'{name} could not be read', 'give a tokenizer.json'):
+            self.read(json_text, end, start)
 
+    def read(self, json_text, end, start):
+        inner = tokenizers.Tokenizer.from_str(json_text)
         own = inner.post_processor
         recorded = end_in(json.loads(own.__getstate__())) if own else None
-        end = inner.token_to_id(end) if isinstance(end, str) else end
+        end, start = (known_id(inner, token) for token in (end, start))
         if recorded is None and end not in (None, inner.token_to_id(ENDOFTEXT)):
             record_end(inner, end)
             recorded = end
@@ -52,7 +53,6 @@ class Tokenizer:
         self.mask_id, self.ignore_id = inner.token_to_id(MASK), inner.token_to_id(IGNORE)
         added = inner.get_added_tokens_decoder().items()
         self.special_ids = {token.content: i for i, token in added if token.special}  # by name
-        start = inner.token_to_id(start) if isinstance(start, str) else start
         told = [start] if start in self.special_ids.values() else []
         self.start_id = [*told, *inner.encode('').ids, self.endoftext_id][0]
         # A character vocabulary is the only one that cannot spell every text.
@@ -187,14 +187,17 @@ def pieces(text):
 
 def json_of_pair(folder):
     """Return a tokenizer.json's text made of vocab.json and merges.txt, the older form (OPT's)."""
-    try:
+    with as_sentence(f'vocab.json and merges.txt of {folder} could not be read', 'download them again'):
         tokenizer = byte_level(*models.BPE.read_file(f'{folder}/vocab.json', f'{folder}/merges.txt'))
-    except Exception as error:  # the library raises nothing narrower
-        problem = f'vocab.json and merges.txt of {folder} could not be read ({error})'
-        raise UserError(f'{problem}; download them again.') from error
     special = ('<s>', '<pad>', '</s>', '<unk>', ENDOFTEXT)
     tokenizer.add_special_tokens([token for token in special if tokenizer.token_to_id(token) is not None])
     return tokenizer.to_str()
+
+
+def known_id(tokenizer, token):
+    """Return the id of a token given by its name or id; None where the vocabulary lacks it."""
+    ids = tokenizer.get_vocab(with_added_tokens=True)
+    return ids.get(token) if isinstance(token, str) else token if token in ids.values() else None
 
 
 def record_end(tokenizer, end):
@@ -233,6 +236,6 @@ def settings_of(folder, name):
     """Return the JSON object in a file of a folder; {} where there is none."""
     try:
         content = json.loads((folder / name).read_text(encoding='utf-8'))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -196,7 +196,7 @@ def test_gradients_of_many_micro_steps_add_up_in_bfloat16():
     def gradient(count):
         model = torch.nn.Linear(64, 64, bias=False).bfloat16()
         make_optimizer(model)
-        for i in range(count):
+        for _ in range(count):
             (model.weight * (random(64, 64) / count).bfloat16()).sum().backward()
         return model.weight.grad.float()
 
