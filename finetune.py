@@ -258,7 +258,7 @@ def checkpoint():
     """Return what the other scripts need to use the model, but for its weights."""
     start_token = folder.config['start_token']
     state = checkpoints.contents(raw_model, step, best, config, tokenizer, start_token, prompt_format)
-    state['came_with'] = initial.get('came_with')  # of a pretrained model, which an export says again
+    state['came_with'] = initial.get('came_with')  # of a pretrained folder, for exports
     if use_peft:
         state['adapter_state_dict'] = {name: p.detach() for name, p in trainable.items()}
     return state

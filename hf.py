@@ -22,7 +22,7 @@ from huggingface_hub import HfApi, ModelCardData, save_torch_state_dict
 
 from lm import checkpoints, families, files, lora, pretrained, prompts, sharded
 from lm.configurator import require
-from lm.tokenizer import IGNORE, MASK, Tokenizer, end_in, known_id
+from lm.tokenizer import IGNORE, MASK, Tokenizer, end_in
 from model import ARCHITECTURES, ModelConfig
 
 SHARD_BYTES = 5 * 10**9  # of an exported file, at most
@@ -111,7 +111,7 @@ def write_tokenizer(checkpoint, folder, rows):
     ids = {'bos_token_id': start, 'eos_token_id': ends if len(ends) > 1 else end}
     if form := checkpoint.get('prompt_format'):
         settings['chat_template'] = prompts.chat_template(form, tokenizer)
-    if (pad := known_id(tokenizer.inner, came_with.get('pad_token'))) is not None:
+    if (pad := came_with.get('pad_token')) is not None:
         ids['pad_token_id'], settings['pad_token'] = pad, name_of(pad)
     files.write_json(folder / 'tokenizer_config.json', settings)
     files.write_json(folder / 'generation_config.json', ids)

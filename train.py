@@ -180,9 +180,7 @@ def checkpoint():
     """Return what the other scripts need to use the model, but for its weights."""
     start_token, prompt_format = folder.config['start_token'], folder.config['prompt_format']
     state = checkpoints.contents(raw_model, step, best, config, tokenizer, start_token, prompt_format)
-    state['came_with'] = initial and initial.get(
-        'came_with'
-    )  # of a pretrained model, which an export says again
+    state['came_with'] = initial and initial.get('came_with')  # of a pretrained folder, for exports
     return {**state, 'ema_state_dict': ema.ema} if ema else state
 
 

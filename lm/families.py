@@ -140,15 +140,7 @@ def check_config(c, path):
             require(fits, f'{path} has {key}={value!r}; {exact}.')
         elif key in NUMBERS:
             fits = value is None or type(value) in (int, float) and 0 < value <= LARGEST
-            require(
-                fits, f'{path} has {key}={value!r}; it has to be a number up to {LARGEST:,}, and above 0.'
-            )
-
-
-def block_size_of(c, path):
-    """Return how many tokens the model of a config.json sees; None of one that cannot be taken over."""
-    with contextlib.suppress(UserError):
-        return (c.get('model_config') or config_from_hf(c, path))['block_size']
+            require(fits, f'{path} has {key}={value!r}; it has to be above 0 and at most {LARGEST:,}.')
 
 
 def with_rope_and_length(c):
@@ -157,10 +149,9 @@ def with_rope_and_length(c):
     theta = float(rope.get('rope_theta', c.get('rope_theta', 10000.0)))
     kind = rope.get('rope_type', rope.get('type', 'default'))
     scaling = {'rope_type': kind, **{key: rope[key] for key in ROPE_NUMBERS if key in rope}}
-    length, window, types = c['max_position_embeddings'], c.get('sliding_window'), c.get('layer_types') or ()
-    if window and (
-        c['model_type'] == 'mistral' or c.get('use_sliding_window') or 'sliding_attention' in types
-    ):
+    length, window = c['max_position_embeddings'], c.get('sliding_window')
+    slides = c['model_type'] == 'mistral' or 'sliding_attention' in (c.get('layer_types') or ())
+    if window and (slides or c.get('use_sliding_window')):
         length = min(length, window)  # up to there a window changes nothing
     rope = {**rope, 'rope_type': kind, 'rope_scaling': None if kind == 'default' else scaling}
     return {**c, **rope, 'rope_theta': theta, 'max_position_embeddings': length}

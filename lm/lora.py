@@ -170,7 +170,8 @@ def peft_name(name, family):
 def save_adapter(model, folder, base_name, prompt_format=None):
     """Write adapter_model.safetensors and adapter_config.json for PEFT; base_name: what they are for.
 
-    prompt_format: that of the answers it was trained on, a key of ours, which goes with it into its base. Layers have the names of the model's family; our own without one and for gpt2, where q, k, v are one.
+    prompt_format: that of the answers it was trained on, a key of ours that goes with it into its base. Layers have
+    the names of the model's family; our own without one and for gpt2, where q, k, v are one.
     """
     folder, tables, (_, layer) = Path(folder), trained_tables(model), adapted_layers(model)[0]
     family, _ = families.family_of(type(model), model.config)
@@ -200,12 +201,11 @@ def load_adapter(model, folder):
 
 
 def put_on(model, folder, config):
+    """Do what load_adapter promises; whatever is wrong with the files raises something."""
     path = Path(folder) / 'adapter_model.safetensors'
     require(not adapted_layers(model), f'The model has an adapter already; merge it before {folder}.')
-    supported, remedy = (
-        {**SUPPORTED, 'architecture': [architecture_name(model)]},
-        'merge it into its base with PEFT',
-    )
+    supported = {**SUPPORTED, 'architecture': [architecture_name(model)]}
+    remedy = 'merge it into its base with PEFT'
     for key in config.keys() - READ:
         value, known = config[key], supported.get(key, [None])
         is_known = value in known or value in families.ABSENT and key != 'peft_type'

@@ -164,9 +164,8 @@ class StochasticAdamW(torch.optim.Optimizer):
 
     def collect(self):
         """Put the sums back where a step and its clipping find them."""
-        for p, total in self.sums.items():
-            p.grad = total
-        self.sums.clear()
+        for p in [*self.sums]:
+            p.grad = self.sums.pop(p)
         self.added.clear()
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 from lm import families
 from lm.configurator import UserError, require, user_errors
 from lm.files import as_sentence
-from lm.tokenizer import SPECIAL_TOKENS, Tokenizer, pretrained_token, settings_of
+from lm.tokenizer import SPECIAL_TOKENS, Tokenizer, known_id, pretrained_token, settings_of
 from model import ARCHITECTURES, Autoregressive, ModelConfig, architecture_name
 
 CAUSAL_LM = architecture_name(Autoregressive)
@@ -32,6 +32,7 @@ def load(path, token=None, revision=None):
 
 
 def read_folder(folder):
+    """Return the checkpoint of a folder; whatever is wrong with it raises something."""
     c, tensors = read_json(folder / 'config.json'), open_tensors(folder)
     has_tokenizer = any((folder / name).is_file() for name in ('tokenizer.json', 'merges.txt'))
     tokenizer = Tokenizer.load(folder) if has_tokenizer else None
@@ -39,12 +40,10 @@ def read_folder(folder):
         name, fields, family, tensors = c['architecture'], c['model_config'], None, current_names(tensors)
     else:
         name, fields, family = CAUSAL_LM, families.config_from_hf(c, folder), c['model_type']
-    start = c.get('start_token', None if tokenizer else c.get('bos_token_id'))
-    start = start if isinstance(start, int) else tokenizer.start_id if tokenizer else 0
-    checkpoint = as_checkpoint(
-        name, fields, family, tensors, folder, tokenizer, start, c.get('prompt_format')
-    )
-    return {**checkpoint, 'came_with': {'added_tokens': tokenizer and tokenizer.added, **around(folder, c)}}
+    told, form = c.get('start_token', None if tokenizer else c.get('bos_token_id')), c.get('prompt_format')
+    start = told if told in range(fields['vocab_size']) else tokenizer.start_id if tokenizer else 0
+    checkpoint = as_checkpoint(name, fields, family, tensors, folder, tokenizer, start, form)
+    return {**checkpoint, 'came_with': around(folder, c, tokenizer) if tokenizer else None}
 
 
 def load_nanogpt(path, tokenizer):
@@ -152,7 +151,7 @@ def read_json(path):
         return dict(json.loads(path.read_text(encoding='utf-8')))
 
 
-def around(folder, c):
+def around(folder, c, tokenizer):
     """Return what a folder with the config.json `c` says of texts beside its model, which an export says again."""
     settings, jinja = settings_of(folder, 'tokenizer_config.json'), folder / 'chat_template.jinja'
     kept = {key: settings[key] for key in ('chat_template', 'add_bos_token') if key in settings}
@@ -160,7 +159,8 @@ def around(folder, c):
         kept['chat_template'] = jinja.read_text(encoding='utf-8', errors='replace')
     ends = settings_of(folder, 'generation_config.json').get('eos_token_id', c.get('eos_token_id'))
     ends = [token for token in ends if isinstance(token, int)] if isinstance(ends, list) else []
-    return {'end_tokens': ends, 'pad_token': pretrained_token(folder, 'pad'), 'tokenizer_config': kept}
+    pad = known_id(tokenizer.inner, pretrained_token(folder, 'pad'))
+    return dict(end_tokens=ends, pad_token=pad, added_tokens=tokenizer.added, tokenizer_config=kept)
 
 
 def download(name, token=None, revision=None):

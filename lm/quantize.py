@@ -10,12 +10,8 @@ NF4 = torch.tensor([  # quantiles of the normal distribution, one of them 0 (Det
 ])  # fmt: skip
 # bitsandbytes' dynamic map for the scales (Dettmers 2016): ±0.1 to 1, in 64 steps, and ever fewer for each power of
 # ten below, so that one scale that is far from the others does not take the precision from all in its group.
-STEPS = [(torch.linspace(0.1, 1, 2**i + 1).unfold(0, 2, 1).mean(1), 10.0 ** (i - 6)) for i in range(7)]
-DYNAMIC = (
-    torch.cat([torch.tensor([0.0, 1.0]), *(s * x for x, power in STEPS for s in (power, -power))])
-    .sort()
-    .values
-)
+STEPS = [(0.1 + 0.9 * (n + 0.5) / 2**i) * 10.0 ** (i - 6) for i in range(7) for n in range(2**i)]
+DYNAMIC = torch.tensor(sorted([0.0, 1.0, *STEPS, *(-step for step in STEPS)]))
 BLOCK, GROUP = 64, 256  # weights that share a scale; scales that share theirs
 
 

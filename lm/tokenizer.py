@@ -33,6 +33,7 @@ class Tokenizer:
             self.read(json_text, end, start)
 
     def read(self, json_text, end, start):
+        """Set all attributes; whatever is wrong with the text raises something."""
         inner = tokenizers.Tokenizer.from_str(json_text)
         own = inner.post_processor
         recorded = end_in(json.loads(own.__getstate__())) if own else None
@@ -196,8 +197,8 @@ def json_of_pair(folder):
 
 def known_id(tokenizer, token):
     """Return the id of a token given by its name or id; None where the vocabulary lacks it."""
-    ids = tokenizer.get_vocab(with_added_tokens=True)
-    return ids.get(token) if isinstance(token, str) else token if token in ids.values() else None
+    token = tokenizer.token_to_id(token) if isinstance(token, str) else token
+    return token if token in range(2**31) and tokenizer.id_to_token(token) is not None else None
 
 
 def record_end(tokenizer, end):

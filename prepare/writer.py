@@ -13,6 +13,7 @@ import threading
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 
@@ -138,7 +139,8 @@ def block_size_of(path):
     if 'model_type' in c:
         from lm import families  # imports torch too
 
-        return families.block_size_of(c, path)
+        with suppress(UserError):  # where only its tokenizer can be used
+            return (c.get('model_config') or families.config_from_hf(c, path))['block_size']
 
 
 def encode_corpus(corpus, tokenizer, config, journal):

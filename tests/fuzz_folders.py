@@ -14,7 +14,7 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
-from conftest import hf_model, write_llama_tokenizer
+from conftest import hf_model, letter_tokenizer, random_model, write_checkpoint, write_llama_tokenizer
 
 import hf
 from lm import checkpoints, lora, prompts
@@ -73,6 +73,12 @@ def make_folders(place):
         if name == 'llama-3.2':  # shards
             (folder / 'model.safetensors').unlink()
             model.save_pretrained(folder, max_shard_size='40kB')
+    tokenizer = letter_tokenizer()
+    special = dict(vocab_size=tokenizer.vocab_size, mask_id=tokenizer.mask_id, ignore_id=tokenizer.ignore_id)
+    model = random_model('sdd', 0.3, n_layer=1, n_head=2, n_embd=16, block_size=16, **special)
+    write_checkpoint(place / 'native.pt', model, tokenizer)
+    hf.export(place / 'native.pt', place / 'native')
+    (place / 'native.pt').unlink()
     model = checkpoints.load_model(checkpoints.load(place / 'adapter'), 'cpu')
     lora.add_lora(model, 2, 4)
     lora.save_adapter(model, place / 'adapter' / 'adapter', 'base', prompts.DEFAULT)

@@ -231,10 +231,7 @@ def test_a_folder_that_does_not_fit_is_refused_in_a_sentence(mistake, tmp_path):
             {'rope_parameters': {'rope_type': 'default', 'rope_theta': 1e4, 'mrope_section': [2]}},
             'mrope_section',
         ),
-        (
-            {'rope_parameters': {'rope_type': 'linear', 'factor': 0.0}},
-            'factor=0.0; it has to be a number up to',
-        ),
+        ({'rope_parameters': {'rope_type': 'linear', 'factor': 0.0}}, 'factor=0.0; it has to be above 0'),
         ({'rope_theta': -1, 'rope_parameters': None}, 'rope_theta=-1.0; it has to be'),
         ({'num_hidden_layers': '2'}, "num_hidden_layers='2'; it has to be"),
         ({'rms_norm_eps': 'small'}, "rms_norm_eps='small'; it has to be"),
