@@ -157,7 +157,7 @@ else:
     digits = tasks.splits(target_func, sequence_length, *sizes, seed, compat)
     vocabulary = None if initial else tasks.digit_tokenizer(target_func)
 vocabulary = vocabulary or Tokenizer(initial['tokenizer'])
-start_token = initial['start_token'] if initial else vocabulary.endoftext_id
+start_token = initial['start_token'] if initial else vocabulary.start_id
 
 # ---------------------------------------------------------------------------- model
 
@@ -265,6 +265,7 @@ for name, examples in sets.items():
 def checkpoint():
     """Return the trunk as all scripts know it, adapters merged, and the head."""
     state = checkpoints.contents(trunk, step, best, config, vocabulary, start_token, None)
+    state['came_with'] = initial and initial.get('came_with')  # of a pretrained folder, for exports
     state.update(model_state_dict=trunk.state_dict(), head_state_dict=raw_classifier.head.state_dict())
     if lora_rank:
         merged = copy.deepcopy(trunk)
@@ -366,7 +367,7 @@ if not resumed.checkpoint:
     save()
 raw_classifier.train()
 tokens_per_row = np.mean([len(row) for row in sets['train'].rows])
-speed = runtime.Speed(trunk, dist, rows_per_step * tokens_per_row, step)
+speed = runtime.Speed(trunk, dist, rows_per_step * tokens_per_row, step, tokens_per_row)
 stopping = False
 while step < max_steps and not stopping and not finished:
     lr = optim.learning_rate_at(step, max_steps, learning_rate, min_lr, warmup, schedule, decay_ratio)

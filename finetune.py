@@ -32,7 +32,9 @@ block_size: int = None  # tokens per row; None: the data's max_seq_len, or as ma
 dropout = 0.0
 k_schedule = (1, 2, 4, 8)  # sdd: candidates per masked position, one of these drawn for each step
 k_warmup_steps = 0  # sdd: go through k_schedule in this many steps instead, then stay at its last
-p_belief = ((0.5, 0.5),)  # sdd: (fraction of training, probability that a step uses beliefs from there on); before: 0
+p_belief = (
+    (0.5, 0.5),
+)  # sdd: (fraction of training, probability that a step uses beliefs from there on); before: 0
 anneal_steps: int = None  # from ar weights: steps to bidirectional attention; None: a tenth of all
 neftune_alpha = 0.0  # noise on the embeddings while training, e.g. 5 (Jain et al. 2023); 0: none
 gradient_checkpointing = True  # recompute each block in the backward pass: less memory, a third more time
@@ -262,6 +264,7 @@ def checkpoint():
     """Return what the other scripts need to use the model, but for its weights."""
     start_token = folder.config['start_token']
     state = checkpoints.contents(raw_model, step, best, config, tokenizer, start_token, prompt_format)
+    state['came_with'] = initial.get('came_with')  # of a pretrained folder, for exports
     if use_peft:
         state['adapter_state_dict'] = {name: p.detach() for name, p in trainable.items()}
     return state
@@ -291,7 +294,7 @@ def evaluate_and_save():
     log.print(f'step {step}: ' + ', '.join(f'{name} {value:.4f}' for name, value in values.items()))
     is_best = checkpoints.save_if_best(out, step, values, best, checkpoint, whole_weights, dist)
     if is_best and use_peft and dist.is_main:
-        lora.save_adapter(raw_model, out / 'adapter', init_from)
+        lora.save_adapter(raw_model, out / 'adapter', init_from, prompt_format)
     return values
 
 
@@ -320,7 +323,7 @@ if not resumed.checkpoint:
     save()
 raw_model.train()
 tokens_per_step = batches.rows_per_step * batches.rows.num_tokens / batches.rows.num_rows  # without padding
-speed = runtime.Speed(raw_model, dist, tokens_per_step, step)
+speed = runtime.Speed(raw_model, dist, tokens_per_step, step, block_size)
 stopping = False
 while step < max_steps and not stopping and not stops_early():
     lr = optim.learning_rate_at(step, max_steps, learning_rate, min_lr, warmup, schedule, decay_ratio)
@@ -337,6 +340,7 @@ while step < max_steps and not stopping and not stops_early():
         # The mean over the trained tokens of all micro-steps and ranks; DDP divides by the number of ranks.
         scaler.scale(loss * (dist.world_size / count)).backward()
         runtime.add(sums, loss, *rest)
+    speed.count(sums, **beliefs)
     grad_norm = opt.step(scaler, trainable.values(), grad_clip)
     step += 1
 

@@ -135,10 +135,9 @@ ids = [] if chat else encode_infill(infill) if infill else tokenizer.encode(prom
 num_steps = steps or (ids.count(tokenizer.mask_id) if infill else max_new_tokens)
 shown_steps = candidate_steps or (1, num_steps // 2, num_steps * 3 // 4)
 form = state.get('prompt_format') or prompts.DEFAULT
-end = prompts.end_of(form, tokenizer)[0] if chat else tokenizer.endoftext_id
 options = {name: globals()[name] for name in OPTIONS.split()}
 options |= {
-    'stop_tokens': [end] if stop_at_end else [],
+    'stop_tokens': prompts.stop_tokens(state, tokenizer) if stop_at_end else [],
     'watch': print_candidates if show_candidates else None,
 }
 start = [state['start_token']]

@@ -41,7 +41,9 @@ block_length = (0,)  # diffusion: tokens per block, several: one is drawn for ea
 ar_weight = 0.0  # diffusion: of the next-token loss of the clean tokens, which makes it an ar model as well
 k_schedule = (1, 2, 4, 8)  # sdd: candidates per masked position, one of these drawn for each step
 k_warmup_steps = 0  # sdd: go through k_schedule in this many steps instead, then stay at its last
-p_belief = ((0.5, 0.5),)  # sdd: (fraction of training, probability that a step uses beliefs from there on); before: 0
+p_belief = (
+    (0.5, 0.5),
+)  # sdd: (fraction of training, probability that a step uses beliefs from there on); before: 0
 gradient_checkpointing = False  # recompute each block in the backward pass: less memory, a third more time
 selective_checkpointing = False  # with it: keep matmuls and attention, half of a block's memory
 init_from = ''  # start from the weights of a ckpt.pt, run folder, Hugging Face folder or hub id
@@ -187,6 +189,7 @@ def checkpoint():
     """Return what the other scripts need to use the model, but for its weights."""
     start_token, prompt_format = folder.config['start_token'], folder.config['prompt_format']
     state = checkpoints.contents(raw_model, step, best, config, tokenizer, start_token, prompt_format)
+    state['came_with'] = initial and initial.get('came_with')  # of a pretrained folder, for exports
     return {**state, 'ema_state_dict': ema.ema} if ema else state
 
 
@@ -228,7 +231,7 @@ if not resumed.checkpoint:
     save()
 raw_model.train()
 raw_model.mask_window = mask_ratio
-speed = runtime.Speed(raw_model, dist, batches.rows_per_step * block_size, step)
+speed = runtime.Speed(raw_model, dist, batches.rows_per_step * block_size, step, block_size)
 stopping = False
 while step < max_steps and not stopping:
     lr = optim.learning_rate_at(step, max_steps, learning_rate, min_lr, warmup, schedule, decay_ratio)
@@ -246,6 +249,7 @@ while step < max_steps and not stopping:
         # The mean over the tokens of all micro-steps and ranks; DDP divides by the number of ranks.
         scaler.scale(loss * (dist.world_size / count)).backward()
         runtime.add(sums, loss, *rest)
+    speed.count(sums, **beliefs)
     grad_norm = opt.step(scaler, raw_model.parameters(), grad_clip)
     if ema:
         ema.update(step)

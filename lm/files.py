@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 from lm.configurator import UserError
@@ -36,3 +37,15 @@ def checksum(config):
     """The sha256 of what config.json says, apart from itself."""
     rest = {key: value for key, value in config.items() if key != 'checksum'}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def as_sentence(problem, remedy='download it again'):
+    """Raise a UserError in place of whatever damaged bytes, values that cannot be or a network make a library raise."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # they fail in a dozen ways, and have no common class
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f'{problem} ({reason[:200]}); {remedy}.') from error

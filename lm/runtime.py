@@ -216,14 +216,23 @@ def measure_peak_flops(device, dtype):
     return 2 * size**3 / best
 
 
-def flops_per_token(model):
-    """Estimate the operations of a training step per token: 6 per weight of a matmul, and 12 per layer, channel and
-    attended position (Chowdhery et al. 2022, appendix B)."""
-    c = model.config
-    weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)
-    weights -= 0 if model.positions is None else model.positions.weight.numel()
-    weights -= 0 if c.tied else model.embedding.weight.numel()
-    return 6 * weights + 12 * c.n_layer * c.n_head * c.head_dim * c.block_size
+def flops_per_token(model, length=None, predicted=1.0, passes=0.0):
+    """Estimate the operations of a training step per token (Chowdhery et al. 2022, appendix B).
+
+    A weight of a matmul takes 2 in the forward pass, 2 for the gradient of its input and, if it is trained, 2 for its
+    own; a position of a row of `length` 12 per layer and channel. predicted: the share of tokens that get logits;
+    passes: of `SDD`, those that give beliefs: forward only.
+    """
+    c, tables = model.config, ('embedding', 'unembedding', 'positions')
+    matrices = {name: p for name, p in model.named_parameters() if p.dim() == 2}
+    matrices = [p for name, p in matrices.items() if name.split('.')[0] not in tables]
+    weights = sum(m.in_features * m.out_features for m in model.modules() if hasattr(m, 'codes'))  # quantized
+    weights += sum(p.numel() for p in matrices)
+    trained = sum(p.numel() for p in matrices if p.requires_grad)
+    head, head_is_trained = model.head_weight().numel() * predicted, model.head_weight().requires_grad
+    attention = 4 * c.n_layer * c.n_head * c.head_dim * (length or c.block_size)
+    forward = 2 * (weights + head) + attention
+    return (1 + passes) * forward + 2 * (weights + trained + head + head * head_is_trained) + 2 * attention
 
 
 def memory_estimate(model, batch_size, length, dist):
@@ -321,21 +330,29 @@ def describe_loss(model):
 
 
 class Speed:
-    """Tokens per second and their share of the peak (MFU) since the last log."""
+    """Tokens per second and their share of the peak (MFU) since the last log; length: of a row."""
 
-    def __init__(self, model, dist, tokens_per_step, step):
-        self.tokens_per_step, self.flops = tokens_per_step, flops_per_token(model)
-        self.peak_flops = measure_peak_flops(dist.device, dist.dtype) * dist.world_size
+    def __init__(self, model, dist, tokens_per_step, step, length):
+        self.model, self.length, self.tokens = model, length, tokens_per_step / dist.world_size  # of a rank
+        self.peak_flops, self.world_size = measure_peak_flops(dist.device, dist.dtype), dist.world_size
         self.restart(step)
 
     def restart(self, step):
-        self.step, self.start = step, time.perf_counter()
+        self.step, self.start, self.predicted, self.passes = step, time.perf_counter(), 0, 0
+
+    def count(self, sums, k=0, depth=1, stale=0.0):
+        """Note of a step at how many tokens it had logits, and how many passes gave its beliefs."""
+        self.predicted += sums.get('predicted', sums['count']) + sums.get('ignore_targets', 0)
+        self.passes += depth if k else 0
 
     def metrics(self, step):
-        self.seconds_per_step = (time.perf_counter() - self.start) / (step - self.step)
-        tokens_per_sec = self.tokens_per_step / self.seconds_per_step
-        mfu = tokens_per_sec * self.flops / self.peak_flops
-        return {'train/tokens_per_sec': tokens_per_sec, 'train/mfu': mfu}
+        steps = step - self.step
+        self.seconds_per_step = (time.perf_counter() - self.start) / steps
+        predicted = float(self.predicted) / (steps * self.tokens)
+        flops = flops_per_token(self.model, self.length, predicted, self.passes / steps)
+        tokens_per_sec = self.tokens / self.seconds_per_step
+        mfu = tokens_per_sec * flops / self.peak_flops
+        return {'train/tokens_per_sec': tokens_per_sec * self.world_size, 'train/mfu': mfu}
 
 
 def check_finite(loss, step, learning_rate):

@@ -21,7 +21,7 @@ import torch
 
 from lm import checkpoints
 from lm.configurator import ROOT
-from lm.tokenizer import Tokenizer
+from lm.tokenizer import CHARACTERS, Tokenizer, byte_level
 from model import ARCHITECTURES, ModelConfig, architecture_name
 
 LETTERS = 'abcdefghijklmnopqrstuvwxyz '
@@ -181,6 +181,22 @@ def hf_model(name, folder, **changes):
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder)
     return model
+
+
+def write_llama_tokenizer(folder, says='tokenizer.json'):
+    """A byte-level tokenizer of 256 bytes, <s> and </s>; the file `says` that <s> stands before a text."""
+    inner = byte_level({character: byte for byte, character in CHARACTERS.items()}, [])
+    inner.add_special_tokens(['<s>', '</s>'])
+    settings = {'bos_token': '<s>', 'eos_token': {'content': '</s>'}}
+    settings['tokenizer_class'] = 'PreTrainedTokenizerFast'
+    if says == 'tokenizer.json':
+        template = tokenizers.processors.TemplateProcessing('<s> $A', '<s> $A $B', [('<s>', 256)])
+        inner.post_processor = template
+    else:
+        settings['add_bos_token'] = True
+    inner.save(str(folder / 'tokenizer.json'))
+    (folder / 'tokenizer_config.json').write_text(json.dumps(settings))
+    return inner
 
 
 def hf_tokens(rows=2, length=60):

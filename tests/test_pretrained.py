@@ -220,6 +220,46 @@ def test_a_folder_that_does_not_fit_is_refused_in_a_sentence(mistake, tmp_path):
         checkpoints.load(tmp_path)
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    'changes, said',
+    [
+        ({'logit_scale': 2.0}, 'logit_scale=2.0; only None can be taken over exactly'),
+        ({'quantization_config': {'bits': 4}}, 'quantization_config=.*only None'),
+        ({'pretraining_tp': 2}, 'pretraining_tp=2; only 1'),
+        (
+            {'rope_parameters': {'rope_type': 'default', 'rope_theta': 1e4, 'mrope_section': [2]}},
+            'mrope_section',
+        ),
+        ({'rope_parameters': {'rope_type': 'linear', 'factor': 0.0}}, 'factor=0.0; it has to be above 0'),
+        ({'rope_theta': -1, 'rope_parameters': None}, 'rope_theta=-1.0; it has to be'),
+        ({'num_hidden_layers': '2'}, "num_hidden_layers='2'; it has to be"),
+        ({'rms_norm_eps': 'small'}, "rms_norm_eps='small'; it has to be"),
+        ({'max_position_embeddings': 10**9}, 'max_position_embeddings=1000000000; it has to be'),
+    ],
+)
+def test_what_a_config_says_that_is_not_known_at_its_default_is_refused(changes, said, tmp_path):
+    hf_model('llama', tmp_path)
+    edit_config(tmp_path, **changes)
+    with pytest.raises(UserError, match=said):
+        checkpoints.load(tmp_path)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize('name', HF_MODELS)
+def test_every_default_of_transformers_is_known(name, tmp_path):
+    theirs = hf_model(name, tmp_path)
+    (tmp_path / 'config.json').write_text(theirs.config.to_json_string(use_diff=False))
+    checkpoints.load(tmp_path)
+
+
+@pytest.mark.faults
+def test_a_window_of_some_layers_limits_the_block(tmp_path):
+    hf_model('qwen2', tmp_path)
+    edit_config(tmp_path, layer_types=['full_attention', 'sliding_attention'], sliding_window=40)
+    assert load(tmp_path).config.block_size == 40
+
+
 # ---------------------------------------------------------------------------- tokenizers
 
 
@@ -250,7 +290,7 @@ def test_the_older_pair_of_tokenizer_files_is_read(tmp_path):
     tokenizer = Tokenizer.load(tmp_path)
     assert tokenizer.encode('the cat') == [vocab[token] for token in ('the', 'Ġ', 'c', 'a', 't')]
     assert tokenizer.decode(tokenizer.encode('the cat') + [2]) == 'the cat'
-    assert tokenizer.endoftext_id == pretrained.start_token(tmp_path, tokenizer) == 2
+    assert tokenizer.endoftext_id == tokenizer.start_id == 2
 
 
 def test_a_model_without_a_tokenizer_says_so_when_it_needs_one(tmp_path):

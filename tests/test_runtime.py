@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import random_model, signals_kept
 
-from lm import runtime
+from lm import lora, quantize, runtime
 from lm.configurator import UserError
 from lm.data import Batch
 
@@ -69,6 +69,40 @@ def test_operations_per_token_are_those_of_the_matmuls():
     assert runtime.flops_per_token(model) == 6 * (layers + head) + 12 * 2 * 16 * 16
     untied = random_model('ar', 0.1, **SHAPE, tied=False, position='learned')
     assert runtime.flops_per_token(untied) == runtime.flops_per_token(model)  # tables cost nothing
+
+
+@pytest.mark.faults
+def test_operations_are_counted_where_they_are_made():
+    model, tokens = random_model('sdd', 0.1, **SHAPE), 16
+    layers, head, attention = 2 * 12 * 16**2 + 16**2, 64 * 16, 2 * 16 * tokens  # with the belief's matrix
+    forward = 2 * (layers + head / 4) + 4 * attention
+    expected = 3 * forward + 1.5 * forward  # a quarter of the tokens get logits
+    assert runtime.flops_per_token(model, tokens, predicted=0.25, passes=1.5) == expected
+
+    model = random_model('ar', 0.1, **SHAPE)
+    before = runtime.flops_per_token(model)
+    model.requires_grad_(False)
+    frozen = runtime.flops_per_token(model)
+    assert frozen == before - 2 * (2 * 12 * 16**2 + head)
+    for bits in (4, 8):
+        base = random_model('ar', 0.1, **SHAPE).requires_grad_(False)
+        quantize.quantize(base, bits)
+        assert runtime.flops_per_token(base) == frozen
+    lora.add_lora(model, rank=2, alpha=2)
+    adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert runtime.flops_per_token(model) == frozen + 6 * adapters
+
+
+@pytest.mark.faults
+def test_mfu_is_of_the_logits_and_passes_that_there_were(monkeypatch):
+    monkeypatch.setattr(runtime, 'measure_peak_flops', lambda device, dtype: 1.0)
+    model, dist = random_model('sdd', 0.1, **SHAPE), runtime.Runtime('cpu', 'float32')
+    speed = runtime.Speed(model, dist, 64, 0, 16)
+    speed.count({'predicted': torch.tensor(20), 'ignore_targets': torch.tensor(4), 'count': 60})
+    speed.count({'predicted': torch.tensor(8), 'count': 60}, k=2, depth=3, stale=0.1)
+    values = speed.metrics(2)
+    flops = values['train/mfu'] / values['train/tokens_per_sec']
+    assert flops == pytest.approx(runtime.flops_per_token(model, 16, predicted=32 / 128, passes=1.5))
 
 
 def test_the_peak_is_that_of_a_matmul():

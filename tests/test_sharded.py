@@ -43,7 +43,7 @@ CASES = {
     'ar': [*TRAIN, *GPT2, '--gradient_accumulation_steps=2', '--sample_every=3', '--sample_tokens=4'],
     'converted': [*TRAIN, '--architecture=diffusion', '--init_from=PLACE/base', '--gradient_checkpointing'],
     'sdd': [*TUNE, '--dtype=float32', '--architecture=sdd', '--p_belief=((0,1),)'],
-    'bfloat16': [*TUNE, '--dtype=bfloat16', '--master_weights=bfloat16'],
+    'bfloat16': [*TUNE, '--dtype=bfloat16', '--master_weights=bfloat16', '--gradient_accumulation_steps=3'],
 }
 
 
