@@ -46,9 +46,6 @@ def export(source, out):
     checkpoint = checkpoints.load(source, mmap=True)
     architecture, config = checkpoint['architecture'], ModelConfig(**checkpoint['model_config'])
     weights = checkpoints.weights_of(checkpoint)
-    odd = pretrained.shapes_of(ARCHITECTURES[architecture], config).keys() ^ weights.keys()
-    odd = ', '.join(sorted(odd)[:3])
-    require(not odd, f'{source} holds other weights than those of its model ({odd}); merge its adapter.')
     family, c = families.family_of(architecture, config)
     c = c or {'model_type': families.NATIVE, 'architecture': architecture, 'model_config': vars(config)}
     rows, size = config.padded_vocab_size, config.vocab_size
@@ -59,7 +56,8 @@ def export(source, out):
     folder = out.with_name(out.name + '.tmp')
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    save_torch_state_dict(in_family(weights, family, rows), folder, max_shard_size=SHARD_BYTES)
+    with files.writing(out):
+        save_torch_state_dict(in_family(weights, family, rows), folder, max_shard_size=SHARD_BYTES)
     c.update(start_token=checkpoint.get('start_token'), prompt_format=checkpoint.get('prompt_format'))
     if checkpoint['tokenizer'] is not None:
         c.update(write_tokenizer(checkpoint, folder, rows if family else None))

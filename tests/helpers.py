@@ -54,6 +54,22 @@ def tune(*arguments):
     return run('finetune.py', *TUNE, *arguments)
 
 
+class DeadError(Exception):
+    """Stands for a SIGKILL in a run within this process: nothing in the scripts catches it."""
+
+
+def dies_at_call(function, number):
+    """Return the function, but that it raises DeadError at its n-th call."""
+    calls = iter(range(1, number))
+
+    def call(*args, **settings):
+        if next(calls, None) is None:
+            raise DeadError
+        return function(*args, **settings)
+
+    return call
+
+
 # Processes are forked from a server that has imported once what takes seconds.
 SERVER = multiprocessing.get_context('forkserver')
 SERVER.set_forkserver_preload(['helpers', 'torch._dynamo'])
