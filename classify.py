@@ -241,7 +241,8 @@ best_score, finished = -math.inf, False
 history = {key: [] for key in 'steps train_losses test_losses train_accuracies test_accuracies'.split()}
 if resumed.checkpoint:
     with checkpoints.damage_named(resumed.path):
-        best_score, history, finished = (initial[key] for key in ('best_score', 'history', 'finished'))
+        best_score, finished = initial['best_score'], initial['finished']
+        history = {key: [number + 0 for number in initial['history'][key]] for key in history}
     longer = {'max_steps', 'num_epochs'} & {key for key, _, _ in resumed.overrides}
     finished = finished and not longer
     if finished and (resumed.run_dir / 'predictions.npz').exists():

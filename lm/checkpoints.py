@@ -23,7 +23,13 @@ NEEDED |= {'global_step': int, 'start_token': int}
 TYPES = dict.fromkeys(['best_step', 'seed', 'rows_per_step'], int)
 TYPES |= dict.fromkeys('train_config optimizer_state_dict scaler_state_dict head_state_dict'.split(), dict)
 TYPES |= dict.fromkeys('ema_state_dict adapted_state_dict pending'.split(), dict | None)
-TYPES |= {'prompt_format': str | None, 'wandb_run_id': str | None, 'best_val_loss': float, **NEEDED}
+TYPES |= {
+    'prompt_format': str | None,
+    'wandb_run_id': str | None,
+    'best_val_loss': float,
+    'best_score': float,
+    **NEEDED,
+}
 OTHERS = 'take another one of the run, best.pt or one under checkpoints/'
 
 
@@ -85,12 +91,15 @@ def check_contents(checkpoint):
         if not isinstance(checkpoint[key], TYPES[key]):
             raise TypeError(f'{key} is {checkpoint[key]!r:.40}')
     config, weights = checkpoint['model_config'], checkpoint['model_state_dict']
-    if config['n_layer'] > len(weights):  # before so many layers are made
-        raise ValueError(f'n_layer is {config["n_layer"]}')
+    numbers = [checkpoint['global_step'], checkpoint['start_token'], config['n_layer'], config['block_size']]
+    if min(numbers) < 0 or numbers[1] >= config['vocab_size'] or config['n_layer'] > len(weights):
+        raise ValueError(f'step, start token, layers and tokens of a row are {numbers}')
     with torch.device('meta'):
         model = ARCHITECTURES[checkpoint['architecture']](ModelConfig(**config))
-    for state_dict in (weights, checkpoint.get('ema_state_dict')):
-        model.load_state_dict(state_dict or weights, assign=True)  # copies nothing
+    for state_dict in filter(None, (weights, checkpoint.get('ema_state_dict'))):
+        model.load_state_dict(state_dict, assign=True)  # copies nothing
+        if not all(weight.isfinite().all() for weight in state_dict.values()):
+            raise ValueError('a weight is not finite')
 
 
 @contextlib.contextmanager
@@ -250,6 +259,9 @@ def load_state(resumed, model, optimizer):
     states = resumed.checkpoint['optimizer_state_dict']
     optimizer.load_state_dict(states)
     optimizer.set_lr(states['adamw']['param_groups'][0]['lr'])
+    for weight, state in (pair for part in optimizer.parts.values() for pair in part.state.items()):
+        if not {x.shape for x in state.values()} <= {weight.shape, torch.Size()}:
+            raise ValueError('optimizer_state_dict is of other weights')
 
 
 # ---------------------------------------------------------------------------- continuing a run
@@ -304,24 +316,22 @@ def continue_run(resumed, store, model, optimizer, scaler, inputs, config):
     if checkpoint is None:
         return 0, Best(), {}
     with damage_named(path):
-        before, held = checkpoint['rows_per_step'], checkpoint.get('data')
+        before, now = checkpoint['rows_per_step'], inputs['rows_per_step']
+        remedy = 'keep the product of batch_size, gradient_accumulation_steps and ranks'
+        require(before == now, f'The run of {path} has {before} rows per step, not {now}; {remedy}.')
+        held, data = checkpoint.get('data') or {}, inputs['data']
+        if isinstance(held, str):  # of an earlier version: the hash of a file, or those of a mix
+            held = {} if ':' in held else {'train_tokens.bin': held}
+        changed = [name for name in held if held[name] != data.get(name)]
+        on_purpose = config['changed_data'] or any(key == 'dataset' for key, *_ in resumed.overrides)
+        remedy = 'put it back, or go on all the same with --changed_data'
+        require(not changed or on_purpose, f'{", ".join(changed)} changed since the run of {path}; {remedy}.')
+        resumed.overrides.extend((name, held[name], data.get(name)) for name in changed)
         store.load_state(resumed, model, optimizer)
         if checkpoint['scaler_state_dict']:  # empty unless dtype was float16
             scaler.load_state_dict(checkpoint['scaler_state_dict'])
         best = Best(checkpoint['best_step'], checkpoint['best_val_loss'])
-    now, remedy = (
-        inputs['rows_per_step'],
-        'keep the product of batch_size, gradient_accumulation_steps and ranks',
-    )
-    require(before == now, f'The run of {path} has {before} rows per step, not {now}; {remedy}.')
-    if isinstance(held, str):  # of an earlier version: the hash of a file, or those of a mix
-        held = {} if ':' in held else {'train_tokens.bin': held}
-    changed = [name for name in held or () if held[name] != inputs['data'].get(name)]
-    on_purpose = config['changed_data'] or any(key == 'dataset' for key, *_ in resumed.overrides)
-    remedy = 'put it back, or go on all the same with --changed_data'
-    require(not changed or on_purpose, f'{", ".join(changed)} changed since the run of {path}; {remedy}.')
-    resumed.overrides.extend((name, held[name], inputs['data'].get(name)) for name in changed)
-    return checkpoint['global_step'], best, checkpoint.get('pending')
+        return checkpoint['global_step'], best, checkpoint.get('pending')
 
 
 # ---------------------------------------------------------------------------- the run folder

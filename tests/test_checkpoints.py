@@ -96,7 +96,7 @@ EDITS = {  # what an entry becomes
     'train_config': None,
     'tokenizer': 5,
     'architecture': 'rnn',
-    'start_token': None,
+    'start_token': -1,
     'model_config': {**SHAPE, 'n_layer': 10**9},
     'model_state_dict': {'embedding.weight': torch.ones(2, 3)},
     'ema_state_dict': {'embedding.weight': 'none'},
