@@ -306,7 +306,7 @@ def subset(examples):
     return examples.take(np.arange(size) * len(examples) // size)
 
 
-def evaluate():
+def evaluate_and_save():
     """Evaluate all sets, keep the best weights by the validation rows, write down the history, log the step."""
     global best_score, finished, pending
     parts = {name: subset(examples) for name, examples in sets.items()}
@@ -360,7 +360,7 @@ def final_eval():
 
 save()  # where a copy goes on, ckpt.pt becomes that
 if pending is not None:
-    evaluate()
+    evaluate_and_save()
 raw_classifier.train()
 tokens_per_row = np.mean([len(row) for row in sets['train'].rows])
 speed = runtime.Speed(trunk, dist, rows_per_step * tokens_per_row, step)
@@ -401,7 +401,7 @@ while step < max_steps and not stopping and not finished:
     if saving:
         save()  # before the evaluation, which may be cut off
     if evaluating and not stopping:
-        evaluate()
+        evaluate_and_save()
     if metrics:
         speed.restart(step)
 

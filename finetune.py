@@ -290,7 +290,7 @@ def save(is_last=False):
 tokens_per_byte = folder.counted_tokens_per_byte('val')
 
 
-def evaluate():
+def evaluate_and_save():
     """Compute the val/ metrics, the same for any number of ranks, print answers, save the best weights, log the step."""
     global pending
     rows = data.evaluation_batches(
@@ -331,7 +331,7 @@ def print_answers():
 if not (fsdp and resumed.checkpoint):  # where a copy goes on, ckpt.pt becomes that
     save()
 if pending is not None:
-    evaluate()
+    evaluate_and_save()
 raw_model.train()
 tokens_per_step = batches.rows_per_step * batches.rows.num_tokens / batches.rows.num_rows  # without padding
 speed = runtime.Speed(raw_model, dist, tokens_per_step, step)
@@ -372,7 +372,7 @@ while not stopping and not is_finished():
     if saving:
         save()  # before the evaluation, which may be cut off
     if evaluating and not stopping:
-        evaluate()
+        evaluate_and_save()
     if metrics:
         speed.restart(step)
 

@@ -56,8 +56,12 @@ def export(source, out):
     folder = out.with_name(out.name + '.tmp')
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    with files.writing(out):
-        save_torch_state_dict(in_family(weights, family, rows), folder, max_shard_size=SHARD_BYTES)
+    try:
+        with files.writing(out):
+            save_torch_state_dict(in_family(weights, family, rows), folder, max_shard_size=SHARD_BYTES)
+    except UserError:
+        shutil.rmtree(folder)  # half of it would keep the disk full
+        raise
     c.update(start_token=checkpoint.get('start_token'), prompt_format=checkpoint.get('prompt_format'))
     if checkpoint['tokenizer'] is not None:
         c.update(write_tokenizer(checkpoint, folder, rows if family else None))
@@ -93,7 +97,7 @@ def write_tokenizer(checkpoint, folder, rows):
     end, text = tokenizer.endoftext_id, tokenizer.to_json()
     start = end if start is None or tokenizer.decode([start]) else start  # has to be a special token
     text = text if rows is None else without_own_tokens(text, rows)
-    (folder / 'tokenizer.json').write_text(text, encoding='utf-8')
+    files.save_atomically(folder / 'tokenizer.json', lambda file: file.write(text.encode()))
     settings = {'tokenizer_class': 'PreTrainedTokenizerFast', 'bos_token': tokenizer.inner.id_to_token(start)}
     settings['eos_token'] = tokenizer.inner.id_to_token(end)
     files.write_json(folder / 'tokenizer_config.json', settings)

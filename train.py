@@ -199,7 +199,7 @@ def whole_weights():
     return store.whole_weights(raw_model)
 
 
-def evaluate():
+def evaluate_and_save():
     """Compute the val/ metrics, the same for any number of ranks, print samples where it is their turn, save the best
     weights, log the step."""
     global pending
@@ -231,7 +231,7 @@ def print_samples():
 if not (fsdp and resumed.checkpoint):  # where a copy goes on, ckpt.pt becomes that
     save()
 if pending is not None:
-    evaluate()
+    evaluate_and_save()
 raw_model.train()
 speed = runtime.Speed(raw_model, dist, batches.rows_per_step * block_size, step)
 stopping = False
@@ -273,7 +273,7 @@ while step < max_steps and not stopping:
     if saving:
         save()  # before the evaluation, which may be cut off
     if evaluating and not stopping:
-        evaluate()
+        evaluate_and_save()
     if metrics:
         speed.restart(step)
 

@@ -91,9 +91,11 @@ def check_contents(checkpoint):
         if not isinstance(checkpoint[key], TYPES[key]):
             raise TypeError(f'{key} is {checkpoint[key]!r:.40}')
     config, weights = checkpoint['model_config'], checkpoint['model_state_dict']
-    numbers = [checkpoint['global_step'], checkpoint['start_token'], config['n_layer'], config['block_size']]
-    if min(numbers) < 0 or numbers[1] >= config['vocab_size'] or config['n_layer'] > len(weights):
-        raise ValueError(f'step, start token, layers and tokens of a row are {numbers}')
+    step, start, size = checkpoint['global_step'], checkpoint['start_token'], config['vocab_size']
+    if min(step, start, config['block_size']) < 0 or checkpoint['tokenizer'] and start >= size:
+        raise ValueError(f'global_step is {step}, start_token {start}, block_size {config["block_size"]}')
+    if config['n_layer'] > len(weights):  # before so many layers are made
+        raise ValueError(f'n_layer is {config["n_layer"]}')
     with torch.device('meta'):
         model = ARCHITECTURES[checkpoint['architecture']](ModelConfig(**config))
     for state_dict in filter(None, (weights, checkpoint.get('ema_state_dict'))):
