@@ -7,6 +7,7 @@ torchrun --standalone --nproc_per_node=2 classify.py --target_func=fn_a --device
 
 import copy
 import math
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,7 @@ out_dir = ''  # empty: out/{architecture}-{task}-{size}-v{n}
 run_suffix = ''  # appended to that name
 overwrite = False  # delete the existing run in out_dir
 resume_from = ''  # a ckpt.pt or run folder; auto: out_dir's, if it has one
+changed_data = False  # resume although rows or labels are others than those that the run began with
 save_every = 0  # steps between checkpoints beside those at evaluations; 0: none
 seed = 42
 no_wandb = False
@@ -214,7 +216,8 @@ if lora_rank:
 elif num_layers_to_finetune is not None:
     classification.train_top_layers(raw_classifier, num_layers_to_finetune, train_final_norm)
 if resumed.checkpoint:
-    classification.load_state(raw_classifier, resumed.checkpoint)
+    with checkpoints.damage_named(resumed.path):
+        classification.load_state(raw_classifier, resumed.checkpoint)
 raw_classifier.to(dist.device)
 
 # ---------------------------------------------------------------------------- steps, optimizer, state
@@ -228,17 +231,20 @@ eval_every = eval_every or max(1, math.ceil(max_steps / 10))
 warmup = round(warmup_ratio * max_steps) if warmup_steps is None else warmup_steps
 opt = optim.make_optimizer(raw_classifier, optimizer, learning_rate, beta1, beta2, weight_decay)
 scaler = dist.scaler()
-step, best, best_score, finished = 0, checkpoints.Best(), -math.inf, False
+checksums = {
+    f'the rows of {name}': zlib.crc32(np.concatenate([*part.rows, part.labels]))
+    for name, part in sets.items()
+}
+inputs = {'rows_per_step': rows_per_step, 'data': checksums}
+step, best, pending = checkpoints.continue_run(
+    resumed, checkpoints, raw_classifier, opt, scaler, inputs, config
+)
+best_score, finished = -math.inf, False
 history = {key: [] for key in 'steps train_losses test_losses train_accuracies test_accuracies'.split()}
 if resumed.checkpoint:
-    step, best = initial['global_step'], checkpoints.Best(initial['best_step'], initial['best_val_loss'])
-    best_score, history, finished = (initial[key] for key in ('best_score', 'history', 'finished'))
-    before, now = (initial['rows_per_step'], initial['num_rows']), (rows_per_step, num_rows)
-    remedy = 'leave batch_size, ranks and data as they were'
-    require(before == now, f'{resumed.path} has (rows per step, rows) {before}, not {now}; {remedy}.')
-    checkpoints.load_state(resumed, raw_classifier, opt)
-    if initial['scaler_state_dict']:  # empty unless dtype was float16
-        scaler.load_state_dict(initial['scaler_state_dict'])
+    with checkpoints.damage_named(resumed.path):
+        best_score, finished = initial['best_score'], initial['finished']
+        history = {key: [number + 0 for number in initial['history'][key]] for key in history}
     longer = {'max_steps', 'num_epochs'} & {key for key, _, _ in resumed.overrides}
     finished = finished and not longer
     if finished and (resumed.run_dir / 'predictions.npz').exists():
@@ -277,10 +283,9 @@ def checkpoint():
 def save():
     """Write ckpt.pt with all that it takes to go on."""
     if dist.is_main:
-        state = {**checkpoint(), 'optimizer_state_dict': opt.state_dict()}
-        state['scaler_state_dict'] = scaler.state_dict()
-        state |= {'rows_per_step': rows_per_step, 'num_rows': num_rows, 'finished': finished}
-        state |= {'best_score': best_score, 'history': history, 'wandb_run_id': log.wandb_run_id}
+        state = {**checkpoint(), **inputs, 'pending': pending, 'wandb_run_id': log.wandb_run_id}
+        state |= {'optimizer_state_dict': opt.state_dict(), 'scaler_state_dict': scaler.state_dict()}
+        state |= {'finished': finished, 'best_score': best_score, 'history': history}
         checkpoints.save(out / 'ckpt.pt', state)
 
 
@@ -314,8 +319,8 @@ def subset(examples):
 
 
 def evaluate_and_save():
-    """Evaluate all sets, keep the best weights by the validation rows, and write down the history."""
-    global best_score
+    """Evaluate all sets, keep the best weights by the validation rows, write down the history, log the step."""
+    global best_score, finished, pending
     parts = {name: subset(examples) for name, examples in sets.items()}
     judged = {name: predict(examples)[:, :3] for name, examples in parts.items()}
     metrics = {name: evaluate(parts[name].labels, judged[name]) for name in parts}
@@ -324,6 +329,7 @@ def evaluate_and_save():
     figures = (f'{name} loss {m["loss"]:.4f}, accuracy {m["accuracy"]:.4f}' for name, m in metrics.items())
     log.print(f'step {step}: ' + ', '.join(figures))
     train, selecting = metrics['train'], metrics.get('val', test)
+    runtime.check_finite(selecting['loss'], step, learning_rate)
     values = step, train['loss'], test['loss'], train['accuracy'], test['accuracy']
     for key, value in zip(history, values):
         history[key].append(value)
@@ -336,8 +342,10 @@ def evaluate_and_save():
         lines = ''.join(f'{key} = {value!r}\n' for key, value in history.items())
         save_atomically(out / 'metrics.py', lambda file: file.write(lines.encode()))
         write_json(out / 'eval_results.json', {'step': step, **metrics})
-    ppl = math.exp(min(selecting['loss'], 700))
-    return {'val/loss': selecting['loss'], 'val/accuracy': selecting['accuracy'], 'val/perplexity': ppl}
+    values = {'val/loss': selecting['loss'], 'val/accuracy': selecting['accuracy']}
+    log.metrics(step, pending | values | {'val/perplexity': math.exp(min(selecting['loss'], 700))})
+    pending, without_better = None, sum(evaluated > best.step for evaluated in history['steps'])
+    finished = step == max_steps or bool(early_stopping) and without_better >= early_stopping
 
 
 def final_eval():
@@ -362,9 +370,9 @@ def final_eval():
 
 # ---------------------------------------------------------------------------- the loop
 
-if not resumed.checkpoint:
-    log.metrics(0, evaluate_and_save())
-    save()
+save()  # where a copy goes on, ckpt.pt becomes that
+if pending is not None:
+    evaluate_and_save()
 raw_classifier.train()
 tokens_per_row = np.mean([len(row) for row in sets['train'].rows])
 speed = runtime.Speed(trunk, dist, rows_per_step * tokens_per_row, step, tokens_per_row)
@@ -373,7 +381,7 @@ while step < max_steps and not stopping and not finished:
     lr = optim.learning_rate_at(step, max_steps, learning_rate, min_lr, warmup, schedule, decay_ratio)
     opt.set_lr(lr)
     index = classification.rows_of_step(step, rows_per_step, num_rows, seed, lengths)
-    weight = max(1e-9, row_weights[index].sum())  # of the rows of all micro-steps and ranks
+    weight = max(1e-9, float(row_weights[index].sum()))  # of the rows of all micro-steps and ranks
     mine = index.reshape(gradient_accumulation_steps, dist.world_size, batch_size)[:, dist.rank]
     sums = {}
     for i, part in enumerate(mine):
@@ -399,17 +407,17 @@ while step < max_steps and not stopping and not finished:
         metrics |= speed.metrics(step)
         log.progress(step, max_steps, metrics, speed.seconds_per_step)
     if evaluating:
-        metrics |= evaluate_and_save()
-        without_better = sum(evaluated > best.step for evaluated in history['steps'])
-        finished = step == max_steps or bool(early_stopping) and without_better >= early_stopping
-    if metrics:
+        pending = metrics
+    elif metrics:
         log.metrics(step, metrics)
-    if saving and not finished:
-        save()
+    if saving:
+        save()  # before the evaluation, which may be cut off
+    if evaluating and not stopping:
+        evaluate_and_save()
     if metrics:
         speed.restart(step)
 
-if finished or step >= max_steps:
+if pending is None and step >= max_steps or finished:
     finished = True
     save()
     final_eval()

@@ -7,6 +7,7 @@ torchrun --standalone --nproc_per_node=2 finetune.py --dataset=alpaca --init_fro
 
 import copy
 import math
+import zlib
 from itertools import groupby
 from pathlib import Path
 
@@ -75,6 +76,7 @@ out_dir = ''  # empty: out/{architecture}-{dataset}-{base}-v{n}
 run_suffix = ''  # appended to that name
 overwrite = False  # delete the existing run in out_dir
 resume_from = ''  # a ckpt.pt or run folder; auto: out_dir's, if it has one
+changed_data = False  # resume although data or base weights are others than those that the run began with
 save_every = 0  # steps between checkpoints beside those at evaluations; 0: none
 save_total_limit = 0  # copies kept under checkpoints/, one per save_every, and the best; 0: none
 seed = 0
@@ -160,6 +162,8 @@ if use_peft:
 
     raw_model.load_state_dict(weights or raw_model.state_dict())
     weights = None
+    checksums = [zlib.crc32(x.flatten().view(torch.uint8).numpy()) for x in raw_model.state_dict().values()]
+    folder.fingerprint[f'the weights of {init_from}'] = checksums
     targets = tuple(name.strip() for name in peft_targets.split(',')) if peft_targets else ()
     if load_in_8bit or load_in_4bit:
         quantize.quantize(raw_model, bits=8 if load_in_8bit else 4)
@@ -207,14 +211,16 @@ warmup = warmup_steps if warmup_given else min(warmup_steps, max_steps // 10)
 rank = dist.rank if fsdp else 0  # of the random numbers that round this rank's weights
 opt = optim.make_optimizer(raw_model, optimizer, learning_rate, beta1, beta2, weight_decay, seed, rank)
 scaler = dist.scaler()
-step, best = checkpoints.continue_run(resumed, store, raw_model, opt, scaler, batches, config)
+inputs = {'rows_per_step': batches.rows_per_step, 'data': folder.fingerprint}
+step, best, pending = checkpoints.continue_run(resumed, store, raw_model, opt, scaler, inputs, config)
 
 
-def stops_early():
-    return early_stopping > 0 and step - best.step >= early_stopping * eval_every
+def is_finished():
+    stops_early = early_stopping and step - best.step >= early_stopping * eval_every
+    return pending is None and (step >= max_steps or stops_early)
 
 
-if resumed.checkpoint and (step >= max_steps or stops_early()):
+if is_finished():
     remedy = '--max_steps makes it longer, --early_stopping=0 more patient'
     dist.exit(f'{resumed.path} is finished at step {step} of {max_steps}, best at {best.step}. {remedy}.')
 model = dist.wrap(raw_model, compile, fsdp)
@@ -279,23 +285,28 @@ def whole_weights():
     return merged.state_dict()
 
 
-def save():
-    """Write ckpt.pt with all that it takes to go on."""
-    state = {**checkpoint(), **checkpoints.state_of_run(scaler, batches, log)}
-    is_last = step == max_steps or stops_early()
+def save(is_last=False):
+    """Write ckpt.pt with all that it takes to go on, and its copy where one is due."""
+    state = {**checkpoint(), **inputs, 'pending': pending, 'wandb_run_id': log.wandb_run_id}
+    state['scaler_state_dict'] = scaler.state_dict()
     store.save_state(out / 'ckpt.pt', raw_model, opt, dist, state, whole_weights, is_last)
+    if dist.is_main and step and save_every and step % save_every == 0 and save_total_limit:
+        checkpoints.keep_copy(out, step, save_total_limit, best.step)
 
 
 def evaluate_and_save():
-    """Compute the val/ metrics, the same for any number of ranks, print answers, save the best weights."""
+    """Compute the val/ metrics, the same for any number of ranks, print answers, save the best weights, log the step."""
+    global pending
     values = runtime.evaluate(raw_model, val_batches, dist)
     if num_samples and (dist.is_main or fsdp):
         print_answers()
     log.print(f'step {step}: ' + ', '.join(f'{name} {value:.4f}' for name, value in values.items()))
+    runtime.check_finite(values['val/loss'], step, learning_rate)
     is_best = checkpoints.save_if_best(out, step, values, best, checkpoint, whole_weights, dist)
     if is_best and use_peft and dist.is_main:
         lora.save_adapter(raw_model, out / 'adapter', init_from, prompt_format)
-    return values
+    log.metrics(step, pending | values)
+    pending = None
 
 
 def print_answers():
@@ -318,14 +329,15 @@ def print_answers():
 
 # ---------------------------------------------------------------------------- the loop
 
-if not resumed.checkpoint:
-    log.metrics(0, evaluate_and_save())
+if not (fsdp and resumed.checkpoint):  # where a copy goes on, ckpt.pt becomes that
     save()
+if pending is not None:
+    evaluate_and_save()
 raw_model.train()
 tokens_per_step = batches.rows_per_step * batches.rows.num_tokens / batches.rows.num_rows  # without padding
 speed = runtime.Speed(raw_model, dist, tokens_per_step, step, block_size)
 stopping = False
-while step < max_steps and not stopping and not stops_early():
+while not stopping and not is_finished():
     lr = optim.learning_rate_at(step, max_steps, learning_rate, min_lr, warmup, schedule, decay_ratio)
     opt.set_lr(lr)
     raw_model.attn_mask = optim.annealed_mask(step, anneal_steps, block_size, seed, dist.device)
@@ -356,23 +368,24 @@ while step < max_steps and not stopping and not stops_early():
         metrics |= speed.metrics(step)
         log.progress(step, max_steps, metrics, speed.seconds_per_step)
     if evaluating:
-        metrics |= evaluate_and_save()
-    if metrics:
+        pending = metrics
+    elif metrics:
         log.metrics(step, metrics)
     if saving:
-        save()
-        if dist.is_main and save_every and step % save_every == 0 and save_total_limit:
-            checkpoints.keep_copy(out, step, save_total_limit, best.step)
+        save()  # before the evaluation, which may be cut off
+    if evaluating and not stopping:
+        evaluate_and_save()
     if metrics:
         speed.restart(step)
 
-if stopping and step < max_steps:
+if not is_finished():
     log.print(f'stopped at step {step} of {max_steps}; continue with --resume_from={out}')
 else:
+    save(is_last=True)
     early = f'stopped early at step {step}' if step < max_steps else 'done'
     sample = f'python sample.py --checkpoint={out / "best.pt"} --chat'
     log.print(f'{early}: best val/loss {best.loss:.4f} at step {best.step}; ask it something: {sample}')
-log.close()
-if push_to_hub and dist.is_main and not stopping:
+if push_to_hub and dist.is_main and is_finished():
     hf.push(out, hub_model_id, token)
+log.close()
 dist.close()

@@ -21,7 +21,7 @@ import torch
 from huggingface_hub import HfApi, ModelCardData, save_torch_state_dict
 
 from lm import checkpoints, families, files, lora, pretrained, prompts, runtime, sharded
-from lm.configurator import require
+from lm.configurator import UserError, require
 from lm.tokenizer import IGNORE, MASK, Tokenizer, end_in
 from model import ARCHITECTURES, ModelConfig
 
@@ -47,9 +47,6 @@ def export(source, out):
     checkpoint = checkpoints.load(source, mmap=True)
     architecture, config = checkpoint['architecture'], ModelConfig(**checkpoint['model_config'])
     weights = checkpoints.weights_of(checkpoint)
-    odd = pretrained.shapes_of(ARCHITECTURES[architecture], config).keys() ^ weights.keys()
-    odd = ', '.join(sorted(odd)[:3])
-    require(not odd, f'{source} holds other weights than those of its model ({odd}); merge its adapter.')
     family, c = families.family_of(architecture, config)
     c = c or {'model_type': families.NATIVE, 'architecture': architecture, 'model_config': vars(config)}
     rows, size = config.padded_vocab_size, config.vocab_size
@@ -60,7 +57,12 @@ def export(source, out):
     folder = out.with_name(out.name + '.tmp')
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    save_torch_state_dict(in_family(weights, family, rows), folder, max_shard_size=SHARD_BYTES)
+    try:
+        with files.writing(out):
+            save_torch_state_dict(in_family(weights, family, rows), folder, max_shard_size=SHARD_BYTES)
+    except UserError:
+        shutil.rmtree(folder)  # half of it would keep the disk full
+        raise
     c.update(start_token=checkpoint.get('start_token'), prompt_format=checkpoint.get('prompt_format'))
     if checkpoint['tokenizer'] is not None:
         c.update(write_tokenizer(checkpoint, folder, rows if family else None))
@@ -103,7 +105,7 @@ def write_tokenizer(checkpoint, folder, rows):
     added = {MASK, IGNORE}.intersection(came_with.get('added_tokens', (MASK, IGNORE)))
     text = tokenizer.to_json()
     text = text if rows is None else without_own_tokens(text, rows, added)
-    (folder / 'tokenizer.json').write_text(text, encoding='utf-8')
+    files.save_atomically(folder / 'tokenizer.json', lambda file: file.write(text.encode()))
     start, end = tokenizer.start_id, tokenizer.endoftext_id
     settings = {**came_with.get('tokenizer_config', {}), 'tokenizer_class': 'PreTrainedTokenizerFast'}
     settings |= {'bos_token': name_of(start), 'eos_token': name_of(end)}

@@ -212,7 +212,7 @@ def write_results():
     """Write results.csv, a row per finished run, and results.md, the mean ± standard deviation over seeds."""
     paths = {name: root / name / 'eval_results.json' for name in runs if is_finished(name)}
     found = [name for name in paths if paths[name].exists()]
-    figures = {name: dict(flat(json.loads(paths[name].read_text()))) for name in found}
+    figures = {name: dict(flat(read_results(paths[name]))) for name in found}
     names = list(dict.fromkeys(key for values in figures.values() for key in values))
     with open(root / 'results.csv', 'w', newline='') as file:
         writer = csv.DictWriter(file, ['run', *keys, *names], extrasaction='ignore', lineterminator='\n')
@@ -226,6 +226,15 @@ def write_results():
     table = markdown_table([key for key in keys if key != 'seed'], groups, names)
     (root / 'results.md').write_text(table + '\n')
     print(f'\n{table}\n\n{len(figures)} of {len(runs)} runs: {root}/results.csv, {root}/results.md')
+
+
+def read_results(path):
+    """Return the figures of a run; none, and a word about it, where its file is damaged."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        print(f'{path} is damaged ({error}); delete {path.parent}, and the run is done again.')
+        return {}
 
 
 def flat(figures, prefix=''):

@@ -77,6 +77,7 @@ out_dir = ''  # empty: out/{architecture}-{dataset}-{size}-v{n}
 run_suffix = ''  # appended to that name
 overwrite = False  # delete the existing run in out_dir
 resume_from = ''  # a ckpt.pt or run folder; auto: out_dir's, if it has one
+changed_data = False  # resume although the data are others than those that the run began with
 save_every = 0  # steps between checkpoints beside those at evaluations; 0: none
 save_total_limit = 0  # copies kept under checkpoints/, one per save_every, and the best; 0: none
 seed = 0
@@ -161,8 +162,9 @@ rank = dist.rank if fsdp else 0  # of the random numbers that round this rank's 
 opt = optim.make_optimizer(raw_model, optimizer, learning_rate, beta1, beta2, weight_decay, seed, rank)
 scaler = dist.scaler()
 ema = optim.WeightAverage(raw_model, ema_decay) if ema_decay else None
-step, best = checkpoints.continue_run(resumed, store, raw_model, opt, scaler, batches, config)
-if resumed.checkpoint and step >= max_steps:
+inputs = {'rows_per_step': batches.rows_per_step, 'data': folder.fingerprint}
+step, best, pending = checkpoints.continue_run(resumed, store, raw_model, opt, scaler, inputs, config)
+if step >= max_steps and pending is None:
     dist.exit(f'{resumed.path} is finished at step {step} of {max_steps}. --max_steps makes it longer.')
 if ema and resumed.checkpoint and 'ema_state_dict' in initial:
     ema.load(initial['ema_state_dict'])
@@ -193,10 +195,13 @@ def checkpoint():
     return {**state, 'ema_state_dict': ema.ema} if ema else state
 
 
-def save():
-    """Write ckpt.pt with all that it takes to go on."""
-    state = {**checkpoint(), **checkpoints.state_of_run(scaler, batches, log)}
-    store.save_state(out / 'ckpt.pt', raw_model, opt, dist, state, whole_weights, is_last=step == max_steps)
+def save(is_last=False):
+    """Write ckpt.pt with all that it takes to go on, and its copy where one is due."""
+    state = {**checkpoint(), **inputs, 'pending': pending, 'wandb_run_id': log.wandb_run_id}
+    state['scaler_state_dict'] = scaler.state_dict()
+    store.save_state(out / 'ckpt.pt', raw_model, opt, dist, state, whole_weights, is_last)
+    if dist.is_main and step and save_every and step % save_every == 0 and save_total_limit:
+        checkpoints.keep_copy(out, step, save_total_limit, best.step)
 
 
 def whole_weights():
@@ -205,14 +210,18 @@ def whole_weights():
 
 
 def evaluate_and_save():
-    """Compute the val/ metrics, the same for any number of ranks, print samples where it is their turn, save the best weights."""
+    """Compute the val/ metrics, the same for any number of ranks, print samples where it is their turn, save the best
+    weights, log the step."""
+    global pending
     with ema.in_place() if ema else nullcontext():
         values = runtime.evaluate(raw_model, val_batches, dist)
         if sample_every and (step % sample_every == 0 or step == max_steps) and (dist.is_main or fsdp):
             print_samples()
     log.print(f'step {step}: ' + ', '.join(f'{name} {value:.4f}' for name, value in values.items()))
+    runtime.check_finite(values['val/loss'], step, learning_rate)
     checkpoints.save_if_best(out, step, values, best, checkpoint, whole_weights, dist)
-    return values
+    log.metrics(step, pending | values)
+    pending = None
 
 
 def print_samples():
@@ -226,9 +235,10 @@ def print_samples():
 
 # ---------------------------------------------------------------------------- the loop
 
-if not resumed.checkpoint:
-    log.metrics(0, evaluate_and_save())
+if not (fsdp and resumed.checkpoint):  # where a copy goes on, ckpt.pt becomes that
     save()
+if pending is not None:
+    evaluate_and_save()
 raw_model.train()
 raw_model.mask_window = mask_ratio
 speed = runtime.Speed(raw_model, dist, batches.rows_per_step * block_size, step, block_size)
@@ -267,19 +277,20 @@ while step < max_steps and not stopping:
         metrics |= speed.metrics(step)
         log.progress(step, max_steps, metrics, speed.seconds_per_step)
     if evaluating:
-        metrics |= evaluate_and_save()
-    if metrics:
+        pending = metrics
+    elif metrics:
         log.metrics(step, metrics)
     if saving:
-        save()
-        if dist.is_main and save_every and step % save_every == 0 and save_total_limit:
-            checkpoints.keep_copy(out, step, save_total_limit, best.step)
+        save()  # before the evaluation, which may be cut off
+    if evaluating and not stopping:
+        evaluate_and_save()
     if metrics:
         speed.restart(step)
 
-if step < max_steps:
+if step < max_steps or pending is not None:
     log.print(f'stopped at step {step} of {max_steps}; continue with --resume_from={out}')
 else:
+    save(is_last=True)
     sample = f'python sample.py --checkpoint={out / "ckpt.pt"}'
     log.print(f'done: best val/loss {best.loss:.4f} at step {best.step}; look at what it writes: {sample}')
 log.close()

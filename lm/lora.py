@@ -188,7 +188,6 @@ def save_adapter(model, folder, base_name, prompt_format=None):
         ids = {name: table.ids.tolist() for name, table in tables.items()}
         config.update(trainable_token_indices=ids, modules_to_save=new or None)
         config['architecture'] = architecture_name(model)  # a key of ours, by which a base is converted
-    folder.mkdir(parents=True, exist_ok=True)
     data = safetensors.torch.save(tensors, metadata={'format': 'pt'})
     files.save_atomically(folder / 'adapter_model.safetensors', lambda file: file.write(data))
     files.write_json(folder / 'adapter_config.json', config)

@@ -187,18 +187,22 @@ def synchronize(device):
 
 
 class StopSignal:
-    """Set by the first SIGTERM, SIGINT or SIGUSR1; a second one ends the process at once."""
+    """Set by the first SIGTERM, SIGINT, SIGUSR1 or SIGHUP; a second one ends the process at once, but for SIGHUP, of
+    which a terminal that is closed sends two."""
 
     def __init__(self):
         self.received = None
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self.receive)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(signal.SIGHUP, self.receive)
 
     def receive(self, number, frame):
-        if self.received is not None:
+        if self.received is not None and number != signal.SIGHUP:
             os._exit(128 + number)
         self.received = signal.Signals(number).name
-        os.write(2, f'\n{self.received}: saving at the next step; once more to quit at once\n'.encode())
+        with contextlib.suppress(OSError):  # the terminal is gone
+            os.write(2, f'\n{self.received}: saving at the next step; once more to quit at once\n'.encode())
 
 
 def measure_peak_flops(device, dtype):
@@ -350,7 +354,7 @@ class Speed:
         self.seconds_per_step = (time.perf_counter() - self.start) / steps
         predicted = float(self.predicted) / (steps * self.tokens)
         flops = flops_per_token(self.model, self.length, predicted, self.passes / steps)
-        tokens_per_sec = self.tokens / self.seconds_per_step
+        tokens_per_sec = float(self.tokens / self.seconds_per_step)
         mfu = tokens_per_sec * flops / self.peak_flops
         return {'train/tokens_per_sec': tokens_per_sec * self.world_size, 'train/mfu': mfu}
 

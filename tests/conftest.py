@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import runpy
 import signal
 import sys
@@ -21,6 +22,7 @@ import torch
 
 from lm import checkpoints
 from lm.configurator import ROOT
+from lm.files import sha256_of
 from lm.tokenizer import CHARACTERS, Tokenizer, byte_level
 from model import ARCHITECTURES, ModelConfig, architecture_name
 
@@ -70,6 +72,7 @@ def write_folder(folder, train=None, val=None, train_on=None, letters=LETTERS):
                 'splits': splits,
                 'start_token': tokenizer.endoftext_id,
                 'prompt_format': None,
+                'sha256': {path.name: sha256_of(path) for path in folder.iterdir()},
             }
         )
     )
@@ -109,13 +112,24 @@ def make_folder(tmp_path):
 @contextmanager
 def signals_kept():
     """A script that runs within the tests installs its own handlers; afterwards they are as before."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
     handlers = {number: signal.getsignal(number) for number in numbers}
     try:
         yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def largest_file(size):
+    """As on a full disk: no file can grow beyond so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @contextmanager

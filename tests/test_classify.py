@@ -12,7 +12,9 @@ from conftest import letter_tokenizer, random_model
 from helpers import (
     CPU,
     GPT2_SWITCHES,
+    DeadError,
     assert_same_run,
+    dies_at_call,
     finish,
     load,
     losses,
@@ -28,7 +30,7 @@ from helpers import (
 )
 
 import hf
-from lm import checkpoints
+from lm import checkpoints, classification
 from lm.configurator import UserError
 
 COMMON = [*CPU, '--seed=1']
@@ -218,11 +220,41 @@ def test_a_finished_run_is_left_alone_and_goes_on_where_it_is_made_longer(place)
     for words, said in (
         ([*TASK, '--out_dir=run'], 'already holds a run'),
         (['--target_func=fn_b', '--resume_from=run'], "has target_func='fn_a', not 'fn_b'"),
-        (['--batch_size=5', '--max_steps=4', '--resume_from=run'], r'rows.*\(6, 20\), not \(5, 20\)'),
+        (['--batch_size=5', '--max_steps=4', '--resume_from=run'], 'has 6 rows per step, not 5'),
     ):
         with pytest.raises(UserError, match=said):
             classify(*TINY, *words)
     assert classify('--resume_from=run', '--max_steps=4')['step'] == 4
+
+
+@pytest.mark.faults
+def test_a_run_goes_on_with_other_labels_only_on_purpose(place):
+    settings = [*TINY, *TEXTS, *BYTES, '--out_dir=run']
+    classify(*settings, '--max_steps=2')
+    table = (place / 'rus/test.tsv').read_text().split('\n')
+    table[1] = table[1].replace('neg', 'pos') if 'neg' in table[1] else table[1].replace('pos', 'neg')
+    (place / 'rus/test.tsv').write_text('\n'.join(table))
+    with pytest.raises(
+        UserError, match='the rows of rus changed since the run of run/ckpt.pt; put .*--changed_data'
+    ):
+        classify(*settings, '--max_steps=4', '--resume_from=auto')
+    assert classify(*settings, '--max_steps=4', '--resume_from=auto', '--changed_data')['step'] == 4
+    assert 'resumed with the rows of rus=' in (place / 'run/logs.log').read_text()
+
+
+@pytest.mark.faults
+def test_a_run_that_dies_in_an_evaluation_loses_no_step(place, monkeypatch):
+    settings = [*TINY, *TASK, '--max_steps=4', '--eval_every=2', '--val_set_size=6']
+    for calls, step in ((1, 0), (5, 2), (5, 4)):  # four in each evaluation
+        with monkeypatch.context() as patch, pytest.raises(DeadError):
+            function = classification.confusion_metrics
+            patch.setattr(classification, 'confusion_metrics', dies_at_call(function, calls))
+            classify(*settings, '--out_dir=run', '--resume_from=auto')
+        assert load(place / 'run')['global_step'] == step
+    classify(*settings, '--out_dir=run', '--resume_from=auto')
+    classify(*settings, '--out_dir=whole')
+    assert_same_run(place / 'run', place / 'whole')
+    assert load(place / 'run')['history'] == load(place / 'whole')['history']
 
 
 @pytest.mark.slow

@@ -276,7 +276,7 @@ def test_the_gradient_is_the_same_for_any_number_of_micro_steps_and_ranks(place,
 def test_copies_are_kept_up_to_their_limit(place, tmp_path):
     tune(*settings(place, 'ar', f'--out_dir={tmp_path}/run', '--save_every=1', '--save_total_limit=2'))
     kept = {path.name for path in (tmp_path / 'run/checkpoints').iterdir()}
-    assert {'checkpoint-5', 'checkpoint-6'} <= kept and len(kept) <= 3
+    assert 'checkpoint-6' in kept and len(kept) == 2  # and the one before, or the best
 
 
 def test_a_run_that_is_finished_or_in_the_way_is_left_alone(place, capsys):
@@ -307,6 +307,20 @@ def test_adapters_are_trained_alone_and_the_checkpoint_has_them_merged(place, tm
     ]
     torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
     assert (tmp_path / 'run/adapter').is_dir()
+
+
+@pytest.mark.faults
+def test_adapters_go_on_with_another_base_only_on_purpose(place, tmp_path):
+    base, out = shutil.copytree(place / 'ar', tmp_path / 'base'), tmp_path / 'run'
+    words = ['--use_peft', f'--init_from={base}', f'--dataset={place}/examples', f'--out_dir={out}']
+    tune(*words)
+    state = load(base)
+    state['model_state_dict']['blocks.0.mlp.up.weight'][0, 0] += 1e-3
+    torch.save(state, base / 'ckpt.pt')
+    with pytest.raises(UserError, match=f'the weights of {base} changed since the run of .*--changed_data'):
+        tune(*words, '--max_steps=8', '--resume_from=auto')
+    tune(*words, '--max_steps=8', '--resume_from=auto', '--changed_data')
+    assert f'resumed with the weights of {base}=' in (out / 'logs.log').read_text()
 
 
 # ---------------------------------------------------------------------------- memory

@@ -16,6 +16,7 @@ from conftest import (
     HF_MODELS,
     hf_model,
     hf_tokens,
+    largest_file,
     letter_tokenizer,
     random_model,
     signals_kept,
@@ -305,9 +306,19 @@ def test_a_checkpoint_with_its_adapter_beside_is_not_exported(tmp_path):
     model, tokenizer = letter_model('ar')
     lora.add_lora(model, 2, 2)
     write_checkpoint(tmp_path / 'ckpt.pt', model, tokenizer)
-    with pytest.raises(UserError, match='holds other weights than.*merge its adapter'):
+    with pytest.raises(UserError, match='ckpt.pt was edited or is damaged .*state_dict for Autoregressive'):
         run('export', tmp_path / 'ckpt.pt', f'--out={tmp_path}/out')
     assert not list(tmp_path.glob('out*'))
+
+
+@pytest.mark.faults
+def test_an_export_that_a_full_disk_cuts_is_one_sentence_and_leaves_no_rest(tmp_path):
+    model, tokenizer = letter_model('ar')
+    write_checkpoint(tmp_path / 'ckpt.pt', model, tokenizer)
+    with pytest.raises(UserError, match='exported could not be written .*; what was there before'):
+        with largest_file(3000):
+            run('export', tmp_path / 'ckpt.pt', f'--out={tmp_path}/exported')
+    assert [path.name for path in tmp_path.iterdir()] == ['ckpt.pt']
 
 
 def test_code_of_a_model_is_refused_by_every_script(monkeypatch):

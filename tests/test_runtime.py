@@ -198,6 +198,20 @@ def test_the_first_signal_is_noted_and_the_second_ends_the_process(monkeypatch, 
         assert exits == [128 + number]
 
 
+@pytest.mark.faults
+def test_a_closed_terminal_is_a_signal_to_save_however_often_it_says_so(monkeypatch):
+    exits = []
+    monkeypatch.setattr(os, '_exit', exits.append)
+    with signals_kept():
+        stop = runtime.StopSignal()
+        for _ in range(2):  # the kernel's and the shell's
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.received == 'SIGHUP' and exits == []
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        runtime.StopSignal()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
 # ---------------------------------------------------------------------------- settings
 
 

@@ -302,6 +302,35 @@ def test_a_job_that_is_told_to_stop_saves_and_goes_on_when_requeued(place, numbe
     assert list(place.glob('try/*/done.json')) and (next(place.glob('try/*/work'))).read_text() == 'once'
 
 
+@pytest.mark.faults
+def test_of_an_array_only_the_task_that_was_told_to_stop_is_requeued(place):
+    file = write(place, 'jobs.py', base_args={'lr': 1, 'seconds': 100}, grid={'seed': [1]})
+    assert sweep(place, file, '--dry_run', '--submit=slurm', shipped_template(place))[0] == 0
+    command = write_command(place, 'scontrol', f'echo "$@" >> {place}/requeued\n')
+    array = {
+        'SLURM_JOB_ID': '7',
+        'SLURM_ARRAY_JOB_ID': '7',
+        'SLURM_ARRAY_TASK_ID': '0',
+    }  # of the first or last task
+    job = subprocess.Popen(['bash', place / 'try/jobs/array.sh'], env={**os.environ, **command, **array})
+    wait_until(lambda: list(place.glob('try/*/started')))
+    job.send_signal(signal.SIGUSR1)
+    job.wait(timeout=60)
+    assert (place / 'requeued').read_text() == 'requeue 7_0\n'
+
+
+@pytest.mark.faults
+def test_a_garbled_result_is_named_and_the_table_has_the_others(place):
+    file = write(place, 'three.py', base_args={'seconds': 0, 'lr': 0.5}, grid={'seed': [1, 2, 3]})
+    assert sweep(place, file)[0] == 0
+    paths = sorted(place.glob('try/*/eval_results.json'))
+    paths[0].write_text('{"step": 3, "te')
+    paths[1].write_text('[1]')
+    status, output = sweep(place, file)
+    assert status == 0 and output.count('is damaged') == 2 and 'Traceback' not in output
+    assert sum(bool(row['test.accuracy']) for row in rows(place)) == 1
+
+
 def test_an_unknown_field_or_a_missing_sbatch_is_a_sentence(place):
     file = write(place, 'jobs.py', base_args={'lr': 1}, grid={'seed': [1]})
     (place / 'mine.sh').write_text('#!/bin/bash\n#SBATCH --partition={partition}\necho {args}\n')

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 import wandb
-from conftest import write_folder
+from conftest import largest_file, write_folder
 from helpers import GPT2, TRAIN, fill_in, fingerprints, load, losses, metrics, run, same, train
 
 from lm.configurator import ROOT, UserError
@@ -190,6 +190,31 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_checkpoint_before_it_is
     assert all(weight.isfinite().all() for weight in load(tmp_path / 'run')['model_state_dict'].values())
 
 
+@pytest.mark.faults
+def test_weights_that_are_not_finite_replace_no_checkpoint_and_the_run_is_not_done(place, tmp_path, capsys):
+    settings = [f'--dataset={place}/letters', '--warmup_steps=0', '--schedule=constant', '--max_steps=1']
+    with pytest.raises(
+        UserError, match=r'\S+ is not finite after step 1; the last checkpoint is kept; try a lower'
+    ):
+        train(*settings, *GPT2, '--learning_rate=1e39', f'--out_dir={tmp_path}/run')
+    checkpoint = load(tmp_path / 'run')
+    assert checkpoint['global_step'] == 0 and 'done' not in capsys.readouterr().out
+    assert all(weight.isfinite().all() for weight in checkpoint['model_state_dict'].values())
+
+
+@pytest.mark.faults
+def test_a_full_disk_ends_a_run_in_one_sentence_and_the_state_before_goes_on(place, tmp_path):
+    settings = [f'--dataset={place}/letters', f'--out_dir={tmp_path}/run', '--ema_decay=0.5']
+    train(*settings, '--max_steps=3')
+    size = (tmp_path / 'run/ckpt.pt').stat().st_size
+    with pytest.raises(UserError, match='ckpt.pt could not be written .*what was there before still is'):
+        with largest_file(size - 9000):
+            train(*settings, '--resume_from=auto')
+    assert not list((tmp_path / 'run').glob('*.tmp')) and load(tmp_path / 'run')['global_step'] == 3
+    train(*settings, '--resume_from=auto')
+    assert load(tmp_path / 'run')['global_step'] == 6
+
+
 def test_the_hubs_token_is_written_nowhere(place, tmp_path):
     out = tmp_path / 'run'
     train(f'--dataset={place}/letters', f'--out_dir={out}', '--token=hf_secret', '--max_steps=2')
@@ -290,6 +315,10 @@ BAD_STARTS = {  # the arguments, what the error says
         ['--out_dir=PLACE/run', '--overwrite', '--dataset=DATA/short'],
         'DATA/short has 2 val tokens, a row 17',
     ),
+    'an out_dir that is a file': (['--out_dir=DATA/cut.pt'], 'cut.pt could not be written'),
+    'an out_dir below a file': (['--out_dir=DATA/cut.pt/run'], 'cut.pt/run could not be written'),
+    'an out_dir that nobody can write': (['--out_dir=/proc/run'], '/proc/run could not be written'),
+    'a relative dataset of another folder': (['--dataset=letters'], "'letters' in .*or at .*data/letters"),
     'a checkpoint cut in half': (['--init_from=DATA/cut.pt'], 'cut.pt is damaged .*; take another one'),
     'a file of another kind': (['--init_from=PLACE/letters/config.json'], 'config.json is damaged or no'),
 }
