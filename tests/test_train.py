@@ -273,7 +273,7 @@ BAD_SETTINGS = {
     '--dropout=1.0': 'dropout is 1.0',
     '--beta1=1.5': 'beta1 is 1.5; it must be at least 0 and below 1',
     '--ema_decay=1': 'ema_decay is 1.0; it must be at least 0 and below 1',
-    '--p_belief=0.5': 'p_belief=0.5 gives float',
+    '--p_belief=0.5': 'p_belief is (0.5,)',
     '--k_schedule=()': 'k_schedule is',
     '--master_weights=bfloat16 --optimizer=muon --dtype=auto': 'does not go with optimizer=muon',
     **{
