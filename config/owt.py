@@ -5,5 +5,4 @@ dtype = 'bfloat16'
 warmup_steps = 2000
 eval_every = 1000
 eval_batches = 40
-save_every = 1000
 sample_every = 5000

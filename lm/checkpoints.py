@@ -2,6 +2,8 @@
 
 import contextlib
 import math
+import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,12 +36,12 @@ def is_pretrained(path):
     return is_name and is_id and not path.exists()
 
 
-def load(path, token=None, revision=None, mmap=False, sharded=False):
+def load(path, token=None, revision=None, mmap=False, sharded=False, tokenizer=None):
     """Load the dict that `ckpt.pt` holds, its tensors on the CPU.
 
     path: the file, a run folder, a Hugging Face folder, or the id of a model of its hub, for which `token` and
     `revision` are. mmap: leave the tensors on disk until they are used. sharded: whether the weights may be missing,
-    because a folder beside it has them.
+    because a folder beside it has them. tokenizer: of a ckpt.pt of nanoGPT's, which does not hold it.
     """
     if is_pretrained(path):
         return pretrained.load(path, token, revision)
@@ -52,6 +54,8 @@ def load(path, token=None, revision=None, mmap=False, sharded=False):
         remedy = 'take another one of the run, best.pt or one under checkpoints/'
         raise UserError(f'{path} is damaged or no checkpoint of ours ({reason}); {remedy}.') from error
     checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
+    if {'model', 'model_args'} <= checkpoint.keys():
+        checkpoint = pretrained.from_nanogpt(checkpoint, path, tokenizer)
     missing = {'architecture', 'model_config', 'model_state_dict', 'tokenizer'} - set(checkpoint)
     if missing == {'model_state_dict'} and 'sharded' in checkpoint:
         remedy = f'put them into it with `python hf.py consolidate {path.parent}`, or let the run finish'
@@ -77,6 +81,15 @@ def size_of(model_size):
     """Return n_layer, n_head and n_embd of a named size as a dict."""
     require(model_size in SIZES, f'model_size is {model_size!r}; choose {", ".join(SIZES)}.')
     return dict(zip(('n_layer', 'n_head', 'n_embd'), SIZES[model_size]))
+
+
+def check_model(checkpoint, path, config, keys=()):
+    """Raise a UserError where the model at `path` is another one than the settings that were given say."""
+    wanted = size_of(config['model_size']) if 'model_size' in config.given else {}
+    wanted |= {key: config[key] for key in keys if key in config.given}
+    held = {**checkpoint['model_config'], 'architecture': checkpoint['architecture']}
+    for key, value in wanted.items():
+        require(value in (None, held[key]), f'{path} has {key}={held[key]!r}, not {value!r}; leave it out.')
 
 
 def weights_of(checkpoint):
@@ -285,7 +298,8 @@ def open_run_folder(out_dir, name, suffix='', run_dir=None, overwrite=False):
     n = 0
     while not out_dir:
         n += 1
-        folder = ROOT / 'out' / (f'{name}-v{n}' + (f'-{suffix}' if suffix else ''))
+        numbered = f'{name}-v{n}' + (f'-{suffix}' if suffix else '')
+        folder = ROOT / 'out' / re.sub(r'[^\w.+=-]', '-', numbered)  # a name of data leads nowhere else
         with contextlib.suppress(FileExistsError):  # another run may take the number just now
             folder.mkdir(parents=True)
             return folder
@@ -296,17 +310,21 @@ def open_run_folder(out_dir, name, suffix='', run_dir=None, overwrite=False):
         remedy = 'continue it with --resume_from=auto, delete it with --overwrite, or choose another out_dir'
         require(overwrite, f'{folder} already holds a run; {remedy}.')
         for path in (folder / file for file in RUN_FILES):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def keep_copy(folder, step, limit, best_step):
-    """Copy ckpt.pt to checkpoints/checkpoint-{step}/, and keep the newest `limit` copies and the best."""
-    copy = folder / 'checkpoints' / f'checkpoint-{step}'
+    """Copy ckpt.pt to checkpoints/checkpoint-{step}/, and keep the newest `limit` copies (None: all) and the best."""
+    copy, state = folder / 'checkpoints' / f'checkpoint-{step}', Path('sharded', f'step-{step}')
     copy.mkdir(parents=True, exist_ok=True)
+    if (folder / state).is_dir():  # its files are written once and never changed
+        shutil.rmtree(copy / state, ignore_errors=True)
+        shutil.copytree(folder / state, copy / state, copy_function=os.link)
     with open(folder / 'ckpt.pt', 'rb') as source:
         save_atomically(copy / 'ckpt.pt', lambda file: shutil.copyfileobj(source, file))
     steps = sorted(int(path.name.split('-')[1]) for path in (folder / 'checkpoints').glob('checkpoint-*'))
-    for old in [s for s in steps if s not in (step, best_step)][: max(0, len(steps) - limit)]:
+    too_many = max(0, len(steps) - (limit or len(steps)))
+    for old in [s for s in steps if s not in (step, best_step)][:too_many]:
         shutil.rmtree(folder / 'checkpoints' / f'checkpoint-{old}')

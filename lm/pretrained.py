@@ -9,7 +9,7 @@ import torch
 
 from lm import families
 from lm.configurator import UserError, require, user_errors
-from lm.tokenizer import SPECIAL_TOKENS, Tokenizer, pretrained_token
+from lm.tokenizer import SPECIAL_TOKENS, Tokenizer, build, pretrained_token
 from model import ARCHITECTURES, Autoregressive, ModelConfig, architecture_name
 
 CAUSAL_LM = architecture_name(Autoregressive)
@@ -37,19 +37,20 @@ def load(path, token=None, revision=None):
     return as_checkpoint(name, fields, family, tensors, folder, tokenizer, start, c.get('prompt_format'))
 
 
-def load_nanogpt(path, tokenizer):
-    """Return a ckpt.pt of nanoGPT as a checkpoint of ours; tokenizer: the one that it was trained with."""
+def from_nanogpt(saved, path, tokenizer=None):
+    """Return what a ckpt.pt of nanoGPT holds as a checkpoint of ours; tokenizer: its own, None: GPT-2's."""
     try:
-        saved = torch.load(path, map_location='cpu', weights_only=True)
         args, tensors = saved['model_args'], gpt2_layout(saved['model'])
         c = {**args, 'model_type': 'gpt2', 'activation_function': 'gelu', 'n_positions': args['block_size']}
         fields = {**families.config_from_hf(c, path), 'bias': args['bias']}
-    except Exception as error:  # damaged bytes make it fail in a dozen ways
-        remedy = 'correct the path, or leave --tokenizer out, which our own checkpoints hold'
-        raise UserError(f"{path} is no ckpt.pt of nanoGPT's ({first_line(error)[:80]}); {remedy}.") from error
-    rows, size = fields['pretrained_rows'], tokenizer.vocab_size
-    fits = rows >= size - len(SPECIAL_TOKENS)
-    require(fits, f'{path} has {rows} tokens, the tokenizer {size}; give its own as --tokenizer.')
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no whole ckpt.pt of nanoGPT's ({error!r}); correct the path.") from error
+    rows = fields['pretrained_rows']
+    tokenizer = tokenizer or build('gpt2')
+    fits = 0 <= rows + len(SPECIAL_TOKENS) - tokenizer.vocab_size
+    require(
+        fits, f'{path} has {rows} tokens, the tokenizer {tokenizer.vocab_size}; give its own --tokenizer.'
+    )
     return as_checkpoint(CAUSAL_LM, fields, 'gpt2', tensors, path, tokenizer, tokenizer.endoftext_id)
 
 
@@ -124,6 +125,8 @@ def open_tensors(folder):
         if index.is_file():
             names = set(read_json(index).get('weight_map', {}).values())
         if index.is_file() or (folder / file).is_file():
+            outside = [name for name in names if Path(name).name != name]
+            require(not outside, f'{index} leads out of its folder, to {outside}; download it again.')
             parts = [read_tensors(folder / name) for name in sorted(names)]
             return {name: tensor for part in parts for name, tensor in part.items()}
     raise UserError(f'{folder} holds no weights, model.safetensors or pytorch_model.bin; download it again.')

@@ -295,3 +295,11 @@ def test_a_hub_that_fails_in_the_middle_is_one_sentence(tmp_path, monkeypatch, f
     monkeypatch.setattr(huggingface_hub, 'snapshot_download', broken)
     with pytest.raises(UserError, match=r'no model by that name \(peer closed connection.*\)'):
         checkpoints.load('owner/name')
+
+
+@pytest.mark.faults
+def test_an_index_leads_to_no_other_folder(tmp_path):
+    index = {'weight_map': {'model.embed_tokens.weight': '../secret.safetensors'}}
+    (tmp_path / 'model.safetensors.index.json').write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r'leads out of its folder, to .*\.\./secret'):
+        pretrained.open_tensors(tmp_path)
