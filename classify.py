@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lm import checkpoints, classification, families, languages, optim, pretrained, runtime, tasks
+from lm import checkpoints, classification, families, languages, optim, runtime, tasks
 from lm.classification import Examples
-from lm.configurator import UserError, check_choice, check_range, configure, require
+from lm.configurator import check_choice, configure, report_idle, require
 from lm.files import save_atomically, write_json
 from lm.log import start_run
 from lm.tokenizer import Tokenizer
@@ -26,7 +26,7 @@ target_func = 'fn_c'  # fn_a to fn_l; lm/tasks.py says what each is
 sequence_length = 50  # digits per row
 train_set_size = 200
 test_set_size = 10000
-compat = False  # fn_g and fn_h as published at L = 20: test rows repeat, near misses as negatives
+compat: bool = None  # fn_g and fn_h as published at L = 20: rows repeat; None: where there are too few
 # --- or texts ---
 task = ''  # of the database, e.g. sentiment; instead of target_func
 train_langs = 'eng'  # commas between several
@@ -69,11 +69,11 @@ pool = ''  # last, mean; empty: last for ar, mean for the bidirectional ones
 num_classes: int = None  # outputs of the head; 1: a single logit. None: 1 for a task, else the database's
 # --- optimization ---
 num_epochs = 200.0
-max_steps: int = None  # instead of num_epochs
+max_steps: int = None  # in place of num_epochs; the later of the two counts
 optimizer = 'adamw'  # adamw or muon
 learning_rate = 3e-4
 min_lr = 0.0
-warmup_steps: int = None  # None: warmup_ratio of all steps
+warmup_steps: int = None  # in place of warmup_ratio; the later of the two counts
 warmup_ratio = 0.0
 schedule = 'cosine'  # cosine, linear, wsd, constant
 decay_ratio = 0.2  # of all steps: the decay of wsd
@@ -105,7 +105,6 @@ device = 'auto'  # cpu, cuda, cuda:N, mps
 dtype = 'auto'  # bfloat16, float16, float32
 compile: bool = None  # torch.compile; None: on CUDA only
 config = configure(globals())
-del config['token']  # no secret goes into config.json, the checkpoint or W&B
 
 # A run keeps what is FIXED; everything else may change when it is resumed, and the change is printed.
 FIXED = (
@@ -114,24 +113,20 @@ FIXED = (
     'train_final_norm lora_rank lora_alpha lora_dora pool num_classes optimizer group_by_length seed'
 ).split()
 SHAPE = ('n_layer', 'n_head', 'n_embd', 'n_kv_head')
-TASK_KEYS = {'target_func', 'sequence_length', 'train_set_size', 'test_set_size', 'compat'}
-TEXT_KEYS = {'train_langs', 'eval_langs', 'language_database', 'model_type', 'tokenizer', 'vocab_size'}
-TEXT_KEYS |= {'group_by_length', 'max_expansion'}
+TASK_KEYS = 'target_func sequence_length train_set_size test_set_size compat'
+TEXT_KEYS = 'train_langs eval_langs language_database model_type tokenizer vocab_size group_by_length'
+TEXT_KEYS += ' block_size max_expansion'
 
 check_choice(config, 'model', ('', *families.PUBLISHED, *families.FINETUNED, *SIZES))
 check_choice(config, 'model_type', ('normal', 'ipa'))
 check_choice(config, 'pool', ('', 'last', 'mean'))
 check_choice(config, 'best_by', classification.BEST_BY)
 runtime.check_settings(config)
-check_range(config, 1, math.inf, 'max_steps')
 
 # ---------------------------------------------------------------------------- process, start, data
 
 resumed = checkpoints.resume(globals(), config, FIXED)
-idle, kind = (TASK_KEYS, 'texts') if task else (TEXT_KEYS, 'an algorithmic task')
-for key in sorted(config.given & idle) if not resumed.checkpoint else ():
-    remedy = 'leave it out' if task else 'leave it out, or give --task=NAME for texts'
-    raise UserError(f'{key} has no effect on {kind}; {remedy}.')
+report_idle(config, *(('on texts', TASK_KEYS) if task else ('on an algorithmic task', TEXT_KEYS)))
 both = lora_rank and num_layers_to_finetune is not None
 require(not both, 'lora_rank and num_layers_to_finetune freeze different things; leave one of them out.')
 model_size = model if model in SIZES else model_size
@@ -142,10 +137,13 @@ if model_prefix:
     init_from = init_from or str(Path(checkpoint_prefix, model_prefix, 'ckpt.pt'))
 init_from, tokenizer = (name.replace('{model_type}', model_type) for name in (init_from, tokenizer))
 initial = resumed.checkpoint
-if init_from and not initial and 'tokenizer' in config.given:
-    initial = pretrained.load_nanogpt(init_from, languages.load_tokenizer(tokenizer))
-elif init_from and not initial:
-    initial = checkpoints.load(init_from, token, revision)
+if init_from and not initial:
+    given = languages.load_tokenizer(tokenizer) if 'tokenizer' in config.given else None
+    initial = checkpoints.load(init_from, token, revision, tokenizer=given)
+    is_its_own = given is None or initial['tokenizer'] == given.to_json()
+    require(is_its_own, f'{init_from} holds another tokenizer than {tokenizer}; leave --tokenizer out.')
+    checkpoints.check_model(initial, init_from, config, (*SHAPE, 'architecture'))
+    model_size = Path(init_from).resolve().name.removesuffix('.pt')
 dist = runtime.Runtime(device, dtype)
 
 if task:
@@ -165,9 +163,6 @@ start_token = initial['start_token'] if initial else vocabulary.start_id
 
 if initial:
     architecture, shape = initial['architecture'], dict(initial['model_config'])
-    for key in sorted(config.given & {*SHAPE, 'architecture'}):
-        held = {**shape, 'architecture': architecture}[key]
-        require(config[key] == held, f'{init_from} has {key}={held!r}, not {config[key]!r}; leave it out.')
     block_size = min(block_size, shape['block_size']) if 'block_size' in config.given else shape['block_size']
 else:
     published = model in families.PUBLISHED
@@ -225,10 +220,8 @@ raw_classifier.to(dist.device)
 rows_per_step = batch_size * gradient_accumulation_steps * dist.world_size
 num_rows = len(sets['train'])
 lengths = np.array([len(row) for row in sets['train'].rows]) if task and group_by_length else None
-if max_steps is None or 'num_epochs' in config.given and 'max_steps' not in config.given:
-    max_steps = math.ceil(num_epochs * num_rows / rows_per_step)
+max_steps, warmup = runtime.plan_steps(config, num_rows, rows_per_step)
 eval_every = eval_every or max(1, math.ceil(max_steps / 10))
-warmup = round(warmup_ratio * max_steps) if warmup_steps is None else warmup_steps
 opt = optim.make_optimizer(raw_classifier, optimizer, learning_rate, beta1, beta2, weight_decay)
 scaler = dist.scaler()
 checksums = {
@@ -245,8 +238,7 @@ if resumed.checkpoint:
     with checkpoints.damage_named(resumed.path):
         best_score, finished = initial['best_score'], initial['finished']
         history = {key: [number + 0 for number in initial['history'][key]] for key in history}
-    longer = {'max_steps', 'num_epochs'} & {key for key, _, _ in resumed.overrides}
-    finished = finished and not longer
+    finished = finished and max_steps == initial['train_config']['max_steps']
     if finished and (resumed.run_dir / 'predictions.npz').exists():
         dist.exit(f'{resumed.path} is at step {step} of {max_steps}: the run is finished.')
 classifier = dist.wrap(raw_classifier, compile)

@@ -52,12 +52,13 @@ use_dora = False  # DoRA: magnitude and direction apart
 load_in_8bit = False  # the frozen weights as int8
 load_in_4bit = False  # the frozen weights as NF4
 # --- optimization ---
-max_steps = 0  # 0: num_epochs decides
+max_steps = 0  # in place of num_epochs; the later of the two counts
 num_epochs = 3.0
 optimizer = 'adamw'  # adamw or muon
 learning_rate = 2e-5
 min_lr = 0.0
-warmup_steps = 100  # at most a tenth of all steps, unless given
+warmup_steps: int = None  # None: warmup_ratio of all steps, or else 100, at most a tenth of all
+warmup_ratio: float = None  # the later of the two counts
 schedule = 'cosine'  # cosine, linear, wsd, constant
 decay_ratio = 0.2  # of all steps: the decay of wsd
 weight_decay = 0.01
@@ -78,7 +79,7 @@ overwrite = False  # delete the existing run in out_dir
 resume_from = ''  # a ckpt.pt or run folder; auto: out_dir's, if it has one
 changed_data = False  # resume although data or base weights are others than those that the run began with
 save_every = 0  # steps between checkpoints beside those at evaluations; 0: none
-save_total_limit = 0  # copies kept under checkpoints/, one per save_every, and the best; 0: none
+save_total_limit: int = None  # copies kept under checkpoints/, one per save_every; None: all; 0: none
 seed = 0
 no_wandb = False
 wandb_project = 'diffusion-lm-finetune'
@@ -92,7 +93,6 @@ master_weights = 'float32'  # bfloat16: weights, gradients, moments in half the 
 compile: bool = None  # torch.compile; None: on CUDA only, without fsdp
 fsdp = False  # shard weights, gradients and moments over the ranks: for what no single GPU holds
 config = configure(globals())
-del config['token']  # no secret goes into config.json, the checkpoint or W&B
 
 # A run keeps what is FIXED; everything else may change when it is resumed, and the change is printed.
 FIXED = (
@@ -106,7 +106,6 @@ require(not (load_in_8bit and load_in_4bit), 'load_in_8bit and load_in_4bit excl
 require_peft = load_in_8bit or load_in_4bit or use_dora
 require(use_peft or not require_peft, 'Quantized weights and use_dora are for adapters; add --use_peft.')
 require(learning_rate, 'learning_rate is 0, so nothing would be trained; 2e-5 is usual for all weights.')
-require(max_steps > 0 or num_epochs > 0, 'max_steps and num_epochs are 0: nothing to do; give one of them.')
 require(init_from, 'init_from is empty; give --init_from=CHECKPOINT, a hub id, or --init_from=scratch.')
 require(dataset, 'There is nothing to learn from; give --dataset=NAME, a folder of prepare/instruct.py.')
 
@@ -138,7 +137,8 @@ elif init_from == 'scratch':
     shape.update(mask_id=tokenizer.mask_id, ignore_id=tokenizer.ignore_id)
     initial = {'architecture': architecture or 'ar', 'tokenizer': tokenizer.to_json(), 'model_config': shape}
 else:  # adapters go on from the weights that they were made for
-    initial = checkpoints.load(init_from, token, revision, mmap=True)
+    initial = checkpoints.load(init_from, token, revision, mmap=True, tokenizer=tokenizer)
+    checkpoints.check_model(initial, init_from, config)
     initial = checkpoints.convert(initial, init_from, architecture or initial['architecture'])
 architecture = initial['architecture']
 checkpoints.check_fits(initial, init_from, architecture, tokenizer, folder.path)
@@ -203,11 +203,8 @@ batches = data.Batches(
 val_batches = data.EvaluationBatches(
     folder, 'val', type(raw_model), block_size, batch_size, mode, eval_tokens, dist, even=fsdp
 )
-if max_steps <= 0:
-    max_steps = math.ceil(num_epochs * batches.rows.num_rows / batches.rows_per_step)
+max_steps, warmup = runtime.plan_steps(config, batches.rows.num_rows, batches.rows_per_step)
 anneal_steps = optim.default_anneal_steps(anneal_steps, raw_model, initial, max_steps)
-warmup_given = resumed.checkpoint or 'warmup_steps' in config.given
-warmup = warmup_steps if warmup_given else min(warmup_steps, max_steps // 10)
 rank = dist.rank if fsdp else 0  # of the random numbers that round this rank's weights
 opt = optim.make_optimizer(raw_model, optimizer, learning_rate, beta1, beta2, weight_decay, seed, rank)
 scaler = dist.scaler()
@@ -228,8 +225,8 @@ model = dist.wrap(raw_model, compile, fsdp)
 estimate = runtime.memory_estimate(raw_model, batch_size, block_size, dist)
 runtime.check_memory(estimate, dist)
 base = model_size if init_from == 'scratch' else Path(init_from).resolve().name.removesuffix('.pt')
-config.update(architecture=architecture, block_size=block_size, max_steps=max_steps, warmup_steps=warmup)
-config.update(dtype=dist.dtype, anneal_steps=anneal_steps)
+config.update(architecture=architecture, block_size=block_size, max_steps=max_steps)
+config.update(warmup_steps=warmup, dtype=dist.dtype, anneal_steps=anneal_steps)
 out, log = start_run(dist, config, f'{architecture}-{folder.config["name"]}-{base}', resumed)
 stop = runtime.StopSignal()
 
@@ -290,7 +287,7 @@ def save(is_last=False):
     state = {**checkpoint(), **inputs, 'pending': pending, 'wandb_run_id': log.wandb_run_id}
     state['scaler_state_dict'] = scaler.state_dict()
     store.save_state(out / 'ckpt.pt', raw_model, opt, dist, state, whole_weights, is_last)
-    if dist.is_main and step and save_every and step % save_every == 0 and save_total_limit:
+    if dist.is_main and step and save_every and step % save_every == 0 and save_total_limit != 0:
         checkpoints.keep_copy(out, step, save_total_limit, best.step)
 
 

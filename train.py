@@ -5,13 +5,13 @@ python train.py config/xl_owt.py --batch_size=8
 torchrun --standalone --nproc_per_node=2 train.py config/shakespeare_char.py --device=cpu
 """
 
-import math
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 
 from lm import checkpoints, data, optim, runtime
-from lm.configurator import check_range, configure, require
+from lm.configurator import configure
 from lm.folder import open_dataset
 from lm.log import start_run
 from sampling import generate
@@ -52,11 +52,11 @@ token = ''  # of the Hugging Face hub, for private models
 revision = ''  # a branch, tag or commit of the hub
 # --- optimization ---
 max_steps = 2000
-num_epochs = 0.0  # instead of max_steps
+num_epochs = 0.0  # in place of max_steps; the later of the two counts
 optimizer = 'adamw'  # adamw or muon
 learning_rate = 1e-3
 min_lr = 0.0
-warmup_steps: int = None  # None: warmup_ratio of all steps
+warmup_steps: int = None  # in place of warmup_ratio; the later of the two counts
 warmup_ratio = 0.02
 schedule = 'cosine'  # cosine, linear, wsd, constant
 decay_ratio = 0.2  # of all steps: the decay of wsd
@@ -79,7 +79,7 @@ overwrite = False  # delete the existing run in out_dir
 resume_from = ''  # a ckpt.pt or run folder; auto: out_dir's, if it has one
 changed_data = False  # resume although the data are others than those that the run began with
 save_every = 0  # steps between checkpoints beside those at evaluations; 0: none
-save_total_limit = 0  # copies kept under checkpoints/, one per save_every, and the best; 0: none
+save_total_limit: int = None  # copies kept under checkpoints/, one per save_every; None: all; 0: none
 seed = 0
 no_wandb = False
 wandb_project = 'diffusion-lm'
@@ -91,7 +91,6 @@ master_weights = 'float32'  # bfloat16: weights, gradients, moments in half the 
 compile: bool = None  # torch.compile; None: on CUDA only, without fsdp
 fsdp = False  # shard weights, gradients and moments over the ranks: for what no single GPU holds
 config = configure(globals())
-del config['token']  # no secret goes into config.json, the checkpoint or W&B
 
 # The shape of the model: keys that go to ModelConfig as they are. A run keeps it and what else is FIXED; everything
 # else may change when it is resumed, and the change is printed.
@@ -101,7 +100,6 @@ FREE_SHAPE = ['dropout', 'gradient_checkpointing', 'selective_checkpointing']
 FIXED = 'architecture mode model_size optimizer fsdp master_weights seed anneal_steps'.split() + SHAPE
 
 runtime.check_settings(config)
-check_range(config, 1, math.inf, 'max_steps')
 
 # ---------------------------------------------------------------------------- process, data, start
 
@@ -120,19 +118,18 @@ if 'block_size' not in config.given:
 initial = resumed.checkpoint
 if init_from and not initial:
     given_size = block_size if 'block_size' in config.given else None
-    initial = checkpoints.load(init_from, token, revision, mmap=True)
+    initial = checkpoints.load(init_from, token, revision, mmap=True, tokenizer=tokenizer)
     initial = checkpoints.convert(initial, init_from, architecture, given_size)
+    checkpoints.check_model(initial, init_from, config, SHAPE)
 
 # ---------------------------------------------------------------------------- model
 
-shape = checkpoints.size_of(model_size)
-shape.update({key: config[key] for key in SHAPE if config[key] is not None})
 if initial:
     checkpoints.check_fits(initial, resumed.path or init_from, architecture, tokenizer, folder.path)
-    for key in sorted(config.given.intersection(SHAPE)):
-        held = initial['model_config'][key]
-        require(config[key] == held, f'{init_from} has {key}={held!r}, not {config[key]!r}; leave it out.')
     shape = dict(initial['model_config'])
+else:
+    shape = checkpoints.size_of(model_size)
+    shape.update({key: config[key] for key in SHAPE if config[key] is not None})
 shape.update({key: config[key] for key in FREE_SHAPE}, k=max(k_schedule), vocab_size=tokenizer.vocab_size)
 shape.update(mask_id=tokenizer.mask_id, ignore_id=tokenizer.ignore_id)
 torch.manual_seed(seed)
@@ -154,10 +151,8 @@ batches = data.Batches(
 val_batches = data.EvaluationBatches(
     folder, 'val', type(raw_model), block_size, batch_size, mode, eval_tokens, dist, even=fsdp
 )
-if num_epochs and 'max_steps' not in config.given:
-    max_steps = math.ceil(num_epochs * batches.rows.num_rows / batches.rows_per_step)
+max_steps, warmup = runtime.plan_steps(config, batches.rows.num_rows, batches.rows_per_step)
 anneal_steps = optim.default_anneal_steps(anneal_steps, raw_model, initial, max_steps)
-warmup = round(warmup_ratio * max_steps) if warmup_steps is None else warmup_steps
 rank = dist.rank if fsdp else 0  # of the random numbers that round this rank's weights
 opt = optim.make_optimizer(raw_model, optimizer, learning_rate, beta1, beta2, weight_decay, seed, rank)
 scaler = dist.scaler()
@@ -175,7 +170,8 @@ model = dist.wrap(raw_model, compile, fsdp)
 
 config.update({key: getattr(raw_model.config, key) for key in [*SHAPE, *FREE_SHAPE]})
 config.update(max_steps=max_steps, dtype=dist.dtype, anneal_steps=anneal_steps)
-out, log = start_run(dist, config, f'{architecture}-{folder.config["name"]}-{model_size}', resumed)
+base = Path(init_from).resolve().name.removesuffix('.pt') if init_from else model_size
+out, log = start_run(dist, config, f'{architecture}-{folder.config["name"]}-{base}', resumed)
 stop = runtime.StopSignal()
 log.print(
     f'{out}: {architecture}, {raw_model.num_parameters():,} parameters, {dist.dtype} on {dist.world_size} × '
@@ -200,7 +196,7 @@ def save(is_last=False):
     state = {**checkpoint(), **inputs, 'pending': pending, 'wandb_run_id': log.wandb_run_id}
     state['scaler_state_dict'] = scaler.state_dict()
     store.save_state(out / 'ckpt.pt', raw_model, opt, dist, state, whole_weights, is_last)
-    if dist.is_main and step and save_every and step % save_every == 0 and save_total_limit:
+    if dist.is_main and step and save_every and step % save_every == 0 and save_total_limit != 0:
         checkpoints.keep_copy(out, step, save_total_limit, best.step)
 
 

@@ -2,6 +2,8 @@
 
 import contextlib
 import math
+import os
+import re
 import shutil
 import zipfile
 from dataclasses import dataclass
@@ -50,12 +52,12 @@ def is_pretrained(path):
     return is_name and is_id and not path.exists()
 
 
-def load(path, token=None, revision=None, mmap=False, sharded=False):
+def load(path, token=None, revision=None, mmap=False, sharded=False, tokenizer=None):
     """Load the dict that `ckpt.pt` holds, its tensors on the CPU.
 
     path: the file, a run folder, a Hugging Face folder, or the id of a model of its hub, for which `token` and
     `revision` are. mmap: leave the tensors on disk until they are used. sharded: whether the weights may be missing,
-    because a folder beside it has them.
+    because a folder beside it has them. tokenizer: of a ckpt.pt of nanoGPT's, which does not hold it.
     """
     if is_pretrained(path):
         run = next((out / path for out in (Path('out'), ROOT / 'out') if (out / path).is_dir()), None)
@@ -72,6 +74,8 @@ def load(path, token=None, revision=None, mmap=False, sharded=False):
         raise UserError(f'{path} is damaged or no checkpoint of ours ({reason}); {OTHERS}.') from error
     require(not damaged, f'{path} is damaged ({damaged} has another checksum); {OTHERS}.')
     checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
+    if {'model', 'model_args'} <= checkpoint.keys():
+        checkpoint = pretrained.from_nanogpt(checkpoint, path, tokenizer)
     missing = NEEDED.keys() - checkpoint
     if missing == {'model_state_dict'} and 'sharded' in checkpoint:
         remedy = f'put them into it with `python hf.py consolidate {path.parent}`, or let the run finish'
@@ -132,6 +136,15 @@ def size_of(model_size):
     """Return n_layer, n_head and n_embd of a named size as a dict."""
     require(model_size in SIZES, f'model_size is {model_size!r}; choose {", ".join(SIZES)}.')
     return dict(zip(('n_layer', 'n_head', 'n_embd'), SIZES[model_size]))
+
+
+def check_model(checkpoint, path, config, keys=()):
+    """Raise a UserError where the model at `path` is another one than the settings that were given say."""
+    wanted = size_of(config['model_size']) if 'model_size' in config.given else {}
+    wanted |= {key: config[key] for key in keys if key in config.given}
+    held = {**checkpoint['model_config'], 'architecture': checkpoint['architecture']}
+    for key, value in wanted.items():
+        require(value in (None, held[key]), f'{path} has {key}={held[key]!r}, not {value!r}; leave it out.')
 
 
 def weights_of(checkpoint):
@@ -388,7 +401,8 @@ def open_run_folder(out_dir, name, suffix='', run_dir=None, overwrite=False):
     n = 0
     while not out_dir:
         n += 1
-        folder = ROOT / 'out' / (f'{name}-v{n}' + (f'-{suffix}' if suffix else ''))
+        numbered = f'{name}-v{n}' + (f'-{suffix}' if suffix else '')
+        folder = ROOT / 'out' / re.sub(r'[^\w.+=-]', '-', numbered)  # a name of data leads nowhere else
         with writing(folder), contextlib.suppress(FileExistsError):  # another run may take it just now
             folder.mkdir(parents=True)
             return folder
@@ -400,21 +414,28 @@ def open_run_folder(out_dir, name, suffix='', run_dir=None, overwrite=False):
         require(overwrite, f'{folder} already holds a run; {remedy}.')
         with lock(folder) as log:
             for path in (folder / file for file in RUN_FILES):
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(
+                    missing_ok=True
+                )
             log.truncate(0)
     return folder
 
 
 def keep_copy(folder, step, limit, best_step):
-    """Copy ckpt.pt to checkpoints/checkpoint-{step}/, and keep the newest `limit` copies and the best.
+    """Copy ckpt.pt, and a sharded state, to checkpoints/checkpoint-{step}/; keep the newest `limit` copies and the best.
 
-    Copies of later steps are of what the run has gone back behind: they go first.
+    limit None: all. Copies of later steps are of what the run has gone back behind: they go first.
     """
+    copy, state = folder / 'checkpoints' / f'checkpoint-{step}', Path('sharded', f'step-{step}')
+    if (folder / state).is_dir():  # its files are written once and never changed
+        shutil.rmtree(copy / state, ignore_errors=True)
+        with writing(copy):
+            shutil.copytree(folder / state, copy / state, copy_function=os.link)
     with open(folder / 'ckpt.pt', 'rb') as source:
-        path = folder / 'checkpoints' / f'checkpoint-{step}' / 'ckpt.pt'
-        save_atomically(path, lambda file: shutil.copyfileobj(source, file))
+        save_atomically(copy / 'ckpt.pt', lambda file: shutil.copyfileobj(source, file))
     copies = copies_of(folder)
     earlier = sorted(s for s in copies if s <= step)
-    surplus = [s for s in earlier if s not in (step, best_step)][: max(0, len(earlier) - limit)]
+    too_many = max(0, len(earlier) - (limit or len(earlier)))
+    surplus = [s for s in earlier if s not in (step, best_step)][:too_many]
     for old in [s for s in copies if s > step] + surplus:
         shutil.rmtree(copies[old].parent)

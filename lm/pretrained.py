@@ -10,7 +10,7 @@ import torch
 from lm import families
 from lm.configurator import UserError, require, user_errors
 from lm.files import as_sentence
-from lm.tokenizer import SPECIAL_TOKENS, Tokenizer, known_id, pretrained_token, settings_of
+from lm.tokenizer import SPECIAL_TOKENS, Tokenizer, build, known_id, pretrained_token, settings_of
 from model import ARCHITECTURES, Autoregressive, ModelConfig, architecture_name
 
 CAUSAL_LM = architecture_name(Autoregressive)
@@ -46,18 +46,17 @@ def read_folder(folder):
     return {**checkpoint, 'came_with': around(folder, c, tokenizer) if tokenizer else None}
 
 
-def load_nanogpt(path, tokenizer):
-    """Return a ckpt.pt of nanoGPT as a checkpoint of ours; tokenizer: the one that it was trained with."""
-    remedy = 'correct the path, or leave --tokenizer out, which our own checkpoints hold'
-    with as_sentence(f"{path} is no ckpt.pt of nanoGPT's", remedy):
-        saved = torch.load(path, map_location='cpu', weights_only=True)
+def from_nanogpt(saved, path, tokenizer=None):
+    """Return what a ckpt.pt of nanoGPT holds as a checkpoint of ours; tokenizer: its own, None: GPT-2's."""
+    with as_sentence(f"{path} is no whole ckpt.pt of nanoGPT's", 'correct the path'):
         args, tensors = saved['model_args'], gpt2_layout(saved['model'])
         c = {key: args[key] for key in ('n_layer', 'n_head', 'n_embd', 'vocab_size')}
         c |= {'model_type': 'gpt2', 'activation_function': 'gelu', 'n_positions': args['block_size']}
         fields = {**families.config_from_hf(c, path), 'bias': args['bias']}
+    tokenizer = tokenizer or build('gpt2')
     rows, size = fields['pretrained_rows'], tokenizer.vocab_size
     fits = rows >= size - len(SPECIAL_TOKENS)
-    require(fits, f'{path} has {rows} tokens, the tokenizer {size}; give its own as --tokenizer.')
+    require(fits, f'{path} has {rows} tokens, the tokenizer {size}; give its own --tokenizer.')
     return as_checkpoint(CAUSAL_LM, fields, 'gpt2', tensors, path, tokenizer, tokenizer.start_id)
 
 
@@ -132,6 +131,8 @@ def open_tensors(folder):
         if index.is_file():
             names = set(read_json(index).get('weight_map', {}).values())
         if index.is_file() or (folder / file).is_file():
+            outside = [name for name in names if Path(name).name != name]
+            require(not outside, f'{index} leads out of its folder, to {outside}; download it again.')
             parts = [read_tensors(folder / name) for name in sorted(names)]
             return {name: tensor for part in parts for name, tensor in part.items()}
     raise UserError(f'{folder} holds no weights, model.safetensors or pytorch_model.bin; download it again.')

@@ -12,7 +12,7 @@ import torch
 import torch.distributed
 
 from lm import optim
-from lm.configurator import UserError, check_choice, check_range, require, require_without
+from lm.configurator import UserError, check_choice, check_range, report_idle, require, require_without
 from lm.kernels import has_bfloat16
 from lm.optim import local
 from lm.rng import torch_seed
@@ -24,7 +24,9 @@ CHOICES = {
     'master_weights': ('float32', 'bfloat16'),
 }
 RANGES = [  # settings that are at least the first number and below the second
-    (1, math.inf, 'batch_size gradient_accumulation_steps eval_batch_size block_size sequence_length'),
+    (1, math.inf, 'batch_size gradient_accumulation_steps eval_batch_size sequence_length'),
+    (2, math.inf, 'block_size'),
+    (0, 2**63, 'seed'),
     (1, math.inf, 'eval_every log_every sample_tokens peft_lora_r num_classes'),
     (0, math.inf, 'num_epochs learning_rate min_lr warmup_steps warmup_ratio decay_ratio weight_decay'),
     (
@@ -35,6 +37,11 @@ RANGES = [  # settings that are at least the first number and below the second
     (0, math.inf, 'anneal_steps neftune_alpha lora_rank num_layers_to_finetune val_set_size grad_clip'),
     (0, 1, 'beta1 beta2 ema_decay dropout token_dropout label_smoothing peft_lora_dropout lora_dropout'),
 ]
+NEEDS = {  # settings that have no effect where the first one is not set
+    'save_every': 'save_total_limit',
+    'use_peft': 'peft_lora_r peft_lora_alpha peft_lora_dropout peft_targets',
+    'lora_rank': 'lora_alpha lora_dropout lora_dora',
+}
 
 
 def check_settings(config):
@@ -43,15 +50,29 @@ def check_settings(config):
         check_choice(config, key, CHOICES[key])
     for low, high, keys in RANGES:
         check_range(config, low, high, *(key for key in keys.split() if key in config))
+    for key, names in NEEDS.items():
+        if key in config and not config[key] and not config['resume_from']:
+            report_idle(config, f'without {key}', names)
     if 'p_belief' in config:
         optim.check_beliefs(config['p_belief'], config['k_schedule'])
     others = {key: config[key] for key in ('use_peft', 'ema_decay') if key in config}
     others |= {'optimizer=muon': config['optimizer'] == 'muon', 'dtype=float16': config['dtype'] == 'float16'}
     if config.get('fsdp'):
-        require_without('fsdp', **others, save_total_limit=config['save_total_limit'])
+        require_without('fsdp', **others)
     if config.get('master_weights') == 'bfloat16':
         others['dtype=float32'] = config['dtype'] == 'float32'
         require_without('master_weights=bfloat16', **others)
+
+
+def plan_steps(config, num_rows, rows_per_step):
+    """Return the number of steps and how many of them warm up, by those of the competing settings that came last."""
+    max_steps, num_epochs, warmup = config['max_steps'], config['num_epochs'], config['warmup_steps']
+    if max_steps is None or max_steps <= 0:
+        require(num_epochs, f'max_steps is {max_steps}, num_epochs {num_epochs}: nothing to do; give one.')
+        max_steps = math.ceil(num_epochs * num_rows / rows_per_step)
+    if warmup is None and config['warmup_ratio'] is None:
+        warmup = min(100, max_steps // 10)
+    return max_steps, round(config['warmup_ratio'] * max_steps) if warmup is None else warmup
 
 
 class Runtime:

@@ -453,6 +453,24 @@ def test_a_folder_that_holds_a_run_is_refused_unless_it_continues_or_is_overwrit
     assert {path.name for path in run.iterdir()} == {'notes.txt', 'logs.log'}  # what is not the run's stays
 
 
+@pytest.mark.faults
+def test_names_of_data_lead_to_no_other_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, 'ROOT', tmp_path)
+    folder = checkpoints.open_run_folder('', 'ar-../../evil-tiny', '/../b')
+    assert folder.parent == tmp_path / 'out' and folder.name == 'ar-..-..-evil-tiny-v1--..-b'
+
+
+@pytest.mark.faults
+def test_a_copy_has_the_sharded_state_of_its_step(tmp_path):
+    (tmp_path / 'ckpt.pt').write_bytes(b'x')
+    for step in (50, 100):
+        (tmp_path / f'sharded/step-{step}').mkdir(parents=True)
+        (tmp_path / f'sharded/step-{step}/__0_0.distcp').write_text(str(step))
+        checkpoints.keep_copy(tmp_path, step, None, best_step=0)
+    states = sorted((tmp_path / 'checkpoints').glob('*/sharded/*/__0_0.distcp'))
+    assert [path.read_text() for path in states] == ['100', '50']
+
+
 def test_a_data_folder_is_no_place_for_a_run(make_folder):
     with pytest.raises(UserError, match='is a prepared data folder, no place for a run'):
         checkpoints.open_run_folder(make_folder(), 'a', overwrite=True)

@@ -353,8 +353,9 @@ def test_a_checkpoint_of_nanogpt_is_found_by_the_published_prefixes(place):
     variables = classify(*COMMON, *TEXTS, *words, '--max_steps=1', '--learning_rate=0', '--out_dir=run')
     tokens = torch.randint(0, 27, (2, 9))
     torch.testing.assert_close(variables['trunk'].eval().hidden(tokens), model.hidden(tokens))
-    with pytest.raises(UserError, match="no ckpt.pt of nanoGPT's"):
-        classify(*COMMON, *TEXTS, '--init_from=run', '--tokenizer=tokenizer-ipa', '--out_dir=x')
+    (place / 'other.json').write_text(letter_tokenizer('ab').to_json())
+    with pytest.raises(UserError, match='run holds another tokenizer than other.json; leave --tokenizer out'):
+        classify(*COMMON, *TEXTS, '--init_from=run', '--tokenizer=other.json', '--out_dir=x')
 
 
 def test_a_model_of_the_hub_is_asked_for_with_the_token_which_is_written_nowhere(place, monkeypatch):
@@ -373,6 +374,25 @@ def test_a_model_of_the_hub_is_asked_for_with_the_token_which_is_written_nowhere
     assert not [path for path in (place / 'run').iterdir() if b'secret' in path.read_bytes()]
 
 
+@pytest.mark.faults
+def test_a_setting_without_effect_is_reported(place, capsys):
+    classify(
+        *TINY,
+        *TASK,
+        '--context_length=9',
+        '--vocab_size=3',
+        '--lora_alpha=2',
+        '--max_steps=1',
+        '--out_dir=run',
+    )
+    notes = {line for line in capsys.readouterr().out.splitlines() if line.startswith('note')}
+    assert notes == {
+        'note: block_size=9 has no effect on an algorithmic task.',
+        'note: vocab_size=3 has no effect on an algorithmic task.',
+        'note: lora_alpha=2.0 has no effect without lora_rank.',
+    }
+
+
 # ---------------------------------------------------------------------------- mistakes
 
 
@@ -383,7 +403,6 @@ def test_a_model_of_the_hub_is_asked_for_with_the_token_which_is_written_nowhere
         (['--train_set_size=9'], 'train_set_size is 9'),
         (['--target_func=fn_h', '--sequence_length=22'], 'multiple of 4'),
         (['--sequence_length=8'], '2^8 = 256'),
-        (['--train_langs=rus'], 'train_langs has no effect on an algorithmic task; leave it out'),
         (['--num_classes=0'], 'num_classes is 0'),
         (['--class_weights=1,2,3'], 'class_weights is'),
         (['--model=llama9'], "model is 'llama9'"),
@@ -405,7 +424,6 @@ def test_a_mistake_with_a_task_is_named(place, options, part):
         (['--task=nli'], {}, "has no task 'nli'"),
         ([], {'classes': ['pos', 'neutral']}, "the label 'neg' is none of the 2 classes"),
         ([], {'splits': ['train', 'dev']}, "no file for the split 'dev'"),
-        (['--sequence_length=9'], {}, 'sequence_length has no effect on texts'),
         (['--val_set_size=24'], {}, 'val_set_size is 24'),
         (['--num_classes=1'], {'classes': ['neg', 'pos', 'neutral']}, 'labels are of 3 classes'),
     ],

@@ -135,7 +135,7 @@ def test_what_cannot_fit_into_the_memory_is_refused_before_anything_is_written(p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_steps_win_over_epochs_and_warmup_is_at_most_a_tenth_of_them_unless_given(place, tmp_path):
+def test_warmup_is_at_most_a_tenth_of_the_steps_unless_given(place, tmp_path):
     variables = tune(*settings(place, 'ar', f'--out_dir={tmp_path}/a', '--num_epochs=50', '--max_steps=2'))
     assert variables['step'] == 2 and variables['warmup'] == 0
     variables = tune(*settings(place, 'ar', f'--out_dir={tmp_path}/b', '--max_steps=2', '--warmup_steps=1'))
@@ -367,18 +367,18 @@ def test_the_memory_estimate_is_near_the_peak(place, tmp_path):
 
 BAD = {
     '--dataset=nowhere': "no prepared data at 'nowhere'",
-    '--dataset=': 'nothing to learn from; give --dataset',
+    '--dataset=': '--dataset= is empty; give a value',
     '--dataset=PLACE/plain': 'PLACE/plain has no train_masks.bin.*prepare/instruct.py',
     '--dataset=PLACE/without': 'train split of PLACE/without has no answer of at most',
     '--dataset=PLACE/other': 'another vocabulary',
-    '--init_from=': 'init_from is empty; give --init_from',
+    '--init_from=': '--init_from= is empty; give a value',
     '--init_from=nowhere.pt': 'nowhere.pt',
     '--init_from=PLACE/examples/config.json': 'config.json',
     '--architecture=nothing': "architecture='ar', no start for 'nothing'",
     '--anneal_steps=5': 'anneal_steps is 5, but the model stays causal',
     '--block_size=2000': 'block_size is 2000; .*takes 8 to 64 tokens',
     '--learning_rate=0': 'learning_rate is 0, so nothing would be trained',
-    '--max_steps=-1 --num_epochs=0': 'max_steps and num_epochs are 0: nothing to do',
+    '--max_steps=-1 --num_epochs=0': 'max_steps is -1, num_epochs 0.0: nothing to do',
     '--trust_remote_code': 'trust_remote_code=True is refused',
     '--use_peft --load_in_8bit --load_in_4bit': 'exclude each other; choose one',
     '--load_in_4bit': 'add --use_peft',

@@ -109,14 +109,14 @@ def test_a_checkpoint_of_nanogpt_is_the_same_model(bias, tmp_path):
     args = dict(shape, dropout=0.0, vocab_size=len(state['_orig_mod.lm_head.weight']))
     torch.save({'model': state, 'model_args': args, 'iter_num': 5}, tmp_path / 'ckpt.pt')
 
-    loaded = checkpoints.load_model(pretrained.load_nanogpt(tmp_path / 'ckpt.pt', tokenizer), 'cpu')
+    loaded = checkpoints.load_model(checkpoints.load(tmp_path / 'ckpt.pt', tokenizer=tokenizer), 'cpu')
     tokens = torch.randint(0, 27, (2, 9))
     torch.testing.assert_close(loaded.hidden(tokens), model.hidden(tokens))
     with pytest.raises(UserError, match='has 64 tokens, the tokenizer 303; give its own'):
-        pretrained.load_nanogpt(tmp_path / 'ckpt.pt', letter_tokenizer([chr(i) for i in range(32, 332)]))
-    (tmp_path / 'ckpt.pt').write_bytes(b'no')
-    with pytest.raises(UserError, match="is no ckpt.pt of nanoGPT's"):
-        pretrained.load_nanogpt(tmp_path / 'ckpt.pt', tokenizer)
+        checkpoints.load(tmp_path / 'ckpt.pt', tokenizer=letter_tokenizer([chr(i) for i in range(32, 332)]))
+    torch.save({'model': state, 'model_args': {}}, tmp_path / 'ckpt.pt')
+    with pytest.raises(UserError, match="is no whole ckpt.pt of nanoGPT's"):
+        checkpoints.load(tmp_path / 'ckpt.pt', tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -335,3 +335,11 @@ def test_a_hub_that_fails_in_the_middle_is_one_sentence(tmp_path, monkeypatch, f
     monkeypatch.setattr(huggingface_hub, 'snapshot_download', broken)
     with pytest.raises(UserError, match=r'no model by that name \(peer closed connection.*\)'):
         checkpoints.load('owner/name')
+
+
+@pytest.mark.faults
+def test_an_index_leads_to_no_other_folder(tmp_path):
+    index = {'weight_map': {'model.embed_tokens.weight': '../secret.safetensors'}}
+    (tmp_path / 'model.safetensors.index.json').write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r'leads out of its folder, to .*\.\./secret'):
+        pretrained.open_tensors(tmp_path)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import random_model, signals_kept
 
-from lm import lora, quantize, runtime
+from lm import configurator, lora, quantize, runtime
 from lm.configurator import UserError
 from lm.data import Batch
 
@@ -58,6 +58,44 @@ def test_dropout_is_seeded_by_each_part_of_its_key():
     keys = [(0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (1, 0, 0, 0), (0, 0, 0, 0)]
     assert len({tuple(draw(*key)) for key in keys}) == len(keys)
     assert draw(*keys[0]) == draw(*keys[0])
+
+
+# ---------------------------------------------------------------------------- number of steps
+
+SCRIPTS = ('train.py', 'finetune.py', 'classify.py')
+
+
+def planned(script, *words, saved=None):
+    """Return (max_steps, warm-up) of a script's settings for 1000 rows, 10 per step, and what it saves."""
+    source = (configurator.ROOT / script).read_text()
+    namespace = {'__file__': configurator.ROOT / script}
+    exec(source[source.index('# --- ') : source.index('config = configure')], namespace)
+    config = configurator.configure(namespace, words)
+    configurator.restore(namespace, config, saved or {})
+    steps = runtime.plan_steps(config, 1000, 10)
+    config.update(max_steps=steps[0])
+    return steps, dict(config)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_the_later_of_two_settings_that_compete_wins_and_is_saved(script, tmp_path, monkeypatch):
+    (tmp_path / 'base.py').write_text('max_steps = 1200\nwarmup_steps = 7')
+    base = f'{tmp_path}/base.py'
+    for words, expected in [
+        ([base], (1200, 7)),
+        ([base, '--num_epochs=0.05'], (5, 7)),
+        (['--num_epochs=2', base], (1200, 7)),
+        ([base, '--warmup_ratio=0.1'], (1200, 120)),
+        (['--warmup_ratio=0.1', '--warmup_steps=3', '--max_steps=50'], (50, 3)),
+        (['--num_epochs=2', '--max_steps=-1', '--warmup_steps=3'], (200, 3)),
+    ]:
+        steps, saved = planned(script, *words)
+        assert steps == expected
+        assert planned(script, saved=saved)[0] == expected  # a run that is resumed
+    _, longer = planned(script, '--max_steps=300', saved=planned(script, '--num_epochs=2')[1])
+    assert planned(script, saved=longer)[0][0] == 300  # and one that was made longer before
+    assert planned(script, '--num_epochs=4', saved=longer)[0][0] == 400
 
 
 # ---------------------------------------------------------------------------- speed and memory

@@ -214,6 +214,39 @@ def test_a_mistake_is_a_sentence(place, settings, part):
     assert status == 1 and part in output and 'Traceback' not in output
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    'settings, part',
+    [
+        (dict(grid={'seeed': [1]}), "Unknown key 'seeed'"),
+        (dict(base_args={'max_steps': 'many'}), 'gives str where int is wanted'),
+        (dict(base_args={'token': 'secret'}), 'HF_TOKEN'),
+        (dict(experiment_name='a\nrm -rf b'), 'is no plain name'),
+        (dict(experiment_name='../a'), 'is no plain name'),
+        (dict(submit='slurm', timeout='1\necho b'), 'is no plain name'),
+    ],
+)
+def test_a_key_that_the_script_refuses_or_a_name_that_leads_out_writes_nothing(place, settings, part):
+    settings = {'script': str(ROOT / 'train.py'), **settings}
+    status, output = sweep(place, write(place, 'wrong.py', **settings), '--dry_run')
+    assert status == 1 and part in output and 'Traceback' not in output
+    assert [path.name for path in place.iterdir() if path.is_dir()] == []
+
+
+@pytest.mark.faults
+def test_published_grids_run_as_written_and_numpy_counts(place):
+    (place / 'grid.json').write_text(
+        '{\n // parameters to loop over\n "parameters": {"learning_rate": [1e-3, 5e-4], "epochs": 3}}'
+    )
+    status, output = sweep(place, 'grid.json', '--dry_run')
+    assert status == 0 and output.count('--epochs=3') == 2
+    (place / 'numpy.py').write_text(
+        "import numpy as np\ngrid = {'seed': np.arange(2), 'learning_rate': [np.float64(0.5)], 'batch_size': range(2, 4)}"
+    )
+    commands, output = lines(place, 'numpy.py', '--script=train.py')
+    assert len(commands) == 4 and '--seed=1 --learning_rate=0.5 --batch_size=3' in output
+
+
 # ---------------------------------------------------------------------------- slurm
 
 

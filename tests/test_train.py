@@ -13,7 +13,7 @@ import pytest
 import torch
 import wandb
 from conftest import largest_file, write_folder
-from helpers import GPT2, TRAIN, fill_in, fingerprints, load, losses, metrics, run, same, train
+from helpers import CPU, GPT2, TRAIN, fill_in, fingerprints, load, losses, metrics, run, same, train
 
 from lm.configurator import ROOT, UserError
 
@@ -252,6 +252,15 @@ def test_a_copy_under_another_name_runs_from_another_folder_and_a_mistake_is_one
     assert load(elsewhere / 'run')['global_step'] == 2
 
 
+@pytest.mark.faults
+def test_save_steps_alone_leave_a_copy_each_and_a_limit_without_them_is_reported(place, tmp_path, capsys):
+    train(f'--dataset={place}/letters', '--save_steps=2', f'--out_dir={tmp_path}/run')
+    copies = sorted(path.name for path in (tmp_path / 'run/checkpoints').iterdir())
+    assert copies == ['checkpoint-2', 'checkpoint-4', 'checkpoint-6']
+    train(f'--dataset={place}/letters', '--save_total_limit=2', '--max_steps=1', f'--out_dir={tmp_path}/b')
+    assert 'note: save_total_limit=2 has no effect without save_every.' in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------------------- bad input
 
 BAD_SETTINGS = {
@@ -273,15 +282,15 @@ BAD_SETTINGS = {
     '--dropout=1.0': 'dropout is 1.0',
     '--beta1=1.5': 'beta1 is 1.5; it must be at least 0 and below 1',
     '--ema_decay=1': 'ema_decay is 1.0; it must be at least 0 and below 1',
-    '--p_belief=0.5': 'p_belief is (0.5,)',
+    '--p_belief=0.5': r'p_belief is \(0.5,\)',
     '--k_schedule=()': 'k_schedule is',
+    '--max_steps=0': 'max_steps is 0, num_epochs 0.0: nothing to do; give one',
     '--master_weights=bfloat16 --optimizer=muon --dtype=auto': 'does not go with optimizer=muon',
     **{
         f'--{key}={value}': f'{key} is {value}; it must be at least 1'
         for key, value in (
             ('batch_size', 0),
             ('gradient_accumulation_steps', -2),
-            ('max_steps', 0),
             ('eval_every', 0),
             ('log_every', -1),
         )
@@ -299,6 +308,13 @@ def test_a_bad_setting_is_refused_before_anything_is_written(place, tmp_path, mo
     with pytest.raises(UserError, match=BAD_SETTINGS[setting]) as error:
         train(f'--dataset={place}/letters', *re.split(' (?=--)', setting))
     assert '\n' not in str(error.value) and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.faults
+def test_a_size_that_the_start_does_not_have_is_refused(place):
+    words = [*CPU, f'--dataset={place}/letters', f'--init_from={place}/run', '--model_size=xl']
+    with pytest.raises(UserError, match='run has n_layer=1, not 24; leave it out'):
+        run('train.py', *words)
 
 
 BAD_STARTS = {  # the arguments, what the error says
