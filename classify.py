@@ -7,14 +7,15 @@ torchrun --standalone --nproc_per_node=2 classify.py --target_func=fn_a --device
 
 import copy
 import math
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from lm import checkpoints, classification, families, languages, optim, pretrained, runtime, tasks
+from lm import checkpoints, classification, families, languages, optim, runtime, tasks
 from lm.classification import Examples
-from lm.configurator import UserError, check_choice, check_range, configure, require
+from lm.configurator import check_choice, configure, report_idle, require
 from lm.files import save_atomically, write_json
 from lm.log import start_run
 from lm.tokenizer import Tokenizer
@@ -25,7 +26,7 @@ target_func = 'fn_c'  # fn_a to fn_l; lm/tasks.py says what each is
 sequence_length = 50  # digits per row
 train_set_size = 200
 test_set_size = 10000
-compat = False  # fn_g and fn_h as published at L = 20: test rows repeat, near misses as negatives
+compat: bool = None  # fn_g and fn_h as published at L = 20: rows repeat; None: where there are too few
 # --- or texts ---
 task = ''  # of the database, e.g. sentiment; instead of target_func
 train_langs = 'eng'  # commas between several
@@ -68,11 +69,11 @@ pool = ''  # last, mean; empty: last for ar, mean for the bidirectional ones
 num_classes: int = None  # outputs of the head; 1: a single logit. None: 1 for a task, else the database's
 # --- optimization ---
 num_epochs = 200.0
-max_steps: int = None  # instead of num_epochs
+max_steps: int = None  # in place of num_epochs; the later of the two counts
 optimizer = 'adamw'  # adamw or muon
 learning_rate = 3e-4
 min_lr = 0.0
-warmup_steps: int = None  # None: warmup_ratio of all steps
+warmup_steps: int = None  # in place of warmup_ratio; the later of the two counts
 warmup_ratio = 0.0
 schedule = 'cosine'  # cosine, linear, wsd, constant
 decay_ratio = 0.2  # of all steps: the decay of wsd
@@ -93,6 +94,7 @@ out_dir = ''  # empty: out/{architecture}-{task}-{size}-v{n}
 run_suffix = ''  # appended to that name
 overwrite = False  # delete the existing run in out_dir
 resume_from = ''  # a ckpt.pt or run folder; auto: out_dir's, if it has one
+changed_data = False  # resume although rows or labels are others than those that the run began with
 save_every = 0  # steps between checkpoints beside those at evaluations; 0: none
 seed = 42
 no_wandb = False
@@ -103,7 +105,6 @@ device = 'auto'  # cpu, cuda, cuda:N, mps
 dtype = 'auto'  # bfloat16, float16, float32
 compile: bool = None  # torch.compile; None: on CUDA only
 config = configure(globals())
-del config['token']  # no secret goes into config.json, the checkpoint or W&B
 
 # A run keeps what is FIXED; everything else may change when it is resumed, and the change is printed.
 FIXED = (
@@ -112,24 +113,20 @@ FIXED = (
     'train_final_norm lora_rank lora_alpha lora_dora pool num_classes optimizer group_by_length seed'
 ).split()
 SHAPE = ('n_layer', 'n_head', 'n_embd', 'n_kv_head')
-TASK_KEYS = {'target_func', 'sequence_length', 'train_set_size', 'test_set_size', 'compat'}
-TEXT_KEYS = {'train_langs', 'eval_langs', 'language_database', 'model_type', 'tokenizer', 'vocab_size'}
-TEXT_KEYS |= {'group_by_length', 'max_expansion'}
+TASK_KEYS = 'target_func sequence_length train_set_size test_set_size compat'
+TEXT_KEYS = 'train_langs eval_langs language_database model_type tokenizer vocab_size group_by_length'
+TEXT_KEYS += ' block_size max_expansion'
 
 check_choice(config, 'model', ('', *families.PUBLISHED, *families.FINETUNED, *SIZES))
 check_choice(config, 'model_type', ('normal', 'ipa'))
 check_choice(config, 'pool', ('', 'last', 'mean'))
 check_choice(config, 'best_by', classification.BEST_BY)
 runtime.check_settings(config)
-check_range(config, 1, math.inf, 'max_steps')
 
 # ---------------------------------------------------------------------------- process, start, data
 
 resumed = checkpoints.resume(globals(), config, FIXED)
-idle, kind = (TASK_KEYS, 'texts') if task else (TEXT_KEYS, 'an algorithmic task')
-for key in sorted(config.given & idle) if not resumed.checkpoint else ():
-    remedy = 'leave it out' if task else 'leave it out, or give --task=NAME for texts'
-    raise UserError(f'{key} has no effect on {kind}; {remedy}.')
+report_idle(config, *(('on texts', TASK_KEYS) if task else ('on an algorithmic task', TEXT_KEYS)))
 both = lora_rank and num_layers_to_finetune is not None
 require(not both, 'lora_rank and num_layers_to_finetune freeze different things; leave one of them out.')
 model_size = model if model in SIZES else model_size
@@ -140,10 +137,13 @@ if model_prefix:
     init_from = init_from or str(Path(checkpoint_prefix, model_prefix, 'ckpt.pt'))
 init_from, tokenizer = (name.replace('{model_type}', model_type) for name in (init_from, tokenizer))
 initial = resumed.checkpoint
-if init_from and not initial and 'tokenizer' in config.given:
-    initial = pretrained.load_nanogpt(init_from, languages.load_tokenizer(tokenizer))
-elif init_from and not initial:
-    initial = checkpoints.load(init_from, token, revision)
+if init_from and not initial:
+    given = languages.load_tokenizer(tokenizer) if 'tokenizer' in config.given else None
+    initial = checkpoints.load(init_from, token, revision, tokenizer=given)
+    is_its_own = given is None or initial['tokenizer'] == given.to_json()
+    require(is_its_own, f'{init_from} holds another tokenizer than {tokenizer}; leave --tokenizer out.')
+    checkpoints.check_model(initial, init_from, config, (*SHAPE, 'architecture'))
+    model_size = Path(init_from).resolve().name.removesuffix('.pt')
 dist = runtime.Runtime(device, dtype)
 
 if task:
@@ -157,15 +157,12 @@ else:
     digits = tasks.splits(target_func, sequence_length, *sizes, seed, compat)
     vocabulary = None if initial else tasks.digit_tokenizer(target_func)
 vocabulary = vocabulary or Tokenizer(initial['tokenizer'])
-start_token = initial['start_token'] if initial else vocabulary.endoftext_id
+start_token = initial['start_token'] if initial else vocabulary.start_id
 
 # ---------------------------------------------------------------------------- model
 
 if initial:
     architecture, shape = initial['architecture'], dict(initial['model_config'])
-    for key in sorted(config.given & {*SHAPE, 'architecture'}):
-        held = {**shape, 'architecture': architecture}[key]
-        require(config[key] == held, f'{init_from} has {key}={held!r}, not {config[key]!r}; leave it out.')
     block_size = min(block_size, shape['block_size']) if 'block_size' in config.given else shape['block_size']
 else:
     published = model in families.PUBLISHED
@@ -214,7 +211,8 @@ if lora_rank:
 elif num_layers_to_finetune is not None:
     classification.train_top_layers(raw_classifier, num_layers_to_finetune, train_final_norm)
 if resumed.checkpoint:
-    classification.load_state(raw_classifier, resumed.checkpoint)
+    with checkpoints.damage_named(resumed.path):
+        classification.load_state(raw_classifier, resumed.checkpoint)
 raw_classifier.to(dist.device)
 
 # ---------------------------------------------------------------------------- steps, optimizer, state
@@ -222,25 +220,26 @@ raw_classifier.to(dist.device)
 rows_per_step = batch_size * gradient_accumulation_steps * dist.world_size
 num_rows = len(sets['train'])
 lengths = np.array([len(row) for row in sets['train'].rows]) if task and group_by_length else None
-if max_steps is None or 'num_epochs' in config.given and 'max_steps' not in config.given:
-    max_steps = math.ceil(num_epochs * num_rows / rows_per_step)
+max_steps, warmup = runtime.plan_steps(config, num_rows, rows_per_step)
 eval_every = eval_every or max(1, math.ceil(max_steps / 10))
-warmup = round(warmup_ratio * max_steps) if warmup_steps is None else warmup_steps
 opt = optim.make_optimizer(raw_classifier, optimizer, learning_rate, beta1, beta2, weight_decay)
 scaler = dist.scaler()
-step, best, best_score, finished = 0, checkpoints.Best(), -math.inf, False
+checksums = {
+    f'the rows of {name}': zlib.crc32(np.concatenate([*part.rows, part.labels]))
+    for name, part in sets.items()
+}
+inputs = {'rows_per_step': rows_per_step, 'data': checksums}
+step, best, pending = checkpoints.continue_run(
+    resumed, checkpoints, raw_classifier, opt, scaler, inputs, config
+)
+best_score, finished = -math.inf, False
 history = {key: [] for key in 'steps train_losses test_losses train_accuracies test_accuracies'.split()}
 if resumed.checkpoint:
-    step, best = initial['global_step'], checkpoints.Best(initial['best_step'], initial['best_val_loss'])
-    best_score, history, finished = (initial[key] for key in ('best_score', 'history', 'finished'))
-    before, now = (initial['rows_per_step'], initial['num_rows']), (rows_per_step, num_rows)
-    remedy = 'leave batch_size, ranks and data as they were'
-    require(before == now, f'{resumed.path} has (rows per step, rows) {before}, not {now}; {remedy}.')
-    checkpoints.load_state(resumed, raw_classifier, opt)
-    if initial['scaler_state_dict']:  # empty unless dtype was float16
-        scaler.load_state_dict(initial['scaler_state_dict'])
-    longer = {'max_steps', 'num_epochs'} & {key for key, _, _ in resumed.overrides}
-    finished = finished and not longer
+    with checkpoints.damage_named(resumed.path):
+        best_score, finished = initial['best_score'], initial['finished']
+        best_score = best_score if math.isfinite(best.loss) else -math.inf  # reset with it
+        history = {key: [number + 0 for number in initial['history'][key]] for key in history}
+    finished = finished and max_steps == initial['train_config']['max_steps']
     if finished and (resumed.run_dir / 'predictions.npz').exists():
         dist.exit(f'{resumed.path} is at step {step} of {max_steps}: the run is finished.')
 classifier = dist.wrap(raw_classifier, compile)
@@ -265,6 +264,7 @@ for name, examples in sets.items():
 def checkpoint():
     """Return the trunk as all scripts know it, adapters merged, and the head."""
     state = checkpoints.contents(trunk, step, best, config, vocabulary, start_token, None)
+    state['came_with'] = initial and initial.get('came_with')  # of a pretrained folder, for exports
     state.update(model_state_dict=trunk.state_dict(), head_state_dict=raw_classifier.head.state_dict())
     if lora_rank:
         merged = copy.deepcopy(trunk)
@@ -276,10 +276,9 @@ def checkpoint():
 def save():
     """Write ckpt.pt with all that it takes to go on."""
     if dist.is_main:
-        state = {**checkpoint(), 'optimizer_state_dict': opt.state_dict()}
-        state['scaler_state_dict'] = scaler.state_dict()
-        state |= {'rows_per_step': rows_per_step, 'num_rows': num_rows, 'finished': finished}
-        state |= {'best_score': best_score, 'history': history, 'wandb_run_id': log.wandb_run_id}
+        state = {**checkpoint(), **inputs, 'pending': pending, 'wandb_run_id': log.wandb_run_id}
+        state |= {'optimizer_state_dict': opt.state_dict(), 'scaler_state_dict': scaler.state_dict()}
+        state |= {'finished': finished, 'best_score': best_score, 'history': history}
         checkpoints.save(out / 'ckpt.pt', state)
 
 
@@ -313,8 +312,8 @@ def subset(examples):
 
 
 def evaluate_and_save():
-    """Evaluate all sets, keep the best weights by the validation rows, and write down the history."""
-    global best_score
+    """Evaluate all sets, keep the best weights by the validation rows, write down the history, log the step."""
+    global best_score, finished, pending
     parts = {name: subset(examples) for name, examples in sets.items()}
     judged = {name: predict(examples)[:, :3] for name, examples in parts.items()}
     metrics = {name: evaluate(parts[name].labels, judged[name]) for name in parts}
@@ -323,6 +322,7 @@ def evaluate_and_save():
     figures = (f'{name} loss {m["loss"]:.4f}, accuracy {m["accuracy"]:.4f}' for name, m in metrics.items())
     log.print(f'step {step}: ' + ', '.join(figures))
     train, selecting = metrics['train'], metrics.get('val', test)
+    runtime.check_finite(selecting['loss'], step, learning_rate)
     values = step, train['loss'], test['loss'], train['accuracy'], test['accuracy']
     for key, value in zip(history, values):
         history[key].append(value)
@@ -335,8 +335,10 @@ def evaluate_and_save():
         lines = ''.join(f'{key} = {value!r}\n' for key, value in history.items())
         save_atomically(out / 'metrics.py', lambda file: file.write(lines.encode()))
         write_json(out / 'eval_results.json', {'step': step, **metrics})
-    ppl = math.exp(min(selecting['loss'], 700))
-    return {'val/loss': selecting['loss'], 'val/accuracy': selecting['accuracy'], 'val/perplexity': ppl}
+    values = {'val/loss': selecting['loss'], 'val/accuracy': selecting['accuracy']}
+    log.metrics(step, pending | values | {'val/perplexity': math.exp(min(selecting['loss'], 700))})
+    pending, without_better = None, sum(evaluated > best.step for evaluated in history['steps'])
+    finished = step == max_steps or bool(early_stopping) and without_better >= early_stopping
 
 
 def final_eval():
@@ -361,18 +363,18 @@ def final_eval():
 
 # ---------------------------------------------------------------------------- the loop
 
-if not resumed.checkpoint:
-    log.metrics(0, evaluate_and_save())
-    save()
+save()  # where a copy goes on, ckpt.pt becomes that
+if pending is not None:
+    evaluate_and_save()
 raw_classifier.train()
 tokens_per_row = np.mean([len(row) for row in sets['train'].rows])
-speed = runtime.Speed(trunk, dist, rows_per_step * tokens_per_row, step)
+speed = runtime.Speed(trunk, dist, rows_per_step * tokens_per_row, step, tokens_per_row)
 stopping = False
 while step < max_steps and not stopping and not finished:
     lr = optim.learning_rate_at(step, max_steps, learning_rate, min_lr, warmup, schedule, decay_ratio)
     opt.set_lr(lr)
     index = classification.rows_of_step(step, rows_per_step, num_rows, seed, lengths)
-    weight = max(1e-9, row_weights[index].sum())  # of the rows of all micro-steps and ranks
+    weight = max(1e-9, float(row_weights[index].sum()))  # of the rows of all micro-steps and ranks
     mine = index.reshape(gradient_accumulation_steps, dist.world_size, batch_size)[:, dist.rank]
     sums = {}
     for i, part in enumerate(mine):
@@ -398,17 +400,17 @@ while step < max_steps and not stopping and not finished:
         metrics |= speed.metrics(step)
         log.progress(step, max_steps, metrics, speed.seconds_per_step)
     if evaluating:
-        metrics |= evaluate_and_save()
-        without_better = sum(evaluated > best.step for evaluated in history['steps'])
-        finished = step == max_steps or bool(early_stopping) and without_better >= early_stopping
-    if metrics:
+        pending = metrics
+    elif metrics:
         log.metrics(step, metrics)
-    if saving and not finished:
-        save()
+    if saving:
+        save()  # before the evaluation, which may be cut off
+    if evaluating and not stopping:
+        evaluate_and_save()
     if metrics:
         speed.restart(step)
 
-if finished or step >= max_steps:
+if pending is None and step >= max_steps or finished:
     finished = True
     save()
     final_eval()

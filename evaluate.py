@@ -60,7 +60,6 @@ seed = 0
 device = 'auto'  # cpu, cuda, cuda:N, mps
 dtype = 'float32'  # bfloat16 and float16 are faster on a GPU
 config = configure(globals())
-del config['token']  # no secret goes into the results
 
 METRICS = ('perplexity', 'accuracy', 'generation', 'speed', 'instructions')
 OPTIONS = 'temperature top_k top_p steps sampler block_length threshold eta k fresh_beliefs'  # of generate()
@@ -96,7 +95,7 @@ def read_exercises():
 
 def load(path):
     """Return a checkpoint without what only training needs, with its Tokenizer, its path and a name."""
-    state = checkpoints.load(path, token, revision)
+    state = checkpoints.load(path, token, revision, tokenizer=dataset and Folder(dataset).tokenizer)
     state.pop('optimizer_state_dict', None)
     path = Path(path) / 'ckpt.pt' if (Path(path) / 'ckpt.pt').is_file() else Path(path)
     name = path.resolve().parent.name if path.name == 'ckpt.pt' else str(path)

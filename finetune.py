@@ -7,6 +7,7 @@ torchrun --standalone --nproc_per_node=2 finetune.py --dataset=alpaca --init_fro
 
 import copy
 import math
+import zlib
 from itertools import groupby
 from pathlib import Path
 
@@ -56,12 +57,13 @@ use_dora = False  # DoRA: magnitude and direction apart
 load_in_8bit = False  # the frozen weights as int8
 load_in_4bit = False  # the frozen weights as NF4
 # --- optimization ---
-max_steps = 0  # 0: num_epochs decides
+max_steps = 0  # in place of num_epochs; the later of the two counts
 num_epochs = 3.0
 optimizer = 'adamw'  # adamw or muon
 learning_rate = 2e-5
 min_lr = 0.0
-warmup_steps = 100  # at most a tenth of all steps, unless given
+warmup_steps: int = None  # None: warmup_ratio of all steps, or else 100, at most a tenth of all
+warmup_ratio: float = None  # the later of the two counts
 schedule = 'cosine'  # cosine, linear, wsd, constant
 decay_ratio = 0.2  # of all steps: the decay of wsd
 weight_decay = 0.01
@@ -80,8 +82,9 @@ out_dir = ''  # empty: out/{architecture}-{dataset}-{base}-v{n}
 run_suffix = ''  # appended to that name
 overwrite = False  # delete the existing run in out_dir
 resume_from = ''  # a ckpt.pt or run folder; auto: out_dir's, if it has one
+changed_data = False  # resume although data or base weights are others than those that the run began with
 save_every = 0  # steps between checkpoints beside those at evaluations; 0: none
-save_total_limit = 0  # copies kept under checkpoints/, one per save_every, and the best; 0: none
+save_total_limit: int = None  # copies kept under checkpoints/, one per save_every; None: all; 0: none
 seed = 0
 no_wandb = False
 wandb_project = 'diffusion-lm-finetune'
@@ -95,7 +98,6 @@ master_weights = 'float32'  # bfloat16: weights, gradients, moments in half the 
 compile: bool = None  # torch.compile; None: on CUDA only, without fsdp
 fsdp = False  # shard weights, gradients and moments over the ranks: for what no single GPU holds
 config = configure(globals())
-del config['token']  # no secret goes into config.json, the checkpoint or W&B
 
 # A run keeps what is FIXED; everything else may change when it is resumed, and the change is printed.
 FIXED = (
@@ -110,7 +112,6 @@ require(not (load_in_8bit and load_in_4bit), 'load_in_8bit and load_in_4bit excl
 require_peft = load_in_8bit or load_in_4bit or use_dora
 require(use_peft or not require_peft, 'Quantized weights and use_dora are for adapters; add --use_peft.')
 require(learning_rate, 'learning_rate is 0, so nothing would be trained; 2e-5 is usual for all weights.')
-require(max_steps > 0 or num_epochs > 0, 'max_steps and num_epochs are 0: nothing to do; give one of them.')
 require(init_from, 'init_from is empty; give --init_from=CHECKPOINT, a hub id, or --init_from=scratch.')
 require(dataset, 'There is nothing to learn from; give --dataset=NAME, a folder of prepare/instruct.py.')
 
@@ -143,7 +144,8 @@ elif init_from == 'scratch':
     shape.update({key: config[key] for key in config.given.intersection(BLOCKS)})
     initial = {'architecture': architecture or 'ar', 'tokenizer': tokenizer.to_json(), 'model_config': shape}
 else:  # adapters go on from the weights that they were made for
-    initial = checkpoints.load(init_from, token, revision, mmap=True)
+    initial = checkpoints.load(init_from, token, revision, mmap=True, tokenizer=tokenizer)
+    checkpoints.check_model(initial, init_from, config)
     blocks = {key: config[key] for key in config.given.intersection(BLOCKS)}
     initial = checkpoints.convert(initial, init_from, architecture or initial['architecture'], **blocks)
 architecture = initial['architecture']
@@ -168,6 +170,8 @@ if use_peft:
 
     raw_model.load_state_dict(weights or raw_model.state_dict())
     weights = None
+    checksums = [zlib.crc32(x.flatten().view(torch.uint8).numpy()) for x in raw_model.state_dict().values()]
+    folder.fingerprint[f'the weights of {init_from}'] = checksums
     targets = tuple(name.strip() for name in peft_targets.split(',')) if peft_targets else ()
     if load_in_8bit or load_in_4bit:
         quantize.quantize(raw_model, bits=8 if load_in_8bit else 4)
@@ -207,22 +211,21 @@ batches = data.Batches(
 val_batches = data.EvaluationBatches(
     folder, 'val', type(raw_model), block_size, batch_size, mode, eval_tokens, dist, even=fsdp
 )
-if max_steps <= 0:
-    max_steps = math.ceil(num_epochs * batches.rows.num_rows / batches.rows_per_step)
+max_steps, warmup = runtime.plan_steps(config, batches.rows.num_rows, batches.rows_per_step)
 anneal_steps = optim.default_anneal_steps(anneal_steps, raw_model, initial, max_steps)
-warmup_given = resumed.checkpoint or 'warmup_steps' in config.given
-warmup = warmup_steps if warmup_given else min(warmup_steps, max_steps // 10)
 rank = dist.rank if fsdp else 0  # of the random numbers that round this rank's weights
 opt = optim.make_optimizer(raw_model, optimizer, learning_rate, beta1, beta2, weight_decay, seed, rank)
 scaler = dist.scaler()
-step, best = checkpoints.continue_run(resumed, store, raw_model, opt, scaler, batches, config)
+inputs = {'rows_per_step': batches.rows_per_step, 'data': folder.fingerprint}
+step, best, pending = checkpoints.continue_run(resumed, store, raw_model, opt, scaler, inputs, config)
 
 
-def stops_early():
-    return early_stopping > 0 and step - best.step >= early_stopping * eval_every
+def is_finished():
+    stops_early = early_stopping and step - best.step >= early_stopping * eval_every
+    return pending is None and (step >= max_steps or stops_early)
 
 
-if resumed.checkpoint and (step >= max_steps or stops_early()):
+if is_finished():
     remedy = '--max_steps makes it longer, --early_stopping=0 more patient'
     dist.exit(f'{resumed.path} is finished at step {step} of {max_steps}, best at {best.step}. {remedy}.')
 model = dist.wrap(raw_model, compile, fsdp)
@@ -230,8 +233,8 @@ model = dist.wrap(raw_model, compile, fsdp)
 estimate = runtime.memory_estimate(raw_model, batch_size, block_size, dist)
 runtime.check_memory(estimate, dist)
 base = model_size if init_from == 'scratch' else Path(init_from).resolve().name.removesuffix('.pt')
-config.update(architecture=architecture, block_size=block_size, max_steps=max_steps, warmup_steps=warmup)
-config.update(dtype=dist.dtype, anneal_steps=anneal_steps)
+config.update(architecture=architecture, block_size=block_size, max_steps=max_steps)
+config.update(warmup_steps=warmup, dtype=dist.dtype, anneal_steps=anneal_steps)
 config.update({key: getattr(raw_model.config, key) for key in BLOCKS})
 out, log = start_run(dist, config, f'{architecture}-{folder.config["name"]}-{base}', resumed)
 stop = runtime.StopSignal()
@@ -273,6 +276,7 @@ def checkpoint():
     """Return what the other scripts need to use the model, but for its weights."""
     start_token = folder.config['start_token']
     state = checkpoints.contents(raw_model, step, best, config, tokenizer, start_token, prompt_format)
+    state['came_with'] = initial.get('came_with')  # of a pretrained folder, for exports
     if use_peft:
         state['adapter_state_dict'] = {name: p.detach() for name, p in trainable.items()}
     return state
@@ -287,23 +291,28 @@ def whole_weights():
     return merged.state_dict()
 
 
-def save():
-    """Write ckpt.pt with all that it takes to go on."""
-    state = {**checkpoint(), **checkpoints.state_of_run(scaler, batches, log)}
-    is_last = step == max_steps or stops_early()
+def save(is_last=False):
+    """Write ckpt.pt with all that it takes to go on, and its copy where one is due."""
+    state = {**checkpoint(), **inputs, 'pending': pending, 'wandb_run_id': log.wandb_run_id}
+    state['scaler_state_dict'] = scaler.state_dict()
     store.save_state(out / 'ckpt.pt', raw_model, opt, dist, state, whole_weights, is_last)
+    if dist.is_main and step and save_every and step % save_every == 0 and save_total_limit != 0:
+        checkpoints.keep_copy(out, step, save_total_limit, best.step)
 
 
 def evaluate_and_save():
-    """Compute the val/ metrics, the same for any number of ranks, print answers, save the best weights."""
+    """Compute the val/ metrics, the same for any number of ranks, print answers, save the best weights, log the step."""
+    global pending
     values = runtime.evaluate(raw_model, val_batches, dist)
     if num_samples and (dist.is_main or fsdp):
         print_answers()
     log.print(f'step {step}: ' + ', '.join(f'{name} {value:.4f}' for name, value in values.items()))
+    runtime.check_finite(values['val/loss'], step, learning_rate)
     is_best = checkpoints.save_if_best(out, step, values, best, checkpoint, whole_weights, dist)
     if is_best and use_peft and dist.is_main:
-        lora.save_adapter(raw_model, out / 'adapter', init_from)
-    return values
+        lora.save_adapter(raw_model, out / 'adapter', init_from, prompt_format)
+    log.metrics(step, pending | values)
+    pending = None
 
 
 def print_answers():
@@ -326,15 +335,16 @@ def print_answers():
 
 # ---------------------------------------------------------------------------- the loop
 
-if not resumed.checkpoint:
-    log.metrics(0, evaluate_and_save())
+if not (fsdp and resumed.checkpoint):  # where a copy goes on, ckpt.pt becomes that
     save()
+if pending is not None:
+    evaluate_and_save()
 raw_model.train()
 raw_model.mask_window = mask_ratio
 tokens_per_step = batches.rows_per_step * batches.rows.num_tokens / batches.rows.num_rows  # without padding
-speed = runtime.Speed(raw_model, dist, tokens_per_step, step)
+speed = runtime.Speed(raw_model, dist, tokens_per_step, step, block_size)
 stopping = False
-while step < max_steps and not stopping and not stops_early():
+while not stopping and not is_finished():
     lr = optim.learning_rate_at(step, max_steps, learning_rate, min_lr, warmup, schedule, decay_ratio)
     opt.set_lr(lr)
     raw_model.attn_mask = optim.annealed_mask(step, anneal_steps, block_size, seed, dist.device)
@@ -350,6 +360,7 @@ while step < max_steps and not stopping and not stops_early():
         # The mean over the trained tokens of all micro-steps and ranks; DDP divides by the number of ranks.
         scaler.scale(loss * (dist.world_size / count)).backward()
         runtime.add(sums, loss, *rest)
+    speed.count(sums, **beliefs)
     grad_norm = opt.step(scaler, trainable.values(), grad_clip)
     step += 1
 
@@ -365,23 +376,24 @@ while step < max_steps and not stopping and not stops_early():
         metrics |= speed.metrics(step)
         log.progress(step, max_steps, metrics, speed.seconds_per_step)
     if evaluating:
-        metrics |= evaluate_and_save()
-    if metrics:
+        pending = metrics
+    elif metrics:
         log.metrics(step, metrics)
     if saving:
-        save()
-        if dist.is_main and save_every and step % save_every == 0 and save_total_limit:
-            checkpoints.keep_copy(out, step, save_total_limit, best.step)
+        save()  # before the evaluation, which may be cut off
+    if evaluating and not stopping:
+        evaluate_and_save()
     if metrics:
         speed.restart(step)
 
-if stopping and step < max_steps:
+if not is_finished():
     log.print(f'stopped at step {step} of {max_steps}; continue with --resume_from={out}')
 else:
+    save(is_last=True)
     early = f'stopped early at step {step}' if step < max_steps else 'done'
     sample = f'python sample.py --checkpoint={out / "best.pt"} --chat'
     log.print(f'{early}: best val/loss {best.loss:.4f} at step {best.step}; ask it something: {sample}')
-log.close()
-if push_to_hub and dist.is_main and not stopping:
+if push_to_hub and dist.is_main and is_finished():
     hf.push(out, hub_model_id, token)
+log.close()
 dist.close()

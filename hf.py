@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi, ModelCardData, save_torch_state_dict
 
-from lm import checkpoints, families, files, lora, pretrained, runtime, sharded
+from lm import checkpoints, families, files, lora, pretrained, prompts, runtime, sharded
 from lm.configurator import UserError, require
 from lm.tokenizer import IGNORE, MASK, Tokenizer, end_in
 from model import ARCHITECTURES, ModelConfig
@@ -42,13 +42,11 @@ def num_parameters(checkpoint):
 
 
 def export(source, out):
-    """Write a ckpt.pt or run folder to the folder `out`, complete or not at all; return who reads it."""
+    """Write a ckpt.pt, or the best weights of a run folder, to the folder `out`, complete or not; return who reads it."""
+    source = best_of(source)
     checkpoint = checkpoints.load(source, mmap=True)
     architecture, config = checkpoint['architecture'], ModelConfig(**checkpoint['model_config'])
     weights = checkpoints.weights_of(checkpoint)
-    odd = pretrained.shapes_of(ARCHITECTURES[architecture], config).keys() ^ weights.keys()
-    odd = ', '.join(sorted(odd)[:3])
-    require(not odd, f'{source} holds other weights than those of its model ({odd}); merge its adapter.')
     family, c = families.family_of(architecture, config)
     c = c or {'model_type': families.NATIVE, 'architecture': architecture, 'model_config': vars(config)}
     rows, size = config.padded_vocab_size, config.vocab_size
@@ -59,7 +57,12 @@ def export(source, out):
     folder = out.with_name(out.name + '.tmp')
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    save_torch_state_dict(in_family(weights, family, rows), folder, max_shard_size=SHARD_BYTES)
+    try:
+        with files.writing(out):
+            save_torch_state_dict(in_family(weights, family, rows), folder, max_shard_size=SHARD_BYTES)
+    except UserError:
+        shutil.rmtree(folder)  # half of it would keep the disk full
+        raise
     c.update(start_token=checkpoint.get('start_token'), prompt_format=checkpoint.get('prompt_format'))
     if checkpoint['tokenizer'] is not None:
         c.update(write_tokenizer(checkpoint, folder, rows if family else None))
@@ -68,10 +71,16 @@ def export(source, out):
     shutil.rmtree(out, ignore_errors=True)  # with --overwrite
     folder.rename(out)
 
-    if not family:
-        return f'for these scripts ({families.NATIVE!r}, {architecture}); transformers cannot read it.'
-    left_out = f', without the {size - rows} that were added ({MASK}, {IGNORE})' if size > rows else ''
-    return f'of the family {family!r}, for transformers; {rows} tokens{left_out}.'
+    readers = f'for these scripts ({families.NATIVE!r}, {architecture}); transformers cannot read it'
+    if family:
+        left_out = f', without the {size - rows} that were added ({MASK}, {IGNORE})' if size > rows else ''
+        readers = f'of the family {family!r}, for transformers; {rows} tokens{left_out}'
+    return f'{source}, {readers}.'
+
+
+def best_of(source):
+    """Return the best.pt of a run folder that has one; any other source as it is."""
+    return Path(source, 'best.pt') if Path(source, 'best.pt').is_file() else source
 
 
 def in_family(weights, family, rows):
@@ -91,39 +100,49 @@ def write_tokenizer(checkpoint, folder, rows):
 
     rows: of a family's vocabulary, which <|mask|> and <|ignore|> are no part of; None: they stay.
     """
-    tokenizer, start = Tokenizer(checkpoint['tokenizer']), checkpoint.get('start_token')
-    end, text = tokenizer.endoftext_id, tokenizer.to_json()
-    start = end if start is None or tokenizer.decode([start]) else start  # has to be a special token
-    text = text if rows is None else without_own_tokens(text, rows)
-    (folder / 'tokenizer.json').write_text(text, encoding='utf-8')
-    settings = {'tokenizer_class': 'PreTrainedTokenizerFast', 'bos_token': tokenizer.inner.id_to_token(start)}
-    settings['eos_token'] = tokenizer.inner.id_to_token(end)
+    tokenizer = Tokenizer(checkpoint['tokenizer'], start=checkpoint.get('start_token'))
+    came_with, name_of = checkpoint.get('came_with') or {}, tokenizer.inner.id_to_token
+    added = {MASK, IGNORE}.intersection(came_with.get('added_tokens', (MASK, IGNORE)))
+    text = tokenizer.to_json()
+    text = text if rows is None else without_own_tokens(text, rows, added)
+    files.save_atomically(folder / 'tokenizer.json', lambda file: file.write(text.encode()))
+    start, end = tokenizer.start_id, tokenizer.endoftext_id
+    settings = {**came_with.get('tokenizer_config', {}), 'tokenizer_class': 'PreTrainedTokenizerFast'}
+    settings |= {'bos_token': name_of(start), 'eos_token': name_of(end)}
+    ends = [token for token in prompts.stop_tokens(checkpoint, tokenizer) if rows is None or token < rows]
+    ids = {'bos_token_id': start, 'eos_token_id': ends if len(ends) > 1 else end}
+    if form := checkpoint.get('prompt_format'):
+        settings['chat_template'] = prompts.chat_template(form, tokenizer)
+    if (pad := came_with.get('pad_token')) is not None:
+        ids['pad_token_id'], settings['pad_token'] = pad, name_of(pad)
     files.write_json(folder / 'tokenizer_config.json', settings)
-    ids = {'bos_token_id': start, 'eos_token_id': end}
     files.write_json(folder / 'generation_config.json', ids)
     return ids
 
 
-def without_own_tokens(text, rows):
-    """Return a tokenizer.json as it came: without the tokens and the template that we added."""
+def without_own_tokens(text, rows, added):
+    """Return a tokenizer.json as it came: without the tokens `added` and the template that we added."""
     tokenizer = json.loads(text)
     tokens = [token for token in tokenizer['added_tokens'] if token['id'] < rows]
-    tokenizer['added_tokens'] = [token for token in tokens if token['content'] not in (MASK, IGNORE)]
+    tokenizer['added_tokens'] = [token for token in tokens if token['content'] not in added]
     if end_in(tokenizer['post_processor']) is not None:
         own = tokenizer['post_processor']['processors'][:-1]
-        tokenizer['post_processor'] = own[0] if own else None
+        several = {'type': 'Sequence', 'processors': own}
+        tokenizer['post_processor'] = several if len(own) > 1 else own[0] if own else None
     return json.dumps(tokenizer, ensure_ascii=False)
 
 
 def merge_adapter(source, base, out, token=None, revision=None):
     """Write a checkpoint with an adapter merged into its weights; return in words what it is."""
     checkpoint = checkpoints.load(base, token, revision)
-    if architecture := lora.read_config(source).get('architecture'):
+    config = lora.read_config(source)
+    if architecture := config.get('architecture'):
         checkpoint = checkpoints.convert(checkpoint, base, architecture)
     model = checkpoints.load_model(checkpoint, 'cpu')
     lora.load_adapter(model, source)
     lora.merge(model)
     kept = {key: value for key, value in checkpoint.items() if not key.endswith('_state_dict')}
+    kept['prompt_format'] = config.get('prompt_format') or checkpoint.get('prompt_format')
     checkpoints.save(out, {**kept, 'model_state_dict': model.state_dict()})
     return f'{base} with {source} merged in float32.'
 
@@ -134,7 +153,7 @@ def push(source, hub_model_id, token=None, private=False, dry_run=False):
     The model is made there where it does not exist; nothing is deleted. dry_run: show what would be sent.
     """
     check_name(hub_model_id)
-    path = Path(source, 'best.pt') if Path(source, 'best.pt').is_file() else Path(source)
+    path = Path(best_of(source))
     card = model_card(checkpoints.load(path, mmap=True), hub_model_id)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix='push-') as parent:
         folder = Path(parent) / 'model'
@@ -142,13 +161,13 @@ def push(source, hub_model_id, token=None, private=False, dry_run=False):
         (folder / 'README.md').write_text(card, encoding='utf-8')
         if dry_run:
             sent = [f'{file.stat().st_size:>15,}  {file.name}' for file in sorted(folder.iterdir())]
-            print(f'{hub_model_id} would get {path}, {description}', *sent, card, sep='\n')
+            print(f'{hub_model_id} would get {description}', *sent, card, sep='\n')
             return
         with hub(token, f'{hub_model_id} got nothing') as api:
             api.create_repo(hub_model_id, private=private, exist_ok=True)
             message = f'The model of {path.name}'
             api.upload_folder(repo_id=hub_model_id, folder_path=folder, commit_message=message)
-        print(f'{hub_model_id} on the hub: {path}, {description}')
+        print(f'{hub_model_id} on the hub: {description}')
 
 
 def check_hub(hub_model_id, token=None):
@@ -166,11 +185,10 @@ def check_name(hub_model_id):
 @contextmanager
 def hub(token, failure):
     """Yield an HfApi; all the ways in which a network and a service fail become a UserError."""
-    try:
+    with files.as_sentence(
+        failure, 'log in with `hf auth login`, and send a finished run by `python hf.py push`'
+    ):
         yield HfApi(token=token or None)
-    except Exception as error:  # the client's, the network's and httpx' own errors have no common class
-        remedy = 'log in with `hf auth login`, and send a finished run by `python hf.py push`'
-        raise UserError(f'{failure} ({pretrained.first_line(error)}); {remedy}.') from error
 
 
 # Names of the machine and its accounts; paths are left out as well.
@@ -201,7 +219,7 @@ def model_card(checkpoint, name):
 
 COMMANDS = {  # function, its source, options
     'import': (import_model, 'a folder or hub id', 'out overwrite token revision'),
-    'export': (export, 'a ckpt.pt or run folder', 'out overwrite'),
+    'export': (export, 'a ckpt.pt, or a run folder: its best.pt', 'out overwrite'),
     'merge': (merge_adapter, 'an adapter folder', 'base out overwrite token revision'),
     'push': (push, 'a ckpt.pt, or a run folder: its best.pt', 'hub_model_id token private dry_run'),
     'consolidate': (sharded.consolidate, 'the folder of a stopped run with fsdp=True', ''),

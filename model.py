@@ -230,7 +230,7 @@ class Transformer(nn.Module):
         h, y, weight = take(hidden, index), take(targets, index), self.head_weight()
         chunk_nll = partial(self.chunk_nll, label_smoothing=label_smoothing)
         if torch.is_grad_enabled():
-            chunk_nll = partial(checkpoint, chunk_nll, use_reentrant=False, preserve_rng_state=False)
+            chunk_nll = partial(checkpoint, chunk_nll, use_reentrant=False)
         rows = self.head_rows(h)
         chunks = [chunk_nll(h_part, y_part, weight) for h_part, y_part in zip(h.split(rows), y.split(rows))]
         nll, pred = (torch.cat(parts) for parts in zip(*chunks))

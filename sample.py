@@ -11,11 +11,12 @@ import sys
 from pathlib import Path
 
 from lm import checkpoints, prompts, runtime
-from lm.configurator import ROOT, UserError, configure, printable, require, user_errors
+from lm.configurator import ROOT, UserError, configure, printable, report_idle, require, user_errors
 from lm.tokenizer import Tokenizer
 from sampling import generate
 
 checkpoint = ''  # a ckpt.pt, run folder, Hugging Face folder or hub id; empty: newest under out/
+tokenizer = ''  # of a ckpt.pt of nanoGPT's, unless it is gpt2's: a path
 token = ''  # of the Hugging Face hub, for private models
 revision = ''  # a branch, tag or commit of the hub
 prompt = ''  # the text to continue, or FILE:path; empty: a new text
@@ -109,7 +110,7 @@ require(chat or not (input or system), 'input and system belong to --chat; add i
 require(not (chat and infill), 'An infill does not belong to --chat; leave one out.')
 require(num_samples >= 1, f'num_samples is {num_samples}; it has to be at least 1.')
 if prompt.startswith('FILE:'):
-    path = Path(prompt.removeprefix('FILE:'))
+    path = Path(prompt.removeprefix('FILE:')).expanduser()
     try:
         prompt = path.read_text(encoding='utf-8-sig')
     except (OSError, UnicodeDecodeError) as error:
@@ -122,23 +123,24 @@ dist = runtime.Runtime(device, dtype)
 runs = sorted((ROOT / 'out').glob('*/ckpt.pt'), key=lambda path: path.stat().st_mtime)
 require(checkpoint or runs, 'There is no run under out/; train one, or give --checkpoint=PATH.')
 path = checkpoint or runs[-1]
-state = checkpoints.load(path, token, revision)
+state = checkpoints.load(path, token, revision, tokenizer=tokenizer and Tokenizer.load(tokenizer))
 tokenizer = Tokenizer(state['tokenizer'])
 if sampler == 'ar':
     state, sampler = checkpoints.as_ar(state, path), ''
 model = checkpoints.load_model(state, dist.device)
 has_candidates, remedy = model.has_beliefs and k != 0, 'take an sdd checkpoint and a k above 0'
 require(not show_candidates or has_candidates, f'{path} with k={k} keeps no candidates to show; {remedy}.')
+idle = 'steps sampler block_length threshold eta' if model.causal else 'use_cache compile'
+report_idle(config, f'on {state["architecture"]}', idle + ' k' * (not model.has_beliefs))
 print(f'{path}: {state["architecture"]}, {model.num_parameters():,} parameters, step {state["global_step"]}')
 
 ids = [] if chat else encode_infill(infill) if infill else tokenizer.encode(prompt)
 num_steps = steps or (ids.count(tokenizer.mask_id) if infill else max_new_tokens)
 shown_steps = candidate_steps or (1, num_steps // 2, num_steps * 3 // 4)
 form = state.get('prompt_format') or prompts.DEFAULT
-end = prompts.end_of(form, tokenizer)[0] if chat else tokenizer.endoftext_id
 options = {name: globals()[name] for name in OPTIONS.split()}
 options |= {
-    'stop_tokens': [end] if stop_at_end else [],
+    'stop_tokens': prompts.stop_tokens(state, tokenizer) if stop_at_end else [],
     'watch': print_candidates if show_candidates else None,
 }
 start = [state['start_token']]

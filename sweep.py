@@ -6,7 +6,6 @@
 A run is named by the hash of its settings: the same command again skips what is finished and goes on with the rest.
 """
 
-import ast
 import csv
 import fcntl
 import hashlib
@@ -15,6 +14,7 @@ import json
 import math
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -25,7 +25,7 @@ import threading
 import time
 from pathlib import Path
 
-from lm.configurator import ROOT, UserError, check_choice, check_range, configure, require
+from lm.configurator import ROOT, UserError, check_arguments, check_range, configure, find, require
 from lm.files import write_json
 
 # --- what to run ---
@@ -57,9 +57,16 @@ gpus_per_job = 1
 fields = {}  # what further {names} in the template stand for
 config = configure(globals())
 
-check_choice(config, 'submit', ('', 'slurm'))
+require(submit in ('', 'slurm'), f'submit is {submit!r}; the only cluster is slurm.')
 check_range(config, 1, math.inf, 'jobs', 'cpus')
 check_range(config, 0, math.inf, 'num_trials', 'gpus_per_job')
+lines = [
+    experiment_name,
+    timeout,
+    *map(str, fields.values()),
+]  # of shell scripts; the first names a folder too
+plain = re.fullmatch(r'\w[\w.+=-]*', experiment_name) and '\n' not in ''.join(lines)
+require(plain, f'experiment_name, timeout or a field in {lines} is no plain name; write letters and digits.')
 root = (Path(results_root) / experiment_name).absolute()
 OUR_OWN = {'out_dir', 'results_path', 'output_dir', 'resume_from'}  # settings that the sweep gives
 
@@ -70,24 +77,17 @@ def all_runs():
     runs = {}
     for parts in itertools.product([base_args], language_runs(), zipped_runs(), sampled_runs(), *axes):
         settings = {key.replace('-', '_'): value for part in parts for key, value in part.items()}
-        run = {key: as_number(value) for key, value in settings.items() if value is not None}
+        run = {key: value for key, value in settings.items() if value is not None}
         require(OUR_OWN.isdisjoint(run), f'{", ".join(OUR_OWN)} are given by the sweep; take them out of it.')
+        require('token' not in run, 'A token would stand in job scripts; set HF_TOKEN or `hf auth login`.')
         text = json.dumps([Path(script).name, run], sort_keys=True, default=str)
         runs[hashlib.sha256(text.encode()).hexdigest()[:12]] = run
     return runs
 
 
-def as_number(value):
-    """Return the number that a text spells, and any other value as it is: YAML reads 1e-5 as a text."""
-    try:
-        number = ast.literal_eval(value) if isinstance(value, str) else value
-    except (ValueError, SyntaxError):
-        return value
-    return number if type(number) in (int, float) else value
-
-
 def listed(key, values):
-    values = list(values) if isinstance(values, (list, tuple)) else [values]
+    values = values.tolist() if hasattr(values, 'tolist') else values  # of numpy
+    values = list(values) if isinstance(values, (list, tuple, range)) else [values]
     require(values, f'{key} has no values; name at least one, or leave it out.')
     return values
 
@@ -135,7 +135,7 @@ def language_runs():
 
 
 def arguments(name):
-    settings = [f'--{key}={value}' for key, value in runs[name].items()]
+    settings = [f'--{key}={value}' for key, value in runs[name].items() if value != '']
     return [*settings, f'--out_dir={root / name}', '--resume_from=auto']
 
 
@@ -212,7 +212,7 @@ def write_results():
     """Write results.csv, a row per finished run, and results.md, the mean ± standard deviation over seeds."""
     paths = {name: root / name / 'eval_results.json' for name in runs if is_finished(name)}
     found = [name for name in paths if paths[name].exists()]
-    figures = {name: dict(flat(json.loads(paths[name].read_text()))) for name in found}
+    figures = {name: dict(flat(read_results(paths[name]))) for name in found}
     names = list(dict.fromkeys(key for values in figures.values() for key in values))
     with open(root / 'results.csv', 'w', newline='') as file:
         writer = csv.DictWriter(file, ['run', *keys, *names], extrasaction='ignore', lineterminator='\n')
@@ -226,6 +226,15 @@ def write_results():
     table = markdown_table([key for key in keys if key != 'seed'], groups, names)
     (root / 'results.md').write_text(table + '\n')
     print(f'\n{table}\n\n{len(figures)} of {len(runs)} runs: {root}/results.csv, {root}/results.md')
+
+
+def read_results(path):
+    """Return the figures of a run; none, and a word about it, where its file is damaged."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        print(f'{path} is damaged ({error}); delete {path.parent}, and the run is done again.')
+        return {}
 
 
 def flat(figures, prefix=''):
@@ -299,14 +308,8 @@ def submit_jobs():
         print(answer.stdout.strip())
 
 
-def find(kind, name):
-    for folder in (Path.cwd(), ROOT):
-        if (folder / name).is_file():
-            return folder / name
-    raise UserError(f'There is no {kind} {name!r} in {Path.cwd()} or {ROOT}; correct the path.')
-
-
 script_path, runs = find('script', script), all_runs()
+check_arguments(script_path, map(arguments, runs))
 keys = dict.fromkeys(key for run in runs.values() for key in run)
 keys = [key for key in keys if len({str(run.get(key)) for run in runs.values()}) > 1]  # those that vary
 if submit:

@@ -5,13 +5,13 @@ python train.py config/xl_owt.py --batch_size=8
 torchrun --standalone --nproc_per_node=2 train.py config/shakespeare_char.py --device=cpu
 """
 
-import math
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 
 from lm import checkpoints, data, optim, runtime
-from lm.configurator import check_range, configure, require
+from lm.configurator import configure
 from lm.folder import open_dataset
 from lm.log import start_run
 from sampling import generate
@@ -52,11 +52,11 @@ token = ''  # of the Hugging Face hub, for private models
 revision = ''  # a branch, tag or commit of the hub
 # --- optimization ---
 max_steps = 2000
-num_epochs = 0.0  # instead of max_steps
+num_epochs = 0.0  # in place of max_steps; the later of the two counts
 optimizer = 'adamw'  # adamw or muon
 learning_rate = 1e-3
 min_lr = 0.0
-warmup_steps: int = None  # None: warmup_ratio of all steps
+warmup_steps: int = None  # in place of warmup_ratio; the later of the two counts
 warmup_ratio = 0.02
 schedule = 'cosine'  # cosine, linear, wsd, constant
 decay_ratio = 0.2  # of all steps: the decay of wsd
@@ -77,8 +77,9 @@ out_dir = ''  # empty: out/{architecture}-{dataset}-{size}-v{n}
 run_suffix = ''  # appended to that name
 overwrite = False  # delete the existing run in out_dir
 resume_from = ''  # a ckpt.pt or run folder; auto: out_dir's, if it has one
+changed_data = False  # resume although the data are others than those that the run began with
 save_every = 0  # steps between checkpoints beside those at evaluations; 0: none
-save_total_limit = 0  # copies kept under checkpoints/, one per save_every, and the best; 0: none
+save_total_limit: int = None  # copies kept under checkpoints/, one per save_every; None: all; 0: none
 seed = 0
 no_wandb = False
 wandb_project = 'diffusion-lm'
@@ -90,7 +91,6 @@ master_weights = 'float32'  # bfloat16: weights, gradients, moments in half the 
 compile: bool = None  # torch.compile; None: on CUDA only, without fsdp
 fsdp = False  # shard weights, gradients and moments over the ranks: for what no single GPU holds
 config = configure(globals())
-del config['token']  # no secret goes into config.json, the checkpoint or W&B
 
 # The shape of the model: keys that go to ModelConfig as they are. A run keeps it and what else is FIXED; everything
 # else may change when it is resumed, and the change is printed.
@@ -102,7 +102,6 @@ FIXED = (
 )
 
 runtime.check_settings(config)
-check_range(config, 1, math.inf, 'max_steps')
 
 # ---------------------------------------------------------------------------- process, data, start
 
@@ -121,20 +120,19 @@ if 'block_size' not in config.given:
 initial = resumed.checkpoint
 if init_from and not initial:
     given_size = block_size if 'block_size' in config.given else None
-    initial = checkpoints.load(init_from, token, revision, mmap=True)
+    initial = checkpoints.load(init_from, token, revision, mmap=True, tokenizer=tokenizer)
     blocks = {key: config[key] for key in config.given.intersection(BLOCKS)}
     initial = checkpoints.convert(initial, init_from, architecture, given_size, **blocks)
+    checkpoints.check_model(initial, init_from, config, SHAPE)
 
 # ---------------------------------------------------------------------------- model
 
-shape = checkpoints.size_of(model_size)
-shape.update({key: config[key] for key in SHAPE + BLOCKS if config[key] is not None})
 if initial:
     checkpoints.check_fits(initial, resumed.path or init_from, architecture, tokenizer, folder.path)
-    for key in sorted(config.given.intersection(SHAPE)):
-        held = initial['model_config'][key]
-        require(config[key] == held, f'{init_from} has {key}={held!r}, not {config[key]!r}; leave it out.')
     shape = dict(initial['model_config'])
+else:
+    shape = checkpoints.size_of(model_size)
+    shape.update({key: config[key] for key in SHAPE + BLOCKS if config[key] is not None})
 shape.update({key: config[key] for key in FREE_SHAPE}, k=max(k_schedule), vocab_size=tokenizer.vocab_size)
 shape.update(mask_id=tokenizer.mask_id, ignore_id=tokenizer.ignore_id)
 torch.manual_seed(seed)
@@ -156,16 +154,15 @@ batches = data.Batches(
 val_batches = data.EvaluationBatches(
     folder, 'val', type(raw_model), block_size, batch_size, mode, eval_tokens, dist, even=fsdp
 )
-if num_epochs and 'max_steps' not in config.given:
-    max_steps = math.ceil(num_epochs * batches.rows.num_rows / batches.rows_per_step)
+max_steps, warmup = runtime.plan_steps(config, batches.rows.num_rows, batches.rows_per_step)
 anneal_steps = optim.default_anneal_steps(anneal_steps, raw_model, initial, max_steps)
-warmup = round(warmup_ratio * max_steps) if warmup_steps is None else warmup_steps
 rank = dist.rank if fsdp else 0  # of the random numbers that round this rank's weights
 opt = optim.make_optimizer(raw_model, optimizer, learning_rate, beta1, beta2, weight_decay, seed, rank)
 scaler = dist.scaler()
 ema = optim.WeightAverage(raw_model, ema_decay) if ema_decay else None
-step, best = checkpoints.continue_run(resumed, store, raw_model, opt, scaler, batches, config)
-if resumed.checkpoint and step >= max_steps:
+inputs = {'rows_per_step': batches.rows_per_step, 'data': folder.fingerprint}
+step, best, pending = checkpoints.continue_run(resumed, store, raw_model, opt, scaler, inputs, config)
+if step >= max_steps and pending is None:
     dist.exit(f'{resumed.path} is finished at step {step} of {max_steps}. --max_steps makes it longer.')
 if ema and resumed.checkpoint and 'ema_state_dict' in initial:
     ema.load(initial['ema_state_dict'])
@@ -176,7 +173,8 @@ model = dist.wrap(raw_model, compile, fsdp)
 
 config.update({key: getattr(raw_model.config, key) for key in SHAPE + FREE_SHAPE + BLOCKS})
 config.update(max_steps=max_steps, dtype=dist.dtype, anneal_steps=anneal_steps)
-out, log = start_run(dist, config, f'{architecture}-{folder.config["name"]}-{model_size}', resumed)
+base = Path(init_from).resolve().name.removesuffix('.pt') if init_from else model_size
+out, log = start_run(dist, config, f'{architecture}-{folder.config["name"]}-{base}', resumed)
 stop = runtime.StopSignal()
 log.print(
     f'{out}: {architecture}, {raw_model.num_parameters():,} parameters, {dist.dtype} on {dist.world_size} × '
@@ -192,13 +190,17 @@ def checkpoint():
     """Return what the other scripts need to use the model, but for its weights."""
     start_token, prompt_format = folder.config['start_token'], folder.config['prompt_format']
     state = checkpoints.contents(raw_model, step, best, config, tokenizer, start_token, prompt_format)
+    state['came_with'] = initial and initial.get('came_with')  # of a pretrained folder, for exports
     return {**state, 'ema_state_dict': ema.ema} if ema else state
 
 
-def save():
-    """Write ckpt.pt with all that it takes to go on."""
-    state = {**checkpoint(), **checkpoints.state_of_run(scaler, batches, log)}
-    store.save_state(out / 'ckpt.pt', raw_model, opt, dist, state, whole_weights, is_last=step == max_steps)
+def save(is_last=False):
+    """Write ckpt.pt with all that it takes to go on, and its copy where one is due."""
+    state = {**checkpoint(), **inputs, 'pending': pending, 'wandb_run_id': log.wandb_run_id}
+    state['scaler_state_dict'] = scaler.state_dict()
+    store.save_state(out / 'ckpt.pt', raw_model, opt, dist, state, whole_weights, is_last)
+    if dist.is_main and step and save_every and step % save_every == 0 and save_total_limit != 0:
+        checkpoints.keep_copy(out, step, save_total_limit, best.step)
 
 
 def whole_weights():
@@ -207,14 +209,18 @@ def whole_weights():
 
 
 def evaluate_and_save():
-    """Compute the val/ metrics, the same for any number of ranks, print samples where it is their turn, save the best weights."""
+    """Compute the val/ metrics, the same for any number of ranks, print samples where it is their turn, save the best
+    weights, log the step."""
+    global pending
     with ema.in_place() if ema else nullcontext():
         values = runtime.evaluate(raw_model, val_batches, dist)
         if sample_every and (step % sample_every == 0 or step == max_steps) and (dist.is_main or fsdp):
             print_samples()
     log.print(f'step {step}: ' + ', '.join(f'{name} {value:.4f}' for name, value in values.items()))
+    runtime.check_finite(values['val/loss'], step, learning_rate)
     checkpoints.save_if_best(out, step, values, best, checkpoint, whole_weights, dist)
-    return values
+    log.metrics(step, pending | values)
+    pending = None
 
 
 def print_samples():
@@ -228,12 +234,13 @@ def print_samples():
 
 # ---------------------------------------------------------------------------- the loop
 
-if not resumed.checkpoint:
-    log.metrics(0, evaluate_and_save())
+if not (fsdp and resumed.checkpoint):  # where a copy goes on, ckpt.pt becomes that
     save()
+if pending is not None:
+    evaluate_and_save()
 raw_model.train()
 raw_model.mask_window = mask_ratio
-speed = runtime.Speed(raw_model, dist, batches.rows_per_step * block_size, step)
+speed = runtime.Speed(raw_model, dist, batches.rows_per_step * block_size, step, block_size)
 stopping = False
 while step < max_steps and not stopping:
     lr = optim.learning_rate_at(step, max_steps, learning_rate, min_lr, warmup, schedule, decay_ratio)
@@ -251,6 +258,7 @@ while step < max_steps and not stopping:
         # The mean over the tokens of all micro-steps and ranks; DDP divides by the number of ranks.
         scaler.scale(loss * (dist.world_size / count)).backward()
         runtime.add(sums, loss, *rest)
+    speed.count(sums, **beliefs)
     grad_norm = opt.step(scaler, raw_model.parameters(), grad_clip)
     if ema:
         ema.update(step)
@@ -268,19 +276,20 @@ while step < max_steps and not stopping:
         metrics |= speed.metrics(step)
         log.progress(step, max_steps, metrics, speed.seconds_per_step)
     if evaluating:
-        metrics |= evaluate_and_save()
-    if metrics:
+        pending = metrics
+    elif metrics:
         log.metrics(step, metrics)
     if saving:
-        save()
-        if dist.is_main and save_every and step % save_every == 0 and save_total_limit:
-            checkpoints.keep_copy(out, step, save_total_limit, best.step)
+        save()  # before the evaluation, which may be cut off
+    if evaluating and not stopping:
+        evaluate_and_save()
     if metrics:
         speed.restart(step)
 
-if step < max_steps:
+if step < max_steps or pending is not None:
     log.print(f'stopped at step {step} of {max_steps}; continue with --resume_from={out}')
 else:
+    save(is_last=True)
     sample = f'python sample.py --checkpoint={out / "ckpt.pt"}'
     log.print(f'done: best val/loss {best.loss:.4f} at step {best.step}; look at what it writes: {sample}')
 log.close()

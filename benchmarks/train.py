@@ -74,7 +74,8 @@ class Trainee:
         return timing.seconds(lambda: self.step(batch, **beliefs), self.dist.device)
 
     def mfu(self, seconds, peak):
-        return runtime.flops_per_token(self.model) * self.tokens / seconds / peak
+        predicted = 0.5 if self.model.needs_noise else 1.0  # the mean mask ratio
+        return runtime.flops_per_token(self.model, predicted=predicted) * self.tokens / seconds / peak
 
 
 def compare_steps(trainees, steps, peak):

@@ -5,5 +5,4 @@ dtype = 'bfloat16'
 warmup_steps = 2000
 eval_every = 1000
 eval_tokens = 650_000
-save_every = 1000
 sample_every = 5000

@@ -24,7 +24,8 @@ run=$!
 wait $run; status=$?
 while kill -0 $run 2> /dev/null; do wait $run; status=$?; done  # a signal ends a wait before the run ends
 if [ -n "$again" ]; then
-    scontrol requeue "$SLURM_JOB_ID"
+    task=${{SLURM_ARRAY_TASK_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}  # of an array this task alone
+    scontrol requeue "${{task:-$SLURM_JOB_ID}}"
 elif [ -z "$stopped" ] && [ "$status" = 0 ]; then
     echo '{{}}' > {done}
 fi

@@ -2,7 +2,10 @@
 
 import contextlib
 import math
+import os
+import re
 import shutil
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -11,11 +14,26 @@ import torch
 
 from lm import pretrained
 from lm.configurator import ROOT, UserError, require, restore, user_errors
-from lm.files import save_atomically, write_json
+from lm.files import lock, save_atomically, write_json, writing
+from lm.optim import local
 from lm.pretrained import current_names
+from lm.records import first_line
 from model import ARCHITECTURES, SIZES, Autoregressive, ModelConfig, architecture_name
 
 CHECKPOINT_FORMAT = 1
+NEEDED = {'architecture': str, 'model_config': dict, 'model_state_dict': dict, 'tokenizer': str | None}
+NEEDED |= {'global_step': int, 'start_token': int}
+TYPES = dict.fromkeys(['best_step', 'seed', 'rows_per_step'], int)
+TYPES |= dict.fromkeys('train_config optimizer_state_dict scaler_state_dict head_state_dict'.split(), dict)
+TYPES |= dict.fromkeys('ema_state_dict adapted_state_dict pending'.split(), dict | None)
+TYPES |= {
+    'prompt_format': str | None,
+    'wandb_run_id': str | None,
+    'best_val_loss': float,
+    'best_score': float,
+    **NEEDED,
+}
+OTHERS = 'take another one of the run, best.pt or one under checkpoints/'
 
 
 def save(path, checkpoint):
@@ -34,32 +52,73 @@ def is_pretrained(path):
     return is_name and is_id and not path.exists()
 
 
-def load(path, token=None, revision=None, mmap=False, sharded=False):
+def load(path, token=None, revision=None, mmap=False, sharded=False, tokenizer=None):
     """Load the dict that `ckpt.pt` holds, its tensors on the CPU.
 
     path: the file, a run folder, a Hugging Face folder, or the id of a model of its hub, for which `token` and
     `revision` are. mmap: leave the tensors on disk until they are used. sharded: whether the weights may be missing,
-    because a folder beside it has them.
+    because a folder beside it has them. tokenizer: of a ckpt.pt of nanoGPT's, which does not hold it.
     """
     if is_pretrained(path):
+        run = next((out / path for out in (Path('out'), ROOT / 'out') if (out / path).is_dir()), None)
+        require(not run or Path(path).exists(), f'There is no checkpoint at {path}; did you mean {run}?')
         return pretrained.load(path, token, revision)
-    path = Path(path) / 'ckpt.pt' if Path(path).is_dir() else Path(path)
+    path = newest_checkpoint(path) if Path(path).is_dir() else Path(path)
     require(path.is_file(), f'There is no checkpoint at {path}; correct the path, or train one.')
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
+        with zipfile.ZipFile(path) as file:  # torch.load never looks at the checksums
+            damaged = file.testzip()
     except Exception as error:  # damaged bytes make it fail in a dozen ways, OSError and KeyError among them
-        reason = str(error).splitlines()[0] if str(error) else 'it ends too early'
-        remedy = 'take another one of the run, best.pt or one under checkpoints/'
-        raise UserError(f'{path} is damaged or no checkpoint of ours ({reason}); {remedy}.') from error
+        reason = first_line(error)
+        raise UserError(f'{path} is damaged or no checkpoint of ours ({reason}); {OTHERS}.') from error
+    require(not damaged, f'{path} is damaged ({damaged} has another checksum); {OTHERS}.')
     checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
-    missing = {'architecture', 'model_config', 'model_state_dict', 'tokenizer'} - set(checkpoint)
+    if {'model', 'model_args'} <= checkpoint.keys():
+        checkpoint = pretrained.from_nanogpt(checkpoint, path, tokenizer)
+    missing = NEEDED.keys() - checkpoint
     if missing == {'model_state_dict'} and 'sharded' in checkpoint:
         remedy = f'put them into it with `python hf.py consolidate {path.parent}`, or let the run finish'
         require(sharded, f'The weights of {path} are sharded in {path.parent / "sharded"}; {remedy}.')
         return checkpoint
     lacks = ', '.join(sorted(missing))
     require(not missing, f'{path} lacks {lacks}, so it is no checkpoint of ours; give the ckpt.pt of a run.')
-    return {k: current_names(x) if k.endswith('_state_dict') else x for k, x in checkpoint.items()}
+    with damage_named(path):
+        names = [name for name, x in checkpoint.items() if name.endswith('_state_dict') and x]
+        checkpoint |= {name: current_names(checkpoint[name]) for name in names}
+        check_contents(checkpoint)
+    return checkpoint
+
+
+def check_contents(checkpoint):
+    """Raise some error where an entry has another type than it should, or the weights are not those of the model."""
+    for key in TYPES.keys() & checkpoint.keys():
+        if not isinstance(checkpoint[key], TYPES[key]):
+            raise TypeError(f'{key} is {checkpoint[key]!r:.40}')
+    config, weights = checkpoint['model_config'], checkpoint['model_state_dict']
+    step, start, size = checkpoint['global_step'], checkpoint['start_token'], config['vocab_size']
+    if min(step, start, config['block_size']) < 0 or checkpoint['tokenizer'] and start >= size:
+        raise ValueError(f'global_step is {step}, start_token {start}, block_size {config["block_size"]}')
+    if config['n_layer'] > len(weights):  # before so many layers are made
+        raise ValueError(f'n_layer is {config["n_layer"]}')
+    with torch.device('meta'):
+        model = ARCHITECTURES[checkpoint['architecture']](ModelConfig(**config))
+    for state_dict in filter(None, (weights, checkpoint.get('ema_state_dict'))):
+        model.load_state_dict(state_dict, assign=True)  # copies nothing
+        if not all(weight.isfinite().all() for weight in state_dict.values()):
+            raise ValueError('a weight is not finite')
+
+
+@contextlib.contextmanager
+def damage_named(path):
+    """Turn what fails where a checkpoint is read that somebody edited into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = f'{type(error).__name__}: {" ".join(str(error).split()):.150}'
+        raise UserError(f'{path} was edited or is damaged ({reason}); {OTHERS}.') from error
 
 
 # ---------------------------------------------------------------------------- models
@@ -77,6 +136,15 @@ def size_of(model_size):
     """Return n_layer, n_head and n_embd of a named size as a dict."""
     require(model_size in SIZES, f'model_size is {model_size!r}; choose {", ".join(SIZES)}.')
     return dict(zip(('n_layer', 'n_head', 'n_embd'), SIZES[model_size]))
+
+
+def check_model(checkpoint, path, config, keys=()):
+    """Raise a UserError where the model at `path` is another one than the settings that were given say."""
+    wanted = size_of(config['model_size']) if 'model_size' in config.given else {}
+    wanted |= {key: config[key] for key in keys if key in config.given}
+    held = {**checkpoint['model_config'], 'architecture': checkpoint['architecture']}
+    for key, value in wanted.items():
+        require(value in (None, held[key]), f'{path} has {key}={held[key]!r}, not {value!r}; leave it out.')
 
 
 def weights_of(checkpoint):
@@ -165,17 +233,17 @@ class Best:
 
 
 def contents(model, step, best, config, tokenizer, start_token, prompt_format):
-    """Return what the other scripts need to use a model, but for its weights."""
+    """Return what the other scripts need to use a model, but for its weights.
+
+    Raises UserError where one of these is not finite: nothing is saved over a checkpoint that can be used.
+    """
+    broken = next((name for name, x in model.named_parameters() if not local(x).isfinite().all()), None)
+    remedy = f'the last checkpoint is kept; try a lower learning_rate than {config["learning_rate"]}'
+    require(not broken, f'{broken} is not finite after step {step}; {remedy}.')
     state = {'architecture': architecture_name(model), 'seed': config['seed'], 'train_config': dict(config)}
     state |= {'global_step': step, 'best_step': best.step, 'best_val_loss': best.loss}
     state |= {'model_config': vars(model.config), 'tokenizer': tokenizer.to_json()}
     return {**state, 'start_token': start_token, 'prompt_format': prompt_format}
-
-
-def state_of_run(scaler, batches, log):
-    """Return what a run needs to go on beside weights and optimizer."""
-    state = {'scaler_state_dict': scaler.state_dict(), 'rows_per_step': batches.rows_per_step}
-    return {**state, 'data': batches.folder.fingerprint, 'wandb_run_id': log.wandb_run_id}
 
 
 def save_if_best(out, step, values, best, checkpoint, weights, dist):
@@ -215,15 +283,20 @@ def gathered(model):
 
 
 def save_state(path, model, optimizer, dist, checkpoint, weights, is_last):
-    """Write ckpt.pt on rank 0; weights() returns what other scripts load."""
+    """Write ckpt.pt on rank 0; weights() returns what other scripts load. is_last: once more, at the end of the run."""
     if dist.is_main:
         states = {'model_state_dict': weights(), 'optimizer_state_dict': optimizer.state_dict()}
         save(path, {**checkpoint, **states})
 
 
 def load_state(resumed, model, optimizer):
-    """Load what the optimizer has gathered; its settings are this run's."""
-    optimizer.load_state_dict(resumed.checkpoint['optimizer_state_dict'])
+    """Load what the optimizer has gathered; its settings are this run's, but for the learning rate of the last step."""
+    states = resumed.checkpoint['optimizer_state_dict']
+    optimizer.load_state_dict(states)
+    optimizer.set_lr(states['adamw']['param_groups'][0]['lr'])
+    for weight, state in (pair for part in optimizer.parts.values() for pair in part.state.items()):
+        if not {x.shape for x in state.values()} <= {weight.shape, torch.Size()}:
+            raise ValueError('optimizer_state_dict is of other weights')
 
 
 # ---------------------------------------------------------------------------- continuing a run
@@ -249,45 +322,61 @@ def resume(namespace, config, fixed):
     auto = resume_from == 'auto'
     require(not auto or out_dir, "--resume_from=auto needs the run's folder; add --out_dir=PATH.")
     path = Path(out_dir if auto else resume_from)
-    path = path / 'ckpt.pt' if auto or path.is_dir() else path
+    path = newest_checkpoint(path) if auto or path.is_dir() else path
     if auto and not path.exists():
-        return Resumed(run_dir=run_of(path))
+        lost = ', '.join(name for name in RESULTS if path.with_name(name).exists())
+        remedy = 'put it back, begin another run with --init_from, or delete this one with --overwrite'
+        require(not lost or config['overwrite'], f'{path} of a run that left {lost} is not there; {remedy}.')
+        return Resumed(run_dir=None if lost else run_of(path))
     checkpoint = load(path, mmap=config.get('fsdp', False), sharded=True)
     can_go_on, remedy = {'optimizer_state_dict', 'sharded'} & set(checkpoint), f'use it by --init_from={path}'
     require(can_go_on, f'{path} holds weights without the state of training; give a ckpt.pt, or {remedy}.')
-    own = {'out_dir', 'resume_from', 'overwrite'} | ({'init_from'} - set(fixed))
-    saved = {key: value for key, value in checkpoint['train_config'].items() if key not in own}
-    overrides = restore(namespace, config, saved)
+    own = {'out_dir', 'resume_from', 'overwrite', 'changed_data'} | ({'init_from'} - set(fixed))
+    saved = dict(checkpoint.get('train_config', {}))
+    if saved.get('eval_batches'):  # of an earlier version
+        saved['eval_tokens'] = saved['eval_batches'] * saved['batch_size'] * saved['block_size']
+    overrides = restore(namespace, config, {key: value for key, value in saved.items() if key not in own})
     for key, before, now in overrides:
         remedy = f'leave --{key} out, or start a new run'
         require(key not in fixed, f'The run of {path} has {key}={before!r}, not {now!r}; {remedy}.')
     return Resumed(checkpoint, path, run_of(path), overrides)
 
 
-def continue_run(resumed, store, model, optimizer, scaler, batches, config):
-    """Load the state of training and return (step, Best); (0, Best()) for a new run.
+def continue_run(resumed, store, model, optimizer, scaler, inputs, config):
+    """Load the state of training and return (step, Best, the metrics of a step that was saved before its evaluation, or
+    None where there is none such); (0, Best(), {}) for a new run.
 
-    Raises UserError where the run would go on with other rows than those that it has not seen yet.
+    inputs: rows_per_step and data, {name: checksum}. Raises UserError where the run would go on with other rows than
+    those that it has not seen yet, or without --changed_data with other data under the same name.
     """
-    checkpoint, path, folder = resumed.checkpoint, resumed.path, batches.folder
+    checkpoint, path = resumed.checkpoint, resumed.path
     if checkpoint is None:
-        return 0, Best()
-    same = checkpoint['data'] == folder.fingerprint or 'dataset' in config.given
-    remedy = f'to go on with it all the same, add --dataset={config["dataset"]}'
-    require(same, f'{folder.path} was prepared anew since the run of {path}; {remedy}.')
-    before, now = checkpoint['rows_per_step'], batches.rows_per_step
-    remedy = 'keep the product of batch_size, gradient_accumulation_steps and ranks, or rows would be skipped or repeated'
-    require(before == now, f'The run of {path} has {before} rows per step, not {now}; {remedy}.')
-    store.load_state(resumed, model, optimizer)
-    if checkpoint['scaler_state_dict']:  # empty unless dtype was float16
-        scaler.load_state_dict(checkpoint['scaler_state_dict'])
-    return checkpoint['global_step'], Best(checkpoint['best_step'], checkpoint['best_val_loss'])
+        return 0, Best(), {}
+    with damage_named(path):
+        before, now = checkpoint['rows_per_step'], inputs['rows_per_step']
+        remedy = 'keep the product of batch_size, gradient_accumulation_steps and ranks'
+        require(before == now, f'The run of {path} has {before} rows per step, not {now}; {remedy}.')
+        held, data = checkpoint.get('data') or {}, inputs['data']
+        if isinstance(held, str):  # of an earlier version: the hash of a file, or those of a mix
+            held = {} if ':' in held else {'train_tokens.bin': held}
+        changed = [name for name in held if held[name] != data.get(name)]
+        on_purpose = config['changed_data'] or any(key == 'dataset' for key, *_ in resumed.overrides)
+        remedy = 'put it back, or go on all the same with --changed_data'
+        require(not changed or on_purpose, f'{", ".join(changed)} changed since the run of {path}; {remedy}.')
+        resumed.overrides.extend((name, held[name], data.get(name)) for name in changed)
+        store.load_state(resumed, model, optimizer)
+        if checkpoint['scaler_state_dict']:  # empty unless dtype was float16
+            scaler.load_state_dict(checkpoint['scaler_state_dict'])
+        step, best = checkpoint['global_step'], Best(checkpoint['best_step'], checkpoint['best_val_loss'])
+        if changed or {'dataset', 'eval_tokens', 'eval_examples'} & {key for key, *_ in resumed.overrides}:
+            best = Best(step)  # figures of another evaluation do not compare
+        return step, best, checkpoint.get('pending')
 
 
 # ---------------------------------------------------------------------------- the run folder
 
-RUN_FILES = 'config.json ckpt.pt best.pt metrics.csv logs.log eval_results.json checkpoints sharded'.split()
-RUN_FILES += ['metrics.py', 'predictions.npz']
+RESULTS = ['best.pt', 'eval_results.json', 'predictions.npz']  # that come after the first ckpt.pt
+RUN_FILES = ['config.json', 'ckpt.pt', 'metrics.csv', 'metrics.py', 'checkpoints', 'sharded', *RESULTS]
 
 
 def run_of(checkpoint_path):
@@ -296,36 +385,62 @@ def run_of(checkpoint_path):
     return folder.parent.parent if folder.parent.name == 'checkpoints' else folder
 
 
+def copies_of(folder):
+    """Return {step: path} of the complete copies of ckpt.pt under checkpoints/, by their steps."""
+    paths = Path(folder).glob('checkpoints/checkpoint-*/ckpt.pt')
+    steps = {path.parent.name.removeprefix('checkpoint-'): path for path in paths}
+    return {int(step): path for step, path in steps.items() if step.isdigit()}
+
+
+def newest_checkpoint(folder):
+    """Return the path of a run's ckpt.pt, or where it is lost of its newest copy."""
+    path, copies = Path(folder) / 'ckpt.pt', copies_of(folder)
+    return copies[max(copies)] if copies and not path.exists() else path
+
+
 def open_run_folder(out_dir, name, suffix='', run_dir=None, overwrite=False):
-    """Make the run's folder and return it: `out_dir`, or out/{name}-v{n} with the next free n.
+    """Return the run's folder, empty but for a run to continue: `out_dir`, or out/{name}-v{n} with the next free n.
 
     A folder that holds a run is refused, unless it is the `run_dir` to continue, or `overwrite` deletes it.
     """
     n = 0
     while not out_dir:
         n += 1
-        folder = ROOT / 'out' / (f'{name}-v{n}' + (f'-{suffix}' if suffix else ''))
-        with contextlib.suppress(FileExistsError):  # another run may take the number just now
+        numbered = f'{name}-v{n}' + (f'-{suffix}' if suffix else '')
+        folder = ROOT / 'out' / re.sub(r'[^\w.+=-]', '-', numbered)  # a name of data leads nowhere else
+        with writing(folder), contextlib.suppress(FileExistsError):  # another run may take it just now
             folder.mkdir(parents=True)
             return folder
     folder = Path(out_dir)
     is_data = (folder / 'tokenizer.json').exists()
     require(not is_data, f'{folder} is a prepared data folder, no place for a run; choose another out_dir.')
-    if folder.resolve() != run_dir and any((folder / name).exists() for name in RUN_FILES):
+    if folder.resolve() != run_dir and any((folder / name).exists() for name in [*RUN_FILES, 'logs.log']):
         remedy = 'continue it with --resume_from=auto, delete it with --overwrite, or choose another out_dir'
         require(overwrite, f'{folder} already holds a run; {remedy}.')
-        for path in (folder / file for file in RUN_FILES):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
+        with lock(folder) as log:
+            for path in (folder / file for file in RUN_FILES):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(
+                    missing_ok=True
+                )
+            log.truncate(0)
     return folder
 
 
 def keep_copy(folder, step, limit, best_step):
-    """Copy ckpt.pt to checkpoints/checkpoint-{step}/, and keep the newest `limit` copies and the best."""
-    copy = folder / 'checkpoints' / f'checkpoint-{step}'
-    copy.mkdir(parents=True, exist_ok=True)
+    """Copy ckpt.pt, and a sharded state, to checkpoints/checkpoint-{step}/; keep the newest `limit` copies and the best.
+
+    limit None: all. Copies of later steps are of what the run has gone back behind: they go first.
+    """
+    copy, state = folder / 'checkpoints' / f'checkpoint-{step}', Path('sharded', f'step-{step}')
+    if (folder / state).is_dir():  # its files are written once and never changed
+        shutil.rmtree(copy / state, ignore_errors=True)
+        with writing(copy):
+            shutil.copytree(folder / state, copy / state, copy_function=os.link)
     with open(folder / 'ckpt.pt', 'rb') as source:
         save_atomically(copy / 'ckpt.pt', lambda file: shutil.copyfileobj(source, file))
-    steps = sorted(int(path.name.split('-')[1]) for path in (folder / 'checkpoints').glob('checkpoint-*'))
-    for old in [s for s in steps if s not in (step, best_step)][: max(0, len(steps) - limit)]:
-        shutil.rmtree(folder / 'checkpoints' / f'checkpoint-{old}')
+    copies = copies_of(folder)
+    earlier = sorted(s for s in copies if s <= step)
+    too_many = max(0, len(earlier) - (limit or len(earlier)))
+    surplus = [s for s in earlier if s not in (step, best_step)][:too_many]
+    for old in [s for s in copies if s > step] + surplus:
+        shutil.rmtree(copies[old].parent)

@@ -22,13 +22,14 @@ import sys
 import tokenize
 import traceback
 import types
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
+SUFFIXES = ('.py', '.json', '.yaml', '.yml')  # of config files
 TYPES = {kind.__name__: kind for kind in (bool, int, float, str, tuple, list, dict)}
 
 
@@ -66,6 +67,9 @@ def printable(text):
 def print_without_traceback(kind, error, trace, previous=sys.excepthook):
     if issubclass(kind, UserError):
         print(f'error: {printable(str(error))}', file=sys.stderr)  # Python then exits with status 1
+    elif issubclass(kind, KeyboardInterrupt):
+        print('\nstopped by Ctrl-C', file=sys.stderr, flush=True)
+        os._exit(130)
     elif not (issubclass(kind, BrokenPipeError) and output_is_cut()):
         previous(kind, error, trace)
 
@@ -81,6 +85,8 @@ def output_is_cut():
 
 
 sys.excepthook = print_without_traceback
+if hasattr(sys.stdout, 'reconfigure'):
+    sys.stdout.reconfigure(errors='backslashreplace')  # where it is not UTF-8
 
 
 # ---------------------------------------------------------------------------- aliases
@@ -108,8 +114,7 @@ def batches_in_examples(batches: int):
 
 
 def note_conversion(key, value, batches):
-    if os.environ.get('RANK', '0') == '0':
-        print(f'{batches} batches of evaluation are taken as --{key}={value}, for any batch size.')
+    note(f'{batches} batches of evaluation are taken as --{key}={value}, for any batch size.')
     return value
 
 
@@ -118,7 +123,8 @@ DTYPES |= {dtype: dtype for dtype in ('bfloat16', 'float16', 'float32', 'auto')}
 PUBLISHED_NAMES = {  # key: names that published scripts use
     'learning_rate': 'lr',
     'min_lr': 'eta_min',
-    'num_epochs': 'n_epochs num_train_epochs',
+    'num_epochs': 'epochs n_epochs num_train_epochs',
+    'batch_size': 'per_device_train_batch_size',
     'max_steps': 'max_iters',
     'gradient_accumulation_steps': 'grad_accum_steps',
     'dataset': 'data_dir',
@@ -130,6 +136,8 @@ PUBLISHED_NAMES = {  # key: names that published scripts use
     'log_every': 'log_interval logging_steps',
     'save_every': 'save_steps save_every_n_steps',
     'wandb_run_name': 'experiment_name',
+    'seed': 'random_seed',
+    'checkpoint_prefix': 'checkpoints_prefix',
 }
 # Alias, key, how the value converts (None: it stays as it is, a dict: looked up, a function: called; where it returns
 # None the value is checked only). A row counts in a script that has the key and not the alias.
@@ -140,9 +148,19 @@ ALIASES = [
     ('wandb', 'no_wandb', {True: False, False: True}),
     *((alias, 'eval_tokens', batches_in_tokens) for alias in ('eval_batches', 'eval_iters')),
     *((alias, 'eval_examples', batches_in_examples) for alias in ('eval_batches', 'eval_iters')),
+    ('cpu_only', 'device', {True: 'cpu', False: 'auto'}),
+    ('training_method', 'use_peft', {'full': False, 'lora': True}),
     ('gradient_checkpointing_kwargs', 'gradient_checkpointing', only_without_reentrant),
     ('trust_remote_code', 'revision', no_remote_code),
 ]
+ELSEWHERE = dict(use_auth_token='HF_TOKEN or `hf auth login`', num_processes='torchrun --nproc_per_node')
+ELSEWHERE |= dict(dataset_name='prepare/instruct.py --source', dataset_text_field='its --field')
+ELSEWHERE |= dict(hf_cache='HF_HOME', wandb_entity='WANDB_ENTITY', tokenizers_prefix='--tokenizer')
+ELSEWHERE |= dict(checkpoints_training='--out_dir', checkpoints_is_medium='the checkpoint')  # published names
+COMPETING = dict(max_steps='num_epochs', num_epochs='max_steps')  # the later wins, unless it is 0 or -1
+COMPETING |= dict(warmup_steps='warmup_ratio', warmup_ratio='warmup_steps')
+TEXTS = ('prompt', 'infill', 'input', 'system')  # which may be empty, and ~ in them is a character
+LISTS = 'train_langs eval_langs checkpoint metrics peft_targets'.split()  # also words without commas
 
 
 # ---------------------------------------------------------------------------- what a script calls
@@ -162,6 +180,7 @@ class Config(dict):
         super().__init__((name, key.default) for name, key in keys.items())
         self.known = keys  # name -> Key
         self.given = set()  # names that a file or the command line set, even if to the default
+        self.displaced = set()  # names of settings that compete with those, and lost
 
 
 def configure(namespace, argv=None):
@@ -183,7 +202,33 @@ def configure(namespace, argv=None):
         else:
             apply_file(config, word)
     namespace.update(config)
+    config.pop('token', None)  # a secret is recorded nowhere, not even with the command line, as by W&B
+    if argv is None:
+        pairs = zip(['', *sys.argv], sys.argv)
+        sys.argv[:] = [word for before, word in pairs if '--token' not in (before, word.partition('=')[0])]
     return config
+
+
+def check_arguments(path, runs):
+    """Raise a UserError for the first of `runs`, lists of words, that a script would refuse, by its source alone."""
+    source, defaults = Path(path).read_text(encoding='utf-8'), {'__file__': path}
+    for node in ast.parse(source).body:
+        with suppress(ValueError, AttributeError):  # no assignment, or none of a literal: no setting
+            target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+            defaults[ast.unparse(target)] = ast.literal_eval(node.value)
+    for words in runs if 'configure(' in source else ():  # or it is a script of another kind
+        configure(dict(defaults), words)
+
+
+def note(text):
+    if os.environ.get('RANK', '0') == '0':
+        print(f'note: {text}')
+
+
+def report_idle(config, where, names):
+    """Report those of `names`, in one text, that were given, because they have no effect `where`."""
+    for name in config.given.intersection(names.split()):
+        note(f'{name}={config[name]!r} has no effect {where}.')
 
 
 def restore(namespace, config, saved):
@@ -193,7 +238,7 @@ def restore(namespace, config, saved):
     report or refuse.
     """
     differing = []
-    for name in [name for name in config if name in saved]:
+    for name in [name for name in config if name in saved and name not in config.displaced]:
         value = check_type(config.known[name], saved[name], f'{name}={saved[name]!r} in the checkpoint')
         if name not in config.given:
             namespace[name] = config[name] = value
@@ -219,16 +264,30 @@ def check_range(config, low, high, *keys):
 
 def apply_file(config, word):
     """Run a config file over the values so far; JSON and YAML are read instead."""
-    path = find_config(word)
-    values = run_file(path, word, config) if path.suffix == '.py' else read_values(path, word)
+    known = word.endswith(SUFFIXES)
+    require(known, f"'{word}' is neither a config file (*.py, *.json, *.yaml) nor --key=value; write one.")
+    path = find('config file', word)
+    if path.suffix == '.py':
+        for name, value in run_file(path, word, config).items():
+            assign(config, name, value, f'{name}={value!r} in {word}')
+    else:
+        apply_values(config, read_values(path, word), word)
+
+
+def apply_values(config, values, word, section=''):
+    """Set the keys of a JSON or YAML file, also of its sections, {'wandb': {'project': ...}}; null sets nothing."""
+    known = {**config.known, **aliases_in(config.known)}
     for name, value in values.items():
-        source = f'{name}={value!r} in {word}'
-        if path.suffix != '.py':
-            name = str(name).replace('-', '_')
+        name, source = str(name).replace('-', '_'), f'{name}={value!r} in {word}'
+        name = name if name in known or not section else f'{section}_{name}'
+        takes_dict = name in known and resolve(config.known, name, source)[1].type is dict
+        if name in ELSEWHERE:
+            note(f'{source} has no effect here; {ELSEWHERE[name]} is for that.')
+        elif isinstance(value, dict) and not takes_dict:
+            apply_values(config, value, word, name)
+        elif value is not None:
             key = resolve(config.known, name, source)[1]
-            value = parse(value, key) if isinstance(value, str) else value  # YAML reads 1e-5 as a text
-            value = '' if value is None and isinstance(key.default, str) else value  # null is empty
-        assign(config, name, value, source)
+            assign(config, name, parse(value, key) if isinstance(value, str) else value, source)
 
 
 def run_file(path, word, config):
@@ -263,7 +322,7 @@ def read_values(path, word):
         if path.suffix == '.json':  # without what follows // outside of strings
             values = json.loads(re.sub(r'("(?:\\.|[^"\\])*")|//[^\n]*', lambda match: match[1] or '', text))
         else:
-            values = yaml.safe_load(text)
+            values = yaml.load(text, CoreLoader)
     except (ValueError, yaml.YAMLError) as error:
         reason = ' '.join(str(error).split())
         raise UserError(f'{word} cannot be read ({reason}); correct the file.') from error
@@ -272,27 +331,38 @@ def read_values(path, word):
     return values
 
 
-def find_config(word):
-    """Return the path of a config file, relative to the working directory or else to the repository."""
-    known = word.endswith(('.py', '.json', '.yaml', '.yml'))
-    require(known, f"'{word}' is neither a config file (*.py, *.json, *.yaml) nor --key=value; write one.")
+SCALARS = dict(bool='true|True|false|False', null='~|null|', int='[-+]?(0|[1-9][0-9]*)')
+SCALARS['float'] = r'[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?'
+
+
+class CoreLoader(yaml.SafeLoader):  # of YAML 1.2, where 1e-5 is a number, and no and 04:00:00 are texts
+    scalars = [(f'tag:yaml.org,2002:{kind}', re.compile(f'({form})$')) for kind, form in SCALARS.items()]
+    yaml_implicit_resolvers = {None: scalars}
+
+
+def find(kind, name):
+    """Return the path of a file, relative to the working directory or else to the repository."""
     for folder in (Path.cwd(), ROOT):
-        if (folder / word).is_file():
-            return folder / word
-    raise UserError(f"There is no config file '{word}' in {Path.cwd()} or {ROOT}; correct the path.")
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f'There is no {kind} {str(name)!r} in {Path.cwd()} or {ROOT}; correct the path.')
 
 
 def apply_option(config, option, words):
     """Set `key=value`, or `key` with its value in the `words` that follow, or a bare flag."""
     name, equals, text = option.partition('=')
     name = name.replace('-', '_')
-    _, key, _ = resolve(config.known, name, f'--{option}')
+    target, key, _ = resolve(config.known, name, f'--{option}')
     if not equals and key.type is bool:
         text = words.pop(0) if words and words[0] in ('True', 'False', 'true', 'false') else 'True'
     elif not equals:
         follows = words and not words[0].startswith('--')
         require(follows, f'--{name} is missing its value; write --{name}=VALUE ({key.type.__name__}).')
         text = words.pop(0)
+        while target in LISTS and words and not words[0].startswith('--') and not words[0].endswith(SUFFIXES):
+            text += ',' + words.pop(0)
+    is_said = text or key.type is not str or target in TEXTS
+    require(is_said, f'--{name}= is empty; give a value, or leave it out.')
     assign(config, name, parse(text, key), f'--{name}={text}')
 
 
@@ -301,7 +371,7 @@ def parse(text, key):
     if key.type is str:
         return None if key.default is None and text == 'None' else text
     if key.type is bool:
-        text = {'true': 'True', 'false': 'False'}.get(text, text)
+        text = {'true': 'True', 'yes': 'True', 'false': 'False', 'no': 'False'}.get(text, text)
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError):
@@ -311,6 +381,7 @@ def parse(text, key):
 def assign(config, name, value, source):
     """Set a key by its name or an alias; `source` says in an error what was set to what, and where."""
     target, key, conversion = resolve(config.known, name, source)
+    value = value.tolist() if hasattr(value, 'tolist') else value  # a number of numpy's
     value = check_type(key, value, source)
     if callable(conversion):
         value = conversion(value)
@@ -320,15 +391,28 @@ def assign(config, name, value, source):
         choices = ', '.join(map(str, conversion))
         require(value in conversion, f'{source} is not understood; choose from {choices}.')
         value = conversion[value]
+    if isinstance(value, str) and target not in TEXTS:
+        value = re.sub('(?:^|(?<=,))~(?=/|$)', lambda _: os.path.expanduser('~'), value)
     config[target] = value
     config.given.add(target)
+    config.displaced.discard(target)
+    rival = COMPETING.get(target)
+    if rival in config and value is not None and (value > 0 or target.startswith('warmup')):
+        config[rival] = None if config.known[rival].default is None else config.known[rival].type(0)
+        config.given.discard(rival)
+        config.displaced.add(rival)
+
+
+def aliases_in(known):
+    """Return {alias: (key, how its value converts)} of a script with these keys."""
+    return {alias: (key, how) for alias, key, how in ALIASES if key in known and alias not in known}
 
 
 def resolve(known, name, source):
     """Return the name of the key to set, a Key to check the value by, and its conversion."""
     if name in known:
         return name, known[name], None
-    aliases = {alias: (key, how) for alias, key, how in ALIASES if key in known and alias not in known}
+    aliases = aliases_in(known)
     if name not in aliases:
         nearest = difflib.get_close_matches(name, [*known, *aliases], n=1, cutoff=0)
         remedy = '--help lists them all' if source.startswith('--') else 'names of your own start with _'

@@ -23,13 +23,17 @@ class PackedRows:
 
     Training leaves one window out and moves the others by a random start, another one in each epoch, so that their
     borders are not always the same. Evaluation covers the split: its last window ends where the split ends, and what
-    it shares with the window before is context.
+    it shares with the window before is context. Where texts begin with a token of their own, such as <s>, which a
+    pretrained model expects first, that is the context of each row.
     """
 
     def __init__(self, folder, split, row_length, stride, training):
         self.tokens, self.index, self.masks = folder.tokens[split], folder.index[split], folder.masks[split]
         self.row_length, self.stride, self.training = row_length, stride, training
         self.has_loss_mask = self.masks is not None  # in training
+        start, tokenizer = folder.config['start_token'], folder.tokenizer
+        is_own = start != tokenizer.endoftext_id and start in tokenizer.special_ids.values()
+        self.start_token = start if is_own else None
         room = len(self.tokens) - row_length
         size, remedy = len(self.tokens), 'choose a smaller block_size or prepare more data'
         require(room >= 0, f'{folder.path} has {size:,} {split} tokens, a row {row_length}; {remedy}.')
@@ -47,7 +51,10 @@ class PackedRows:
         if overlap:
             loss_mask = np.ones(self.row_length, np.uint8) if loss_mask is None else loss_mask
             loss_mask[: overlap + self.row_length - self.stride] = 0
-        return self.tokens[part], loss_mask
+        tokens = self.tokens[part]
+        if self.start_token is not None:
+            tokens = np.append(np.array([self.start_token], tokens.dtype), tokens[1:])
+        return tokens, loss_mask
 
     def documents(self, row):
         """Return which document each token (row_length,) of an evaluation row belongs to."""
@@ -57,7 +64,7 @@ class PackedRows:
 
 
 class DocumentRows:
-    """One document per row: <|endoftext|> as context, its tokens, its end, then <|ignore|> as padding.
+    """One document per row: the start token as context, its tokens, its end, then <|ignore|> as padding.
 
     A document that is too long continues in the next row, after the token before. A bidirectional model is trained on
     the padding (it has to say where the text ends); for `ar` the padding lies outside the loss.
@@ -69,8 +76,7 @@ class DocumentRows:
         self.tokens, self.index, self.masks = folder.tokens[split], folder.index[split], folder.masks[split]
         self.row_length, self.train_on_padding = row_length, train_on_padding
         self.tokenizer = folder.tokenizer
-        start = folder.config['start_token']
-        self.start_token = folder.tokenizer.endoftext_id if self.masks is None else start
+        self.start_token = folder.config['start_token']
         rows = -(-np.diff(self.index).astype(np.int64) // (row_length - 1))  # of each document
         self.row_ends = np.cumsum(rows)  # the row after the last of each document
         self.num_rows = int(self.row_ends[-1]) if len(rows) else 0

@@ -4,6 +4,7 @@ gpt2, opt, llama (also deepseek-coder, tinyllama and smollm), mistral, qwen2 (al
 """
 
 import contextlib
+import re
 
 import torch
 
@@ -64,6 +65,18 @@ KNOWN = dict(hidden_act=['silu'], attention_bias=[False], mlp_bias=[False], part
 KNOWN.update(rope_type=['default', 'linear', 'llama3'], activation_function=[*ACTIVATIONS])
 KNOWN.update(enable_bias=[True], layer_norm_elementwise_affine=[True], _remove_final_layer_norm=[False])
 KNOWN.update(scale_attn_weights=[True], scale_attn_by_inverse_layer_idx=[False], add_cross_attention=[False])
+KNOWN.update(pretraining_tp=[1])
+ABSENT = [None, False, 0, '', [], {}]  # values that say as little as a key that is missing
+ROPE_NUMBERS = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
+READ = {key for row in KEYS.values() for key in row if key} | {'vocab_size', *ROPE_NUMBERS}
+NUMBERS = READ - {'rope_scaling', 'tie_word_embeddings', 'do_layer_norm_before', 'activation_function'}
+LARGEST = 2**24  # of any number
+SILENT = re.compile(  # keys without a say in the logits, or that with_rope_and_length reads
+    '_.*|transformers.*|unsloth.*|summary_.*|.*_token_id|.*dropout|.*pdrop|layerdrop|(torch_)?dtype|model_type'
+    '|architectures|use_cache|init.*_(range|std)|n_ctx|prefix|task_specific_params|id2label|label2id|return_dict'
+    '|max_length|gradient_checkpointing|output_past|reorder_and_upcast_attn|is_llama_config|start_token'
+    '|prompt_format|rope_parameters|type|max_window_layers|layer_types|(use_)?sliding_window'
+)
 GPT = dict(norm='layer', position='learned', bias=True, qk_norm=False)
 LLAMA = dict(mlp='swiglu', norm='rms_gain', qkv_bias=False, qk_norm=False)
 FIELDS = dict(llama=LLAMA, opt={**GPT, 'norm_eps': 1e-5, 'position_offset': 2}, gpt2=GPT)  # of ModelConfig
@@ -112,11 +125,22 @@ def config_from_hf(c, path):
         found.update(logit_softcap=0.0, vocab_size=c['vocab_size'], pretrained_rows=c['vocab_size'])
     except KeyError as error:
         raise UserError(f'{path}/config.json lacks {error}; download it again.') from error
-    for key, known in KNOWN.items():
-        exact = f'only {" or ".join(map(str, known))} can be taken over exactly'
-        require(c[key] in known, f'{path} has {key}={c[key]!r}; {exact}.')
+    check_config(c, path)
     found.update(mlp=ACTIVATIONS[c['activation_function']], norm_after=not c['do_layer_norm_before'])
     return {key: value for key, value in {**found, **FIELDS[layout], **fields}.items() if value is not None}
+
+
+def check_config(c, path):
+    """Raise a UserError for what a config.json says that is not known at its default, and for impossible numbers."""
+    for key, value in c.items():
+        if key in KNOWN or key not in READ and not SILENT.fullmatch(key):
+            known = KNOWN.get(key, [None])
+            exact = f'only {" or ".join(map(str, known))} can be taken over exactly'
+            fits = value in known or key not in KNOWN and value in ABSENT
+            require(fits, f'{path} has {key}={value!r}; {exact}.')
+        elif key in NUMBERS:
+            fits = value is None or type(value) in (int, float) and 0 < value <= LARGEST
+            require(fits, f'{path} has {key}={value!r}; it has to be above 0 and at most {LARGEST:,}.')
 
 
 def with_rope_and_length(c):
@@ -124,10 +148,10 @@ def with_rope_and_length(c):
     rope = c.get('rope_parameters') or c.get('rope_scaling') or {}  # the former since transformers 5
     theta = float(rope.get('rope_theta', c.get('rope_theta', 10000.0)))
     kind = rope.get('rope_type', rope.get('type', 'default'))
-    numbers = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
-    scaling = {'rope_type': kind, **{key: rope[key] for key in numbers if key in rope}}
+    scaling = {'rope_type': kind, **{key: rope[key] for key in ROPE_NUMBERS if key in rope}}
     length, window = c['max_position_embeddings'], c.get('sliding_window')
-    if window and (c['model_type'] == 'mistral' or c.get('use_sliding_window')):
+    slides = c['model_type'] == 'mistral' or 'sliding_attention' in (c.get('layer_types') or ())
+    if window and (slides or c.get('use_sliding_window')):
         length = min(length, window)  # up to there a window changes nothing
     rope = {**rope, 'rope_type': kind, 'rope_scaling': None if kind == 'default' else scaling}
     return {**c, **rope, 'rope_theta': theta, 'max_position_embeddings': length}

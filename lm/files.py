@@ -1,30 +1,63 @@
-"""Files that are complete or not there."""
+"""Files that are complete or not there, and the lock of a folder that one process writes at a time."""
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lm.configurator import UserError
+from safetensors import SafetensorError
+
+from lm.configurator import UserError, require
+
+
+@contextmanager
+def writing(path):
+    """Turn what keeps a file or folder from being written, such as a full disk, into a UserError."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = error.__context__ if type(error) is RuntimeError else error  # torch.save's, after an OSError
+        raise UserError(f'{path} could not be written ({reason}); what was there before still is.') from error
 
 
 def save_atomically(path, write):
     """`write(file)` into a file beside `path`, then puts it in its place: a crash leaves the old or the new."""
     path = Path(path)
-    beside = path.with_name(path.name + '.tmp')
+    beside = path.with_name(f'{path.name}.{os.getpid()}.tmp')  # no other process writes that one
     try:
-        with open(beside, 'wb') as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise UserError(f'{path} could not be written ({error}); what was there before still is.') from error
-    os.replace(beside, path)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(beside, 'wb') as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+    finally:
+        with suppress(OSError):  # where it took its place, or never was
+            beside.unlink()
 
 
 def write_json(path, value):
     save_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + '\n').encode()))
+
+
+def lock(folder):
+    """Make this process the only one that writes a run folder until it closes the file that it gets, or ends.
+
+    The lock is one of the kernel's on logs.log, which is never replaced: no way to end leaves one behind.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / 'logs.log', 'a', buffering=1, encoding='utf-8')
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:  # some file systems have no locks
+        is_locked = error.errno in (errno.EAGAIN, errno.EACCES)
+        require(not is_locked, f'Another process writes {folder}; let it end, or choose another out_dir.')
+    return file
 
 
 def sha256_of(path):
@@ -36,3 +69,15 @@ def checksum(config):
     """The sha256 of what config.json says, apart from itself."""
     rest = {key: value for key, value in config.items() if key != 'checksum'}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def as_sentence(problem, remedy='download it again'):
+    """Raise a UserError in place of whatever damaged bytes, values that cannot be or a network make a library raise."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # they fail in a dozen ways, and have no common class
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f'{problem} ({reason[:200]}); {remedy}.') from error

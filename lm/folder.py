@@ -26,6 +26,7 @@ class Folder:
             dtype = np.dtype(dtype)
             sizes, units = self.config['splits'], ('tokens', 'documents', 'bytes')
             self.splits = {split: {unit: sizes[split][unit] for unit in units} for split in ('train', 'val')}
+            self.fingerprint = dict(self.config.get('sha256') or {})  # {file: hash} when it was prepared
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f'{self.path}/config.json is damaged ({error!r}); prepare it again.') from error
         self.tokenizer = Tokenizer.load(self.path)
@@ -54,11 +55,6 @@ class Folder:
             if isinstance(array, np.memmap) and hasattr(mmap, 'MADV_DONTNEED'):
                 array.base.madvise(mmap.MADV_DONTNEED)
 
-    @property
-    def fingerprint(self):
-        """The hash of the training split, recorded when it was prepared."""
-        return self.config.get('sha256', {}).get('train_tokens.bin')
-
     def counted_tokens_per_byte(self, split):
         """Compute tokens, <|endoftext|> included, per UTF-8 byte of text where the loss is; None for no text."""
         if self.masks[split] is None:
@@ -77,7 +73,9 @@ def find_folder(dataset):
         unfinished = path.is_dir() and any(path.glob('*_tokens.bin'))
         require(not unfinished, f'{path} has no config.json: its preparation was cut off; prepare it again.')
     remedy = 'make it first, for example with: python prepare/stories.py'
-    raise UserError(f'There is no prepared data at {dataset!r} or {ROOT / "data" / dataset}; {remedy}')
+    raise UserError(
+        f'There is no prepared data at {dataset!r} in {Path.cwd()} or at {ROOT / "data" / dataset}; {remedy}'
+    )
 
 
 class Mix:
@@ -99,6 +97,10 @@ class Mix:
             require(same, f'{first.path}, {folder.path} have different tokenizers, of {sizes}; {remedy}.')
         unique = len({folder.path.resolve() for folder in self.folders}) == len(names)
         require(unique, f'dataset={dataset} names a folder twice; give it once, with the sum of its weights.')
+        named = [(f'{i}-{folder.path.name}', folder) for i, folder in enumerate(self.folders, 1)]
+        self.fingerprint = {
+            f'{name}/{file}': x for name, folder in named for file, x in folder.fingerprint.items()
+        }
         configs = [folder.config for folder in self.folders]
         self.config = {
             'name': '+'.join(config['name'] for config in configs),
@@ -110,11 +112,6 @@ class Mix:
     def release(self):
         for folder in self.folders:
             folder.release()
-
-    @property
-    def fingerprint(self):
-        pairs = zip(self.folders, self.weights)
-        return ','.join(f'{folder.fingerprint}:{weight}' for folder, weight in pairs)
 
 
 def parse_weight(part, dataset):

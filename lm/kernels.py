@@ -18,14 +18,17 @@ MIN_ONEDNN_SIZE = (
     1 << 20 if HAS_AVX512 else math.inf
 )  # products: below, ten microseconds of a call outweigh the gain
 
-SAVED_OPS = [  # results that selective checkpointing keeps: many operations per number
+# Results that selective checkpointing keeps: many operations per number.
+SAVED_MATMULS = [
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
+    *([ONEDNN.default] if ONEDNN else []),
+]
+SAVED_ATTENTION = [
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    *([ONEDNN.default] if ONEDNN else []),
 ]
 
 

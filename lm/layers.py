@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
-from lm.kernels import SAVED_OPS, attend, linear
+from lm.kernels import SAVED_ATTENTION, SAVED_MATMULS, attend, linear
 
 ACTIVATIONS = {
     'relu2': lambda x: F.relu(x).square(),
@@ -67,7 +67,7 @@ class ModelConfig:
     )
     k: int = 8  # sdd: candidates per masked position, where no other number is asked for
     gradient_checkpointing: bool = False  # recompute each block in the backward pass
-    selective_checkpointing: bool = False  # of that, all but lm.kernels.SAVED_OPS
+    selective_checkpointing: bool = False  # of that, all but lm.kernels.SAVED_*
 
     def __post_init__(self):
         self.n_kv_head = self.n_head if self.n_kv_head is None else self.n_kv_head
@@ -275,10 +275,11 @@ class Block(nn.Module):
         """x: (B, T, C); with config.gradient_checkpointing the backward pass computes what is between anew."""
         if not (self.config.gradient_checkpointing and torch.is_grad_enabled()):
             return self.run(x, rope, cache)
-        selective = partial(create_selective_checkpoint_contexts, SAVED_OPS)
-        options = {'context_fn': selective if self.config.selective_checkpointing else noop_context_fn}
-        options['preserve_rng_state'] = self.config.dropout > 0
-        return checkpoint(self.run, x, rope, cache, use_reentrant=False, **options)
+        # What is saved draws no random numbers anew, so attention that drops out is not: those after it would differ.
+        saved = SAVED_MATMULS + ([] if self.config.dropout else SAVED_ATTENTION)
+        selective = partial(create_selective_checkpoint_contexts, saved)
+        context_fn = selective if self.config.selective_checkpointing else noop_context_fn
+        return checkpoint(self.run, x, rope, cache, use_reentrant=False, context_fn=context_fn)
 
     def run(self, x, rope, cache):
         if self.config.norm_after:

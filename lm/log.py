@@ -1,14 +1,18 @@
 """The run's folder and its log: console, logs.log, metrics.csv and W&B under one set of names."""
 
-import csv
+import contextlib
 import os
+import queue
+import signal
 import sys
+import threading
 from pathlib import Path
 
 from lm import checkpoints
-from lm.configurator import printable
-from lm.files import save_atomically, write_json
+from lm.configurator import output_is_cut, printable
+from lm.files import lock, save_atomically, write_json
 
+PATIENCE = 60  # seconds that W&B has to answer, once
 METRICS = (
     'train/loss train/accuracy train/perplexity train/lr train/tokens_per_sec train/grad_norm train/mfu train/epoch '
     'val/loss val/accuracy val/perplexity val/bpb val/loss_k0 train/k train/ignore_acc train/ignore_precision '
@@ -21,12 +25,15 @@ def start_run(dist, config, name, resumed):
     out_dir = config['out_dir'] or resumed.run_dir
     options = config['run_suffix'], resumed.run_dir, config['overwrite']
     out = Path(dist.from_main(lambda: checkpoints.open_run_folder(out_dir, name, *options)))
-    checkpoint = resumed.checkpoint
+    checkpoint = resumed.checkpoint or {'global_step': -1}
+    again = checkpoint.get('pending') is not None  # its step is still to be evaluated and logged
+    log = Logger(out, dist.is_main, checkpoint['global_step'] - again)
     if dist.is_main:
+        for path in out.glob('**/*.[0-9]*.tmp'):  # what a killed process had begun to write
+            path.unlink()
         write_json(out / 'config.json', config)
-    log = Logger(out, dist.is_main, checkpoint['global_step'] if checkpoint else -1)
     if not config['no_wandb']:
-        run_id = checkpoint['wandb_run_id'] if checkpoint else None
+        run_id = checkpoint.get('wandb_run_id')
         name = config['wandb_run_name'] or out.name
         log.start_wandb(project=config['wandb_project'], name=name, id=run_id, config=dict(config))
     for key, before, now in resumed.overrides:
@@ -40,16 +47,29 @@ class Logger:
     def __init__(self, folder, is_main, step):
         """step: the last that a resumed run keeps the metrics of."""
         self.folder, self.is_main, self.columns = folder, is_main, ['step', *METRICS]
-        self.wandb, self.wandb_run_id, self.line_open = None, None, False
+        self.wandb, self.wandb_run_id, self.hangs = None, None, False
+        self.line_open, self.misses_lines = False, False
         if is_main:
-            self.log_file = open(folder / 'logs.log', 'a', buffering=1, encoding='utf-8')
+            self.log_file = lock(folder)
             self.open_csv(step)
 
     def print(self, *lines):
         for line in map(printable, lines) if self.is_main else ():
-            print(('\n' if self.line_open else '') + line, flush=True)
+            self.write(sys.stdout, ('\n' if self.line_open else '') + line + '\n')
             self.line_open = False
-            self.log_file.write(line + '\n')
+            self.write(self.log_file, line + '\n')
+
+    def write(self, file, text):
+        """Write to one of the log's files; the run goes on where that is not possible, but saves and ends in `| head`."""
+        try:
+            file.write(text)
+            file.flush()
+        except OSError as error:
+            if isinstance(error, BrokenPipeError) and output_is_cut():
+                signal.raise_signal(signal.SIGHUP)  # as where a terminal is closed
+            elif not self.misses_lines:
+                self.misses_lines = True
+                print(f'warning: the log in {self.folder} misses lines ({error}).', file=sys.stderr)
 
     def progress(self, step, max_steps, metrics, seconds_per_step, rate=None):
         """Show a line that the next one replaces on a terminal, and follows elsewhere."""
@@ -61,19 +81,17 @@ class Logger:
             left = f'{minutes // 60}:{minutes % 60:02}:{seconds:02}'
         rate = rate or f'{metrics["train/tokens_per_sec"]:,.0f} tokens/s'
         line = f'step {step}/{max_steps}: loss {metrics["train/loss"]:.4f}, lr {metrics["train/lr"]:.2e}, {rate}, {left} left'
-        self.log_file.write(line + '\n')
-        if sys.stdout.isatty():
-            print('\r\033[K' + line, end='', flush=True)
-            self.line_open = True
-        else:
-            print(line, flush=True)
+        self.write(self.log_file, line + '\n')
+        self.line_open = sys.stdout.isatty()
+        self.write(sys.stdout, '\r\033[K' + line if self.line_open else line + '\n')
 
     def open_csv(self, step):
-        """Open metrics.csv without the rows after `step`, which a resumed run writes again, and a cut last one."""
+        """Open metrics.csv without the rows after `step`, which a resumed run writes again, and what is no row."""
         path = self.folder / 'metrics.csv'
         if path.exists():
-            header, *lines = path.read_text(encoding='utf-8').splitlines(keepends=True) or ['']
-            kept = [line for line in lines if line.endswith('\n') and int(line.split(',')[0]) <= step]
+            header, *lines = path.read_text('utf-8', 'replace').splitlines(keepends=True) or ['']
+            lines = [line for line in lines if line.endswith('\n') and line.split(',')[0].isdecimal()]
+            kept = [line for line in lines if int(line.split(',')[0]) <= step]
             save_atomically(path, lambda file: file.write(''.join([header, *kept]).encode()))
             self.columns = header.strip().split(',') if header.strip() else self.columns
         self.csv_file = open(path, 'a', buffering=1, newline='', encoding='utf-8')
@@ -81,7 +99,7 @@ class Logger:
             self.write_row(self.columns)
 
     def write_row(self, cells):
-        csv.writer(self.csv_file, lineterminator='\n').writerow(cells)
+        self.write(self.csv_file, ','.join(map(str, cells)) + '\n')
 
     def add_columns(self, names):
         """Write metrics.csv anew with more columns."""
@@ -119,16 +137,32 @@ class Logger:
         return run
 
     def attempt(self, call):
-        """Call W&B; a failure there is reported once and never stops the training."""
+        """Call W&B in a thread; where it fails or hangs, that is reported once, and the training goes on without it."""
+        answer = queue.SimpleQueue()
+
+        def run():
+            try:
+                answer.put((call(), None))
+            except Exception as error:  # whatever a service does
+                answer.put((None, error))
+
+        threading.Thread(target=run, daemon=True).start()
         try:
-            return call()
-        except Exception as error:  # whatever a service does, the run goes on
+            result, error = answer.get(timeout=PATIENCE)
+        except queue.Empty:
+            result, error, self.hangs = None, TimeoutError(f'no answer in {PATIENCE} seconds'), True
+        if error:
             self.wandb = None
             self.print(f'W&B failed ({type(error).__name__}: {error}); the run goes on without it.')
+        return result
 
     def close(self):
         if self.is_main:
             if self.wandb:
                 self.attempt(self.wandb.finish)
-            self.log_file.close()
-            self.csv_file.close()
+            for file in (self.log_file, self.csv_file):
+                with contextlib.suppress(OSError):  # the disk is full, as was said
+                    file.close()
+            if self.hangs:  # W&B's own exit would wait for ever
+                sys.stdout.flush()
+                os._exit(0)

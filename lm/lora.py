@@ -37,6 +37,7 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.magnitude = nn.Parameter(base.weight.detach().float().norm(dim=1)) if dora else None
         self.dropout = nn.Dropout(dropout)
+        self.train(base.training)
 
     def forward(self, x):
         if isinstance(self.base, nn.Linear):  # a quantized one computes in any type
@@ -151,7 +152,12 @@ PEFT_NAMES = {  # by the last part of our names
     'magnitude': 'lora_magnitude_vector',
     'rows': 'token_adapter.trainable_tokens_delta',
 }
-SUPPORTED = dict(peft_type='LORA', bias='none', lora_bias=False, rank_pattern={}, alpha_pattern={})
+SUPPORTED = dict(peft_type=['LORA'], bias=['none'], init_lora_weights=[True, False, 'gaussian'])
+# Other keys of adapter_config.json that are read, say nothing of the weights, or what the tensors say as well; any
+# further one (of PiSSA, activated LoRA, ...) has to be empty.
+READ = 'r lora_alpha lora_dropout use_dora use_rslora base_model_name_or_path prompt_format target_modules'.split()
+READ += 'exclude_modules layers_to_transform layers_pattern modules_to_save trainable_token_indices revision'.split()
+READ += 'task_type inference_mode peft_version auto_mapping fan_in_fan_out megatron_core qalora_group_size'.split()
 
 
 def peft_name(name, family):
@@ -161,10 +167,11 @@ def peft_name(name, family):
     return f'{module}.{PEFT_NAMES.get(kind, kind)}', None if kind == 'lora_A' else qkv_index
 
 
-def save_adapter(model, folder, base_name):
+def save_adapter(model, folder, base_name, prompt_format=None):
     """Write adapter_model.safetensors and adapter_config.json for PEFT; base_name: what they are for.
 
-    Layers have the names of the model's family; our own without one and for gpt2, where q, k, v are one.
+    prompt_format: that of the answers it was trained on, a key of ours that goes with it into its base. Layers have
+    the names of the model's family; our own without one and for gpt2, where q, k, v are one.
     """
     folder, tables, (_, layer) = Path(folder), trained_tables(model), adapted_layers(model)[0]
     family, _ = families.family_of(type(model), model.config)
@@ -175,12 +182,12 @@ def save_adapter(model, folder, base_name):
     config.update(base_model_name_or_path=str(base_name), r=layer.rank, lora_alpha=layer.alpha)
     config.update(lora_dropout=layer.dropout.p, target_modules=sorted(targets), bias='none')
     config.update(use_dora=layer.magnitude is not None, use_rslora=False, inference_mode=True)
+    config.update({'prompt_format': prompt_format} if prompt_format else {})
     if tables:
         new = [name.removesuffix('.weight') for name in model.new_weights(model.config)]
         ids = {name: table.ids.tolist() for name, table in tables.items()}
         config.update(trainable_token_indices=ids, modules_to_save=new or None)
         config['architecture'] = architecture_name(model)  # a key of ours, by which a base is converted
-    folder.mkdir(parents=True, exist_ok=True)
     data = safetensors.torch.save(tensors, metadata={'format': 'pt'})
     files.save_atomically(folder / 'adapter_model.safetensors', lambda file: file.write(data))
     files.write_json(folder / 'adapter_config.json', config)
@@ -188,11 +195,20 @@ def save_adapter(model, folder, base_name):
 
 def load_adapter(model, folder):
     """Put the adapter of a folder in PEFT's format on the model, to be used, trained on or merged."""
-    config, path = read_config(folder), Path(folder) / 'adapter_model.safetensors'
+    with files.as_sentence(f'{folder} cannot be read as an adapter', 'save it again'):
+        put_on(model, folder, read_config(folder))
+
+
+def put_on(model, folder, config):
+    """Do what load_adapter promises; whatever is wrong with the files raises something."""
+    path = Path(folder) / 'adapter_model.safetensors'
     require(not adapted_layers(model), f'The model has an adapter already; merge it before {folder}.')
-    for key, known in {**SUPPORTED, 'architecture': architecture_name(model)}.items():
-        value, remedy = config.get(key) or known, 'merge it into its base with PEFT'
-        require(value == known, f'{folder} has {key}={value!r}; only {known!r} is known here; {remedy}.')
+    supported = {**SUPPORTED, 'architecture': [architecture_name(model)]}
+    remedy = 'merge it into its base with PEFT'
+    for key in config.keys() - READ:
+        value, known = config[key], supported.get(key, [None])
+        is_known = value in known or value in families.ABSENT and key != 'peft_type'
+        require(is_known, f'{folder} has {key}={value!r}; only {known[0]!r} is known here; {remedy}.')
     tensors = pretrained.read_tensors(path if path.is_file() else path.with_suffix('.bin'))
     tensors = pretrained.current_names({name.removeprefix(PREFIX): x for name, x in tensors.items()})
     family, _ = families.family_of(type(model), model.config)

@@ -1,7 +1,10 @@
 """Optimizers, the running average of the weights, and what else depends on the step: learning rate, beliefs, mask."""
 
 import math
+from collections import Counter
 from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
 
 import torch
 
@@ -28,14 +31,21 @@ class Optimizer:
                 group['lr'] = lr
 
     def step(self, scaler, parameters, grad_clip):
-        """Clip the gradients to a norm of at most grad_clip (0: any), step, and return what the norm was."""
-        for part in self.parts.values():
-            scaler.unscale_(part)
+        """Clip the gradients to a norm of at most grad_clip (0: any), step, and return what the norm was.
+
+        A gradient that overflows in float16 makes the norm of all of them nan: the scaler has to skip every part.
+        """
+        parts = self.parts.values()
+        for part in parts:
+            getattr(part, 'collect', list)()
+        groups = [group for part in parts for group in part.param_groups]
+        together = SimpleNamespace(param_groups=groups, step=lambda: [part.step() for part in parts])
+        scaler.unscale_(together)
         norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
-        for part in self.parts.values():
-            scaler.step(part)
-            part.zero_grad(set_to_none=True)
+        scaler.step(together)
         scaler.update()
+        for part in parts:
+            part.zero_grad(set_to_none=True)
         return norm.full_tensor() if hasattr(norm, 'full_tensor') else norm  # of sharded gradients
 
     def state_dict(self):
@@ -121,12 +131,42 @@ class StochasticAdamW(torch.optim.Optimizer):
 
     Rounded to the nearest, an update of less than half the gap between two bfloat16 numbers (2⁻⁸ of the weight) is
     lost, in every step anew. Here it is made with a probability of its share of the gap, so the weight's expectation
-    is exact (Zamirai et al. 2020). The random bits depend on (seed, step, parameter, rank) alone.
+    is exact (Zamirai et al. 2020). So are the sums of the gradients of several micro-steps. The random bits depend on
+    (seed, step, parameter, rank) alone, of a sum on its number in the step.
     """
 
     def __init__(self, params, lr, betas, seed=0, rank=0, eps=1e-8):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=0.0))
-        self.key = seed, rank
+        self.key, self.sums, self.added = (seed, rank), {}, Counter()
+        for number, p in enumerate(p for group in self.param_groups for p in group['params']):
+            if local(p) is p:  # before autograd adds it; FSDP adds without asking, but says so
+                p.register_hook(partial(self.add_to_sum, number, p))
+            else:
+                p.register_post_accumulate_grad_hook(partial(self.put_aside, number))
+
+    @torch.no_grad()
+    def add_to_sum(self, number, p, grad):
+        """Return p.grad, which is then gone, plus `grad`, rounded stochastically."""
+        if p.grad is None:
+            return grad
+        self.added[number] += 1
+        step, total, p.grad = int(self.state[p].get('step', 0)), p.grad, None
+        key = torch_seed(*self.key, step, number, self.added[number])
+        generator = torch.Generator(p.device).manual_seed(key)
+        for part, new in zip(*(local(x).view(-1).split(CHUNK) for x in (total, grad.contiguous()))):
+            part.copy_(round_stochastically(part.float() + new.float(), generator))
+        return total
+
+    def put_aside(self, number, p):
+        """Keep the sum apart from p.grad, which FSDP adds the next gradient to."""
+        grad, p.grad = p.grad, self.sums.get(p)
+        self.sums[p], p.grad = self.add_to_sum(number, p, grad), None
+
+    def collect(self):
+        """Put the sums back where a step and its clipping find them."""
+        for p in [*self.sums]:
+            p.grad = self.sums.pop(p)
+        self.added.clear()
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -9,7 +9,8 @@ import torch
 
 from lm import families
 from lm.configurator import UserError, require, user_errors
-from lm.tokenizer import SPECIAL_TOKENS, Tokenizer, pretrained_token
+from lm.files import as_sentence
+from lm.tokenizer import SPECIAL_TOKENS, Tokenizer, build, known_id, pretrained_token, settings_of
 from model import ARCHITECTURES, Autoregressive, ModelConfig, architecture_name
 
 CAUSAL_LM = architecture_name(Autoregressive)
@@ -26,31 +27,37 @@ def current_names(state_dict):
 def load(path, token=None, revision=None):
     """Return the checkpoint of a Hugging Face folder or hub id; its tensors stay on disk until used."""
     folder = Path(path) if Path(path).is_dir() else download(path, token, revision)
+    with as_sentence(f'{folder} cannot be read as a model'):
+        return read_folder(folder)
+
+
+def read_folder(folder):
+    """Return the checkpoint of a folder; whatever is wrong with it raises something."""
     c, tensors = read_json(folder / 'config.json'), open_tensors(folder)
     has_tokenizer = any((folder / name).is_file() for name in ('tokenizer.json', 'merges.txt'))
     tokenizer = Tokenizer.load(folder) if has_tokenizer else None
-    start = c['start_token'] if 'start_token' in c else start_token(folder, tokenizer)
     if c.get('model_type') == families.NATIVE:
         name, fields, family, tensors = c['architecture'], c['model_config'], None, current_names(tensors)
     else:
         name, fields, family = CAUSAL_LM, families.config_from_hf(c, folder), c['model_type']
-    return as_checkpoint(name, fields, family, tensors, folder, tokenizer, start, c.get('prompt_format'))
+    told, form = c.get('start_token', None if tokenizer else c.get('bos_token_id')), c.get('prompt_format')
+    start = told if told in range(fields['vocab_size']) else tokenizer.start_id if tokenizer else 0
+    checkpoint = as_checkpoint(name, fields, family, tensors, folder, tokenizer, start, form)
+    return {**checkpoint, 'came_with': around(folder, c, tokenizer) if tokenizer else None}
 
 
-def load_nanogpt(path, tokenizer):
-    """Return a ckpt.pt of nanoGPT as a checkpoint of ours; tokenizer: the one that it was trained with."""
-    try:
-        saved = torch.load(path, map_location='cpu', weights_only=True)
+def from_nanogpt(saved, path, tokenizer=None):
+    """Return what a ckpt.pt of nanoGPT holds as a checkpoint of ours; tokenizer: its own, None: GPT-2's."""
+    with as_sentence(f"{path} is no whole ckpt.pt of nanoGPT's", 'correct the path'):
         args, tensors = saved['model_args'], gpt2_layout(saved['model'])
-        c = {**args, 'model_type': 'gpt2', 'activation_function': 'gelu', 'n_positions': args['block_size']}
+        c = {key: args[key] for key in ('n_layer', 'n_head', 'n_embd', 'vocab_size')}
+        c |= {'model_type': 'gpt2', 'activation_function': 'gelu', 'n_positions': args['block_size']}
         fields = {**families.config_from_hf(c, path), 'bias': args['bias']}
-    except Exception as error:  # damaged bytes make it fail in a dozen ways
-        remedy = 'correct the path, or leave --tokenizer out, which our own checkpoints hold'
-        raise UserError(f"{path} is no ckpt.pt of nanoGPT's ({first_line(error)[:80]}); {remedy}.") from error
+    tokenizer = tokenizer or build('gpt2')
     rows, size = fields['pretrained_rows'], tokenizer.vocab_size
     fits = rows >= size - len(SPECIAL_TOKENS)
-    require(fits, f'{path} has {rows} tokens, the tokenizer {size}; give its own as --tokenizer.')
-    return as_checkpoint(CAUSAL_LM, fields, 'gpt2', tensors, path, tokenizer, tokenizer.endoftext_id)
+    require(fits, f'{path} has {rows} tokens, the tokenizer {size}; give its own --tokenizer.')
+    return as_checkpoint(CAUSAL_LM, fields, 'gpt2', tensors, path, tokenizer, tokenizer.start_id)
 
 
 def gpt2_layout(state_dict):
@@ -124,6 +131,8 @@ def open_tensors(folder):
         if index.is_file():
             names = set(read_json(index).get('weight_map', {}).values())
         if index.is_file() or (folder / file).is_file():
+            outside = [name for name in names if Path(name).name != name]
+            require(not outside, f'{index} leads out of its folder, to {outside}; download it again.')
             parts = [read_tensors(folder / name) for name in sorted(names)]
             return {name: tensor for part in parts for name, tensor in part.items()}
     raise UserError(f'{folder} holds no weights, model.safetensors or pytorch_model.bin; download it again.')
@@ -131,33 +140,28 @@ def open_tensors(folder):
 
 def read_tensors(path):
     """Return {name: tensor} of a .safetensors or .bin file, without running code that it may hold."""
-    try:
+    with as_sentence(f'{path} cannot be read as weights'):
         if path.suffix == '.safetensors':
             return safetensors.torch.load_file(path)
         return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-    except Exception as error:  # damaged bytes make both libraries fail in a dozen ways
-        reason = first_line(error)
-        raise UserError(f'{path} cannot be read as weights ({reason}); download it again.') from error
 
 
 def read_json(path):
-    try:
-        return json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError) as error:
-        raise UserError(f'{path} cannot be read ({error}); download the folder again.') from error
+    """Return the object that a JSON file holds."""
+    with as_sentence(f'{path} cannot be read', 'download the folder again'):
+        return dict(json.loads(path.read_text(encoding='utf-8')))
 
 
-def start_token(folder, tokenizer):
-    """Return the id before a text: what the tokenizer itself puts there, or <|endoftext|>."""
-    first = pretrained_token(folder, 'bos')
-    if tokenizer is None:
-        return first if isinstance(first, int) else 0
-    if own_start := tokenizer.inner.encode('').ids:  # with what it puts before a text by itself
-        return own_start[0]
-    settings = folder / 'tokenizer_config.json'
-    if settings.is_file() and read_json(settings).get('add_bos_token') and isinstance(first, str):
-        return tokenizer.inner.token_to_id(first)
-    return tokenizer.endoftext_id
+def around(folder, c, tokenizer):
+    """Return what a folder with the config.json `c` says of texts beside its model, which an export says again."""
+    settings, jinja = settings_of(folder, 'tokenizer_config.json'), folder / 'chat_template.jinja'
+    kept = {key: settings[key] for key in ('chat_template', 'add_bos_token') if key in settings}
+    if jinja.is_file():
+        kept['chat_template'] = jinja.read_text(encoding='utf-8', errors='replace')
+    ends = settings_of(folder, 'generation_config.json').get('eos_token_id', c.get('eos_token_id'))
+    ends = [token for token in ends if isinstance(token, int)] if isinstance(ends, list) else []
+    pad = known_id(tokenizer.inner, pretrained_token(folder, 'pad'))
+    return dict(end_tokens=ends, pad_token=pad, added_tokens=tokenizer.added, tokenizer_config=kept)
 
 
 def download(name, token=None, revision=None):
@@ -165,18 +169,10 @@ def download(name, token=None, revision=None):
     from huggingface_hub import snapshot_download  # slow to import
 
     options = dict(token=token or None, revision=revision or None)
-    try:
-        patterns = ['*.json', 'merges.txt', 'model*.safetensors']
+    problem = f'There is no checkpoint at {name}, and the hub gives no model by that name'
+    with as_sentence(problem, 'correct it, try again, or give a --token for a private model'):
+        patterns = ['*.json', '*.jinja', 'merges.txt', 'model*.safetensors']
         folder = Path(snapshot_download(name, allow_patterns=patterns, **options))
         if not any(folder.glob('model*.safetensors')):
             snapshot_download(name, allow_patterns=['pytorch_model*.bin'], **options)
         return folder
-    except Exception as error:  # the client's, the network's and httpx' own errors have no common class
-        problem = f'There is no checkpoint at {name}, and the hub gives no model by that name'
-        remedy = 'correct it, try again, or give a --token for a private model'
-        raise UserError(f'{problem} ({first_line(error)}); {remedy}.') from error
-
-
-def first_line(error):
-    """Return the first line of an error's message, or its type where it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

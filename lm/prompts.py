@@ -5,6 +5,7 @@ what stands before {output}; what follows it ends the answer: the first marker, 
 token of the tokenizer, or else <|endoftext|>. The same characters within a user's text are never a special token.
 """
 
+import json
 import re
 
 BLOCKS = '### Instruction:\n{instruction}\n\n{#input}### Input:\n{input}\n\n{/input}### Response:\n{output}'
@@ -51,6 +52,38 @@ def end_of(form, tokenizer):
     marker = re.match(MARKER, tail)
     end = tokenizer.special_ids.get(marker[0]) if marker else None
     return tokenizer.endoftext_id if end is None else end, tail[marker.end() :] if marker else tail
+
+
+def stop_tokens(state, tokenizer):
+    """Return the ids after which a model of a checkpoint `state` has said all: its format's end comes first."""
+    others = (state.get('came_with') or {}).get('end_tokens', [])
+    ends = [end_of(state.get('prompt_format') or '', tokenizer)[0], tokenizer.endoftext_id, *others]
+    return [end for end in dict.fromkeys(ends) if 0 <= end < tokenizer.vocab_size]
+
+
+JINJA = {'{instruction}': '{{ message.content }}', '{system}': '{{ ns.system }}'}
+JINJA |= {'{#system}': '{% if ns.system %}', '{/system}': '{% endif %}'}
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% set ns = namespace(system='', turn=0) %}{% for message in messages %}"
+    "{% if message.role == 'system' %}{% set ns.system = message.content %}"
+    "{% elif message.role == 'assistant' %}{{ message.content }}<end>"
+    '{% else %}{% if ns.turn %}<between>{% endif %}<head>'
+    "{% set ns.system = '' %}{% set ns.turn = 1 %}{% endif %}{% endfor %}"
+)
+
+
+def chat_template(form, tokenizer):
+    """Return a format as a chat template of transformers, which makes of a conversation the ids of `encode`."""
+    end, between = end_of(form, tokenizer)
+    if '{system}' not in form:
+        form = form.replace('{instruction}', '{#system}{system}\n\n{/system}{instruction}')
+    head = re.sub(r'(?s){#input}.*?{/input}', '', form).partition('{output}')[0]
+    parts = {'end': [tokenizer.inner.id_to_token(end)], 'between': [between]}
+    parts['head'] = re.split(r'({[#/]?\w+})', head)
+    parts = {
+        name: [JINJA.get(x) or '{{ ' + json.dumps(x) + ' }}' for x in part] for name, part in parts.items()
+    }
+    return re.sub('<(end|between|head)>', lambda name: ''.join(parts[name[1]]), CHAT_TEMPLATE)
 
 
 def encode(tokenizer, form, turns, system=''):

@@ -12,7 +12,7 @@ import torch
 import torch.distributed
 
 from lm import optim
-from lm.configurator import UserError, check_choice, check_range, require, require_without
+from lm.configurator import UserError, check_choice, check_range, report_idle, require, require_without
 from lm.kernels import has_bfloat16
 from lm.optim import local
 from lm.rng import torch_seed
@@ -24,7 +24,9 @@ CHOICES = {
     'master_weights': ('float32', 'bfloat16'),
 }
 RANGES = [  # settings that are at least the first number and below the second
-    (1, math.inf, 'batch_size gradient_accumulation_steps eval_batch_size block_size sequence_length'),
+    (1, math.inf, 'batch_size gradient_accumulation_steps eval_batch_size sequence_length'),
+    (2, math.inf, 'block_size'),
+    (0, 2**63, 'seed'),
     (1, math.inf, 'eval_every log_every sample_tokens peft_lora_r num_classes'),
     (0, math.inf, 'num_epochs learning_rate min_lr warmup_steps warmup_ratio decay_ratio weight_decay'),
     (
@@ -35,6 +37,11 @@ RANGES = [  # settings that are at least the first number and below the second
     (0, math.inf, 'anneal_steps neftune_alpha lora_rank num_layers_to_finetune val_set_size grad_clip'),
     (0, 1, 'beta1 beta2 ema_decay dropout token_dropout label_smoothing peft_lora_dropout lora_dropout'),
 ]
+NEEDS = {  # settings that have no effect where the first one is not set
+    'save_every': 'save_total_limit',
+    'use_peft': 'peft_lora_r peft_lora_alpha peft_lora_dropout peft_targets',
+    'lora_rank': 'lora_alpha lora_dropout lora_dora',
+}
 
 
 def check_settings(config):
@@ -43,15 +50,29 @@ def check_settings(config):
         check_choice(config, key, CHOICES[key])
     for low, high, keys in RANGES:
         check_range(config, low, high, *(key for key in keys.split() if key in config))
+    for key, names in NEEDS.items():
+        if key in config and not config[key] and not config['resume_from']:
+            report_idle(config, f'without {key}', names)
     if 'p_belief' in config:
         optim.check_beliefs(config['p_belief'], config['k_schedule'])
     others = {key: config[key] for key in ('use_peft', 'ema_decay') if key in config}
     others |= {'optimizer=muon': config['optimizer'] == 'muon', 'dtype=float16': config['dtype'] == 'float16'}
     if config.get('fsdp'):
-        require_without('fsdp', **others, save_total_limit=config['save_total_limit'])
+        require_without('fsdp', **others)
     if config.get('master_weights') == 'bfloat16':
         others['dtype=float32'] = config['dtype'] == 'float32'
         require_without('master_weights=bfloat16', **others)
+
+
+def plan_steps(config, num_rows, rows_per_step):
+    """Return the number of steps and how many of them warm up, by those of the competing settings that came last."""
+    max_steps, num_epochs, warmup = config['max_steps'], config['num_epochs'], config['warmup_steps']
+    if max_steps is None or max_steps <= 0:
+        require(num_epochs, f'max_steps is {max_steps}, num_epochs {num_epochs}: nothing to do; give one.')
+        max_steps = math.ceil(num_epochs * num_rows / rows_per_step)
+    if warmup is None and config['warmup_ratio'] is None:
+        warmup = min(100, max_steps // 10)
+    return max_steps, round(config['warmup_ratio'] * max_steps) if warmup is None else warmup
 
 
 class Runtime:
@@ -187,18 +208,22 @@ def synchronize(device):
 
 
 class StopSignal:
-    """Set by the first SIGTERM, SIGINT or SIGUSR1; a second one ends the process at once."""
+    """Set by the first SIGTERM, SIGINT, SIGUSR1 or SIGHUP; a second one ends the process at once, but for SIGHUP, of
+    which a terminal that is closed sends two."""
 
     def __init__(self):
         self.received = None
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self.receive)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(signal.SIGHUP, self.receive)
 
     def receive(self, number, frame):
-        if self.received is not None:
+        if self.received is not None and number != signal.SIGHUP:
             os._exit(128 + number)
         self.received = signal.Signals(number).name
-        os.write(2, f'\n{self.received}: saving at the next step; once more to quit at once\n'.encode())
+        with contextlib.suppress(OSError):  # the terminal is gone
+            os.write(2, f'\n{self.received}: saving at the next step; once more to quit at once\n'.encode())
 
 
 def measure_peak_flops(device, dtype):
@@ -216,14 +241,23 @@ def measure_peak_flops(device, dtype):
     return 2 * size**3 / best
 
 
-def flops_per_token(model):
-    """Estimate the operations of a training step per token: 6 per weight of a matmul, and 12 per layer, channel and
-    attended position (Chowdhery et al. 2022, appendix B)."""
-    c = model.config
-    weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)
-    weights -= 0 if model.positions is None else model.positions.weight.numel()
-    weights -= 0 if c.tied else model.embedding.weight.numel()
-    return 6 * weights + 12 * c.n_layer * c.n_head * c.head_dim * c.block_size
+def flops_per_token(model, length=None, predicted=1.0, passes=0.0):
+    """Estimate the operations of a training step per token (Chowdhery et al. 2022, appendix B).
+
+    A weight of a matmul takes 2 in the forward pass, 2 for the gradient of its input and, if it is trained, 2 for its
+    own; a position of a row of `length` 12 per layer and channel. predicted: the share of tokens that get logits;
+    passes: of `SDD`, those that give beliefs: forward only.
+    """
+    c, tables = model.config, ('embedding', 'unembedding', 'positions')
+    matrices = {name: p for name, p in model.named_parameters() if p.dim() == 2}
+    matrices = [p for name, p in matrices.items() if name.split('.')[0] not in tables]
+    weights = sum(m.in_features * m.out_features for m in model.modules() if hasattr(m, 'codes'))  # quantized
+    weights += sum(p.numel() for p in matrices)
+    trained = sum(p.numel() for p in matrices if p.requires_grad)
+    head, head_is_trained = model.head_weight().numel() * predicted, model.head_weight().requires_grad
+    attention = 4 * c.n_layer * c.n_head * c.head_dim * (length or c.block_size)
+    forward = 2 * (weights + head) + attention
+    return (1 + passes) * forward + 2 * (weights + trained + head + head * head_is_trained) + 2 * attention
 
 
 def memory_estimate(model, batch_size, length, dist):
@@ -321,21 +355,29 @@ def describe_loss(model):
 
 
 class Speed:
-    """Tokens per second and their share of the peak (MFU) since the last log."""
+    """Tokens per second and their share of the peak (MFU) since the last log; length: of a row."""
 
-    def __init__(self, model, dist, tokens_per_step, step):
-        self.tokens_per_step, self.flops = tokens_per_step, flops_per_token(model)
-        self.peak_flops = measure_peak_flops(dist.device, dist.dtype) * dist.world_size
+    def __init__(self, model, dist, tokens_per_step, step, length):
+        self.model, self.length, self.tokens = model, length, tokens_per_step / dist.world_size  # of a rank
+        self.peak_flops, self.world_size = measure_peak_flops(dist.device, dist.dtype), dist.world_size
         self.restart(step)
 
     def restart(self, step):
-        self.step, self.start = step, time.perf_counter()
+        self.step, self.start, self.predicted, self.passes = step, time.perf_counter(), 0, 0
+
+    def count(self, sums, k=0, depth=1, stale=0.0):
+        """Note of a step at how many tokens it had logits, and how many passes gave its beliefs."""
+        self.predicted += sums.get('predicted', sums['count']) + sums.get('ignore_targets', 0)
+        self.passes += depth if k else 0
 
     def metrics(self, step):
-        self.seconds_per_step = (time.perf_counter() - self.start) / (step - self.step)
-        tokens_per_sec = self.tokens_per_step / self.seconds_per_step
-        mfu = tokens_per_sec * self.flops / self.peak_flops
-        return {'train/tokens_per_sec': tokens_per_sec, 'train/mfu': mfu}
+        steps = step - self.step
+        self.seconds_per_step = (time.perf_counter() - self.start) / steps
+        predicted = float(self.predicted) / (steps * self.tokens)
+        flops = flops_per_token(self.model, self.length, predicted, self.passes / steps)
+        tokens_per_sec = float(self.tokens / self.seconds_per_step)
+        mfu = tokens_per_sec * flops / self.peak_flops
+        return {'train/tokens_per_sec': tokens_per_sec * self.world_size, 'train/mfu': mfu}
 
 
 def check_finite(loss, step, learning_rate):

@@ -5,6 +5,7 @@ which any number of ranks can read. ckpt.pt names it, and gets the weights at th
 `consolidate`. The functions are those of lm/checkpoints.py for runs that are not sharded.
 """
 
+import pickle
 import shutil
 import warnings
 from contextlib import contextmanager
@@ -13,12 +14,16 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 import torch.distributed.checkpoint.state_dict as state_dicts
+from torch.distributed.checkpoint import metadata
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from lm import checkpoints, runtime
-from lm.configurator import require
+from lm.configurator import UserError, require
+from lm.files import lock
 from lm.optim import local
+from lm.records import first_line
 
 warnings.filterwarnings('ignore', 'torch.distributed is disabled')  # a single process saves alone on purpose
 
@@ -82,26 +87,77 @@ def model_and_optimizer_state(model, optimizers):
     return state_dicts.get_state_dict(model, optimizers)
 
 
+@contextmanager
+def failures_named(folder, problem):
+    """Turn what DCP raises on all ranks, whichever rank's error it is, into a UserError."""
+    try:
+        yield
+    except CheckpointException as error:
+        cause, _ = next(iter(error.failures.values()))
+        if not (folder / '.metadata').exists():  # half a state would keep the disk full
+            shutil.rmtree(folder, ignore_errors=True)
+        raise UserError(f'{folder} {problem} ({first_line(cause)}); the state before it is kept.') from error
+
+
 def save_state(path, model, optimizer, dist, checkpoint, weights, is_last):
-    """Write the state of all ranks, then ckpt.pt, with weights() if the run ends; delete older states."""
-    whole = {'model_state_dict': weights()} if is_last else {}
+    """Write the state of all ranks, then ckpt.pt; delete older states. is_last: only ckpt.pt, with weights()."""
     folder = path.parent / 'sharded' / f'step-{checkpoint["global_step"]}'
-    model_state, optimizer_state = model_and_optimizer_state(model, list(optimizer.parts.values()))
-    dcp.save({'model': model_state, 'optimizer': optimizer_state}, checkpoint_id=folder)
+    whole = {'model_state_dict': weights()} if is_last else {}
+    if not is_last:
+        model_state, optimizer_state = model_and_optimizer_state(model, list(optimizer.parts.values()))
+        with failures_named(folder, 'could not be written'):
+            dcp.save({'model': model_state, 'optimizer': optimizer_state}, checkpoint_id=folder)
     if dist.is_main:
         checkpoints.save(path, {**checkpoint, **whole, 'sharded': folder.name})
         for old in set(folder.parent.iterdir()) - {folder}:
             shutil.rmtree(old)
 
 
+# What DCP's .metadata is made of; anything else that it names would be code to run.
+PARTS = {f'{metadata.__name__}.{name}' for name in [*metadata.__all__, '_MEM_FORMAT_ENCODING']}
+PARTS |= {
+    'torch.distributed.checkpoint.filesystem._StorageInfo',
+    'torch.serialization._get_layout',
+    'torch.Size',
+}
+PARTS |= {'pathlib.PosixPath', 'pathlib._local.PosixPath'}
+PARTS |= {str(dtype) for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
+
+
+class Unpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        require(f'{module}.{name}' in PARTS, f'it would run {module}.{name}')
+        return super().find_class(module, name)
+
+
+class Reader(dcp.FileSystemReader):
+    """Read tensors from a folder of DCP, whose own reader runs whatever code its files hold."""
+
+    def read_metadata(self, *args, **kwargs):
+        with open(self.path / '.metadata', 'rb') as file:
+            found = Unpickler(file).load()
+        entries, kind = found.state_dict_metadata.items(), metadata.TensorStorageMetadata
+        found.state_dict_metadata = {
+            name: x for name, x in entries if isinstance(x, kind)
+        }  # others are pickles
+        found.storage_meta = metadata.StorageMeta(load_id=self.load_id)
+        return found
+
+
+def read(state, path, checkpoint):
+    """Fill a state dict from the folder that a ckpt.pt at `path` names."""
+    folder = path.parent / 'sharded' / checkpoint['sharded']
+    found = (folder / '.metadata').exists()
+    require(found, f'{path} needs {folder}, which is not there; copy the whole run folder.')
+    with failures_named(folder, 'is damaged'):
+        dcp.load(state, storage_reader=Reader(folder))
+
+
 def load_state(resumed, model, optimizer):
     """Fill model and optimizer, whatever the number of ranks; the optimizer's settings are this run's."""
-    folder = resumed.path.parent / 'sharded' / resumed.checkpoint['sharded']
-    found = (folder / '.metadata').exists()
-    require(found, f'{resumed.path} needs {folder}, which is not there; copy the whole run folder.')
     optimizers = list(optimizer.parts.values())
     weights, state = model_and_optimizer_state(model, optimizers)
-    dcp.load({'model': weights, 'optimizer': {'state': state['state']}}, checkpoint_id=folder)
+    read({'model': weights, 'optimizer': {'state': state['state']}}, resumed.path, resumed.checkpoint)
     state_dicts.set_state_dict(model, optimizers, model_state_dict=weights, optim_state_dict=state)
 
 
@@ -113,5 +169,6 @@ def consolidate(source):
     model = checkpoints.make_model(checkpoint['architecture'], **checkpoint['model_config'])
     model.to(runtime.DTYPES[checkpoint['train_config'].get('master_weights', 'float32')])
     state = model.state_dict()
-    dcp.load({'model': state}, checkpoint_id=path.parent / 'sharded' / checkpoint['sharded'])
-    checkpoints.save(path, {**checkpoint, 'model_state_dict': state})
+    read({'model': state}, path, checkpoint)
+    with lock(path.parent):
+        checkpoints.save(path, {**checkpoint, 'model_state_dict': state})

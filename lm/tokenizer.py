@@ -10,6 +10,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from lm.configurator import UserError, require
+from lm.files import as_sentence
 
 ENDOFTEXT = '<|endoftext|>'  # ends each document
 MASK = '<|mask|>'  # a position that a diffusion model has to fill
@@ -23,23 +24,26 @@ class Tokenizer:
 
     Special tokens that it lacks are appended. Text that contains the name of a special token is never encoded as
     that token. `end`: the name or id of what serves as <|endoftext|> in a pretrained vocabulary; it is recorded.
+    `start`: the same of what stands before a text, `start_id`; by default what the tokenizer puts there, or the end.
     """
 
-    def __init__(self, json_text, name='The tokenizer', end=None):
+    def __init__(self, json_text, name='The tokenizer', end=None, start=None):
         require(json_text is not None, 'This model came without a tokenizer.json; import it again with one.')
-        try:
-            inner = tokenizers.Tokenizer.from_str(json_text)
-        except Exception as error:  # the library raises nothing narrower
-            raise UserError(f'{name} could not be read ({error}); give a tokenizer.json.') from error
+        with as_sentence(f'{name} could not be read', 'give a tokenizer.json'):
+            self.read(json_text, end, start)
 
+    def read(self, json_text, end, start):
+        """Set all attributes; whatever is wrong with the text raises something."""
+        inner = tokenizers.Tokenizer.from_str(json_text)
         own = inner.post_processor
         recorded = end_in(json.loads(own.__getstate__())) if own else None
-        end = inner.token_to_id(end) if isinstance(end, str) else end
+        end, start = (known_id(inner, token) for token in (end, start))
         if recorded is None and end not in (None, inner.token_to_id(ENDOFTEXT)):
             record_end(inner, end)
             recorded = end
         needed = SPECIAL_TOKENS if recorded is None else (MASK, IGNORE)
-        inner.add_special_tokens([token for token in needed if inner.token_to_id(token) is None])
+        self.added = [token for token in needed if inner.token_to_id(token) is None]
+        inner.add_special_tokens(self.added)
         inner.encode_special_tokens = True  # not part of the JSON text: set at every load
         inner.no_truncation()
         inner.no_padding()
@@ -50,6 +54,8 @@ class Tokenizer:
         self.mask_id, self.ignore_id = inner.token_to_id(MASK), inner.token_to_id(IGNORE)
         added = inner.get_added_tokens_decoder().items()
         self.special_ids = {token.content: i for i, token in added if token.special}  # by name
+        told = [start] if start in self.special_ids.values() else []
+        self.start_id = [*told, *inner.encode('').ids, self.endoftext_id][0]
         # A character vocabulary is the only one that cannot spell every text.
         is_char = isinstance(inner.model, models.WordLevel)
         self._characters = set(inner.get_vocab(with_added_tokens=False)) if is_char else None
@@ -59,12 +65,12 @@ class Tokenizer:
         """Load a `tokenizer.json`, or that of a folder: a prepared one, or Hugging Face's."""
         path = Path(path)
         folder, path = (path, path / 'tokenizer.json') if path.is_dir() else (path.parent, path)
-        end = pretrained_token(folder, 'eos')
+        ends = pretrained_token(folder, 'eos'), pretrained_start(folder)
         if not path.is_file() and (folder / 'merges.txt').is_file():
-            return cls(json_of_pair(folder), folder, end)
+            return cls(json_of_pair(folder), folder, *ends)
         require(path.is_file(), f'There is no tokenizer at {path}; give a tokenizer.json or its folder.')
         # What is no UTF-8 is no JSON either, which the library says:
-        return cls(path.read_text(encoding='utf-8', errors='surrogateescape'), path, end)
+        return cls(path.read_text(encoding='utf-8', errors='surrogateescape'), path, *ends)
 
     def to_json(self):
         return self.inner.to_str()
@@ -182,14 +188,18 @@ def pieces(text):
 
 def json_of_pair(folder):
     """Return a tokenizer.json's text made of vocab.json and merges.txt, the older form (OPT's)."""
-    try:
+    with as_sentence(f'vocab.json and merges.txt of {folder} could not be read', 'download them again'):
         tokenizer = byte_level(*models.BPE.read_file(f'{folder}/vocab.json', f'{folder}/merges.txt'))
-    except Exception as error:  # the library raises nothing narrower
-        problem = f'vocab.json and merges.txt of {folder} could not be read ({error})'
-        raise UserError(f'{problem}; download them again.') from error
     special = ('<s>', '<pad>', '</s>', '<unk>', ENDOFTEXT)
     tokenizer.add_special_tokens([token for token in special if tokenizer.token_to_id(token) is not None])
     return tokenizer.to_str()
+
+
+def known_id(tokenizer, token):
+    """Return the id of a token given by its name or id; None where the vocabulary lacks it."""
+    token = tokenizer.token_to_id(token) if isinstance(token, str) else token
+    is_id = type(token) is int and 0 <= token < 2**31
+    return token if is_id and tokenizer.id_to_token(token) is not None else None
 
 
 def record_end(tokenizer, end):
@@ -207,14 +217,27 @@ def end_in(post_processor):
 
 
 def pretrained_token(folder, kind):
-    """Return the name or id of the 'bos' or 'eos' token of a Hugging Face folder; None where none is given."""
-    for name in ('tokenizer_config.json', 'special_tokens_map.json', 'config.json'):
-        try:
-            content = json.loads((folder / name).read_text(encoding='utf-8'))
-            token = content.get(f'{kind}_token_id' if name == 'config.json' else f'{kind}_token')
-        except (OSError, ValueError, AttributeError):  # no such file, or no JSON object
-            continue
+    """Return the name or id of the 'bos', 'eos' or 'pad' token of a Hugging Face folder; None where none is given."""
+    keys = {'tokenizer_config.json': 'token', 'special_tokens_map.json': 'token', 'config.json': 'token_id'}
+    for name, key in keys.items():
+        token = settings_of(folder, name).get(f'{kind}_{key}')
         token = token.get('content') if isinstance(token, dict) else token
         token = token[0] if isinstance(token, list) and token else token
         if isinstance(token, (str, int)):
             return token
+
+
+def pretrained_start(folder):
+    """Return the name or id of what a folder of ours says is before a text, or what Hugging Face's adds there, or None."""
+    recorded = settings_of(folder, 'config.json').get('start_token')
+    adds_bos = settings_of(folder, 'tokenizer_config.json').get('add_bos_token')
+    return pretrained_token(folder, 'bos') if recorded is None and adds_bos else recorded
+
+
+def settings_of(folder, name):
+    """Return the JSON object in a file of a folder; {} where there is none."""
+    try:
+        content = json.loads((folder / name).read_text(encoding='utf-8'))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}

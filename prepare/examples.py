@@ -80,8 +80,8 @@ def from_messages(messages, where, system=''):
 class Examples:
     """Encode conversations, as JSON text; each worker of the writer gets a copy."""
 
-    def __init__(self, form, max_seq_len, start_token=None):
-        self.form, self.max_seq_len, self.start_token = form, max_seq_len, start_token
+    def __init__(self, form, max_seq_len):
+        self.form, self.max_seq_len = form, max_seq_len
 
     def read(self, document):
         """Return (format, turns, system message) of a document."""
@@ -113,5 +113,4 @@ class Examples:
 
     def describe(self, counts):
         """Return what config.json says of them."""
-        start = {} if self.start_token is None else {'start_token': self.start_token}
-        return {'prompt_format': self.form, **start, 'examples': {name: counts[name] for name in OUTCOMES}}
+        return {'prompt_format': self.form, 'examples': {name: counts[name] for name in OUTCOMES}}

@@ -16,10 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lm import prompts
 from lm.configurator import check_choice, check_range, configure, require
 from lm.records import READERS, suffix_of
-from lm.tokenizer import Tokenizer
 from prepare.examples import Document, Examples, conversation, unread_of
 from prepare.readers import files, hub
-from prepare.writer import checkpoint_at, write
+from prepare.writer import block_size_of, write
 
 source = ''  # alpaca, dolly, a data set of the Hugging Face hub, or files: .json, .jsonl, .parquet
 field = ''  # of records that are plain text: the field that holds it
@@ -53,11 +52,7 @@ if __name__ == '__main__':
     check_range(config, 0, math.inf, 'max_examples')
     require(source, 'There is nothing to read: give --source=alpaca, dolly, FILE.json, or a hub id.')
     check_choice(config, 'prompt_format', prompts.FORMATS)
-    block_size, start_token = 1024, None
-    if base := checkpoint_at(tokenizer):
-        block_size, special = base['model_config']['block_size'], Tokenizer(base['tokenizer']).special_ids
-        start_token = base.get('start_token') if base.get('start_token') in special.values() else None
-    config['max_seq_len'] = max_seq_len or block_size
+    config['max_seq_len'] = max_seq_len or block_size_of(tokenizer) or 1024
     check_range(config, 8, math.inf, 'max_seq_len')
     config['name'] = name or Path(source.partition(',')[0]).stem
 
@@ -68,5 +63,5 @@ if __name__ == '__main__':
     else:
         records = hub(HUB.get(source, source), None, field, document)
     records.limit = max_examples or None
-    records.examples = Examples(prompts.FORMATS[prompt_format], config['max_seq_len'], start_token)
+    records.examples = Examples(prompts.FORMATS[prompt_format], config['max_seq_len'])
     write(records, config)

@@ -13,6 +13,7 @@ import threading
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from lm.configurator import ROOT, UserError, check_choice, check_range, printable, require
 from lm.files import checksum, save_atomically, sha256_of, write_json
-from lm.tokenizer import KINDS, SPECIAL_TOKENS, Tokenizer, build, fast_gpt2, pieces
+from lm.tokenizer import KINDS, SPECIAL_TOKENS, Tokenizer, build, fast_gpt2, pieces, settings_of
 from prepare.folders import FORMAT, finished_folder, shown, unfinished_folder
 from prepare.readers import Corpus
 
@@ -101,8 +102,10 @@ def content_arguments(config):
     omitted |= set() if config['tokenizer'] == 'bpe' else {'vocab_size', 'tokenizer_sample_mb'}
     arguments = {key: value for key, value in config.items() if key not in omitted}
     if config['tokenizer'] not in KINDS:  # by content, because a path may come to hold something else
-        json_text = load_tokenizer(config['tokenizer']).to_json()
-        arguments['tokenizer'] = 'sha256:' + hashlib.sha256(json_text.encode()).hexdigest()
+        tokenizer = load_tokenizer(config['tokenizer'])
+        arguments['tokenizer'] = 'sha256:' + hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
+        if tokenizer.start_id != tokenizer.endoftext_id:  # what stands before a text
+            arguments['start_token'] = tokenizer.start_id
     return arguments
 
 
@@ -116,7 +119,9 @@ def load_tokenizer(path):
     """Load the Tokenizer of a tokenizer.json, of a folder that holds one, or of a checkpoint."""
     require(Path(path).exists(), f'tokenizer={path} is none of {", ".join(KINDS)}, nor a path; correct it.')
     checkpoint = checkpoint_at(path)
-    return Tokenizer(checkpoint['tokenizer']) if checkpoint else Tokenizer.load(path)
+    if checkpoint:
+        return Tokenizer(checkpoint['tokenizer'], path, start=checkpoint.get('start_token'))
+    return Tokenizer.load(path)
 
 
 def checkpoint_at(path):
@@ -125,6 +130,18 @@ def checkpoint_at(path):
         from lm import checkpoints  # imports torch, which takes seconds
 
         return checkpoints.load(path, mmap=True)
+
+
+def block_size_of(path):
+    """Return how many tokens a model sees, of a checkpoint or a Hugging Face folder; None where there is none."""
+    if checkpoint := checkpoint_at(path):
+        return checkpoint['model_config']['block_size']
+    c = settings_of(Path(path), 'config.json')
+    if 'model_type' in c:
+        from lm import families  # imports torch too
+
+        with suppress(UserError):  # where only its tokenizer can be used
+            return (c.get('model_config') or families.config_from_hf(c, path))['block_size']
 
 
 def encode_corpus(corpus, tokenizer, config, journal):
@@ -254,7 +271,8 @@ def token_dtype(tokenizer):
 def describe(target, command, tokenizer, counts, corpus):
     """Return config.json but for what follows from the files."""
     ids = tokenizer.endoftext_id, tokenizer.mask_id, tokenizer.ignore_id
-    opening = tokenizer.encode(corpus.opening) if corpus.is_single else ids[:1]
+    start = command['arguments'].get('start_token', ids[0])
+    opening = tokenizer.encode(corpus.opening) if corpus.is_single else [start]
     config = {'format': FORMAT, 'name': target.name, 'source': corpus.source.name}
     config |= {key: command[key] for key in ('arguments', 'inputs')}
     config |= {'vocab_size': tokenizer.vocab_size, 'dtype': token_dtype(tokenizer).name}
@@ -262,7 +280,7 @@ def describe(target, command, tokenizer, counts, corpus):
     config['splits'] = {split: {unit: count[unit] for unit in UNITS} for split, count in counts.items()}
     config |= {key: corpus.read[key] for key in ('blank', 'skipped', 'unread')}
     config |= {key: value for key, value in command['arguments'].items() if key == 'max_seq_len'}
-    config |= {'prompt_format': None, 'start_token': opening[0] if len(opening) == 1 else ids[0]}
+    config |= {'prompt_format': None, 'start_token': opening[0] if len(opening) == 1 else start}
     examples = corpus.source.examples
     return config | (examples.describe(counts['train'] + counts['val']) if examples else {})
 

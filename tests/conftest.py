@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import runpy
 import signal
 import sys
@@ -21,7 +22,8 @@ import torch
 
 from lm import checkpoints
 from lm.configurator import ROOT
-from lm.tokenizer import Tokenizer
+from lm.files import sha256_of
+from lm.tokenizer import CHARACTERS, Tokenizer, byte_level
 from model import ARCHITECTURES, ModelConfig, architecture_name
 
 LETTERS = 'abcdefghijklmnopqrstuvwxyz '
@@ -70,6 +72,7 @@ def write_folder(folder, train=None, val=None, train_on=None, letters=LETTERS):
                 'splits': splits,
                 'start_token': tokenizer.endoftext_id,
                 'prompt_format': None,
+                'sha256': {path.name: sha256_of(path) for path in folder.iterdir()},
             }
         )
     )
@@ -109,13 +112,24 @@ def make_folder(tmp_path):
 @contextmanager
 def signals_kept():
     """A script that runs within the tests installs its own handlers; afterwards they are as before."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
     handlers = {number: signal.getsignal(number) for number in numbers}
     try:
         yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def largest_file(size):
+    """As on a full disk: no file can grow beyond so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @contextmanager
@@ -181,6 +195,22 @@ def hf_model(name, folder, **changes):
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder)
     return model
+
+
+def write_llama_tokenizer(folder, says='tokenizer.json'):
+    """A byte-level tokenizer of 256 bytes, <s> and </s>; the file `says` that <s> stands before a text."""
+    inner = byte_level({character: byte for byte, character in CHARACTERS.items()}, [])
+    inner.add_special_tokens(['<s>', '</s>'])
+    settings = {'bos_token': '<s>', 'eos_token': {'content': '</s>'}}
+    settings['tokenizer_class'] = 'PreTrainedTokenizerFast'
+    if says == 'tokenizer.json':
+        template = tokenizers.processors.TemplateProcessing('<s> $A', '<s> $A $B', [('<s>', 256)])
+        inner.post_processor = template
+    else:
+        settings['add_bos_token'] = True
+    inner.save(str(folder / 'tokenizer.json'))
+    (folder / 'tokenizer_config.json').write_text(json.dumps(settings))
+    return inner
 
 
 def hf_tokens(rows=2, length=60):

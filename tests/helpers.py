@@ -54,6 +54,22 @@ def tune(*arguments):
     return run('finetune.py', *TUNE, *arguments)
 
 
+class DeadError(Exception):
+    """Stands for a SIGKILL in a run within this process: nothing in the scripts catches it."""
+
+
+def dies_at_call(function, number):
+    """Return the function, but that it raises DeadError at its n-th call."""
+    calls = iter(range(1, number))
+
+    def call(*args, **settings):
+        if next(calls, None) is None:
+            raise DeadError
+        return function(*args, **settings)
+
+    return call
+
+
 # Processes are forked from a server that has imported once what takes seconds.
 SERVER = multiprocessing.get_context('forkserver')
 SERVER.set_forkserver_preload(['helpers', 'torch._dynamo'])
@@ -77,12 +93,14 @@ def run_in_process(script, arguments, log, environment):
     run(script, *arguments)
 
 
-def start_ranks(script, *arguments, ranks=2):
-    """Start a script in as many processes as torchrun would; returns them."""
+def start_ranks(script, *arguments, ranks=2, log=os.devnull):
+    """Start a script in as many processes as torchrun would; returns them. log: of rank 0."""
     with socket.create_server(('127.0.0.1', 0)) as free:
         port = str(free.getsockname()[1])
     place = dict(WORLD_SIZE=str(ranks), MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
-    return [start(script, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **place) for rank in range(ranks)]
+    logs = [log] + [os.devnull] * (ranks - 1)
+    ranked = [dict(RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(ranks)]
+    return [start(script, *arguments, log=log, **rank, **place) for log, rank in zip(logs, ranked)]
 
 
 def finish(*processes):

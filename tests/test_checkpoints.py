@@ -1,11 +1,12 @@
 """Checkpoints: written whole or not at all, read in their old form too, and the start of other runs."""
 
 import os
+import shutil
 import signal
 
 import pytest
 import torch
-from conftest import letter_tokenizer, random_model
+from conftest import largest_file, letter_tokenizer, random_model
 from helpers import GPT2_SWITCHES, same
 
 import sampling
@@ -23,6 +24,8 @@ def make_checkpoint(architecture='ar', **changes):
         'model_config': vars(model.config),
         'model_state_dict': model.state_dict(),
         'tokenizer': letter_tokenizer().to_json(),
+        'start_token': 27,
+        'global_step': 7,
     }
 
 
@@ -58,8 +61,65 @@ def test_a_process_killed_while_it_writes_leaves_the_old_file(tmp_path):
         files.save_atomically(tmp_path / 'ckpt.pt', write)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     assert torch.load(tmp_path / 'ckpt.pt', weights_only=True)['weights'].tolist() == [1, 1, 1]
-    checkpoints.save(tmp_path / 'ckpt.pt', {'weights': torch.zeros(3)})  # over what it left
-    assert [path.name for path in tmp_path.iterdir()] == ['ckpt.pt']
+    checkpoints.save(tmp_path / 'ckpt.pt', {'weights': torch.zeros(3)})
+    assert torch.load(tmp_path / 'ckpt.pt', weights_only=True)['weights'].tolist() == [0, 0, 0]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize('size', [0, 2000, 9000])
+def test_a_checkpoint_that_a_full_disk_cuts_is_one_sentence_and_leaves_no_rest(tmp_path, size):
+    checkpoints.save(tmp_path / 'ckpt.pt', {'weights': torch.ones(3)})
+    with pytest.raises(
+        UserError, match='ckpt.pt could not be written .*too large.*; what was there'
+    ) as error:
+        with largest_file(size):
+            checkpoints.save(tmp_path / 'ckpt.pt', {'weights': torch.ones(5000)})
+    assert '\n' not in str(error.value) and [path.name for path in tmp_path.iterdir()] == ['ckpt.pt']
+    assert torch.load(tmp_path / 'ckpt.pt', weights_only=True)['weights'].tolist() == [1, 1, 1]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize('place', range(6))
+def test_a_bit_that_flips_in_a_weight_is_found(tmp_path, place):
+    path, (model, checkpoint) = tmp_path / 'ckpt.pt', make_checkpoint()
+    checkpoints.save(path, checkpoint)
+    content, weights = bytearray(path.read_bytes()), model.embedding.weight.detach().numpy().tobytes()
+    content[content.index(weights) + 700 * place] ^= 1 << place
+    path.write_bytes(content)
+    with pytest.raises(UserError, match='ckpt.pt is damaged .*checksum.*take another one of the run'):
+        checkpoints.load(path)
+
+
+EDITS = {  # what an entry becomes
+    'global_step': 'seven',
+    'train_config': None,
+    'tokenizer': 5,
+    'architecture': 'rnn',
+    'start_token': -1,
+    'model_config': {**SHAPE, 'n_layer': 10**9},
+    'model_state_dict': {'embedding.weight': torch.ones(2, 3)},
+    'ema_state_dict': {'embedding.weight': 'none'},
+}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize('key', EDITS)
+def test_an_edited_checkpoint_is_refused_in_one_sentence(tmp_path, key):
+    checkpoints.save(tmp_path / 'ckpt.pt', {**make_checkpoint()[1], key: EDITS[key]})
+    with pytest.raises(UserError, match='ckpt.pt was edited or is damaged .*; take another') as error:
+        checkpoints.load(tmp_path)
+    assert '\n' not in str(error.value) and len(str(error.value)) < 400 + len(str(tmp_path))
+
+
+@pytest.mark.faults
+def test_a_name_of_a_run_under_out_is_suggested_and_the_hub_not_asked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        'huggingface_hub.snapshot_download', lambda *_, **__: pytest.fail('the hub was asked')
+    )
+    checkpoints.save(tmp_path / 'out/demo/ckpt.pt', make_checkpoint()[1])
+    with pytest.raises(UserError, match='no checkpoint at demo; did you mean out/demo?'):
+        checkpoints.load('demo')
 
 
 def test_a_new_file_is_on_the_disk_before_it_takes_the_name(tmp_path, monkeypatch):
@@ -243,7 +303,7 @@ def test_what_a_model_cannot_start_is_refused(held, wanted):
 
 def settings(**given):
     """The variables and the Config of a script with some settings given."""
-    defaults = dict(resume_from='', out_dir='', batch_size=8, n_layer=4, init_from='')
+    defaults = dict(resume_from='', out_dir='', overwrite=False, batch_size=8, n_layer=4, init_from='')
     config = Config({name: Key(value, type(value)) for name, value in defaults.items()})
     config.update(given)
     config.given = set(given)
@@ -281,6 +341,25 @@ def test_auto_needs_an_out_dir_and_starts_afresh_without_a_checkpoint(saved, tmp
         checkpoints.resume(*settings(resume_from='auto'), [])
 
 
+@pytest.mark.faults
+def test_auto_without_a_checkpoint_goes_on_with_the_newest_copy_or_leaves_the_run_alone(saved, tmp_path):
+    run = tmp_path / 'lost'
+    words = dict(resume_from='auto', out_dir=str(run))
+    for step in (2, 10):
+        checkpoints.save(run / f'checkpoints/checkpoint-{step}/ckpt.pt', checkpoints.load(saved))
+    (run / 'best.pt').write_text('precious')
+    resumed = checkpoints.resume(*settings(**words), [])
+    assert resumed.path == run / 'checkpoints/checkpoint-10/ckpt.pt' and resumed.run_dir == run
+    shutil.rmtree(run / 'checkpoints')
+    with pytest.raises(
+        UserError, match='ckpt.pt of a run that left best.pt is not there; put it back.*--over'
+    ):
+        checkpoints.resume(*settings(**words), [])
+    resumed = checkpoints.resume(*settings(**words, overwrite=True), [])
+    assert checkpoints.open_run_folder(run, 'a', run_dir=resumed.run_dir, overwrite=True) == run
+    assert not (run / 'best.pt').exists()
+
+
 def test_weights_alone_cannot_be_continued(tmp_path):
     checkpoints.save(tmp_path / 'best.pt', {**make_checkpoint()[1], 'train_config': {}})
     with pytest.raises(UserError, match='best.pt holds weights without.*--init_from=.*best.pt'):
@@ -301,6 +380,12 @@ def test_the_newest_copies_and_the_best_are_kept(tmp_path):
     assert kept() == {4: 'state', 8: 'state', 10: 'state'}
     checkpoints.keep_copy(tmp_path, 12, limit=2, best_step=12)
     assert set(kept()) == {10, 12}
+    (tmp_path / 'checkpoints/checkpoint-11').mkdir()  # a process was killed before it wrote it
+    (tmp_path / 'checkpoints/checkpoint-mine').mkdir()
+    checkpoints.keep_copy(tmp_path, 14, limit=3, best_step=0)
+    assert set(kept()) == {10, 12, 14}
+    checkpoints.keep_copy(tmp_path, 11, limit=3, best_step=0)  # of a run that went back
+    assert set(kept()) == {10, 11}
 
 
 # ---------------------------------------------------------------------------- the run folder
@@ -321,9 +406,41 @@ def test_run_folders_are_numbered_and_the_suffix_comes_last(tmp_path, monkeypatc
     assert checkpoints.open_run_folder('', 'a').name == 'a-v2'
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize('where', ['file', 'file/run', '/proc/run'])
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch, where):
+    (tmp_path / 'file').touch()
+    with pytest.raises(UserError, match=f'{where} could not be written'):
+        files.lock(tmp_path / where)
+    monkeypatch.setattr(checkpoints, 'ROOT', tmp_path / where)
+    with pytest.raises(UserError, match=f'{where}/out/a-v1 could not be written'):
+        checkpoints.open_run_folder('', 'a')
+
+
+@pytest.mark.faults
+def test_a_run_folder_has_one_writer_at_a_time_and_a_killed_one_leaves_no_lock(tmp_path):
+    ready, done = os.pipe()
+    child = os.fork()
+    if child == 0:
+        held = files.lock(tmp_path)
+        os.write(done, b'locked')
+        signal.pause()
+        held.close()
+    assert os.read(ready, 6) == b'locked'
+    (tmp_path / 'best.pt').write_text('precious')
+    for call in (files.lock, lambda run: checkpoints.open_run_folder(run, 'a', overwrite=True)):
+        with pytest.raises(UserError, match=f'Another process writes {tmp_path}; let it end, or choose'):
+            call(tmp_path)
+    assert (tmp_path / 'best.pt').exists()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    files.lock(tmp_path).close()
+
+
 def test_a_folder_that_holds_a_run_is_refused_unless_it_continues_or_is_overwritten(tmp_path):
     run = tmp_path / 'run'
     assert checkpoints.open_run_folder(run, 'a') == run
+    run.mkdir()
     assert checkpoints.open_run_folder(run, 'a') == run  # an empty folder holds none
     for name in ('metrics.csv', 'notes.txt'):
         (run / name).write_text('precious')
@@ -333,7 +450,25 @@ def test_a_folder_that_holds_a_run_is_refused_unless_it_continues_or_is_overwrit
     assert checkpoints.open_run_folder(run, 'a', run_dir=run.resolve()) == run
     assert (run / 'metrics.csv').read_text() == 'precious'
     checkpoints.open_run_folder(run, 'a', overwrite=True)
-    assert [path.name for path in run.iterdir()] == ['notes.txt']  # what is not the run's stays
+    assert {path.name for path in run.iterdir()} == {'notes.txt', 'logs.log'}  # what is not the run's stays
+
+
+@pytest.mark.faults
+def test_names_of_data_lead_to_no_other_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, 'ROOT', tmp_path)
+    folder = checkpoints.open_run_folder('', 'ar-../../evil-tiny', '/../b')
+    assert folder.parent == tmp_path / 'out' and folder.name == 'ar-..-..-evil-tiny-v1--..-b'
+
+
+@pytest.mark.faults
+def test_a_copy_has_the_sharded_state_of_its_step(tmp_path):
+    (tmp_path / 'ckpt.pt').write_bytes(b'x')
+    for step in (50, 100):
+        (tmp_path / f'sharded/step-{step}').mkdir(parents=True)
+        (tmp_path / f'sharded/step-{step}/__0_0.distcp').write_text(str(step))
+        checkpoints.keep_copy(tmp_path, step, None, best_step=0)
+    states = sorted((tmp_path / 'checkpoints').glob('*/sharded/*/__0_0.distcp'))
+    assert [path.read_text() for path in states] == ['100', '50']
 
 
 def test_a_data_folder_is_no_place_for_a_run(make_folder):

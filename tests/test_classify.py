@@ -12,7 +12,9 @@ from conftest import letter_tokenizer, random_model
 from helpers import (
     CPU,
     GPT2_SWITCHES,
+    DeadError,
     assert_same_run,
+    dies_at_call,
     finish,
     load,
     losses,
@@ -28,7 +30,7 @@ from helpers import (
 )
 
 import hf
-from lm import checkpoints
+from lm import checkpoints, classification
 from lm.configurator import UserError
 
 COMMON = [*CPU, '--seed=1']
@@ -218,11 +220,41 @@ def test_a_finished_run_is_left_alone_and_goes_on_where_it_is_made_longer(place)
     for words, said in (
         ([*TASK, '--out_dir=run'], 'already holds a run'),
         (['--target_func=fn_b', '--resume_from=run'], "has target_func='fn_a', not 'fn_b'"),
-        (['--batch_size=5', '--max_steps=4', '--resume_from=run'], r'rows.*\(6, 20\), not \(5, 20\)'),
+        (['--batch_size=5', '--max_steps=4', '--resume_from=run'], 'has 6 rows per step, not 5'),
     ):
         with pytest.raises(UserError, match=said):
             classify(*TINY, *words)
     assert classify('--resume_from=run', '--max_steps=4')['step'] == 4
+
+
+@pytest.mark.faults
+def test_a_run_goes_on_with_other_labels_only_on_purpose(place):
+    settings = [*TINY, *TEXTS, *BYTES, '--out_dir=run']
+    classify(*settings, '--max_steps=2')
+    table = (place / 'rus/test.tsv').read_text().split('\n')
+    table[1] = table[1].replace('neg', 'pos') if 'neg' in table[1] else table[1].replace('pos', 'neg')
+    (place / 'rus/test.tsv').write_text('\n'.join(table))
+    with pytest.raises(
+        UserError, match='the rows of rus changed since the run of run/ckpt.pt; put .*--changed_data'
+    ):
+        classify(*settings, '--max_steps=4', '--resume_from=auto')
+    assert classify(*settings, '--max_steps=4', '--resume_from=auto', '--changed_data')['step'] == 4
+    assert 'resumed with the rows of rus=' in (place / 'run/logs.log').read_text()
+
+
+@pytest.mark.faults
+def test_a_run_that_dies_in_an_evaluation_loses_no_step(place, monkeypatch):
+    settings = [*TINY, *TASK, '--max_steps=4', '--eval_every=2', '--val_set_size=6']
+    for calls, step in ((1, 0), (5, 2), (5, 4)):  # four in each evaluation
+        with monkeypatch.context() as patch, pytest.raises(DeadError):
+            function = classification.confusion_metrics
+            patch.setattr(classification, 'confusion_metrics', dies_at_call(function, calls))
+            classify(*settings, '--out_dir=run', '--resume_from=auto')
+        assert load(place / 'run')['global_step'] == step
+    classify(*settings, '--out_dir=run', '--resume_from=auto')
+    classify(*settings, '--out_dir=whole')
+    assert_same_run(place / 'run', place / 'whole')
+    assert load(place / 'run')['history'] == load(place / 'whole')['history']
 
 
 @pytest.mark.slow
@@ -321,8 +353,9 @@ def test_a_checkpoint_of_nanogpt_is_found_by_the_published_prefixes(place):
     variables = classify(*COMMON, *TEXTS, *words, '--max_steps=1', '--learning_rate=0', '--out_dir=run')
     tokens = torch.randint(0, 27, (2, 9))
     torch.testing.assert_close(variables['trunk'].eval().hidden(tokens), model.hidden(tokens))
-    with pytest.raises(UserError, match="no ckpt.pt of nanoGPT's"):
-        classify(*COMMON, *TEXTS, '--init_from=run', '--tokenizer=tokenizer-ipa', '--out_dir=x')
+    (place / 'other.json').write_text(letter_tokenizer('ab').to_json())
+    with pytest.raises(UserError, match='run holds another tokenizer than other.json; leave --tokenizer out'):
+        classify(*COMMON, *TEXTS, '--init_from=run', '--tokenizer=other.json', '--out_dir=x')
 
 
 def test_a_model_of_the_hub_is_asked_for_with_the_token_which_is_written_nowhere(place, monkeypatch):
@@ -341,6 +374,25 @@ def test_a_model_of_the_hub_is_asked_for_with_the_token_which_is_written_nowhere
     assert not [path for path in (place / 'run').iterdir() if b'secret' in path.read_bytes()]
 
 
+@pytest.mark.faults
+def test_a_setting_without_effect_is_reported(place, capsys):
+    classify(
+        *TINY,
+        *TASK,
+        '--context_length=9',
+        '--vocab_size=3',
+        '--lora_alpha=2',
+        '--max_steps=1',
+        '--out_dir=run',
+    )
+    notes = {line for line in capsys.readouterr().out.splitlines() if line.startswith('note')}
+    assert notes == {
+        'note: block_size=9 has no effect on an algorithmic task.',
+        'note: vocab_size=3 has no effect on an algorithmic task.',
+        'note: lora_alpha=2.0 has no effect without lora_rank.',
+    }
+
+
 # ---------------------------------------------------------------------------- mistakes
 
 
@@ -351,7 +403,6 @@ def test_a_model_of_the_hub_is_asked_for_with_the_token_which_is_written_nowhere
         (['--train_set_size=9'], 'train_set_size is 9'),
         (['--target_func=fn_h', '--sequence_length=22'], 'multiple of 4'),
         (['--sequence_length=8'], '2^8 = 256'),
-        (['--train_langs=rus'], 'train_langs has no effect on an algorithmic task; leave it out'),
         (['--num_classes=0'], 'num_classes is 0'),
         (['--class_weights=1,2,3'], 'class_weights is'),
         (['--model=llama9'], "model is 'llama9'"),
@@ -373,7 +424,6 @@ def test_a_mistake_with_a_task_is_named(place, options, part):
         (['--task=nli'], {}, "has no task 'nli'"),
         ([], {'classes': ['pos', 'neutral']}, "the label 'neg' is none of the 2 classes"),
         ([], {'splits': ['train', 'dev']}, "no file for the split 'dev'"),
-        (['--sequence_length=9'], {}, 'sequence_length has no effect on texts'),
         (['--val_set_size=24'], {}, 'val_set_size is 24'),
         (['--num_classes=1'], {'classes': ['neg', 'pos', 'neutral']}, 'labels are of 3 classes'),
     ],

@@ -135,7 +135,7 @@ def test_what_cannot_fit_into_the_memory_is_refused_before_anything_is_written(p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_steps_win_over_epochs_and_warmup_is_at_most_a_tenth_of_them_unless_given(place, tmp_path):
+def test_warmup_is_at_most_a_tenth_of_the_steps_unless_given(place, tmp_path):
     variables = tune(*settings(place, 'ar', f'--out_dir={tmp_path}/a', '--num_epochs=50', '--max_steps=2'))
     assert variables['step'] == 2 and variables['warmup'] == 0
     variables = tune(*settings(place, 'ar', f'--out_dir={tmp_path}/b', '--max_steps=2', '--warmup_steps=1'))
@@ -276,7 +276,7 @@ def test_the_gradient_is_the_same_for_any_number_of_micro_steps_and_ranks(place,
 def test_copies_are_kept_up_to_their_limit(place, tmp_path):
     tune(*settings(place, 'ar', f'--out_dir={tmp_path}/run', '--save_every=1', '--save_total_limit=2'))
     kept = {path.name for path in (tmp_path / 'run/checkpoints').iterdir()}
-    assert {'checkpoint-5', 'checkpoint-6'} <= kept and len(kept) <= 3
+    assert 'checkpoint-6' in kept and len(kept) == 2  # and the one before, or the best
 
 
 def test_a_run_that_is_finished_or_in_the_way_is_left_alone(place, capsys):
@@ -307,6 +307,20 @@ def test_adapters_are_trained_alone_and_the_checkpoint_has_them_merged(place, tm
     ]
     torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
     assert (tmp_path / 'run/adapter').is_dir()
+
+
+@pytest.mark.faults
+def test_adapters_go_on_with_another_base_only_on_purpose(place, tmp_path):
+    base, out = shutil.copytree(place / 'ar', tmp_path / 'base'), tmp_path / 'run'
+    words = ['--use_peft', f'--init_from={base}', f'--dataset={place}/examples', f'--out_dir={out}']
+    tune(*words)
+    state = load(base)
+    state['model_state_dict']['blocks.0.mlp.up.weight'][0, 0] += 1e-3
+    torch.save(state, base / 'ckpt.pt')
+    with pytest.raises(UserError, match=f'the weights of {base} changed since the run of .*--changed_data'):
+        tune(*words, '--max_steps=8', '--resume_from=auto')
+    tune(*words, '--max_steps=8', '--resume_from=auto', '--changed_data')
+    assert f'resumed with the weights of {base}=' in (out / 'logs.log').read_text()
 
 
 # ---------------------------------------------------------------------------- memory
@@ -353,18 +367,18 @@ def test_the_memory_estimate_is_near_the_peak(place, tmp_path):
 
 BAD = {
     '--dataset=nowhere': "no prepared data at 'nowhere'",
-    '--dataset=': 'nothing to learn from; give --dataset',
+    '--dataset=': '--dataset= is empty; give a value',
     '--dataset=PLACE/plain': 'PLACE/plain has no train_masks.bin.*prepare/instruct.py',
     '--dataset=PLACE/without': 'train split of PLACE/without has no answer of at most',
     '--dataset=PLACE/other': 'another vocabulary',
-    '--init_from=': 'init_from is empty; give --init_from',
+    '--init_from=': '--init_from= is empty; give a value',
     '--init_from=nowhere.pt': 'nowhere.pt',
     '--init_from=PLACE/examples/config.json': 'config.json',
     '--architecture=nothing': "architecture='ar', no start for 'nothing'",
     '--anneal_steps=5': 'anneal_steps is 5, but the model stays causal',
     '--block_size=2000': 'block_size is 2000; .*takes 8 to 64 tokens',
     '--learning_rate=0': 'learning_rate is 0, so nothing would be trained',
-    '--max_steps=-1 --num_epochs=0': 'max_steps and num_epochs are 0: nothing to do',
+    '--max_steps=-1 --num_epochs=0': 'max_steps is -1, num_epochs 0.0: nothing to do',
     '--trust_remote_code': 'trust_remote_code=True is refused',
     '--use_peft --load_in_8bit --load_in_4bit': 'exclude each other; choose one',
     '--load_in_4bit': 'add --use_peft',

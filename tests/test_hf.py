@@ -16,17 +16,20 @@ from conftest import (
     HF_MODELS,
     hf_model,
     hf_tokens,
+    largest_file,
     letter_tokenizer,
     random_model,
     signals_kept,
     write_checkpoint,
     write_folder,
+    write_llama_tokenizer,
 )
 
 import hf
 import model as models
-from lm import checkpoints, lora
+from lm import checkpoints, lora, prompts
 from lm.configurator import ROOT, UserError
+from lm.prompts import FORMATS
 from lm.tokenizer import CHARACTERS, Tokenizer, byte_level
 
 transformers = pytest.importorskip('transformers', reason='transformers is not installed')
@@ -109,24 +112,10 @@ def test_a_sharded_model_passes_through_memory_one_shard_at_a_time(tmp_path):
     assert_same_weights(theirs, tmp_path / 'out')
 
 
-def write_tokenizer(folder):
-    """A byte-level tokenizer of 256 bytes, <s> and </s>, which puts <s> before a text by itself."""
-    tokenizer = byte_level({character: byte for byte, character in CHARACTERS.items()}, [])
-    tokenizer.add_special_tokens(['<s>', '</s>'])
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single='<s> $A', pair='<s> $A $B', special_tokens=[('<s>', 256)]
-    )
-    tokenizer.save(str(folder / 'tokenizer.json'))
-    settings = {'bos_token': '<s>', 'eos_token': {'content': '</s>'}}
-    settings['tokenizer_class'] = 'PreTrainedTokenizerFast'
-    (folder / 'tokenizer_config.json').write_text(json.dumps(settings))
-    return tokenizer
-
-
 @pytest.mark.parametrize('rows', [258, 300], ids=['no spare rows', 'spare rows'])
 def test_a_tokenizer_comes_and_goes_with_its_model(rows, tmp_path, capsys):
     theirs = hf_model('llama', tmp_path / 'in', vocab_size=rows)
-    before = write_tokenizer(tmp_path / 'in')
+    before = write_llama_tokenizer(tmp_path / 'in')
     run('import', tmp_path / 'in', '--out', tmp_path / 'ckpt.pt')
     checkpoint = checkpoints.load(tmp_path / 'ckpt.pt')
     tokenizer = Tokenizer(checkpoint['tokenizer'])
@@ -147,9 +136,89 @@ def test_a_tokenizer_comes_and_goes_with_its_model(rows, tmp_path, capsys):
     assert checkpoints.load(tmp_path / 'out')['tokenizer'] == checkpoint['tokenizer']
 
 
+CHATML = FORMATS['chatml']
+
+
+def chat_tokenizer(folder, **settings):
+    """The bytes, <s>, </s> and ChatML's markers; of several post-processors one puts <s> before a text."""
+    tokenizer = byte_level({character: byte for byte, character in CHARACTERS.items()}, [])
+    tokenizer.add_special_tokens(['<s>', '</s>', '<|im_start|>', '<|im_end|>', '<|mask|>', '<pad>'])
+    template = tokenizers.processors.TemplateProcessing('<s> $A', '<s> $A $B', [('<s>', 256)])
+    byte_level_last = tokenizers.processors.ByteLevel(trim_offsets=False)
+    tokenizer.post_processor = tokenizers.processors.Sequence([byte_level_last, template])
+    tokenizer.save(str(folder / 'tokenizer.json'))
+    settings = {'bos_token': '<s>', 'eos_token': '</s>', 'pad_token': '<pad>', **settings}
+    (folder / 'tokenizer_config.json').write_text(json.dumps(settings))
+    return tokenizer
+
+
+@pytest.mark.faults
+def test_what_a_folder_says_beside_its_model_goes_out_as_it_came(tmp_path):
+    hf_model('llama', tmp_path / 'in', vocab_size=300)
+    before = chat_tokenizer(tmp_path / 'in', chat_template='{{ messages[0].content }}')
+    (tmp_path / 'in' / 'generation_config.json').write_text('{"eos_token_id": [257, 259]}')
+    run('import', tmp_path / 'in', '--out', tmp_path / 'ckpt.pt')
+    checkpoint = checkpoints.load(tmp_path / 'ckpt.pt')
+    assert Tokenizer(checkpoint['tokenizer']).mask_id == 260  # the model's own
+
+    run('export', tmp_path / 'ckpt.pt', '--out', tmp_path / 'out')
+    assert json.loads((tmp_path / 'out' / 'tokenizer.json').read_text()) == json.loads(before.to_str())
+    reader = transformers.AutoTokenizer.from_pretrained(tmp_path / 'out')
+    assert reader('the cat').input_ids == before.encode('the cat').ids and reader.pad_token == '<pad>'
+    assert reader.apply_chat_template([dict(role='user', content='hi')], tokenize=False) == 'hi'
+    ends = transformers.GenerationConfig.from_pretrained(tmp_path / 'out')
+    assert (ends.eos_token_id, ends.pad_token_id, ends.bos_token_id) == ([257, 259], 261, 256)
+    again = checkpoints.load(tmp_path / 'out')
+    assert all(again[key] == checkpoint[key] for key in ('tokenizer', 'start_token', 'came_with'))
+
+
+@pytest.mark.faults
+def test_a_start_token_that_only_the_settings_add_is_added_by_the_export_too(tmp_path):
+    hf_model('llama', tmp_path / 'in', vocab_size=300)
+    tokenizer = chat_tokenizer(tmp_path / 'in', add_bos_token=True)
+    tokenizer.post_processor = tokenizers.processors.ByteLevel()
+    tokenizer.save(str(tmp_path / 'in' / 'tokenizer.json'))
+    run('export', tmp_path / 'in', '--out', tmp_path / 'out')
+    for folder in ('in', 'out'):
+        assert checkpoints.load(tmp_path / folder)['start_token'] == 256
+    settings = json.loads((tmp_path / 'out' / 'tokenizer_config.json').read_text())
+    assert settings['add_bos_token'] and settings['bos_token'] == '<s>'
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize('form', FORMATS.values(), ids=FORMATS)
+def test_a_tuned_model_goes_out_with_its_chat_template_and_stops_where_its_answers_end(form, tmp_path):
+    hf_model('llama', tmp_path / 'in', vocab_size=300)
+    chat_tokenizer(tmp_path / 'in')
+    checkpoint = {**checkpoints.load(tmp_path / 'in'), 'prompt_format': form}
+    checkpoints.save(tmp_path / 'ckpt.pt', checkpoint)
+    run('export', tmp_path / 'ckpt.pt', '--out', tmp_path / 'out')
+    tokenizer, reader = (
+        Tokenizer(checkpoint['tokenizer']),
+        transformers.AutoTokenizer.from_pretrained(tmp_path / 'out'),
+    )
+    messages = [('system', 'Be "kind".'), ('user', 'Say\na.'), ('assistant', 'a'), ('user', 'b?')]
+    messages = [dict(role=role, content=content) for role, content in messages]
+    turns = [('Say\na.', '', 'a'), ('b?', '', None)]
+    for system, theirs in (('Be "kind".', messages), ('', messages[1:])):
+        ids = prompts.encode(tokenizer, form, turns, system)[0]
+        assert reader.apply_chat_template(theirs, return_dict=False) == [256, *ids]
+    end = prompts.end_of(form, tokenizer)[0]
+    ends = transformers.GenerationConfig.from_pretrained(tmp_path / 'out').eos_token_id
+    assert end in (ends if isinstance(ends, list) else [ends]) and (end == 259) == (form == CHATML)
+    assert checkpoints.load(tmp_path / 'out')['prompt_format'] == form
+
+
+@pytest.mark.faults
+def test_the_best_weights_of_a_run_are_exported(run_folder, tmp_path, capsys):
+    run('export', run_folder, '--out', tmp_path / 'out')
+    assert transformers.AutoConfig.from_pretrained(tmp_path / 'out').n_layer == 1
+    assert 'best.pt, of the family' in capsys.readouterr().out
+
+
 def test_sample_reads_a_folder(tmp_path, capsys, monkeypatch):
     hf_model('llama', tmp_path, vocab_size=300)
-    write_tokenizer(tmp_path)
+    write_llama_tokenizer(tmp_path)
     options = f'--checkpoint={tmp_path} --device=cpu --num_samples=1 --max_new_tokens=9'.split()
     monkeypatch.setattr(sys, 'argv', ['sample.py', '--prompt=the cat', *options])
     runpy.run_path(str(ROOT / 'sample.py'), run_name='__main__')
@@ -237,9 +306,19 @@ def test_a_checkpoint_with_its_adapter_beside_is_not_exported(tmp_path):
     model, tokenizer = letter_model('ar')
     lora.add_lora(model, 2, 2)
     write_checkpoint(tmp_path / 'ckpt.pt', model, tokenizer)
-    with pytest.raises(UserError, match='holds other weights than.*merge its adapter'):
+    with pytest.raises(UserError, match='ckpt.pt was edited or is damaged .*state_dict for Autoregressive'):
         run('export', tmp_path / 'ckpt.pt', f'--out={tmp_path}/out')
     assert not list(tmp_path.glob('out*'))
+
+
+@pytest.mark.faults
+def test_an_export_that_a_full_disk_cuts_is_one_sentence_and_leaves_no_rest(tmp_path):
+    model, tokenizer = letter_model('ar')
+    write_checkpoint(tmp_path / 'ckpt.pt', model, tokenizer)
+    with pytest.raises(UserError, match='exported could not be written .*; what was there before'):
+        with largest_file(3000):
+            run('export', tmp_path / 'ckpt.pt', f'--out={tmp_path}/exported')
+    assert [path.name for path in tmp_path.iterdir()] == ['ckpt.pt']
 
 
 def test_code_of_a_model_is_refused_by_every_script(monkeypatch):

@@ -8,8 +8,9 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from conftest import hf_model, write_llama_tokenizer
 
-from lm import checkpoints, prompts
+from lm import checkpoints, data, prompts
 from lm.configurator import UserError
 from lm.folder import Folder
 from lm.tokenizer import ENDOFTEXT
@@ -241,6 +242,19 @@ def test_a_bpe_learns_from_the_examples_and_a_checkpoint_gives_its_tokenizer(ins
         again = instruct(alpaca(60), f'--tokenizer={path}', '--overwrite')
         assert again.tokenizer.to_json() == folder.tokenizer.to_json()
         assert again.config['start_token'] == 299 and again.config['arguments']['max_seq_len'] == 64
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize('says', ['tokenizer.json', 'tokenizer_config.json'])
+def test_examples_begin_as_the_model_was_pretrained_whichever_way_it_is_given(says, instruct, tmp_path):
+    hf_model('llama', tmp_path / 'model', vocab_size=300, max_position_embeddings=48)
+    write_llama_tokenizer(tmp_path / 'model', says)
+    checkpoints.save(tmp_path / 'ckpt.pt', checkpoints.load(tmp_path / 'model'))
+    for path in (tmp_path / 'model', tmp_path / 'ckpt.pt'):
+        folder = instruct(alpaca(60), f'--tokenizer={path}', '--overwrite')
+        assert folder.config['start_token'] == 256 and folder.config['arguments']['max_seq_len'] == 48
+        rows = data.ExampleRows(folder, 'train', 48, False, packed=False)
+        assert [rows.read(row)[0][0] for row in range(3)] == [256] * 3
 
 
 def test_the_hub_is_asked_for_a_data_set_by_name(instruct, monkeypatch):

@@ -1,7 +1,9 @@
 """The log of a run: console, logs.log, metrics.csv and W&B say the same."""
 
 import csv
+import os
 import sys
+import threading
 
 import pytest
 
@@ -75,6 +77,27 @@ def test_rows_that_come_again_and_one_that_was_cut_are_dropped_when_a_run_resume
     assert (tmp_path / 'metrics.csv').read_text() == 'step,train/loss\n0,\n5,3.5\n10,3.2\n15,3.0\n'
 
 
+@pytest.mark.faults
+def test_what_is_no_row_of_metrics_is_dropped_when_a_run_resumes(tmp_path):
+    rows = b'step,train/loss\n0,\n# a note\nfive,3.5\n\xff\xfe,\n\n10,3.2\n'
+    (tmp_path / 'metrics.csv').write_bytes(rows)
+    Logger(tmp_path, True, 10).close()
+    assert (tmp_path / 'metrics.csv').read_text() == 'step,train/loss\n0,\n10,3.2\n'
+
+
+@pytest.mark.faults
+def test_a_log_on_a_full_disk_is_reported_once_and_stops_nothing(tmp_path, capsys):
+    (tmp_path / 'logs.log').symlink_to('/dev/full')
+    log = Logger(tmp_path, True, -1)
+    for step in (0, 1):
+        log.print('hello')
+        log.metrics(step, {'val/loss': 1.0})
+    log.close()
+    said = capsys.readouterr()
+    assert said.out == 'hello\nhello\n' and len(rows_of(tmp_path)) == 2
+    assert said.err.count(f'warning: the log in {tmp_path} misses lines (') == 1
+
+
 def test_a_run_killed_while_it_made_its_metrics_file_makes_it_anew(tmp_path):
     (tmp_path / 'metrics.csv').touch()
     log = Logger(tmp_path, True, -1)
@@ -112,6 +135,26 @@ def test_a_failure_of_wandb_is_reported_once_and_stops_nothing(tmp_path, monkeyp
     assert log.wandb_run_id == run_id  # what a resumed run asks for
     assert capsys.readouterr().out.count('the service is gone); the run goes on without it') == 1
     assert len(rows_of(tmp_path)) == 2
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize('call', ['init', 'log', 'finish'])
+def test_a_service_of_wandb_that_hangs_stops_neither_training_nor_the_exit(
+    tmp_path, monkeypatch, capsys, call
+):
+    gone, exits, service = threading.Event(), [], BrokenWandb(99)
+    setattr(service, call, lambda *_, **__: gone.wait())
+    monkeypatch.setitem(sys.modules, 'wandb', service)
+    monkeypatch.setattr('lm.log.PATIENCE', 0.05)
+    monkeypatch.setattr(os, '_exit', exits.append)
+    log = Logger(tmp_path, True, -1)
+    log.start_wandb(project='p', name='n', id=None, config={})
+    for step in (0, 1):
+        log.metrics(step, {'val/loss': 1.0})
+    log.close()
+    gone.set()
+    assert capsys.readouterr().out.count('no answer in 0.05 seconds); the run goes on without it') == 1
+    assert len(rows_of(tmp_path)) == 2 and exits == [0]
 
 
 def test_a_machine_without_wandb_trains_as_well(tmp_path, monkeypatch, capsys):

@@ -207,6 +207,18 @@ def test_merge_writes_a_checkpoint_that_says_what_peft_says(tmp_path):
     assert_logits(load(tmp_path / 'merged.pt'), theirs.eval()(hf_tokens()).logits)
 
 
+@pytest.mark.faults
+def test_merge_keeps_the_prompt_format_that_the_adapter_was_tuned_with(tmp_path):
+    write_checkpoint(tmp_path / 'ckpt.pt', native())
+    model = native()
+    lora.add_lora(model, 2, 4)
+    for form in (None, 'Q: {instruction}\nA: {output}'):
+        lora.save_adapter(model, tmp_path / 'adapter', 'ckpt.pt', form)
+        words = f'merge {tmp_path}/adapter --base={tmp_path}/ckpt.pt --out={tmp_path}/out.pt --overwrite'
+        hf.main(words.split())
+        assert checkpoints.load(tmp_path / 'out.pt')['prompt_format'] == form
+
+
 # ---------------------------------------------------------------------------- training
 
 
@@ -264,6 +276,35 @@ def test_adapters_train_on_a_base_in_bfloat16(bits):
         assert all(layer.lora_B.grad.abs().max() > 0 for layer in layers)
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize('selective', [False, True])
+def test_checkpointing_repeats_whatever_random_numbers_a_block_draws(selective):
+    """Dropout of adapters or of a layer of one's own, where the model's own dropout is 0."""
+    gradients = []
+    for checkpointing in (False, True):
+        model = native(gradient_checkpointing=checkpointing, selective_checkpointing=selective)
+        lora.add_lora(model.train(), rank=4, alpha=8, dropout=0.5)
+        randomise(model)
+        model.blocks[0].mlp.activation = lambda x: torch.dropout(x.relu(), 0.3, True)
+        torch.manual_seed(0)
+        model(native_tokens())[0].backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name])
+
+
+@pytest.mark.faults
+def test_an_adapter_on_a_model_in_evaluation_drops_nothing(tmp_path):
+    model = native().train()
+    lora.add_lora(model, 2, 4, dropout=0.5)
+    randomise(model)
+    lora.save_adapter(model, tmp_path, 'base')
+    again = native()
+    lora.load_adapter(again, tmp_path)
+    assert not any(layer.training for _, layer in lora.adapted_layers(again))
+    assert torch.equal(again.logits(native_tokens()), model.eval().logits(native_tokens()))
+
+
 # ---------------------------------------------------------------------------- mistakes
 
 
@@ -297,6 +338,37 @@ def test_an_adapter_that_does_not_fit_is_refused(changes, base, message, tmp_pat
     hf_model(base[0], tmp_path / 'other', **base[1])
     with pytest.raises(UserError, match=message):
         lora.load_adapter(load(tmp_path / 'other'), folder)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {'init_lora_weights': 'pissa'},
+        {'init_lora_weights': 'olora'},
+        {'init_lora_weights': 'loftq'},
+        {'alora_invocation_tokens': [1, 2]},
+        {'layer_replication': [[0, 2]]},
+        {'target_parameters': ['mlp.weight']},
+        {'use_qalora': True},
+        {'of_a_later_version': 'x'},
+    ],
+)
+def test_an_adapter_of_another_kind_is_refused(changes, tmp_path):
+    folder, ((key, value),) = adapter(tmp_path, **changes), changes.items()
+    with pytest.raises(
+        UserError, match=re.escape(f'has {key}={value!r}; only ') + '.*merge it into its base with PEFT'
+    ):
+        lora.load_adapter(load(tmp_path / 'base'), folder)
+
+
+@pytest.mark.faults
+def test_an_adapter_with_all_of_pefts_defaults_is_read(tmp_path):
+    folder = adapter(tmp_path)
+    path = folder / 'adapter_config.json'
+    defaults = json.loads(json.dumps(peft.LoraConfig().to_dict(), default=str))
+    path.write_text(json.dumps({**defaults, **json.loads(path.read_text())}))
+    lora.load_adapter(load(tmp_path / 'base'), folder)
 
 
 def test_other_mistakes_are_sentences(tmp_path):

@@ -29,11 +29,14 @@ from conftest import (
     make_texts,
     texts_of,
     write_jsonl,
+    write_llama_tokenizer,
 )
 
+from lm import data
 from lm import tokenizer as tokenizers
 from lm.configurator import UserError
-from lm.tokenizer import ENDOFTEXT, IGNORE, MASK, byte_level
+from lm.folder import Folder
+from lm.tokenizer import ENDOFTEXT, IGNORE, MASK, Tokenizer, byte_level
 from prepare import grammar, writer
 
 NASTY = "Äh… naïve  \r\n\t“日本語”\u200d👩‍🚀\x00 1234567 don't  \n\n\n stop!! <|endoftext|> <|mask|>   \n"
@@ -161,6 +164,25 @@ def test_a_prepared_folder_lends_its_tokenizer(prepare, corpus, tmp_path):
     first = prepare('text.py', f'--input={corpus}', '--vocab_size=300', output_dir=tmp_path / 'first')
     second = prepare('text.py', f'--input={corpus}', f'--tokenizer={first}', output_dir=tmp_path / 'second')
     assert config_of(first)['sha256'] == config_of(second)['sha256']
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize('says', ['tokenizer.json', 'tokenizer_config.json'])
+def test_rows_of_text_begin_as_the_tokenizers_model_was_pretrained(says, prepare, corpus, tmp_path):
+    (tmp_path / 'model').mkdir()
+    write_llama_tokenizer(tmp_path / 'model', says)
+    for tokenizer, output in (('model', 'out'), ('out', 'again')):  # a prepared folder lends its own
+        words = [f'--input={corpus}', f'--tokenizer={tmp_path / tokenizer}']
+        path = prepare('text.py', *words, output_dir=tmp_path / output)
+        folder = Folder(path)
+        assert folder.config['start_token'] == folder.tokenizer.start_id == 256
+        documents = data.DocumentRows(folder, 'train', 500, False)  # each in one row
+        for rows in (documents, data.PackedRows(folder, 'train', 16, 15, training=True)):
+            read = [rows.read(row, (0,))[0] for row in range(4)]
+            assert all(row[0] == 256 and 256 not in row[1:] and len(row) == rows.row_length for row in read)
+    inner = Folder(tmp_path / 'out').tokenizer.to_json()
+    assert Tokenizer(inner).start_id == (256 if says == 'tokenizer.json' else 257)
+    assert Tokenizer(inner, start=256).start_id == 256 and Tokenizer(inner, start=65).start_id != 65
 
 
 def test_a_large_vocabulary_takes_uint32(prepare, corpus, tmp_path):

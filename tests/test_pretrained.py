@@ -109,14 +109,14 @@ def test_a_checkpoint_of_nanogpt_is_the_same_model(bias, tmp_path):
     args = dict(shape, dropout=0.0, vocab_size=len(state['_orig_mod.lm_head.weight']))
     torch.save({'model': state, 'model_args': args, 'iter_num': 5}, tmp_path / 'ckpt.pt')
 
-    loaded = checkpoints.load_model(pretrained.load_nanogpt(tmp_path / 'ckpt.pt', tokenizer), 'cpu')
+    loaded = checkpoints.load_model(checkpoints.load(tmp_path / 'ckpt.pt', tokenizer=tokenizer), 'cpu')
     tokens = torch.randint(0, 27, (2, 9))
     torch.testing.assert_close(loaded.hidden(tokens), model.hidden(tokens))
     with pytest.raises(UserError, match='has 64 tokens, the tokenizer 303; give its own'):
-        pretrained.load_nanogpt(tmp_path / 'ckpt.pt', letter_tokenizer([chr(i) for i in range(32, 332)]))
-    (tmp_path / 'ckpt.pt').write_bytes(b'no')
-    with pytest.raises(UserError, match="is no ckpt.pt of nanoGPT's"):
-        pretrained.load_nanogpt(tmp_path / 'ckpt.pt', tokenizer)
+        checkpoints.load(tmp_path / 'ckpt.pt', tokenizer=letter_tokenizer([chr(i) for i in range(32, 332)]))
+    torch.save({'model': state, 'model_args': {}}, tmp_path / 'ckpt.pt')
+    with pytest.raises(UserError, match="is no whole ckpt.pt of nanoGPT's"):
+        checkpoints.load(tmp_path / 'ckpt.pt', tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -220,6 +220,46 @@ def test_a_folder_that_does_not_fit_is_refused_in_a_sentence(mistake, tmp_path):
         checkpoints.load(tmp_path)
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    'changes, said',
+    [
+        ({'logit_scale': 2.0}, 'logit_scale=2.0; only None can be taken over exactly'),
+        ({'quantization_config': {'bits': 4}}, 'quantization_config=.*only None'),
+        ({'pretraining_tp': 2}, 'pretraining_tp=2; only 1'),
+        (
+            {'rope_parameters': {'rope_type': 'default', 'rope_theta': 1e4, 'mrope_section': [2]}},
+            'mrope_section',
+        ),
+        ({'rope_parameters': {'rope_type': 'linear', 'factor': 0.0}}, 'factor=0.0; it has to be above 0'),
+        ({'rope_theta': -1, 'rope_parameters': None}, 'rope_theta=-1.0; it has to be'),
+        ({'num_hidden_layers': '2'}, "num_hidden_layers='2'; it has to be"),
+        ({'rms_norm_eps': 'small'}, "rms_norm_eps='small'; it has to be"),
+        ({'max_position_embeddings': 10**9}, 'max_position_embeddings=1000000000; it has to be'),
+    ],
+)
+def test_what_a_config_says_that_is_not_known_at_its_default_is_refused(changes, said, tmp_path):
+    hf_model('llama', tmp_path)
+    edit_config(tmp_path, **changes)
+    with pytest.raises(UserError, match=said):
+        checkpoints.load(tmp_path)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize('name', HF_MODELS)
+def test_every_default_of_transformers_is_known(name, tmp_path):
+    theirs = hf_model(name, tmp_path)
+    (tmp_path / 'config.json').write_text(theirs.config.to_json_string(use_diff=False))
+    checkpoints.load(tmp_path)
+
+
+@pytest.mark.faults
+def test_a_window_of_some_layers_limits_the_block(tmp_path):
+    hf_model('qwen2', tmp_path)
+    edit_config(tmp_path, layer_types=['full_attention', 'sliding_attention'], sliding_window=40)
+    assert load(tmp_path).config.block_size == 40
+
+
 # ---------------------------------------------------------------------------- tokenizers
 
 
@@ -250,7 +290,7 @@ def test_the_older_pair_of_tokenizer_files_is_read(tmp_path):
     tokenizer = Tokenizer.load(tmp_path)
     assert tokenizer.encode('the cat') == [vocab[token] for token in ('the', 'Ġ', 'c', 'a', 't')]
     assert tokenizer.decode(tokenizer.encode('the cat') + [2]) == 'the cat'
-    assert tokenizer.endoftext_id == pretrained.start_token(tmp_path, tokenizer) == 2
+    assert tokenizer.endoftext_id == tokenizer.start_id == 2
 
 
 def test_a_model_without_a_tokenizer_says_so_when_it_needs_one(tmp_path):
@@ -295,3 +335,11 @@ def test_a_hub_that_fails_in_the_middle_is_one_sentence(tmp_path, monkeypatch, f
     monkeypatch.setattr(huggingface_hub, 'snapshot_download', broken)
     with pytest.raises(UserError, match=r'no model by that name \(peer closed connection.*\)'):
         checkpoints.load('owner/name')
+
+
+@pytest.mark.faults
+def test_an_index_leads_to_no_other_folder(tmp_path):
+    index = {'weight_map': {'model.embed_tokens.weight': '../secret.safetensors'}}
+    (tmp_path / 'model.safetensors.index.json').write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r'leads out of its folder, to .*\.\./secret'):
+        pretrained.open_tensors(tmp_path)

@@ -25,6 +25,20 @@ def test_a_weight_in_few_bits_is_near_the_weight(bits, error, size):
     assert sum(x.numel() * x.element_size() for x in layer.buffers()) * 8 / linear.weight.numel() < size
 
 
+@pytest.mark.faults
+def test_a_scale_far_from_the_others_does_not_take_their_precision():
+    """As in bitsandbytes: the scales of a group in its dynamic map, not in even steps up to the largest."""
+    weight = 0.02 * torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    errors = []
+    for outlier in (0.0, 3.0):
+        linear = nn.Linear(256, 64)
+        linear.weight.data = weight.clone()
+        linear.weight.data[0, 0] += outlier
+        others = slice(1, None)
+        errors.append((QuantizedLinear(linear, 4).weight - weight)[others].norm() / weight[others].norm())
+    assert errors[1] < 1.2 * errors[0]
+
+
 @pytest.mark.parametrize('bits', [8, 4])
 def test_a_quantized_layer_computes_with_its_weight_both_ways(bits):
     linear = nn.Linear(37, 19)  # no multiple of a block

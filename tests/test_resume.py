@@ -17,7 +17,9 @@ from helpers import (
     FIRST_STEP,
     GPT2,
     TRAIN,
+    DeadError,
     assert_same_run,
+    dies_at_call,
     fill_in,
     fingerprints,
     finish,
@@ -31,6 +33,7 @@ from helpers import (
     wait_for_step,
 )
 
+import sampling
 from lm import checkpoints
 from lm.configurator import ROOT, UserError
 from lm.folder import Folder
@@ -150,6 +153,67 @@ def test_a_copy_under_checkpoints_goes_on_in_its_run(place, tmp_path):
     train(*settings, f'--resume_from={kept}/checkpoint-4')
     assert_same_run(tmp_path / 'run', tmp_path / 'reference')
     assert len(metrics(tmp_path / 'run')) == 7
+
+
+@pytest.mark.faults
+def test_a_run_that_dies_in_an_evaluation_loses_no_step(place, tmp_path, monkeypatch):
+    settings = [f'--dataset={place}/letters', f'--out_dir={tmp_path}/run', '--ema_decay=0.5']
+    for evaluations, step in ((1, 0), (2, 3), (2, 6)):
+        with monkeypatch.context() as patch, pytest.raises(DeadError):
+            patch.setattr(sampling, 'generate', dies_at_call(sampling.generate, evaluations))
+            train(*settings, '--resume_from=auto', '--sample_every=3')
+        assert load(tmp_path / 'run')['global_step'] == step
+    train(*settings, '--resume_from=auto')
+    assert_same_run(tmp_path / 'run', place / 'run')
+    assert len(metrics(tmp_path / 'run')) == 7
+
+
+@pytest.mark.faults
+def test_a_copy_that_a_kill_prevented_is_made_up_and_a_run_that_went_back_begins_there(place, tmp_path):
+    out, settings = tmp_path / 'run', ['--save_every=2', '--save_total_limit=3']
+    train(f'--dataset={place}/letters', *settings, f'--out_dir={out}')
+    shutil.rmtree(out / 'checkpoints/checkpoint-6')
+    train('--resume_from=auto', *settings, f'--out_dir={out}', '--max_steps=7')
+    steps = {path.name for path in (out / 'checkpoints').iterdir()}
+    assert steps == {'checkpoint-2', 'checkpoint-4', 'checkpoint-6'}
+    with pytest.raises(UserError, match='loss is nan|not finite'):
+        run(
+            'train.py',
+            f'--resume_from={out}/checkpoints/checkpoint-2',
+            '--learning_rate=1e39',
+            '--max_steps=9',
+        )
+    assert load(out)['global_step'] == 2  # not the one of step 7 beside metrics of step 2
+    assert {path.name for path in (out / 'checkpoints').iterdir()} == {'checkpoint-2'}
+
+
+@pytest.mark.faults
+def test_a_reader_that_ends_lets_the_run_save(place, tmp_path):
+    out, pipe = tmp_path / 'run', tmp_path / 'pipe'
+    os.mkfifo(pipe)
+    settings = [f'--dataset={place}/letters', f'--out_dir={out}', '--max_steps=100000', '--eval_every=100000']
+    process = start('train.py', *TRAIN, *settings, log=pipe)
+    with open(pipe) as reader:  # as `| head -2`
+        lines = [reader.readline(), reader.readline()]
+    finish(process)
+    assert all(lines) and 0 < load(out)['global_step'] < 100000
+    assert f'continue with --resume_from={out}' in (out / 'logs.log').read_text()
+
+
+@pytest.mark.faults
+def test_a_run_folder_that_another_process_writes_is_refused_until_that_is_killed(place, tmp_path, capsys):
+    out, steps = tmp_path / 'run', ['--max_steps=100000', '--eval_every=100000']
+    settings = [f'--dataset={place}/letters', f'--out_dir={out}', *steps]
+    process = start('train.py', *TRAIN, *settings)
+    wait_for_step(out, 3, process)
+    for words in (['--resume_from=auto'], ['--overwrite']):
+        with pytest.raises(UserError, match=f'Another process writes {out}; let it end'):
+            train(*settings, *words)
+    assert process.is_alive()
+    process.kill()
+    process.join()
+    train(*settings, '--resume_from=auto', '--max_steps=5')
+    assert load(out)['global_step'] == 5
 
 
 def test_float16_can_be_turned_on_in_the_middle_of_a_run(copied):
@@ -330,16 +394,43 @@ BAD_RESUMES = {
         [*RESUME, '--dataset=DATA/abc'],
         r'RUN/ckpt.pt has another vocabulary \(30 tokens\) than DATA/abc \(6\)',
     ),
-    'data that were prepared anew': ([*RESUME], 'was prepared anew since the run of RUN.*add --dataset='),
+    'data that were prepared anew': (
+        [*RESUME, '--dataset=PLACE/letters'],
+        'val_index.bin, val_tokens.bin changed since the run of RUN.*go on all the same with --changed_data',
+    ),
+    'data prepared anew since an earlier version': (
+        [*RESUME],
+        'train_tokens.bin changed since the run of RUN',
+    ),
 }
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize('words', [['--changed_data'], ['--dataset=PLACE/others']], ids=str)
+def test_other_data_are_taken_on_purpose_and_the_log_says_so(place, copied, words):
+    state = load(copied)
+    torch.save({**state, 'data': {**state['data'], 'train_tokens.bin': 'before'}}, copied / 'ckpt.pt')
+    run(
+        'train.py',
+        f'--resume_from={copied}',
+        '--max_steps=8',
+        *(fill_in(word, PLACE=place) for word in words),
+    )
+    said = re.search(
+        "resumed with train_tokens.bin='(.*)', which was 'before'", (copied / 'logs.log').read_text()
+    )
+    assert load(copied)['data']['train_tokens.bin'] == said[1]
+    assert load(copied)['train_config']['max_steps'] == 8
 
 
 @pytest.mark.parametrize('case', BAD_RESUMES)
 def test_a_run_that_cannot_go_on_is_refused_and_left_as_it_is(place, copied, tmp_path, case):
     write_folder(tmp_path / 'abc', letters='abc', train=['abc' * 20], val=['abc' * 20])
-    if case == 'data that were prepared anew':
+    if case.startswith('data'):
         state = load(copied)
-        torch.save({**state, 'data': 'the hash of other data'}, copied / 'ckpt.pt')
+        data = {**state['data'], 'val_tokens.bin': 'another', 'val_index.bin': 'another'}
+        data = data if 'version' not in case else 'the hash of other data'
+        torch.save({**state, 'data': data}, copied / 'ckpt.pt')
     names = dict(RUN=copied, DATA=tmp_path, PLACE=place)
     before = fingerprints(tmp_path), fingerprints(place)
     words, expected = BAD_RESUMES[case]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import random_model, signals_kept
 
-from lm import runtime
+from lm import configurator, lora, quantize, runtime
 from lm.configurator import UserError
 from lm.data import Batch
 
@@ -60,6 +60,44 @@ def test_dropout_is_seeded_by_each_part_of_its_key():
     assert draw(*keys[0]) == draw(*keys[0])
 
 
+# ---------------------------------------------------------------------------- number of steps
+
+SCRIPTS = ('train.py', 'finetune.py', 'classify.py')
+
+
+def planned(script, *words, saved=None):
+    """Return (max_steps, warm-up) of a script's settings for 1000 rows, 10 per step, and what it saves."""
+    source = (configurator.ROOT / script).read_text()
+    namespace = {'__file__': configurator.ROOT / script}
+    exec(source[source.index('# --- ') : source.index('config = configure')], namespace)
+    config = configurator.configure(namespace, words)
+    configurator.restore(namespace, config, saved or {})
+    steps = runtime.plan_steps(config, 1000, 10)
+    config.update(max_steps=steps[0])
+    return steps, dict(config)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_the_later_of_two_settings_that_compete_wins_and_is_saved(script, tmp_path, monkeypatch):
+    (tmp_path / 'base.py').write_text('max_steps = 1200\nwarmup_steps = 7')
+    base = f'{tmp_path}/base.py'
+    for words, expected in [
+        ([base], (1200, 7)),
+        ([base, '--num_epochs=0.05'], (5, 7)),
+        (['--num_epochs=2', base], (1200, 7)),
+        ([base, '--warmup_ratio=0.1'], (1200, 120)),
+        (['--warmup_ratio=0.1', '--warmup_steps=3', '--max_steps=50'], (50, 3)),
+        (['--num_epochs=2', '--max_steps=-1', '--warmup_steps=3'], (200, 3)),
+    ]:
+        steps, saved = planned(script, *words)
+        assert steps == expected
+        assert planned(script, saved=saved)[0] == expected  # a run that is resumed
+    _, longer = planned(script, '--max_steps=300', saved=planned(script, '--num_epochs=2')[1])
+    assert planned(script, saved=longer)[0][0] == 300  # and one that was made longer before
+    assert planned(script, '--num_epochs=4', saved=longer)[0][0] == 400
+
+
 # ---------------------------------------------------------------------------- speed and memory
 
 
@@ -69,6 +107,40 @@ def test_operations_per_token_are_those_of_the_matmuls():
     assert runtime.flops_per_token(model) == 6 * (layers + head) + 12 * 2 * 16 * 16
     untied = random_model('ar', 0.1, **SHAPE, tied=False, position='learned')
     assert runtime.flops_per_token(untied) == runtime.flops_per_token(model)  # tables cost nothing
+
+
+@pytest.mark.faults
+def test_operations_are_counted_where_they_are_made():
+    model, tokens = random_model('sdd', 0.1, **SHAPE), 16
+    layers, head, attention = 2 * 12 * 16**2 + 16**2, 64 * 16, 2 * 16 * tokens  # with the belief's matrix
+    forward = 2 * (layers + head / 4) + 4 * attention
+    expected = 3 * forward + 1.5 * forward  # a quarter of the tokens get logits
+    assert runtime.flops_per_token(model, tokens, predicted=0.25, passes=1.5) == expected
+
+    model = random_model('ar', 0.1, **SHAPE)
+    before = runtime.flops_per_token(model)
+    model.requires_grad_(False)
+    frozen = runtime.flops_per_token(model)
+    assert frozen == before - 2 * (2 * 12 * 16**2 + head)
+    for bits in (4, 8):
+        base = random_model('ar', 0.1, **SHAPE).requires_grad_(False)
+        quantize.quantize(base, bits)
+        assert runtime.flops_per_token(base) == frozen
+    lora.add_lora(model, rank=2, alpha=2)
+    adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert runtime.flops_per_token(model) == frozen + 6 * adapters
+
+
+@pytest.mark.faults
+def test_mfu_is_of_the_logits_and_passes_that_there_were(monkeypatch):
+    monkeypatch.setattr(runtime, 'measure_peak_flops', lambda device, dtype: 1.0)
+    model, dist = random_model('sdd', 0.1, **SHAPE), runtime.Runtime('cpu', 'float32')
+    speed = runtime.Speed(model, dist, 64, 0, 16)
+    speed.count({'predicted': torch.tensor(20), 'ignore_targets': torch.tensor(4), 'count': 60})
+    speed.count({'predicted': torch.tensor(8), 'count': 60}, k=2, depth=3, stale=0.1)
+    values = speed.metrics(2)
+    flops = values['train/mfu'] / values['train/tokens_per_sec']
+    assert flops == pytest.approx(runtime.flops_per_token(model, 16, predicted=32 / 128, passes=1.5))
 
 
 def test_the_peak_is_that_of_a_matmul():
@@ -162,6 +234,20 @@ def test_the_first_signal_is_noted_and_the_second_ends_the_process(monkeypatch, 
         assert stop.received == number.name and exits == []
         os.kill(os.getpid(), number)
         assert exits == [128 + number]
+
+
+@pytest.mark.faults
+def test_a_closed_terminal_is_a_signal_to_save_however_often_it_says_so(monkeypatch):
+    exits = []
+    monkeypatch.setattr(os, '_exit', exits.append)
+    with signals_kept():
+        stop = runtime.StopSignal()
+        for _ in range(2):  # the kernel's and the shell's
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.received == 'SIGHUP' and exits == []
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        runtime.StopSignal()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 # ---------------------------------------------------------------------------- settings

@@ -6,7 +6,10 @@ import shutil
 import sys
 
 import pytest
-from conftest import letter_tokenizer, write_small_checkpoint
+import torch
+from conftest import letter_tokenizer, random_model, write_small_checkpoint
+from helpers import GPT2_SWITCHES, run, special_ids
+from test_classify import nanogpt_state
 
 from lm.configurator import ROOT, UserError
 
@@ -41,6 +44,21 @@ def test_a_prompt_is_continued_the_same_way_for_the_same_seed(architecture, chec
     texts = sample(*options, '--prompt=the cat')
     assert len(texts) == 2 and all(text.startswith('the cat') and len(text) > 7 for text in texts)
     assert texts == sample(*options, '--prompt=the cat') != sample(*options, '--prompt=the cat', '--seed=1')
+
+
+@pytest.mark.faults
+def test_a_checkpoint_of_nanogpt_is_read_and_settings_of_other_samplers_are_reported(
+    tmp_path, monkeypatch, capsys
+):
+    shape = dict(n_layer=1, n_head=2, n_embd=16, block_size=32)
+    model = random_model('ar', 0.3, **shape, **special_ids(letter_tokenizer()), **GPT2_SWITCHES)
+    model_args = {**shape, 'bias': True, 'dropout': 0.0, 'vocab_size': model.config.padded_vocab_size}
+    torch.save({'model': nanogpt_state(model), 'model_args': model_args, 'iter_num': 5}, tmp_path / 'ckpt.pt')
+    (tmp_path / 'letters.json').write_text(letter_tokenizer().to_json())
+    words = [f'--checkpoint={tmp_path}', f'--tokenizer={tmp_path}/letters.json', '--prompt=the', '--steps=3']
+    run('sample.py', *words, '--max_new_tokens=4', '--num_samples=1', '--device=cpu')
+    output = capsys.readouterr().out
+    assert '\nthe' in output and 'note: steps=3 has no effect on ar.' in output
 
 
 @pytest.mark.parametrize('architecture', ARCHITECTURES)

@@ -2,8 +2,10 @@
 
 import csv
 import os
+import pickle
 import re
 import runpy
+import shutil
 import socket
 import sys
 import threading
@@ -12,6 +14,7 @@ import time
 import pytest
 import torch
 from conftest import (
+    largest_file,
     letter_tokenizer,
     random_model,
     several_scripts,
@@ -19,6 +22,7 @@ from conftest import (
     write_checkpoint,
     write_folder,
 )
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 import hf
 from lm import checkpoints
@@ -43,7 +47,7 @@ CASES = {
     'ar': [*TRAIN, *GPT2, '--gradient_accumulation_steps=2', '--sample_every=3', '--sample_tokens=4'],
     'converted': [*TRAIN, '--architecture=diffusion', '--init_from=PLACE/base', '--gradient_checkpointing'],
     'sdd': [*TUNE, '--dtype=float32', '--architecture=sdd', '--p_belief=((0,1),)'],
-    'bfloat16': [*TUNE, '--dtype=bfloat16', '--master_weights=bfloat16'],
+    'bfloat16': [*TUNE, '--dtype=bfloat16', '--master_weights=bfloat16', '--gradient_accumulation_steps=3'],
 }
 
 
@@ -145,6 +149,69 @@ def test_a_stopped_run_is_consolidated(tmp_path):
     (out / 'sharded').rename(tmp_path / 'elsewhere')
     with pytest.raises(UserError, match=f'ckpt.pt needs .*step-{steps}, which is not there'):
         script(*command, f'--max_steps={steps + 1}', '--resume_from=auto')
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.fixture(scope='module')
+def stopped(tmp_path_factory):
+    """A folder with data and a run that has three steps, sharded on one rank, and no weights in its ckpt.pt."""
+    path = tmp_path_factory.mktemp('stopped')
+    write_folder(path / 'letters')
+    command = [word.replace('PLACE', str(path)) for word in TRAIN]
+    script(*command, '--fsdp', f'--out_dir={path}/run', '--max_steps=3')
+    state = load(path / 'run')
+    del state['model_state_dict']
+    torch.save(state, path / 'run/ckpt.pt')
+    return path
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize('how', ['a call', 'a dotted name', 'a pickle for a tensor', 'cut'])
+def test_a_sharded_state_runs_no_code_that_its_files_hold(stopped, tmp_path, how):
+    out, made = shutil.copytree(stopped / 'run', tmp_path / 'run'), tmp_path / 'made'
+    path = out / 'sharded/step-3/.metadata'
+    found = pickle.loads(path.read_bytes())
+    if how == 'a pickle for a tensor':  # DCP unpickles what the metadata call bytes
+        found.state_dict_metadata = dict.fromkeys(found.state_dict_metadata, BytesStorageMetadata())
+        torch.save(Evil(made), out / 'sharded/step-3/__0_0.distcp')
+        for part in found.storage_data.values():
+            part.offset, part.length = 0, (out / 'sharded/step-3/__0_0.distcp').stat().st_size
+    found.planner_data = Evil(made) if how == 'a call' else None
+    content = pickle.dumps(found)
+    if how == 'a dotted name':
+        content = b'\x80\x04\x8c\x25torch.distributed.checkpoint.metadata\x8c\x08os.mkdir\x93.'
+    path.write_bytes(content[:99] if how == 'cut' else content)
+    for call in (
+        lambda: hf.main(['consolidate', str(out)]),
+        lambda: script('train.py', '--fsdp', f'--resume_from={out}', '--max_steps=4'),
+    ):
+        with pytest.raises(
+            UserError, match='sharded/step-3 is damaged .*; the state before it is kept'
+        ) as error:
+            call()
+        assert '\n' not in str(error.value) and not made.exists()
+
+
+@pytest.mark.faults
+def test_a_sharded_state_that_a_full_disk_cuts_leaves_the_one_before(stopped, tmp_path):
+    out = shutil.copytree(stopped / 'run', tmp_path / 'run')
+    before = (out / 'ckpt.pt').read_bytes()
+    with (
+        pytest.raises(UserError, match='sharded/step-4 could not be written .*too large'),
+        largest_file(9000),
+    ):
+        script('train.py', '--fsdp', f'--resume_from={out}', '--max_steps=5', '--save_every=4')
+    assert (out / 'ckpt.pt').read_bytes() == before
+    assert [path.name for path in (out / 'sharded').iterdir()] == ['step-3']
+    script('train.py', '--fsdp', f'--resume_from={out}', '--max_steps=5')
+    assert load(out)['global_step'] == 5 and 'model_state_dict' in load(out)
 
 
 @pytest.mark.parametrize(

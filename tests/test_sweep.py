@@ -214,6 +214,39 @@ def test_a_mistake_is_a_sentence(place, settings, part):
     assert status == 1 and part in output and 'Traceback' not in output
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    'settings, part',
+    [
+        (dict(grid={'seeed': [1]}), "Unknown key 'seeed'"),
+        (dict(base_args={'max_steps': 'many'}), 'gives str where int is wanted'),
+        (dict(base_args={'token': 'secret'}), 'HF_TOKEN'),
+        (dict(experiment_name='a\nrm -rf b'), 'is no plain name'),
+        (dict(experiment_name='../a'), 'is no plain name'),
+        (dict(submit='slurm', timeout='1\necho b'), 'is no plain name'),
+    ],
+)
+def test_a_key_that_the_script_refuses_or_a_name_that_leads_out_writes_nothing(place, settings, part):
+    settings = {'script': str(ROOT / 'train.py'), **settings}
+    status, output = sweep(place, write(place, 'wrong.py', **settings), '--dry_run')
+    assert status == 1 and part in output and 'Traceback' not in output
+    assert [path.name for path in place.iterdir() if path.is_dir()] == []
+
+
+@pytest.mark.faults
+def test_published_grids_run_as_written_and_numpy_counts(place):
+    (place / 'grid.json').write_text(
+        '{\n // parameters to loop over\n "parameters": {"learning_rate": [1e-3, 5e-4], "epochs": 3}}'
+    )
+    status, output = sweep(place, 'grid.json', '--dry_run')
+    assert status == 0 and output.count('--epochs=3') == 2
+    (place / 'numpy.py').write_text(
+        "import numpy as np\ngrid = {'seed': np.arange(2), 'learning_rate': [np.float64(0.5)], 'batch_size': range(2, 4)}"
+    )
+    commands, output = lines(place, 'numpy.py', '--script=train.py')
+    assert len(commands) == 4 and '--seed=1 --learning_rate=0.5 --batch_size=3' in output
+
+
 # ---------------------------------------------------------------------------- slurm
 
 
@@ -300,6 +333,35 @@ def test_a_job_that_is_told_to_stop_saves_and_goes_on_when_requeued(place, numbe
     assert not list(place.glob('try/*/done.json'))
     assert subprocess.run(['bash', script], env=environment).returncode == 0
     assert list(place.glob('try/*/done.json')) and (next(place.glob('try/*/work'))).read_text() == 'once'
+
+
+@pytest.mark.faults
+def test_of_an_array_only_the_task_that_was_told_to_stop_is_requeued(place):
+    file = write(place, 'jobs.py', base_args={'lr': 1, 'seconds': 100}, grid={'seed': [1]})
+    assert sweep(place, file, '--dry_run', '--submit=slurm', shipped_template(place))[0] == 0
+    command = write_command(place, 'scontrol', f'echo "$@" >> {place}/requeued\n')
+    array = {
+        'SLURM_JOB_ID': '7',
+        'SLURM_ARRAY_JOB_ID': '7',
+        'SLURM_ARRAY_TASK_ID': '0',
+    }  # of the first or last task
+    job = subprocess.Popen(['bash', place / 'try/jobs/array.sh'], env={**os.environ, **command, **array})
+    wait_until(lambda: list(place.glob('try/*/started')))
+    job.send_signal(signal.SIGUSR1)
+    job.wait(timeout=60)
+    assert (place / 'requeued').read_text() == 'requeue 7_0\n'
+
+
+@pytest.mark.faults
+def test_a_garbled_result_is_named_and_the_table_has_the_others(place):
+    file = write(place, 'three.py', base_args={'seconds': 0, 'lr': 0.5}, grid={'seed': [1, 2, 3]})
+    assert sweep(place, file)[0] == 0
+    paths = sorted(place.glob('try/*/eval_results.json'))
+    paths[0].write_text('{"step": 3, "te')
+    paths[1].write_text('[1]')
+    status, output = sweep(place, file)
+    assert status == 0 and output.count('is damaged') == 2 and 'Traceback' not in output
+    assert sum(bool(row['test.accuracy']) for row in rows(place)) == 1
 
 
 def test_an_unknown_field_or_a_missing_sbatch_is_a_sentence(place):

@@ -140,3 +140,11 @@ def test_each_digit_is_one_token_and_the_start_is_another():
         tokenizer = tasks.digit_tokenizer(task)
         assert tasks.digit_ids(tokenizer, task).tolist() == list(range(base))
         assert (tokenizer.endoftext_id, tokenizer.mask_id) == (base, base + 1)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize('task', ['fn_g', 'fn_h', 'fn_a', 'fn_d', 'fn_c'])
+def test_the_published_cells_of_twenty_digits_can_be_made(task, capsys):
+    rows, labels = tasks.splits(task, 20, train=200, test=10000, compat=None)['test']
+    assert len(rows) == 10000 and labels.sum() == 5000
+    assert ('rows of the test set repeat' in capsys.readouterr().out) == (task in ('fn_g', 'fn_h'))

@@ -12,8 +12,8 @@ import sys
 import pytest
 import torch
 import wandb
-from conftest import write_folder
-from helpers import GPT2, TRAIN, fill_in, fingerprints, load, losses, metrics, run, same, train
+from conftest import largest_file, write_folder
+from helpers import CPU, GPT2, TRAIN, fill_in, fingerprints, load, losses, metrics, run, same, train
 
 from lm.configurator import ROOT, UserError
 
@@ -190,6 +190,31 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_checkpoint_before_it_is
     assert all(weight.isfinite().all() for weight in load(tmp_path / 'run')['model_state_dict'].values())
 
 
+@pytest.mark.faults
+def test_weights_that_are_not_finite_replace_no_checkpoint_and_the_run_is_not_done(place, tmp_path, capsys):
+    settings = [f'--dataset={place}/letters', '--warmup_steps=0', '--schedule=constant', '--max_steps=1']
+    with pytest.raises(
+        UserError, match=r'\S+ is not finite after step 1; the last checkpoint is kept; try a lower'
+    ):
+        train(*settings, *GPT2, '--learning_rate=1e39', f'--out_dir={tmp_path}/run')
+    checkpoint = load(tmp_path / 'run')
+    assert checkpoint['global_step'] == 0 and 'done' not in capsys.readouterr().out
+    assert all(weight.isfinite().all() for weight in checkpoint['model_state_dict'].values())
+
+
+@pytest.mark.faults
+def test_a_full_disk_ends_a_run_in_one_sentence_and_the_state_before_goes_on(place, tmp_path):
+    settings = [f'--dataset={place}/letters', f'--out_dir={tmp_path}/run', '--ema_decay=0.5']
+    train(*settings, '--max_steps=3')
+    size = (tmp_path / 'run/ckpt.pt').stat().st_size
+    with pytest.raises(UserError, match='ckpt.pt could not be written .*what was there before still is'):
+        with largest_file(size - 9000):
+            train(*settings, '--resume_from=auto')
+    assert not list((tmp_path / 'run').glob('*.tmp')) and load(tmp_path / 'run')['global_step'] == 3
+    train(*settings, '--resume_from=auto')
+    assert load(tmp_path / 'run')['global_step'] == 6
+
+
 def test_the_hubs_token_is_written_nowhere(place, tmp_path):
     out = tmp_path / 'run'
     train(f'--dataset={place}/letters', f'--out_dir={out}', '--token=hf_secret', '--max_steps=2')
@@ -227,6 +252,15 @@ def test_a_copy_under_another_name_runs_from_another_folder_and_a_mistake_is_one
     assert load(elsewhere / 'run')['global_step'] == 2
 
 
+@pytest.mark.faults
+def test_save_steps_alone_leave_a_copy_each_and_a_limit_without_them_is_reported(place, tmp_path, capsys):
+    train(f'--dataset={place}/letters', '--save_steps=2', f'--out_dir={tmp_path}/run')
+    copies = sorted(path.name for path in (tmp_path / 'run/checkpoints').iterdir())
+    assert copies == ['checkpoint-2', 'checkpoint-4', 'checkpoint-6']
+    train(f'--dataset={place}/letters', '--save_total_limit=2', '--max_steps=1', f'--out_dir={tmp_path}/b')
+    assert 'note: save_total_limit=2 has no effect without save_every.' in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------------------- bad input
 
 BAD_SETTINGS = {
@@ -248,15 +282,15 @@ BAD_SETTINGS = {
     '--dropout=1.0': 'dropout is 1.0',
     '--beta1=1.5': 'beta1 is 1.5; it must be at least 0 and below 1',
     '--ema_decay=1': 'ema_decay is 1.0; it must be at least 0 and below 1',
-    '--p_belief=0.5': 'p_belief=0.5 gives float',
+    '--p_belief=0.5': r'p_belief is \(0.5,\)',
     '--k_schedule=()': 'k_schedule is',
+    '--max_steps=0': 'max_steps is 0, num_epochs 0.0: nothing to do; give one',
     '--master_weights=bfloat16 --optimizer=muon --dtype=auto': 'does not go with optimizer=muon',
     **{
         f'--{key}={value}': f'{key} is {value}; it must be at least 1'
         for key, value in (
             ('batch_size', 0),
             ('gradient_accumulation_steps', -2),
-            ('max_steps', 0),
             ('eval_every', 0),
             ('log_every', -1),
         )
@@ -276,6 +310,13 @@ def test_a_bad_setting_is_refused_before_anything_is_written(place, tmp_path, mo
     assert '\n' not in str(error.value) and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.faults
+def test_a_size_that_the_start_does_not_have_is_refused(place):
+    words = [*CPU, f'--dataset={place}/letters', f'--init_from={place}/run', '--model_size=xl']
+    with pytest.raises(UserError, match='run has n_layer=1, not 24; leave it out'):
+        run('train.py', *words)
+
+
 BAD_STARTS = {  # the arguments, what the error says
     'a folder that holds a run': (['--out_dir=PLACE/run'], 'PLACE/run already holds a run; .*--overwrite'),
     'weights of another shape': (
@@ -290,6 +331,10 @@ BAD_STARTS = {  # the arguments, what the error says
         ['--out_dir=PLACE/run', '--overwrite', '--dataset=DATA/short'],
         'DATA/short has 2 val tokens, a row 17',
     ),
+    'an out_dir that is a file': (['--out_dir=DATA/cut.pt'], 'cut.pt could not be written'),
+    'an out_dir below a file': (['--out_dir=DATA/cut.pt/run'], 'cut.pt/run could not be written'),
+    'an out_dir that nobody can write': (['--out_dir=/proc/run'], '/proc/run could not be written'),
+    'a relative dataset of another folder': (['--dataset=letters'], "'letters' in .*or at .*data/letters"),
     'a checkpoint cut in half': (['--init_from=DATA/cut.pt'], 'cut.pt is damaged .*; take another one'),
     'a file of another kind': (['--init_from=PLACE/letters/config.json'], 'config.json is damaged or no'),
 }
