@@ -144,6 +144,16 @@ def test_changed_settings_are_honoured_and_reported(copied, capsys):
     assert [row['train/lr'] for row in metrics(copied)][-2:] == ['0.5', '0.5']
 
 
+@pytest.mark.faults
+def test_the_best_of_another_evaluation_is_not_the_best_of_this_one(copied):
+    checkpoint = load(copied)
+    torch.save({**checkpoint, 'best_val_loss': 0.1, 'best_step': 3}, copied / 'ckpt.pt')
+    run('train.py', f'--resume_from={copied}', '--max_steps=9')
+    assert load(copied)['best_val_loss'] == 0.1
+    run('train.py', f'--resume_from={copied}', '--max_steps=12', '--eval_tokens=60')
+    assert 1 < load(copied)['best_val_loss'] < 9 and load(copied)['best_step'] == 12
+
+
 def test_a_copy_under_checkpoints_goes_on_in_its_run(place, tmp_path):
     settings = [f'--dataset={place}/letters', '--save_every=2', '--save_total_limit=2', '--ema_decay=0.5']
     train(*settings, f'--out_dir={tmp_path}/run')
