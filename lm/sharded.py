@@ -136,10 +136,8 @@ class Reader(dcp.FileSystemReader):
     def read_metadata(self, *args, **kwargs):
         with open(self.path / '.metadata', 'rb') as file:
             found = Unpickler(file).load()
-        entries, kind = found.state_dict_metadata.items(), metadata.TensorStorageMetadata
-        found.state_dict_metadata = {
-            name: x for name, x in entries if isinstance(x, kind)
-        }  # others are pickles
+        tensors, kind = found.state_dict_metadata, metadata.TensorStorageMetadata  # what is none is a pickle
+        found.state_dict_metadata = {name: x for name, x in tensors.items() if isinstance(x, kind)}
         found.storage_meta = metadata.StorageMeta(load_id=self.load_id)
         return found
 
