@@ -198,7 +198,8 @@ def json_of_pair(folder):
 def known_id(tokenizer, token):
     """Return the id of a token given by its name or id; None where the vocabulary lacks it."""
     token = tokenizer.token_to_id(token) if isinstance(token, str) else token
-    return token if token in range(2**31) and tokenizer.id_to_token(token) is not None else None
+    is_id = isinstance(token, int) and 0 <= token < 2**31 and tokenizer.id_to_token(token) is not None
+    return token if is_id else None
 
 
 def record_end(tokenizer, end):
