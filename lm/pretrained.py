@@ -41,7 +41,8 @@ def read_folder(folder):
     else:
         name, fields, family = CAUSAL_LM, families.config_from_hf(c, folder), c['model_type']
     told, form = c.get('start_token', None if tokenizer else c.get('bos_token_id')), c.get('prompt_format')
-    start = told if told in range(fields['vocab_size']) else tokenizer.start_id if tokenizer else 0
+    is_told = isinstance(told, int) and 0 <= told < fields['vocab_size']
+    start = told if is_told else tokenizer.start_id if tokenizer else 0
     checkpoint = as_checkpoint(name, fields, family, tensors, folder, tokenizer, start, form)
     return {**checkpoint, 'came_with': around(folder, c, tokenizer) if tokenizer else None}
 
