@@ -361,7 +361,7 @@ def apply_option(config, option, words):
         text = words.pop(0)
         while target in LISTS and words and not words[0].startswith('--') and not words[0].endswith(SUFFIXES):
             text += ',' + words.pop(0)
-    is_said = text or key.type is not str or target in TEXTS
+    is_said = text or key.type is not str or target in TEXTS or target in config.given  # which it takes back
     require(is_said, f'--{name}= is empty; give a value, or leave it out.')
     assign(config, name, parse(text, key), f'--{name}={text}')
 

@@ -27,6 +27,9 @@ def save_atomically(path, write):
     """`write(file)` into a file beside `path`, then puts it in its place: a crash leaves the old or the new."""
     path = Path(path)
     beside = path.with_name(f'{path.name}.{os.getpid()}.tmp')  # no other process writes that one
+    for left in path.parent.glob(f'{path.name}.*.tmp'):  # by processes that were killed
+        if left != beside and not is_running(left.name.split('.')[-2]):
+            left.unlink(missing_ok=True)
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,6 +41,16 @@ def save_atomically(path, write):
     finally:
         with suppress(OSError):  # where it took its place, or never was
             beside.unlink()
+
+
+def is_running(pid):
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
 
 
 def write_json(path, value):

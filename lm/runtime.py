@@ -114,7 +114,7 @@ class Runtime:
 
     def total(self, values):
         """Sum a dict of numbers or 0-d tensors over all ranks, as floats."""
-        sums = torch.stack([torch.as_tensor(value).detach().cpu().double() for value in values.values()])
+        sums = torch.tensor([float(value) for value in values.values()], dtype=torch.float64)
         return dict(zip(values, self.sum(sums).tolist()))
 
     def sum(self, array):
@@ -358,7 +358,8 @@ class Speed:
     """Tokens per second and their share of the peak (MFU) since the last log; length: of a row."""
 
     def __init__(self, model, dist, tokens_per_step, step, length):
-        self.model, self.length, self.tokens = model, length, tokens_per_step / dist.world_size  # of a rank
+        self.model, self.length = model, float(length)  # numpy's numbers would keep ckpt.pt from loading
+        self.tokens = float(tokens_per_step) / dist.world_size  # of a rank
         self.peak_flops, self.world_size = measure_peak_flops(dist.device, dist.dtype), dist.world_size
         self.restart(step)
 
@@ -375,7 +376,7 @@ class Speed:
         self.seconds_per_step = (time.perf_counter() - self.start) / steps
         predicted = float(self.predicted) / (steps * self.tokens)
         flops = flops_per_token(self.model, self.length, predicted, self.passes / steps)
-        tokens_per_sec = float(self.tokens / self.seconds_per_step)
+        tokens_per_sec = self.tokens / self.seconds_per_step
         mfu = tokens_per_sec * flops / self.peak_flops
         return {'train/tokens_per_sec': tokens_per_sec * self.world_size, 'train/mfu': mfu}
 

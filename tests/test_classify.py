@@ -247,8 +247,8 @@ def test_a_run_that_dies_in_an_evaluation_loses_no_step(place, monkeypatch):
     settings = [*TINY, *TASK, '--max_steps=4', '--eval_every=2', '--val_set_size=6']
     for calls, step in ((1, 0), (5, 2), (5, 4)):  # four in each evaluation
         with monkeypatch.context() as patch, pytest.raises(DeadError):
-            function = classification.confusion_metrics
-            patch.setattr(classification, 'confusion_metrics', dies_at_call(function, calls))
+            function = classification.class_metrics
+            patch.setattr(classification, 'class_metrics', dies_at_call(function, calls))
             classify(*settings, '--out_dir=run', '--resume_from=auto')
         assert load(place / 'run')['global_step'] == step
     classify(*settings, '--out_dir=run', '--resume_from=auto')

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import hf_model, write_llama_tokenizer
+from conftest import hf_model, write_llama_tokenizer, write_small_checkpoint
 
 from lm import checkpoints, data, prompts
 from lm.configurator import UserError
@@ -228,15 +228,8 @@ def test_a_bpe_learns_from_the_examples_and_a_checkpoint_gives_its_tokenizer(ins
     folder = instruct(alpaca(60), '--tokenizer=bpe', '--vocab_size=300', '--val_fraction=0.2')
     instruction = folder.tokenizer.encode('### Instruction:\n')
     assert len(instruction) < 8 and '{' not in folder.tokenizer.decode(folder.tokens['train'])  # no JSON
-    checkpoints.save(
-        tmp_path / 'ckpt.pt',
-        {
-            'architecture': 'ar',
-            'model_config': {'block_size': 64},
-            'model_state_dict': {},
-            'start_token': 299,
-            'tokenizer': folder.tokenizer.to_json(),
-        },
+    write_small_checkpoint(
+        tmp_path / 'ckpt.pt', 'ar', folder.tokenizer, shape={'block_size': 64}, start_token=299
     )
     for path in (tmp_path / 'ckpt.pt', tmp_path):
         again = instruct(alpaca(60), f'--tokenizer={path}', '--overwrite')

@@ -70,7 +70,11 @@ def test_the_xl_recipe_checkpoints_and_accumulates():
 
 
 def test_each_alias_leads_to_a_key():
-    assert {key for _, key, _ in ALIASES} <= {*config_of('train.py'), *config_of('classify.py')}
+    assert {key for _, key, _ in ALIASES} <= {
+        *config_of('train.py'),
+        *config_of('finetune.py'),
+        *config_of('classify.py'),
+    }
 
 
 def test_the_readme_speaks_of_files_and_settings_that_exist(capsys, monkeypatch):

@@ -214,9 +214,7 @@ def test_a_sharded_state_that_a_full_disk_cuts_leaves_the_one_before(stopped, tm
     assert load(out)['global_step'] == 5 and 'model_state_dict' in load(out)
 
 
-@pytest.mark.parametrize(
-    'setting', ['--ema_decay=0.9', '--optimizer=muon', '--save_total_limit=2', '--dtype=float16']
-)
+@pytest.mark.parametrize('setting', ['--ema_decay=0.9', '--optimizer=muon', '--dtype=float16'])
 def test_what_does_not_go_with_fsdp_is_refused(setting):
     with pytest.raises(UserError, match='fsdp does not go with ' + re.match(r'--(\w+)', setting)[1]):
         script('train.py', '--fsdp', setting)
