@@ -211,7 +211,7 @@ if lora_rank:
 elif num_layers_to_finetune is not None:
     classification.train_top_layers(raw_classifier, num_layers_to_finetune, train_final_norm)
 if resumed.checkpoint:
-    with checkpoints.damage_named(resumed.path):
+    with checkpoints.unedited(resumed.path):
         classification.load_state(raw_classifier, resumed.checkpoint)
 raw_classifier.to(dist.device)
 
@@ -224,18 +224,15 @@ max_steps, warmup = runtime.plan_steps(config, num_rows, rows_per_step)
 eval_every = eval_every or max(1, math.ceil(max_steps / 10))
 opt = optim.make_optimizer(raw_classifier, optimizer, learning_rate, beta1, beta2, weight_decay)
 scaler = dist.scaler()
-checksums = {
-    f'the rows of {name}': zlib.crc32(np.concatenate([*part.rows, part.labels]))
-    for name, part in sets.items()
-}
+names = {f'the rows of {name}': [*part.rows, part.labels] for name, part in sets.items()}
+checksums = {name: zlib.crc32(np.concatenate(arrays)) for name, arrays in names.items()}
 inputs = {'rows_per_step': rows_per_step, 'data': checksums}
-step, best, pending = checkpoints.continue_run(
-    resumed, checkpoints, raw_classifier, opt, scaler, inputs, config
-)
+state = resumed, checkpoints, raw_classifier, opt, scaler, inputs, config
+step, best, pending = checkpoints.continue_run(*state)
 best_score, finished = -math.inf, False
 history = {key: [] for key in 'steps train_losses test_losses train_accuracies test_accuracies'.split()}
 if resumed.checkpoint:
-    with checkpoints.damage_named(resumed.path):
+    with checkpoints.unedited(resumed.path):
         best_score, finished = initial['best_score'], initial['finished']
         best_score = best_score if math.isfinite(best.loss) else -math.inf  # reset with it
         history = {key: [number + 0 for number in initial['history'][key]] for key in history}

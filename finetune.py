@@ -32,15 +32,11 @@ architecture = ''  # ar, diffusion or sdd; empty: that of the checkpoint
 block_size: int = None  # tokens per row; None: the data's max_seq_len, or as many as the model sees
 dropout = 0.0
 mask_ratio = (0.0, 1.0)  # diffusion: the lowest and the highest in training; evaluation integrates over all
-block_length: tuple = (
-    None  # diffusion: tokens per block, several: one is drawn for each step; None: as the base
-)
+block_length: tuple = None  # diffusion: tokens per block, of several one per step; None: as the base
 ar_weight: float = None  # diffusion: of the next-token loss of the clean tokens; None: as the base
 k_schedule = (1, 2, 4, 8)  # sdd: candidates per masked position, one of these drawn for each step
 k_warmup_steps = 0  # sdd: go through k_schedule in this many steps instead, then stay at its last
-p_belief = (
-    (0.5, 0.5),
-)  # sdd: (fraction of training, probability that a step uses beliefs from there on); before: 0
+p_belief = ((0.5, 0.5),)  # sdd: (fraction of training, probability of beliefs from there on); before: 0
 anneal_steps: int = None  # from ar weights: steps to bidirectional attention; None: a tenth of all
 neftune_alpha = 0.0  # noise on the embeddings while training, e.g. 5 (Jain et al. 2023); 0: none
 gradient_checkpointing = True  # recompute each block in the backward pass: less memory, a third more time

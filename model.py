@@ -152,9 +152,8 @@ class Transformer(nn.Module):
         """
         c, length = self.config, tokens.size(1)
         if cache is None:
-            check(
-                length <= c.block_size, f'A row of {length} tokens is longer than block_size={c.block_size}.'
-            )
+            fits = length <= c.block_size
+            check(fits, f'A row of {length} tokens is longer than block_size={c.block_size}.')
             annealing = self.training and self.attn_mask is not None
             attn_mask = self.attn_mask[:length, :length] if annealing else self.causal
             cache = AttentionMask(attn_mask) if doc_ids is None else DocumentMask(doc_ids, attn_mask)

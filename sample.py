@@ -46,9 +46,8 @@ device = 'auto'  # cpu, cuda, cuda:N, mps
 dtype = 'float32'  # bfloat16 and float16 are faster on a GPU
 config = configure(globals())
 
-OPTIONS = (
-    'temperature top_k top_p seed use_cache compile steps sampler block_length threshold eta k fresh_beliefs'
-)
+OPTIONS = 'temperature top_k top_p seed use_cache compile steps sampler block_length threshold eta k'.split()
+OPTIONS += ['fresh_beliefs']
 
 
 def encode_infill(text):
@@ -138,7 +137,7 @@ ids = [] if chat else encode_infill(infill) if infill else tokenizer.encode(prom
 num_steps = steps or (ids.count(tokenizer.mask_id) if infill else max_new_tokens)
 shown_steps = candidate_steps or (1, num_steps // 2, num_steps * 3 // 4)
 form = state.get('prompt_format') or prompts.DEFAULT
-options = {name: globals()[name] for name in OPTIONS.split()}
+options = {name: globals()[name] for name in OPTIONS}
 options |= {
     'stop_tokens': prompts.stop_tokens(state, tokenizer) if stop_at_end else [],
     'watch': print_candidates if show_candidates else None,

@@ -7,6 +7,7 @@ wherever they are: a prompt is what is visible, so a continuation and an infilli
 import torch
 import torch.nn.functional as F
 
+from lm.caches import BlockCache, KVCache
 from lm.speculation import speculate
 from model import Belief, check
 
@@ -141,68 +142,6 @@ def restrict(logits, temperature, top_k, top_p):
 # ---------------------------------------------------------------------------- left to right
 
 
-class KVCache:
-    """Keys and values of each row so far, `lengths` (B,) tokens, in buffers of `size` tokens.
-
-    Rows start together at position 0, padded on the right to one length; what lies beyond a row's own length is
-    masked until it is overwritten. Once `fixed`, it always gives whole buffers and a mask, and all that changes is in
-    tensors that stay where they are: one compiled decode step serves all.
-    """
-
-    def __init__(self, rows, size, device):
-        self.buffers = {}  # by layer: keys and values, (B, H, size, D) each
-        self.size = size
-        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
-        self.even, self.longest = True, 0  # whether all lengths are equal: known without asking the device
-        self.fixed = False
-
-    def fix(self):
-        """Prepare for a compiled decode step."""
-        self.fixed = True
-        for tensor in (self.lengths, *(x for pair in self.buffers.values() for x in pair)):
-            torch._dynamo.mark_static_address(tensor)
-
-    def positions(self, length):
-        """Return the positions of `length` new tokens: a slice, or (B, length) where rows differ."""
-        if not self.fixed and (self.even or self.longest == 0):
-            return slice(self.longest, self.longest + length)
-        return self.lengths[:, None] + torch.arange(length, device=self.lengths.device)
-
-    def extend(self, layer, k, v):
-        """Store a layer's new keys and values (B, H, T, D); return all of them so far, a mask, and is_causal."""
-        if layer not in self.buffers:
-            self.buffers[layer] = [x.new_zeros(x.size(0), x.size(1), self.size, x.size(3)) for x in (k, v)]
-        keys, values = self.buffers[layer]
-        if self.fixed:
-            return self.put(keys, values, k, v, self.size)
-        if self.longest == 0:
-            keys[:, :, : k.size(2)], values[:, :, : v.size(2)] = k, v
-            return k, v, None, True
-        end = self.longest + 1
-        if not self.even:
-            return self.put(keys, values, k, v, end)
-        keys[:, :, end - 1 : end], values[:, :, end - 1 : end] = k, v
-        return keys[:, :, :end], values[:, :, :end], None, False
-
-    def put(self, keys, values, k, v, end):
-        """Store one token of each row at its own position; each row attends to its own tokens below `end`."""
-        rows = torch.arange(len(k), device=k.device)
-        keys[rows, :, self.lengths], values[rows, :, self.lengths] = k[:, :, 0], v[:, :, 0]
-        mask = (torch.arange(end, device=k.device) <= self.lengths[:, None])[:, None, None]  # (B, 1, 1, S)
-        return keys[:, :, :end], values[:, :, :end], mask, False
-
-    def advance(self, lengths):
-        """Count new tokens: a number of each row, or the same for all."""
-        if isinstance(lengths, int):
-            self.lengths += lengths
-            if not self.fixed:  # a number that changes would be compiled into the step
-                self.longest += lengths
-            return
-        self.lengths += torch.tensor(lengths, device=self.lengths.device)
-        self.even = self.even and len(set(lengths)) == 1
-        self.longest += max(lengths)
-
-
 def generate_left_to_right(model, prompts, max_new_tokens, sampler, use_cache, compile):
     """Decode in windows of at most block_size tokens."""
     rows, starts = [list(prompt) for prompt in prompts], [0] * len(prompts)
@@ -315,14 +254,9 @@ class Sampler:
         check(not (one_by_one and steps), f'{useless}; {remedy}.')
         own = model.config.block_length
         if any(own):
-            block_length, possible = (
-                own[0] if block_length is None else block_length,
-                block_length in (None, *own),
-            )
-            check(
-                possible,
-                f'block_length is {block_length}; this model was trained on {", ".join(map(str, own))}.',
-            )
+            block_length, given = own[0] if block_length is None else block_length, block_length
+            lengths = ', '.join(map(str, own))
+            check(given in (None, *own), f'block_length is {given}; this model was trained on {lengths}.')
         else:
             block_length = 32 if block_length is None else block_length
             check(block_length >= 1, f'block_length is {block_length}; it must be at least 1.')
@@ -331,7 +265,7 @@ class Sampler:
         check(k is None or k >= 0, f'k is {k}; it must be at least 0, or None.')
         has_ar, remedy = model.config.ar_weight and block_length, 'train with --ar_weight and --block_length'
         check(
-            sampler != 'speculative' or has_ar, f"sampler='speculative' needs an ar model to check; {remedy}."
+            sampler != 'speculative' or has_ar, f'sampler={sampler!r} needs an ar model to check; {remedy}.'
         )
         self.name, self.block_length, self.threshold, self.eta = sampler, block_length, threshold, eta
         self.rng, self.options, self.stop_tokens = rng, options, stops
@@ -442,35 +376,6 @@ def generate_by_denoising(model, rows, max_new_tokens, sampler):
             return finished
 
 
-class BlockCache:
-    """Keys and values of clean tokens, `length` of them, which each token of the block after them attends to."""
-
-    def __init__(self):
-        self.past, self.length, self.storing = (
-            {},
-            0,
-            False,
-        )  # by layer: keys and values, (B, H, length, D) each
-
-    def positions(self, length):
-        return slice(self.length, self.length + length)
-
-    def extend(self, layer, k, v):
-        if layer in self.past:
-            k, v = (torch.cat(pair, 2) for pair in zip(self.past[layer], (k, v)))  # (B, H, S, D)
-        if not self.storing:
-            return k, v, None, False
-        self.past[layer], size = (k, v), k.size(2)
-        mask = torch.ones(size - self.length, size, dtype=torch.bool, device=k.device).tril(self.length)
-        return k, v, mask, False
-
-    def store(self, model, tokens):
-        """Read clean tokens (B, T) that follow what the cache holds."""
-        self.storing = True
-        model.hidden(tokens, cache=self)
-        self.storing, self.length = False, self.length + tokens.size(1)
-
-
 def generate_by_blocks(model, rows, max_new_tokens, sampler):
     """Continue prompts of one length, rows (B, L), and fill what they mask, block after block over a cache.
 
@@ -482,10 +387,10 @@ def generate_by_blocks(model, rows, max_new_tokens, sampler):
     begins = [i for i in range(0, rows.size(1), length) if (rows[:, i : i + length] == sampler.mask_id).any()]
     lengths = [min(length, size - begin) for begin in begins]
     steps = share_steps(sampler.steps, lengths) if sampler.steps else [None] * len(begins)
-    start, cache = 0, BlockCache()
+    start, cache = 0, BlockCache(rows.device)
     for begin, block_steps in zip(begins, steps):
         if begin + length - start > block_size:
-            start, cache = begin - block_size // 2 // length * length, BlockCache()
+            start, cache = begin - block_size // 2 // length * length, BlockCache(rows.device)
         if start + cache.length < begin:
             cache.store(model, rows[:, start + cache.length : begin])
         part = slice(begin, begin + length)
@@ -505,6 +410,8 @@ def denoise(model, x, sampler, steps=None, cache=None):
         return x
     blocks = columns.split(sampler.block_length) if sampler.name == 'blocks' and not cache else [columns]
     steps = steps or sampler.steps or len(columns)
+    if cache:
+        cache.plan(0, cache.length, x.size(1))
     belief, step = None, 0  # of all masked positions, also of those whose block comes later
     for block, block_steps in zip(blocks, share_steps(steps, [len(block) for block in blocks])):
         region = torch.zeros_like(masked)

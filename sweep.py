@@ -60,11 +60,7 @@ config = configure(globals())
 require(submit in ('', 'slurm'), f'submit is {submit!r}; the only cluster is slurm.')
 check_range(config, 1, math.inf, 'jobs', 'cpus')
 check_range(config, 0, math.inf, 'num_trials', 'gpus_per_job')
-lines = [
-    experiment_name,
-    timeout,
-    *map(str, fields.values()),
-]  # of shell scripts; the first names a folder too
+lines = [experiment_name, timeout, *map(str, fields.values())]  # of shell scripts
 plain = re.fullmatch(r'\w[\w.+=-]*', experiment_name) and '\n' not in ''.join(lines)
 require(plain, f'experiment_name, timeout or a field in {lines} is no plain name; write letters and digits.')
 root = (Path(results_root) / experiment_name).absolute()

@@ -41,9 +41,7 @@ block_length = (0,)  # diffusion: tokens per block, several: one is drawn for ea
 ar_weight = 0.0  # diffusion: of the next-token loss of the clean tokens, which makes it an ar model as well
 k_schedule = (1, 2, 4, 8)  # sdd: candidates per masked position, one of these drawn for each step
 k_warmup_steps = 0  # sdd: go through k_schedule in this many steps instead, then stay at its last
-p_belief = (
-    (0.5, 0.5),
-)  # sdd: (fraction of training, probability that a step uses beliefs from there on); before: 0
+p_belief = ((0.5, 0.5),)  # sdd: (fraction of training, probability of beliefs from there on); before: 0
 gradient_checkpointing = False  # recompute each block in the backward pass: less memory, a third more time
 selective_checkpointing = False  # with it: keep matmuls and attention, half of a block's memory
 init_from = ''  # start from the weights of a ckpt.pt, run folder, Hugging Face folder or hub id
@@ -97,9 +95,8 @@ config = configure(globals())
 SHAPE = 'n_layer n_head n_embd n_kv_head block_size norm position mlp bias qk_norm logit_softcap'.split()
 BLOCKS = ['block_length', 'ar_weight']  # may be others than those of the weights that a run starts from
 FREE_SHAPE = ['dropout', 'gradient_checkpointing', 'selective_checkpointing']
-FIXED = (
-    'architecture mode model_size optimizer fsdp master_weights seed anneal_steps'.split() + SHAPE + BLOCKS
-)
+FIXED = 'architecture mode model_size optimizer fsdp master_weights seed anneal_steps'.split()
+FIXED += SHAPE + BLOCKS
 
 runtime.check_settings(config)
 

@@ -125,9 +125,7 @@ def main():
     check_choice(config, 'what', ('steps', 'head', 'muon', 'linear'))
     check_range(config, 1, math.inf, 'batch_size', 'block_size', 'steps')
     if what == 'linear' and not kernels.HAS_AVX512:
-        timing.say(
-            "--what=linear: this processor has no AVX-512, so training uses PyTorch's own linear layers."
-        )
+        timing.say('--what=linear: without AVX-512 training uses the linear layers of PyTorch.')
         return
     dist = runtime.Runtime(device, dtype)
     timing.describe_machine(dist.device)

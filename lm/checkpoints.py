@@ -13,11 +13,10 @@ from typing import NamedTuple
 import torch
 
 from lm import pretrained
-from lm.configurator import ROOT, UserError, require, restore, user_errors
-from lm.files import lock, save_atomically, write_json, writing
+from lm.configurator import ROOT, require, restore, user_errors
+from lm.files import as_sentence, lock, save_atomically, write_json, writing
 from lm.optim import local
 from lm.pretrained import current_names
-from lm.records import first_line
 from model import ARCHITECTURES, SIZES, Autoregressive, ModelConfig, architecture_name
 
 CHECKPOINT_FORMAT = 1
@@ -26,13 +25,8 @@ NEEDED |= {'global_step': int, 'start_token': int}
 TYPES = dict.fromkeys(['best_step', 'seed', 'rows_per_step'], int)
 TYPES |= dict.fromkeys('train_config optimizer_state_dict scaler_state_dict head_state_dict'.split(), dict)
 TYPES |= dict.fromkeys('ema_state_dict adapted_state_dict pending'.split(), dict | None)
-TYPES |= {
-    'prompt_format': str | None,
-    'wandb_run_id': str | None,
-    'best_val_loss': float,
-    'best_score': float,
-    **NEEDED,
-}
+TYPES |= {'prompt_format': str | None, 'wandb_run_id': str | None, **NEEDED}
+TYPES |= dict.fromkeys(['best_val_loss', 'best_score'], float)
 OTHERS = 'take another one of the run, best.pt or one under checkpoints/'
 
 
@@ -65,13 +59,10 @@ def load(path, token=None, revision=None, mmap=False, sharded=False, tokenizer=N
         return pretrained.load(path, token, revision)
     path = newest_checkpoint(path) if Path(path).is_dir() else Path(path)
     require(path.is_file(), f'There is no checkpoint at {path}; correct the path, or train one.')
-    try:
+    with as_sentence(f'{path} is damaged or no checkpoint of ours', OTHERS):
         checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
         with zipfile.ZipFile(path) as file:  # torch.load never looks at the checksums
             damaged = file.testzip()
-    except Exception as error:  # damaged bytes make it fail in a dozen ways, OSError and KeyError among them
-        reason = first_line(error)
-        raise UserError(f'{path} is damaged or no checkpoint of ours ({reason}); {OTHERS}.') from error
     require(not damaged, f'{path} is damaged ({damaged} has another checksum); {OTHERS}.')
     checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
     if {'model', 'model_args'} <= checkpoint.keys():
@@ -83,7 +74,7 @@ def load(path, token=None, revision=None, mmap=False, sharded=False, tokenizer=N
         return checkpoint
     lacks = ', '.join(sorted(missing))
     require(not missing, f'{path} lacks {lacks}, so it is no checkpoint of ours; give the ckpt.pt of a run.')
-    with damage_named(path):
+    with unedited(path):
         names = [name for name, x in checkpoint.items() if name.endswith('_state_dict') and x]
         checkpoint |= {name: current_names(checkpoint[name]) for name in names}
         check_contents(checkpoint)
@@ -109,16 +100,9 @@ def check_contents(checkpoint):
             raise ValueError('a weight is not finite')
 
 
-@contextlib.contextmanager
-def damage_named(path):
-    """Turn what fails where a checkpoint is read that somebody edited into a UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        reason = f'{type(error).__name__}: {" ".join(str(error).split()):.150}'
-        raise UserError(f'{path} was edited or is damaged ({reason}); {OTHERS}.') from error
+def unedited(path):
+    """Return the context in which the contents of a checkpoint are read: one that somebody edited is a UserError."""
+    return as_sentence(f'{path} was edited or is damaged', OTHERS)
 
 
 # ---------------------------------------------------------------------------- models
@@ -168,13 +152,8 @@ def as_ar(checkpoint, path):
     own = ARCHITECTURES[checkpoint['architecture']].new_weights(ModelConfig(**config))
     weights = {name: x for name, x in weights_of(checkpoint).items() if name not in own}
     config = {**config, 'block_length': (0,), 'ar_weight': 0.0}
-    return {
-        **checkpoint,
-        'architecture': kind,
-        'model_config': config,
-        'model_state_dict': weights,
-        'ema_state_dict': None,
-    }
+    parts = {'architecture': kind, 'model_config': config, 'model_state_dict': weights}
+    return {**checkpoint, **parts, 'ema_state_dict': None}
 
 
 def check_fits(checkpoint, path, architecture, tokenizer, dataset):
@@ -352,7 +331,7 @@ def continue_run(resumed, store, model, optimizer, scaler, inputs, config):
     checkpoint, path = resumed.checkpoint, resumed.path
     if checkpoint is None:
         return 0, Best(), {}
-    with damage_named(path):
+    with unedited(path):
         before, now = checkpoint['rows_per_step'], inputs['rows_per_step']
         remedy = 'keep the product of batch_size, gradient_accumulation_steps and ranks'
         require(before == now, f'The run of {path} has {before} rows per step, not {now}; {remedy}.')
@@ -419,9 +398,8 @@ def open_run_folder(out_dir, name, suffix='', run_dir=None, overwrite=False):
         require(overwrite, f'{folder} already holds a run; {remedy}.')
         with lock(folder) as log:
             for path in (folder / file for file in RUN_FILES):
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(
-                    missing_ok=True
-                )
+                is_folder = path.is_dir() and not path.is_symlink()
+                shutil.rmtree(path) if is_folder else path.unlink(missing_ok=True)
             log.truncate(0)
     return folder
 

@@ -73,9 +73,8 @@ def find_folder(dataset):
         unfinished = path.is_dir() and any(path.glob('*_tokens.bin'))
         require(not unfinished, f'{path} has no config.json: its preparation was cut off; prepare it again.')
     remedy = 'make it first, for example with: python prepare/stories.py'
-    raise UserError(
-        f'There is no prepared data at {dataset!r} in {Path.cwd()} or at {ROOT / "data" / dataset}; {remedy}'
-    )
+    places = f'{dataset!r} in {Path.cwd()} or at {ROOT / "data" / dataset}'
+    raise UserError(f'There is no prepared data at {places}; {remedy}')
 
 
 class Mix:
@@ -98,9 +97,8 @@ class Mix:
         unique = len({folder.path.resolve() for folder in self.folders}) == len(names)
         require(unique, f'dataset={dataset} names a folder twice; give it once, with the sum of its weights.')
         named = [(f'{i}-{folder.path.name}', folder) for i, folder in enumerate(self.folders, 1)]
-        self.fingerprint = {
-            f'{name}/{file}': x for name, folder in named for file, x in folder.fingerprint.items()
-        }
+        hashes = ((name, file, x) for name, folder in named for file, x in folder.fingerprint.items())
+        self.fingerprint = {f'{name}/{file}': x for name, file, x in hashes}
         configs = [folder.config for folder in self.folders]
         self.config = {
             'name': '+'.join(config['name'] for config in configs),

@@ -14,16 +14,11 @@ import torch.nn.functional as F
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
 ONEDNN = getattr(torch.ops.mkldnn, '_linear_pointwise', None) if HAS_ONEDNN else None
 HAS_AVX512 = 'AVX512' in torch.backends.cpu.get_cpu_capability()
-MIN_ONEDNN_SIZE = (
-    1 << 20 if HAS_AVX512 else math.inf
-)  # products: below, ten microseconds of a call outweigh the gain
+MIN_ONEDNN_SIZE = 1 << 20 if HAS_AVX512 else math.inf  # products: for fewer a call costs more than it gains
 
 # Results that selective checkpointing keeps: many operations per number.
-SAVED_MATMULS = [
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    *([ONEDNN.default] if ONEDNN else []),
-]
+SAVED_MATMULS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+SAVED_MATMULS += [ONEDNN.default] if ONEDNN else []
 SAVED_ATTENTION = [
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,

@@ -59,12 +59,8 @@ class ModelConfig:
     shift: bool = False  # bidirectional with `ar` weights: a hidden state predicts the token after it
     mask_id: int = None  # <|mask|>: an input, never predicted
     ignore_id: int = None  # <|ignore|>: padding that a bidirectional model predicts; not counted as text
-    block_length: tuple = (
-        0,
-    )  # diffusion: tokens per block, the first where no other is asked for; 0: the whole row
-    ar_weight: float = (
-        0.0  # diffusion: of the next-token loss of the clean tokens, which makes the model an `ar` too
-    )
+    block_length: tuple = (0,)  # diffusion: tokens per block, the first unless asked for; 0: the whole row
+    ar_weight: float = 0.0  # diffusion: of the next-token loss of the clean tokens: an `ar` model as well
     k: int = 8  # sdd: candidates per masked position, where no other number is asked for
     gradient_checkpointing: bool = False  # recompute each block in the backward pass
     selective_checkpointing: bool = False  # of that, all but lm.kernels.SAVED_*
@@ -156,7 +152,7 @@ class AttentionMask:
     """The positions that a position attends to: those before (causal), all, or those of a mask (T, T).
 
     The trunk asks it for positions, and each attention layer for keys, values and mask; a KV cache answers the
-    same two questions (sampling.KVCache).
+    same two questions (lm.caches.KVCache).
     """
 
     def __init__(self, attn_mask):
@@ -210,9 +206,8 @@ class TwoStreams(AttentionMask):
             same_doc = doc_ids[:, :, None] == doc_ids[:, None, :]
             before, causal = before & same_doc, causal & same_doc
         noisy = torch.cat([same, before], -1)
-        mask = torch.cat(
-            [noisy, torch.cat([torch.zeros_like(causal), causal], -1)], -2
-        )  # (2T, 2T) or (B, 2T, 2T)
+        clean = torch.cat([torch.zeros_like(causal), causal], -1)
+        mask = torch.cat([noisy, clean], -2)  # (2T, 2T) or (B, 2T, 2T)
         super().__init__(mask if doc_ids is None else mask.unsqueeze(1))
         self.index = torch.cat([position, position], -1)
 

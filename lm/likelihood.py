@@ -144,12 +144,8 @@ def written_in(where, streams):
     if streams is None:
         return where.any(1, keepdim=True)
     start = streams.start.expand_as(where)
-    return (
-        torch.zeros_like(where, dtype=torch.int8)
-        .scatter_reduce(1, start, where.char(), 'amax')
-        .gather(1, start)
-        > 0
-    )
+    found = torch.zeros_like(where, dtype=torch.int8).scatter_reduce(1, start, where.char(), 'amax')
+    return found.gather(1, start) > 0
 
 
 @torch.inference_mode()

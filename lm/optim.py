@@ -265,9 +265,8 @@ def check_beliefs(p_belief, k_schedule):
     positive = k_schedule and all(type(k) is int and k >= 1 for k in k_schedule)
     require(positive, f'k_schedule is {k_schedule}; give numbers of candidates, as (1, 2, 4, 8).')
     pairs = all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in p_belief)
-    fits = (
-        pairs and all(0 <= x <= 1 for pair in p_belief for x in pair) and list(p_belief) == sorted(p_belief)
-    )
+    fits = pairs and all(0 <= x <= 1 for pair in p_belief for x in pair)
+    fits = fits and list(p_belief) == sorted(p_belief)
     remedy = 'give (fraction of training, probability from there on) from 0 to 1 in order, as ((0.5, 0.5),)'
     require(fits, f'p_belief is {p_belief}; {remedy}.')
 

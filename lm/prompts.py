@@ -80,9 +80,8 @@ def chat_template(form, tokenizer):
     head = re.sub(r'(?s){#input}.*?{/input}', '', form).partition('{output}')[0]
     parts = {'end': [tokenizer.inner.id_to_token(end)], 'between': [between]}
     parts['head'] = re.split(r'({[#/]?\w+})', head)
-    parts = {
-        name: [JINJA.get(x) or '{{ ' + json.dumps(x) + ' }}' for x in part] for name, part in parts.items()
-    }
+    as_jinja = lambda x: JINJA.get(x) or '{{' + json.dumps(x) + '}}'
+    parts = {name: [as_jinja(x) for x in part] for name, part in parts.items()}
     return re.sub('<(end|between|head)>', lambda name: ''.join(parts[name[1]]), CHAT_TEMPLATE)
 
 

@@ -348,9 +348,8 @@ def evaluate(model, batches, dist):
 
 def describe_loss(model):
     """Say what the loss of a model, or of its class, is the nll of or bounds."""
-    kind = {'exact': 'the nll', 'upper': 'an upper bound of the nll', 'none': 'no bound of the nll'}[
-        model.bound
-    ]
+    kinds = {'exact': 'the nll', 'upper': 'an upper bound of the nll', 'none': 'no bound of the nll'}
+    kind = kinds[model.bound]
     return f'{kind} of texts that are written {model.order}'
 
 

@@ -115,11 +115,8 @@ def save_state(path, model, optimizer, dist, checkpoint, weights, is_last):
 
 # What DCP's .metadata is made of; anything else that it names would be code to run.
 PARTS = {f'{metadata.__name__}.{name}' for name in [*metadata.__all__, '_MEM_FORMAT_ENCODING']}
-PARTS |= {
-    'torch.distributed.checkpoint.filesystem._StorageInfo',
-    'torch.serialization._get_layout',
-    'torch.Size',
-}
+PARTS |= {'torch.distributed.checkpoint.filesystem._StorageInfo'}
+PARTS |= {'torch.serialization._get_layout', 'torch.Size'}
 PARTS |= {'pathlib.PosixPath', 'pathlib._local.PosixPath'}
 PARTS |= {str(dtype) for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 

@@ -7,56 +7,21 @@ as the `ar` model's own samples (Leviathan et al. 2023, Chen et al. 2023); at te
 
 import torch
 
-
-class DraftCache:
-    """Keys and values of clean tokens, `length` of them, and in a pass those of its clean tokens and its block."""
-
-    def __init__(self, device):
-        self.past, self.new, self.length, self.device = {}, {}, 0, device  # by layer: (B, H, length, D) each
-
-    def plan(self, clean, begin, size):
-        """Prepare for a pass over `clean` tokens and a noisy block of `size` that begins at position `begin`."""
-        position = torch.arange(self.length + clean, device=self.device)  # of clean keys
-        noisy = torch.arange(begin, begin + size, device=self.device)
-        self.clean, self.index = clean, torch.cat([position[self.length :], noisy])
-        causal = position <= position[self.length :, None]
-        before = (position < begin).expand(size, -1)
-        see_noisy = torch.zeros(clean + size, size, dtype=torch.bool, device=self.device)
-        see_noisy[clean:] = True
-        self.mask = torch.cat(
-            [torch.cat([causal, before]), see_noisy], 1
-        )  # (clean + size, length + clean + size)
-
-    def positions(self, length):
-        return self.index
-
-    def extend(self, layer, k, v):
-        self.new[layer] = k, v
-        if layer in self.past:
-            k, v = (torch.cat(pair, 2) for pair in zip(self.past[layer], (k, v)))
-        return k, v, self.mask, False
-
-    def keep(self, count):
-        """Keep the first `count` clean tokens of the last pass."""
-        for layer, (k, v) in self.new.items():
-            k, v = k[:, :, :count], v[:, :, :count]
-            past = self.past.get(layer)
-            self.past[layer] = (torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)) if past else (k, v)
-        self.length += count
+from lm.caches import BlockCache
 
 
 def speculate(model, prompt, max_new_tokens, sampler):
     """Continue a list of token ids by max_new_tokens tokens, or to a stop token, as a list."""
     config, block = model.config, sampler.block_length
     device, start = model.embedding.weight.device, 0
-    tokens, draft, q, cache = list(prompt), [], None, DraftCache(device)
+    tokens, draft, q, cache = list(prompt), [], None, BlockCache(device)
     size = len(prompt) + max_new_tokens
     while len(tokens) < size and not (len(tokens) > len(prompt) and tokens[-1] in sampler.stop_tokens):
         if (
             len(tokens) - start > config.block_size
         ):  # the last half of the block is the context, as of an `ar` model
             start = len(tokens) - max(1, config.block_size // 2)
-            draft, q, cache = [], None, DraftCache(device)
+            draft, q, cache = [], None, BlockCache(device)
         known = [*tokens[start:], *draft]
         begin, clean = len(known) // block * block, known[cache.length :]
         fits = begin + block <= config.block_size

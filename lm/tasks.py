@@ -185,9 +185,7 @@ def splits(task, length, train, test, val=0, seed=42, compat=False):
     check(task, length, sizes)
     if compat is None and length == 20 and sum(sizes.values()) // 2 > RARE.get(task, 2**62):
         compat = True
-        note(
-            f'{task} has {RARE[task]} positives of 20 digits: rows of the test set repeat, as with --compat.'
-        )
+        note(f'{task} has {RARE[task]} positives of 20 digits: rows of the test set repeat.')
     draw = np.random.default_rng(derived_seed(task, length, train + val, test, seed, compat))
     parts, count = {name: [] for name in sizes}, sum(sizes.values()) // 2
     for wanted in (0, 1):

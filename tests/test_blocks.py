@@ -10,9 +10,10 @@ from conftest import assert_drawn_from, random_model, write_folder
 from helpers import assert_same_run, load, losses, metrics, run, train
 
 from lm import likelihood
+from lm.caches import BlockCache
 from lm.configurator import UserError
 from model import Autoregressive
-from sampling import BlockCache, generate, restrict
+from sampling import generate, restrict
 
 MASK, IGNORE, BLOCK = 10, 9, 12
 SHAPE = dict(vocab_size=11, block_size=BLOCK, n_layer=2, n_head=2, n_embd=16, mask_id=MASK, ignore_id=IGNORE)
@@ -74,9 +75,10 @@ def test_cached_states_of_a_block_are_those_of_the_two_streams(architecture):
     x_t = tokens.masked_fill(masked, MASK)
     streams = model.two_streams(tokens)
     hidden, clean = model.denoiser(x_t, None, streams, tokens)
-    cache = BlockCache()
+    cache = BlockCache('cpu')
     for begin in (0, 4, 8):
         part = slice(begin, begin + 4)
+        cache.plan(0, begin, 4)
         torch.testing.assert_close(
             model.denoiser(x_t[:, part], cache=cache)[0], hidden[:, part], atol=1e-5, rtol=1e-5
         )
@@ -172,8 +174,9 @@ def test_blocks_of_one_are_an_ar_over_masked_tokens(architecture):
     expected = torch.zeros(27)
     for i in range(1, LENGTH + 1):
         x = torch.cat([ROWS[:, :i], torch.full((27, 1), LETTERS)], 1)
-        cache = BlockCache()
+        cache = BlockCache('cpu')
         cache.store(model, x[:, :i])
+        cache.plan(0, i, 1)
         log_p = model.head(model.denoiser(x[:, i:], cache=cache)[0])[:, 0].log_softmax(-1)
         expected -= log_p.gather(1, ROWS[:, i : i + 1]).squeeze(1)
     torch.testing.assert_close(nll, expected, atol=1e-5, rtol=1e-5)

@@ -11,8 +11,8 @@ import torch
 from conftest import letter_tokenizer, random_model, random_texts, write_folder
 
 from lm import data, likelihood
+from lm.caches import KVCache
 from lm.folder import Folder
-from sampling import KVCache
 
 MASK, IGNORE = 4, 5
 TOY = dict(vocab_size=6, block_size=4, n_layer=1, n_head=2, n_embd=16, mask_id=MASK, ignore_id=IGNORE)

@@ -1,0 +1,106 @@
+"""Keys and values of what a model has read: for decoding from left to right, and for blocks. Torch only."""
+
+import torch
+
+
+class KVCache:
+    """Keys and values of each row so far, `lengths` (B,) tokens, in buffers of `size` tokens.
+
+    Rows start together at position 0, padded on the right to one length; what lies beyond a row's own length is
+    masked until it is overwritten. Once `fixed`, it always gives whole buffers and a mask, and all that changes is in
+    tensors that stay where they are: one compiled decode step serves all.
+    """
+
+    def __init__(self, rows, size, device):
+        self.buffers = {}  # by layer: keys and values, (B, H, size, D) each
+        self.size = size
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
+        self.even, self.longest = True, 0  # whether all lengths are equal: known without asking the device
+        self.fixed = False
+
+    def fix(self):
+        """Prepare for a compiled decode step."""
+        self.fixed = True
+        for tensor in (self.lengths, *(x for pair in self.buffers.values() for x in pair)):
+            torch._dynamo.mark_static_address(tensor)
+
+    def positions(self, length):
+        """Return the positions of `length` new tokens: a slice, or (B, length) where rows differ."""
+        if not self.fixed and (self.even or self.longest == 0):
+            return slice(self.longest, self.longest + length)
+        return self.lengths[:, None] + torch.arange(length, device=self.lengths.device)
+
+    def extend(self, layer, k, v):
+        """Store a layer's new keys and values (B, H, T, D); return all of them so far, a mask, and is_causal."""
+        if layer not in self.buffers:
+            self.buffers[layer] = [x.new_zeros(x.size(0), x.size(1), self.size, x.size(3)) for x in (k, v)]
+        keys, values = self.buffers[layer]
+        if self.fixed:
+            return self.put(keys, values, k, v, self.size)
+        if self.longest == 0:
+            keys[:, :, : k.size(2)], values[:, :, : v.size(2)] = k, v
+            return k, v, None, True
+        end = self.longest + 1
+        if not self.even:
+            return self.put(keys, values, k, v, end)
+        keys[:, :, end - 1 : end], values[:, :, end - 1 : end] = k, v
+        return keys[:, :, :end], values[:, :, :end], None, False
+
+    def put(self, keys, values, k, v, end):
+        """Store one token of each row at its own position; each row attends to its own tokens below `end`."""
+        rows = torch.arange(len(k), device=k.device)
+        keys[rows, :, self.lengths], values[rows, :, self.lengths] = k[:, :, 0], v[:, :, 0]
+        mask = (torch.arange(end, device=k.device) <= self.lengths[:, None])[:, None, None]  # (B, 1, 1, S)
+        return keys[:, :, :end], values[:, :, :end], mask, False
+
+    def advance(self, lengths):
+        """Count new tokens: a number of each row, or the same for all."""
+        if isinstance(lengths, int):
+            self.lengths += lengths
+            if not self.fixed:  # a number that changes would be compiled into the step
+                self.longest += lengths
+            return
+        self.lengths += torch.tensor(lengths, device=self.lengths.device)
+        self.even = self.even and len(set(lengths)) == 1
+        self.longest += max(lengths)
+
+
+class BlockCache:
+    """Keys and values of clean tokens, `length` of them; a pass reads clean tokens that follow, a noisy block, or both."""
+
+    def __init__(self, device):
+        self.past, self.new, self.length, self.device = {}, {}, 0, device  # by layer: (B, H, length, D) each
+
+    def plan(self, clean, begin, size):
+        """Prepare for a pass over `clean` tokens and a noisy block of `size` that begins at position `begin`."""
+        position = torch.arange(self.length + clean, device=self.device)  # of clean keys
+        noisy = torch.arange(begin, begin + size, device=self.device)
+        self.clean, self.index = clean, torch.cat([position[self.length :], noisy])
+        causal = position <= position[self.length :, None]
+        before = (position < begin).expand(size, -1)
+        see_noisy = torch.zeros(clean + size, size, dtype=torch.bool, device=self.device)
+        see_noisy[clean:] = True
+        self.mask = torch.cat([torch.cat([causal, before]), see_noisy], 1)  # (queries, keys)
+
+    def positions(self, length):
+        return self.index
+
+    def extend(self, layer, k, v):
+        self.new[layer] = k, v
+        if layer in self.past:
+            k, v = (torch.cat(pair, 2) for pair in zip(self.past[layer], (k, v)))
+        return k, v, self.mask, False
+
+    def keep(self, count):
+        """Keep the first `count` clean tokens of the last pass."""
+        for layer, (k, v) in self.new.items():
+            k, v = k[:, :, :count], v[:, :, :count]
+            past = self.past.get(layer)
+            self.past[layer] = (torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)) if past else (k, v)
+        self.length += count
+
+    def store(self, model, tokens):
+        """Read clean tokens (B, T) that follow what the cache holds."""
+        self.plan(tokens.size(1), 0, 0)
+        model.hidden(tokens, cache=self)
+        self.keep(tokens.size(1))
