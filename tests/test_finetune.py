@@ -367,11 +367,11 @@ def test_the_memory_estimate_is_near_the_peak(place, tmp_path):
 
 BAD = {
     '--dataset=nowhere': "no prepared data at 'nowhere'",
-    '--dataset=': '--dataset= is empty; give a value',
+    '--dataset=': 'There is nothing to learn from; give --dataset=NAME',
     '--dataset=PLACE/plain': 'PLACE/plain has no train_masks.bin.*prepare/instruct.py',
     '--dataset=PLACE/without': 'train split of PLACE/without has no answer of at most',
     '--dataset=PLACE/other': 'another vocabulary',
-    '--init_from=': '--init_from= is empty; give a value',
+    '--init_from=': 'init_from is empty; give --init_from=CHECKPOINT',
     '--init_from=nowhere.pt': 'nowhere.pt',
     '--init_from=PLACE/examples/config.json': 'config.json',
     '--architecture=nothing': "architecture='ar', no start for 'nothing'",
