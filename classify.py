@@ -273,9 +273,9 @@ def checkpoint():
 def save():
     """Write ckpt.pt with all that it takes to go on."""
     if dist.is_main:
-        state = {**checkpoint(), **inputs, 'pending': pending, 'wandb_run_id': log.wandb_run_id}
-        state |= {'optimizer_state_dict': opt.state_dict(), 'scaler_state_dict': scaler.state_dict()}
-        state |= {'finished': finished, 'best_score': best_score, 'history': history}
+        state = {**checkpoint(), **checkpoints.state_of_run(inputs, pending, scaler, log)}
+        state |= {'optimizer_state_dict': opt.state_dict(), 'finished': finished}
+        state |= {'best_score': best_score, 'history': history}
         checkpoints.save(out / 'ckpt.pt', state)
 
 

@@ -289,11 +289,9 @@ def whole_weights():
 
 def save(is_last=False):
     """Write ckpt.pt with all that it takes to go on, and its copy where one is due."""
-    state = {**checkpoint(), **inputs, 'pending': pending, 'wandb_run_id': log.wandb_run_id}
-    state['scaler_state_dict'] = scaler.state_dict()
+    state = {**checkpoint(), **checkpoints.state_of_run(inputs, pending, scaler, log)}
     store.save_state(out / 'ckpt.pt', raw_model, opt, dist, state, whole_weights, is_last)
-    if dist.is_main and step and save_every and step % save_every == 0 and save_total_limit != 0:
-        checkpoints.keep_copy(out, step, save_total_limit, best.step)
+    checkpoints.copy_if_due(out, step, best.step, config, dist)
 
 
 def evaluate_and_save():

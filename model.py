@@ -268,7 +268,7 @@ def reduced(reduction, loss, weighted_nll, counted, metrics):
 class Autoregressive(Transformer):
     """Predicts each token from those before it; its likelihood is exact."""
 
-    description, bound, order = 'autoregressive', 'exact', 'from left to right'
+    description, bound, order = 'autoregressive', 'exact', 'left to right'
     causal, needs_noise, extra_tokens, trains_on_padding, hf_causal_lm = True, False, 1, False, True
 
     def __init__(self, config):
@@ -296,11 +296,13 @@ class Diffusion(Transformer):
     diffuses within them (Arriola et al. 2025, BD3-LM); with ar_weight the clean tokens are an `ar` model as well.
     """
 
-    description, bound, order = 'masked diffusion', 'upper', 'in random order, one token at a time'
+    description, bound, order = 'masked diffusion', 'upper', 'in random order'
 
     def __init__(self, config):
         check(config.mask_id is not None, 'mask_id is None; a diffusion model needs the id of <|mask|>.')
         super().__init__(config)
+        if config.block_length[0]:
+            self.order = f'in blocks of {config.block_length[0]}, {self.order}'
         self.mask_window, self.block_length = (0, 1), None  # of a training step: its mask ratios, its blocks
 
     def forward(self, tokens, loss_mask=None, noise=None, doc_ids=None, reduction='sum'):
@@ -408,7 +410,7 @@ class SDD(Diffusion):
     (Chen et al. 2022), LRD, LDDM, SCMDM.
     """
 
-    description, order = 'sparse distribution diffusion', f'{Diffusion.order}, two passes each'
+    description, order = 'sparse distribution diffusion', f'{Diffusion.order}, two passes per token'
     has_beliefs = True
 
     def __init__(self, config):

@@ -54,6 +54,11 @@ def generate(
         if model.causal:
             return generate_left_to_right(model, prompts, max_new_tokens, sampler, use_cache, compile)
         if sampler.name == 'speculative':
+            fills = any(model.config.mask_id in prompt for prompt in prompts)
+            check(
+                not fills,
+                "sampler='speculative' writes from left to right and fills no <|mask|>; choose another.",
+            )
             return [speculate(model, prompt, max_new_tokens, sampler) for prompt in prompts]
         rows = [None] * len(prompts)
         for length in sorted(set(map(len, prompts))):  # rows of one length share their forward passes
@@ -210,7 +215,7 @@ def decode_step(model, cache, tokens, uniform, options):
 
 
 class Sampler:
-    """How tokens are drawn, options = (temperature, top_k, top_p), and in which order masked positions are filled.
+    """Chooses which masked positions are filled, and draws their tokens, options = (temperature, top_k, top_p).
 
     first_hitting         one per step, in random order: ancestral in the limit of many steps (Zheng et al. 2024)
     ancestral             each with the same probability, so that the order is random (MDLM)

@@ -225,6 +225,12 @@ def contents(model, step, best, config, tokenizer, start_token, prompt_format):
     return {**state, 'start_token': start_token, 'prompt_format': prompt_format}
 
 
+def state_of_run(inputs, pending, scaler, log):
+    """Return what a run needs to go on beside weights and optimizer; inputs, pending: see `continue_run`."""
+    state = {**inputs, 'pending': pending, 'scaler_state_dict': scaler.state_dict()}
+    return {**state, 'wandb_run_id': log.wandb_run_id}
+
+
 def save_if_best(out, step, values, best, checkpoint, weights, dist):
     """Write best.pt where val/loss is the lowest so far, and eval_results.json; returns whether it is.
 
@@ -312,8 +318,9 @@ def resume(namespace, config, fixed):
     require(can_go_on, f'{path} holds weights without the state of training; give a ckpt.pt, or {remedy}.')
     own = {'out_dir', 'resume_from', 'overwrite', 'changed_data'} | ({'init_from'} - set(fixed))
     saved = dict(checkpoint.get('train_config', {}))
-    if saved.get('eval_batches'):  # of an earlier version
-        saved['eval_tokens'] = saved['eval_batches'] * saved['batch_size'] * saved['block_size']
+    if 'eval_batches' in saved:  # of an earlier version
+        saved['eval_tokens'] = saved['eval_batches'] * saved['batch_size'] * (saved['block_size'] or 0)
+        saved['eval_examples'] = saved['eval_batches'] * saved.get('eval_batch_size', 0)
     overrides = restore(namespace, config, {key: value for key, value in saved.items() if key not in own})
     for key, before, now in overrides:
         remedy = f'leave --{key} out, or start a new run'
@@ -402,6 +409,13 @@ def open_run_folder(out_dir, name, suffix='', run_dir=None, overwrite=False):
                 shutil.rmtree(path) if is_folder else path.unlink(missing_ok=True)
             log.truncate(0)
     return folder
+
+
+def copy_if_due(folder, step, best_step, config, dist):
+    """Copy ckpt.pt on rank 0 where save_every and save_total_limit say so."""
+    every, limit = config['save_every'], config['save_total_limit']
+    if dist.is_main and step and every and step % every == 0 and limit != 0:
+        keep_copy(folder, step, limit, best_step)
 
 
 def keep_copy(folder, step, limit, best_step):

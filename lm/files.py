@@ -92,5 +92,8 @@ def as_sentence(problem, remedy='download it again'):
     except UserError:
         raise
     except Exception as error:  # they fail in a dozen ways, and have no common class
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f'{problem} ({reason[:200]}); {remedy}.') from error
+        raise UserError(f'{problem} ({first_line(error)[:200]}); {remedy}.') from error
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

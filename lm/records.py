@@ -15,6 +15,7 @@ import pyarrow
 import pyarrow.parquet
 
 from lm.configurator import UserError, require
+from lm.files import first_line
 
 MAX_EXPANSION = 100  # times its size that a file may take once it is decompressed
 UNBOUNDED = 2**28  # bytes that any file may take; and most of them that a batch of a parquet's rows should
@@ -38,7 +39,7 @@ def read_records(path, make, max_expansion=MAX_EXPANSION, columns=None):
 
 
 class Bound:
-    """What a file may take once it is decompressed: a small one can expand to more than any memory."""
+    """Bounds the bytes that a file takes once it is decompressed: a small one can expand to more than any memory."""
 
     def __init__(self, path, max_expansion):
         self.path, self.left = path, max(UNBOUNDED, max_expansion * path.stat().st_size)
@@ -187,7 +188,3 @@ def text_of(field, record, where):
 def kind_of(value):
     shown = value if isinstance(value, str) else reprlib.repr(value)  # which does not follow any depth
     return 'null' if value is None else f'a {type(value).__name__} ({shown[:30]})'
-
-
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -21,9 +21,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from lm import checkpoints, runtime
 from lm.configurator import UserError, require
-from lm.files import lock
+from lm.files import first_line, lock
 from lm.optim import local
-from lm.records import first_line
 
 warnings.filterwarnings('ignore', 'torch.distributed is disabled')  # a single process saves alone on purpose
 

@@ -186,7 +186,7 @@ def outcome(folder, out):
 
 
 class TooLong(BaseException):
-    """What no handler of errors takes for one."""
+    """Passes every handler of errors, so that a hang is seen."""
 
 
 def too_long(*_):

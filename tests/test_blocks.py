@@ -260,6 +260,11 @@ def test_self_speculation_is_greedily_the_ar_models_text(architecture):
     assert rows == expected and len(seen) < 40 * len(prompts)
 
 
+def test_self_speculation_fills_no_gaps():
+    with pytest.raises(ValueError, match='fills no <|mask|>; choose another'):
+        generate(tiny(ar_weight=1.0), [[1, MASK, 2]], 4, sampler='speculative')
+
+
 @pytest.mark.parametrize('options', [{}, {'temperature': 0.7, 'top_k': 2}])
 def test_self_speculation_draws_from_the_ar_model(options):
     shape = dict(vocab_size=LETTERS + 1, mask_id=LETTERS, ignore_id=None, block_size=LENGTH + 5, k=2)

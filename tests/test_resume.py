@@ -271,6 +271,7 @@ def old_checkpoint(folder):
         'anneal_steps': 0,
         'max_steps': 6,
         'eval_every': 3,
+        'eval_batches': 2,
         'log_every': 1,
         'ema_decay': 0.5,
         'out_dir': 'somewhere/else',
@@ -311,6 +312,7 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_and_samples(place, tmp_path,
     run('train.py', f'--resume_from={out}')
     new = load(out)
     assert new['global_step'] == 6 and [row['step'] for row in metrics(out)] == list('456')
+    assert new['train_config']['eval_tokens'] == 2 * 4 * 16  # as many rows as its batches had
     for name, weight in new['model_state_dict'].items():
         before = old['model_state_dict'][name.replace('belief_proj', 'believed')]
         assert 0 < (weight - before).abs().max() < 0.1, name

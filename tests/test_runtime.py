@@ -117,6 +117,10 @@ def test_operations_are_counted_where_they_are_made():
     expected = 3 * forward + 1.5 * forward  # a quarter of the tokens get logits
     assert runtime.flops_per_token(model, tokens, predicted=0.25, passes=1.5) == expected
 
+    blocks = random_model('diffusion', 0.1, block_length=(4,), ar_weight=1.0, **SHAPE)
+    forward = 2 * (2 * 2 * 12 * 16**2 + head * (0.25 + 1)) + 4 * 4 * attention  # a row of twice the length
+    assert runtime.flops_per_token(blocks, tokens, predicted=0.25) == 3 * forward
+
     model = random_model('ar', 0.1, **SHAPE)
     before = runtime.flops_per_token(model)
     model.requires_grad_(False)
