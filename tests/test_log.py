@@ -2,6 +2,7 @@
 
 import csv
 import os
+import runpy
 import sys
 import threading
 
@@ -163,3 +164,15 @@ def test_a_machine_without_wandb_trains_as_well(tmp_path, monkeypatch, capsys):
     log.start_wandb(project='p', name='n', id=None, config={})
     log.close()
     assert 'the run goes on without it' in capsys.readouterr().out
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize('words', [['--token=secret'], ['--token', 'secret']])
+def test_a_token_is_in_no_record_of_the_command_line(tmp_path, monkeypatch, words):
+    path = str(tmp_path / 'script.py')
+    lines = ['from lm.configurator import configure', "token = ''", 'a = 1', 'config = configure(globals())']
+    (tmp_path / 'script.py').write_text('\n'.join(lines))
+    monkeypatch.setattr(sys, 'argv', [path, '--a=2', *words, '--a=3'])
+    variables = runpy.run_path(path)
+    assert variables['token'] == 'secret' and dict(variables['config']) == {'a': 3}
+    assert sys.argv == [path, '--a=2', '--a=3']
