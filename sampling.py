@@ -43,7 +43,8 @@ def generate(
     """
     check_prompts(model, prompts)
     check(max_new_tokens >= 0, f'max_new_tokens is {max_new_tokens}; it must be at least 0.')
-    check(temperature >= 0, f'temperature is {temperature}; it must be at least 0.')
+    possible = temperature == 0 or 1e-3 <= temperature <= 1e3
+    check(possible, f'temperature is {temperature}; it must be 0, or between 0.001 and 1000.')
     check(top_k is None or top_k >= 1, f'top_k is {top_k}; it must be at least 1, or None.')
     check(top_p is None or 0 < top_p <= 1, f'top_p is {top_p}; it must be above 0 and at most 1, or None.')
     rng, options = torch.Generator().manual_seed(seed), (temperature, top_k, top_p)

@@ -252,6 +252,8 @@ def test_nothing_to_write_gives_the_prompts_back(architecture):
         ('diffusion', [1], {'sampler': 'greedy'}, "sampler is 'greedy'.*ancestral, confidence, "),
         ('diffusion', [1], {'max_new_tokens': -1}, 'max_new_tokens is -1; '),
         ('ar', [1], {'temperature': -0.5}, 'temperature is -0.5; '),
+        ('ar', [1], {'temperature': 1e-320}, 'temperature is 1e-320; it must be 0, or between'),
+        ('ar', [1], {'temperature': float('nan')}, 'temperature is nan; '),
         ('ar', [1], {'top_k': 0}, 'top_k is 0; '),
         ('ar', [1], {'top_p': 0.0}, 'top_p is 0.0; '),
         ('ar', [1], {'top_p': 1.5}, 'top_p is 1.5; '),
