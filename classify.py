@@ -199,9 +199,8 @@ selectable = 'val' in sets or not early_stopping
 require(selectable, 'early_stopping needs validation rows: the test set never selects; add --val_set_size=N.')
 pool = pool or ('last' if trunk.causal else 'mean')
 by_class = classification.weights_of_classes(class_weights, sets['train'].labels, max(2, num_classes))
-raw_classifier = classification.Classifier(
-    trunk, num_classes, pool, dropout, by_class, label_smoothing, token_dropout
-)
+options = pool, dropout, by_class, label_smoothing, token_dropout
+raw_classifier = classification.Classifier(trunk, num_classes, *options)
 row_weights = by_class[sets['train'].labels]  # (N,)
 if lora_rank:
     from lm import lora  # only where it is wanted

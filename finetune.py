@@ -201,12 +201,9 @@ if neftune_alpha:
 # ---------------------------------------------------------------------------- batches, optimizer, state
 
 mode = 'packed examples' if packing else 'examples'
-batches = data.Batches(
-    folder, type(raw_model), block_size, batch_size, gradient_accumulation_steps, seed, mode, dist
-)
-val_batches = data.EvaluationBatches(
-    folder, 'val', type(raw_model), block_size, batch_size, mode, eval_tokens, dist, even=fsdp
-)
+kind = type(raw_model)
+batches = data.Batches(folder, kind, block_size, batch_size, gradient_accumulation_steps, seed, mode, dist)
+val_rows = data.EvaluationBatches(folder, 'val', kind, block_size, batch_size, mode, eval_tokens, dist, fsdp)
 max_steps, warmup = runtime.plan_steps(config, batches.rows.num_rows, batches.rows_per_step)
 anneal_steps = optim.default_anneal_steps(anneal_steps, raw_model, initial, max_steps)
 rank = dist.rank if fsdp else 0  # of the random numbers that round this rank's weights
@@ -297,7 +294,7 @@ def save(is_last=False):
 def evaluate_and_save():
     """Compute the val/ metrics, the same for any number of ranks, print answers, save the best weights, log the step."""
     global pending
-    values = runtime.evaluate(raw_model, val_batches, dist)
+    values = runtime.evaluate(raw_model, val_rows, dist)
     if num_samples and (dist.is_main or fsdp):
         print_answers()
     log.print(f'step {step}: ' + ', '.join(f'{name} {value:.4f}' for name, value in values.items()))

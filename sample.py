@@ -138,10 +138,8 @@ num_steps = steps or (ids.count(tokenizer.mask_id) if infill else max_new_tokens
 shown_steps = candidate_steps or (1, num_steps // 2, num_steps * 3 // 4)
 form = state.get('prompt_format') or prompts.DEFAULT
 options = {name: globals()[name] for name in OPTIONS}
-options |= {
-    'stop_tokens': prompts.stop_tokens(state, tokenizer) if stop_at_end else [],
-    'watch': print_candidates if show_candidates else None,
-}
+options['stop_tokens'] = prompts.stop_tokens(state, tokenizer) if stop_at_end else []
+options['watch'] = print_candidates if show_candidates else None
 start = [state['start_token']]
 
 if chat and not state.get('prompt_format'):

@@ -56,10 +56,7 @@ def generate(
             return generate_left_to_right(model, prompts, max_new_tokens, sampler, use_cache, compile)
         if sampler.name == 'speculative':
             fills = any(model.config.mask_id in prompt for prompt in prompts)
-            check(
-                not fills,
-                "sampler='speculative' writes from left to right and fills no <|mask|>; choose another.",
-            )
+            check(not fills, "sampler='speculative' fills no <|mask|>; choose another.")
             return [speculate(model, prompt, max_new_tokens, sampler) for prompt in prompts]
         rows = [None] * len(prompts)
         for length in sorted(set(map(len, prompts))):  # rows of one length share their forward passes
@@ -270,9 +267,7 @@ class Sampler:
         check(0 <= eta <= 1, f'eta is {eta}; it must be between 0 and 1.')
         check(k is None or k >= 0, f'k is {k}; it must be at least 0, or None.')
         has_ar, remedy = model.config.ar_weight and block_length, 'train with --ar_weight and --block_length'
-        check(
-            sampler != 'speculative' or has_ar, f'sampler={sampler!r} needs an ar model to check; {remedy}.'
-        )
+        check(sampler != 'speculative' or has_ar, f'sampler={sampler!r} needs an ar model; {remedy}.')
         self.name, self.block_length, self.threshold, self.eta = sampler, block_length, threshold, eta
         self.rng, self.options, self.stop_tokens = rng, options, stops
         self.steps, self.watch, self.own_blocks, self.mask_id = steps, watch, own, model.config.mask_id

@@ -296,9 +296,7 @@ def submit_jobs():
     path.write_text('\n'.join(['#!/bin/bash', *head, 'exec bash "${jobs[$SLURM_ARRAY_TASK_ID]}"\n']))
     print(f'{len(runs)} runs; scripts of the unfinished ones: {path}')
     if not dry_run:
-        require(
-            shutil.which('sbatch'), f'There is no sbatch here; submit {path} elsewhere, or omit --submit.'
-        )
+        require(shutil.which('sbatch'), f'There is no sbatch here; submit {path} where there is one.')
         answer = subprocess.run(['sbatch', path], capture_output=True, text=True)
         require(not answer.returncode, f'sbatch {path} failed: {answer.stderr.strip()}; correct {template}.')
         print(answer.stdout.strip())

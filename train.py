@@ -145,12 +145,9 @@ block_size = raw_model.config.block_size
 
 # ---------------------------------------------------------------------------- batches, optimizer, state
 
-batches = data.Batches(
-    folder, type(raw_model), block_size, batch_size, gradient_accumulation_steps, seed, mode, dist
-)
-val_batches = data.EvaluationBatches(
-    folder, 'val', type(raw_model), block_size, batch_size, mode, eval_tokens, dist, even=fsdp
-)
+kind = type(raw_model)
+batches = data.Batches(folder, kind, block_size, batch_size, gradient_accumulation_steps, seed, mode, dist)
+val_rows = data.EvaluationBatches(folder, 'val', kind, block_size, batch_size, mode, eval_tokens, dist, fsdp)
 max_steps, warmup = runtime.plan_steps(config, batches.rows.num_rows, batches.rows_per_step)
 anneal_steps = optim.default_anneal_steps(anneal_steps, raw_model, initial, max_steps)
 rank = dist.rank if fsdp else 0  # of the random numbers that round this rank's weights
@@ -208,7 +205,7 @@ def evaluate_and_save():
     weights, log the step."""
     global pending
     with ema.in_place() if ema else nullcontext():
-        values = runtime.evaluate(raw_model, val_batches, dist)
+        values = runtime.evaluate(raw_model, val_rows, dist)
         if sample_every and (step % sample_every == 0 or step == max_steps) and (dist.is_main or fsdp):
             print_samples()
     log.print(f'step {step}: ' + ', '.join(f'{name} {value:.4f}' for name, value in values.items()))

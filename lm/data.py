@@ -336,16 +336,7 @@ class EvaluationBatches:
     """
 
     def __init__(
-        self,
-        folder,
-        split,
-        architecture,
-        block_size,
-        batch_size,
-        mode='packed',
-        max_tokens=0,
-        dist=Local,
-        even=False,
+        self, folder, split, architecture, block_size, batch_size, mode, max_tokens=0, dist=Local, even=False
     ):
         self.rows = make_rows(folder, split, architecture, block_size, mode, training=False)
         self.folder, self.batch_size, self.dist, self.even = folder, batch_size, dist, even

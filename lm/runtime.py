@@ -18,23 +18,20 @@ from lm.optim import local
 from lm.rng import torch_seed
 
 DTYPES = {'bfloat16': torch.bfloat16, 'float16': torch.float16, 'float32': torch.float32}
-CHOICES = {
-    'optimizer': ('adamw', 'muon'),
-    'schedule': ('cosine', 'linear', 'wsd', 'constant'),
-    'master_weights': ('float32', 'bfloat16'),
-}
+CHOICES = {'optimizer': ('adamw', 'muon'), 'schedule': ('cosine', 'linear', 'wsd', 'constant')}
+CHOICES['master_weights'] = ('float32', 'bfloat16')
 RANGES = [  # settings that are at least the first number and below the second
     (1, math.inf, 'batch_size gradient_accumulation_steps eval_batch_size sequence_length'),
     (2, math.inf, 'block_size'),
     (0, 2**63, 'seed'),
     (1, math.inf, 'eval_every log_every sample_tokens peft_lora_r num_classes'),
     (0, math.inf, 'num_epochs learning_rate min_lr warmup_steps warmup_ratio decay_ratio weight_decay'),
+    (0, math.inf, 'eval_tokens eval_examples early_stopping save_every save_total_limit sample_every'),
     (
         0,
         math.inf,
-        'eval_tokens eval_examples save_every save_total_limit sample_every num_samples early_stopping',
+        'num_samples anneal_steps neftune_alpha lora_rank num_layers_to_finetune val_set_size grad_clip',
     ),
-    (0, math.inf, 'anneal_steps neftune_alpha lora_rank num_layers_to_finetune val_set_size grad_clip'),
     (0, 1, 'beta1 beta2 ema_decay dropout token_dropout label_smoothing peft_lora_dropout lora_dropout'),
 ]
 NEEDS = {  # settings that have no effect where the first one is not set

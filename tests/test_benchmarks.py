@@ -102,7 +102,7 @@ def test_loss_counts_each_token_but_the_first_once(bench, letters, monkeypatch):
     monkeypatch.setattr(compare, 'BLOCK_SIZE', 16)
     loss = compare.validation_loss(model.logits, letters.tokens['val'])
     total = count = 0
-    for batch in data.EvaluationBatches(letters, 'val', ARCHITECTURES['ar'], 16, 4):
+    for batch in data.EvaluationBatches(letters, 'val', ARCHITECTURES['ar'], 16, 4, 'packed'):
         nll, counted, _ = model(*batch)
         total, count = total + nll.item(), count + counted.item()
     assert count == len(letters.tokens['val']) - 1 and count % 16

@@ -205,7 +205,8 @@ def test_ranks_that_wait_for_each_other_get_as_many_evaluation_batches(make_fold
     folder = Folder(make_folder(val=['abcdefghi' * 4]))  # two rows, both in the first rank's batch
     kind = ARCHITECTURES['diffusion']
     first, second = (
-        list(data.EvaluationBatches(folder, 'val', kind, 16, 4, dist=rank(i, 2), even=True)) for i in (0, 1)
+        list(data.EvaluationBatches(folder, 'val', kind, 16, 4, 'packed', dist=rank(i, 2), even=True))
+        for i in (0, 1)
     )
     assert len(first) == len(second) == 1 and len(first[0].tokens) > len(second[0].tokens)
     assert not second[0].loss_mask.any()
