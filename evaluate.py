@@ -243,14 +243,23 @@ def heldout_texts(rows):
 
 
 def grammar_figures(rows):
-    """Return the share of samples that begin with a whole story of prepare/grammar.py, and that end."""
+    """Return the share of samples that begin with a whole story of prepare/grammar.py, and that end; the mean share of
+    their text that is right, up to the first fault; wrong words per sample by kind; and what is wrong with each."""
     from prepare import grammar  # builds its tables: only for its own stories
 
     end = tokenizer.endoftext_id
-    finished = [tokenizer.decode(row[: row.index(end)]) for row in rows if end in row]
-    valid = sum(grammar.log_prob(text) > -math.inf for text in finished)
-    share, ci = scoring.share_ci([i < valid for i in range(len(rows))])
-    return {'valid_stories': share, 'valid_stories_ci95': ci, 'finished_stories': len(finished) / len(rows)}
+    finished = [end in row for row in rows]
+    texts = [tokenizer.decode(row[: row.index(end)] if ends else row) for row, ends in zip(rows, finished)]
+    faults = [grammar.faults(text) for text in texts]
+    valid = [ends and not found for ends, found in zip(finished, faults)]
+    right = [found[0].position / max(1, len(text)) if found else 1.0 for text, found in zip(texts, faults)]
+    kinds = [fault.kind for found in faults for fault in found]
+    figures = {
+        'wrong_words': {kind: kinds.count(kind) / len(rows) for kind in ('name', 'pronoun', 'place', 'thing')}
+    }
+    figures |= {'finished_stories': statistics.mean(finished), 'right_share': statistics.mean(right)}
+    figures['valid_stories'], figures['valid_stories_ci95'] = scoring.share_ci(valid)
+    return {**figures, 'faults': [list(map(str, found)) for found in faults]}
 
 
 def evaluate_instructions(model, state):

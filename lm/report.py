@@ -12,7 +12,8 @@ steps.steps d S | steps.nats_per_token .4f in S steps | steps.difference +.4f mi
 exact.nats_per_token .4f left to right | carried.nats_per_token .4f beliefs carried | exact.ci_over s interval over
 accuracy .3f accuracy
 distinct_1 .3f distinct-1 | distinct_4 .3f distinct-4 | rep_4 .3f rep-4 | entropy .3f entropy
-samples_empty d empty | judge_nats .3f judge nats | valid_stories .3f stories
+samples_empty d empty | judge_nats .3f judge nats | valid_stories .3f stories | right_share .3f right
+wrong_words.name .2f wrong names | wrong_words.pronoun .2f pronouns | wrong_words.place .2f places | wrong_words.thing .2f things
 rouge_l .3f ROUGE-L | format_compliance .3f format | followed .3f followed
 tokens_per_sec ,.0f tokens/s | tokens_per_sec_batch ,.0f in a batch | passes_per_token .3f passes/token
 """
@@ -27,7 +28,8 @@ of no other. Left to right: the exact nll of a diffusion model that samples in t
 length 1, fresh_beliefs=True; beliefs carried: False), on fewer rows.
 Accuracy: of the next token for ar, of masked tokens for the others, so the two do not compare. Diversity is
 of the samples that are not empty; it depends on their number and length: compare it with that of held-out
-text. n/a: cannot be computed."""
+text. Stories: the share of samples that are stories of the grammar; right: the share of a sample's text before its
+first fault; wrong words: per sample, that do not agree with what was said before. n/a: cannot be computed."""
 
 
 def entropy_row(floor):
@@ -98,6 +100,8 @@ def page(results, shown=10):
     columns = []
     for model in results['models']:
         texts = [escape(text) for text in model.get('samples', [])[:shown]]
+        for i, faults in enumerate(model.get('faults', [])[:shown]):
+            texts[i] += ''.join(f'\n<i>{escape(fault)}</i>' for fault in faults)
         answers = model.get('answers', [])[:shown]
         texts += [f'{escape(prompt)}<b>{escape(answer)}</b>' for prompt, answer, _ in answers]
         texts = ''.join(f'<pre>{text}</pre>' for text in texts)

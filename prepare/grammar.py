@@ -8,6 +8,7 @@ thanked, and "she" stays "she" to the end.
     text = grammar.story(random.Random(1))          # "... A frog saw her ..."
     grammar.log_prob(text)                          # in nats
     grammar.log_prob(text.replace("her", "his"))    # −inf: no story
+    grammar.faults(text.replace("her", "his"))      # where it stops being one: [Fault(position, kind, said, expected)]
 
 The grammar is stories.txt beside this file; another such text makes another language. In its rules `{hero=heroes}`
 draws a row of the table `heroes`, binds it to `hero` and says it. `{hero}` says it again, `{hero.them}` says another
@@ -17,11 +18,14 @@ cell of the place, so that the place decides what is there; `{hero.kind=heroes}`
 law: its r-th possibility has weight 1 / (r + 1), so that no weights have to be written down.
 """
 
+import heapq
+import itertools
 import math
 import random
 import re
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -33,6 +37,11 @@ VERSION = {'prepare/grammar.py': '8daa642a586c4c61bb0c1afede843bdc0f01b16b9a0071
 # that one's forms as well: Lily, being a "she", has her "her".
 # A rule is its name, a colon and a template, indented where it goes on; what it binds may be used from there on.
 TABLES, RULES = Path(__file__).with_name('stories.txt').read_text('utf-8').split('\n---\n')
+KINDS = {  # of words that agree with what was said before, by form or variable; the others are things
+    'pronoun': {'they', 'them', 'their', 'were'},
+    'name': {'hero', 'pal'},
+    'place': {'place', 'spot', 'trap'},
+}
 BLOCKS = r'\n(?! )'  # what is indented belongs to what stands above it
 
 
@@ -95,6 +104,9 @@ class Slot(Node):
         super().__init__('', [then])
         self.variable, self.form = variable[0].lower() + variable[1:], form or 'word'
         self.capital, self.then = variable[0].isupper(), then
+        self.kind = next(
+            (kind for kind, words in KINDS.items() if {self.form, self.variable} & words), 'thing'
+        )
         self.parent, self.source, self.rows_of = parent, source, rows_of
         self.needs = self.needs - {self.variable} | ({parent} - {None} if source else {self.variable})
 
@@ -108,6 +120,23 @@ class Slot(Node):
         return [(p, self.text_of(row), self.then, {**bindings, self.variable: row}) for p, row in rows]
 
 
+class Fault(NamedTuple):
+    """Where a text is no story: `said` stands at a position where one of `expected` must stand.
+
+    kind: what does not agree with what was said before: a pronoun, name, place or thing; '' where the text goes on as
+    no story does.
+    """
+
+    position: int  # in characters
+    kind: str
+    said: str
+    expected: tuple
+
+    def __str__(self):
+        expected = ' or '.join(map(repr, self.expected[:3])) + ' …' * (len(self.expected) > 3)
+        return f'{self.kind or "text"} at {self.position}: {self.said!r}, expected {expected or "the end"}'
+
+
 class Grammar:
     """A distribution over stories, from texts like RULES and TABLES.
 
@@ -116,7 +145,8 @@ class Grammar:
 
     def __init__(self, rules, tables):
         self.rules, self.tables = read_rules(rules), read_tables(tables)
-        self.rows_of = cache(self.rows_of)
+        self.sources = {}  # of each variable: what it is drawn from
+        self.rows_of, self.rows_like = cache(self.rows_of), cache(self.rows_like)
         self.start = self.link('story', Node('', []))
         if self.start.needs:
             raise ValueError(f'The rules can refer to {self.start.needs} before {{NAME=...}} introduces it.')
@@ -135,7 +165,9 @@ class Grammar:
         if rule := re.fullmatch(r'<(\w+)>', piece):
             return self.link(rule[1], then)
         if slot := re.fullmatch(r'{(\w+)(?:\.(\w+))?(?:=(?:(\w+)\.)?(\w+))?}', piece):
-            return Slot(*slot.groups(), self.rows_of, then)
+            slot = Slot(*slot.groups(), self.rows_of, then)
+            self.sources.setdefault(slot.variable, set()).update({slot.source} - {None})
+            return slot
         if re.search(r'[][<>{}()]', piece):
             raise ValueError(f'The rules have a slot that cannot be read or a stray bracket in {piece!r}.')
         return Node(piece, [then])
@@ -174,9 +206,52 @@ class Grammar:
         """Return the log-probability in nats that a story is exactly this text; -inf if none is."""
         return float(np.logaddexp.reduce([log_p for log_p, _ in self.derivations(text)]))
 
+    def faults(self, text):
+        """Return the Faults of a text, as few as there can be, in its order; [] if it is a story.
+
+        A word that does not agree is a fault, after which the text may go on as if it did; what no story says, the last.
+        """
+        agenda, number, seen = [(0, 0, 0, (), self.start, {})], itertools.count(1), set()
+        furthest, told, expected = (
+            -1,
+            (),
+            [],
+        )  # where the text stops being a story, and the faults up to there
+        while agenda:  # fewest faults first, then furthest
+            _, back, _, faults, node, bindings = heapq.heappop(agenda)
+            position, transitions = -back, node.transitions(bindings)
+            if not transitions and position == len(text):
+                return [*faults]
+            ways = [(more, then, bound, faults) for _, more, then, bound in transitions]
+            right = tuple(dict.fromkeys(more for more, *_ in ways))
+            for row in self.rows_like(node.variable, node.form) if isinstance(node, Slot) else ():
+                if (said := node.text_of(row)) not in right:
+                    fault = Fault(position, node.kind, said, right)
+                    ways.append((said, node.then, {node.variable: row, **bindings}, (*faults, fault)))
+            ways = [way for way in ways if text.startswith(way[0], position)]
+            if not ways and position > furthest:
+                furthest, told, expected = position, faults, []
+            if not ways and position == furthest and faults == told:
+                expected += right
+            for more, then, bound, so_far in ways:
+                state = position + len(more), id(then), tuple((name, id(row)) for name, row in bound.items())
+                if (state, len(so_far)) not in seen:
+                    seen.add((state, len(so_far)))
+                    heapq.heappush(agenda, (len(so_far), -state[0], next(number), so_far, then, bound))
+        return [*told, Fault(furthest, '', text[furthest : furthest + 40], tuple(expected))]
+
+    def rows_like(self, variable, form):
+        """Return the rows, of those that have this form, that a variable could be bound to anywhere."""
+        rows = []
+        for source in self.sources[variable]:
+            cells = [row[source] for table in self.tables.values() for row in table.values() if source in row]
+            words = [word for cell in cells for word in cell.split(', ')]
+            rows += self.tables[source].values() if source in self.tables else map(make_row, words)
+        return [row for row in rows if form in row]
+
 
 GRAMMAR = Grammar(RULES, TABLES)
-story, log_prob = GRAMMAR.story, GRAMMAR.log_prob
+story, log_prob, faults = GRAMMAR.story, GRAMMAR.log_prob, GRAMMAR.faults
 
 
 def stories(num_stories, seed=0, first=0):

@@ -314,6 +314,11 @@ def test_samples_are_stories_of_the_grammar_or_not_and_the_true_entropy_is_shown
     rows = [told + [end], told + [end] + told[:9], told, tokenizer.encode(stories[1][:-1]) + [end]]
     figures = script['grammar_figures'](rows)
     assert figures['valid_stories'] == 0.5 and figures['finished_stories'] == 0.75
+    assert figures['faults'][:3] == [[], [], []] and len(figures['faults'][3]) == 1
+    assert figures['right_share'] == pytest.approx(1 - 1 / (4 * len(stories[1])), abs=0.01)
+    right = next(story for story in grammar.stories(50, seed=3) if ' took her ' in story)
+    wrong = tokenizer.encode(right.replace(' took her ', ' took his '))
+    assert script['grammar_figures']([wrong + [end]])['wrong_words']['pronoun'] == 1
 
 
 # ---------------------------------------------------------------------------- instructions

@@ -218,6 +218,37 @@ def test_changing_only_the_first_mention_has_probability_zero(walks):
                     assert grammar.log_prob(wrong_story) == -math.inf, f'{text!r} changed: {wrong_story}'
 
 
+def test_faults_say_where_a_text_stops_being_a_story_and_why(walks):
+    """A word that does not agree is one fault at its place, whatever follows; other words end the story there."""
+    rng, domains = random.Random(0), Domains(grammar.GRAMMAR)
+    for walk in walks:
+        assert grammar.faults(tell(walk)) == []
+        said_before = [i for i, (*_, node) in enumerate(walk) if isinstance(node, Slot) and not node.source]
+        i = rng.choice(said_before)
+        _, right, node = walk[i]
+        wrong = sorted({node.text_of(row) for row in domains.rows(node.variable)} - {right})
+        before, after = tell(walk[:i]), tell(walk[i + 1 :])
+        for word in wrong[:1]:
+            (fault,) = grammar.faults(before + word + after)
+            assert fault[:3] == (len(before), node.kind, word) and right in fault.expected
+        *_, fault = grammar.faults(before + right + ' #')
+        assert not fault.kind and len(before) <= fault.position <= len(before + right) + 2
+
+
+def test_faults_are_named_for_what_they_are():
+    text = 'Lily was a little girl. She loved to sing. One sunny day, Lily took his red ball to the farm. '
+    text += 'But on the way home, the kite was gone! Mia felt very sad. A cow saw her. "Maa! I will'
+    faults = grammar.faults(text)
+    assert [(fault.kind, fault.said) for fault in faults[:-1]] == [
+        ('pronoun', 'his'),
+        ('thing', 'kite'),
+        ('name', 'Mia'),
+        ('thing', 'Maa'),
+    ]
+    assert str(faults[0]) == "pronoun at 68: 'his', expected 'her'"
+    assert str(grammar.faults('Lily was a little boy')[0]) == "name at 18: 'boy', expected 'girl'"
+
+
 def test_a_story_in_part_has_probability_zero(walks):
     for walk in walks[:100]:
         story = tell(walk)
