@@ -25,6 +25,7 @@ from sampling import generate
 
 # --- what to compare ---
 checkpoint = ''  # ckpt.pt files, run folders, Hugging Face folders or hub ids, separated by commas
+architecture = ''  # of checkpoints that do not say it; another than they say is refused
 token = ''  # of the Hugging Face hub, for private models
 revision = ''  # a branch, tag or commit of the hub
 dataset = ''  # a name under data/, or a path; empty: what the first checkpoint was trained on
@@ -93,9 +94,10 @@ def read_exercises():
     return exercises
 
 
-def load(path):
+def load(path, architecture=''):
     """Return a checkpoint without what only training needs, with its Tokenizer, its path and a name."""
-    state = checkpoints.load(path, token, revision, tokenizer=dataset and Folder(dataset).tokenizer)
+    own = dataset and Folder(dataset).tokenizer
+    state = checkpoints.load(path, token, revision, tokenizer=own, architecture=architecture)
     state.pop('optimizer_state_dict', None)
     path = Path(path) / 'ckpt.pt' if (Path(path) / 'ckpt.pt').is_file() else Path(path)
     name = path.resolve().parent.name if path.name == 'ckpt.pt' else str(path)
@@ -105,7 +107,7 @@ def load(path):
 
 exercises = read_exercises() if 'instructions' in wanted else []
 states = []
-for state in map(load, paths):
+for state in (load(path, architecture) for path in paths):
     states.append(state)
     if state['model_config'].get('ar_weight'):  # two models in one
         own = {'name': f'{state["name"]}, as ar', 'path': Path(f'{state["path"]}, as ar')}

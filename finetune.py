@@ -8,6 +8,7 @@ torchrun --standalone --nproc_per_node=2 finetune.py --dataset=alpaca --init_fro
 import copy
 import math
 import zlib
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -16,12 +17,15 @@ import torch
 
 from lm import checkpoints, data, optim, prompts, runtime
 from lm.configurator import configure, require
-from lm.folder import Folder
+from lm.folder import Folder, prepared
 from lm.log import start_run
 from sampling import generate
 
 # --- data ---
-dataset = ''  # a folder of prepare/instruct.py: a name under data/, or a path
+dataset = (
+    ''  # a folder of prepare/instruct.py: a name under data/, a path; or what that reads: a file, a hub id
+)
+field = ''  # of that: the field of plain text
 batch_size = 8  # rows per micro-step and rank
 gradient_accumulation_steps = 1  # micro-steps per step and rank
 packing = True  # several examples per row, none of which sees another; False: one example per row
@@ -123,6 +127,9 @@ if fsdp:
 if master_weights == 'bfloat16' and dtype == 'auto':
     dtype = 'bfloat16'
 dist = runtime.Runtime(device, dtype)
+if not resumed.checkpoint:
+    base = partial(checkpoints.tokenizer_of, init_from, token, revision)
+    dataset = config['dataset'] = dist.from_main(lambda: prepared(dataset, field, block_size, base))
 folder = Folder(dataset)
 tokenizer, prompt_format = folder.tokenizer, folder.config['prompt_format'] or prompts.DEFAULT
 max_seq_len, answer_masks = folder.config.get('max_seq_len'), folder.masks['val']

@@ -17,6 +17,7 @@ from sampling import generate
 
 checkpoint = ''  # a ckpt.pt, run folder, Hugging Face folder or hub id; empty: newest under out/
 tokenizer = ''  # of a ckpt.pt of nanoGPT's, unless it is gpt2's: a path
+architecture = ''  # of a checkpoint that does not say it; another than it says is refused
 token = ''  # of the Hugging Face hub, for private models
 revision = ''  # a branch, tag or commit of the hub
 prompt = ''  # the text to continue, or FILE:path; empty: a new text
@@ -122,7 +123,8 @@ dist = runtime.Runtime(device, dtype)
 runs = sorted((ROOT / 'out').glob('*/ckpt.pt'), key=lambda path: path.stat().st_mtime)
 require(checkpoint or runs, 'There is no run under out/; train one, or give --checkpoint=PATH.')
 path = checkpoint or runs[-1]
-state = checkpoints.load(path, token, revision, tokenizer=tokenizer and Tokenizer.load(tokenizer))
+own = tokenizer and Tokenizer.load(tokenizer)
+state = checkpoints.load(path, token, revision, tokenizer=own, architecture=architecture)
 tokenizer = Tokenizer(state['tokenizer'])
 if sampler == 'ar':
     state, sampler = checkpoints.as_ar(state, path), ''

@@ -46,17 +46,20 @@ def is_pretrained(path):
     return is_name and is_id and not path.exists()
 
 
-def load(path, token=None, revision=None, mmap=False, sharded=False, tokenizer=None):
+def load(path, token=None, revision=None, mmap=False, sharded=False, tokenizer=None, architecture=''):
     """Load the dict that `ckpt.pt` holds, its tensors on the CPU.
 
     path: the file, a run folder, a Hugging Face folder, or the id of a model of its hub, for which `token` and
     `revision` are. mmap: leave the tensors on disk until they are used. sharded: whether the weights may be missing,
-    because a folder beside it has them. tokenizer: of a ckpt.pt of nanoGPT's, which does not hold it.
+    because a folder beside it has them. tokenizer: of a ckpt.pt of nanoGPT's, which does not hold it. architecture: of
+    a checkpoint that does not say it; another than it says is refused.
     """
     if is_pretrained(path):
         run = next((out / path for out in (Path('out'), ROOT / 'out') if (out / path).is_dir()), None)
         require(not run or Path(path).exists(), f'There is no checkpoint at {path}; did you mean {run}?')
-        return pretrained.load(path, token, revision)
+        checkpoint = pretrained.load(path, token, revision)
+        require_architecture(checkpoint, path, architecture)
+        return checkpoint
     path = newest_checkpoint(path) if Path(path).is_dir() else Path(path)
     require(path.is_file(), f'There is no checkpoint at {path}; correct the path, or train one.')
     with as_sentence(f'{path} is damaged or no checkpoint of ours', OTHERS):
@@ -67,6 +70,7 @@ def load(path, token=None, revision=None, mmap=False, sharded=False, tokenizer=N
     checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
     if {'model', 'model_args'} <= checkpoint.keys():
         checkpoint = pretrained.from_nanogpt(checkpoint, path, tokenizer)
+    require_architecture(checkpoint, path, architecture)
     missing = NEEDED.keys() - checkpoint
     if missing == {'model_state_dict'} and 'sharded' in checkpoint:
         remedy = f'put them into it with `python hf.py consolidate {path.parent}`, or let the run finish'
@@ -79,6 +83,20 @@ def load(path, token=None, revision=None, mmap=False, sharded=False, tokenizer=N
         checkpoint |= {name: current_names(checkpoint[name]) for name in names}
         check_contents(checkpoint)
     return checkpoint
+
+
+def require_architecture(checkpoint, path, architecture):
+    """Raise a UserError where a checkpoint says another architecture than one that was given; complete it."""
+    held = checkpoint.setdefault('architecture', architecture) if architecture else ''
+    problem = f'{path} holds architecture={held!r}, not {architecture!r}'
+    require(held == architecture, f'{problem}; leave --architecture out.')
+
+
+def tokenizer_of(path, token, revision):
+    """Return what `--tokenizer` takes for a run that starts from `path`: a model of the hub is fetched."""
+    if path == 'scratch' or Path(path).exists() or not is_pretrained(path):
+        return path.replace('scratch', '')
+    return str(pretrained.download(path, token, revision))
 
 
 def check_contents(checkpoint):

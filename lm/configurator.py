@@ -127,7 +127,8 @@ PUBLISHED_NAMES = {  # key: names that published scripts use
     'batch_size': 'per_device_train_batch_size',
     'max_steps': 'max_iters',
     'gradient_accumulation_steps': 'grad_accum_steps',
-    'dataset': 'data_dir',
+    'dataset': 'data_dir dataset_name',
+    'field': 'dataset_text_field',
     'block_size': 'context_length seq_length max_seq_length',
     'model_size': 'model_config',
     'init_from': 'pretrained_checkpoint base_model model_name',
@@ -154,7 +155,6 @@ ALIASES = [
     ('trust_remote_code', 'revision', no_remote_code),
 ]
 ELSEWHERE = dict(use_auth_token='HF_TOKEN or `hf auth login`', num_processes='torchrun --nproc_per_node')
-ELSEWHERE |= dict(dataset_name='prepare/instruct.py --source', dataset_text_field='its --field')
 ELSEWHERE |= dict(hf_cache='HF_HOME', wandb_entity='WANDB_ENTITY', tokenizers_prefix='--tokenizer')
 ELSEWHERE |= dict(checkpoints_training='--out_dir', checkpoints_is_medium='the checkpoint')  # published names
 COMPETING = dict(max_steps='num_epochs', num_epochs='max_steps')  # the later wins, unless it is 0 or -1

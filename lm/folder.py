@@ -1,7 +1,10 @@
 """Prepared folders: their settings, tokenizer and memory maps, and mixes of several."""
 
+import hashlib
 import json
 import mmap
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -62,6 +65,27 @@ class Folder:
         counted = self.tokens[split][self.masks[split] == 1]
         text = self.tokenizer.decode(counted)
         return len(counted) / len(text.encode()) if text else None
+
+
+def prepared(source, field, max_seq_len, tokenizer):
+    """Return a prepared folder as it is; of files or of a data set of the hub, the one that prepare/instruct.py makes.
+
+    tokenizer: returns what `--tokenizer` takes.
+    """
+    near, below = Path(source), ROOT / 'data' / source
+    is_folder = any((path / 'config.json').is_file() or path.is_dir() for path in (near, below))
+    is_hub_id = source.count('/') == 1 and not near.parent.is_dir() and not below.parent.is_dir()
+    if is_folder or not (near.is_file() or is_hub_id):
+        return source
+    settings = dict(source=source, field=field, max_seq_len=max_seq_len, tokenizer=tokenizer())
+    words = [f'--{key}={value}' for key, value in settings.items() if value]
+    target = ROOT / 'data' / f'{near.stem}-{hashlib.sha256(repr(words).encode()).hexdigest()[:8]}'
+    if is_hub_id and (target / 'config.json').is_file():
+        return str(target)  # files may have changed: their preparation says so
+    script = [sys.executable, ROOT / 'prepare' / 'instruct.py', f'--output_dir={target}', *words]
+    done = subprocess.run(script).returncode == 0
+    require(done, f'{source} could not be prepared as instruction data, as said above.')
+    return str(target)
 
 
 def find_folder(dataset):

@@ -1,9 +1,17 @@
 """Configuration files and command lines of published systems, as they were written."""
 
+import json
+import shutil
+
 import pytest
+import torch
+from conftest import write_folder
+from helpers import ASCII, CPU, load, run, write_base
 from test_configurator import write
 
 from lm import configurator
+from lm.configurator import ROOT, UserError
+from lm.folder import Folder
 
 TRL = """
 model_name: facebook/opt-350m
@@ -76,7 +84,7 @@ def test_files_of_published_systems_are_read_as_written(tmp_path, monkeypatch, c
     assert config['max_steps'] <= 0 and config['use_peft'] is False and config['learning_rate'] == 1.41e-5
     notes = capsys.readouterr().out
     assert 'use_auth_token=True in config.yml has no effect here; HF_TOKEN' in notes
-    assert 'prepare/instruct.py --source is for that' in notes
+    assert (config['dataset'], config['field']) == ('timdettmers/openassistant-guanaco', 'text')
     config = settings_of('finetune.py', write('msml.yaml', MSML))
     assert (config['batch_size'], config['use_peft'], config['save_every']) == (1, False, 50)
     assert 'torchrun --nproc_per_node' in capsys.readouterr().out
@@ -88,3 +96,71 @@ def test_files_of_published_systems_are_read_as_written(tmp_path, monkeypatch, c
     common = write('common.yaml', 'seed: 3\ntemperature: 0.5\ndevice: cpu')
     for script in ('sample.py', 'evaluate.py'):
         assert settings_of(script, common)['temperature'] == 0.5
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A working folder with a base model, base/."""
+    monkeypatch.chdir(tmp_path)
+    write_base(tmp_path / 'base', 'ar')
+    return tmp_path
+
+
+@pytest.fixture
+def prepared_folders():
+    """Take away what a run has prepared by itself."""
+    before = set((ROOT / 'data').glob('rows-*'))
+    yield
+    for folder in set((ROOT / 'data').glob('rows-*')) - before:
+        shutil.rmtree(folder)
+
+
+@pytest.mark.faults
+def test_a_run_prepares_the_data_set_that_its_file_names_once(place, prepared_folders, capfd):
+    rows = [{'text': f'### Human: say {i}### Assistant: ' + 'it is so. ' * (i % 9)} for i in range(80)]
+    (place / 'rows.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    config = TRL.replace('timdettmers/openassistant-guanaco', 'rows.jsonl').replace(
+        'facebook/opt-350m', 'base'
+    )
+    for before, after in (
+        (': 64\n', ': 4\n'),
+        ('512', '32'),
+        ('16\n', '2\n'),
+        ('-1', '1'),
+        ('save_steps: 100', 'save_steps: 1'),
+    ):
+        config = config.replace(before, after)
+    (place / 'config.yml').write_text(config)
+    run('finetune.py', 'config.yml', *CPU)
+    checkpoint = load(place / 'output')
+    assert checkpoint['global_step'] == 1 and (place / 'output/checkpoints/checkpoint-1/ckpt.pt').exists()
+    folder = Folder(checkpoint['train_config']['dataset'])
+    assert folder.masks['train'].all() and folder.config['max_seq_len'] == 32
+    assert '0 that could not be read' in capfd.readouterr().out
+    times = [path.stat().st_mtime_ns for path in sorted(folder.path.iterdir())]
+    run('finetune.py', 'config.yml', '--overwrite', *CPU)
+    assert times == [path.stat().st_mtime_ns for path in sorted(folder.path.iterdir())]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize('name', ['nothing', 'nothing.jsonl'])
+def test_a_data_set_that_is_nowhere_is_named(place, name):
+    with pytest.raises(UserError, match=f"There is no prepared data at '{name}'"):
+        run('finetune.py', f'--dataset_name={name}', '--model_name=base', *CPU)
+
+
+@pytest.mark.faults
+def test_an_architecture_that_contradicts_the_checkpoint_is_refused_and_one_that_completes_it_is_taken(place):
+    write_folder(place / 'data', letters=ASCII)
+    sample = ['sample.py', '--checkpoint=base', '--max_new_tokens=3', '--device=cpu']
+    evaluate = ['evaluate.py', '--checkpoint=base', '--dataset=data', '--metrics=accuracy', '--device=cpu']
+    for script in (sample, evaluate):
+        with pytest.raises(UserError, match="holds architecture='ar', not 'sdd'"):
+            run(*script, '--architecture=sdd')
+    saved = load(place / 'base')
+    del saved['architecture']
+    torch.save(saved, place / 'base/ckpt.pt')
+    for script in (sample, evaluate):
+        with pytest.raises(UserError, match='lacks architecture'):
+            run(*script)
+        run(*script, '--architecture=ar')
