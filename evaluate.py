@@ -21,6 +21,7 @@ from lm import checkpoints, data, files, likelihood, prompts, report, rng, runti
 from lm.configurator import ROOT, UserError, check_range, configure, printable, require, user_errors
 from lm.folder import Folder
 from lm.tokenizer import ENDOFTEXT, Tokenizer
+from model import ARCHITECTURES
 from sampling import generate
 
 # --- what to compare ---
@@ -112,6 +113,7 @@ for state in (load(path, architecture) for path in paths):
     if state['model_config'].get('ar_weight'):  # two models in one
         own = {'name': f'{state["name"]}, as ar', 'path': Path(f'{state["path"]}, as ar')}
         states.append({**checkpoints.as_ar(state, state['path']), **own})
+runtime.report_idle_settings(config, *(ARCHITECTURES[state['architecture']] for state in states))
 dataset_name = dataset or states[0]['train_config'].get('dataset')
 require(dataset_name, f'{states[0]["path"]} does not say what it was trained on; give --dataset=NAME.')
 folder = Folder(dataset_name)

@@ -188,6 +188,7 @@ if use_peft:
         raw_model.load_state_dict(resumed.checkpoint['adapter_state_dict'], strict=False)
 if master_weights == 'bfloat16':
     raw_model.bfloat16()
+runtime.report_idle_settings(config, raw_model)
 raw_model = store.place(raw_model, weights, dist)
 weights = None  # not kept beside the model
 initial.pop('model_state_dict', None)

@@ -131,8 +131,8 @@ if sampler == 'ar':
 model = checkpoints.load_model(state, dist.device)
 has_candidates, remedy = model.has_beliefs and k != 0, 'take an sdd checkpoint and a k above 0'
 require(not show_candidates or has_candidates, f'{path} with k={k} keeps no candidates to show; {remedy}.')
-idle = 'steps sampler block_length threshold eta' if model.causal else 'use_cache compile'
-report_idle(config, f'on {state["architecture"]}', idle + ' k' * (not model.has_beliefs))
+runtime.report_idle_settings(config, model)
+report_idle(config, f'on {state["architecture"]}', '' if model.causal else 'use_cache compile')
 print(f'{path}: {state["architecture"]}, {model.num_parameters():,} parameters, step {state["global_step"]}')
 
 ids = [] if chat else encode_infill(infill) if infill else tokenizer.encode(prompt)

@@ -140,6 +140,7 @@ if master_weights == 'bfloat16':
 weights = None
 if initial:
     weights = initial.get('model_state_dict') if resumed.checkpoint else checkpoints.weights_of(initial)
+runtime.report_idle_settings(config, raw_model)
 raw_model = store.place(raw_model, weights, dist)
 block_size = raw_model.config.block_size
 

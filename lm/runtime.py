@@ -16,6 +16,7 @@ from lm.configurator import UserError, check_choice, check_range, report_idle, r
 from lm.kernels import has_bfloat16
 from lm.optim import local
 from lm.rng import torch_seed
+from model import architecture_name
 
 DTYPES = {'bfloat16': torch.bfloat16, 'float16': torch.float16, 'float32': torch.float32}
 CHOICES = {'optimizer': ('adamw', 'muon'), 'schedule': ('cosine', 'linear', 'wsd', 'constant')}
@@ -39,6 +40,18 @@ NEEDS = {  # settings that have no effect where the first one is not set
     'use_peft': 'peft_lora_r peft_lora_alpha peft_lora_dropout peft_targets',
     'lora_rank': 'lora_alpha lora_dropout lora_dora',
 }
+
+
+def report_idle_settings(config, *kinds):
+    """Report the settings that were given although none of the models, or classes of models, has what they set."""
+    idle = (
+        ''
+        if any(kind.has_beliefs for kind in kinds)
+        else 'k k_schedule k_warmup_steps p_belief fresh_beliefs'
+    )
+    if all(kind.causal for kind in kinds):
+        idle += ' mask_ratio draws bound_steps exact steps sampler block_length threshold eta'
+    report_idle(config, 'on ' + ', '.join(sorted({architecture_name(kind) for kind in kinds})), idle)
 
 
 def check_settings(config):

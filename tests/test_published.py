@@ -164,3 +164,28 @@ def test_an_architecture_that_contradicts_the_checkpoint_is_refused_and_one_that
         with pytest.raises(UserError, match='lacks architecture'):
             run(*script)
         run(*script, '--architecture=ar')
+
+
+@pytest.mark.faults
+def test_a_setting_that_an_architecture_does_not_have_is_reported_by_every_script(place, capsys):
+    write_folder(place / 'data', letters=ASCII)
+    train = ['train.py', '--dataset=data', '--max_steps=1', '--out_dir=run', '--k_warmup_steps=2', *CPU]
+    run(*train, '--mask_ratio=(0.2,0.8)', '--model_size=tiny')
+    assert {
+        'note: k_warmup_steps=2 has no effect on ar.',
+        'note: mask_ratio=(0.2, 0.8) has no effect on ar.',
+    } <= {*capsys.readouterr().out.splitlines()}
+    run(*train, '--mask_ratio=(0.2,0.8)', '--architecture=diffusion', '--overwrite')
+    assert (
+        'k_warmup_steps=2 has no effect on diffusion.' in (out := capsys.readouterr().out)
+        and 'mask_ratio' not in out
+    )
+    run(
+        'evaluate.py',
+        '--checkpoint=base',
+        '--dataset=data',
+        '--metrics=accuracy',
+        '--draws=2',
+        '--device=cpu',
+    )
+    assert 'note: draws=2 has no effect on ar.' in capsys.readouterr().out
