@@ -35,9 +35,13 @@ stop_at_end = True  # stop at <|endoftext|>
 use_cache = True  # ar: keep keys and values; False: the same text, slower
 compile = False  # ar: compile the decode step; for long texts on a GPU
 steps: int = None  # diffusion: forward passes; None: one per token
-sampler = ''  # diffusion: first_hitting, with steps ancestral; confidence, blocks, threshold, remdm, ar
+sampler = (
+    ''  # diffusion: first_hitting, with steps ancestral; confidence, blocks, threshold, entropy, remdm, ar
+)
 block_length: int = None  # of sampler=blocks, 32; of a model trained on blocks: one of its lengths
-threshold = 0.9  # of sampler=threshold: the probability at which a token is kept
+threshold: float = (
+    None  # of sampler=threshold: the probability at which a token is kept, 0.9; of entropy: nats, 0.3
+)
 eta = 0.1  # of sampler=remdm: the largest probability to mask a token again
 k: int = None  # sdd: candidates per masked position, 0: none; None: the model's own number
 fresh_beliefs: bool = None  # sdd: from a pass before each step; None: where one token is written at a time

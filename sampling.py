@@ -11,7 +11,7 @@ from lm.caches import BlockCache, KVCache
 from lm.speculation import speculate
 from model import Belief, check
 
-SAMPLERS = ('first_hitting', 'ancestral', 'confidence', 'blocks', 'threshold', 'remdm', 'speculative')
+SAMPLERS = 'first_hitting ancestral confidence blocks threshold entropy remdm speculative'.split()
 CHECK_EVERY = 16  # tokens between questions to a GPU whether all rows have stopped: each waits for it
 
 
@@ -91,21 +91,31 @@ def truncate(row, prompt_length, stop_tokens):
 # ---------------------------------------------------------------------------- sampling tokens
 
 
-def sample_tokens(model, hidden, uniform, options, confidence=False):
-    """Sample a token (N,) for each hidden state (N, C); with `confidence` return their probabilities (N,) as well.
+def sample_tokens(model, hidden, uniform, options, score=None):
+    """Sample a token (N,) for each hidden state (N, C); return its score(logits, token) (N,) as well, if one is given.
 
     uniform: (N,) numbers, None at temperature 0; options: temperature, top_k, top_p.
     """
     rows = model.head_rows(hidden)
-    tokens, probabilities = [], []
+    tokens, scores = [], []
     for i in range(0, max(1, len(hidden)), rows):
         logits = model.head(hidden[i : i + rows])  # (n, V)
         token = choose(logits, None if uniform is None else uniform[i : i + rows], *options)
-        if confidence:
-            log_p = logits.gather(1, token[:, None]) - logits.logsumexp(-1, keepdim=True)
-            probabilities.append(log_p.exp().squeeze(1))
+        if score:
+            scores.append(score(logits, token))
         tokens.append(token)
-    return (torch.cat(tokens), torch.cat(probabilities)) if confidence else torch.cat(tokens)
+    return (torch.cat(tokens), torch.cat(scores)) if score else torch.cat(tokens)
+
+
+def confidence_of(logits, token):
+    """Compute the probability (N,) of tokens (N,), given logits (N, V)."""
+    return (logits.gather(1, token[:, None]) - logits.logsumexp(-1, keepdim=True)).exp().squeeze(1)
+
+
+def certainty_of(logits, token):
+    """Compute the negative entropy (N,) in nats of the distributions of logits (N, V)."""
+    log_p = logits.log_softmax(-1)
+    return (log_p.exp() * log_p.clamp(min=-1e9)).sum(-1)
 
 
 def uniform_numbers(shape, rng, device):
@@ -219,11 +229,13 @@ class Sampler:
     ancestral             each with the same probability, so that the order is random (MDLM)
     confidence, blocks    the most confident, an equal share of them in each step (LLaDA); within blocks of block_length
     threshold             all that are more confident than the threshold, one at least (Fast-dLLM)
+    entropy               the least uncertain while their entropies but the largest add up to no more than the threshold, in
+                          nats: what it costs to sample them independently is less (Ben-Hamu et al. 2025, EB-Sampler)
     remdm                 like ancestral, and written tokens are masked again with probability eta at most (ReMDM)
     speculative           blocks drafted in a pass and checked by the ar model in a model with ar_weight: its samples
 
-    Where the most confident come first, a text's end and its padding come last: a model is sure of these before it is
-    of the text, which would end too early. A name of your own in SAMPLERS needs a branch in `to_sample` and in `to_keep`.
+    Where the most confident come first, a text's end and its padding come last, from left to right: a model is sure of
+    these before it is of the text, which would end too early. A name of your own in SAMPLERS needs a branch in `to_sample` and in `to_keep`.
 
     block_length    of `blocks`, 32 where None; of a model that was trained on blocks: one of its lengths, 0 the whole row
     sampler         '': first_hitting, of which the NELBO is a bound; where steps are given, ancestral
@@ -244,7 +256,7 @@ class Sampler:
         steps=None,
         fresh_beliefs=None,
         block_length=None,
-        threshold=0.9,
+        threshold=None,
         eta=0.1,
         k=None,
         watch=None,
@@ -263,13 +275,15 @@ class Sampler:
         else:
             block_length = 32 if block_length is None else block_length
             check(block_length >= 1, f'block_length is {block_length}; it must be at least 1.')
-        check(0 <= threshold <= 1, f'threshold is {threshold}; it must be between 0 and 1.')
+        threshold = (0.3 if sampler == 'entropy' else 0.9) if threshold is None else threshold
+        check(threshold >= 0, f'threshold is {threshold}; it must be at least 0.')
         check(0 <= eta <= 1, f'eta is {eta}; it must be between 0 and 1.')
         check(k is None or k >= 0, f'k is {k}; it must be at least 0, or None.')
         has_ar, remedy = model.config.ar_weight and block_length, 'train with --ar_weight and --block_length'
         check(sampler != 'speculative' or has_ar, f'sampler={sampler!r} needs an ar model; {remedy}.')
         self.name, self.block_length, self.threshold, self.eta = sampler, block_length, threshold, eta
         self.rng, self.options, self.stop_tokens = rng, options, stops
+        self.score = certainty_of if sampler == 'entropy' else confidence_of
         self.steps, self.watch, self.own_blocks, self.mask_id = steps, watch, own, model.config.mask_id
         self.k = model.config.k if k is None else k
         self.fresh_beliefs = one_by_one if fresh_beliefs is None else fresh_beliefs
@@ -303,16 +317,28 @@ class Sampler:
             return self.bernoulli(masked, remdm_rates(steps_left, steps, self.eta)[1])
         return masked
 
-    def to_keep(self, where, tokens, confidence, steps_left):
-        """Choose which of the positions `where` (B, L) keep their tokens, given the probability of each."""
+    def to_keep(self, where, tokens, score, steps_left):
+        """Choose which of the positions `where` (B, L) keep their tokens, given how sure the model is of each."""
         if self.name in ('first_hitting', 'ancestral', 'remdm') or steps_left == 1:
             return where
+        last = -1e3 - torch.arange(where.size(1), device=where.device)
         for token in self.ends:
-            confidence = torch.where(tokens == token, confidence - 1, confidence)
-        rank = confidence.masked_fill(~where, -2).argsort(1, descending=True).argsort(1)
+            score = torch.where(tokens == token, last, score)
+        score = score.masked_fill(~where, -1e6)
+        ordered, order = score.sort(1, descending=True)
+        rank = order.argsort(1)
         if self.name == 'threshold':
-            return where & ((confidence > self.threshold) | (rank == 0))
+            return where & ((score > self.threshold) | (rank == 0))
+        if self.name == 'entropy':
+            return where & ((ordered - ordered.cumsum(1)).gather(1, rank) <= self.threshold)
         return where & (rank < -(-where.sum(1, keepdim=True) // steps_left))
+
+    def fill_after_end(self, x, tail):
+        """Write the padding of rows x (B, L) that have ended: their tail has a stop token, before which nothing is masked."""
+        for token in self.stop_tokens if self.name != 'remdm' else ():  # which may mask the stop token again
+            masked = x == self.mask_id
+            ended = (tail & (x == token) & (masked.cumsum(1) == 0)).cummax(1).values
+            x[ended & masked] = token
 
     def probabilities(self, logits):
         """Compute what tokens are drawn with (N, V) from logits (N, V); at temperature 0 all is on the likeliest."""
@@ -345,7 +371,7 @@ class Sampler:
         uniform = None
         if self.options[0] > 0:
             uniform = uniform_numbers((len(hidden),), self.rng, hidden.device)
-        return sample_tokens(model, hidden, uniform, self.options, confidence=True)
+        return sample_tokens(model, hidden, uniform, self.options, self.score)
 
 
 def remdm_rates(steps_left, steps, eta):
@@ -414,11 +440,13 @@ def denoise(model, x, sampler, steps=None, cache=None):
     if cache:
         cache.plan(0, cache.length, x.size(1))
     belief, step = None, 0  # of all masked positions, also of those whose block comes later
+    tail = masked.flip(1).cummin(1).values.flip(1)  # new text: nothing that is given follows
     for block, block_steps in zip(blocks, share_steps(steps, [len(block) for block in blocks])):
         region = torch.zeros_like(masked)
         region[:, block] = masked[:, block]
         for steps_left in range(block_steps, 0, -1):  # the last step takes what is left
             belief = denoise_step(model, x, region, belief, steps_left, block_steps, sampler, cache)
+            sampler.fill_after_end(x, tail)
             step += 1
             if sampler.watch:
                 sampler.watch(step, x, belief)
@@ -454,10 +482,10 @@ def denoise_step(model, x, region, belief, steps_left, steps, sampler, cache=Non
         else:
             given = belief and Belief(*(values[rows] for values in belief))
             hidden, _ = model.predict(x[rows], cache=cache, belief=given)
-        tokens, confidence = sampler.sample(model, hidden[where[rows]])
+        tokens, score = sampler.sample(model, hidden[where[rows]])
         drawn = torch.zeros_like(x).masked_scatter(where, tokens)
-        confidence = torch.zeros(x.shape, device=x.device).masked_scatter(where, confidence)
-        kept = sampler.to_keep(where, drawn, confidence, steps_left)
+        score = torch.zeros(x.shape, device=x.device).masked_scatter(where, score)
+        kept = sampler.to_keep(where, drawn, score, steps_left)
         x[kept] = drawn[kept]
         if sampler.carries_beliefs or sampler.watch:
             new_belief = model.top_k_belief(hidden, x[rows] == mask_id, sampler.k)

@@ -199,13 +199,50 @@ def test_rows_of_a_diffusion_batch_are_what_they_are_alone():
 
 def test_stop_token_cuts_a_diffusion_row_after_the_prompt():
     model, prompts = tiny('diffusion'), [[1, 2, 3], [4, 5, 6], [7, 8, 1]]
-    rows = generate(model, prompts, 9)
-    stop = rows[0][6]
-    expected = [row[: 3 + row[3:].index(stop) + 1] if stop in row[3:] else row for row in rows]
-    assert len(expected[0]) <= 7 and generate(model, prompts, 9, stop_tokens=[stop]) == expected
+    stop = generate(model, [prompts[0]], 9)[0][6]
+    for prompt in prompts:
+        (row,) = generate(model, [prompt], 9)
+        expected = row[: 3 + row[3:].index(stop) + 1] if stop in row[3:] else row
+        assert generate(model, [prompt], 9, stop_tokens=[stop]) == [expected]
+        assert prompt != prompts[0] or len(expected) <= 7
     seen = watch(model)
     rows = generate(model, prompts, 400, stop_tokens=range(MASK), steps=1)
     assert len(seen) == 1 and all(len(row) == 4 for row in rows)  # no window after the one where all stopped
+
+
+def test_nothing_is_computed_after_the_end_of_a_text_which_comes_last():
+    model = fixed(0.5, 0.6, 0.7, 0.99, 0.95, 0.9)
+    seen = watch(model)
+    options = dict(temperature=0, stop_tokens=[3])
+    assert generate(model, [[0]], 5, sampler='confidence', **options) == [[0, 1, 2, 3]]
+    assert masks_seen(seen) == [[1, 2, 3, 4, 5], [1, 2, 3, 5], [1, 2, 3], [1, 3], [3]]  # 3 ends the text
+    seen.clear()
+    model.sure = [0.5, 0.8, 0.7, 0.99, 0.6, 0.5]
+    assert generate(model, [[0]], 5, sampler='confidence', **options) == [[0, 1, 2, 3]]
+    assert masks_seen(seen)[-1] == [3]
+    seen.clear()  # what is given on the right is no text that has ended
+    assert generate(model, [[0, MASK, MASK, MASK, MASK, 5]], 0, **options) == [list(range(6))]
+    assert len(seen) == 4
+
+
+def test_entropy_writes_what_costs_no_more_than_the_threshold_to_sample_independently():
+    """The entropies but the largest add up to the threshold at most."""
+    model = fixed(0.9, 0.6, 0.95, 0.7, 0.8, 0.5, 0.99)
+    p = torch.tensor(model.sure).double()
+    entropy = -(p * p.log() + (1 - p) * ((1 - p) / (MASK - 1)).log())  # of the positions
+    for threshold in (0.0, float(entropy[6]) + 1e-4, float(entropy[6] + entropy[2]) + 1e-4, 100.0):
+        seen = watch(model)
+        assert generate(model, [[0]], 6, temperature=0, sampler='entropy', threshold=threshold)[0][1:] == [
+            *range(1, 7)
+        ]
+        masked, passes = [*range(1, 7)], []
+        while masked:
+            passes.append(list(masked))
+            surest, spent = sorted(masked, key=lambda i: entropy[i]), 0.0
+            while surest and spent <= threshold:
+                spent += float(entropy[surest[0]])
+                masked.remove(surest.pop(0))
+        assert masks_seen(seen) == passes, threshold
 
 
 # ---------------------------------------------------------------------------- a perfect denoiser

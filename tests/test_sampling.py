@@ -8,7 +8,7 @@ from torch._dynamo.utils import counters
 
 import model as model_module
 from model import ARCHITECTURES
-from sampling import SAMPLERS, generate, restrict, sample_tokens, uniform_numbers
+from sampling import SAMPLERS, confidence_of, generate, restrict, sample_tokens, uniform_numbers
 
 MASK, IGNORE, BLOCK = 10, 9, 12
 SHAPE = dict(vocab_size=11, block_size=BLOCK, n_layer=2, n_head=4, n_embd=32, mask_id=MASK, ignore_id=IGNORE)
@@ -161,7 +161,7 @@ def draw(model, states, options):
     """Tokens (N,) and their probabilities (N,)."""
     generator = torch.Generator().manual_seed(0)
     uniform = uniform_numbers((len(states),), generator, states.device) if options[0] else None
-    return sample_tokens(model, states, uniform, options, confidence=True)
+    return sample_tokens(model, states, uniform, options, confidence_of)
 
 
 @pytest.mark.parametrize('architecture', ARCHITECTURES)
@@ -261,7 +261,7 @@ def test_nothing_to_write_gives_the_prompts_back(architecture):
         ('diffusion', [1], {'sampler': 'first_hitting', 'steps': 3}, 'so steps=3 has no effect'),
         ('diffusion', [1], {'block_length': 0}, 'block_length is 0; '),
         ('diffusion', [1], {'sampler': 'speculative'}, 'needs an ar model; train with --ar_weight'),
-        ('diffusion', [1], {'threshold': 2.0}, 'threshold is 2.0; '),
+        ('diffusion', [1], {'threshold': -1.0}, 'threshold is -1.0; '),
         ('diffusion', [1], {'eta': -0.1}, 'eta is -0.1; '),
     ],
 )
