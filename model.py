@@ -85,6 +85,10 @@ class Transformer(nn.Module):
             self.positions = nn.Embedding(config.position_offset + config.block_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        scales = torch.ones(config.n_layer), torch.zeros(config.n_layer)
+        self.residual_scale, self.embedding_scale = (
+            map(nn.Parameter, scales) if config.residual_scales else (None, None)
+        )
         self.norm = nn.Identity() if config.norm_after else make_norm(config)
         self.attn_mask = None  # (T, T): in training, overrides what `causal` says
         for name, table in self.tables().items():
@@ -166,8 +170,10 @@ class Transformer(nn.Module):
         else:
             rope = self.rope[:, positions]  # (2, T, D) or (2, B, T, D)
             rope = tuple(rope if rope.dim() == 3 else rope.unsqueeze(2))
-        x = self.dropout(x)
-        for block in self.blocks:
+        x0 = x = self.dropout(x)
+        for layer, block in enumerate(self.blocks):
+            if c.residual_scales:
+                x = self.residual_scale[layer] * x + self.embedding_scale[layer] * x0
             x = block(x, rope, cache)
         x = self.norm(x)
         if c.shift and not self.causal:  # to where its prediction is; nothing predicts the first token
@@ -315,6 +321,8 @@ class Diffusion(Transformer):
         streams = self.two_streams(tokens, doc_ids)
         maskable, counted = self.loss_positions(tokens, loss_mask, streams)  # (B, T) each
         t = self.mask_ratio(noise, streams)  # (B, 1), or (B, T) by blocks
+        if streams is not None:
+            t, noise = streams.whole_tokens(t, noise, maskable)
         x_t, masked = self.corrupt(tokens, maskable, noise, t)  # (B, T) each
         h, clean = self.denoiser(x_t, doc_ids, streams, tokens)  # (B, T, C) each
         weights = self.loss_weights(masked, t)  # (B, T)
@@ -434,6 +442,8 @@ class SDD(Diffusion):
         streams = self.two_streams(tokens, doc_ids)
         maskable, counted = self.loss_positions(tokens, loss_mask, streams)  # (B, T) each
         t = self.mask_ratio(noise, streams)  # (B, 1), or (B, T) by blocks
+        if streams is not None:
+            t, noise = streams.whole_tokens(t, noise, maskable)
         x_t, masked = self.corrupt(tokens, maskable, noise, t)  # (B, T) each
         views = [self.corrupt(tokens, maskable, noise, t + stale * i / depth)[0] for i in range(depth, 0, -1)]
         h, clean = self.denoiser(x_t, doc_ids, streams, tokens, k, views)  # (B, T, C) each

@@ -44,6 +44,9 @@ class ModelConfig:
     mlp: str = 'relu2'  # squared ReLU, or another of ACTIVATIONS
     bias: bool = False  # in linear layers and LayerNorm
     qk_norm: bool = True  # RMS-normalised queries and keys
+    residual_scales: bool = (
+        None  # learned weights of stream and embedding before each layer; None: where norm='rms'
+    )
     logit_softcap: float = 15.0  # logits are squashed into ±this by tanh; 0: they are not
     rope_theta: float = 10000.0
     rope_scaling: dict = None  # arguments of lm.layers.scale_rope
@@ -70,6 +73,8 @@ class ModelConfig:
         self.mlp_width = 4 * self.n_embd if self.mlp_width is None else self.mlp_width
         self.qkv_bias = self.bias if self.qkv_bias is None else self.qkv_bias
         self.embedding_width = self.embedding_width or self.n_embd
+        if self.residual_scales is None:
+            self.residual_scales = self.norm == 'rms'
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             check(value in choices, f'{name} is {value!r}; choose {" or ".join(choices)}.')
@@ -197,6 +202,7 @@ class TwoStreams(AttentionMask):
 
     def __init__(self, tokens, block_length, doc_ids=None):
         index = torch.arange(tokens.size(1), device=tokens.device)
+        self.block_length = block_length
         position = index if doc_ids is None else positions_of(doc_ids)  # (T,) or (B, T)
         self.number = position // block_length  # of each token's block
         self.start = index - position % block_length  # where it begins in the row
@@ -213,6 +219,21 @@ class TwoStreams(AttentionMask):
 
     def positions(self, length):
         return self.index
+
+    def whole_tokens(self, t, noise, maskable):
+        """Return mask ratios and noise that mask a whole number of the maskable tokens (B, T) of each block.
+
+        Of L tokens, ⌈t L⌉ are masked, those of the least noise, with the weight L / ⌈t L⌉. For uniform t each number from 1
+        to L is as likely, and the loss has the expectation that it has where each token is masked by itself, with less
+        variance: no block is without a mask. t: (B, T); noise: (B, 1 + T).
+        """
+        if self.block_length >= noise.size(1) - 1:  # of a whole row it makes no difference
+            return t, noise
+        u = noise[:, 1:]
+        same = (self.start.unsqueeze(-1) == self.start.unsqueeze(-2)) & maskable.unsqueeze(1)  # (B, T, T)
+        size = same.sum(-1).clamp(min=1)  # (B, T)
+        rank = (same & (u.unsqueeze(1) < u.unsqueeze(2))).sum(-1)
+        return (t * size).ceil() / size, torch.cat([noise[:, :1], rank / size], 1)
 
 
 class Attention(nn.Module):
