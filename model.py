@@ -84,11 +84,12 @@ class Transformer(nn.Module):
         if config.position == 'learned':
             self.positions = nn.Embedding(config.position_offset + config.block_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        scales = torch.ones(config.n_layer), torch.zeros(config.n_layer)
-        self.residual_scale, self.embedding_scale = (
-            map(nn.Parameter, scales) if config.residual_scales else (None, None)
-        )
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        if (
+            config.embedding_shortcuts
+        ):  # a layer's input is so much of the stream, and so much of the embedding
+            self.residual_scale = nn.Parameter(torch.ones(config.n_layer))
+            self.embedding_scale = nn.Parameter(torch.zeros(config.n_layer))
         self.norm = nn.Identity() if config.norm_after else make_norm(config)
         self.attn_mask = None  # (T, T): in training, overrides what `causal` says
         for name, table in self.tables().items():
@@ -172,9 +173,9 @@ class Transformer(nn.Module):
             rope = tuple(rope if rope.dim() == 3 else rope.unsqueeze(2))
         x0 = x = self.dropout(x)
         for layer, block in enumerate(self.blocks):
-            if c.residual_scales:
+            if c.embedding_shortcuts:
                 x = self.residual_scale[layer] * x + self.embedding_scale[layer] * x0
-            x = block(x, rope, cache)
+            x = block(x, x0, rope, cache)
         x = self.norm(x)
         if c.shift and not self.causal:  # to where its prediction is; nothing predicts the first token
             x = torch.cat([x[:, :1], x[:, :-1]], 1)

@@ -79,7 +79,7 @@ def load(path, token=None, revision=None, mmap=False, sharded=False, tokenizer=N
     lacks = ', '.join(sorted(missing))
     require(not missing, f'{path} lacks {lacks}, so it is no checkpoint of ours; give the ckpt.pt of a run.')
     with unedited(path):
-        checkpoint['model_config'].setdefault('residual_scales', False)  # from before there were any
+        checkpoint['model_config'].setdefault('embedding_shortcuts', False)  # from before there were any
         names = [name for name, x in checkpoint.items() if name.endswith('_state_dict') and x]
         checkpoint |= {name: current_names(checkpoint[name]) for name in names}
         check_contents(checkpoint)

@@ -44,9 +44,7 @@ class ModelConfig:
     mlp: str = 'relu2'  # squared ReLU, or another of ACTIVATIONS
     bias: bool = False  # in linear layers and LayerNorm
     qk_norm: bool = True  # RMS-normalised queries and keys
-    residual_scales: bool = (
-        None  # learned weights of stream and embedding before each layer; None: where norm='rms'
-    )
+    embedding_shortcuts: bool = None  # each layer reads the embedding again; None: where norm='rms'
     logit_softcap: float = 15.0  # logits are squashed into ±this by tanh; 0: they are not
     rope_theta: float = 10000.0
     rope_scaling: dict = None  # arguments of lm.layers.scale_rope
@@ -73,8 +71,8 @@ class ModelConfig:
         self.mlp_width = 4 * self.n_embd if self.mlp_width is None else self.mlp_width
         self.qkv_bias = self.bias if self.qkv_bias is None else self.qkv_bias
         self.embedding_width = self.embedding_width or self.n_embd
-        if self.residual_scales is None:
-            self.residual_scales = self.norm == 'rms'
+        if self.embedding_shortcuts is None:
+            self.embedding_shortcuts = self.norm == 'rms'
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             check(value in choices, f'{name} is {value!r}; choose {" or ".join(choices)}.')
@@ -237,7 +235,7 @@ class TwoStreams(AttentionMask):
 
 
 class Attention(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, reads_embedding=False):
         super().__init__()
         self.head_dim = config.head_dim
         self.dropout = config.dropout
@@ -245,14 +243,16 @@ class Attention(nn.Module):
         self.q = Linear(config.n_embd, width, bias=config.qkv_bias)
         self.k = Linear(config.n_embd, kv_width, bias=config.qkv_bias)
         self.v = Linear(config.n_embd, kv_width, bias=config.qkv_bias)
+        self.v0 = Linear(config.n_embd, kv_width, bias=False) if reads_embedding else None
         self.out = Linear(width, config.n_embd, bias=config.bias)
         self.q_norm = make_norm(config, self.head_dim) if config.qk_norm else None
         self.k_norm = make_norm(config, self.head_dim) if config.qk_norm else None
 
-    def forward(self, x, rope, cache):
-        """x: (B, T, C); cache: an AttentionMask, or a KV cache."""
+    def forward(self, x, x0, rope, cache):
+        """x, and the embedding x0: (B, T, C); cache: an AttentionMask, or a KV cache."""
+        v = self.v(x) if self.v0 is None else self.v(x) + self.v0(x0)
         heads = -1, self.head_dim  # (B, T, C) -> (B, H, T, D)
-        q, k, v = (project(x).unflatten(-1, heads).transpose(1, 2) for project in (self.q, self.k, self.v))
+        q, k, v = (y.unflatten(-1, heads).transpose(1, 2) for y in (self.q(x), self.k(x), v))
         if self.q_norm is not None:
             q, k = self.q_norm(q).type_as(v), self.k_norm(k).type_as(v)
         if rope is not None:
@@ -278,28 +278,29 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, layer):
         super().__init__()
         self.config = config
         self.attention_norm = make_norm(config)
-        self.attention = Attention(config)
+        every_second = (config.n_layer - layer) % 2 == 1  # the last one among them
+        self.attention = Attention(config, config.embedding_shortcuts and every_second)
         self.mlp_norm = make_norm(config)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rope, cache):
-        """x: (B, T, C); with config.gradient_checkpointing the backward pass computes what is between anew."""
+    def forward(self, x, x0, rope, cache):
+        """x, and the embedding x0: (B, T, C); with config.gradient_checkpointing the backward pass computes what is between anew."""
         if not (self.config.gradient_checkpointing and torch.is_grad_enabled()):
-            return self.run(x, rope, cache)
+            return self.run(x, x0, rope, cache)
         # What is saved draws no random numbers anew, so attention that drops out is not: those after it would differ.
         saved = SAVED_MATMULS + ([] if self.config.dropout else SAVED_ATTENTION)
         selective = partial(create_selective_checkpoint_contexts, saved)
         context_fn = selective if self.config.selective_checkpointing else noop_context_fn
-        return checkpoint(self.run, x, rope, cache, use_reentrant=False, context_fn=context_fn)
+        return checkpoint(self.run, x, x0, rope, cache, use_reentrant=False, context_fn=context_fn)
 
-    def run(self, x, rope, cache):
+    def run(self, x, x0, rope, cache):
         if self.config.norm_after:
-            x = self.attention_norm(x + self.dropout(self.attention(x, rope, cache)))
+            x = self.attention_norm(x + self.dropout(self.attention(x, x0, rope, cache)))
             return self.mlp_norm(x + self.dropout(self.mlp(x)))
-        x = x + self.dropout(self.attention(self.attention_norm(x), rope, cache))
+        x = x + self.dropout(self.attention(self.attention_norm(x), x0, rope, cache))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
