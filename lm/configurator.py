@@ -104,20 +104,6 @@ def no_remote_code(trust: bool):
     require(not trust, "trust_remote_code=True is refused: no model's code is ever run; leave it out.")
 
 
-def batches_in_tokens(batches: int):
-    """Count evaluation in tokens, so that its value depends on no batch size: batches of 32 rows of 256."""
-    return note_conversion('eval_tokens', batches * 32 * 256, batches)
-
-
-def batches_in_examples(batches: int):
-    return note_conversion('eval_examples', batches * 256, batches)
-
-
-def note_conversion(key, value, batches):
-    note(f'{batches} batches of evaluation are taken as --{key}={value}, for any batch size.')
-    return value
-
-
 DTYPES = {'bf16': 'bfloat16', 'fp16': 'float16', 'fp32': 'float32'}
 DTYPES |= {dtype: dtype for dtype in ('bfloat16', 'float16', 'float32', 'auto')}
 PUBLISHED_NAMES = {  # key: names that published scripts use
@@ -139,15 +125,16 @@ PUBLISHED_NAMES = {  # key: names that published scripts use
     'seed': 'random_seed',
     'checkpoint_prefix': 'checkpoints_prefix',
 }
-# Alias, key, how the value converts (None: it stays as it is, a dict: looked up, a function: called; where it returns
-# None the value is checked only). A row counts in a script that has the key and not the alias.
+# Alias, key, how the value converts (None: it stays as it is, a dict: looked up, a number: so many times it, because an
+# evaluation is counted by no batch size; a function: it checks the value, which is not set). A row counts in a script
+# that has the key and not the alias.
 ALIASES = [
     *((alias, key, None) for key, names in PUBLISHED_NAMES.items() for alias in names.split()),
     ('precision', 'dtype', DTYPES),
     ('bf16', 'dtype', {True: 'bfloat16', False: 'float32'}),
     ('wandb', 'no_wandb', {True: False, False: True}),
-    *((alias, 'eval_tokens', batches_in_tokens) for alias in ('eval_batches', 'eval_iters')),
-    *((alias, 'eval_examples', batches_in_examples) for alias in ('eval_batches', 'eval_iters')),
+    *((alias, 'eval_tokens', 32 * 256) for alias in ('eval_batches', 'eval_iters')),
+    *((alias, 'eval_examples', 256) for alias in ('eval_batches', 'eval_iters')),
     ('cpu_only', 'device', {True: 'cpu', False: 'auto'}),
     ('training_method', 'use_peft', {'full': False, 'lora': True}),
     ('gradient_checkpointing_kwargs', 'gradient_checkpointing', only_without_reentrant),
@@ -384,9 +371,10 @@ def assign(config, name, value, source):
     value = value.tolist() if hasattr(value, 'tolist') else value  # a number of numpy's
     value = check_type(key, value, source)
     if callable(conversion):
-        value = conversion(value)
-        if value is None:
-            return
+        return conversion(value)
+    if isinstance(conversion, int):
+        value *= conversion
+        note(f'{source} is taken as --{target}={value}, for any batch size.')
     elif conversion:
         choices = ', '.join(map(str, conversion))
         require(value in conversion, f'{source} is not understood; choose from {choices}.')
@@ -420,6 +408,8 @@ def resolve(known, name, source):
     target, conversion = aliases[name]
     if conversion is None:
         return target, known[target], None
+    if isinstance(conversion, int):
+        return target, Key(1, int), conversion
     kind = [*conversion.__annotations__.values()][0] if callable(conversion) else type(next(iter(conversion)))
     return target, Key(kind(), kind), conversion
 

@@ -25,7 +25,7 @@ def test_console_log_and_csv_agree_and_other_ranks_are_silent(tmp_path, capsys, 
     log.progress(5, 10, LINE, seconds_per_step=2.0)
     log.metrics(5, {'val/loss': 2.5, 'train/lr': 0.1})
     log.close()
-    lines = 'hello\nstep 5/10: loss 2.5000, lr 1.00e-01, 1,000,000 tokens/s, 0:10 left\n'
+    lines = 'hello\nstep 5/10: loss 2.5000, lr 1.00e-01, 1,000,000 tokens/s, 0:00:10 left\n'
     assert capsys.readouterr().out == (lines if is_main else '')
     if not is_main:
         assert list(tmp_path.iterdir()) == []
