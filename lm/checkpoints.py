@@ -412,17 +412,14 @@ def open_run_folder(out_dir, name, suffix='', run_dir=None, overwrite=False):
 
 
 def copy_if_due(folder, step, best_step, config, dist):
-    """Copy ckpt.pt on rank 0 where save_every and save_total_limit say so."""
-    every, limit = config['save_every'], config['save_total_limit']
-    if dist.is_main and step and every and step % every == 0 and limit != 0:
-        keep_copy(folder, step, limit, best_step)
+    """Copy ckpt.pt, and a sharded state, to checkpoints/checkpoint-{step}/ on rank 0 where save_every says so.
 
-
-def keep_copy(folder, step, limit, best_step):
-    """Copy ckpt.pt, and a sharded state, to checkpoints/checkpoint-{step}/; keep the newest `limit` copies and the best.
-
-    limit None: all. Copies of later steps are of what the run has gone back behind: they go first.
+    The newest save_total_limit copies stay, and the best; None: all. Those of later steps are of what the run has gone
+    back behind: they go first.
     """
+    every, limit = config['save_every'], config['save_total_limit']
+    if not (dist.is_main and step and every) or step % every or limit == 0:
+        return
     copy, state = folder / 'checkpoints' / f'checkpoint-{step}', Path('sharded', f'step-{step}')
     if (folder / state).is_dir():  # its files are written once and never changed
         shutil.rmtree(copy / state, ignore_errors=True)

@@ -13,9 +13,8 @@ import torch
 
 from lm import prompts
 from lm.configurator import require
-from lm.folder import Folder, Mix  # noqa: F401
+from lm.folder import Mix
 from lm.rng import LEVEL, MOVE, NOISE, PADDING, PERMUTE, permuted, random_bits, uniform
-from lm.tokenizer import ENDOFTEXT, Tokenizer  # noqa: F401
 
 
 class PackedRows:
