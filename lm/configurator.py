@@ -43,12 +43,6 @@ def require(condition, message):
         raise UserError(message)
 
 
-def require_without(setting, **others):
-    """Raise a UserError if a setting is combined with one of the others that are true."""
-    for name, given in others.items():
-        require(not given, f'{setting} does not go with {name}; leave one of them out.')
-
-
 @contextmanager
 def user_errors():
     """Turn ValueErrors, by which model.py and sampling.py refuse settings, into UserErrors."""
@@ -92,18 +86,6 @@ if hasattr(sys.stdout, 'reconfigure'):
 # ---------------------------------------------------------------------------- aliases
 
 
-def only_without_reentrant(options: dict):
-    """Accept what `gradient_checkpointing` does anyway, and nothing else."""
-    refused = f'gradient_checkpointing_kwargs={options} is refused: reentrant checkpointing'
-    reason = 'gives no gradient to a block over frozen embeddings; leave this setting out'
-    require(options in ({}, {'use_reentrant': False}), f'{refused} {reason}.')
-
-
-def no_remote_code(trust: bool):
-    """Accept that no code of a model's own is run."""
-    require(not trust, "trust_remote_code=True is refused: no model's code is ever run; leave it out.")
-
-
 DTYPES = {'bf16': 'bfloat16', 'fp16': 'float16', 'fp32': 'float32'}
 DTYPES |= {dtype: dtype for dtype in ('bfloat16', 'float16', 'float32', 'auto')}
 PUBLISHED_NAMES = {  # key: names that published scripts use
@@ -125,9 +107,9 @@ PUBLISHED_NAMES = {  # key: names that published scripts use
     'seed': 'random_seed',
     'checkpoint_prefix': 'checkpoints_prefix',
 }
-# Alias, key, how the value converts (None: it stays as it is, a dict: looked up, a number: so many times it, because an
-# evaluation is counted by no batch size; a function: it checks the value, which is not set). A row counts in a script
-# that has the key and not the alias.
+# Alias, key, how the value converts (None: it stays as it is, a dict: looked up, a number: so many times it, because no
+# batch size counts in an evaluation, a list: what it may say, because it is so anyway). A row counts in a script that
+# has the key and not the alias.
 ALIASES = [
     *((alias, key, None) for key, names in PUBLISHED_NAMES.items() for alias in names.split()),
     ('precision', 'dtype', DTYPES),
@@ -137,9 +119,11 @@ ALIASES = [
     *((alias, 'eval_examples', 256) for alias in ('eval_batches', 'eval_iters')),
     ('cpu_only', 'device', {True: 'cpu', False: 'auto'}),
     ('training_method', 'use_peft', {'full': False, 'lora': True}),
-    ('gradient_checkpointing_kwargs', 'gradient_checkpointing', only_without_reentrant),
-    ('trust_remote_code', 'revision', no_remote_code),
+    ('gradient_checkpointing_kwargs', 'gradient_checkpointing', [{}, {'use_reentrant': False}]),
+    ('trust_remote_code', 'revision', [False]),
 ]
+REFUSED = dict(trust_remote_code="no model's code is ever run")
+REFUSED |= dict(gradient_checkpointing_kwargs='reentrant, it gives no gradient to a block over frozen embeddings')
 ELSEWHERE = dict(use_auth_token='HF_TOKEN or `hf auth login`', num_processes='torchrun --nproc_per_node')
 ELSEWHERE |= dict(dataset_name='prepare/instruct.py --source', dataset_text_field='its --field')
 ELSEWHERE |= dict(hf_cache='HF_HOME', wandb_entity='WANDB_ENTITY', tokenizers_prefix='--tokenizer')
@@ -370,8 +354,9 @@ def assign(config, name, value, source):
     target, key, conversion = resolve(config.known, name, source)
     value = value.tolist() if hasattr(value, 'tolist') else value  # a number of numpy's
     value = check_type(key, value, source)
-    if callable(conversion):
-        return conversion(value)
+    if isinstance(conversion, list):
+        require(value in conversion, f'{source} is refused: {REFUSED[name]}; leave this setting out.')
+        return
     if isinstance(conversion, int):
         value *= conversion
         note(f'{source} is taken as --{target}={value}, for any batch size.')
@@ -408,9 +393,7 @@ def resolve(known, name, source):
     target, conversion = aliases[name]
     if conversion is None:
         return target, known[target], None
-    if isinstance(conversion, int):
-        return target, Key(1, int), conversion
-    kind = [*conversion.__annotations__.values()][0] if callable(conversion) else type(next(iter(conversion)))
+    kind = int if isinstance(conversion, int) else type(next(iter(conversion)))
     return target, Key(kind(), kind), conversion
 
 

@@ -26,7 +26,8 @@ import numpy as np
 import tokenizers
 
 from lm.classification import Examples
-from lm.configurator import ROOT, UserError, require
+from lm.configurator import ROOT, UserError, find, require
+from lm.files import as_sentence
 from lm.records import MAX_EXPANSION, READERS, TABLES, read_records, refusals_named, text_of, value_of
 from lm.tokenizer import KINDS, Tokenizer, build
 
@@ -36,15 +37,11 @@ SUFFIXES = (*TABLES, *READERS)
 
 def load_database(path):
     """Return the dict of a .json file, or LANGUAGES of a .py file; relative to here or to the repository."""
-    found = next((base / path for base in (Path.cwd(), ROOT) if (base / path).is_file()), None)
-    require(found, f'There is no language database at {path}; correct --language_database.')
-    try:
+    found = find('language database', path)
+    with as_sentence(f'{path} is no language database', 'write a dict as JSON, or as LANGUAGES in Python'):
         if found.suffix == '.json':
             return dict(json.loads(found.read_bytes()))
         return dict(runpy.run_path(str(found))['LANGUAGES'])
-    except (OSError, ValueError, KeyError, SyntaxError, NameError, TypeError) as error:
-        problem = f'{path} is no language database ({type(error).__name__}: {error})'
-        raise UserError(f'{problem}; write a dict as JSON, or as LANGUAGES in Python.') from error
 
 
 def find_entry(database, language, task):

@@ -12,7 +12,7 @@ import torch
 import torch.distributed
 
 from lm import optim
-from lm.configurator import UserError, check_choice, check_range, report_idle, require, require_without
+from lm.configurator import UserError, check_choice, check_range, report_idle, require
 from lm.kernels import has_bfloat16
 from lm.optim import local
 from lm.rng import torch_seed
@@ -51,11 +51,11 @@ def check_settings(config):
         optim.check_beliefs(config['p_belief'], config['k_schedule'])
     others = {key: config[key] for key in ('use_peft', 'ema_decay') if key in config}
     others |= {'optimizer=muon': config['optimizer'] == 'muon', 'dtype=float16': config['dtype'] == 'float16'}
-    if config.get('fsdp'):
-        require_without('fsdp', **others)
-    if config.get('master_weights') == 'bfloat16':
-        others['dtype=float32'] = config['dtype'] == 'float32'
-        require_without('master_weights=bfloat16', **others)
+    is_on = {'fsdp': config.get('fsdp'), 'master_weights=bfloat16': config.get('master_weights') == 'bfloat16'}
+    for setting in filter(is_on.get, is_on):
+        others['dtype=float32'] = setting != 'fsdp' and config['dtype'] == 'float32'
+        rival = next(filter(others.get, others), None)
+        require(not rival, f'{setting} does not go with {rival}; leave one of them out.')
 
 
 def plan_steps(config, num_rows, rows_per_step):
@@ -347,8 +347,7 @@ def evaluate(model, batches, dist):
 def describe_loss(model):
     """Say what the loss of a model, or of its class, is the nll of or bounds."""
     kinds = {'exact': 'the nll', 'upper': 'an upper bound of the nll', 'none': 'no bound of the nll'}
-    kind = kinds[model.bound]
-    return f'{kind} of texts that are written {model.order}'
+    return f'{kinds[model.bound]} of texts that are written {model.order}'
 
 
 class Speed:
