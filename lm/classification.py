@@ -40,11 +40,9 @@ def hold_out(examples, size, seed):
 
 def collate(examples, index, device):
     """Return tokens (B, T), lengths (B,) or None where none is padded, and labels (B,) of some examples."""
-    rows = [examples.rows[i] for i in index]
+    rows = [torch.from_numpy(examples.rows[i].astype(np.int64)) for i in index]
     lengths = torch.tensor([len(row) for row in rows])
-    tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)] = torch.from_numpy(np.asarray(row, np.int64))
+    tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)
     padded = bool((lengths != lengths[0]).any())
     labels = torch.from_numpy(examples.labels[index])
     return tokens.to(device), lengths.to(device) if padded else None, labels.to(device)
@@ -70,7 +68,7 @@ def rows_of_step(step, rows_per_step, num_rows, seed, lengths=None):
 class Classifier(nn.Module):
     """A trunk, its last hidden states pooled over a row's true length, dropout, and a linear head.
 
-    num_classes: outputs of the head; 1 is one logit with binary cross-entropy, for two classes. pool: 'last', the
+    num_classes: outputs of the head; 1 is one logit for two classes, as in binary cross-entropy. pool: 'last', the
     state of the last token, or 'mean'. class_weights: (classes,) the weight of an example. token_dropout: fraction of
     a row's tokens that are masked in training.
     """
@@ -108,10 +106,11 @@ class Classifier(nn.Module):
         """Compute the weighted sum of the rows' losses in nats, the sum of their weights, and metric sums."""
         if self.training and self.token_dropout:
             tokens = mask_tokens(tokens, self.token_dropout, self.trunk.config.mask_id)
-        logits = self.logits(tokens, lengths)
-        weights = self.class_weights[labels]
-        loss = (weights * losses(logits, labels, self.label_smoothing)).sum()
-        correct = (predicted_classes(logits) == labels).sum()
+        logits = for_each_class(self.logits(tokens, lengths))
+        weights, smoothing = self.class_weights[labels], self.label_smoothing
+        nll = F.cross_entropy(logits, labels, reduction='none', label_smoothing=smoothing)
+        loss = (weights * nll).sum()
+        correct = (logits.argmax(1) == labels).sum()
         predicted = torch.tensor(len(labels), device=tokens.device)
         return loss, weights.sum(), {'correct': correct, 'predicted': predicted}
 
@@ -129,16 +128,9 @@ def load_state(classifier, checkpoint):
     classifier.head.load_state_dict(checkpoint['head_state_dict'])
 
 
-def losses(logits, labels, label_smoothing=0.0):
-    """Compute the cross-entropy (B,) in nats; smoothing spreads that share of a label evenly over the classes."""
-    if logits.size(1) > 1:
-        return F.cross_entropy(logits, labels, reduction='none', label_smoothing=label_smoothing)
-    target = labels.float() * (1 - label_smoothing) + label_smoothing / 2
-    return F.binary_cross_entropy_with_logits(logits[:, 0], target, reduction='none')
-
-
-def predicted_classes(logits):
-    return logits.argmax(1) if logits.shape[1] > 1 else (logits[:, 0] > 0).long()
+def for_each_class(logits):
+    """Return logits (B, 2 or more): one alone, z, is that of class 1, and 0 that of class 0, as σ(z) = softmax(0, z)."""
+    return logits if logits.size(1) > 1 else F.pad(logits, (1, 0))
 
 
 def weights_of_classes(wanted, labels, num_classes):
@@ -208,8 +200,9 @@ def auroc(labels, scores):
 
 def judge(logits, labels):
     """Return (N, 3 + C) of logits (N, C), or (N, 1) for two classes: loss in nats, class, score of class 1, logits."""
-    score = logits[:, -1] - (logits[:, 0] if logits.size(1) == 2 else 0)
-    columns = losses(logits, labels), predicted_classes(logits), score
+    by_class = for_each_class(logits)
+    nll = F.cross_entropy(by_class, labels, reduction='none')
+    columns = nll, by_class.argmax(1), by_class[:, -1] - by_class[:, 0]
     return torch.cat([torch.stack(columns, 1), logits], 1)
 
 

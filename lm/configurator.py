@@ -123,7 +123,7 @@ ALIASES = [
     ('trust_remote_code', 'revision', [False]),
 ]
 REFUSED = dict(trust_remote_code="no model's code is ever run")
-REFUSED |= dict(gradient_checkpointing_kwargs='reentrant, it gives no gradient to a block over frozen embeddings')
+REFUSED |= dict(gradient_checkpointing_kwargs='it gives no gradient to a block over frozen embeddings')
 ELSEWHERE = dict(use_auth_token='HF_TOKEN or `hf auth login`', num_processes='torchrun --nproc_per_node')
 ELSEWHERE |= dict(dataset_name='prepare/instruct.py --source', dataset_text_field='its --field')
 ELSEWHERE |= dict(hf_cache='HF_HOME', wandb_entity='WANDB_ENTITY', tokenizers_prefix='--tokenizer')

@@ -51,7 +51,8 @@ def check_settings(config):
         optim.check_beliefs(config['p_belief'], config['k_schedule'])
     others = {key: config[key] for key in ('use_peft', 'ema_decay') if key in config}
     others |= {'optimizer=muon': config['optimizer'] == 'muon', 'dtype=float16': config['dtype'] == 'float16'}
-    is_on = {'fsdp': config.get('fsdp'), 'master_weights=bfloat16': config.get('master_weights') == 'bfloat16'}
+    is_on = {'fsdp': config.get('fsdp')}
+    is_on['master_weights=bfloat16'] = config.get('master_weights') == 'bfloat16'
     for setting in filter(is_on.get, is_on):
         others['dtype=float32'] = setting != 'fsdp' and config['dtype'] == 'float32'
         rival = next(filter(others.get, others), None)
