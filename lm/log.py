@@ -72,13 +72,13 @@ class Logger:
                 self.misses_lines = True
                 print(f'warning: the log in {self.folder} misses lines ({error}).', file=sys.stderr)
 
-    def progress(self, step, max_steps, metrics, seconds_per_step, rate=None):
+    def progress(self, step, max_steps, metrics, seconds_per_step):
         """Show a line that the next one replaces on a terminal, and follows elsewhere."""
         if not self.is_main:
             return
         left = timedelta(seconds=int((max_steps - step) * seconds_per_step))
-        rate = rate or f'{metrics["train/tokens_per_sec"]:,.0f} tokens/s'
-        line = f'step {step}/{max_steps}: loss {metrics["train/loss"]:.4f}, lr {metrics["train/lr"]:.2e}, {rate}, {left} left'
+        rates = f'lr {metrics["train/lr"]:.2e}, {metrics["train/tokens_per_sec"]:,.0f} tokens/s'
+        line = f'step {step}/{max_steps}: loss {metrics["train/loss"]:.4f}, {rates}, {left} left'
         self.write(self.log_file, line + '\n')
         self.line_open = sys.stdout.isatty()
         self.write(sys.stdout, '\r\033[K' + line if self.line_open else line + '\n')

@@ -6,13 +6,12 @@ files to these sizes and goes on after these documents.
 """
 
 import contextlib
-import fcntl
 import json
 import shutil
 import sys
 
 from lm.configurator import ROOT, UserError, require
-from lm.files import write_json
+from lm.files import lock, write_json
 from lm.folder import Folder
 
 FORMAT = 1
@@ -60,12 +59,8 @@ def unfinished_folder(target, command, overwrite):
     """
     folder = target.with_name(f'.{target.name}.partial')
     try:
-        (folder / 'work').mkdir(parents=True, exist_ok=True)  # what is no part of the result
-        with open(folder / 'work/lock', 'w') as lock:
-            try:  # a record lock ends with this process and is not inherited by its workers
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise UserError(f'Another process is preparing {target}; wait, or change --name.') from error
+        busy = f'Another process is preparing {target}; wait, or change --name.'
+        with lock(folder / 'work', 'lock', busy):  # work/ is no part of the result
             journal = Journal(folder, command, overwrite)
             try:
                 yield journal

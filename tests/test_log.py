@@ -46,9 +46,9 @@ def test_what_is_logged_cannot_steer_the_terminal(tmp_path, capsys):
 
 def test_hours_that_are_left_are_told_as_such(tmp_path, capsys):
     log = Logger(tmp_path, True, -1)
-    log.progress(0, 2, LINE, seconds_per_step=3723, rate='7 rows/s')
+    log.progress(0, 2, LINE, seconds_per_step=3723)
     log.close()
-    assert capsys.readouterr().out.endswith('7 rows/s, 2:04:06 left\n')
+    assert capsys.readouterr().out.endswith('tokens/s, 2:04:06 left\n')
 
 
 def test_a_new_metric_gets_a_column_and_rows_before_it_an_empty_cell(tmp_path):
