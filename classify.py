@@ -18,7 +18,7 @@ from lm.classification import Examples
 from lm.configurator import check_choice, configure, report_idle, require
 from lm.files import save_atomically, write_json
 from lm.log import start_run
-from lm.tokenizer import Tokenizer
+from lm.tokenizer import Tokenizer, build
 from model import SIZES
 
 # --- an algorithmic task ---
@@ -155,7 +155,7 @@ else:
     num_labels = 2
     sizes = train_set_size, test_set_size, val_set_size
     digits = tasks.splits(target_func, sequence_length, *sizes, seed, compat)
-    vocabulary = None if initial else tasks.digit_tokenizer(target_func)
+    vocabulary = None if initial else build('char', tasks.digits_of(target_func))
 vocabulary = vocabulary or Tokenizer(initial['tokenizer'])
 start_token = initial['start_token'] if initial else vocabulary.start_id
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from lm import checkpoints, data, optim, prompts, runtime
-from lm.configurator import configure, require
+from lm.configurator import configure, note, require
 from lm.folder import Folder
 from lm.log import start_run
 from sampling import generate
@@ -132,8 +132,7 @@ if train_on_prompt:
 if resumed.checkpoint and not use_peft:
     initial = resumed.checkpoint
 elif init_from == 'scratch':
-    if dist.is_main:
-        print('warning: init_from=scratch; a model that was not pretrained will not learn to answer.')
+    note('init_from=scratch, and a model that was not pretrained will not learn to answer.')
     shape = checkpoints.size_of(model_size)
     shape.update(block_size=block_size or max_seq_len or 256, vocab_size=tokenizer.vocab_size)
     shape.update(mask_id=tokenizer.mask_id, ignore_id=tokenizer.ignore_id)
@@ -158,9 +157,8 @@ torch.manual_seed(seed)
 has_weights = not {'model_state_dict', 'sharded'}.isdisjoint(initial)
 with torch.device('meta' if fsdp and has_weights else 'cpu'):  # a rank reads only its part of a sharded model
     raw_model = checkpoints.make_model(architecture, **shape)
-weights = checkpoints.weights_of(initial) if 'model_state_dict' in initial else None
-if resumed.checkpoint and fsdp:
-    weights = None  # they come with the state
+are_here = 'model_state_dict' in initial and not (resumed.checkpoint and fsdp)  # or come with the state
+weights = checkpoints.weights_of(initial) if are_here else None
 if use_peft:
     from lm import lora, quantize  # only where it is wanted
 

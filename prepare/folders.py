@@ -11,7 +11,7 @@ import shutil
 import sys
 
 from lm.configurator import ROOT, UserError, require
-from lm.files import lock, write_json
+from lm.files import as_sentence, lock, write_json
 from lm.folder import Folder
 
 FORMAT = 1
@@ -24,11 +24,9 @@ def finished_folder(target, command, overwrite):
     """
     if not target.exists() or target.is_dir() and not any(target.iterdir()):
         return None
-    try:
+    with as_sentence(f'{target} was not prepared here', 'move it away, or give another --name'):
         recorded = json.loads((target / 'config.json').read_text(encoding='utf-8'))
         words = differences(recorded, command)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # whatever else lies there
-        raise UserError(f'{target} was not prepared here; move it away, or give another --name.') from error
     if overwrite:
         return None
     require(not words, f'{shown(target)} was prepared otherwise: {words}. Give --overwrite, or another name.')
