@@ -185,9 +185,8 @@ def check_name(hub_model_id):
 @contextmanager
 def hub(token, failure):
     """Yield an HfApi; all the ways in which a network and a service fail become a UserError."""
-    with files.as_sentence(
-        failure, 'log in with `hf auth login`, and send a finished run by `python hf.py push`'
-    ):
+    remedy = 'log in with `hf auth login`, and send a finished run by `python hf.py push`'
+    with files.as_sentence(failure, remedy):
         yield HfApi(token=token or None)
 
 

@@ -175,12 +175,12 @@ def convert(checkpoint, path, architecture, block_size=None, **blocks):
     """
     config, weights = dict(checkpoint['model_config']), dict(weights_of(checkpoint))
     longest = config['block_size']
-    fits = not block_size or block_size <= longest
-    require(fits, f'{path} sees {longest} tokens; choose a smaller block_size.')
-    if block_size and 'positions.weight' in weights:
+    block_size = block_size or longest
+    require(block_size <= longest, f'{path} sees {longest} tokens; choose a smaller block_size.')
+    if 'positions.weight' in weights:
         rows = config.get('position_offset', 0) + block_size
         weights['positions.weight'] = weights['positions.weight'][:rows]
-    config |= {'block_size': block_size or longest, **blocks}
+    config |= {'block_size': block_size, **blocks}
     source = checkpoint['architecture']
     if source != architecture:
         before, after = ARCHITECTURES[source], ARCHITECTURES.get(architecture)

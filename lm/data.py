@@ -6,6 +6,7 @@ nothing, and other numbers of ranks or micro-steps see the same rows.
 
 from bisect import bisect_left, insort
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -228,10 +229,7 @@ def make_rows(folder, split, architecture, block_size, mode, training):
 # ---------------------------------------------------------------------------- batches
 
 
-class Local:
-    """One process on the CPU: the default where a runtime.Runtime is wanted."""
-
-    rank, world_size, device = 0, 1, torch.device('cpu')
+LOCAL = SimpleNamespace(rank=0, world_size=1, device=torch.device('cpu'))  # in place of a runtime.Runtime
 
 
 class Batch(NamedTuple):
@@ -258,7 +256,7 @@ class Batches:
     """
 
     def __init__(
-        self, folder, architecture, block_size, batch_size, micro_steps=1, seed=0, mode='packed', dist=Local
+        self, folder, architecture, block_size, batch_size, micro_steps=1, seed=0, mode='packed', dist=LOCAL
     ):
         self.rows = make_rows(folder, 'train', architecture, block_size, mode, training=True)
         self.folder, self.ignore_id = folder, folder.tokenizer.ignore_id
@@ -335,7 +333,7 @@ class EvaluationBatches:
     """
 
     def __init__(
-        self, folder, split, architecture, block_size, batch_size, mode, max_tokens=0, dist=Local, even=False
+        self, folder, split, architecture, block_size, batch_size, mode, max_tokens=0, dist=LOCAL, even=False
     ):
         self.rows = make_rows(folder, split, architecture, block_size, mode, training=False)
         self.folder, self.batch_size, self.dist, self.even = folder, batch_size, dist, even
