@@ -280,10 +280,8 @@ def save():
 
 @torch.no_grad()
 def predict(examples):
-    """Judge each row, the same for any number of ranks: (N, 3), and its logits where they are not too many to keep.
-
-    Rows of like length come together.
-    """
+    """Judge each row, those of like length together, the same for any number of ranks: (N, 3), and its logits
+    where they are not too many to keep."""
     order = np.argsort([len(row) for row in examples.rows], kind='stable')
     is_kept = len(examples) * raw_classifier.width <= classification.MAX_LOGITS
     judged = torch.zeros(len(examples), 3 + raw_classifier.width * is_kept)

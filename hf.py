@@ -148,10 +148,8 @@ def merge_adapter(source, base, out, token=None, revision=None):
 
 
 def push(source, hub_model_id, token=None, private=False, dry_run=False):
-    """Send a ckpt.pt, or the best weights of a run folder, to the hub with a model card, as one commit.
-
-    The model is made there where it does not exist; nothing is deleted. dry_run: show what would be sent.
-    """
+    """Send a ckpt.pt, or the best weights of a run folder, to the hub with a model card, as one commit; a
+    model that does not exist there is made. dry_run: show what would be sent."""
     check_name(hub_model_id)
     path = Path(best_of(source))
     card = model_card(checkpoints.load(path, mmap=True), hub_model_id)

@@ -52,10 +52,8 @@ OPTIONS += ['fresh_beliefs']
 
 
 def encode_infill(text):
-    """Return the token ids of a text in which <mask:N> stands for N masked tokens.
-
-    Where a word's token begins with the space before it, that space belongs to the gap.
-    """
+    """Return the token ids of a text in which <mask:N> stands for N masked tokens; where a word's token
+    begins with the space before it, that space belongs to the gap."""
     if tokenizer.joins_spaces:
         text = re.sub(r' <mask:', '<mask:', text)
     ids = []

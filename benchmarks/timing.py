@@ -57,10 +57,8 @@ def alternate(sides, rounds, warmup=0):
 
 
 def compare_rates(title, sides, amount, rounds, warmup=0):
-    """Print the rates of both sides and return the median of our rate over the peer's.
-
-    sides: {name: function that returns the seconds for `amount` tokens}, the peer's first.
-    """
+    """Print the rates of `sides`, {name: a call that returns the seconds for `amount` tokens}, the peer's
+    first, and return the median of our rate over the peer's."""
     times = alternate(sides, rounds, warmup)
     for name, values in times.items():
         say(f'  {title}, {name}: {" · ".join(f"{amount / value:,.1f}" for value in values)} tokens/s')

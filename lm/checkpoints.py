@@ -212,10 +212,8 @@ class Best:
 
 
 def contents(model, step, best, config, tokenizer, start_token, prompt_format):
-    """Return what the other scripts need to use a model, but for its weights.
-
-    Raises UserError where one of these is not finite: nothing is saved over a checkpoint that can be used.
-    """
+    """Return what the other scripts need to use a model, but for its weights; UserError where one of these is
+    not finite: nothing is saved over a checkpoint that can be used."""
     broken = next((name for name, x in model.named_parameters() if not local(x).isfinite().all()), None)
     remedy = f'the last checkpoint is kept; try a lower learning_rate than {config["learning_rate"]}'
     require(not broken, f'{broken} is not finite after step {step}; {remedy}.')

@@ -203,11 +203,9 @@ def report_idle(config, where, names):
 
 
 def restore(namespace, config, saved):
-    """Set each key that was not given to its value in `saved`, the config of an earlier run.
-
-    Returns [(key, saved value, given value)] where something else was given: that value stands, for the caller to
-    report or refuse.
-    """
+    """Set each key that was not given to its value in `saved`, the config of an earlier run; return [(key,
+    saved value, given value)] where something else was given: that value stands, for the caller to report or
+    refuse."""
     differing = []
     for name in [name for name in config if name in saved and name not in config.displaced]:
         value = check_type(config.known[name], saved[name], f'{name}={saved[name]!r} in the checkpoint')
@@ -262,10 +260,8 @@ def apply_values(config, values, word, section=''):
 
 
 def run_file(path, word, config):
-    """Return what a Python file assigns, but for names that start with _, modules and functions.
-
-    The values so far are the file's builtins, so that it can read them, and its globals hold only what it assigned.
-    """
+    """Return what a Python file assigns, but for names that start with _, modules and functions. The values
+    so far are its builtins, so that it can read them and its globals hold only what it assigned."""
     assigned = {'__file__': str(path)}
 
     def include(name):

@@ -279,10 +279,8 @@ class Batches:
         return text
 
     def get(self, step):
-        """Return this rank's micro-batches of a global step, and the count of tokens in the loss on all ranks.
-
-        The next step's are read while the caller computes.
-        """
+        """Return this rank's micro-batches of a global step, and the count of tokens in the loss on all
+        ranks; those of the next step are read while the caller computes."""
         batch = self.prefetched.pop(step, None) or self.thread.submit(self.read, step)
         self.prefetched = {step + 1: self.thread.submit(self.read, step + 1)}
         micro_batches, count = batch.result()
@@ -393,10 +391,8 @@ def row_noise(numbers, num_rows, row_length, key):
 
 
 def collate(rows, noise):
-    """Make a Batch of rows (tokens, loss mask or None, doc_ids or None), padded to the longest outside the loss.
-
-    Padding is a document of its own where rows have doc_ids.
-    """
+    """Make a Batch of rows (tokens, loss mask or None, doc_ids or None), padded to the longest outside the
+    loss and, where rows have doc_ids, as a document of its own."""
     tokens, loss_masks, doc_ids = zip(*[(*row, None)[:3] for row in rows])
     length = max(map(len, tokens))
 

@@ -58,10 +58,8 @@ def write_json(path, value):
 
 
 def lock(folder, name='logs.log', busy=''):
-    """Make this process the only one that writes a folder until it closes the file that it gets, or ends.
-
-    The lock is one of the kernel's on a file that is never replaced: no way to end leaves one behind.
-    """
+    """Make this process the only one that writes a folder until it closes the file that it gets, or ends: the
+    lock is the kernel's, on a file that is never replaced, so that no way to end leaves one behind."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / name, 'a', buffering=1, encoding='utf-8')

@@ -117,10 +117,8 @@ def rows_of(entry, split, max_expansion):
 
 
 def read_sets(database, task, train_langs, eval_langs, model_type, max_expansion=MAX_EXPANSION):
-    """Return {'train', perhaps 'val', each language of eval_langs: [(entry, rows)]}, and the number of classes.
-
-    Validation rows are of the training languages: the test set never selects a checkpoint.
-    """
+    """Return {'train', perhaps 'val', each language of eval_langs: [(entry, rows)]}, and the number of
+    classes. The val rows are of the training languages: a test set never selects a checkpoint."""
 
     def entries_of(languages):
         names = filter(None, map(str.strip, languages.split(',')))

@@ -124,10 +124,8 @@ def freeze_the_rest(model):
 
 
 def train_new_embeddings(model):
-    """Train, beside the adapters, what a converted model has not learned as what it was before.
-
-    These are the rows of <|mask|> and <|ignore|>, and the weights that only its architecture has.
-    """
+    """Train, beside the adapters, what a converted model has not learned as what it was before: the rows of
+    <|mask|> and <|ignore|>, and the weights that only its architecture has."""
     ids = [i for i in (model.config.mask_id, model.config.ignore_id) if i is not None]
     for name in ('embedding', 'unembedding'):
         if (table := getattr(model, name)) is not None:

@@ -95,10 +95,8 @@ class Runtime:
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == 'float16')
 
     def wrap(self, model, compile=None, fsdp=False):
-        """Return the model whose forward and backward synchronise gradients over the ranks.
-
-        compile: torch.compile; None: on CUDA only, and not what FSDP shards.
-        """
+        """Return the model whose backward pass sums gradients over the ranks; compile=None: on CUDA only,
+        without FSDP."""
         if compile or compile is None and self.device.type == 'cuda' and not fsdp:
             model.compile()
         if self.world_size == 1 or fsdp:
@@ -303,10 +301,8 @@ def add(sums, loss, count, metrics):
 
 
 def means(split, sums):
-    """Compute the metrics of a split from sums that a model's forward returned.
-
-    A metric that is none of those below is a sum over the counted tokens: its mean has its name.
-    """
+    """Compute the metrics of a split from sums that a model's forward returned; one that is not named below
+    is over the counted tokens: its mean keeps its name."""
     sums = dict(sums)
     loss, count = sums.pop('loss'), max(1, sums.pop('count'))
     correct, predicted = sums.pop('correct', None), sums.pop('predicted', 0)

@@ -159,11 +159,8 @@ VALUES = {str: 'a text', list: 'a list of texts', int: 'a whole number', bool: '
 
 
 def check(answer, checks):
-    """Return a bool for each of `checks`, such as {'max_words': 20}: whether the answer passes.
-
-    An answer without a word passes none, because silence would keep to every upper limit. Raises UserError for
-    what is not a check.
-    """
+    """Return a bool for each of `checks`, such as {'max_words': 20}: whether the answer passes. One without a
+    word passes none, because silence would keep to every upper limit. UserError: what is not a check."""
     passed = []
     for one in checks:
         is_one = isinstance(one, dict) and len(one) == 1

@@ -105,10 +105,8 @@ CHARACTERS = {byte: chr(byte) for byte in PRINTABLE} | {byte: chr(256 + n) for n
 
 
 def build(kind, texts=(), vocab_size=None):
-    """Return the Tokenizer of one of KINDS; `char` and `bpe` learn theirs from the iterable `texts`.
-
-    `char` has one token per character that occurs, `bpe` with the special tokens at most `vocab_size` entries.
-    """
+    """Return the Tokenizer of one of KINDS; `char`, of the characters that occur, and `bpe`, of at most
+    `vocab_size` entries with the special tokens, learn theirs from the iterable `texts`."""
     if kind == 'char':
         vocab = {character: i for i, character in enumerate(sorted(set(chain.from_iterable(texts))))}
         inner = tokenizers.Tokenizer(models.WordLevel(vocab))

@@ -51,10 +51,8 @@ def differences(recorded, command):
 
 @contextlib.contextmanager
 def unfinished_folder(target, command, overwrite):
-    """Give the Journal of a hidden folder beside `target`, which takes the target's place if the block succeeds.
-
-    If the block fails, the folder vanishes, unless a shard is done: then the same command goes on from there.
-    """
+    """Give the Journal of a hidden folder beside `target`, which takes its place if the block succeeds; if it
+    fails, the folder vanishes, unless a shard is done: then the same command goes on from there."""
     folder = target.with_name(f'.{target.name}.partial')
     try:
         busy = f'Another process is preparing {target}; wait, or change --name.'
@@ -79,9 +77,8 @@ def unfinished_folder(target, command, overwrite):
 
 class Journal:
     """How far an unfinished folder has come: `state`, which the writer saves after each shard, None before.
-
-    It continues what a killed run of the same command left, refuses what another left, or clears the folder.
-    """
+    It continues what a killed run of the same command left, refuses what another left, or clears the
+    folder."""
 
     def __init__(self, folder, command, overwrite):
         self.folder, self.command = folder, command
