@@ -8,13 +8,13 @@ torchrun --standalone --nproc_per_node=2 classify.py --target_func=fn_a --device
 import copy
 import math
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from lm import checkpoints, classification, families, languages, optim, runtime, tasks
-from lm.classification import Examples
 from lm.configurator import check_choice, configure, report_idle, require
 from lm.files import save_atomically, write_json
 from lm.log import start_run
@@ -188,7 +188,7 @@ else:
     ids, sets, notes = tasks.digit_ids(vocabulary, target_func), {}, {}
     for name, (rows, labels) in digits.items():
         if len(rows):
-            sets[name] = Examples(list(np.insert(ids[rows], 0, start_token, axis=1)), labels)
+            sets[name] = classification.Examples(list(np.insert(ids[rows], 0, start_token, axis=1)), labels)
 if val_set_size and 'val' not in sets:
     sets['train'], sets['val'] = classification.hold_out(sets['train'], val_set_size, seed)
 test_sets = [name for name in sets if name not in ('train', 'val')]
@@ -199,6 +199,7 @@ selectable = 'val' in sets or not early_stopping
 require(selectable, 'early_stopping needs validation rows: the test set never selects; add --val_set_size=N.')
 pool = pool or ('last' if trunk.causal else 'mean')
 by_class = classification.weights_of_classes(class_weights, sets['train'].labels, max(2, num_classes))
+evaluate = partial(classification.evaluate_predictions, num_classes=max(2, num_classes))
 options = pool, dropout, by_class, label_smoothing, token_dropout
 raw_classifier = classification.Classifier(trunk, num_classes, *options)
 row_weights = by_class[sets['train'].labels]  # (N,)
@@ -294,10 +295,6 @@ def predict(examples):
         judged[index] = classification.judge(logits, labels.cpu())[:, : judged.size(1)]
     raw_classifier.train()
     return dist.sum(judged).numpy()
-
-
-def evaluate(labels, judged):
-    return classification.evaluate_predictions(labels, judged, max(2, num_classes))
 
 
 def subset(examples):

@@ -249,9 +249,8 @@ def print_example():
 
 
 print_example()
-sizes = {name: size / 1e9 for name, size in estimate.items()}
-parts = ', '.join(f'{name} {size:.2f}' for name, size in sizes.items())
-log.print(f'memory, about: {parts}; {sum(sizes.values()):.2f} GB in all')
+parts = ', '.join(f'{name} {size / 1e9:.2f}' for name, size in estimate.items())
+log.print(f'memory, about: {parts}; {sum(estimate.values()) / 1e9:.2f} GB in all')
 num_trained = sum(p.numel() for p in trainable.values())
 num_parameters = sum(p.numel() for p in raw_model.parameters())
 log.print(

@@ -6,14 +6,12 @@ import platform
 import re
 import statistics
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from lm.configurator import require
-from lm.runtime import synchronize
 
 CPU = torch.device('cpu')
 say = partial(print, flush=True)
@@ -36,15 +34,6 @@ def describe_machine(device=CPU):
     gpu = f', {torch.cuda.get_device_name(device)}' if device.type == 'cuda' else ''
     cpu = f'{found[1] if found else platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} cores'
     say(f'{cpu}{gpu}, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}')
-
-
-def seconds(call, device=CPU):
-    """Return the seconds that `call` takes, its work on the device included."""
-    synchronize(device)
-    start = time.perf_counter()
-    call()
-    synchronize(device)
-    return time.perf_counter() - start
 
 
 def alternate(sides, rounds, warmup=0):

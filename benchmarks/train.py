@@ -77,7 +77,7 @@ class Trainee:
     def timed_step(self, plans=None):
         """Return the seconds of a step; plans: an iterator of how steps come to their beliefs."""
         batch, beliefs = self.batch(), next(plans) if plans else {}
-        return timing.seconds(lambda: self.step(batch, **beliefs), self.dist.device)
+        return runtime.seconds(lambda: self.step(batch, **beliefs), self.dist.device)
 
     def mfu(self, seconds, peak):
         predicted = 0.5 if self.model.needs_noise else 1.0  # the mean mask ratio

@@ -16,7 +16,6 @@ from lm import pretrained
 from lm.configurator import ROOT, require, restore, user_errors
 from lm.files import as_sentence, lock, save_atomically, write_json, writing
 from lm.optim import local
-from lm.pretrained import current_names
 from model import ARCHITECTURES, SIZES, Autoregressive, ModelConfig, architecture_name
 
 CHECKPOINT_FORMAT = 1
@@ -76,7 +75,7 @@ def load(path, token=None, revision=None, mmap=False, sharded=False, tokenizer=N
     require(not missing, f'{path} lacks {lacks}, so it is no checkpoint of ours; give the ckpt.pt of a run.')
     with unedited(path):
         names = [name for name, x in checkpoint.items() if name.endswith('_state_dict') and x]
-        checkpoint |= {name: current_names(checkpoint[name]) for name in names}
+        checkpoint |= {name: pretrained.current_names(checkpoint[name]) for name in names}
         check_contents(checkpoint)
     return checkpoint
 
@@ -410,11 +409,9 @@ def open_run_folder(out_dir, name, suffix='', run_dir=None, overwrite=False):
 
 
 def copy_if_due(folder, step, best_step, config, dist):
-    """Copy ckpt.pt, and a sharded state, to checkpoints/checkpoint-{step}/ on rank 0 where save_every says so.
-
-    The newest save_total_limit copies stay, and the best; None: all. Those of later steps are of what the run has gone
-    back behind: they go first.
-    """
+    """Copy ckpt.pt, and a sharded state, to checkpoints/checkpoint-{step}/ on rank 0 where save_every says
+    so; the newest save_total_limit copies stay (None: all), and the best. Later steps, which the run has gone
+    back behind, go first."""
     every, limit = config['save_every'], config['save_total_limit']
     if not (dist.is_main and step and every) or step % every or limit == 0:
         return

@@ -70,7 +70,7 @@ class Classifier(nn.Module):
 
     num_classes: outputs of the head; 1 is one logit for two classes, as in binary cross-entropy. pool: 'last', the
     state of the last token, or 'mean'. class_weights: (classes,) the weight of an example. token_dropout: fraction of
-    a row's tokens that are masked in training.
+    a row's tokens that are masked in training (Iyyer et al. 2015).
     """
 
     def __init__(
@@ -105,7 +105,9 @@ class Classifier(nn.Module):
     def forward(self, tokens, lengths, labels):
         """Compute the weighted sum of the rows' losses in nats, the sum of their weights, and metric sums."""
         if self.training and self.token_dropout:
-            tokens = mask_tokens(tokens, self.token_dropout, self.trunk.config.mask_id)
+            masked = torch.rand(tokens.shape, device=tokens.device) < self.token_dropout
+            masked[:, 0] = False  # the start token
+            tokens = tokens.masked_fill(masked, self.trunk.config.mask_id)
         logits = for_each_class(self.logits(tokens, lengths))
         weights, smoothing = self.class_weights[labels], self.label_smoothing
         nll = F.cross_entropy(logits, labels, reduction='none', label_smoothing=smoothing)
@@ -113,13 +115,6 @@ class Classifier(nn.Module):
         correct = (logits.argmax(1) == labels).sum()
         predicted = torch.tensor(len(labels), device=tokens.device)
         return loss, weights.sum(), {'correct': correct, 'predicted': predicted}
-
-
-def mask_tokens(tokens, fraction, mask_id):
-    """Replace a fraction of the token ids (B, T) by <|mask|>, never a row's first (word dropout, Iyyer et al. 2015)."""
-    masked = torch.rand(tokens.shape, device=tokens.device) < fraction
-    masked[:, 0] = False
-    return tokens.masked_fill(masked, mask_id)
 
 
 def load_state(classifier, checkpoint):
@@ -189,13 +184,11 @@ def class_metrics(labels, predictions, num_classes):
 
 def auroc(labels, scores):
     """Compute the chance that a row of class 1 scores higher than one of class 0, ties half; None without both."""
-    _, index, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[index]  # from 1, those of ties averaged
-    positives = int((labels == 1).sum())
-    negatives = len(labels) - positives
-    if not positives or not negatives:
+    positive, negative = scores[labels == 1], np.sort(scores[labels == 0])
+    if not len(positive) or not len(negative):
         return None
-    return float((ranks[labels == 1].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+    below, up_to = (np.searchsorted(negative, positive, side) for side in ('left', 'right'))
+    return float((below + up_to).mean() / (2 * len(negative)))
 
 
 def judge(logits, labels):

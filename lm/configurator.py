@@ -7,8 +7,7 @@
     $ python train.py config/shakespeare_char.py --batch_size=8 --compile
 
 Arguments apply from left to right. A config file is plain Python that sees the values so far, so it may say
-`max_steps = 2 * max_steps`, and include('base.py') runs a file beside it first. The source of the script is the only
-list of its keys.
+`max_steps = 2 * max_steps`, and include('base.py') runs a file beside it first.
 """
 
 import ast
@@ -155,11 +154,9 @@ class Config(dict):
 
 
 def configure(namespace, argv=None):
-    """Apply `argv` (default: the command line) to `namespace`, the globals() of a script, and return the Config.
-
-    The keys are the public names of simple types that the script assigns above this call. Raises UserError before
-    touching the namespace.
-    """
+    """Apply `argv` (default: the command line) to `namespace`, the globals() of a script, and return the
+    Config of the names of simple types that it assigns above this call. Raises UserError before touching the
+    namespace."""
     words = list(sys.argv[1:] if argv is None else argv)
     with tokenize.open(namespace['__file__']) as file:  # in the encoding that Python reads it in
         config = Config(keys_of(file.read(), namespace))
@@ -427,20 +424,15 @@ def keys_of(source, namespace):
         names = [target.id for target in targets if isinstance(target, ast.Name) and target.id[0] != '_']
         rest = lines[last_line - 1].encode()[node.end_col_offset :].decode().strip()  # ast counts bytes
         comment = rest.lstrip('# ') if rest.startswith('#') else ''
+        annotation = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else ''
+        declared = TYPES.get(annotation.removesuffix(' | None'))
         for name in names:
             default = namespace.get(name, NotImplemented)  # an instance of no type that a key may have
+            example = f'annotate its type, as in `{name}: str = None` ({", ".join(TYPES)})'
+            require(declared or default is not None, f'The default of {name} is None; {example}.')
             if default is None or type(default) in TYPES.values():
-                keys[name] = Key(default, type_of(node, name, default), comment, section)
+                keys[name] = Key(default, declared or type(default), comment, section)
     return keys
-
-
-def type_of(node, name, default):
-    """Return the type in the annotation, `str` or `str | None`, or else that of the default."""
-    annotation = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else ''
-    declared = TYPES.get(annotation.removesuffix(' | None'))
-    example = f'as in `{name}: str = None` ({", ".join(TYPES)})'
-    require(declared or default is not None, f'The default of {name} is None; annotate its type, {example}.')
-    return declared or type(default)
 
 
 def print_help(namespace, keys):

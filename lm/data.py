@@ -1,7 +1,6 @@
-"""Rows of prepared folders, and batches of them.
+"""Rows of prepared folders, and batches of them: pure functions of (seed, step), so that there is no state to save.
 
-A batch is a pure function of (seed, step), so that there is no loader state to save: resuming repeats nothing and skips
-nothing, and other numbers of ranks or micro-steps see the same rows.
+Resuming repeats nothing and skips nothing, and other numbers of ranks or micro-steps see the same rows.
 """
 
 from bisect import bisect_left, insort
@@ -379,11 +378,9 @@ def count_tokens(row, ignore_id):
 
 
 def row_noise(numbers, num_rows, row_length, key):
-    """Draw uniform numbers (B, 1 + row_length): one for the mask ratio of each row, then one per token.
-
-    Mask ratios are stratified: the rows of a step have one in each interval of width 1/num_rows, in random order.
-    key: (seed, step), or () in evaluation.
-    """
+    """Draw uniform numbers (B, 1 + row_length): per row a mask ratio, of which a step has one in each
+    interval of width 1/num_rows, in random order, then one per token. key: (seed, step), or () in
+    evaluation."""
     strata = permuted(numbers, num_rows, LEVEL, *key).astype(np.float64)
     ratios = (strata + uniform(NOISE, *key, numbers, row_length)) / num_rows
     tokens = uniform(NOISE, *key, numbers[:, None], np.arange(row_length))

@@ -63,10 +63,6 @@ def find_entry(database, language, task):
     return entry
 
 
-def num_classes_of(entry):
-    return entry['classes'] if isinstance(entry['classes'], int) else len(entry['classes'])
-
-
 def read_split(entry, split, model_type='normal', max_expansion=MAX_EXPANSION):
     """Return [(texts, one per feature, class from 0)] of a split; 'ipa' reads the column {feature}-phoneme for each."""
     phoneme = '-phoneme' if model_type == 'ipa' else ''
@@ -84,9 +80,10 @@ def read_split(entry, split, model_type='normal', max_expansion=MAX_EXPANSION):
 
 def classes_of(entry):
     """Return {label as a text: class from 0}: names, and numbers unless names are numbers, as of stars from 1 to 5."""
-    count = num_classes_of(entry)
-    named = ['False', 'True'] if entry['classes'] == 2 else []
-    named = named if isinstance(entry['classes'], int) else [*map(str, entry['classes'])]
+    if isinstance(entry['classes'], int):
+        count, named = entry['classes'], ['False', 'True'] * (entry['classes'] == 2)
+    else:
+        count, named = len(entry['classes']), [*map(str, entry['classes'])]
     numbers = [] if any(map(str.isdecimal, named)) else map(str, range(count))
     return {label: number for labels in (numbers, named) for number, label in enumerate(labels)}
 
@@ -125,7 +122,7 @@ def read_sets(database, task, train_langs, eval_langs, model_type, max_expansion
         return {name: find_entry(database, name, task) for name in names}
 
     train, test = entries_of(train_langs), entries_of(eval_langs or train_langs)
-    counts = {language: num_classes_of(entry) for language, entry in {**train, **test}.items()}
+    counts = {language: len({*classes_of(entry).values()}) for language, entry in {**train, **test}.items()}
     problem = f'The data sets of a run need the same number of classes, but these are {counts}'
     require(train and len(set(counts.values())) == 1, f'{problem}; choose other languages.')
 
@@ -139,11 +136,9 @@ def read_sets(database, task, train_langs, eval_langs, model_type, max_expansion
 
 
 def encode_sets(sets, tokenizer, start_token, block_size):
-    """Return {name: Examples} of `read_sets`, and {name: how many were too long, in words}.
-
-    A row is the start token and its features with <|endoftext|> between them. One that is too long loses its
-    end, or is left out where the database says filter_length.
-    """
+    """Return {name: Examples} of `read_sets`: rows of the start token and the features with <|endoftext|>
+    between them; and {name: how many were too long, in words}: these lose their end, or are left out as
+    filter_length says."""
     examples, notes = {}, {}
     for name, parts in sets.items():
         rows, labels, too_long = [], [], 0

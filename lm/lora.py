@@ -86,10 +86,8 @@ class TrainedRows(nn.Module):
 
 
 def add_lora(model, rank, alpha, dropout=0.0, targets=(), dora=False):
-    """Put adapters on the blocks' linear layers and freeze all the rest.
-
-    targets: names of layers, ours or a family's (q or q_proj); none or 'all-linear': all of them.
-    """
+    """Put adapters on the blocks' linear layers, or on those with names in `targets` (ours or a family's, q
+    or q_proj; 'all-linear' is all of them), and freeze all the rest."""
     targets, known = set(targets) - {'all-linear'}, set()
     for name, layer in linear_layers(model):
         module = name.split('.', 2)[2]  # of blocks.3.attention.q: attention.q

@@ -9,12 +9,10 @@ import sys
 import time
 
 import torch
-import torch.distributed
 
 from lm import optim
 from lm.configurator import UserError, check_choice, check_range, report_idle, require
 from lm.kernels import has_bfloat16
-from lm.optim import local
 from lm.rng import torch_seed
 
 DTYPES = {'bfloat16': torch.bfloat16, 'float16': torch.float16, 'float32': torch.float32}
@@ -198,6 +196,15 @@ def synchronize(device):
         getattr(torch, device.type).synchronize()
 
 
+def seconds(call, device):
+    """Return the seconds that `call` takes, its work on the device included."""
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
 class StopSignal:
     """Set by the first SIGTERM, SIGINT, SIGUSR1 or SIGHUP; a second one ends the process at once, but for SIGHUP, of
     which a terminal that is closed sends two."""
@@ -221,15 +228,10 @@ def measure_peak_flops(device, dtype):
     """Measure the operations per second of a large matmul here: what `train/mfu` is a share of."""
     size = 8192 if device.type == 'cuda' else 1024
     a = torch.randn(size, size, device=device, dtype=DTYPES[dtype])
-    best, total = float('inf'), 0.0
-    while total < 0.2:  # seconds
-        synchronize(device)
-        start = time.perf_counter()
-        a @ a
-        synchronize(device)
-        best = min(best, time.perf_counter() - start)
-        total += time.perf_counter() - start
-    return 2 * size**3 / best
+    times = []
+    while sum(times) < 0.2:
+        times.append(seconds(lambda: a @ a, device))
+    return 2 * size**3 / min(times)
 
 
 def flops_per_token(model, length=None, predicted=1.0, passes=0.0):
@@ -264,13 +266,11 @@ def memory_estimate(model, batch_size, length, dist):
     and of sharded ones the root's and those of two blocks are gathered.
     """
     config, parameters = model.config, list(model.parameters())
-    trained, weights = (
-        sum(x.numel() * x.element_size() for x in map(local, tensors))
-        for tensors in ([p for p in parameters if p.requires_grad], [*parameters, *model.buffers()])
-    )
+    held = {x: optim.local(x).nbytes for x in (*parameters, *model.buffers())}
+    weights, trained = sum(held.values()), sum(size for x, size in held.items() if x.requires_grad)
     size = 4 if dist.dtype == 'float32' else 2
     copies = sum(p.numel() for p in parameters if p.dtype == torch.float32) * (0 if size == 4 else 2)
-    if any(local(p) is not p for p in parameters):  # sharded: what is gathered at a time
+    if any(optim.local(p) is not p for p in parameters):  # sharded: what is gathered at a time
         blocks = sum(p.numel() for p in model.blocks.parameters())
         copies = size * (sum(p.numel() for p in parameters) - blocks + 2 * blocks // config.n_layer)
     tokens = batch_size * length

@@ -1,7 +1,4 @@
-"""Documents from files (.txt, .jsonl, .jsonl.gz, .jsonl.zst, .json, .parquet) and from the Hugging Face hub.
-
-A record without a usable text is handed on as a UserError in its place; on_error says whether that stops the run.
-"""
+"""Documents from files (.txt, .jsonl, .jsonl.gz, .jsonl.zst, .json, .parquet) and from the Hugging Face hub."""
 
 import glob
 import hashlib

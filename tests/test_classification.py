@@ -111,8 +111,13 @@ def test_losses_are_torchs_with_weights_and_with_smoothing():
 def test_tokens_are_masked_while_training_only_and_never_the_first():
     torch.manual_seed(0)
     tokens = torch.randint(0, 8, (200, 16))
-    masked = c.mask_tokens(tokens, 0.3, mask_id=8) == 8
+    model = c.Classifier(random_model('ar', 0.3, **SHAPE), 2, 'mean', token_dropout=0.3)
+    mask_id, seen = model.trunk.config.mask_id, []
+    model.logits = lambda tokens, lengths: seen.append(tokens) or torch.zeros(200, 2)
+    model(tokens, None, torch.zeros(200, dtype=int))
+    masked = seen[0] == mask_id
     assert not masked[:, 0].any() and abs(masked[:, 1:].float().mean() - 0.3) < 0.04
+    assert torch.equal(seen[0][~masked], tokens[~masked])
     model = c.Classifier(random_model('ar', 0.3, **SHAPE), 2, 'mean', token_dropout=0.5)
     labels = torch.zeros(200, dtype=int)
 
