@@ -157,8 +157,8 @@ torch.manual_seed(seed)
 has_weights = not {'model_state_dict', 'sharded'}.isdisjoint(initial)
 with torch.device('meta' if fsdp and has_weights else 'cpu'):  # a rank reads only its part of a sharded model
     raw_model = checkpoints.make_model(architecture, **shape)
-are_here = 'model_state_dict' in initial and not (resumed.checkpoint and fsdp)  # or come with the state
-weights = checkpoints.weights_of(initial) if are_here else None
+is_whole = 'model_state_dict' in initial and not (resumed.checkpoint and fsdp)  # or it comes in shards
+weights = checkpoints.weights_of(initial) if is_whole else None
 if use_peft:
     from lm import lora, quantize  # only where it is wanted
 

@@ -1,4 +1,4 @@
-"""How long is a training step of each architecture, what do our own kernels save of it, what memory does it take?
+"""How long does a training step of each architecture take, what do our kernels save of it, and what memory?
 
     python benchmarks/train.py --optimizer=muon
     python benchmarks/train.py --what=memory --model_size=xl --vocab_size=50260 --block_size=1024 --batch_size=8
@@ -133,10 +133,8 @@ class Allocations(TorchDispatchMode):
     now = peak = 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        if (
-            operation is torch.ops.aten.nonzero.default
-        ):  # of fake tensors: half, as diffusion masks on average
-            result = torch.arange(args[0].numel() // 2)[:, None]
+        if operation is torch.ops.aten.nonzero.default:
+            result = torch.arange(args[0].numel() // 2)[:, None]  # fake: half, as diffusion masks on average
         else:
             result = operation(*args, **(kwargs or {}))
         for storage in storages(result) - storages((args, kwargs)):
@@ -154,7 +152,7 @@ def storages(tree):
 
 
 def peak_bytes(*settings, **shape):
-    """Return the most bytes at once in a training step, weights and moments included; of the arguments of Trainee."""
+    """Return the most bytes at once in a step, weights and moments included; the arguments are Trainee's."""
     with FakeTensorMode(), Allocations() as allocations:
         trainee = Trainee(*settings, **shape)
         beliefs = {'k': 8, 'depth': optim.MAX_DEPTH} if trainee.model.has_beliefs else {}

@@ -68,9 +68,9 @@ def rows_of_step(step, rows_per_step, num_rows, seed, lengths=None):
 class Classifier(nn.Module):
     """A trunk, its last hidden states pooled over a row's true length, dropout, and a linear head.
 
-    num_classes: outputs of the head; 1 is one logit for two classes, as in binary cross-entropy. pool: 'last', the
-    state of the last token, or 'mean'. class_weights: (classes,) the weight of an example. token_dropout: fraction of
-    a row's tokens that are masked in training (Iyyer et al. 2015).
+    num_classes: outputs of the head; 1 is one logit, as in binary cross-entropy. pool: 'last', the state of the
+    last token, or 'mean'. class_weights: (classes,) the weight of an example. token_dropout: fraction of a row's
+    tokens that are masked in training (Iyyer et al. 2015).
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Classifier(nn.Module):
             masked = torch.rand(tokens.shape, device=tokens.device) < self.token_dropout
             masked[:, 0] = False  # the start token
             tokens = tokens.masked_fill(masked, self.trunk.config.mask_id)
-        logits = for_each_class(self.logits(tokens, lengths))
+        logits = logits_by_class(self.logits(tokens, lengths))
         weights, smoothing = self.class_weights[labels], self.label_smoothing
         nll = F.cross_entropy(logits, labels, reduction='none', label_smoothing=smoothing)
         loss = (weights * nll).sum()
@@ -123,8 +123,8 @@ def load_state(classifier, checkpoint):
     classifier.head.load_state_dict(checkpoint['head_state_dict'])
 
 
-def for_each_class(logits):
-    """Return logits (B, 2 or more): one alone, z, is that of class 1, and 0 that of class 0, as σ(z) = softmax(0, z)."""
+def logits_by_class(logits):
+    """Return logits (B, 2 or more): one alone, z, becomes 0 and z, since σ(z) is the softmax of these."""
     return logits if logits.size(1) > 1 else F.pad(logits, (1, 0))
 
 
@@ -193,7 +193,7 @@ def auroc(labels, scores):
 
 def judge(logits, labels):
     """Return (N, 3 + C) of logits (N, C), or (N, 1) for two classes: loss in nats, class, score of class 1, logits."""
-    by_class = for_each_class(logits)
+    by_class = logits_by_class(logits)
     nll = F.cross_entropy(by_class, labels, reduction='none')
     columns = nll, by_class.argmax(1), by_class[:, -1] - by_class[:, 0]
     return torch.cat([torch.stack(columns, 1), logits], 1)

@@ -106,9 +106,9 @@ PUBLISHED_NAMES = {  # key: names that published scripts use
     'seed': 'random_seed',
     'checkpoint_prefix': 'checkpoints_prefix',
 }
-# Alias, key, how the value converts (None: it stays as it is, a dict: looked up, a number: so many times it, because no
-# batch size counts in an evaluation, a list: what it may say, because it is so anyway). A row counts in a script that
-# has the key and not the alias.
+# Alias, key, how the value converts: None: not at all; a dict: looked up; a number: so many times it, since no
+# evaluation depends on a batch size; a list: what it may say, because it is so anyway. A row counts in a script
+# that has the key and not the alias.
 ALIASES = [
     *((alias, key, None) for key, names in PUBLISHED_NAMES.items() for alias in names.split()),
     ('precision', 'dtype', DTYPES),

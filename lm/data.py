@@ -1,4 +1,4 @@
-"""Rows of prepared folders, and batches of them: pure functions of (seed, step), so that there is no state to save.
+"""Rows of prepared folders and batches of them, pure functions of (seed, step): there is no state to save.
 
 Resuming repeats nothing and skips nothing, and other numbers of ranks or micro-steps see the same rows.
 """

@@ -84,7 +84,7 @@ class Logger:
         self.write(sys.stdout, '\r\033[K' + line if self.line_open else line + '\n')
 
     def open_csv(self, step, new=()):
-        """Open metrics.csv, with `new` columns, without what is no row and the rows after `step`, which come again."""
+        """Open metrics.csv with `new` columns, without what is no row and rows after `step`: they come again."""
         path = self.folder / 'metrics.csv'
         text = path.read_text('utf-8', 'replace') if path.exists() else ''
         header, *lines = text.splitlines(keepends=True) or ['']

@@ -137,7 +137,7 @@ def damage_named(path):
 
 
 def refusals_named(path):
-    """Return a context in which the errors of the hub, of many kinds and from four libraries, are UserErrors."""
+    """Return a context in which the hub's errors, of many kinds and from four libraries, are UserErrors."""
     problem = f'The data set {path} could not be read from the hub'
     return as_sentence(problem, 'correct the name, try again, or give files of your own')
 

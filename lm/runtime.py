@@ -87,7 +87,9 @@ class Runtime:
 
     def autocast(self):
         """Return a context in which matmuls run in `dtype`; the weights stay float32."""
-        return torch.autocast(self.device.type, DTYPES[self.dtype], enabled=self.dtype != 'float32')
+        if self.dtype == 'float32':
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, DTYPES[self.dtype])
 
     def scaler(self):
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == 'float16')

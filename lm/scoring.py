@@ -88,7 +88,7 @@ def share_ci(passed):
 
 LABEL = re.compile(r'^([ \t]*)(?:(\(?\d{1,2}[.)])|([-*•–]))\s+', re.M)  # of an item: "1. ", "2) ", "- "
 TITLE = re.compile(r'\b(Mr|Mrs|Ms|Dr|Prof|St|[A-HJ-Z])\.')  # a full stop that ends no sentence
-SENTENCE_END = re.compile(r'(?<=[.!?…])["”\')\]]*\s+(?![a-z])|\n')
+SENTENCE_END = re.compile(r'(?<=[.!?…])["”\')\]]*\s+(?![a-z\s])|\n')
 
 
 def words_in(text):

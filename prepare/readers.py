@@ -1,4 +1,4 @@
-"""Documents from files (.txt, .jsonl, .jsonl.gz, .jsonl.zst, .json, .parquet) and from the Hugging Face hub."""
+"""Documents from files (.txt, .jsonl, .jsonl.gz, .jsonl.zst, .json, .parquet) and the Hugging Face hub."""
 
 import glob
 import hashlib
