@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from lm import checkpoints, data, optim, prompts, runtime
-from lm.configurator import configure, note, require
+from lm.configurator import configure, require
 from lm.folder import Folder
 from lm.log import start_run
 from sampling import generate
@@ -132,7 +132,8 @@ if train_on_prompt:
 if resumed.checkpoint and not use_peft:
     initial = resumed.checkpoint
 elif init_from == 'scratch':
-    note('init_from=scratch, and a model that was not pretrained will not learn to answer.')
+    if dist.is_main:
+        print('warning: init_from=scratch; a model that was not pretrained will not learn to answer.')
     shape = checkpoints.size_of(model_size)
     shape.update(block_size=block_size or max_seq_len or 256, vocab_size=tokenizer.vocab_size)
     shape.update(mask_id=tokenizer.mask_id, ignore_id=tokenizer.ignore_id)
