@@ -8,17 +8,17 @@ torchrun --standalone --nproc_per_node=2 classify.py --target_func=fn_a --device
 import copy
 import math
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from lm import checkpoints, classification, families, languages, optim, runtime, tasks
-from lm.classification import Examples
 from lm.configurator import check_choice, configure, report_idle, require
 from lm.files import save_atomically, write_json
 from lm.log import start_run
-from lm.tokenizer import Tokenizer
+from lm.tokenizer import Tokenizer, build
 from model import SIZES
 
 # --- an algorithmic task ---
@@ -155,7 +155,7 @@ else:
     num_labels = 2
     sizes = train_set_size, test_set_size, val_set_size
     digits = tasks.splits(target_func, sequence_length, *sizes, seed, compat)
-    vocabulary = None if initial else tasks.digit_tokenizer(target_func)
+    vocabulary = None if initial else build('char', tasks.digits_of(target_func))
 vocabulary = vocabulary or Tokenizer(initial['tokenizer'])
 start_token = initial['start_token'] if initial else vocabulary.start_id
 
@@ -188,7 +188,7 @@ else:
     ids, sets, notes = tasks.digit_ids(vocabulary, target_func), {}, {}
     for name, (rows, labels) in digits.items():
         if len(rows):
-            sets[name] = Examples(list(np.insert(ids[rows], 0, start_token, axis=1)), labels)
+            sets[name] = classification.Examples(list(np.insert(ids[rows], 0, start_token, axis=1)), labels)
 if val_set_size and 'val' not in sets:
     sets['train'], sets['val'] = classification.hold_out(sets['train'], val_set_size, seed)
 test_sets = [name for name in sets if name not in ('train', 'val')]
@@ -199,6 +199,7 @@ selectable = 'val' in sets or not early_stopping
 require(selectable, 'early_stopping needs validation rows: the test set never selects; add --val_set_size=N.')
 pool = pool or ('last' if trunk.causal else 'mean')
 by_class = classification.weights_of_classes(class_weights, sets['train'].labels, max(2, num_classes))
+evaluate = partial(classification.evaluate_predictions, num_classes=max(2, num_classes))
 options = pool, dropout, by_class, label_smoothing, token_dropout
 raw_classifier = classification.Classifier(trunk, num_classes, *options)
 row_weights = by_class[sets['train'].labels]  # (N,)
@@ -280,10 +281,8 @@ def save():
 
 @torch.no_grad()
 def predict(examples):
-    """Judge each row, the same for any number of ranks: (N, 3), and its logits where they are not too many to keep.
-
-    Rows of like length come together.
-    """
+    """Judge each row, those of like length together, the same for any number of ranks: (N, 3), and its logits
+    where they are not too many to keep."""
     order = np.argsort([len(row) for row in examples.rows], kind='stable')
     is_kept = len(examples) * raw_classifier.width <= classification.MAX_LOGITS
     judged = torch.zeros(len(examples), 3 + raw_classifier.width * is_kept)
@@ -296,10 +295,6 @@ def predict(examples):
         judged[index] = classification.judge(logits, labels.cpu())[:, : judged.size(1)]
     raw_classifier.train()
     return dist.sum(judged).numpy()
-
-
-def evaluate(labels, judged):
-    return classification.evaluate_predictions(labels, judged, max(2, num_classes))
 
 
 def subset(examples):

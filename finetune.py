@@ -165,9 +165,8 @@ torch.manual_seed(seed)
 has_weights = not {'model_state_dict', 'sharded'}.isdisjoint(initial)
 with torch.device('meta' if fsdp and has_weights else 'cpu'):  # a rank reads only its part of a sharded model
     raw_model = checkpoints.make_model(architecture, **shape)
-weights = checkpoints.weights_of(initial) if 'model_state_dict' in initial else None
-if resumed.checkpoint and fsdp:
-    weights = None  # they come with the state
+is_whole = 'model_state_dict' in initial and not (resumed.checkpoint and fsdp)  # or it comes in shards
+weights = checkpoints.weights_of(initial) if is_whole else None
 if use_peft:
     from lm import lora, quantize  # only where it is wanted
 
@@ -259,9 +258,8 @@ def print_example():
 
 
 print_example()
-sizes = {name: size / 1e9 for name, size in estimate.items()}
-parts = ', '.join(f'{name} {size:.2f}' for name, size in sizes.items())
-log.print(f'memory, about: {parts}; {sum(sizes.values()):.2f} GB in all')
+parts = ', '.join(f'{name} {size / 1e9:.2f}' for name, size in estimate.items())
+log.print(f'memory, about: {parts}; {sum(estimate.values()) / 1e9:.2f} GB in all')
 num_trained = sum(p.numel() for p in trainable.values())
 num_parameters = sum(p.numel() for p in raw_model.parameters())
 log.print(

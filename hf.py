@@ -96,10 +96,8 @@ def in_family(weights, family, rows):
 
 
 def write_tokenizer(checkpoint, folder, rows):
-    """Write the tokenizer and which tokens begin and end a text; return the ids of these for config.json.
-
-    rows: of a family's vocabulary, which <|mask|> and <|ignore|> are no part of; None: they stay.
-    """
+    """Write the tokenizer, of a family its first `rows` tokens, without <|mask|> and <|ignore|>, else (None)
+    all, and which tokens begin and end a text; return the ids of these for config.json."""
     tokenizer = Tokenizer(checkpoint['tokenizer'], start=checkpoint.get('start_token'))
     came_with, name_of = checkpoint.get('came_with') or {}, tokenizer.inner.id_to_token
     added = {MASK, IGNORE}.intersection(came_with.get('added_tokens', (MASK, IGNORE)))
@@ -148,10 +146,8 @@ def merge_adapter(source, base, out, token=None, revision=None):
 
 
 def push(source, hub_model_id, token=None, private=False, dry_run=False):
-    """Send a ckpt.pt, or the best weights of a run folder, to the hub with a model card, as one commit.
-
-    The model is made there where it does not exist; nothing is deleted. dry_run: show what would be sent.
-    """
+    """Send a ckpt.pt, or the best weights of a run folder, to the hub with a model card, as one commit;
+    the model is made where there is none, and nothing is deleted. dry_run: show what would be sent."""
     check_name(hub_model_id)
     path = Path(best_of(source))
     card = model_card(checkpoints.load(path, mmap=True), hub_model_id)
@@ -185,9 +181,8 @@ def check_name(hub_model_id):
 @contextmanager
 def hub(token, failure):
     """Yield an HfApi; all the ways in which a network and a service fail become a UserError."""
-    with files.as_sentence(
-        failure, 'log in with `hf auth login`, and send a finished run by `python hf.py push`'
-    ):
+    remedy = 'log in with `hf auth login`, and send a finished run by `python hf.py push`'
+    with files.as_sentence(failure, remedy):
         yield HfApi(token=token or None)
 
 
@@ -246,21 +241,16 @@ def main(words=None):
         for option in options.split():
             command.add_argument(f'--{option}', **OPTIONS[option])
     args = vars(parser.parse_args(words))
-    name = args.pop('command')
-    if 'out' in args:
-        check_output(args['out'], args.pop('overwrite'), name == 'export')
-    result = COMMANDS[name][0](**args)
-    if result:
-        print(f'{args["out"]}: {result}')
-
-
-def check_output(out, overwrite, is_folder):
-    """Raise a UserError where something stands in the way of what is to be written."""
-    has_place = out.absolute().parent.is_dir()
-    require(has_place, f'--out={out} lies in a folder that does not exist; make it, or choose another path.')
-    kind, file = ('exported model', out / 'config.json') if is_folder else ('checkpoint', out)
-    require(file.is_file() or not out.exists(), f'{out} is there and no {kind}; choose another --out.')
-    require(overwrite or not out.exists(), f'{out} is already there; replace it with --overwrite.')
+    name, out = args.pop('command'), args.get('out')
+    if out:
+        missing = not out.absolute().parent.is_dir()
+        require(not missing, f'--out={out} lies in a folder that does not exist; make it, or choose another.')
+        kind, file = ('exported model', out / 'config.json') if name == 'export' else ('checkpoint', out)
+        require(file.is_file() or not out.exists(), f'{out} is there and no {kind}; choose another --out.')
+        overwrite = args.pop('overwrite')
+        require(overwrite or not out.exists(), f'{out} is already there; replace it with --overwrite.')
+    if result := COMMANDS[name][0](**args):
+        print(f'{out}: {result}')
 
 
 if __name__ == '__main__':

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 from lm import checkpoints, prompts, runtime
-from lm.configurator import ROOT, UserError, configure, printable, report_idle, require, user_errors
+from lm.configurator import ROOT, configure, printable, report_idle, require, user_errors
+from lm.files import as_sentence
 from lm.tokenizer import Tokenizer
 from sampling import generate
 
@@ -56,10 +57,8 @@ OPTIONS += ['fresh_beliefs']
 
 
 def encode_infill(text):
-    """Return the token ids of a text in which <mask:N> stands for N masked tokens.
-
-    Where a word's token begins with the space before it, that space belongs to the gap.
-    """
+    """Return the token ids of a text in which <mask:N> stands for N masked tokens; where a word's token
+    begins with the space before it, that space belongs to the gap."""
     if tokenizer.joins_spaces:
         text = re.sub(r' <mask:', '<mask:', text)
     ids = []
@@ -115,10 +114,8 @@ require(not (chat and infill), 'An infill does not belong to --chat; leave one o
 require(num_samples >= 1, f'num_samples is {num_samples}; it has to be at least 1.')
 if prompt.startswith('FILE:'):
     path = Path(prompt.removeprefix('FILE:')).expanduser()
-    try:
+    with as_sentence(f'The prompt file {path} cannot be read', 'give a text in UTF-8'):
         prompt = path.read_text(encoding='utf-8-sig')
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f'The prompt file {path} cannot be read ({error}); give a text in UTF-8.') from error
 for key, text in {'prompt': prompt, 'infill': infill, 'input': input, 'system': system}.items():
     is_text = text.encode(errors='ignore').decode() == text  # bytes that are none come as half characters
     require(is_text, f'--{key} is no valid UTF-8; convert it as by iconv.')

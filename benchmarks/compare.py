@@ -103,10 +103,8 @@ def learn(folder, place):
 
 
 def measure(side, folder, place, steps):
-    """Train a side; print and return the seconds of the process and of a step, the loss, and the parameters.
-
-    The count is nanoGPT's, without learned positions, and without rows for tokens that it does not have.
-    """
+    """Train a side; print and return the seconds of the process and of a step, the loss, and the parameters,
+    without learned positions and the rows of tokens that nanoGPT does not have."""
     more = f'--eval_interval={min(250, steps)}' if side == 'nanoGPT' else ''  # 250 is the recipe's own
     start = time.perf_counter()
     pace = train(side, folder, place, steps, WARMUP, more)

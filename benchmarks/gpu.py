@@ -31,8 +31,8 @@ device = 'auto'
 config = configure(globals())
 
 GPT2 = dict(norm='layer', position='learned', mlp='gelu', qk_norm=False, logit_softcap=0.0)
-LLAMA = dict(mlp='swiglu', norm='rms_gain', qk_norm=False, logit_softcap=0.0)
-LLAMA_1B = dict(n_layer=16, n_head=32, n_kv_head=8, n_embd=2048, mlp_width=8192, vocab_size=128256, **LLAMA)
+LLAMA_1B = dict(n_layer=16, n_head=32, n_kv_head=8, n_embd=2048, mlp_width=8192, vocab_size=128256)
+LLAMA_1B |= dict(mlp='swiglu', norm='rms_gain', qk_norm=False, logit_softcap=0.0)
 
 
 def beside_nanogpt(module, dist, peak, *settings, block_size):
@@ -56,7 +56,7 @@ def beside_nanogpt(module, dist, peak, *settings, block_size):
     def peer_step():
         tokens = ours.batch().tokens
         call = partial(train_peer, tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
-        return timing.seconds(call, dist.device)
+        return runtime.seconds(call, dist.device)
 
     sides = {'nanoGPT': peer_step, 'ours': ours.timed_step}
     ratio = timing.compare_rates(settings[0], sides, ours.tokens, steps, warmup=5)
@@ -81,14 +81,14 @@ def decoding(dist, shape):
     with dist.device:
         model = checkpoints.make_model('ar', block_size=1024, **shape).bfloat16().eval()
         source = torch.empty(2**31 if dist.device.type == 'cuda' else 2**20, dtype=torch.uint8)
-    copies = [timing.seconds(source.clone, dist.device) for _ in range(10)]
+    copies = [runtime.seconds(source.clone, dist.device) for _ in range(10)]
     speed = 2 * source.numel() / statistics.median(copies)  # bytes per second, read and written
     cache = model.config.n_layer * 2 * model.config.n_kv_head * model.config.head_dim * new_tokens / 2
     bound = speed / (2 * (sum(p.numel() for p in model.parameters()) + cache))
 
     write = partial(generate, model, [[0]], new_tokens, compile=True)
     write()  # compiles
-    rate = new_tokens / timing.seconds(write, dist.device)
+    rate = new_tokens / runtime.seconds(write, dist.device)
     timing.say(f'  decoding: {rate:,.0f} of at most {bound:,.0f} tokens/s, memory {speed / 1e9:,.0f} GB/s')
     return [('1B: decoding / memory-bandwidth bound, batch 1', rate / bound, '>=', 0.6)]
 

@@ -7,14 +7,16 @@ nanoGPT's sampling loop computes the whole text anew for each token; ours, with 
 
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder, whose names are those of scripts
-from benchmarks.timing import compare_rates, describe_machine, finish, load_nanogpt, seconds
+from benchmarks.timing import CPU, compare_rates, describe_machine, finish, load_nanogpt
 from lm import checkpoints, pretrained, runtime
 from lm.configurator import check_range, configure
+from lm.runtime import seconds
 from sampling import generate
 
 peer = ''  # path of a clone of nanoGPT, which is only read
@@ -53,8 +55,8 @@ def main():
         greedy = zip(theirs.generate(start, 64, top_k=1)[0], generate(ours, [[0]], 64, temperature=0)[0])
         same = sum(int(a) == b for a, b in greedy) / 65
         sides = {
-            'nanoGPT': lambda model=theirs: seconds(lambda: model.generate(start, new_tokens, **OPTIONS)),
-            'ours': lambda model=ours: seconds(lambda: generate(model, [[0]], new_tokens, **OPTIONS)),
+            'nanoGPT': partial(seconds, partial(theirs.generate, start, new_tokens, **OPTIONS), CPU),
+            'ours': partial(seconds, partial(generate, ours, [[0]], new_tokens, **OPTIONS), CPU),
         }
         ratio = compare_rates(name, sides, new_tokens, runs)
         targets.append((f"{name}: share of greedy tokens equal to nanoGPT's", same, '>=', 1.0))

@@ -6,14 +6,12 @@ import platform
 import re
 import statistics
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from lm.configurator import require
-from lm.runtime import synchronize
 
 CPU = torch.device('cpu')
 say = partial(print, flush=True)
@@ -38,15 +36,6 @@ def describe_machine(device=CPU):
     say(f'{cpu}{gpu}, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}')
 
 
-def seconds(call, device=CPU):
-    """Return the seconds that `call` takes, its work on the device included."""
-    synchronize(device)
-    start = time.perf_counter()
-    call()
-    synchronize(device)
-    return time.perf_counter() - start
-
-
 def alternate(sides, rounds, warmup=0):
     """Call `sides`, {name: function}, in turn; return {name: [what its calls returned]} without the warm-up rounds."""
     results = {name: [] for name in sides}  # in turn, since what slows the machine down slows all of them
@@ -57,10 +46,8 @@ def alternate(sides, rounds, warmup=0):
 
 
 def compare_rates(title, sides, amount, rounds, warmup=0):
-    """Print the rates of both sides and return the median of our rate over the peer's.
-
-    sides: {name: function that returns the seconds for `amount` tokens}, the peer's first.
-    """
+    """Print the rates of `sides`, {name: a call that returns the seconds for `amount` tokens}, the peer's
+    first, and return the median of our rate over the peer's."""
     times = alternate(sides, rounds, warmup)
     for name, values in times.items():
         say(f'  {title}, {name}: {" · ".join(f"{amount / value:,.1f}" for value in values)} tokens/s')

@@ -1,24 +1,30 @@
-"""How long is a training step of each architecture, and what do our own kernels save of it? On any device.
+"""How long does a training step of each architecture take, what do our kernels save of it, and what memory?
 
     python benchmarks/train.py --optimizer=muon
+    python benchmarks/train.py --what=memory --model_size=xl --vocab_size=50260 --block_size=1024 --batch_size=8
     python benchmarks/train.py --what=head      # model.weighted_nll beside a sum over model.token_nll
     python benchmarks/train.py --what=muon      # lm.optim.Muon beside torch.optim.Muon
     python benchmarks/train.py --what=linear --dtype=float32    # lm.kernels.linear beside F.linear
 
 Steps take turns, on random tokens. Those of sdd are timed by the passes without gradient before them, and weighted
 by their share of train.py's schedule. A kernel of ours is worth its lines where a step without it takes 5 % longer,
-at some size that is in use: --model_size=small, --vocab_size=32000.
+at some size that is in use: --model_size=small, --vocab_size=32000. For the memory nothing is computed: the tensors
+are fake, of any shape on any machine; attention is the CPU's, which in bfloat16 keeps scores that a GPU's does not.
 """
 
 import itertools
 import math
 import statistics
 import sys
+import weakref
 from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder, whose names are those of scripts
 from benchmarks import timing
@@ -26,7 +32,7 @@ from lm import checkpoints, data, kernels, optim, runtime
 from lm.configurator import check_choice, check_range, configure
 from model import ARCHITECTURES
 
-what = 'steps'  # steps, head, muon, linear
+what = 'steps'  # steps, memory, head, muon, linear
 model_size = 'tiny'
 vocab_size = 8192
 block_size = 128
@@ -71,7 +77,7 @@ class Trainee:
     def timed_step(self, plans=None):
         """Return the seconds of a step; plans: an iterator of how steps come to their beliefs."""
         batch, beliefs = self.batch(), next(plans) if plans else {}
-        return timing.seconds(lambda: self.step(batch, **beliefs), self.dist.device)
+        return runtime.seconds(lambda: self.step(batch, **beliefs), self.dist.device)
 
     def mfu(self, seconds, peak):
         predicted = 0.5 if self.model.needs_noise else 1.0  # the mean mask ratio
@@ -121,19 +127,62 @@ def without(kernel, trainee):
     return mock.patch.object(kernels, 'MIN_ONEDNN_SIZE', math.inf)
 
 
+class Allocations(TorchDispatchMode):
+    """While active, counts the bytes of the tensors that operations make: `now`, and `peak`, the most at once."""
+
+    now = peak = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation is torch.ops.aten.nonzero.default:
+            result = torch.arange(args[0].numel() // 2)[:, None]  # fake: half, as diffusion masks on average
+        else:
+            result = operation(*args, **(kwargs or {}))
+        for storage in storages(result) - storages((args, kwargs)):
+            self.add(storage.nbytes())
+            weakref.finalize(storage, self.add, -storage.nbytes())
+        return result
+
+    def add(self, size):
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def storages(tree):
+    return {x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, torch.Tensor)}
+
+
+def peak_bytes(*settings, **shape):
+    """Return the most bytes at once in a step, weights and moments included; the arguments are Trainee's."""
+    with FakeTensorMode(), Allocations() as allocations:
+        trainee = Trainee(*settings, **shape)
+        beliefs = {'k': 8, 'depth': optim.MAX_DEPTH} if trainee.model.has_beliefs else {}
+        for _ in range(2):  # the first makes the moments
+            allocations.peak = allocations.now
+            trainee.step(trainee.batch(), **beliefs)
+    return allocations.peak
+
+
 def main():
-    check_choice(config, 'what', ('steps', 'head', 'muon', 'linear'))
+    check_choice(config, 'what', ('steps', 'memory', 'head', 'muon', 'linear'))
     check_range(config, 1, math.inf, 'batch_size', 'block_size', 'steps')
     if what == 'linear' and not kernels.HAS_AVX512:
         timing.say('--what=linear: without AVX-512 training uses the linear layers of PyTorch.')
         return
-    dist = runtime.Runtime(device, dtype)
+    dist = runtime.Runtime('cpu' if what == 'memory' else device, dtype)
     timing.describe_machine(dist.device)
     timing.say(f'{what}: {batch_size} rows of {block_size} tokens, {dist.dtype}, {optimizer}')
     settings = dist, optimizer, model_size, vocab_size, batch_size
     if what == 'steps':
         peak = runtime.measure_peak_flops(dist.device, dist.dtype)
         timing.finish(compare_architectures(peak, steps, *settings, block_size=block_size))
+
+    if what == 'memory':
+        kinds = {'no': (), 'gradient': ('gradient',), 'selective': ('gradient', 'selective')}
+        for name, kind in itertools.product(ARCHITECTURES, kinds):
+            changes = {f'{part}_checkpointing': True for part in kinds[kind]}
+            peak = peak_bytes(name, *settings, block_size=block_size, **changes)
+            timing.say(f'  {name}, {kind} checkpointing: {peak / 1e9:.2f} GB')
+        return
 
     targets = []
     for name in ARCHITECTURES:

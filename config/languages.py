@@ -4,6 +4,7 @@
 _pair, _premise, _sides = 'sentence1 sentence2', 'premise hypothesis', 'sentence_A sentence_B'
 _entails, _entailment = 'entailment not_entailment', 'entailment neutral contradiction'
 _cdsc, _three = 'NEUTRAL CONTRADICTION ENTAILMENT', 'train validation test'
+_tweets = 'cardiffnlp/tweet_sentiment_multilingual'
 
 
 def _task(dataset, classes, features='text', label='label', splits='train test', **more):
@@ -21,11 +22,6 @@ def _xnli(language):
     return _task('facebook/xnli', _entailment, _premise, splits=_three, config=language)
 
 
-def _tweets(language):
-    name, polarity = 'cardiffnlp/tweet_sentiment_multilingual', 'negative neutral positive'
-    return _task(name, polarity, splits=_three, config=language)
-
-
 LANGUAGES = {
     'eng': {  # SST-2: data/sst2/{train,dev,test}.tsv, a text and its label per line
         'sentiment': _task('sst2', 'negative positive', splits='train dev test', columns=['text', 'label']),
@@ -38,7 +34,10 @@ LANGUAGES = {
         'wnli': _glue('wnli', _pair, 'not_entailment entailment'),
         'mnli': _glue('mnli', _premise, _entailment, 'validation_matched'),
     },
-    'spa': {'sentiment': _tweets('spanish'), 'entailment': _xnli('es')},
+    'spa': {
+        'sentiment': _task(_tweets, 'negative neutral positive', splits=_three, config='spanish'),
+        'entailment': _xnli('es'),
+    },
     # data/rus-sentiment/{train,test}.csv with the columns text, text-phoneme and label
     'rus': {'sentiment': _task('rus-sentiment', 2), 'entailment': _xnli('ru')},
     'pol': {  # data/pol-sentiment/{train,test}.csv, as above

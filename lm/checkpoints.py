@@ -16,7 +16,6 @@ from lm import pretrained
 from lm.configurator import ROOT, require, restore, user_errors
 from lm.files import as_sentence, lock, save_atomically, write_json, writing
 from lm.optim import local
-from lm.pretrained import current_names
 from model import ARCHITECTURES, SIZES, Autoregressive, ModelConfig, architecture_name
 
 CHECKPOINT_FORMAT = 1
@@ -81,7 +80,7 @@ def load(path, token=None, revision=None, mmap=False, sharded=False, tokenizer=N
     with unedited(path):
         checkpoint['model_config'].setdefault('embedding_shortcuts', False)  # from before there were any
         names = [name for name, x in checkpoint.items() if name.endswith('_state_dict') and x]
-        checkpoint |= {name: current_names(checkpoint[name]) for name in names}
+        checkpoint |= {name: pretrained.current_names(checkpoint[name]) for name in names}
         check_contents(checkpoint)
     return checkpoint
 
@@ -194,12 +193,12 @@ def convert(checkpoint, path, architecture, block_size=None, **blocks):
     """
     config, weights = dict(checkpoint['model_config']), dict(weights_of(checkpoint))
     longest = config['block_size']
-    fits = not block_size or block_size <= longest
-    require(fits, f'{path} sees {longest} tokens; choose a smaller block_size.')
-    if block_size and 'positions.weight' in weights:
+    block_size = block_size or longest
+    require(block_size <= longest, f'{path} sees {longest} tokens; choose a smaller block_size.')
+    if 'positions.weight' in weights:
         rows = config.get('position_offset', 0) + block_size
         weights['positions.weight'] = weights['positions.weight'][:rows]
-    config |= {'block_size': block_size or longest, **blocks}
+    config |= {'block_size': block_size, **blocks}
     source = checkpoint['architecture']
     if source != architecture:
         before, after = ARCHITECTURES[source], ARCHITECTURES.get(architecture)
@@ -231,10 +230,8 @@ class Best:
 
 
 def contents(model, step, best, config, tokenizer, start_token, prompt_format):
-    """Return what the other scripts need to use a model, but for its weights.
-
-    Raises UserError where one of these is not finite: nothing is saved over a checkpoint that can be used.
-    """
+    """Return what the other scripts need to use a model, but for its weights; UserError where one of these is
+    not finite: nothing is saved over a checkpoint that can be used."""
     broken = next((name for name, x in model.named_parameters() if not local(x).isfinite().all()), None)
     remedy = f'the last checkpoint is kept; try a lower learning_rate than {config["learning_rate"]}'
     require(not broken, f'{broken} is not finite after step {step}; {remedy}.')
@@ -431,17 +428,12 @@ def open_run_folder(out_dir, name, suffix='', run_dir=None, overwrite=False):
 
 
 def copy_if_due(folder, step, best_step, config, dist):
-    """Copy ckpt.pt on rank 0 where save_every and save_total_limit say so."""
+    """Copy ckpt.pt, and a sharded state, to checkpoints/checkpoint-{step}/ on rank 0 where save_every says
+    so; the newest save_total_limit copies stay (None: all), and the best. Later steps, which the run has gone
+    back behind, go first."""
     every, limit = config['save_every'], config['save_total_limit']
-    if dist.is_main and step and every and step % every == 0 and limit != 0:
-        keep_copy(folder, step, limit, best_step)
-
-
-def keep_copy(folder, step, limit, best_step):
-    """Copy ckpt.pt, and a sharded state, to checkpoints/checkpoint-{step}/; keep the newest `limit` copies and the best.
-
-    limit None: all. Copies of later steps are of what the run has gone back behind: they go first.
-    """
+    if not (dist.is_main and step and every) or step % every or limit == 0:
+        return
     copy, state = folder / 'checkpoints' / f'checkpoint-{step}', Path('sharded', f'step-{step}')
     if (folder / state).is_dir():  # its files are written once and never changed
         shutil.rmtree(copy / state, ignore_errors=True)

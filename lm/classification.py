@@ -40,11 +40,9 @@ def hold_out(examples, size, seed):
 
 def collate(examples, index, device):
     """Return tokens (B, T), lengths (B,) or None where none is padded, and labels (B,) of some examples."""
-    rows = [examples.rows[i] for i in index]
+    rows = [torch.from_numpy(examples.rows[i].astype(np.int64)) for i in index]
     lengths = torch.tensor([len(row) for row in rows])
-    tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)] = torch.from_numpy(np.asarray(row, np.int64))
+    tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)
     padded = bool((lengths != lengths[0]).any())
     labels = torch.from_numpy(examples.labels[index])
     return tokens.to(device), lengths.to(device) if padded else None, labels.to(device)
@@ -70,9 +68,9 @@ def rows_of_step(step, rows_per_step, num_rows, seed, lengths=None):
 class Classifier(nn.Module):
     """A trunk, its last hidden states pooled over a row's true length, dropout, and a linear head.
 
-    num_classes: outputs of the head; 1 is one logit with binary cross-entropy, for two classes. pool: 'last', the
-    state of the last token, or 'mean'. class_weights: (classes,) the weight of an example. token_dropout: fraction of
-    a row's tokens that are masked in training.
+    num_classes: outputs of the head; 1 is one logit, as in binary cross-entropy. pool: 'last', the state of the
+    last token, or 'mean'. class_weights: (classes,) the weight of an example. token_dropout: fraction of a row's
+    tokens that are masked in training (Iyyer et al. 2015).
     """
 
     def __init__(
@@ -107,20 +105,16 @@ class Classifier(nn.Module):
     def forward(self, tokens, lengths, labels):
         """Compute the weighted sum of the rows' losses in nats, the sum of their weights, and metric sums."""
         if self.training and self.token_dropout:
-            tokens = mask_tokens(tokens, self.token_dropout, self.trunk.config.mask_id)
-        logits = self.logits(tokens, lengths)
-        weights = self.class_weights[labels]
-        loss = (weights * losses(logits, labels, self.label_smoothing)).sum()
-        correct = (predicted_classes(logits) == labels).sum()
+            masked = torch.rand(tokens.shape, device=tokens.device) < self.token_dropout
+            masked[:, 0] = False  # the start token
+            tokens = tokens.masked_fill(masked, self.trunk.config.mask_id)
+        logits = logits_by_class(self.logits(tokens, lengths))
+        weights, smoothing = self.class_weights[labels], self.label_smoothing
+        nll = F.cross_entropy(logits, labels, reduction='none', label_smoothing=smoothing)
+        loss = (weights * nll).sum()
+        correct = (logits.argmax(1) == labels).sum()
         predicted = torch.tensor(len(labels), device=tokens.device)
         return loss, weights.sum(), {'correct': correct, 'predicted': predicted}
-
-
-def mask_tokens(tokens, fraction, mask_id):
-    """Replace a fraction of the token ids (B, T) by <|mask|>, never a row's first (word dropout, Iyyer et al. 2015)."""
-    masked = torch.rand(tokens.shape, device=tokens.device) < fraction
-    masked[:, 0] = False
-    return tokens.masked_fill(masked, mask_id)
 
 
 def load_state(classifier, checkpoint):
@@ -129,16 +123,9 @@ def load_state(classifier, checkpoint):
     classifier.head.load_state_dict(checkpoint['head_state_dict'])
 
 
-def losses(logits, labels, label_smoothing=0.0):
-    """Compute the cross-entropy (B,) in nats; smoothing spreads that share of a label evenly over the classes."""
-    if logits.size(1) > 1:
-        return F.cross_entropy(logits, labels, reduction='none', label_smoothing=label_smoothing)
-    target = labels.float() * (1 - label_smoothing) + label_smoothing / 2
-    return F.binary_cross_entropy_with_logits(logits[:, 0], target, reduction='none')
-
-
-def predicted_classes(logits):
-    return logits.argmax(1) if logits.shape[1] > 1 else (logits[:, 0] > 0).long()
+def logits_by_class(logits):
+    """Return logits (B, 2 or more): one alone, z, becomes 0 and z, since σ(z) is the softmax of these."""
+    return logits if logits.size(1) > 1 else F.pad(logits, (1, 0))
 
 
 def weights_of_classes(wanted, labels, num_classes):
@@ -197,19 +184,18 @@ def class_metrics(labels, predictions, num_classes):
 
 def auroc(labels, scores):
     """Compute the chance that a row of class 1 scores higher than one of class 0, ties half; None without both."""
-    _, index, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[index]  # from 1, those of ties averaged
-    positives = int((labels == 1).sum())
-    negatives = len(labels) - positives
-    if not positives or not negatives:
+    positive, negative = scores[labels == 1], np.sort(scores[labels == 0])
+    if not len(positive) or not len(negative):
         return None
-    return float((ranks[labels == 1].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+    below, up_to = (np.searchsorted(negative, positive, side) for side in ('left', 'right'))
+    return float((below + up_to).mean() / (2 * len(negative)))
 
 
 def judge(logits, labels):
     """Return (N, 3 + C) of logits (N, C), or (N, 1) for two classes: loss in nats, class, score of class 1, logits."""
-    score = logits[:, -1] - (logits[:, 0] if logits.size(1) == 2 else 0)
-    columns = losses(logits, labels), predicted_classes(logits), score
+    by_class = logits_by_class(logits)
+    nll = F.cross_entropy(by_class, labels, reduction='none')
+    columns = nll, by_class.argmax(1), by_class[:, -1] - by_class[:, 0]
     return torch.cat([torch.stack(columns, 1), logits], 1)
 
 

@@ -7,8 +7,7 @@
     $ python train.py config/shakespeare_char.py --batch_size=8 --compile
 
 Arguments apply from left to right. A config file is plain Python that sees the values so far, so it may say
-`max_steps = 2 * max_steps`, and include('base.py') runs a file beside it first. The source of the script is the only
-list of its keys.
+`max_steps = 2 * max_steps`, and include('base.py') runs a file beside it first.
 """
 
 import ast
@@ -41,12 +40,6 @@ def require(condition, message):
     """Raise a UserError with this message unless the condition holds."""
     if not condition:
         raise UserError(message)
-
-
-def require_without(setting, **others):
-    """Raise a UserError if a setting is combined with one of the others that are true."""
-    for name, given in others.items():
-        require(not given, f'{setting} does not go with {name}; leave one of them out.')
 
 
 @contextmanager
@@ -92,32 +85,6 @@ if hasattr(sys.stdout, 'reconfigure'):
 # ---------------------------------------------------------------------------- aliases
 
 
-def only_without_reentrant(options: dict):
-    """Accept what `gradient_checkpointing` does anyway, and nothing else."""
-    refused = f'gradient_checkpointing_kwargs={options} is refused: reentrant checkpointing'
-    reason = 'gives no gradient to a block over frozen embeddings; leave this setting out'
-    require(options in ({}, {'use_reentrant': False}), f'{refused} {reason}.')
-
-
-def no_remote_code(trust: bool):
-    """Accept that no code of a model's own is run."""
-    require(not trust, "trust_remote_code=True is refused: no model's code is ever run; leave it out.")
-
-
-def batches_in_tokens(batches: int):
-    """Count evaluation in tokens, so that its value depends on no batch size: batches of 32 rows of 256."""
-    return note_conversion('eval_tokens', batches * 32 * 256, batches)
-
-
-def batches_in_examples(batches: int):
-    return note_conversion('eval_examples', batches * 256, batches)
-
-
-def note_conversion(key, value, batches):
-    note(f'{batches} batches of evaluation are taken as --{key}={value}, for any batch size.')
-    return value
-
-
 DTYPES = {'bf16': 'bfloat16', 'fp16': 'float16', 'fp32': 'float32'}
 DTYPES |= {dtype: dtype for dtype in ('bfloat16', 'float16', 'float32', 'auto')}
 PUBLISHED_NAMES = {  # key: names that published scripts use
@@ -140,20 +107,23 @@ PUBLISHED_NAMES = {  # key: names that published scripts use
     'seed': 'random_seed',
     'checkpoint_prefix': 'checkpoints_prefix',
 }
-# Alias, key, how the value converts (None: it stays as it is, a dict: looked up, a function: called; where it returns
-# None the value is checked only). A row counts in a script that has the key and not the alias.
+# Alias, key, how the value converts: None: not at all; a dict: looked up; a number: so many times it, since no
+# evaluation depends on a batch size; a list: what it may say, because it is so anyway. A row counts in a script
+# that has the key and not the alias.
 ALIASES = [
     *((alias, key, None) for key, names in PUBLISHED_NAMES.items() for alias in names.split()),
     ('precision', 'dtype', DTYPES),
     ('bf16', 'dtype', {True: 'bfloat16', False: 'float32'}),
     ('wandb', 'no_wandb', {True: False, False: True}),
-    *((alias, 'eval_tokens', batches_in_tokens) for alias in ('eval_batches', 'eval_iters')),
-    *((alias, 'eval_examples', batches_in_examples) for alias in ('eval_batches', 'eval_iters')),
+    *((alias, 'eval_tokens', 32 * 256) for alias in ('eval_batches', 'eval_iters')),
+    *((alias, 'eval_examples', 256) for alias in ('eval_batches', 'eval_iters')),
     ('cpu_only', 'device', {True: 'cpu', False: 'auto'}),
     ('training_method', 'use_peft', {'full': False, 'lora': True}),
-    ('gradient_checkpointing_kwargs', 'gradient_checkpointing', only_without_reentrant),
-    ('trust_remote_code', 'revision', no_remote_code),
+    ('gradient_checkpointing_kwargs', 'gradient_checkpointing', [{}, {'use_reentrant': False}]),
+    ('trust_remote_code', 'revision', [False]),
 ]
+REFUSED = dict(trust_remote_code="no model's code is ever run")
+REFUSED |= dict(gradient_checkpointing_kwargs='it gives no gradient to a block over frozen embeddings')
 ELSEWHERE = dict(use_auth_token='HF_TOKEN or `hf auth login`', num_processes='torchrun --nproc_per_node')
 ELSEWHERE |= dict(hf_cache='HF_HOME', wandb_entity='WANDB_ENTITY', tokenizers_prefix='--tokenizer')
 ELSEWHERE |= dict(checkpoints_training='--out_dir', checkpoints_is_medium='the checkpoint')  # published names
@@ -184,11 +154,9 @@ class Config(dict):
 
 
 def configure(namespace, argv=None):
-    """Apply `argv` (default: the command line) to `namespace`, the globals() of a script, and return the Config.
-
-    The keys are the public names of simple types that the script assigns above this call. Raises UserError before
-    touching the namespace.
-    """
+    """Apply `argv` (default: the command line) to `namespace`, the globals() of a script, and return the
+    Config of the names of simple types that it assigns above this call. Raises UserError before touching the
+    namespace."""
     words = list(sys.argv[1:] if argv is None else argv)
     with tokenize.open(namespace['__file__']) as file:  # in the encoding that Python reads it in
         config = Config(keys_of(file.read(), namespace))
@@ -232,11 +200,9 @@ def report_idle(config, where, names):
 
 
 def restore(namespace, config, saved):
-    """Set each key that was not given to its value in `saved`, the config of an earlier run.
-
-    Returns [(key, saved value, given value)] where something else was given: that value stands, for the caller to
-    report or refuse.
-    """
+    """Set each key that was not given to its value in `saved`, the config of an earlier run; return [(key,
+    saved value, given value)] where something else was given: that value stands, for the caller to report or
+    refuse."""
     differing = []
     for name in [name for name in config if name in saved and name not in config.displaced]:
         value = check_type(config.known[name], saved[name], f'{name}={saved[name]!r} in the checkpoint')
@@ -291,10 +257,8 @@ def apply_values(config, values, word, section=''):
 
 
 def run_file(path, word, config):
-    """Return what a Python file assigns, but for names that start with _, modules and functions.
-
-    The values so far are the file's builtins, so that it can read them, and its globals hold only what it assigned.
-    """
+    """Return what a Python file assigns, but for names that start with _, modules and functions. The values
+    so far are its builtins, so that it can read them and its globals hold only what it assigned."""
     assigned = {'__file__': str(path)}
 
     def include(name):
@@ -383,10 +347,12 @@ def assign(config, name, value, source):
     target, key, conversion = resolve(config.known, name, source)
     value = value.tolist() if hasattr(value, 'tolist') else value  # a number of numpy's
     value = check_type(key, value, source)
-    if callable(conversion):
-        value = conversion(value)
-        if value is None:
-            return
+    if isinstance(conversion, list):
+        require(value in conversion, f'{source} is refused: {REFUSED[name]}; leave this setting out.')
+        return
+    if isinstance(conversion, int):
+        value *= conversion
+        note(f'{source} is taken as --{target}={value}, for any batch size.')
     elif conversion:
         choices = ', '.join(map(str, conversion))
         require(value in conversion, f'{source} is not understood; choose from {choices}.')
@@ -420,7 +386,7 @@ def resolve(known, name, source):
     target, conversion = aliases[name]
     if conversion is None:
         return target, known[target], None
-    kind = [*conversion.__annotations__.values()][0] if callable(conversion) else type(next(iter(conversion)))
+    kind = int if isinstance(conversion, int) else type(next(iter(conversion)))
     return target, Key(kind(), kind), conversion
 
 
@@ -458,20 +424,15 @@ def keys_of(source, namespace):
         names = [target.id for target in targets if isinstance(target, ast.Name) and target.id[0] != '_']
         rest = lines[last_line - 1].encode()[node.end_col_offset :].decode().strip()  # ast counts bytes
         comment = rest.lstrip('# ') if rest.startswith('#') else ''
+        annotation = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else ''
+        declared = TYPES.get(annotation.removesuffix(' | None'))
         for name in names:
             default = namespace.get(name, NotImplemented)  # an instance of no type that a key may have
+            example = f'annotate its type, as in `{name}: str = None` ({", ".join(TYPES)})'
+            require(declared or default is not None, f'The default of {name} is None; {example}.')
             if default is None or type(default) in TYPES.values():
-                keys[name] = Key(default, type_of(node, name, default), comment, section)
+                keys[name] = Key(default, declared or type(default), comment, section)
     return keys
-
-
-def type_of(node, name, default):
-    """Return the type in the annotation, `str` or `str | None`, or else that of the default."""
-    annotation = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else ''
-    declared = TYPES.get(annotation.removesuffix(' | None'))
-    example = f'as in `{name}: str = None` ({", ".join(TYPES)})'
-    require(declared or default is not None, f'The default of {name} is None; annotate its type, {example}.')
-    return declared or type(default)
 
 
 def print_help(namespace, keys):

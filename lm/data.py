@@ -1,11 +1,11 @@
-"""Rows of prepared folders, and batches of them.
+"""Rows of prepared folders and batches of them, pure functions of (seed, step): there is no state to save.
 
-A batch is a pure function of (seed, step), so that there is no loader state to save: resuming repeats nothing and skips
-nothing, and other numbers of ranks or micro-steps see the same rows.
+Resuming repeats nothing and skips nothing, and other numbers of ranks or micro-steps see the same rows.
 """
 
 from bisect import bisect_left, insort
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -13,9 +13,8 @@ import torch
 
 from lm import prompts
 from lm.configurator import require
-from lm.folder import Folder, Mix  # noqa: F401
+from lm.folder import Mix
 from lm.rng import LEVEL, MOVE, NOISE, PADDING, PERMUTE, permuted, random_bits, uniform
-from lm.tokenizer import ENDOFTEXT, Tokenizer  # noqa: F401
 
 
 class PackedRows:
@@ -229,10 +228,7 @@ def make_rows(folder, split, architecture, block_size, mode, training):
 # ---------------------------------------------------------------------------- batches
 
 
-class Local:
-    """One process on the CPU: the default where a runtime.Runtime is wanted."""
-
-    rank, world_size, device = 0, 1, torch.device('cpu')
+LOCAL = SimpleNamespace(rank=0, world_size=1, device=torch.device('cpu'))  # in place of a runtime.Runtime
 
 
 class Batch(NamedTuple):
@@ -259,7 +255,7 @@ class Batches:
     """
 
     def __init__(
-        self, folder, architecture, block_size, batch_size, micro_steps=1, seed=0, mode='packed', dist=Local
+        self, folder, architecture, block_size, batch_size, micro_steps=1, seed=0, mode='packed', dist=LOCAL
     ):
         self.rows = make_rows(folder, 'train', architecture, block_size, mode, training=True)
         self.folder, self.ignore_id = folder, folder.tokenizer.ignore_id
@@ -282,10 +278,8 @@ class Batches:
         return text
 
     def get(self, step):
-        """Return this rank's micro-batches of a global step, and the count of tokens in the loss on all ranks.
-
-        The next step's are read while the caller computes.
-        """
+        """Return this rank's micro-batches of a global step, and the count of tokens in the loss on all
+        ranks; those of the next step are read while the caller computes."""
         batch = self.prefetched.pop(step, None) or self.thread.submit(self.read, step)
         self.prefetched = {step + 1: self.thread.submit(self.read, step + 1)}
         micro_batches, count = batch.result()
@@ -336,7 +330,7 @@ class EvaluationBatches:
     """
 
     def __init__(
-        self, folder, split, architecture, block_size, batch_size, mode, max_tokens=0, dist=Local, even=False
+        self, folder, split, architecture, block_size, batch_size, mode, max_tokens=0, dist=LOCAL, even=False
     ):
         self.rows = make_rows(folder, split, architecture, block_size, mode, training=False)
         self.folder, self.batch_size, self.dist, self.even = folder, batch_size, dist, even
@@ -384,11 +378,9 @@ def count_tokens(row, ignore_id):
 
 
 def row_noise(numbers, num_rows, row_length, key):
-    """Draw uniform numbers (B, 1 + row_length): one for the mask ratio of each row, then one per token.
-
-    Mask ratios are stratified: the rows of a step have one in each interval of width 1/num_rows, in random order.
-    key: (seed, step), or () in evaluation.
-    """
+    """Draw uniform numbers (B, 1 + row_length): per row a mask ratio, of which a step has one in each
+    interval of width 1/num_rows, in random order, then one per token. key: (seed, step), or () in
+    evaluation."""
     strata = permuted(numbers, num_rows, LEVEL, *key).astype(np.float64)
     ratios = (strata + uniform(NOISE, *key, numbers, row_length)) / num_rows
     tokens = uniform(NOISE, *key, numbers[:, None], np.arange(row_length))
@@ -396,10 +388,8 @@ def row_noise(numbers, num_rows, row_length, key):
 
 
 def collate(rows, noise):
-    """Make a Batch of rows (tokens, loss mask or None, doc_ids or None), padded to the longest outside the loss.
-
-    Padding is a document of its own where rows have doc_ids.
-    """
+    """Make a Batch of rows (tokens, loss mask or None, doc_ids or None), padded to the longest outside the
+    loss and, where rows have doc_ids, as a document of its own."""
     tokens, loss_masks, doc_ids = zip(*[(*row, None)[:3] for row in rows])
     length = max(map(len, tokens))
 

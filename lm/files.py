@@ -57,19 +57,18 @@ def write_json(path, value):
     save_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + '\n').encode()))
 
 
-def lock(folder):
-    """Make this process the only one that writes a run folder until it closes the file that it gets, or ends.
-
-    The lock is one of the kernel's on logs.log, which is never replaced: no way to end leaves one behind.
-    """
+def lock(folder, name='logs.log', busy=''):
+    """Make this process the only one that writes a folder until it closes the file that it gets, or ends: the
+    lock is the kernel's, on a file that is never replaced, so that no way to end leaves one behind."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / 'logs.log', 'a', buffering=1, encoding='utf-8')
+        file = open(folder / name, 'a', buffering=1, encoding='utf-8')
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:  # some file systems have no locks
         is_locked = error.errno in (errno.EAGAIN, errno.EACCES)
-        require(not is_locked, f'Another process writes {folder}; let it end, or choose another out_dir.')
+        default = f'Another process writes {folder}; let it end, or choose another out_dir.'
+        require(not is_locked, busy or default)
     return file
 
 

@@ -38,16 +38,10 @@ def has_bfloat16(device):
 
 def linear(x, weight, bias=None):
     """Compute x Wᵀ + b for x (..., in), weight (out, in), bias (out,): F.linear, but for float32 on a CPU."""
-    if (
-        ONEDNN
-        and x.is_cpu
-        and x.dtype == weight.dtype == torch.float32
-        and x.dim() > 1
-        and x.numel() * weight.size(0) >= MIN_ONEDNN_SIZE
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled('cpu')
-    ):
-        return OneDNNLinear.apply(x, weight, bias)
+    if ONEDNN and x.is_cpu and not torch.compiler.is_compiling():
+        is_float32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled('cpu')
+        if is_float32 and x.dim() > 1 and x.numel() * weight.size(0) >= MIN_ONEDNN_SIZE:
+            return OneDNNLinear.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
@@ -63,15 +57,10 @@ class OneDNNLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        flat = grad.flatten(0, -2)  # (N, out)
-        x_grad = weight_grad = bias_grad = None
-        if ctx.needs_input_grad[0]:
-            x_grad = ONEDNN(grad, weight.t(), None, 'none', [], '')
-        if ctx.needs_input_grad[1]:
-            weight_grad = ONEDNN(flat.t(), x.flatten(0, -2).t(), None, 'none', [], '')
-        if ctx.needs_input_grad[2]:
-            bias_grad = flat.sum(0)
-        return x_grad, weight_grad, bias_grad
+        flat, needed = grad.flatten(0, -2), ctx.needs_input_grad  # (N, out)
+        x_grad = ONEDNN(grad, weight.t(), None, 'none', [], '') if needed[0] else None
+        weight_grad = ONEDNN(flat.t(), x.flatten(0, -2).t(), None, 'none', [], '') if needed[1] else None
+        return x_grad, weight_grad, flat.sum(0) if needed[2] else None
 
 
 def attend(q, k, v, mask, is_causal, dropout):

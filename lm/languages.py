@@ -26,7 +26,8 @@ import numpy as np
 import tokenizers
 
 from lm.classification import Examples
-from lm.configurator import ROOT, UserError, require
+from lm.configurator import ROOT, UserError, find, require
+from lm.files import as_sentence
 from lm.records import MAX_EXPANSION, READERS, TABLES, read_records, refusals_named, text_of, value_of
 from lm.tokenizer import KINDS, Tokenizer, build
 
@@ -36,15 +37,11 @@ SUFFIXES = (*TABLES, *READERS)
 
 def load_database(path):
     """Return the dict of a .json file, or LANGUAGES of a .py file; relative to here or to the repository."""
-    found = next((base / path for base in (Path.cwd(), ROOT) if (base / path).is_file()), None)
-    require(found, f'There is no language database at {path}; correct --language_database.')
-    try:
+    found = find('language database', path)
+    with as_sentence(f'{path} is no language database', 'write a dict as JSON, or as LANGUAGES in Python'):
         if found.suffix == '.json':
             return dict(json.loads(found.read_bytes()))
         return dict(runpy.run_path(str(found))['LANGUAGES'])
-    except (OSError, ValueError, KeyError, SyntaxError, NameError, TypeError) as error:
-        problem = f'{path} is no language database ({type(error).__name__}: {error})'
-        raise UserError(f'{problem}; write a dict as JSON, or as LANGUAGES in Python.') from error
 
 
 def find_entry(database, language, task):
@@ -66,10 +63,6 @@ def find_entry(database, language, task):
     return entry
 
 
-def num_classes_of(entry):
-    return entry['classes'] if isinstance(entry['classes'], int) else len(entry['classes'])
-
-
 def read_split(entry, split, model_type='normal', max_expansion=MAX_EXPANSION):
     """Return [(texts, one per feature, class from 0)] of a split; 'ipa' reads the column {feature}-phoneme for each."""
     phoneme = '-phoneme' if model_type == 'ipa' else ''
@@ -87,9 +80,10 @@ def read_split(entry, split, model_type='normal', max_expansion=MAX_EXPANSION):
 
 def classes_of(entry):
     """Return {label as a text: class from 0}: names, and numbers unless names are numbers, as of stars from 1 to 5."""
-    count = num_classes_of(entry)
-    named = ['False', 'True'] if entry['classes'] == 2 else []
-    named = named if isinstance(entry['classes'], int) else [*map(str, entry['classes'])]
+    if isinstance(entry['classes'], int):
+        count, named = entry['classes'], ['False', 'True'] * (entry['classes'] == 2)
+    else:
+        count, named = len(entry['classes']), [*map(str, entry['classes'])]
     numbers = [] if any(map(str.isdecimal, named)) else map(str, range(count))
     return {label: number for labels in (numbers, named) for number, label in enumerate(labels)}
 
@@ -120,17 +114,15 @@ def rows_of(entry, split, max_expansion):
 
 
 def read_sets(database, task, train_langs, eval_langs, model_type, max_expansion=MAX_EXPANSION):
-    """Return {'train', perhaps 'val', each language of eval_langs: [(entry, rows)]}, and the number of classes.
-
-    Validation rows are of the training languages: the test set never selects a checkpoint.
-    """
+    """Return {'train', perhaps 'val', each language of eval_langs: [(entry, rows)]}, and the number of
+    classes. The val rows are of the training languages: a test set never selects a checkpoint."""
 
     def entries_of(languages):
         names = filter(None, map(str.strip, languages.split(',')))
         return {name: find_entry(database, name, task) for name in names}
 
     train, test = entries_of(train_langs), entries_of(eval_langs or train_langs)
-    counts = {language: num_classes_of(entry) for language, entry in {**train, **test}.items()}
+    counts = {language: len({*classes_of(entry).values()}) for language, entry in {**train, **test}.items()}
     problem = f'The data sets of a run need the same number of classes, but these are {counts}'
     require(train and len(set(counts.values())) == 1, f'{problem}; choose other languages.')
 
@@ -144,11 +136,9 @@ def read_sets(database, task, train_langs, eval_langs, model_type, max_expansion
 
 
 def encode_sets(sets, tokenizer, start_token, block_size):
-    """Return {name: Examples} of `read_sets`, and {name: how many were too long, in words}.
-
-    A row is the start token and its features with <|endoftext|> between them. One that is too long loses its
-    end, or is left out where the database says filter_length.
-    """
+    """Return {name: Examples} of `read_sets`: rows of the start token and the features with <|endoftext|>
+    between them; and {name: how many were too long, in words}: these lose their end, or are left out as
+    filter_length says."""
     examples, notes = {}, {}
     for name, parts in sets.items():
         rows, labels, too_long = [], [], 0

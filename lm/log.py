@@ -2,10 +2,11 @@
 
 import contextlib
 import os
-import queue
 import signal
 import sys
 import threading
+from concurrent.futures import Future
+from datetime import timedelta
 from pathlib import Path
 
 from lm import checkpoints
@@ -71,44 +72,27 @@ class Logger:
                 self.misses_lines = True
                 print(f'warning: the log in {self.folder} misses lines ({error}).', file=sys.stderr)
 
-    def progress(self, step, max_steps, metrics, seconds_per_step, rate=None):
+    def progress(self, step, max_steps, metrics, seconds_per_step):
         """Show a line that the next one replaces on a terminal, and follows elsewhere."""
         if not self.is_main:
             return
-        minutes, seconds = divmod(int((max_steps - step) * seconds_per_step), 60)
-        left = f'{minutes}:{seconds:02}'
-        if minutes >= 60:
-            left = f'{minutes // 60}:{minutes % 60:02}:{seconds:02}'
-        rate = rate or f'{metrics["train/tokens_per_sec"]:,.0f} tokens/s'
-        line = f'step {step}/{max_steps}: loss {metrics["train/loss"]:.4f}, lr {metrics["train/lr"]:.2e}, {rate}, {left} left'
+        left = timedelta(seconds=int((max_steps - step) * seconds_per_step))
+        rates = f'lr {metrics["train/lr"]:.2e}, {metrics["train/tokens_per_sec"]:,.0f} tokens/s'
+        line = f'step {step}/{max_steps}: loss {metrics["train/loss"]:.4f}, {rates}, {left} left'
         self.write(self.log_file, line + '\n')
         self.line_open = sys.stdout.isatty()
         self.write(sys.stdout, '\r\033[K' + line if self.line_open else line + '\n')
 
-    def open_csv(self, step):
-        """Open metrics.csv without the rows after `step`, which a resumed run writes again, and what is no row."""
+    def open_csv(self, step, new=()):
+        """Open metrics.csv with `new` columns, without what is no row and rows after `step`: they come again."""
         path = self.folder / 'metrics.csv'
-        if path.exists():
-            header, *lines = path.read_text('utf-8', 'replace').splitlines(keepends=True) or ['']
-            lines = [line for line in lines if line.endswith('\n') and line.split(',')[0].isdecimal()]
-            kept = [line for line in lines if int(line.split(',')[0]) <= step]
-            save_atomically(path, lambda file: file.write(''.join([header, *kept]).encode()))
-            self.columns = header.strip().split(',') if header.strip() else self.columns
-        self.csv_file = open(path, 'a', buffering=1, newline='', encoding='utf-8')
-        if self.csv_file.tell() == 0:
-            self.write_row(self.columns)
-
-    def write_row(self, cells):
-        self.write(self.csv_file, ','.join(map(str, cells)) + '\n')
-
-    def add_columns(self, names):
-        """Write metrics.csv anew with more columns."""
-        self.csv_file.close()
-        path = self.folder / 'metrics.csv'
-        _, *lines = path.read_text(encoding='utf-8').splitlines()
-        self.columns += names
-        lines = [','.join(self.columns), *(line + ',' * len(names) for line in lines)]
-        save_atomically(path, lambda file: file.write(('\n'.join(lines) + '\n').encode()))
+        text = path.read_text('utf-8', 'replace') if path.exists() else ''
+        header, *lines = text.splitlines(keepends=True) or ['']
+        self.columns = [*(header.strip().split(',') if header.strip() else self.columns), *new]
+        rows = [line for line in lines if line.endswith('\n') and line.split(',')[0].isdecimal()]
+        rows = [line.strip() + ',' * len(new) for line in rows if int(line.split(',')[0]) <= step]
+        content = '\n'.join([','.join(self.columns), *rows, ''])
+        save_atomically(path, lambda file: file.write(content.encode()))
         self.csv_file = open(path, 'a', buffering=1, newline='', encoding='utf-8')
 
     def metrics(self, step, values):
@@ -116,8 +100,10 @@ class Logger:
         if not self.is_main:
             return
         if new := [name for name in values if name not in self.columns]:
-            self.add_columns(new)
-        self.write_row([step] + [values.get(name, '') for name in self.columns[1:]])
+            self.csv_file.close()
+            self.open_csv(step, new)
+        cells = step, *(values.get(name, '') for name in self.columns[1:])
+        self.write(self.csv_file, ','.join(map(str, cells)) + '\n')
         if self.wandb:
             self.attempt(lambda: self.wandb.log(values, step=step))
 
@@ -138,23 +124,21 @@ class Logger:
 
     def attempt(self, call):
         """Call W&B in a thread; where it fails or hangs, that is reported once, and the training goes on without it."""
-        answer = queue.SimpleQueue()
+        answer = Future()
 
         def run():
             try:
-                answer.put((call(), None))
+                answer.set_result(call())
             except Exception as error:  # whatever a service does
-                answer.put((None, error))
+                answer.set_exception(error)
 
         threading.Thread(target=run, daemon=True).start()
         try:
-            result, error = answer.get(timeout=PATIENCE)
-        except queue.Empty:
-            result, error, self.hangs = None, TimeoutError(f'no answer in {PATIENCE} seconds'), True
-        if error:
-            self.wandb = None
-            self.print(f'W&B failed ({type(error).__name__}: {error}); the run goes on without it.')
-        return result
+            return answer.result(timeout=PATIENCE)
+        except Exception as error:
+            self.wandb, self.hangs = None, not answer.done()
+            reason = f'no answer in {PATIENCE} seconds' if self.hangs else error
+            self.print(f'W&B failed ({type(error).__name__}: {reason}); the run goes on without it.')
 
     def close(self):
         if self.is_main:

@@ -86,10 +86,8 @@ class TrainedRows(nn.Module):
 
 
 def add_lora(model, rank, alpha, dropout=0.0, targets=(), dora=False):
-    """Put adapters on the blocks' linear layers and freeze all the rest.
-
-    targets: names of layers, ours or a family's (q or q_proj); none or 'all-linear': all of them.
-    """
+    """Put adapters on the blocks' linear layers, or on those with names in `targets` (ours or a family's, q
+    or q_proj; 'all-linear' is all of them), and freeze all the rest."""
     targets, known = set(targets) - {'all-linear'}, set()
     for name, layer in linear_layers(model):
         module = name.split('.', 2)[2]  # of blocks.3.attention.q: attention.q
@@ -124,10 +122,8 @@ def freeze_the_rest(model):
 
 
 def train_new_embeddings(model):
-    """Train, beside the adapters, what a converted model has not learned as what it was before.
-
-    These are the rows of <|mask|> and <|ignore|>, and the weights that only its architecture has.
-    """
+    """Train, beside the adapters, what a converted model has not learned as what it was before: the rows of
+    <|mask|> and <|ignore|>, and the weights that only its architecture has."""
     ids = [i for i in (model.config.mask_id, model.config.ignore_id) if i is not None]
     for name in ('embedding', 'unembedding'):
         if (table := getattr(model, name)) is not None:

@@ -123,10 +123,8 @@ def windows(loss_mask, limit):
 
 
 def fit(ids, loss_mask, limit):
-    """Return the last `limit` tokens of an example, so that what is lost is of the prompt.
-
-    An earlier answer that is cut has no loss any more; None where the last answer does not fit.
-    """
+    """Return the last `limit` tokens of an example, so that what is lost is of the prompt, or None where the
+    last answer does not fit. An earlier answer that is cut has no loss any more."""
     cut = len(ids) - limit
     if cut <= 0:
         return ids, loss_mask

@@ -15,7 +15,7 @@ import pyarrow
 import pyarrow.parquet
 
 from lm.configurator import UserError, require
-from lm.files import first_line
+from lm.files import as_sentence, first_line
 
 MAX_EXPANSION = 100  # times its size that a file may take once it is decompressed
 UNBOUNDED = 2**28  # bytes that any file may take; and most of them that a batch of a parquet's rows should
@@ -136,14 +136,10 @@ def damage_named(path):
         raise UserError(f'{path} cannot be read to its end ({first_line(error)}); fetch it again.') from error
 
 
-@contextmanager
 def refusals_named(path):
-    """Turn the errors of the hub into UserErrors."""
-    try:
-        yield
-    except Exception as error:  # of many kinds, from four libraries
-        problem = f'The data set {path} could not be read from the hub ({first_line(error)})'
-        raise UserError(f'{problem}; correct the name, try again, or give files of your own.') from error
+    """Return a context in which the hub's errors, of many kinds and from four libraries, are UserErrors."""
+    problem = f'The data set {path} could not be read from the hub'
+    return as_sentence(problem, 'correct the name, try again, or give files of your own')
 
 
 def attempt(make, row, where):
@@ -159,10 +155,8 @@ def attempt(make, row, where):
 
 
 def parse_json(content, where):
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or nested too deeply
-        raise UserError(f'{where}: not valid JSON ({error}); repair it, or leave it out.') from error
+    with as_sentence(f'{where}: not valid JSON', 'repair it, or leave it out'):
+        return json.loads(content)  # no UTF-8, no JSON, or nested too deeply
 
 
 def value_of(field, record, where):
@@ -178,10 +172,8 @@ def text_of(field, record, where):
     text = value_of(field, record, where)
     problem = f'{where}: the field {field!r} holds {kind_of(text)}, not text'
     require(isinstance(text, str), f'{problem}; repair it, or name another.')
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a character pair
-        raise UserError(f'{where}: half a character in {field!r} ({error}); leave it out.') from error
+    with as_sentence(f'{where}: half a character in {field!r}', 'leave it out'):
+        text.encode()  # JSON can spell half of a character pair
     return text
 
 

@@ -6,10 +6,8 @@ PERMUTE, MOVE, LEVEL, NOISE, BELIEF, ANNEAL, PADDING, BLOCKS = range(8)  # purpo
 
 
 def random_bits(*key):
-    """Compute 64 random bits for each element of the broadcast integer arrays `key`, by their values alone.
-
-    A counter-based generator: splitmix64's finaliser (Steele et al. 2014) chained over the key.
-    """
+    """Compute 64 random bits for each element of the broadcast integer arrays `key`, by their values alone:
+    the finaliser of splitmix64 (Steele et al. 2014) chained over the key."""
     bits = np.uint64(0)
     with np.errstate(over='ignore'):  # arithmetic modulo 2**64 is the point
         for part in key:
@@ -31,10 +29,8 @@ def uniform(*key):
 
 
 def permuted(index, size, *key):
-    """Map each `index` through a random permutation of range(size), named by `key`, without an array of that size.
-
-    A four-round Feistel network over the next even power of two, walked until it lands below `size`.
-    """
+    """Map each `index` through a random permutation of range(size), named by `key`, without an array of that
+    size: a four-round Feistel network over the next even power of two, walked until it lands below `size`."""
     index = np.array(index, dtype=np.uint64)
     half = np.uint64(max(1, (max(1, size - 1).bit_length() + 1) // 2))
     low = (np.uint64(1) << half) - np.uint64(1)

@@ -9,12 +9,10 @@ import sys
 import time
 
 import torch
-import torch.distributed
 
 from lm import optim
-from lm.configurator import UserError, check_choice, check_range, report_idle, require, require_without
+from lm.configurator import UserError, check_choice, check_range, report_idle, require
 from lm.kernels import has_bfloat16
-from lm.optim import local
 from lm.rng import torch_seed
 from model import architecture_name
 
@@ -28,11 +26,8 @@ RANGES = [  # settings that are at least the first number and below the second
     (1, math.inf, 'eval_every log_every sample_tokens peft_lora_r num_classes'),
     (0, math.inf, 'num_epochs learning_rate min_lr warmup_steps warmup_ratio decay_ratio weight_decay'),
     (0, math.inf, 'eval_tokens eval_examples early_stopping save_every save_total_limit sample_every'),
-    (
-        0,
-        math.inf,
-        'num_samples anneal_steps neftune_alpha lora_rank num_layers_to_finetune val_set_size grad_clip',
-    ),
+    (0, math.inf, 'num_samples anneal_steps neftune_alpha grad_clip'),
+    (0, math.inf, 'lora_rank num_layers_to_finetune val_set_size'),
     (0, 1, 'beta1 beta2 ema_decay dropout token_dropout label_smoothing peft_lora_dropout lora_dropout'),
 ]
 NEEDS = {  # settings that have no effect where the first one is not set
@@ -67,11 +62,12 @@ def check_settings(config):
         optim.check_beliefs(config['p_belief'], config['k_schedule'])
     others = {key: config[key] for key in ('use_peft', 'ema_decay') if key in config}
     others |= {'optimizer=muon': config['optimizer'] == 'muon', 'dtype=float16': config['dtype'] == 'float16'}
-    if config.get('fsdp'):
-        require_without('fsdp', **others)
-    if config.get('master_weights') == 'bfloat16':
-        others['dtype=float32'] = config['dtype'] == 'float32'
-        require_without('master_weights=bfloat16', **others)
+    is_on = {'fsdp': config.get('fsdp')}
+    is_on['master_weights=bfloat16'] = config.get('master_weights') == 'bfloat16'
+    for setting in filter(is_on.get, is_on):
+        others['dtype=float32'] = setting != 'fsdp' and config['dtype'] == 'float32'
+        rival = next(filter(others.get, others), None)
+        require(not rival, f'{setting} does not go with {rival}; leave one of them out.')
 
 
 def plan_steps(config, num_rows, rows_per_step):
@@ -112,10 +108,8 @@ class Runtime:
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == 'float16')
 
     def wrap(self, model, compile=None, fsdp=False):
-        """Return the model whose forward and backward synchronise gradients over the ranks.
-
-        compile: torch.compile; None: on CUDA only, and not what FSDP shards.
-        """
+        """Return the model whose backward pass sums gradients over the ranks; compile=None: on CUDA only,
+        without FSDP."""
         if compile or compile is None and self.device.type == 'cuda' and not fsdp:
             model.compile()
         if self.world_size == 1 or fsdp:
@@ -217,6 +211,15 @@ def synchronize(device):
         getattr(torch, device.type).synchronize()
 
 
+def seconds(call, device):
+    """Return the seconds that `call` takes, its work on the device included."""
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
 class StopSignal:
     """Set by the first SIGTERM, SIGINT, SIGUSR1 or SIGHUP; a second one ends the process at once, but for SIGHUP, of
     which a terminal that is closed sends two."""
@@ -240,15 +243,10 @@ def measure_peak_flops(device, dtype):
     """Measure the operations per second of a large matmul here: what `train/mfu` is a share of."""
     size = 8192 if device.type == 'cuda' else 1024
     a = torch.randn(size, size, device=device, dtype=DTYPES[dtype])
-    best, total = float('inf'), 0.0
-    while total < 0.2:  # seconds
-        synchronize(device)
-        start = time.perf_counter()
-        a @ a
-        synchronize(device)
-        best = min(best, time.perf_counter() - start)
-        total += time.perf_counter() - start
-    return 2 * size**3 / best
+    times = []
+    while sum(times) < 0.2:
+        times.append(seconds(lambda: a @ a, device))
+    return 2 * size**3 / min(times)
 
 
 def flops_per_token(model, length=None, predicted=1.0, passes=0.0):
@@ -283,13 +281,11 @@ def memory_estimate(model, batch_size, length, dist):
     and of sharded ones the root's and those of two blocks are gathered.
     """
     config, parameters = model.config, list(model.parameters())
-    trained, weights = (
-        sum(x.numel() * x.element_size() for x in map(local, tensors))
-        for tensors in ([p for p in parameters if p.requires_grad], [*parameters, *model.buffers()])
-    )
+    held = {x: optim.local(x).nbytes for x in (*parameters, *model.buffers())}
+    weights, trained = sum(held.values()), sum(size for x, size in held.items() if x.requires_grad)
     size = 4 if dist.dtype == 'float32' else 2
     copies = sum(p.numel() for p in parameters if p.dtype == torch.float32) * (0 if size == 4 else 2)
-    if any(local(p) is not p for p in parameters):  # sharded: what is gathered at a time
+    if any(optim.local(p) is not p for p in parameters):  # sharded: what is gathered at a time
         blocks = sum(p.numel() for p in model.blocks.parameters())
         copies = size * (sum(p.numel() for p in parameters) - blocks + 2 * blocks // config.n_layer)
     tokens = batch_size * length
@@ -320,10 +316,8 @@ def add(sums, loss, count, metrics):
 
 
 def means(split, sums):
-    """Compute the metrics of a split from sums that a model's forward returned.
-
-    A metric that is none of those below is a sum over the counted tokens: its mean has its name.
-    """
+    """Compute the metrics of a split from sums that a model's forward returned; one that is not named below
+    is over the counted tokens: its mean keeps its name."""
     sums = dict(sums)
     loss, count = sums.pop('loss'), max(1, sums.pop('count'))
     correct, predicted = sums.pop('correct', None), sums.pop('predicted', 0)
@@ -363,8 +357,7 @@ def evaluate(model, batches, dist):
 def describe_loss(model):
     """Say what the loss of a model, or of its class, is the nll of or bounds."""
     kinds = {'exact': 'the nll', 'upper': 'an upper bound of the nll', 'none': 'no bound of the nll'}
-    kind = kinds[model.bound]
-    return f'{kind} of texts that are written {model.order}'
+    return f'{kinds[model.bound]} of texts that are written {model.order}'
 
 
 class Speed:

@@ -87,9 +87,8 @@ def share_ci(passed):
 
 
 LABEL = re.compile(r'^([ \t]*)(?:(\(?\d{1,2}[.)])|([-*•–]))\s+', re.M)  # of an item: "1. ", "2) ", "- "
-TITLE = re.compile(r'\b(Mr|Mrs|Ms|Dr|Prof|St|vs|[A-HJ-Z])\.(?=\s)')  # a full stop that ends no sentence
-GOES_ON = re.compile(r'(\betc\.|\be\.g\.|\bi\.e\.|\ba\.m\.|\bp\.m\.|\.\.\.|…)(?=\s+[a-z])')
-SENTENCE_END = re.compile(r'(?<=[.!?…])\s+|(?<=[.!?…]["”\')\]])\s+(?![a-z])|\n')
+TITLE = re.compile(r'\b(Mr|Mrs|Ms|Dr|Prof|St|[A-HJ-Z])\.')  # a full stop that ends no sentence
+SENTENCE_END = re.compile(r'(?<=[.!?…])["”\')\]]*\s+(?![a-z\s])|\n')
 
 
 def words_in(text):
@@ -97,8 +96,8 @@ def words_in(text):
 
 
 def count_sentences(text):
-    text = GOES_ON.sub('', TITLE.sub(r'\1', LABEL.sub('', text)))
-    return sum(bool(words_in(piece)) for piece in SENTENCE_END.split(text))
+    pieces = SENTENCE_END.split(TITLE.sub(r'\1', LABEL.sub('', text)))
+    return sum(bool(words_in(piece)) for piece in pieces)
 
 
 def count_bullets(text):
@@ -160,11 +159,8 @@ VALUES = {str: 'a text', list: 'a list of texts', int: 'a whole number', bool: '
 
 
 def check(answer, checks):
-    """Return a bool for each of `checks`, such as {'max_words': 20}: whether the answer passes.
-
-    An answer without a word passes none, because silence would keep to every upper limit. Raises UserError for
-    what is not a check.
-    """
+    """Return a bool for each of `checks`, such as {'max_words': 20}: whether the answer passes. One without a
+    word passes none, because silence would keep to every upper limit. UserError: what is not a check."""
     passed = []
     for one in checks:
         is_one = isinstance(one, dict) and len(one) == 1

@@ -46,18 +46,11 @@ def place(model, weights, dist):
     model.to_empty(device=dist.device)
     for name, table in model.tables().items():
         setattr(model, name, table.to(dist.device))
-    if weights:
-        load_own_part(model, weights, dist)
-    return model
-
-
-@torch.no_grad()
-def load_own_part(model, weights, dist):
-    """Copy this rank's parts of whole tensors; FSDP2 shards the first dimension as torch.chunk does."""
-    for name, weight in model.named_parameters():
-        parts = weights[name].chunk(dist.world_size)
+    for name, weight in model.named_parameters() if weights else ():
+        parts = weights[name].chunk(dist.world_size)  # FSDP2 shards the first dimension as this does
         if dist.rank < len(parts):  # a small tensor has fewer parts than there are ranks
-            local(weight).copy_(parts[dist.rank])
+            local(weight.detach()).copy_(parts[dist.rank])
+    return model
 
 
 def whole_weights(model):

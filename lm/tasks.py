@@ -13,7 +13,6 @@ import sympy
 import torch
 
 from lm.configurator import note, require
-from lm.tokenizer import build
 
 PATTERNS = {'fn_c': (1, 0, 1, 0, 1, 0, 1, 0), 'fn_d': (0, 0, 1, 1, 1, 1, 1, 1)}
 
@@ -204,11 +203,6 @@ def splits(task, length, train, test, val=0, seed=42, compat=False):
 
 def digits_of(task):
     return '0123456789' if task in DECIMAL else '01'
-
-
-def digit_tokenizer(task):
-    """Return a Tokenizer of ids 0 and 1, or 0 to 9; <|endoftext|>, 2 or 10, starts a row."""
-    return build('char', digits_of(task))
 
 
 def digit_ids(tokenizer, task):

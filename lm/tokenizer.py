@@ -30,35 +30,31 @@ class Tokenizer:
     def __init__(self, json_text, name='The tokenizer', end=None, start=None):
         require(json_text is not None, 'This model came without a tokenizer.json; import it again with one.')
         with as_sentence(f'{name} could not be read', 'give a tokenizer.json'):
-            self.read(json_text, end, start)
+            inner = tokenizers.Tokenizer.from_str(json_text)
+            own = inner.post_processor
+            recorded = end_in(json.loads(own.__getstate__())) if own else None
+            end, start = (known_id(inner, token) for token in (end, start))
+            if recorded is None and end not in (None, inner.token_to_id(ENDOFTEXT)):
+                record_end(inner, end)
+                recorded = end
+            needed = SPECIAL_TOKENS if recorded is None else (MASK, IGNORE)
+            self.added = [token for token in needed if inner.token_to_id(token) is None]
+            inner.add_special_tokens(self.added)
+            inner.encode_special_tokens = True  # not part of the JSON text: set at every load
+            inner.no_truncation()
+            inner.no_padding()
 
-    def read(self, json_text, end, start):
-        """Set all attributes; whatever is wrong with the text raises something."""
-        inner = tokenizers.Tokenizer.from_str(json_text)
-        own = inner.post_processor
-        recorded = end_in(json.loads(own.__getstate__())) if own else None
-        end, start = (known_id(inner, token) for token in (end, start))
-        if recorded is None and end not in (None, inner.token_to_id(ENDOFTEXT)):
-            record_end(inner, end)
-            recorded = end
-        needed = SPECIAL_TOKENS if recorded is None else (MASK, IGNORE)
-        self.added = [token for token in needed if inner.token_to_id(token) is None]
-        inner.add_special_tokens(self.added)
-        inner.encode_special_tokens = True  # not part of the JSON text: set at every load
-        inner.no_truncation()
-        inner.no_padding()
-
-        self.inner = inner  # a tokenizers.Tokenizer
-        self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
-        self.endoftext_id = inner.token_to_id(ENDOFTEXT) if recorded is None else recorded
-        self.mask_id, self.ignore_id = inner.token_to_id(MASK), inner.token_to_id(IGNORE)
-        added = inner.get_added_tokens_decoder().items()
-        self.special_ids = {token.content: i for i, token in added if token.special}  # by name
-        told = [start] if start in self.special_ids.values() else []
-        self.start_id = [*told, *inner.encode('').ids, self.endoftext_id][0]
-        # A character vocabulary is the only one that cannot spell every text.
-        is_char = isinstance(inner.model, models.WordLevel)
-        self._characters = set(inner.get_vocab(with_added_tokens=False)) if is_char else None
+            self.inner = inner  # a tokenizers.Tokenizer
+            self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
+            self.endoftext_id = inner.token_to_id(ENDOFTEXT) if recorded is None else recorded
+            self.mask_id, self.ignore_id = inner.token_to_id(MASK), inner.token_to_id(IGNORE)
+            added = inner.get_added_tokens_decoder().items()
+            self.special_ids = {token.content: i for i, token in added if token.special}  # by name
+            told = [start] if start in self.special_ids.values() else []
+            self.start_id = [*told, *inner.encode('').ids, self.endoftext_id][0]
+            # A character vocabulary is the only one that cannot spell every text.
+            is_char = isinstance(inner.model, models.WordLevel)
+            self._characters = set(inner.get_vocab(with_added_tokens=False)) if is_char else None
 
     @classmethod
     def load(cls, path):
@@ -109,10 +105,8 @@ CHARACTERS = {byte: chr(byte) for byte in PRINTABLE} | {byte: chr(256 + n) for n
 
 
 def build(kind, texts=(), vocab_size=None):
-    """Return the Tokenizer of one of KINDS; `char` and `bpe` learn theirs from the iterable `texts`.
-
-    `char` has one token per character that occurs, `bpe` with the special tokens at most `vocab_size` entries.
-    """
+    """Return the Tokenizer of one of KINDS; `char`, of the characters that occur, and `bpe`, of at most
+    `vocab_size` entries with the special tokens, learn theirs from the iterable `texts`."""
     if kind == 'char':
         vocab = {character: i for i, character in enumerate(sorted(set(chain.from_iterable(texts))))}
         inner = tokenizers.Tokenizer(models.WordLevel(vocab))
@@ -161,10 +155,8 @@ def gpt2_encoding():
 
 
 def fast_gpt2(tokenizer):
-    """Return an encode_batch for GPT-2's `tokenizer` through tiktoken: the same ids, four times as fast.
-
-    A text that pieces() could not cut goes the slow way: tiktoken's stack overflows on half a million spaces.
-    """
+    """Return an encode_batch for GPT-2's `tokenizer` through tiktoken: the same ids, four times as fast. What
+    pieces() could not cut goes the slow way: tiktoken's stack overflows on half a million spaces."""
     encode = partial(gpt2_encoding().encode_to_numpy, disallowed_special=())
     return lambda texts: [encode(text) if len(text) < 2 * PIECE else tokenizer.encode(text) for text in texts]
 

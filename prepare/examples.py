@@ -21,11 +21,9 @@ class Document(str):
 
 
 def conversation(record, where, field=''):
-    """Return a record as {'system': '...', 'turns': [[instruction, input, output], ...]} or, with `field`, {'text': ...};
-    and the names of the fields that were read, beside `system`. A turn that ends with False is not learnt.
-
-    Raises UserError, which names `where`, for a record of none of the known shapes.
-    """
+    """Return a record as {'system': '...', 'turns': [[instruction, input, output], ...]} or, with `field`,
+    {'text': ...}, and the names of the fields that were read, beside `system`. A turn that ends with False is
+    not learnt. UserError: a record of none of the known shapes."""
     if field:
         return {'text': text_of(field, record, where)}, [*record]
     system = text_of('system', record, where) if record.get('system') else ''
@@ -51,11 +49,9 @@ def unread_of(record, read):
 
 
 def from_messages(messages, where, system=''):
-    """Return a conversation made of [{"role", "content"}] or ShareGPT's [{"from", "value"}].
-
-    Consecutive user messages are one instruction; what follows the last answer is left out. An answer of `weight` 0 or
-    `train` false is not learnt.
-    """
+    """Return a conversation made of [{"role", "content"}] or ShareGPT's [{"from", "value"}]: consecutive user
+    messages are one instruction, what follows the last answer is left out, an answer of `weight` 0 or `train`
+    false is not learnt."""
     is_list = isinstance(messages, list) and all(isinstance(message, dict) for message in messages)
     problem = f'{where}: {kind_of(messages)} instead of a list of messages'
     require(is_list, f'{problem}; write [{{"role": "user", "content": "..."}}, ...].')

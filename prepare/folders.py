@@ -6,13 +6,12 @@ files to these sizes and goes on after these documents.
 """
 
 import contextlib
-import fcntl
 import json
 import shutil
 import sys
 
 from lm.configurator import ROOT, UserError, require
-from lm.files import write_json
+from lm.files import as_sentence, lock, write_json
 from lm.folder import Folder
 
 FORMAT = 1
@@ -25,11 +24,9 @@ def finished_folder(target, command, overwrite):
     """
     if not target.exists() or target.is_dir() and not any(target.iterdir()):
         return None
-    try:
+    with as_sentence(f'{target} was not prepared here', 'move it away, or give another --name'):
         recorded = json.loads((target / 'config.json').read_text(encoding='utf-8'))
         words = differences(recorded, command)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # whatever else lies there
-        raise UserError(f'{target} was not prepared here; move it away, or give another --name.') from error
     if overwrite:
         return None
     require(not words, f'{shown(target)} was prepared otherwise: {words}. Give --overwrite, or another name.')
@@ -54,18 +51,12 @@ def differences(recorded, command):
 
 @contextlib.contextmanager
 def unfinished_folder(target, command, overwrite):
-    """Give the Journal of a hidden folder beside `target`, which takes the target's place if the block succeeds.
-
-    If the block fails, the folder vanishes, unless a shard is done: then the same command goes on from there.
-    """
+    """Give the Journal of a hidden folder beside `target`, which takes its place if the block succeeds; if it
+    fails, the folder vanishes, unless a shard is done: then the same command goes on from there."""
     folder = target.with_name(f'.{target.name}.partial')
     try:
-        (folder / 'work').mkdir(parents=True, exist_ok=True)  # what is no part of the result
-        with open(folder / 'work/lock', 'w') as lock:
-            try:  # a record lock ends with this process and is not inherited by its workers
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise UserError(f'Another process is preparing {target}; wait, or change --name.') from error
+        busy = f'Another process is preparing {target}; wait, or change --name.'
+        with lock(folder / 'work', 'lock', busy):  # work/ is no part of the result
             journal = Journal(folder, command, overwrite)
             try:
                 yield journal
@@ -86,9 +77,8 @@ def unfinished_folder(target, command, overwrite):
 
 class Journal:
     """How far an unfinished folder has come: `state`, which the writer saves after each shard, None before.
-
-    It continues what a killed run of the same command left, refuses what another left, or clears the folder.
-    """
+    It continues what a killed run of the same command left, refuses what another left, or clears the
+    folder."""
 
     def __init__(self, folder, command, overwrite):
         self.folder, self.command = folder, command

@@ -56,12 +56,11 @@ if __name__ == '__main__':
     check_range(config, 8, math.inf, 'max_seq_len')
     config['name'] = name or Path(source.partition(',')[0]).stem
 
-    is_file = Path(source).exists() or suffix_of(Path(source)) in READERS or source.count('/') != 1
-    is_file = is_file and source not in HUB
-    if is_file:
-        records = files(source, field, '', document, max_expansion=max_expansion)
+    path = HUB.get(source, source)
+    if Path(path).exists() or suffix_of(Path(path)) in READERS or path.count('/') != 1:
+        records = files(path, field, '', document, max_expansion=max_expansion)
     else:
-        records = hub(HUB.get(source, source), None, field, document)
+        records = hub(path, None, field, document)
     records.limit = max_examples or None
     records.examples = Examples(prompts.FORMATS[prompt_format], config['max_seq_len'])
     write(records, config)

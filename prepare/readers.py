@@ -1,7 +1,4 @@
-"""Documents from files (.txt, .jsonl, .jsonl.gz, .jsonl.zst, .json, .parquet) and from the Hugging Face hub.
-
-A record without a usable text is handed on as a UserError in its place; on_error says whether that stops the run.
-"""
+"""Documents from files (.txt, .jsonl, .jsonl.gz, .jsonl.zst, .json, .parquet) and the Hugging Face hub."""
 
 import glob
 import hashlib
@@ -58,10 +55,8 @@ def files(patterns, field, separator='', document=None, **options):
 
 
 def hub(path, subset=None, field='text', document=None):
-    """Return the Source of the training split of a data set on the hub, streamed, at its newest revision.
-
-    `field` and `document` are as in `files`. A restart goes on within the file where it was.
-    """
+    """Return the Source of the training split of a data set on the hub, streamed, at its newest revision; the
+    rest is as in `files`. A restart goes on within the file where it was."""
     import datasets  # it takes seconds, and files do not need it
     from huggingface_hub import HfApi
 
@@ -84,10 +79,8 @@ def hub(path, subset=None, field='text', document=None):
 
 
 class Corpus:
-    """The documents of a source, each with its split, by a hash of the text; blank ones are left out and counted.
-
-    A source that is one document gives its last `val_fraction` of characters, as nanoGPT does.
-    """
+    """The documents of a source, each with its split by a hash of the text; blank ones are left out and
+    counted. A single document gives its last `val_fraction` of characters, as in nanoGPT."""
 
     def __init__(self, source, val_fraction, on_error):
         self.source, self.val_fraction, self.on_error = source, val_fraction, on_error

@@ -11,7 +11,8 @@ from functools import cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from lm.configurator import UserError, configure, require
+from lm.configurator import configure, require
+from lm.files import as_sentence
 from prepare.readers import Source, files
 from prepare.writer import write
 
@@ -33,13 +34,11 @@ SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 @cache
 def download():
     """Return the text; called only where there is no finished folder to reuse."""
-    try:
-        with urllib.request.urlopen(URL, timeout=30) as response:
-            content = response.read()
-    except OSError as error:
-        raise UserError(f'{URL} could not be downloaded ({error}); give a copy with --input=FILE.') from error
+    remedy = 'give a copy with --input=FILE'
+    with as_sentence(f'{URL} could not be downloaded', remedy):
+        content = urllib.request.urlopen(URL, timeout=30).read()
     problem = f'{URL} gave {len(content)} bytes of another file'
-    require(hashlib.sha256(content).hexdigest() == SHA256, f'{problem}; give a copy with --input=FILE.')
+    require(hashlib.sha256(content).hexdigest() == SHA256, f'{problem}; {remedy}.')
     return content.decode()
 
 

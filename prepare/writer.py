@@ -33,11 +33,9 @@ NOT_CONTENT = 'name output_dir input source num_workers overwrite on_error max_e
 
 
 def write(source, config, log_prob=None):
-    """Prepare `source` with the settings of a prepare script; return the content of the folder's config.json.
-
-    `log_prob(text)`, in nats, is given where the true distribution of the documents is known: then the loss that no
-    model can beat is recorded too. After a UserError a folder that was there is as it was.
-    """
+    """Prepare `source` with the settings of a prepare script; return what the folder's config.json holds.
+    `log_prob(text)`, in nats, is given where the true distribution of the documents is known: then the loss
+    that no model can beat is recorded too. After a UserError a folder that was there is as it was."""
     check_settings(config)
     target = target_folder(config)
     command = {'format': FORMAT, 'arguments': content_arguments(config), 'inputs': source.inputs}
@@ -238,9 +236,8 @@ class Encoder:
     def encode(self, batch):
         """Return {'tokens', 'index', 'masks': array}, and the counts of tokens, documents, bytes and outcomes."""
         tokens, index, masks, counts = [self.end[:0]], [], [], Counter()
-        for ids, loss_mask, text, is_last in (
-            self.examples_of(batch, counts) if self.examples else self.texts_of(batch)
-        ):
+        parts = self.examples_of(batch, counts) if self.examples else self.texts_of(batch)
+        for ids, loss_mask, text, is_last in parts:
             tokens.append(ids)
             masks += loss_mask
             counts.update(tokens=len(ids), documents=int(is_last), bytes=len(text.encode()))

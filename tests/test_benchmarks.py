@@ -153,7 +153,7 @@ def test_training_steps_of_all_architectures_are_timed(monkeypatch, capsys, what
 
 
 def test_allocations_are_counted_until_they_are_freed(bench):
-    with bench('memory').Allocations() as allocations:
+    with bench('train').Allocations() as allocations:
         a = torch.zeros(1000)
         b = a.view(10, 100).t() + 1
         assert allocations.now == 8000
@@ -165,10 +165,10 @@ def test_allocations_are_counted_until_they_are_freed(bench):
 
 
 def test_checkpointing_keeps_less_and_the_selective_kind_lies_between(bench):
-    memory, dist = bench('memory'), runtime.Runtime('cpu', 'float32')
+    train, dist = bench('train'), runtime.Runtime('cpu', 'float32')
 
     def peak(batch_size, **changes):
-        return memory.peak_bytes('ar', dist, 'adamw', 'tiny', 512, batch_size, block_size=256, **changes)
+        return train.peak_bytes('ar', dist, 'adamw', 'tiny', 512, batch_size, block_size=256, **changes)
 
     none, each = peak(8), peak(8, gradient_checkpointing=True)
     between = peak(8, gradient_checkpointing=True, selective_checkpointing=True)

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -369,6 +370,10 @@ def test_weights_alone_cannot_be_continued(tmp_path):
 def test_the_newest_copies_and_the_best_are_kept(tmp_path):
     (tmp_path / 'ckpt.pt').write_text('state')
 
+    def copy(step, limit, best_step):
+        options = {'save_every': 1, 'save_total_limit': limit}
+        checkpoints.copy_if_due(tmp_path, step, best_step, options, SimpleNamespace(is_main=True))
+
     def kept():
         return {
             int(path.parent.name.removeprefix('checkpoint-')): path.read_text()
@@ -376,15 +381,15 @@ def test_the_newest_copies_and_the_best_are_kept(tmp_path):
         }
 
     for step in (2, 4, 6, 8, 10):
-        checkpoints.keep_copy(tmp_path, step, limit=3, best_step=4)
+        copy(step, 3, best_step=4)
     assert kept() == {4: 'state', 8: 'state', 10: 'state'}
-    checkpoints.keep_copy(tmp_path, 12, limit=2, best_step=12)
+    copy(12, 2, best_step=12)
     assert set(kept()) == {10, 12}
     (tmp_path / 'checkpoints/checkpoint-11').mkdir()  # a process was killed before it wrote it
     (tmp_path / 'checkpoints/checkpoint-mine').mkdir()
-    checkpoints.keep_copy(tmp_path, 14, limit=3, best_step=0)
+    copy(14, 3, best_step=0)
     assert set(kept()) == {10, 12, 14}
-    checkpoints.keep_copy(tmp_path, 11, limit=3, best_step=0)  # of a run that went back
+    copy(11, 3, best_step=0)  # of a run that went back
     assert set(kept()) == {10, 11}
 
 
@@ -466,7 +471,8 @@ def test_a_copy_has_the_sharded_state_of_its_step(tmp_path):
     for step in (50, 100):
         (tmp_path / f'sharded/step-{step}').mkdir(parents=True)
         (tmp_path / f'sharded/step-{step}/__0_0.distcp').write_text(str(step))
-        checkpoints.keep_copy(tmp_path, step, None, best_step=0)
+        options = {'save_every': 50, 'save_total_limit': None}
+        checkpoints.copy_if_due(tmp_path, step, 0, options, SimpleNamespace(is_main=True))
     states = sorted((tmp_path / 'checkpoints').glob('*/sharded/*/__0_0.distcp'))
     assert [path.read_text() for path in states] == ['100', '50']
 

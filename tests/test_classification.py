@@ -99,19 +99,25 @@ def test_losses_are_torchs_with_weights_and_with_smoothing():
     model.logits = lambda tokens, lengths: logits
     loss, count, _ = model(torch.zeros(6, 2), None, labels)
     assert torch.isclose(loss / count, F.cross_entropy(logits, labels, weight=torch.tensor([1.0, 0.5, 3.0])))
-    assert torch.isclose(
-        c.losses(logits, labels, 0.2).mean(), F.cross_entropy(logits, labels, label_smoothing=0.2)
-    )
-    two = torch.stack([torch.zeros(6), logits[:, 0]], 1)  # one logit is two with the first at 0
-    labels = labels.clamp(max=1)
-    torch.testing.assert_close(c.losses(logits[:, :1], labels, 0.2), c.losses(two, labels, 0.2))
+    model.class_weights[:], model.label_smoothing = 1.0, 0.2
+    loss, count, _ = model(torch.zeros(6, 2), None, labels)
+    assert torch.isclose(loss / count, F.cross_entropy(logits, labels, label_smoothing=0.2))
+    logits, labels = logits[:, :1], labels.clamp(max=1)
+    loss, count, _ = model(torch.zeros(6, 2), None, labels)
+    smooth = 0.8 * labels + 0.1
+    assert torch.isclose(loss / count, F.binary_cross_entropy_with_logits(logits[:, 0], smooth))
 
 
 def test_tokens_are_masked_while_training_only_and_never_the_first():
     torch.manual_seed(0)
     tokens = torch.randint(0, 8, (200, 16))
-    masked = c.mask_tokens(tokens, 0.3, mask_id=8) == 8
+    model = c.Classifier(random_model('ar', 0.3, **SHAPE), 2, 'mean', token_dropout=0.3)
+    mask_id, seen = model.trunk.config.mask_id, []
+    model.logits = lambda tokens, lengths: seen.append(tokens) or torch.zeros(200, 2)
+    model(tokens, None, torch.zeros(200, dtype=int))
+    masked = seen[0] == mask_id
     assert not masked[:, 0].any() and abs(masked[:, 1:].float().mean() - 0.3) < 0.04
+    assert torch.equal(seen[0][~masked], tokens[~masked])
     model = c.Classifier(random_model('ar', 0.3, **SHAPE), 2, 'mean', token_dropout=0.5)
     labels = torch.zeros(200, dtype=int)
 

@@ -21,7 +21,7 @@ def rank(rank, world_size):
     return SimpleNamespace(rank=rank, world_size=world_size, device=torch.device('cpu'))
 
 
-def batches(folder, architecture='ar', batch_size=4, micro_steps=1, seed=0, mode='packed', dist=data.Local):
+def batches(folder, architecture='ar', batch_size=4, micro_steps=1, seed=0, mode='packed', dist=data.LOCAL):
     return data.Batches(folder, ARCHITECTURES[architecture], 16, batch_size, micro_steps, seed, mode, dist)
 
 
@@ -149,7 +149,7 @@ def test_mask_ratio_and_noise_of_a_row_are_independent(make_folder):
 # ---------------------------------------------------------------------------- evaluation
 
 
-def evaluation_batches(folder, architecture, batch_size=3, mode='packed', max_tokens=0, dist=data.Local):
+def evaluation_batches(folder, architecture, batch_size=3, mode='packed', max_tokens=0, dist=data.LOCAL):
     return data.EvaluationBatches(
         folder, 'val', ARCHITECTURES[architecture], 16, batch_size, mode, max_tokens, dist
     )

@@ -25,7 +25,7 @@ def test_console_log_and_csv_agree_and_other_ranks_are_silent(tmp_path, capsys, 
     log.progress(5, 10, LINE, seconds_per_step=2.0)
     log.metrics(5, {'val/loss': 2.5, 'train/lr': 0.1})
     log.close()
-    lines = 'hello\nstep 5/10: loss 2.5000, lr 1.00e-01, 1,000,000 tokens/s, 0:10 left\n'
+    lines = 'hello\nstep 5/10: loss 2.5000, lr 1.00e-01, 1,000,000 tokens/s, 0:00:10 left\n'
     assert capsys.readouterr().out == (lines if is_main else '')
     if not is_main:
         assert list(tmp_path.iterdir()) == []
@@ -46,9 +46,9 @@ def test_what_is_logged_cannot_steer_the_terminal(tmp_path, capsys):
 
 def test_hours_that_are_left_are_told_as_such(tmp_path, capsys):
     log = Logger(tmp_path, True, -1)
-    log.progress(0, 2, LINE, seconds_per_step=3723, rate='7 rows/s')
+    log.progress(0, 2, LINE, seconds_per_step=3723)
     log.close()
-    assert capsys.readouterr().out.endswith('7 rows/s, 2:04:06 left\n')
+    assert capsys.readouterr().out.endswith('tokens/s, 2:04:06 left\n')
 
 
 def test_a_new_metric_gets_a_column_and_rows_before_it_an_empty_cell(tmp_path):

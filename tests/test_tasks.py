@@ -9,6 +9,7 @@ import sympy
 
 from lm import tasks
 from lm.configurator import UserError
+from lm.tokenizer import build
 
 # The positions of fn_e (the first 3) and fn_f, by length, as published.
 POSITIONS = {
@@ -137,7 +138,7 @@ def test_a_mistake_is_named(settings, part):
 
 def test_each_digit_is_one_token_and_the_start_is_another():
     for task, base in (('fn_a', 2), ('fn_i', 10)):
-        tokenizer = tasks.digit_tokenizer(task)
+        tokenizer = build('char', tasks.digits_of(task))
         assert tasks.digit_ids(tokenizer, task).tolist() == list(range(base))
         assert (tokenizer.endoftext_id, tokenizer.mask_id) == (base, base + 1)
 
