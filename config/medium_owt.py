@@ -1,4 +1,4 @@
-# A medium model on OpenWebText, 41.5M parameters at a 32k vocabulary.
+# A medium model on OpenWebText, 42.6M parameters at a 32k vocabulary.
 include('owt.py')
 model_size = 'medium'
 batch_size, gradient_accumulation_steps = 32, 2

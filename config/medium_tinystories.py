@@ -1,4 +1,4 @@
-# A medium model on TinyStories, 41.5M parameters at a 32k vocabulary.
+# A medium model on TinyStories, 42.6M parameters at a 32k vocabulary.
 include('tinystories.py')
 model_size = 'medium'
 batch_size = 64

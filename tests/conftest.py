@@ -85,9 +85,8 @@ def random_model(architecture, deviation, **shape):
     model = ARCHITECTURES[architecture](ModelConfig(**shape)).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            weight.copy_(
-                deviation * torch.randn(weight.shape, generator=generator) + name.endswith('norm.weight')
-            )
+            is_scale = name.endswith(('norm.weight', 'residual_scale'))
+            weight.copy_(deviation * torch.randn(weight.shape, generator=generator) + is_scale)
     return model
 
 

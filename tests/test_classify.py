@@ -112,7 +112,7 @@ def test_the_quick_run_with_its_published_names_leaves_its_artifacts(place):
 def test_each_architecture_learns_a_simple_task(place, architecture):
     task = '--target_func=fn_c --sequence_length=14 --train_set_size=400 --test_set_size=100'.split()
     shape = f'--architecture={architecture} --pool=mean --n_layer=1 --n_head=2 --n_embd=32'.split()
-    settings = '--batch_size=50 --num_epochs=40 --learning_rate=2e-2 --optimizer=muon'.split()
+    settings = '--batch_size=50 --num_epochs=50 --learning_rate=1e-2 --optimizer=muon'.split()
     settings += ['--schedule=linear', '--eval_every=120', '--out_dir=run']
     classify(*COMMON, *task, *shape, *settings)
     assert results_of(place / 'run')['test']['accuracy'] > 0.75

@@ -234,11 +234,23 @@ def test_float16_can_be_turned_on_in_the_middle_of_a_run(copied):
 # ---------------------------------------------------------------------------- an earlier version
 
 
+EARLIER = {'embedding_shortcuts': False}  # which its model_config did not say
+
+
 def old_checkpoint(folder):
     """A checkpoint as commit d63822a wrote it, of an sdd model after 3 of 6 steps."""
     tokenizer = Folder(folder).tokenizer
     model = random_model(
-        'sdd', 0.1, vocab_size=30, block_size=16, n_layer=1, n_head=2, n_embd=16, mask_id=28, ignore_id=29
+        'sdd',
+        0.1,
+        vocab_size=30,
+        block_size=16,
+        n_layer=1,
+        n_head=2,
+        n_embd=16,
+        mask_id=28,
+        ignore_id=29,
+        **EARLIER,
     )
     weights = dict(model.state_dict())
     weights['believed.weight'] = weights.pop('belief_proj.weight')
@@ -286,7 +298,7 @@ def old_checkpoint(folder):
         'global_step': 3,
         'best_step': 3,
         'best_val_loss': 3.0,
-        'model_config': vars(model.config),
+        'model_config': {key: value for key, value in vars(model.config).items() if key not in EARLIER},
         'model_state_dict': weights,
         'ema_state_dict': {name: weight + 0.01 for name, weight in weights.items()},
         'train_config': train_config,

@@ -103,7 +103,7 @@ def test_the_later_of_two_settings_that_compete_wins_and_is_saved(script, tmp_pa
 
 def test_operations_per_token_are_those_of_the_matmuls():
     model = random_model('ar', 0.1, **SHAPE)
-    layers, head = 2 * 12 * 16**2, 64 * 16
+    layers, head = (2 * 12 + 1) * 16**2, 64 * 16
     assert runtime.flops_per_token(model) == 6 * (layers + head) + 12 * 2 * 16 * 16
     untied = random_model('ar', 0.1, **SHAPE, tied=False, position='learned')
     assert runtime.flops_per_token(untied) == runtime.flops_per_token(model)  # tables cost nothing
@@ -112,20 +112,26 @@ def test_operations_per_token_are_those_of_the_matmuls():
 @pytest.mark.faults
 def test_operations_are_counted_where_they_are_made():
     model, tokens = random_model('sdd', 0.1, **SHAPE), 16
-    layers, head, attention = 2 * 12 * 16**2 + 16**2, 64 * 16, 2 * 16 * tokens  # with the belief's matrix
+    layers, head, attention = (
+        (2 * 12 + 1) * 16**2 + 16**2,
+        64 * 16,
+        2 * 16 * tokens,
+    )  # with the belief's matrix
     forward = 2 * (layers + head / 4) + 4 * attention
     expected = 3 * forward + 1.5 * forward  # a quarter of the tokens get logits
     assert runtime.flops_per_token(model, tokens, predicted=0.25, passes=1.5) == expected
 
     blocks = random_model('diffusion', 0.1, block_length=(4,), ar_weight=1.0, **SHAPE)
-    forward = 2 * (2 * 2 * 12 * 16**2 + head * (0.25 + 1)) + 4 * 4 * attention  # a row of twice the length
+    forward = (
+        2 * (2 * (2 * 12 + 1) * 16**2 + head * (0.25 + 1)) + 4 * 4 * attention
+    )  # a row of twice the length
     assert runtime.flops_per_token(blocks, tokens, predicted=0.25) == 3 * forward
 
     model = random_model('ar', 0.1, **SHAPE)
     before = runtime.flops_per_token(model)
     model.requires_grad_(False)
     frozen = runtime.flops_per_token(model)
-    assert frozen == before - 2 * (2 * 12 * 16**2 + head)
+    assert frozen == before - 2 * ((2 * 12 + 1) * 16**2 + head)
     for bits in (4, 8):
         base = random_model('ar', 0.1, **SHAPE).requires_grad_(False)
         quantize.quantize(base, bits)
