@@ -345,7 +345,7 @@ while not stopping and not is_finished():
     lr = optim.learning_rate_at(step, max_steps, learning_rate, min_lr, warmup, schedule, decay_ratio)
     opt.set_lr(lr)
     raw_model.attn_mask = optim.annealed_mask(step, anneal_steps, block_size, seed, dist.device)
-    raw_model.block_length = optim.draw_block_length(raw_model, step, seed)
+    raw_model.block_length, _ = optim.draw_blocks(raw_model, step, seed)
     beliefs = optim.draw_beliefs(raw_model, step, max_steps, seed, p_belief, k_schedule, k_warmup_steps)
     micro_batches, count = batches.get(step)
     sums = {}

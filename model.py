@@ -310,7 +310,11 @@ class Diffusion(Transformer):
         super().__init__(config)
         if config.block_length[0]:
             self.order = f'in blocks of {config.block_length[0]}, {self.order}'
-        self.mask_window, self.block_length = (0, 1), None  # of a training step: its mask ratios, its blocks
+        self.mask_window, self.block_length = (0, 1), None  # of a training step: its mask ratios, its blocks,
+        self.noisy_blocks = (
+            1,
+            0,
+        )  # and those of which there is a noisy copy: every n-th, and the first of them
 
     def forward(self, tokens, loss_mask=None, noise=None, doc_ids=None, reduction='sum'):
         """Compute Σ nll / t over the masked tokens, plus ar_weight Σ nll of next tokens in training.
@@ -326,7 +330,7 @@ class Diffusion(Transformer):
             t, noise = streams.whole_tokens(t, noise, maskable)
         x_t, masked = self.corrupt(tokens, maskable, noise, t)  # (B, T) each
         h, clean = self.denoiser(x_t, doc_ids, streams, tokens)  # (B, T, C) each
-        weights = self.loss_weights(masked, t)  # (B, T)
+        weights = self.loss_weights(masked, t) * (streams.every if streams else 1)  # (B, T)
         loss, nll, pred = self.weighted_nll(h, tokens, weights)
         return self.outputs(reduction, loss, weights * nll, pred, tokens, masked, counted, clean)
 
@@ -336,7 +340,8 @@ class Diffusion(Transformer):
         if self.training and self.block_length is not None:
             block_length = self.block_length
         if 0 < block_length < length or c.ar_weight:
-            return TwoStreams(tokens, block_length or length, doc_ids)
+            noisy_blocks = self.noisy_blocks if self.training else (1, 0)
+            return TwoStreams(tokens, block_length or length, doc_ids, *noisy_blocks)
 
     def mask_ratio(self, noise, streams=None):
         """Return the probability t (B, 1), or of each block (B, T), that a token is masked; noise: (B, 1 + T).
@@ -387,9 +392,12 @@ class Diffusion(Transformer):
         """Compute what `denoiser` does, in one pass."""
         if not isinstance(cache, TwoStreams):
             return self.hidden(x_t, doc_ids, cache, belief), None
+        noisy, length = cache.noisy, x_t.size(1)  # (S,) positions that have a noisy copy
         if belief is not None:  # of the noisy tokens
-            belief = Belief(*(F.pad(x, (0, 0, 0, x.size(1))) for x in belief))
-        return self.hidden(torch.cat([x_t, clean], 1), None, cache, belief).chunk(2, 1)
+            belief = Belief(*(F.pad(x[:, noisy], (0, 0, 0, length)) for x in belief))
+        h = self.hidden(torch.cat([x_t[:, noisy], clean], 1), None, cache, belief)
+        h, clean = h.split([len(noisy), length], 1)
+        return torch.zeros_like(clean).index_copy(1, noisy, h), clean
 
     def top_k_belief(self, hidden, where, k):
         """Return what a sampler keeps of a prediction for the next step; see `SDD`. Here: nothing."""
@@ -448,7 +456,7 @@ class SDD(Diffusion):
         x_t, masked = self.corrupt(tokens, maskable, noise, t)  # (B, T) each
         views = [self.corrupt(tokens, maskable, noise, t + stale * i / depth)[0] for i in range(depth, 0, -1)]
         h, clean = self.denoiser(x_t, doc_ids, streams, tokens, k, views)  # (B, T, C) each
-        weights = self.loss_weights(masked, t)  # (B, T)
+        weights = self.loss_weights(masked, t) * (streams.every if streams else 1)  # (B, T)
         loss, nll, pred = self.weighted_nll(h, tokens, weights)
         return self.outputs(reduction, loss, weights * nll, pred, tokens, masked, counted, clean)
 

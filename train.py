@@ -39,6 +39,7 @@ embedding_shortcuts: bool = None  # each layer reads the embedding again; None: 
 logit_softcap = 15.0  # 0: none
 mask_ratio = (0.0, 1.0)  # diffusion: the lowest and the highest in training; evaluation integrates over all
 block_length = (0,)  # diffusion: tokens per block, several: one is drawn for each step; 0: the whole row
+noisy_every = 2  # diffusion: a step masks every n-th block only, for less time; all clean tokens are there
 ar_weight = 0.0  # diffusion: of the next-token loss of the clean tokens, which makes it an ar model as well
 k_schedule = (1, 2, 4, 8)  # sdd: candidates per masked position, one of these drawn for each step
 k_warmup_steps = 0  # sdd: go through k_schedule in this many steps instead, then stay at its last
@@ -240,7 +241,7 @@ stopping = False
 while step < max_steps and not stopping:
     lr = optim.learning_rate_at(step, max_steps, learning_rate, min_lr, warmup, schedule, decay_ratio)
     opt.set_lr(lr)
-    raw_model.block_length = optim.draw_block_length(raw_model, step, seed)
+    raw_model.block_length, raw_model.noisy_blocks = optim.draw_blocks(raw_model, step, seed, noisy_every)
     raw_model.attn_mask = optim.annealed_mask(step, anneal_steps, block_size, seed, dist.device)
     beliefs = optim.draw_beliefs(raw_model, step, max_steps, seed, p_belief, k_schedule, k_warmup_steps)
     micro_batches, count = batches.get(step)

@@ -195,12 +195,17 @@ class TwoStreams(AttentionMask):
     """A row twice, noisy and then clean (B, 2T), in blocks of block_length (Arriola et al. 2025, BD3-LM).
 
     A noisy token attends to its own noisy block and to the clean blocks before it; a clean one to the clean tokens up
-    to itself. Documents, doc_ids (B, T), attend to themselves alone and begin a block each.
+    to itself. Documents, doc_ids (B, T), attend to themselves alone and begin a block each. Without these every n-th
+    block can do: then only they, from number `first` on, have a noisy copy.
     """
 
-    def __init__(self, tokens, block_length, doc_ids=None):
-        index = torch.arange(tokens.size(1), device=tokens.device)
-        self.block_length = block_length
+    def __init__(self, tokens, block_length, doc_ids=None, every=1, first=0):
+        length, device = tokens.size(1), tokens.device
+        index = torch.arange(length, device=device)
+        self.block_length, self.every = block_length, 1
+        if doc_ids is None:
+            self.every = min(every, -(-length // block_length))
+        self.first = first % self.every
         position = index if doc_ids is None else positions_of(doc_ids)  # (T,) or (B, T)
         self.number = position // block_length  # of each token's block
         self.start = index - position % block_length  # where it begins in the row
@@ -212,8 +217,14 @@ class TwoStreams(AttentionMask):
         noisy = torch.cat([same, before], -1)
         clean = torch.cat([torch.zeros_like(causal), causal], -1)
         mask = torch.cat([noisy, clean], -2)  # (2T, 2T) or (B, 2T, 2T)
-        super().__init__(mask if doc_ids is None else mask.unsqueeze(1))
+        blocks = range(self.first * block_length, length, self.every * block_length)
+        noisy = [i for begin in blocks for i in range(begin, min(begin + block_length, length))]
+        self.noisy = torch.tensor(noisy, device=device)  # (S,)
         self.index = torch.cat([position, position], -1)
+        if self.every > 1:
+            kept = torch.cat([self.noisy, length + index])
+            mask, self.index = mask[kept][:, kept], self.index[kept]
+        super().__init__(mask if doc_ids is None else mask.unsqueeze(1))
 
     def positions(self, length):
         return self.index
@@ -231,7 +242,8 @@ class TwoStreams(AttentionMask):
         same = (self.start.unsqueeze(-1) == self.start.unsqueeze(-2)) & maskable.unsqueeze(1)  # (B, T, T)
         size = same.sum(-1).clamp(min=1)  # (B, T)
         rank = (same & (u.unsqueeze(1) < u.unsqueeze(2))).sum(-1)
-        return (t * size).ceil() / size, torch.cat([noise[:, :1], rank / size], 1)
+        rank = (rank / size).masked_fill(self.number % self.every != self.first, 1)  # never masked
+        return (t * size).ceil() / size, torch.cat([noise[:, :1], rank], 1)
 
 
 class Attention(nn.Module):

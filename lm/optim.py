@@ -291,10 +291,14 @@ def draw_beliefs(model, step, max_steps, seed, p_belief, k_schedule, k_warmup_st
     return {'k': k_schedule[int(position * len(k_schedule))], 'depth': depth, 'stale': stale}
 
 
-def draw_block_length(model, step, seed):
-    """Draw the block length of a step, the same on all ranks, from those of the model's config."""
+def draw_blocks(model, step, seed, noisy_every=1):
+    """Draw the block length of a step from those of the model's config, and which blocks have a noisy copy, every n-th.
+
+    Returns it and (n, the first of them): the same on all ranks.
+    """
+    length, first = (float(uniform(BLOCKS, seed, step, i)) for i in range(2))
     lengths = model.config.block_length
-    return lengths[int(float(uniform(BLOCKS, seed, step)) * len(lengths))]
+    return lengths[int(length * len(lengths))], (noisy_every, int(first * noisy_every))
 
 
 def default_anneal_steps(anneal_steps, model, start, max_steps):

@@ -254,8 +254,8 @@ def flops_per_token(model, length=None, predicted=1.0, passes=0.0):
 
     A weight of a matmul takes 2 in the forward pass, 2 for the gradient of its input and, if it is trained, 2 for its
     own; a position of a row of `length` 12 per layer and channel. predicted: the share of tokens that get logits;
-    passes: of `SDD`, those that give beliefs: forward only. Two streams (blocks, ar_weight) are a row of twice the
-    length, of which the clean half has logits for ar_weight.
+    passes: of `SDD`, those that give beliefs: forward only. Two streams (blocks, ar_weight) are a longer row, of which the
+    clean part has logits for ar_weight.
     """
     c, tables = model.config, ('embedding', 'unembedding', 'positions')
     matrices = {name: p for name, p in model.named_parameters() if p.dim() == 2}
@@ -263,7 +263,8 @@ def flops_per_token(model, length=None, predicted=1.0, passes=0.0):
     weights = sum(m.in_features * m.out_features for m in model.modules() if hasattr(m, 'codes'))  # quantized
     weights += sum(p.numel() for p in matrices)
     trained = sum(p.numel() for p in matrices if p.requires_grad)
-    head_weight, streams = model.head_weight(), 2 if any(c.block_length) or c.ar_weight else 1
+    has_streams = any(c.block_length) or c.ar_weight
+    head_weight, streams = model.head_weight(), 1 + has_streams / model.noisy_blocks[0] if has_streams else 1
     head = head_weight.numel() * (predicted + (c.ar_weight > 0))
     attention = 4 * c.n_layer * c.n_head * c.head_dim * (length or c.block_size) * streams**2
     weights, trained = streams * weights, streams * trained

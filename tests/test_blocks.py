@@ -168,6 +168,24 @@ def test_the_bound_of_blocks_is_the_mean_over_the_orders_in_them(architecture):
 
 
 @KINDS
+@pytest.mark.parametrize('every', [2, 3, 9])
+def test_a_step_that_masks_every_nth_block_has_the_same_expected_loss_and_next_tokens(architecture, every):
+    model, tokens = tiny(architecture, ar_weight=1.0).train(), some_tokens()
+    arguments = tokens, None, some_noise(tokens)
+
+    def losses(every, first):
+        model.noisy_blocks = every, first
+        loss, count, metrics = model(*arguments)
+        return loss - metrics['ar_loss'], metrics['ar_loss'], count
+
+    whole, parts = losses(1, 0), [losses(every, first) for first in range(min(every, 3))]  # of three blocks
+    torch.testing.assert_close(sum(loss for loss, *_ in parts) / len(parts), whole[0])
+    for _, *others in parts:
+        torch.testing.assert_close(others, list(whole[1:]))
+    assert all(0 < loss for loss, *_ in parts)
+
+
+@KINDS
 def test_blocks_of_one_are_an_ar_over_masked_tokens(architecture):
     model = toy(architecture, (1,))
     nll = likelihood.chain_rule(model, ROWS).sum(1)
