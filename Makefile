@@ -1,18 +1,19 @@
 # `make demo`, `make test` and `make lint` from a fresh clone: each makes .venv and installs what it needs.
 PYTHON ?= python3
 RUN := .venv/bin/python
-DEMO := config/stories.py --overwrite --no_wandb
+RUN_OPTIONS := --overwrite --no_wandb
+WHOLE_ROWS := config/stories.py --mask_ratio='(0.2,0.8)' $(RUN_OPTIONS)
 
 demo: .venv/installed
 	$(RUN) prepare/stories.py --overwrite
-	$(RUN) train.py $(DEMO) --out_dir=out/demo-ar
-	$(RUN) train.py $(DEMO) --out_dir=out/demo-diffusion --architecture=diffusion
-	$(RUN) train.py $(DEMO) --out_dir=out/demo-sdd --architecture=sdd
+	$(RUN) train.py config/stories.py $(RUN_OPTIONS) --out_dir=out/demo-ar
+	$(RUN) train.py config/stories_blocks.py $(RUN_OPTIONS) --out_dir=out/demo-blocks
+	$(RUN) train.py $(WHOLE_ROWS) --out_dir=out/demo-diffusion --architecture=diffusion
+	$(RUN) train.py $(WHOLE_ROWS) --out_dir=out/demo-sdd --architecture=sdd
 	$(RUN) sample.py --checkpoint=out/demo-ar --num_samples=2
-	$(RUN) sample.py --checkpoint=out/demo-diffusion --num_samples=2 --sampler=blocks
-	$(RUN) sample.py --checkpoint=out/demo-sdd --num_samples=2 --sampler=blocks
+	$(RUN) sample.py --checkpoint=out/demo-blocks --num_samples=2
 	$(RUN) sample.py --checkpoint=out/demo-diffusion --num_samples=3 --sampler=confidence --infill="Once upon a time there was a <mask:2> named Lily. She loved <mask:3>."
-	$(RUN) evaluate.py --checkpoint=out/demo-ar,out/demo-diffusion,out/demo-sdd --num_samples=32 --max_tokens=32000
+	$(RUN) evaluate.py --checkpoint=out/demo-ar,out/demo-blocks,out/demo-diffusion,out/demo-sdd --num_samples=32 --max_tokens=32000
 
 test: .venv/test-installed
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto

@@ -5,3 +5,4 @@ dataset = 'books'
 mode = 'packed'
 block_size = 128
 batch_size = 32
+max_steps = 600
