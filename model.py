@@ -85,9 +85,7 @@ class Transformer(nn.Module):
             self.positions = nn.Embedding(config.position_offset + config.block_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        if (
-            config.embedding_shortcuts
-        ):  # a layer's input is so much of the stream, and so much of the embedding
+        if config.embedding_shortcuts:  # a layer's input is a sum of stream and embedding
             self.residual_scale = nn.Parameter(torch.ones(config.n_layer))
             self.embedding_scale = nn.Parameter(torch.zeros(config.n_layer))
         self.norm = nn.Identity() if config.norm_after else make_norm(config)
@@ -310,11 +308,8 @@ class Diffusion(Transformer):
         super().__init__(config)
         if config.block_length[0]:
             self.order = f'in blocks of {config.block_length[0]}, {self.order}'
-        self.mask_window, self.block_length = (0, 1), None  # of a training step: its mask ratios, its blocks,
-        self.noisy_blocks = (
-            1,
-            0,
-        )  # and those of which there is a noisy copy: every n-th, and the first of them
+        # Of a training step: its mask ratios, its blocks, and which are masked, every n-th from the first on.
+        self.mask_window, self.block_length, self.noisy_blocks = (0, 1), None, (1, 0)
 
     def forward(self, tokens, loss_mask=None, noise=None, doc_ids=None, reduction='sum'):
         """Compute Σ nll / t over the masked tokens, plus ar_weight Σ nll of next tokens in training.

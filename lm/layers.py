@@ -195,8 +195,8 @@ class TwoStreams(AttentionMask):
     """A row twice, noisy and then clean (B, 2T), in blocks of block_length (Arriola et al. 2025, BD3-LM).
 
     A noisy token attends to its own noisy block and to the clean blocks before it; a clean one to the clean tokens up
-    to itself. Documents, doc_ids (B, T), attend to themselves alone and begin a block each. Without these every n-th
-    block can do: then only they, from number `first` on, have a noisy copy.
+    to itself. Documents, doc_ids (B, T), attend to themselves alone and begin a block each; where there are none, `every`
+    leaves a noisy copy to each so-many-th block only, from number `first` on.
     """
 
     def __init__(self, tokens, block_length, doc_ids=None, every=1, first=0):
@@ -301,7 +301,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, x0, rope, cache):
-        """x, and the embedding x0: (B, T, C); with config.gradient_checkpointing the backward pass computes what is between anew."""
+        """x, and the embedding x0: (B, T, C); with gradient_checkpointing the backward pass computes what is between anew."""
         if not (self.config.gradient_checkpointing and torch.is_grad_enabled()):
             return self.run(x, x0, rope, cache)
         # What is saved draws no random numbers anew, so attention that drops out is not: those after it would differ.

@@ -23,7 +23,7 @@ RANGES = [  # settings that are at least the first number and below the second
     (1, math.inf, 'batch_size gradient_accumulation_steps eval_batch_size sequence_length'),
     (2, math.inf, 'block_size'),
     (0, 2**63, 'seed'),
-    (1, math.inf, 'eval_every log_every sample_tokens peft_lora_r num_classes'),
+    (1, math.inf, 'eval_every log_every sample_tokens peft_lora_r num_classes noisy_every'),
     (0, math.inf, 'num_epochs learning_rate min_lr warmup_steps warmup_ratio decay_ratio weight_decay'),
     (0, math.inf, 'eval_tokens eval_examples early_stopping save_every save_total_limit sample_every'),
     (0, math.inf, 'num_samples anneal_steps neftune_alpha grad_clip'),
@@ -45,7 +45,7 @@ def report_idle_settings(config, *kinds):
         else 'k k_schedule k_warmup_steps p_belief fresh_beliefs'
     )
     if all(kind.causal for kind in kinds):
-        idle += ' mask_ratio draws bound_steps exact steps sampler block_length threshold eta'
+        idle += ' mask_ratio noisy_every draws bound_steps exact steps sampler block_length threshold eta'
     report_idle(config, 'on ' + ', '.join(sorted({architecture_name(kind) for kind in kinds})), idle)
 
 
@@ -60,6 +60,10 @@ def check_settings(config):
             report_idle(config, f'without {key}', names)
     if 'p_belief' in config:
         optim.check_beliefs(config['p_belief'], config['k_schedule'])
+        window = config['mask_ratio']
+        numbers = len(window) == 2 and all(isinstance(x, (int, float)) for x in window)
+        fits = numbers and 0 <= window[0] < window[1] <= 1
+        require(fits, f'mask_ratio is {window}; give the lowest and the highest, from 0 to 1, as (0.2, 0.8).')
     others = {key: config[key] for key in ('use_peft', 'ema_decay') if key in config}
     others |= {'optimizer=muon': config['optimizer'] == 'muon', 'dtype=float16': config['dtype'] == 'float16'}
     is_on = {'fsdp': config.get('fsdp')}
