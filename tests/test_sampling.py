@@ -165,7 +165,7 @@ def draw(model, states, options):
 
 
 @pytest.mark.parametrize('architecture', ARCHITECTURES)
-@pytest.mark.parametrize('options', [(1.0, None, None), (0.7, None, None), (1.5, 4, None), (1.0, None, 0.8)])
+@pytest.mark.parametrize('options', [(1.0, None, None), (0.7, None, None), (1.5, 4, None), (1.0, None, 0.9)])
 def test_draws_follow_the_probabilities(architecture, options, monkeypatch):
     monkeypatch.setattr(model_module, 'LOGITS_PER_CHUNK', 64 * 999)  # in parts
     model = tiny(architecture)
