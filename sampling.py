@@ -100,6 +100,8 @@ def sample_tokens(model, hidden, uniform, options, score=None):
     tokens, scores = [], []
     for i in range(0, max(1, len(hidden)), rows):
         logits = model.head(hidden[i : i + rows])  # (n, V)
+        if logits.is_cpu and not torch.compiler.is_compiling():  # a GPU would have to wait
+            check(not logits.isnan().any(), 'The model computes nan: its weights are damaged; take others.')
         token = choose(logits, None if uniform is None else uniform[i : i + rows], *options)
         if score:
             scores.append(score(logits, token))

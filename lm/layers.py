@@ -78,6 +78,10 @@ class ModelConfig:
             check(value in choices, f'{name} is {value!r}; choose {" or ".join(choices)}.')
         for name in ('vocab_size', 'block_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd'):
             check(getattr(self, name) >= 1, f'{name} is {getattr(self, name)}; it must be at least 1.')
+        for name in ('mask_id', 'ignore_id'):
+            token = getattr(self, name)
+            is_token = token is None or isinstance(token, int) and 0 <= token < self.vocab_size
+            check(is_token, f'{name} is {token!r}; it must be one of {self.vocab_size} tokens, or None.')
         check(0 <= self.dropout < 1, f'dropout is {self.dropout}; it must be at least 0 and below 1.')
         self.block_length = tuple(self.block_length)
         possible = self.block_length and all(type(x) is int and x >= 0 for x in self.block_length)

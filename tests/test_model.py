@@ -321,6 +321,14 @@ def test_gpt2_weights_start_as_in_nanogpt():
             assert float(weight.std()) == pytest.approx(std, rel=0.05), name
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize('token', ['', 1.5, -1, 40])
+def test_a_special_token_that_is_none_is_refused(token):
+    for name in ('mask_id', 'ignore_id'):
+        with pytest.raises(ValueError, match=f'{name} is {token!r}; it must be one of 40 tokens'):
+            ModelConfig(vocab_size=40, **{name: token})
+
+
 def test_native_blocks_start_as_the_identity():
     model, tokens = ARCHITECTURES['ar'](ModelConfig(**SHAPE)), some_tokens()
     assert torch.equal(model.hidden(tokens), model.norm(model.embed(tokens)))

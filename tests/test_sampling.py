@@ -178,6 +178,16 @@ def test_draws_follow_the_probabilities(architecture, options, monkeypatch):
     torch.testing.assert_close(confidence, logits.softmax(-1)[0, tokens].float())
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize('architecture', ARCHITECTURES)
+def test_weights_that_give_nan_are_a_sentence(architecture):
+    model = tiny(architecture)
+    with torch.no_grad():
+        model.blocks[0].mlp.up.weight[0] = torch.inf
+    with pytest.raises(ValueError, match='computes nan: its weights are damaged'):
+        generate(model, [[1, 2]], 4)
+
+
 @pytest.mark.parametrize('options', [(0, None, None), (1.0, 1, None), (1.0, None, 1e-9)], ids=['0', 'k', 'p'])
 def test_the_likeliest_token_in_three_ways(options):
     model = tiny('ar')
