@@ -60,7 +60,7 @@ def from_messages(messages, where, system=''):
         here = f'{where}, message {number}'
         keys = ('from', 'value') if 'from' in message else ('role', 'content')
         role, text = (text_of(key, message, here) for key in keys)
-        require(role in ROLES, f'{here}: the role {role!r} is not known; choose from {", ".join(ROLES)}.')
+        require(role in ROLES, f'{here}: the role {role!r:.40} is not known; choose from {", ".join(ROLES)}.')
         known = (0, 1) if role in ASSISTANT else (0,)  # only answers are learnt
         switches = [key for key in ('weight', 'train') if message.get(key) in known]
         unread |= {f'{key} of a message': True for key in unread_of(message, [*keys, *switches])}
