@@ -258,9 +258,7 @@ def grammar_figures(rows):
     valid = [ends and not found for ends, found in zip(finished, faults)]
     right = [found[0].position / max(1, len(text)) if found else 1.0 for text, found in zip(texts, faults)]
     kinds = [fault.kind for found in faults for fault in found]
-    figures = {
-        'wrong_words': {kind: kinds.count(kind) / len(rows) for kind in ('name', 'pronoun', 'place', 'thing')}
-    }
+    figures = {'wrong_words': {kind: kinds.count(kind) / len(rows) for kind in (*grammar.KINDS, 'thing')}}
     figures |= {'finished_stories': statistics.mean(finished), 'right_share': statistics.mean(right)}
     figures['valid_stories'], figures['valid_stories_ci95'] = scoring.share_ci(valid)
     return {**figures, 'faults': [list(map(str, found)) for found in faults]}

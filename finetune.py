@@ -22,10 +22,8 @@ from lm.log import start_run
 from sampling import generate
 
 # --- data ---
-dataset = (
-    ''  # a folder of prepare/instruct.py: a name under data/, a path; or what that reads: a file, a hub id
-)
-field = ''  # of that: the field of plain text
+dataset = ''  # a folder of prepare/instruct.py, a name under data/ or a path; or its source: a file, a hub id
+field = ''  # of a source that is plain text: the field that holds it
 batch_size = 8  # rows per micro-step and rank
 gradient_accumulation_steps = 1  # micro-steps per step and rank
 packing = True  # several examples per row, none of which sees another; False: one example per row

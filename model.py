@@ -311,11 +311,11 @@ class Diffusion(Transformer):
         # Of a training step: its mask ratios, its blocks, and which are masked, every n-th from the first on.
         self.mask_window, self.block_length, self.noisy_blocks = (0, 1), None, (1, 0)
 
-    def forward(self, tokens, loss_mask=None, noise=None, doc_ids=None, reduction='sum'):
+    def forward(self, tokens, loss_mask=None, noise=None, doc_ids=None, reduction='sum', **beliefs):
         """Compute Σ nll / t over the masked tokens, plus ar_weight Σ nll of next tokens in training.
 
         tokens, loss_mask, doc_ids: (B, T), with the loss where loss_mask is not 0; noise: (B, 1 + T) uniform numbers
-        for the mask ratio and for each token, drawn here where None.
+        for the mask ratio and for each token, drawn here where None; beliefs: settings of `SDD.earlier_passes`.
         """
         noise = random_noise(tokens) if noise is None else noise
         streams = self.two_streams(tokens, doc_ids)
@@ -323,11 +323,16 @@ class Diffusion(Transformer):
         t = self.mask_ratio(noise, streams)  # (B, 1), or (B, T) by blocks
         if streams is not None:
             t, noise = streams.whole_tokens(t, noise, maskable)
-        x_t, masked = self.corrupt(tokens, maskable, noise, t)  # (B, T) each
-        h, clean = self.denoiser(x_t, doc_ids, streams, tokens)  # (B, T, C) each
+        corrupt = partial(self.corrupt, tokens, maskable, noise)
+        x_t, masked = corrupt(t)  # (B, T) each
+        h, clean = self.denoiser(x_t, doc_ids, streams, tokens, **self.earlier_passes(corrupt, t, **beliefs))
         weights = self.loss_weights(masked, t) * (streams.every if streams else 1)  # (B, T)
         loss, nll, pred = self.weighted_nll(h, tokens, weights)
         return self.outputs(reduction, loss, weights * nll, pred, tokens, masked, counted, clean)
+
+    def earlier_passes(self, corrupt, t):
+        """Return what `denoiser` is told of passes before the one that predicts: here there are none."""
+        return {}
 
     def two_streams(self, tokens, doc_ids=None):
         """Return the TwoStreams of rows (B, T), where blocks or ar_weight need them, else None."""
@@ -434,26 +439,13 @@ class SDD(Diffusion):
     def new_weights(cls, config):
         return {'belief_proj.weight': torch.eye(config.embedding_width)}
 
-    def forward(
-        self, tokens, loss_mask=None, noise=None, doc_ids=None, reduction='sum', k=None, depth=1, stale=0.0
-    ):
-        """Compute Σ nll / t over the masked tokens as in `Diffusion`, after `depth` passes that give beliefs.
+    def earlier_passes(self, corrupt, t, k=None, depth=1, stale=0.0):
+        """Return k, the number of candidates (None: config.k), and the views (B, T) of `depth` passes that give beliefs.
 
-        k: candidates, None for config.k; stale: how much more of a row the first of these passes sees masked, the
-        next ones steadily less, as in sampling. In training `optim.draw_beliefs` chooses the three for each step.
+        stale: how much more of a row the first of these passes sees masked, the next ones steadily less, as in
+        sampling. In training `optim.draw_beliefs` chooses the three for each step.
         """
-        noise = random_noise(tokens) if noise is None else noise
-        streams = self.two_streams(tokens, doc_ids)
-        maskable, counted = self.loss_positions(tokens, loss_mask, streams)  # (B, T) each
-        t = self.mask_ratio(noise, streams)  # (B, 1), or (B, T) by blocks
-        if streams is not None:
-            t, noise = streams.whole_tokens(t, noise, maskable)
-        x_t, masked = self.corrupt(tokens, maskable, noise, t)  # (B, T) each
-        views = [self.corrupt(tokens, maskable, noise, t + stale * i / depth)[0] for i in range(depth, 0, -1)]
-        h, clean = self.denoiser(x_t, doc_ids, streams, tokens, k, views)  # (B, T, C) each
-        weights = self.loss_weights(masked, t) * (streams.every if streams else 1)  # (B, T)
-        loss, nll, pred = self.weighted_nll(h, tokens, weights)
-        return self.outputs(reduction, loss, weights * nll, pred, tokens, masked, counted, clean)
+        return {'k': k, 'views': [corrupt(t + stale * i / depth)[0] for i in range(depth, 0, -1)]}
 
     def denoiser(self, x_t, doc_ids=None, cache=None, clean=None, k=None, views=None):
         """Compute what `Diffusion.denoiser` does, after a pass over each view (B, T) of the tokens, by default x_t itself,

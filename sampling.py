@@ -100,13 +100,18 @@ def sample_tokens(model, hidden, uniform, options, score=None):
     tokens, scores = [], []
     for i in range(0, max(1, len(hidden)), rows):
         logits = model.head(hidden[i : i + rows])  # (n, V)
-        if logits.is_cpu and not torch.compiler.is_compiling():  # a GPU would have to wait
-            check(not logits.isnan().any(), 'The model computes nan: its weights are damaged; take others.')
+        check_numbers(logits)
         token = choose(logits, None if uniform is None else uniform[i : i + rows], *options)
         if score:
             scores.append(score(logits, token))
         tokens.append(token)
     return (torch.cat(tokens), torch.cat(scores)) if score else torch.cat(tokens)
+
+
+def check_numbers(logits):
+    """Raise a ValueError for nan; not on a GPU, which would have to wait for the answer."""
+    if logits.is_cpu and not torch.compiler.is_compiling():
+        check(not logits.isnan().any(), 'The model computes nan: its weights are damaged; take others.')
 
 
 def confidence_of(logits, token):
@@ -278,7 +283,8 @@ class Sampler:
             block_length = 32 if block_length is None else block_length
             check(block_length >= 1, f'block_length is {block_length}; it must be at least 1.')
         threshold = (0.3 if sampler == 'entropy' else 0.9) if threshold is None else threshold
-        check(threshold >= 0, f'threshold is {threshold}; it must be at least 0.')
+        top = torch.inf if sampler == 'entropy' else 1
+        check(0 <= threshold <= top, f'threshold is {threshold}; it must be between 0 and {top}.')
         check(0 <= eta <= 1, f'eta is {eta}; it must be between 0 and 1.')
         check(k is None or k >= 0, f'k is {k}; it must be at least 0, or None.')
         has_ar, remedy = model.config.ar_weight and block_length, 'train with --ar_weight and --block_length'
@@ -344,30 +350,10 @@ class Sampler:
 
     def probabilities(self, logits):
         """Compute what tokens are drawn with (N, V) from logits (N, V); at temperature 0 all is on the likeliest."""
+        check_numbers(logits)
         if self.options[0] == 0:
             return F.one_hot(logits.argmax(-1), logits.size(-1)).double()
         return restrict(logits.double(), *self.options)
-
-    def ar_probabilities(self, model, hidden):
-        """Compute the same of the `ar` model, which never writes padding, for states (N, C) of clean tokens."""
-        logits = model.head(hidden)
-        if model.config.ignore_id is not None:
-            logits[:, model.config.ignore_id] = -torch.inf
-        return self.probabilities(logits)
-
-    def draft(self, model, hidden):
-        """Draw a token for each hidden state (N, C); return them as a list, and what they were drawn with (N, V)."""
-        q = self.probabilities(model.head(hidden))
-        return torch.multinomial(q.cpu(), 1, generator=self.rng).squeeze(1).tolist(), q
-
-    def check_draft(self, draft, q, p):
-        """Return how many tokens drawn with q (N, V) are accepted as of p (1 + N, V), and the token after these."""
-        for i, token in enumerate(draft):
-            uniform = torch.rand((), dtype=torch.float64, generator=self.rng)
-            if uniform * q[i, token].cpu() >= p[i, token].cpu():
-                rest = (p[i] - q[i]).clamp(min=0)
-                return i, int(torch.multinomial(rest.cpu(), 1, generator=self.rng))
-        return len(draft), int(torch.multinomial(p[-1].cpu(), 1, generator=self.rng))
 
     def sample(self, model, hidden):
         uniform = None

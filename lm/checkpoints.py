@@ -334,7 +334,8 @@ def resume(namespace, config, fixed):
     require(can_go_on, f'{path} holds weights without the state of training; give a ckpt.pt, or {remedy}.')
     own = {'out_dir', 'resume_from', 'overwrite', 'changed_data'} | ({'init_from'} - set(fixed))
     saved = dict(checkpoint.get('train_config', {}))
-    if 'eval_batches' in saved:  # of an earlier version
+    saved.setdefault('noisy_every', 1)  # as runs of earlier versions were trained
+    if 'eval_batches' in saved:
         saved['eval_tokens'] = saved['eval_batches'] * saved['batch_size'] * (saved['block_size'] or 0)
         saved['eval_examples'] = saved['eval_batches'] * saved.get('eval_batch_size', 0)
     overrides = restore(namespace, config, {key: value for key, value in saved.items() if key not in own})

@@ -272,7 +272,7 @@ def check_beliefs(p_belief, k_schedule):
 
 
 def draw_beliefs(model, step, max_steps, seed, p_belief, k_schedule, k_warmup_steps):
-    """Draw how a step comes to its beliefs: k, depth and stale of `SDD.forward`, the same on all ranks; else {}.
+    """Draw how a step comes to its beliefs: k, depth and stale of `SDD.earlier_passes`, the same on all ranks; else {}.
 
     p_belief: ((fraction of training, probability that a step uses beliefs from there on), ...). k is drawn from
     k_schedule; or, over the first k_warmup_steps, goes through it in equal parts and stays at its last. Sampling

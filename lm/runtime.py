@@ -60,6 +60,7 @@ def check_settings(config):
             report_idle(config, f'without {key}', names)
     if 'p_belief' in config:
         optim.check_beliefs(config['p_belief'], config['k_schedule'])
+    if 'mask_ratio' in config:
         window = config['mask_ratio']
         numbers = len(window) == 2 and all(isinstance(x, (int, float)) for x in window)
         fits = numbers and 0 <= window[0] < window[1] <= 1
@@ -267,8 +268,9 @@ def flops_per_token(model, length=None, predicted=1.0, passes=0.0):
     weights = sum(m.in_features * m.out_features for m in model.modules() if hasattr(m, 'codes'))  # quantized
     weights += sum(p.numel() for p in matrices)
     trained = sum(p.numel() for p in matrices if p.requires_grad)
-    has_streams = any(c.block_length) or c.ar_weight
-    head_weight, streams = model.head_weight(), 1 + has_streams / model.noisy_blocks[0] if has_streams else 1
+    head_weight, streams = model.head_weight(), 2 if c.ar_weight else 1
+    if any(c.block_length):
+        streams = 1 + 1 / model.noisy_blocks[0]
     head = head_weight.numel() * (predicted + (c.ar_weight > 0))
     attention = 4 * c.n_layer * c.n_head * c.head_dim * (length or c.block_size) * streams**2
     weights, trained = streams * weights, streams * trained

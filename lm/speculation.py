@@ -17,9 +17,7 @@ def speculate(model, prompt, max_new_tokens, sampler):
     tokens, draft, q, cache = list(prompt), [], None, BlockCache(device)
     size = len(prompt) + max_new_tokens
     while len(tokens) < size and not (len(tokens) > len(prompt) and tokens[-1] in sampler.stop_tokens):
-        if (
-            len(tokens) - start > config.block_size
-        ):  # the last half of the block is the context, as of an `ar` model
+        if len(tokens) - start > config.block_size:  # the last half is the context, as of an `ar` model
             start = len(tokens) - max(1, config.block_size // 2)
             draft, q, cache = [], None, BlockCache(device)
         known = [*tokens[start:], *draft]
@@ -29,14 +27,38 @@ def speculate(model, prompt, max_new_tokens, sampler):
         cache.plan(len(clean), begin, len(noisy))
         hidden = model.hidden(torch.tensor([clean + noisy], device=device), cache=cache)[0]
         checked = len(draft) + 1  # positions of which the `ar` model gives the distribution
-        p = sampler.ar_probabilities(model, hidden[len(clean) - checked : len(clean)])
-        accepted, token = sampler.check_draft(draft, q, p)
+        p = ar_probabilities(model, sampler, hidden[len(clean) - checked : len(clean)])
+        accepted, token = check_draft(draft, q, p, sampler.rng)
         cache.keep(len(clean) - len(draft) + accepted)
         whole = accepted == len(draft)
         tokens += [*draft[:accepted], token]
         draft, q = [], None
         if whole and len(known) + 1 < begin + len(noisy):  # what follows the token that was just drawn
             states = hidden[len(clean) + len(known) + 1 - begin :]
-            draft, q = sampler.draft(model, states)
+            draft, q = draw_draft(model, sampler, states)
     stops = [i for i in range(len(prompt), len(tokens)) if tokens[i] in sampler.stop_tokens]
     return tokens[: min([size, *(i + 1 for i in stops[:1])])]
+
+
+def ar_probabilities(model, sampler, hidden):
+    """Compute what the `ar` model, which never writes padding, draws with (N, V) for states (N, C) of clean tokens."""
+    logits = model.head(hidden)
+    if model.config.ignore_id is not None:
+        logits[:, model.config.ignore_id] = -torch.inf
+    return sampler.probabilities(logits)
+
+
+def draw_draft(model, sampler, hidden):
+    """Draw a token for each hidden state (N, C); return them as a list, and what they were drawn with (N, V)."""
+    q = sampler.probabilities(model.head(hidden))
+    return torch.multinomial(q.cpu(), 1, generator=sampler.rng).squeeze(1).tolist(), q
+
+
+def check_draft(draft, q, p, rng):
+    """Return how many tokens drawn with q (N, V) are accepted as of p (1 + N, V), and the token after these."""
+    for i, token in enumerate(draft):
+        uniform = torch.rand((), dtype=torch.float64, generator=rng)
+        if uniform * q[i, token].cpu() >= p[i, token].cpu():
+            rest = (p[i] - q[i]).clamp(min=0)
+            return i, int(torch.multinomial(rest.cpu(), 1, generator=rng))
+    return len(draft), int(torch.multinomial(p[-1].cpu(), 1, generator=rng))

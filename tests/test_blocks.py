@@ -278,6 +278,15 @@ def test_self_speculation_is_greedily_the_ar_models_text(architecture):
     assert rows == expected and len(seen) < 40 * len(prompts)
 
 
+@pytest.mark.faults
+def test_weights_that_give_nan_are_a_sentence_in_self_speculation():
+    model = tiny(ar_weight=1.0)
+    with torch.no_grad():
+        model.blocks[0].mlp.up.weight[0] = torch.inf
+    with pytest.raises(ValueError, match='computes nan: its weights are damaged'):
+        generate(model, [[1, 2]], 4, sampler='speculative')
+
+
 def test_self_speculation_fills_no_gaps():
     with pytest.raises(ValueError, match='fills no <|mask|>; choose another'):
         generate(tiny(ar_weight=1.0), [[1, MASK, 2]], 4, sampler='speculative')

@@ -240,18 +240,8 @@ EARLIER = {'embedding_shortcuts': False}  # which its model_config did not say
 def old_checkpoint(folder):
     """A checkpoint as commit d63822a wrote it, of an sdd model after 3 of 6 steps."""
     tokenizer = Folder(folder).tokenizer
-    model = random_model(
-        'sdd',
-        0.1,
-        vocab_size=30,
-        block_size=16,
-        n_layer=1,
-        n_head=2,
-        n_embd=16,
-        mask_id=28,
-        ignore_id=29,
-        **EARLIER,
-    )
+    shape = dict(vocab_size=30, block_size=16, n_layer=1, n_head=2, n_embd=16, mask_id=28, ignore_id=29)
+    model = random_model('sdd', 0.1, **shape, **EARLIER)
     weights = dict(model.state_dict())
     weights['believed.weight'] = weights.pop('belief_proj.weight')
     generator = torch.Generator().manual_seed(1)
@@ -325,6 +315,7 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_and_samples(place, tmp_path,
     new = load(out)
     assert new['global_step'] == 6 and [row['step'] for row in metrics(out)] == list('456')
     assert new['train_config']['eval_tokens'] == 2 * 4 * 16  # as many rows as its batches had
+    assert new['train_config']['noisy_every'] == 1  # it was trained on all blocks
     for name, weight in new['model_state_dict'].items():
         before = old['model_state_dict'][name.replace('belief_proj', 'believed')]
         assert 0 < (weight - before).abs().max() < 0.1, name

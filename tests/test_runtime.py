@@ -126,6 +126,12 @@ def test_operations_are_counted_where_they_are_made():
         2 * (2 * (2 * 12 + 1) * 16**2 + head * (0.25 + 1)) + 4 * 4 * attention
     )  # a row of twice the length
     assert runtime.flops_per_token(blocks, tokens, predicted=0.25) == 3 * forward
+    whole = random_model('diffusion', 0.1, ar_weight=1.0, **SHAPE)
+    whole.noisy_blocks = 2, 0  # of whole rows nothing is left out
+    assert runtime.flops_per_token(whole, tokens, predicted=0.25) == 3 * forward
+    blocks.noisy_blocks = 2, 0
+    forward = 2 * (1.5 * (2 * 12 + 1) * 16**2 + head * (0.25 + 1)) + 1.5**2 * 4 * attention
+    assert runtime.flops_per_token(blocks, tokens, predicted=0.25) == 3 * forward
 
     model = random_model('ar', 0.1, **SHAPE)
     before = runtime.flops_per_token(model)

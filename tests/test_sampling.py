@@ -271,7 +271,8 @@ def test_nothing_to_write_gives_the_prompts_back(architecture):
         ('diffusion', [1], {'sampler': 'first_hitting', 'steps': 3}, 'so steps=3 has no effect'),
         ('diffusion', [1], {'block_length': 0}, 'block_length is 0; '),
         ('diffusion', [1], {'sampler': 'speculative'}, 'needs an ar model; train with --ar_weight'),
-        ('diffusion', [1], {'threshold': -1.0}, 'threshold is -1.0; '),
+        ('diffusion', [1], {'threshold': 2.0}, 'threshold is 2.0; '),
+        ('diffusion', [1], {'sampler': 'entropy', 'threshold': -0.1}, 'threshold is -0.1; '),
         ('diffusion', [1], {'eta': -0.1}, 'eta is -0.1; '),
     ],
 )
