@@ -9,6 +9,7 @@ The notes below the table say what the figures mean, lm/likelihood.py and lm/sco
 import json
 import math
 import platform
+import random
 import statistics
 import timeit
 from functools import partial
@@ -22,6 +23,7 @@ from lm.configurator import ROOT, UserError, check_range, configure, printable, 
 from lm.folder import Folder
 from lm.tokenizer import ENDOFTEXT, Tokenizer
 from model import ARCHITECTURES
+from prepare import grammar, story_tasks
 from sampling import generate
 
 # --- what to compare ---
@@ -30,7 +32,7 @@ architecture = ''  # of checkpoints that do not say it; another than they say is
 token = ''  # of the Hugging Face hub, for private models
 revision = ''  # a branch, tag or commit of the hub
 dataset = ''  # a name under data/, or a path; empty: what the first checkpoint was trained on
-metrics = 'perplexity,accuracy,generation'  # of perplexity, accuracy, generation, speed, instructions
+metrics = 'perplexity,accuracy,generation'  # and of stories infilling, of instructions instructions; speed
 output = ''  # JSON file with all figures and samples
 html = ''  # the same as a page
 # --- likelihood ---
@@ -63,7 +65,8 @@ device = 'auto'  # cpu, cuda, cuda:N, mps
 dtype = 'float32'  # bfloat16 and float16 are faster on a GPU
 config = configure(globals())
 
-METRICS = ('perplexity', 'accuracy', 'generation', 'speed', 'instructions')
+METRICS = ('perplexity', 'accuracy', 'generation', 'speed', 'instructions', 'infilling')
+MAX_GAPS, TRIES = 4, 8  # of infilling
 OPTIONS = 'temperature top_k top_p steps sampler block_length threshold eta k fresh_beliefs'  # of generate()
 paths, wanted = ([part.strip() for part in text.split(',') if part.strip()] for text in (checkpoint, metrics))
 
@@ -83,7 +86,9 @@ for path in (output, html):
 
 
 def read_exercises():
-    """Return [(instruction, input, checks)] of --instructions."""
+    """Return [(instruction, input, checks)] of --instructions, or for requests for stories new ones of these."""
+    if folder.config['source'] == story_tasks.SOURCE:
+        return [(asked, '', wishes) for asked, wishes in story_tasks.exercises(num_samples)]
     path = Path(instructions) if Path(instructions).exists() else ROOT / instructions
     try:
         entries = json.loads(path.read_bytes())
@@ -106,7 +111,6 @@ def load(path, architecture=''):
     return {'train_config': {}, **state, 'tokenizer': text, 'path': path, 'name': name}
 
 
-exercises = read_exercises() if 'instructions' in wanted else []
 states = []
 for state in (load(path, architecture) for path in paths):
     states.append(state)
@@ -125,6 +129,12 @@ for state in states:
 has_answers = folder.masks['val'] is not None
 remedy = 'leave instructions out of --metrics, or give an instruction folder as --dataset'
 require(has_answers or 'instructions' not in wanted, f'{folder.path} has no val_masks.bin; {remedy}.')
+is_stories = 'floor' in folder.config
+require(
+    is_stories or 'infilling' not in wanted,
+    f'{folder.path} holds no stories of prepare/grammar.py; leave infilling out of --metrics.',
+)
+exercises = read_exercises() if 'instructions' in wanted else []
 
 smallest = min(state['model_config']['block_size'] for state in states)
 block_size = block_size or smallest
@@ -213,7 +223,7 @@ def evaluate_generation(model, state):
         reader = (judge_model, judge_state['tokenizer'], judge_state['start_token'], dist, batch_size)
         figures |= likelihood.judge(rows, tokenizer, *reader)
         figures['heldout'] |= likelihood.judge(heldout, tokenizer, *reader)
-    if 'floor' in folder.config:
+    if is_stories:
         figures |= grammar_figures(rows)
     documents = [map(tokenizer.decode, likelihood.split_at(row, end)) for row in rows]
     return {**figures, 'samples': [f'\n{ENDOFTEXT}\n'.join(texts) for texts in documents]}
@@ -249,8 +259,6 @@ def heldout_texts(rows):
 def grammar_figures(rows):
     """Return the share of samples that begin with a whole story of prepare/grammar.py, and that end; the mean share of
     their text that is right, up to the first fault; wrong words per sample by kind; and what is wrong with each."""
-    from prepare import grammar  # builds its tables: only for its own stories
-
     end = tokenizer.endoftext_id
     finished = [end in row for row in rows]
     texts = [tokenizer.decode(row[: row.index(end)] if ends else row) for row, ends in zip(rows, finished)]
@@ -283,9 +291,27 @@ def evaluate_instructions(model, state):
     for name in kept[0] if kept else ():
         figures[name] = statistics.mean(one[name] for one in kept)
 
-    passed = pass_checks(model, state, form, end)
+    answers = answer_exercises(model, state, form, end)
+    figures['followed_of'] = len(answers)
+    if folder.config['source'] == story_tasks.SOURCE:
+        return figures | request_figures(answers)
+    passed = [all(scoring.check(answer, checks)) for answer, checks in answers]
     figures['followed'], figures['followed_ci95'] = scoring.share_ci(passed)
-    return {**figures, 'followed_of': len(passed)}
+    return figures
+
+
+def request_figures(answers):
+    """Return the share of [(answer, wishes)] that are stories, and that are those asked for, in known words and new ones."""
+    judged = [story_tasks.follows(wishes, answer) for answer, wishes in answers]
+    shares = {'valid_stories': [valid for valid, _ in judged]}
+    shares |= {
+        'followed': [met for _, met in judged[::2]],
+        'followed_new_words': [met for _, met in judged[1::2]],
+    }
+    figures = {}
+    for name, passed in shares.items():
+        figures[name], figures[f'{name}_ci95'] = scoring.share_ci(passed)
+    return figures
 
 
 def heldout_examples():
@@ -303,16 +329,88 @@ def heldout_examples():
     return sorted(examples, key=lambda example: len(example[0]))  # so that batches have room for answers
 
 
-def pass_checks(model, state, form, end):
-    """Return a bool for each prompt of --instructions that leaves half the block for an answer."""
+def evaluate_infilling(model, state):
+    """Return the share of held-out stories that are stories again once gaps in them are filled: one gap, or several.
+
+    A model that cannot look ahead writes each gap after what stands before it; best: of TRIES fillings the likeliest.
+    """
+    rows, gaps = hide_parts(state['start_token'])
+    fill = fill_left_to_right if model.causal else denoise
+    tries = [fill(model, rows, gaps, rng.torch_seed(seed, i)) for i in range(TRIES if model.causal else 1)]
+    filled = {'': tries[0]}
+    if model.causal:
+        likeliest = np.argmin([nll_of(model, rows) for rows in tries], 0)  # (N,)
+        filled['best_'] = [tries[best][i] for i, best in enumerate(likeliest)]
+    figures = {}
+    for name, rows in filled.items():
+        valid = [not grammar.faults(tokenizer.decode(row)) for row in rows]
+        for count in ('one', 'several'):
+            part = [whole for whole, spans in zip(valid, gaps) if (len(spans) == 1) == (count == 'one')]
+            figures[name + count], figures[f'{name}{count}_ci95'] = scoring.share_ci(part)
+    texts = [tokenizer.decode(row) for row in filled['']]
+    return {'infilled': figures, 'infilled_texts': texts}
+
+
+def hide_parts(start_token):
+    """Return up to num_samples held-out stories as token ids, and the gaps of each, [(start, end), ...]: 1 to MAX_GAPS."""
+    index, rows, gaps = folder.index['val'].astype(np.int64), [], []
+    count = min(num_samples, len(index) - 1)
+    for document in np.arange(count) * (len(index) - 1) // count:
+        ids = folder.tokens['val'][index[document] : index[document + 1]].tolist()
+        text = tokenizer.decode(ids)
+        offsets = tokenizer.inner.encode(text, add_special_tokens=False).offsets
+        spans = story_tasks.gaps(text, random.Random(int(document)), 1 + len(rows) % MAX_GAPS)
+        if len(offsets) == len(ids) - 1 < block_size - 1:
+            rows.append([start_token, *ids])
+            touched = [
+                [i for i, (a, b) in enumerate(offsets, 1) if a < end and start < b] for start, end in spans
+            ]
+            gaps.append([(tokens[0], tokens[-1] + 1) for tokens in touched])
+    return rows, gaps
+
+
+def fill_left_to_right(model, rows, gaps, seed):
+    """Return the rows with each gap written after what stands before it, to its length."""
+    rows = [list(row) for row in rows]
+    for number in range(MAX_GAPS):
+        some = [i for i in range(len(rows)) if len(gaps[i]) > number]
+        spans = [gaps[i][number] for i in some]
+        longest = max(end - start for start, end in spans)
+        heads = [rows[i][:start] for i, (start, _) in zip(some, spans)]
+        for i, (start, end), text in zip(some, spans, write_batch(model, heads, longest, seed + number)):
+            rows[i][start:end] = text[start:end]
+    return rows
+
+
+def denoise(model, rows, gaps, seed):
+    """Return the rows with their gaps filled in any order, padded as in training."""
+    masked = [row + [tokenizer.ignore_id] * (block_size - len(row)) for row in rows]
+    for row, spans in zip(masked, gaps):
+        for start, end in spans:
+            row[start:end] = [tokenizer.mask_id] * (end - start)
+    return write_batch(model, masked, 0, seed)
+
+
+def nll_of(model, rows):
+    """Return the nll of each row, (N,)."""
+    batch = data.collate([(row, np.ones(len(row))) for row in rows], None).to(dist.device)
+    with torch.inference_mode(), dist.autocast():
+        return model.nll(batch.tokens, batch.loss_mask).cpu().numpy()
+
+
+def answer_exercises(model, state, form, end):
+    """Return [(answer, checks)] for each exercise that leaves half the block for an answer, in their order."""
     asked = []
-    for instruction, given, checks in exercises:
+    for number, (instruction, given, checks) in enumerate(exercises):
         ids = [state['start_token']] + prompts.encode(tokenizer, form, [(instruction, given, None)])[0]
         if len(ids) <= block_size // 2:
-            asked.append((ids, checks))
-    asked.sort(key=lambda one: len(one[0]))
-    answers = [tokenizer.decode(row) for row in write_texts(model, [ids for ids, _ in asked], [end])]
-    return [all(scoring.check(answer.strip(), checks)) for answer, (_, checks) in zip(answers, asked)]
+            asked.append((len(ids), number, ids, checks))
+    asked.sort(key=lambda one: one[:2])  # so that batches have room for answers
+    texts = [
+        tokenizer.decode(row).strip() for row in write_texts(model, [ids for *_, ids, _ in asked], [end])
+    ]
+    answers = {number: (text, checks) for text, (_, number, _, checks) in zip(texts, asked)}
+    return [answers[number] for number in sorted(answers)]
 
 
 def evaluate_speed(model, start_token):
@@ -355,6 +453,8 @@ for state in states:
         figures |= evaluate_generation(model, state)
     if 'instructions' in wanted:
         figures |= evaluate_instructions(model, state)
+    if 'infilling' in wanted and dist.is_main:
+        figures |= evaluate_infilling(model, state)
     if 'speed' in wanted and dist.is_main:
         figures |= evaluate_speed(model, state['start_token'])
     models.append(figures)

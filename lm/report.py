@@ -14,7 +14,8 @@ accuracy .3f accuracy
 distinct_1 .3f distinct-1 | distinct_4 .3f distinct-4 | rep_4 .3f rep-4 | entropy .3f entropy
 samples_empty d empty | judge_nats .3f judge nats | valid_stories .3f stories | right_share .3f right
 wrong_words.name .2f wrong names | wrong_words.pronoun .2f pronouns | wrong_words.place .2f places | wrong_words.thing .2f things
-rouge_l .3f ROUGE-L | format_compliance .3f format | followed .3f followed
+rouge_l .3f ROUGE-L | format_compliance .3f format | followed .3f followed | followed_new_words .3f in new words
+infilled.one .3f one gap | infilled.several .3f several | infilled.best_one .3f best of 8: one | infilled.best_several .3f several
 tokens_per_sec ,.0f tokens/s | tokens_per_sec_batch ,.0f in a batch | passes_per_token .3f passes/token
 """
 COLUMNS = [column.split(maxsplit=2) for line in COLUMNS.strip().split('\n') for column in line.split(' | ')]

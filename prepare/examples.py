@@ -17,7 +17,10 @@ OUTCOMES = ('whole', 'cut', 'too long', 'empty')  # of encoding an example; the 
 
 
 class Document(str):
-    """A conversation as JSON text; `unread` names fields of its record that were not read."""
+    """A conversation as JSON text; `unread` names fields of its record that were not read; `part` is the split that it
+    belongs to, where not its hash decides that."""
+
+    unread, part = (), None
 
 
 def conversation(record, where, field=''):

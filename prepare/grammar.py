@@ -191,20 +191,25 @@ class Grammar:
         return ''.join(text for _, text, _ in self.walk(rng))
 
     def derivations(self, text=None):
-        """Yield (log-probability in nats, text) of each way to tell just this text; without one, of all stories."""
+        """Yield (log-probability in nats, text, bindings) of each way to tell just this text; without one, of all stories."""
         agenda = [(0.0, '', self.start, {})]
         while agenda:
             log_p, prefix, node, bindings = agenda.pop()
             transitions = node.transitions(bindings)
             if not transitions and text in (None, prefix):
-                yield log_p, prefix
+                yield log_p, prefix, bindings
             for p, more, then, bound in transitions:
                 if text is None or text.startswith(more, len(prefix)):
                     agenda.append((log_p + math.log(p), prefix + more, then, bound))
 
     def log_prob(self, text):
         """Return the log-probability in nats that a story is exactly this text; -inf if none is."""
-        return float(np.logaddexp.reduce([log_p for log_p, _ in self.derivations(text)]))
+        return float(np.logaddexp.reduce([log_p for log_p, *_ in self.derivations(text)]))
+
+    def parse(self, text):
+        """Return the choices of a story, {variable: row}, of the likeliest way to tell it; None if the text is none."""
+        ways = sorted(self.derivations(text), key=lambda way: way[0])
+        return ways[-1][2] if ways else None
 
     def faults(self, text):
         """Return the Faults of a text, as few as there can be, in its order; [] if it is a story.
@@ -251,7 +256,7 @@ class Grammar:
 
 
 GRAMMAR = Grammar(RULES, TABLES)
-story, log_prob, faults = GRAMMAR.story, GRAMMAR.log_prob, GRAMMAR.faults
+story, log_prob, parse, faults = GRAMMAR.story, GRAMMAR.log_prob, GRAMMAR.parse, GRAMMAR.faults
 
 
 def stories(num_stories, seed=0, first=0):

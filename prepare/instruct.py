@@ -2,9 +2,11 @@
 
     $ python prepare/instruct.py --source=alpaca_1k.json --name=alpaca --tokenizer=out/base/ckpt.pt
     $ python prepare/instruct.py --source=dolly --tokenizer=gpt2 --prompt_format=chatml
+    $ python prepare/instruct.py --source=stories --name=story_requests --vocab_size=1536
 
 Records of Alpaca (instruction, input, output), Dolly (context, response), prompt and completion, `messages`,
-ShareGPT's `conversations`, or plain text (--field=text). Fields that were not read are counted and named.
+ShareGPT's `conversations`, or plain text (--field=text). Fields that were not read are counted and named. Or requests for
+stories of prepare/grammar.py, and these; the validation split has pairs of choices that training has not.
 """
 
 import json
@@ -16,15 +18,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lm import prompts
 from lm.configurator import check_choice, check_range, configure, require
 from lm.records import READERS, suffix_of
+from prepare import grammar, story_tasks
 from prepare.examples import Document, Examples, conversation, unread_of
-from prepare.readers import files, hub
+from prepare.readers import Source, files, hub
 from prepare.writer import block_size_of, write
 
-source = ''  # alpaca, dolly, a data set of the Hugging Face hub, or files: .json, .jsonl, .parquet
+source = ''  # alpaca, dolly, stories, a data set of the Hugging Face hub, or files: .json, .jsonl, .parquet
 field = ''  # of records that are plain text: the field that holds it
 prompt_format = 'default'  # default, alpaca, qa, chatml, llama3: see lm/prompts.py
 max_seq_len: int = None  # tokens of the longest example; None: what the tokenizer's model reads, or 1024
-max_examples = 0  # the first ones only; 0: all
+max_examples = 0  # the first ones only; 0: all, of stories 20,000
 name = ''  # of the folder under data/; the source's if not given
 output_dir = ''  # a path to write to instead
 tokenizer = 'bpe'  # a checkpoint or the path of a tokenizer.json or its folder; or char, bytes, gpt2, bpe
@@ -48,6 +51,15 @@ def document(record, where):
     return text
 
 
+def told(done=0, state=None):
+    """Yield requests and the stories that they ask for, from the number `done` on."""
+    for number, story in enumerate(grammar.stories(max_examples, 0, done), done):
+        asked, part = story_tasks.request_for(story, number)
+        text = Document(json.dumps({'turns': [[asked, '', story]]}))
+        text.part = part
+        yield text, 1
+
+
 if __name__ == '__main__':
     check_range(config, 0, math.inf, 'max_examples')
     require(source, 'There is nothing to read: give --source=alpaca, dolly, FILE.json, or a hub id.')
@@ -57,7 +69,10 @@ if __name__ == '__main__':
     config['name'] = name or Path(source.partition(',')[0]).stem
 
     path = HUB.get(source, source)
-    if Path(path).exists() or suffix_of(Path(path)) in READERS or path.count('/') != 1:
+    if source == 'stories':
+        config['max_examples'] = max_examples = max_examples or 20_000
+        records = Source(story_tasks.SOURCE, told, story_tasks.VERSION, max_examples, ' examples')
+    elif Path(path).exists() or suffix_of(Path(path)) in READERS or path.count('/') != 1:
         records = files(path, field, '', document, max_expansion=max_expansion)
     else:
         records = hub(path, None, field, document)

@@ -120,6 +120,8 @@ class Corpus:
         if self.is_single:
             cut = int(len(text) * (1 - self.val_fraction))
             return [('train', text[:cut]), ('val', text[cut:])]
+        if part := getattr(text, 'part', None):
+            return [(part, text)]
         position = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], 'big') / 2**64
         return [('val' if position < self.val_fraction else 'train', text)]
 
