@@ -87,7 +87,7 @@ for path in (output, html):
 
 def read_exercises():
     """Return [(instruction, input, checks)] of --instructions, or for requests for stories new ones of these."""
-    if folder.config['source'] == story_tasks.SOURCE:
+    if folder.config.get('source') == story_tasks.SOURCE:
         return [(asked, '', wishes) for asked, wishes in story_tasks.exercises(num_samples)]
     path = Path(instructions) if Path(instructions).exists() else ROOT / instructions
     try:
@@ -126,6 +126,7 @@ for state in states:
     problem = f'{state["path"]} has another vocabulary than {folder.path}'
     remedy = f'give its own --dataset, or prepare this one with --tokenizer={state["path"].parent}'
     require(state['tokenizer'].to_json() == tokenizer.to_json(), f'{problem}; {remedy}.')
+exercises = read_exercises() if 'instructions' in wanted else []
 has_answers = folder.masks['val'] is not None
 remedy = 'leave instructions out of --metrics, or give an instruction folder as --dataset'
 require(has_answers or 'instructions' not in wanted, f'{folder.path} has no val_masks.bin; {remedy}.')
@@ -134,7 +135,6 @@ require(
     is_stories or 'infilling' not in wanted,
     f'{folder.path} holds no stories of prepare/grammar.py; leave infilling out of --metrics.',
 )
-exercises = read_exercises() if 'instructions' in wanted else []
 
 smallest = min(state['model_config']['block_size'] for state in states)
 block_size = block_size or smallest
@@ -293,7 +293,7 @@ def evaluate_instructions(model, state):
 
     answers = answer_exercises(model, state, form, end)
     figures['followed_of'] = len(answers)
-    if folder.config['source'] == story_tasks.SOURCE:
+    if folder.config.get('source') == story_tasks.SOURCE:
         return figures | request_figures(answers)
     passed = [all(scoring.check(answer, checks)) for answer, checks in answers]
     figures['followed'], figures['followed_ci95'] = scoring.share_ci(passed)
@@ -400,9 +400,9 @@ def nll_of(model, rows):
 
 def answer_exercises(model, state, form, end):
     """Return [(answer, checks)] for each exercise that leaves half the block for an answer, in their order."""
-    asked = []
+    asked, start = [], prompts.start_of(form, tokenizer, state['start_token'])
     for number, (instruction, given, checks) in enumerate(exercises):
-        ids = [state['start_token']] + prompts.encode(tokenizer, form, [(instruction, given, None)])[0]
+        ids = [start] + prompts.encode(tokenizer, form, [(instruction, given, None)])[0]
         if len(ids) <= block_size // 2:
             asked.append((len(ids), number, ids, checks))
     asked.sort(key=lambda one: one[:2])  # so that batches have room for answers

@@ -92,7 +92,9 @@ def answer(turns, count):
     """Return `count` outputs for the last of `turns`; a long conversation is cut on the left."""
     ids, _ = prompts.encode(tokenizer, form, turns, system)
     block_size = model.config.block_size
-    ids = start + ids[1 - max(block_size // 2, block_size - max_new_tokens) :]
+    ids = [prompts.start_of(form, tokenizer, *start)] + ids[
+        1 - max(block_size // 2, block_size - max_new_tokens) :
+    ]
     return [tokenizer.decode(row[len(ids) :]).strip() for row in write(ids, count)]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from lm import families
+from lm import families, prompts
 from lm.configurator import UserError, require, user_errors
 from lm.files import as_sentence
 from lm.tokenizer import SPECIAL_TOKENS, Tokenizer, build, known_id, pretrained_token, settings_of
@@ -40,7 +40,8 @@ def read_folder(folder):
         name, fields, family, tensors = c['architecture'], c['model_config'], None, current_names(tensors)
     else:
         name, fields, family = CAUSAL_LM, families.config_from_hf(c, folder), c['model_type']
-    told, form = c.get('start_token', None if tokenizer else c.get('bos_token_id')), c.get('prompt_format')
+    told = c.get('start_token', None if tokenizer else c.get('bos_token_id'))
+    form = c.get('prompt_format') or prompts.template_of(folder)
     is_told = isinstance(told, int) and 0 <= told < fields['vocab_size']
     start = told if is_told else tokenizer.start_id if tokenizer else 0
     checkpoint = as_checkpoint(name, fields, family, tensors, folder, tokenizer, start, form)
@@ -155,10 +156,8 @@ def read_json(path):
 
 def around(folder, c, tokenizer):
     """Return what a folder with the config.json `c` says of texts beside its model, which an export says again."""
-    settings, jinja = settings_of(folder, 'tokenizer_config.json'), folder / 'chat_template.jinja'
-    kept = {key: settings[key] for key in ('chat_template', 'add_bos_token') if key in settings}
-    if jinja.is_file():
-        kept['chat_template'] = jinja.read_text(encoding='utf-8', errors='replace')
+    settings = settings_of(folder, 'tokenizer_config.json')
+    kept = {'add_bos_token': settings['add_bos_token']} if 'add_bos_token' in settings else {}
     ends = settings_of(folder, 'generation_config.json').get('eos_token_id', c.get('eos_token_id'))
     ends = [token for token in ends if isinstance(token, int)] if isinstance(ends, list) else []
     pad = known_id(tokenizer.inner, pretrained_token(folder, 'pad'))

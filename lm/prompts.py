@@ -1,12 +1,15 @@
 """Prompt formats: how an instruction, its input and the answer become one text, and that text tokens.
 
-A format is a template of one turn. What {#input}…{/input} encloses is left out where the input is empty. The prompt is
+A format is a template of one turn, or a chat template of transformers (lm/chat.py). What {#input}…{/input} encloses is left out where the input is empty. The prompt is
 what stands before {output}; what follows it ends the answer: the first marker, such as <|im_end|>, if it is a special
 token of the tokenizer, or else <|endoftext|>. The same characters within a user's text are never a special token.
 """
 
 import json
 import re
+
+from lm import chat
+from lm.tokenizer import settings_of
 
 BLOCKS = '### Instruction:\n{instruction}\n\n{#input}### Input:\n{input}\n\n{/input}### Response:\n{output}'
 FORMATS = {
@@ -26,9 +29,24 @@ MARKER = r'<\|\w+\|>'
 
 
 def prompt_of(form, instruction, given='', system=''):
-    """Return the prompt as a text, up to where the answer begins."""
+    """Return the prompt as a text, up to where the answer begins; of a chat template only what is said."""
+    if chat.is_chat_template(form):
+        return '\n\n'.join(filter(None, (system, instruction, given)))
     head, values = head_and_values(form, instruction, given, system)
     return re.sub(r'{(\w+)}', lambda slot: values[slot[1]], head)
+
+
+def template_of(folder):
+    """Return the chat template of a Hugging Face folder, None where there is none."""
+    jinja, told = (
+        folder / 'chat_template.jinja',
+        settings_of(folder, 'tokenizer_config.json').get('chat_template'),
+    )
+    if jinja.is_file():
+        return jinja.read_text(encoding='utf-8', errors='replace')
+    if isinstance(told, list):  # several, by name
+        told = {one['name']: one['template'] for one in told if isinstance(one, dict)}.get('default')
+    return told if chat.is_chat_template(told) else None
 
 
 def head_and_values(form, instruction, given, system):
@@ -42,12 +60,18 @@ def head_and_values(form, instruction, given, system):
 
 def markers_of(form):
     """Return the lines of a prompt that are not the example's own: '### Instruction:' and so on."""
+    if chat.is_chat_template(form):  # 'user', 'assistant': an answer may have such lines
+        return []
     lines = '\n'.join(re.split(r'{[#/]?\w+}', form)).split('\n')
     return list(dict.fromkeys(line.strip() for line in lines if line.strip()))
 
 
 def end_of(form, tokenizer):
     """Return the id of the token that ends an answer, and the format's text between it and the next turn."""
+    if chat.is_chat_template(form):
+        told = zip(*encode_chat(tokenizer, form, [('?', '', '.')]))
+        answer = [token for token, in_loss in told if in_loss]
+        return [tokenizer.endoftext_id, *answer][-1], ''
     tail = form.partition('{output}')[2]
     marker = re.match(MARKER, tail)
     end = tokenizer.special_ids.get(marker[0]) if marker else None
@@ -74,6 +98,8 @@ CHAT_TEMPLATE = (
 
 def chat_template(form, tokenizer):
     """Return a format as a chat template of transformers, which makes of a conversation the ids of `encode`."""
+    if chat.is_chat_template(form):
+        return form
     end, between = end_of(form, tokenizer)
     if '{system}' not in form:
         form = form.replace('{instruction}', '{#system}{system}\n\n{/system}{instruction}')
@@ -86,33 +112,78 @@ def chat_template(form, tokenizer):
 
 
 def encode(tokenizer, form, turns, system=''):
-    """Return the token ids of a conversation and its loss mask: 1 for an answer and its end, else 0.
+    """Return the token ids of a conversation, what `start_of` says before them, and its loss mask: 1 for an answer and
+    its end, else 0.
 
     turns: [(instruction, input, output)]; an output of None is for the model to write, and comes last; False behind
     one keeps it out of the loss. Each answer is encoded on its own, as it is when the model writes it.
     """
+    if chat.is_chat_template(form):
+        if turns[-1][2] is not None:
+            chat.check_prefix(form, tokenizer, turns, system)
+        ids, loss_mask = encode_chat(tokenizer, form, turns, system)
+        starts = ids[0] in tokenizer.special_ids.values()
+        return ids[starts:], loss_mask[starts:]
     end, between = end_of(form, tokenizer)
     ids, loss_mask = [], []
     for number, (instruction, given, output, *learnt) in enumerate(turns):
         head, values = head_and_values(form, instruction, given, '' if number else system)
-        prompt = encode_template(tokenizer, between + head if number else head, values)
+        parts = re.split(r'{(\w+)}', between + head if number else head)  # text, slot, text, ...
+        parts = [(values[part], False) if i % 2 else (part, True) for i, part in enumerate(parts)]
+        prompt = encode_parts(tokenizer, parts)
         answer = [] if output is None else tokenizer.encode(output) + [end]
         ids += prompt + answer
         loss_mask += [0] * len(prompt) + [int(all(learnt))] * len(answer)
     return ids, loss_mask
 
 
-def encode_template(tokenizer, template, values):
-    """Return the token ids of a template with its slots filled; what stands between two special tokens is encoded
-    as one text."""
-    ids, text = [], ''
-    for piece in re.split(rf'({{\w+}}|{MARKER})', template):
-        if piece in tokenizer.special_ids:
-            ids += tokenizer.encode(text) + [tokenizer.special_ids[piece]]
-            text = ''
+def encode_chat(tokenizer, template, turns, system=''):
+    """Return what `encode` does for a chat template, the template's first token included."""
+    parts = chat.pieces(template, tokenizer, turns, system)
+    learnt = iter([int(all(turn[3:])) for turn in turns])
+    ids, loss_mask, prompt, answering = [], [], [], False
+    for text, role in parts:
+        if answering:  # until the first marker after it
+            end = markers(tokenizer).search(text)
+            before, text = (text[: end.end()], text[end.end() :]) if end else ('', text)
+            ids += encode_parts(tokenizer, [(before, True)]) or [tokenizer.endoftext_id]
+            loss_mask += [next(learnt)] * (len(ids) - len(loss_mask))
+        answering = role == 'assistant'
+        if answering:
+            ids, prompt = ids + encode_parts(tokenizer, prompt), []
+            loss_mask += [0] * (len(ids) - len(loss_mask))
+            ids += tokenizer.encode(text)
         else:
-            text += values[piece[1:-1]] if re.fullmatch(r'{\w+}', piece) else piece
+            prompt.append((text, role == 'template'))
+    ids += encode_parts(tokenizer, prompt)
+    return ids, loss_mask + [0] * (len(ids) - len(loss_mask))
+
+
+def start_of(form, tokenizer, start_token):
+    """Return the id of the token that stands before a conversation: a chat template's own, or start_token."""
+    first = (
+        encode_chat(tokenizer, form, [('', '', None)])[0][0] if chat.is_chat_template(form) else start_token
+    )
+    return first if first in tokenizer.special_ids.values() else start_token
+
+
+def encode_parts(tokenizer, parts):
+    """Return the token ids of [(text, whether special tokens count)]; what stands between two of them is encoded as one text."""
+    ids, text = [], ''
+    for part, has_markers in parts:
+        for piece in markers(tokenizer).split(part) if has_markers else [part]:
+            if has_markers and piece in tokenizer.special_ids:
+                ids += tokenizer.encode(text) + [tokenizer.special_ids[piece]]
+                text = ''
+            else:
+                text += piece
     return ids + tokenizer.encode(text)
+
+
+def markers(tokenizer):
+    """Return a pattern of the names of special tokens."""
+    names = sorted(tokenizer.special_ids, key=len, reverse=True)
+    return re.compile(f'({"|".join(map(re.escape, names))})')
 
 
 def windows(loss_mask, limit):

@@ -19,7 +19,7 @@ from prepare import grammar
 PHRASES, TABLES = Path(__file__).with_name('story_tasks.txt').read_text('utf-8').split('\n---\n')
 SUBJECT = ('hero', 'kind', 'trait')
 SOURCE = 'prepare/story_tasks.py'  # VERSION is recorded in prepared folders
-VERSION = {SOURCE: 'TBD'} | grammar.VERSION
+VERSION = {SOURCE: 'eb143a22590b86c232087fd754c0cf793ca69eece6485ade9a6bf5400cae33c0'} | grammar.VERSION
 HELDOUT = 16  # one in so many pairs of a hero and a love or a plot
 MAX_WISHES = 4
 SENTENCE = r'(?<=[.!?"] )[A-Z"].*?[.!?]"?(?= |$)'

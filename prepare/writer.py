@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from lm import prompts
 from lm.configurator import ROOT, UserError, check_choice, check_range, printable, require
 from lm.files import checksum, save_atomically, sha256_of, write_json
 from lm.tokenizer import KINDS, SPECIAL_TOKENS, Tokenizer, build, fast_gpt2, pieces, settings_of
@@ -140,6 +141,12 @@ def block_size_of(path):
 
         with suppress(UserError):  # where only its tokenizer can be used
             return (c.get('model_config') or families.config_from_hf(c, path))['block_size']
+
+
+def prompt_format_of(path):
+    """Return the prompt format of a checkpoint or the chat template of a Hugging Face folder; None where there is none."""
+    checkpoint = checkpoint_at(path)
+    return checkpoint.get('prompt_format') if checkpoint else prompts.template_of(Path(path))
 
 
 def encode_corpus(corpus, tokenizer, config, journal):
@@ -279,7 +286,7 @@ def describe(target, command, tokenizer, counts, corpus):
     config |= {key: value for key, value in command['arguments'].items() if key == 'max_seq_len'}
     config |= {'prompt_format': None, 'start_token': opening[0] if len(opening) == 1 else start}
     examples = corpus.source.examples
-    return config | (examples.describe(counts['train'] + counts['val']) if examples else {})
+    return config | (examples.describe(counts['train'] + counts['val'], tokenizer, start) if examples else {})
 
 
 def report(target, finished):

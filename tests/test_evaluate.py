@@ -321,6 +321,43 @@ def test_samples_are_stories_of_the_grammar_or_not_and_the_true_entropy_is_shown
     assert script['grammar_figures']([wrong + [end]])['wrong_words']['pronoun'] == 1
 
 
+@pytest.mark.parametrize('architecture', ['ar', 'diffusion'])
+def test_infilling_changes_nothing_but_the_gaps_and_judges_what_is_written(tmp_path, architecture):
+    stories = list(grammar.stories(8, seed=3))
+    letters = sorted(set(''.join(stories)))
+    folder = write_folder(tmp_path / 'stories', train=stories, val=stories, letters=letters)
+    config = json.loads((folder / 'config.json').read_text())
+    floor = {'nats_per_token': 1.0, 'bits_per_byte': 1.0}
+    (folder / 'config.json').write_text(json.dumps({**config, 'floor': floor}))
+    write_run(tmp_path / 'run', folder, architecture, mode='documents', block_size=1200)
+    script = evaluate(
+        f'--checkpoint={tmp_path}/run', '--metrics=infilling', '--num_samples=8', '--temperature=0'
+    )
+
+    rows, gaps = script['hide_parts'](script['state']['start_token'])
+    assert [len(spans) for spans in gaps] == [1, 2, 3, 4] * 2
+    fill = script['fill_left_to_right' if architecture == 'ar' else 'denoise']
+    for row, spans, filled in zip(rows, gaps, fill(script['model'], rows, gaps, 0)):
+        hidden = {i for start, end in spans for i in range(start, end)}
+        assert all(filled[i] == row[i] for i in range(len(row)) if i not in hidden)
+        assert script['tokenizer'].mask_id not in filled and any(filled[i] != row[i] for i in hidden)
+    figures = script['models'][0]['infilled']
+    assert figures['one'] == figures['several'] == 0 and ('best_one' in figures) == (architecture == 'ar')
+
+
+def test_requests_for_stories_are_judged_by_what_they_ask_for(prepare):
+    folder = prepare('instruct.py', '--source=stories', '--max_examples=200', '--vocab_size=600')
+    write_run(folder / 'run', folder, 'ar', mode='documents', block_size=400)
+    script = evaluate(f'--checkpoint={folder}/run', '--metrics=instructions')
+    (model,) = script['models']
+    assert model['followed'] == model['followed_new_words'] == model['valid_stories'] == 0
+    found = [script['story_tasks'].choices(story) for story in grammar.stories(2, seed=3)]
+    wishes = [{'hero': row['hero']['word']} for row in found]
+    answers = [*zip(grammar.stories(2, seed=3), wishes), ('One day.', wishes[0])]
+    figures = script['request_figures'](answers)
+    assert (figures['valid_stories'], figures['followed'], figures['followed_new_words']) == (2 / 3, 0.5, 1)
+
+
 # ---------------------------------------------------------------------------- instructions
 
 ANSWERS = ('yes it is', 'a small bird', 'the cat and the dog', 'no')

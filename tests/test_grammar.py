@@ -53,18 +53,18 @@ def tell(walk):
 
 
 def test_probabilities_of_all_stories_sum_to_one(small):
-    stories = dict((text, math.exp(log_p)) for log_p, text in small.derivations())
+    stories = dict((text, math.exp(log_p)) for log_p, text, _ in small.derivations())
     assert 'A child named Robin was by the pond. They were not alone. "Ribbit!" said the frog.' in stories
     assert sum(stories.values()) == pytest.approx(1, abs=1e-12)
 
 
 def test_all_stories_are_different(small):
-    texts = [text for _, text in small.derivations()]
+    texts = [text for _, text, _ in small.derivations()]
     assert len(texts) == len(set(texts)) > 200
 
 
 def test_log_prob_is_that_of_the_enumeration(small):
-    for log_p, text in small.derivations():
+    for log_p, text, _ in small.derivations():
         assert small.log_prob(text) == pytest.approx(log_p, abs=1e-12)
 
 

@@ -6,6 +6,7 @@ import tokenizers
 from conftest import letter_tokenizer
 
 from lm import prompts
+from lm.configurator import UserError
 from lm.tokenizer import Tokenizer
 
 CHATML = (
@@ -99,3 +100,58 @@ def test_an_example_that_is_too_long_loses_prompt_and_never_answer():
     assert prompts.fit(ids, loss_mask, 7) == (ids[3:], [0, 0, 0, 0, 1, 1, 1])  # half an answer is none
     assert prompts.fit(ids, loss_mask, 3) == (ids[7:], [1, 1, 1])
     assert prompts.fit(ids, loss_mask, 2) is None
+
+
+# --- Chat templates of transformers
+
+CHATML_JINJA = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] | trim }}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+THINKING = CHATML_JINJA.replace(
+    "+ message['content']", "+ ('<think>' if message.role == 'assistant' else '') + message['content']"
+)
+
+
+def test_a_chat_template_gives_the_tokens_of_our_own_format():
+    tokenizer, turns = with_markers(), [('Name a fruit.', 'a red one', 'apple'), ('Why?', '', 'It is red.')]
+    ours, loss_mask = prompts.encode(tokenizer, prompts.FORMATS['chatml'], turns, 'Be kind.')
+    theirs, their_mask = prompts.encode(tokenizer, CHATML_JINJA, turns, 'Be kind.')
+    newline = tokenizer.encode('\n')  # theirs ends a conversation with one
+    start = prompts.start_of(CHATML_JINJA, tokenizer, tokenizer.endoftext_id)
+    assert [start, *theirs] == ours + newline and [0, *their_mask] == loss_mask + [0]
+    assert prompts.end_of(CHATML_JINJA, tokenizer)[0] == tokenizer.special_ids['<|im_end|>']
+
+
+def test_what_is_said_is_no_marker_of_a_chat_template():
+    tokenizer, nasty = with_markers(), 'a<|im_end|>\ue000b'
+    ids, loss_mask = prompts.encode(tokenizer, CHATML_JINJA, [(nasty, '', nasty)])
+    end = tokenizer.special_ids['<|im_end|>']
+    assert ids.count(end) == 2 and 'a<|im_end|>b' in tokenizer.decode(ids)
+
+
+def test_a_chat_template_that_strips_what_is_said_is_followed():
+    tokenizer = with_markers()
+    ids = [prompts.encode(tokenizer, CHATML_JINJA, [(asked, '', None)])[0] for asked in (' a \n', 'a')]
+    assert ids[0] == ids[1]
+
+
+def test_a_chat_template_whose_prompt_does_not_lead_to_its_answer_is_for_inference_only():
+    tokenizer = with_markers()
+    prompts.encode(tokenizer, THINKING, [('a', '', None)])
+    with pytest.raises(UserError, match="ends a prompt with .*, but writes .*<think>' before its answer"):
+        prompts.encode(tokenizer, THINKING, [('a', '', 'b')])
+
+
+@pytest.mark.parametrize(
+    'template, complaint',
+    [
+        ("{{ raise_exception('No system, please') }}", 'refuses this conversation .No system, please'),
+        ("{{ messages[0]['content'][:1] }}", 'changes what is said'),
+        ('{% for %}', 'refuses this conversation'),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", 'refuses this conversation .*unsafe'),
+    ],
+)
+def test_a_chat_template_that_cannot_be_followed_is_a_sentence(template, complaint):
+    with pytest.raises(UserError, match=complaint):
+        prompts.encode(with_markers(), template, [('a', '', None)])

@@ -1,0 +1,84 @@
+"""Chat templates of transformers: programs in Jinja that make one text of a conversation.
+
+What is said is rendered between characters that no text has, so that it is told from what the template says: only the
+template's own markers are special tokens.
+"""
+
+import json
+import re
+from datetime import datetime
+from functools import cache, partial
+
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from lm.configurator import UserError, require
+from lm.files import as_sentence
+
+SAID = re.compile('\ue000(\\d+)\ue001(.*?)\ue002', re.S)  # the number of a message, and its content
+NO_TAGS = re.compile(
+    r'{%-?\s*(end)?generation\s*-?%}'
+)  # transformers' own, which says what is the assistant's
+
+
+def is_chat_template(form):
+    return isinstance(form, str) and ('{%' in form or '{{' in form)
+
+
+@cache
+def compiled(template):
+    def refuse(message):
+        raise ValueError(message)
+
+    options = {'trim_blocks': True, 'lstrip_blocks': True, 'extensions': ['jinja2.ext.loopcontrols']}
+    environment = ImmutableSandboxedEnvironment(**options)
+    environment.filters['tojson'] = partial(json.dumps, ensure_ascii=False)
+    environment.globals.update(raise_exception=refuse, strftime_now=datetime.now().strftime)
+    return environment.from_string(NO_TAGS.sub('', template))
+
+
+def pieces(template, tokenizer, turns, system=''):
+    """Return [(text, role)] of a conversation, role 'template' for what the template says itself.
+
+    turns: as in `prompts.encode`. UserError: the template refuses the conversation, or changes what is said.
+    """
+    said = [('system', system)] if system else []
+    for asked, given, output, *_ in turns:
+        said += [('user', f'{asked}\n\n{given}' if given else asked)]
+        said += [('assistant', output)] if output is not None else []
+    name_of = tokenizer.inner.id_to_token
+    options = {'bos_token': name_of(tokenizer.start_id), 'eos_token': name_of(tokenizer.endoftext_id)}
+    options['add_generation_prompt'] = said[-1][0] != 'assistant'
+
+    def render(texts):
+        messages = [{'role': role, 'content': text} for (role, _), text in zip(said, texts)]
+        with as_sentence('The chat template refuses this conversation', 'leave out what it does not know'):
+            return compiled(template).render(messages=messages, tools=None, documents=None, **options)
+
+    texts = [re.sub('[\ue000-\ue002]', '', text) for _, text in said]
+    plain = render(texts)
+    for part in (texts, [text.strip() for text in texts]):  # many templates strip
+        marked = render([f'\ue000{i}\ue001{text}\ue002' for i, text in enumerate(part)])
+        if SAID.sub(r'\2', marked) == plain:
+            return told_apart(marked, [role for role, _ in said])
+    raise UserError('The chat template changes what is said; take another, such as --prompt_format=chatml.')
+
+
+def told_apart(marked, roles):
+    """Return [(text, role)] of a marked text, in turn of the template and of a message; roles: of the messages."""
+    parts, position = [], 0
+    for part in SAID.finditer(marked):
+        parts += [(marked[position : part.start()], 'template'), (part[2], roles[int(part[1])])]
+        position = part.end()
+    return [*parts, (marked[position:], 'template')]
+
+
+def check_prefix(template, tokenizer, turns, system):
+    """Raise a UserError if a prompt is not what stands before its answer, whose loss would be of another text."""
+    parts = pieces(template, tokenizer, turns, system)
+    answers = [i for i, (_, role) in enumerate(parts) if role == 'assistant']
+    for number, end in enumerate(answers):
+        asked = [*turns[:number], (*turns[number][:2], None)]
+        prompt = ''.join(text for text, _ in pieces(template, tokenizer, asked, system))
+        before = ''.join(text for text, _ in parts[:end])
+        problem = f'The chat template ends a prompt with {prompt[-40:]!r}, but writes {before[-40:]!r} before its answer'
+        require(prompt == before, f'{problem}; take another --prompt_format.')
