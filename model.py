@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lm.kernels import WeightedSum, linear, put, take
 from lm.layers import (  # noqa: F401
+    OFFSETS,
     AttentionMask,
     Block,
     DocumentMask,
@@ -88,6 +89,11 @@ class Transformer(nn.Module):
         if config.embedding_shortcuts:  # a layer's input is a sum of stream and embedding
             self.residual_scale = nn.Parameter(torch.ones(config.n_layer))
             self.embedding_scale = nn.Parameter(torch.zeros(config.n_layer))
+        if config.reads_neighbours:  # and of the embeddings beside each position, per channel
+            self.before_scale = nn.Parameter(torch.zeros(config.n_layer, 2, config.n_embd))
+            self.after_scale = (
+                None if self.causal else nn.Parameter(torch.zeros(config.n_layer, 2, config.n_embd))
+            )
         self.norm = nn.Identity() if config.norm_after else make_norm(config)
         self.attn_mask = None  # (T, T): in training, overrides what `causal` says
         for name, table in self.tables().items():
@@ -128,7 +134,8 @@ class Transformer(nn.Module):
     @classmethod
     def new_weights(cls, config):
         """Return {name: tensor} of the parameters that a checkpoint of another architecture lacks."""
-        return {}
+        has_after = config.reads_neighbours and not cls.causal
+        return {'after_scale': torch.zeros(config.n_layer, 2, config.n_embd)} if has_after else {}
 
     def num_parameters(self):
         """Count parameters, without the rows of <|mask|>, <|ignore|> and padding."""
@@ -170,14 +177,22 @@ class Transformer(nn.Module):
             rope = self.rope[:, positions]  # (2, T, D) or (2, B, T, D)
             rope = tuple(rope if rope.dim() == 3 else rope.unsqueeze(2))
         x0 = x = self.dropout(x)
+        neighbours = self.neighbours(x0, cache) if c.reads_neighbours else []
         for layer, block in enumerate(self.blocks):
             if c.embedding_shortcuts:
                 x = self.residual_scale[layer] * x + self.embedding_scale[layer] * x0
+            for scale, beside in neighbours:
+                x = x + scale[layer] * beside
             x = block(x, x0, rope, cache)
         x = self.norm(x)
         if c.shift and not self.causal:  # to where its prediction is; nothing predicts the first token
             x = torch.cat([x[:, :1], x[:, :-1]], 1)
         return x if self.project_out is None else self.project_out(x)
+
+    def neighbours(self, x0, cache):
+        """Return [(scale (n_layer, C), embeddings (B, T, C) beside each position)], two before and, of a bidirectional model, two after."""
+        scales = [*self.before_scale.unbind(1), *([] if self.causal else self.after_scale.unbind(1))]
+        return [(scale, cache.near(x0, offset)) for scale, offset in zip(scales, OFFSETS)]
 
     def head_weight(self):
         return (self.embedding if self.unembedding is None else self.unembedding).weight
@@ -437,7 +452,7 @@ class SDD(Diffusion):
 
     @classmethod
     def new_weights(cls, config):
-        return {'belief_proj.weight': torch.eye(config.embedding_width)}
+        return super().new_weights(config) | {'belief_proj.weight': torch.eye(config.embedding_width)}
 
     def earlier_passes(self, corrupt, t, k=None, depth=1, stale=0.0):
         """Return k, the number of candidates (None: config.k), and the views (B, T) of `depth` passes that give beliefs.

@@ -1,6 +1,11 @@
 """Keys and values of what a model has read: for decoding from left to right, and for blocks. Torch only."""
 
 import torch
+import torch.nn.functional as F
+
+from lm.layers import OFFSETS
+
+FAR = max(OFFSETS)
 
 
 class KVCache:
@@ -13,6 +18,7 @@ class KVCache:
 
     def __init__(self, rows, size, device):
         self.buffers = {}  # by layer: keys and values, (B, H, size, D) each
+        self.embeddings = None  # (B, FAR + size, C), where layers read those of neighbours
         self.size = size
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self.even, self.longest = True, 0  # whether all lengths are equal: known without asking the device
@@ -21,7 +27,8 @@ class KVCache:
     def fix(self):
         """Prepare for a compiled decode step."""
         self.fixed = True
-        for tensor in (self.lengths, *(x for pair in self.buffers.values() for x in pair)):
+        embeddings = [] if self.embeddings is None else [self.embeddings]
+        for tensor in (self.lengths, *embeddings, *(x for pair in self.buffers.values() for x in pair)):
             torch._dynamo.mark_static_address(tensor)
 
     def positions(self, length):
@@ -46,6 +53,17 @@ class KVCache:
         keys[:, :, end - 1 : end], values[:, :, end - 1 : end] = k, v
         return keys[:, :, :end], values[:, :, :end], None, False
 
+    def near(self, x, offset):
+        """Store embeddings x (B, T, C); return those that stand `offset` positions, from -FAR to -1, before each."""
+        if self.embeddings is None:
+            self.embeddings = x.new_zeros(x.size(0), FAR + self.size, x.size(2))  # zeros before them
+        if not self.fixed and self.longest == 0:
+            self.embeddings[:, FAR : FAR + x.size(1)] = x
+            return self.embeddings[:, FAR + offset : FAR + offset + x.size(1)]
+        rows, here = torch.arange(len(x), device=x.device), FAR + self.lengths
+        self.embeddings[rows, here] = x[:, 0]
+        return self.embeddings[rows, here + offset].unsqueeze(1)
+
     def put(self, keys, values, k, v, end):
         """Store one token of each row at its own position; each row attends to its own tokens below `end`."""
         rows = torch.arange(len(k), device=k.device)
@@ -69,7 +87,12 @@ class BlockCache:
     """Keys and values of clean tokens, `length` of them; a pass reads clean tokens that follow, a noisy block, or both."""
 
     def __init__(self, device):
-        self.past, self.new, self.length, self.device = {}, {}, 0, device  # by layer: (B, H, length, D) each
+        self.past, self.new, self.length, self.device = (
+            {},
+            {},
+            0,
+            device,
+        )  # by layer: tensors (B, H, length, D)
 
     def plan(self, clean, begin, size):
         """Prepare for a pass over `clean` tokens and a noisy block of `size` that begins at position `begin`."""
@@ -81,22 +104,42 @@ class BlockCache:
         see_noisy = torch.zeros(clean + size, size, dtype=torch.bool, device=self.device)
         see_noisy[clean:] = True
         self.mask = torch.cat([torch.cat([causal, before]), see_noisy], 1)  # (queries, keys)
+        end = self.length + clean
+        slots = range(self.length, end), range(end, end + size)
+        self.neighbours = {offset: self.beside(offset, begin, *slots) for offset in OFFSETS}
 
     def positions(self, length):
         return self.index
 
-    def extend(self, layer, k, v):
-        self.new[layer] = k, v
-        if layer in self.past:
-            k, v = (torch.cat(pair, 2) for pair in zip(self.past[layer], (k, v)))
+    def extend(self, layer, *new):
+        self.new[layer] = new
+        k, v = self.with_past(layer)
         return k, v, self.mask, False
+
+    def with_past(self, layer):
+        new = self.new[layer]
+        return [torch.cat(pair, 2) for pair in zip(self.past[layer], new)] if layer in self.past else new
+
+    def near(self, x, offset):
+        """Return of embeddings x (B, T, C) those that stand `offset` positions after, or before, each."""
+        self.new['embeddings'] = (x.unsqueeze(1),)  # (B, 1, T, C): kept like keys and values
+        (all_x,) = self.with_past('embeddings')
+        x = F.pad(all_x.squeeze(1), (0, 0, 0, 1))  # 0 behind clean and noisy ones
+        return x.index_select(1, self.neighbours[offset])
+
+    def beside(self, offset, begin, clean, noisy):
+        """Return the index, in clean tokens, noisy ones and a 0, of what stands beside each of a pass's positions."""
+        slots = [i + offset if offset < 0 <= i + offset else noisy.stop for i in clean]
+        for i in noisy:
+            in_text = begin + i - noisy.start + offset if offset < 0 else -1
+            slots.append(i + offset if i + offset in noisy else in_text if in_text >= 0 else noisy.stop)
+        return torch.tensor(slots, dtype=torch.long, device=self.device)
 
     def keep(self, count):
         """Keep the first `count` clean tokens of the last pass."""
-        for layer, (k, v) in self.new.items():
-            k, v = k[:, :, :count], v[:, :, :count]
-            past = self.past.get(layer)
-            self.past[layer] = (torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)) if past else (k, v)
+        for layer, new in self.new.items():
+            self.new[layer] = [x[:, :, :count] for x in new]
+            self.past[layer] = self.with_past(layer)
         self.length += count
 
     def store(self, model, tokens):

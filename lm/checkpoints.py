@@ -78,7 +78,8 @@ def load(path, token=None, revision=None, mmap=False, sharded=False, tokenizer=N
     lacks = ', '.join(sorted(missing))
     require(not missing, f'{path} lacks {lacks}, so it is no checkpoint of ours; give the ckpt.pt of a run.')
     with unedited(path):
-        checkpoint['model_config'].setdefault('embedding_shortcuts', False)  # from before there were any
+        for name in ('embedding_shortcuts', 'reads_neighbours'):  # from before there were any
+            checkpoint['model_config'].setdefault(name, False)
         names = [name for name, x in checkpoint.items() if name.endswith('_state_dict') and x]
         checkpoint |= {name: pretrained.current_names(checkpoint[name]) for name in names}
         check_contents(checkpoint)
@@ -212,7 +213,7 @@ def convert(checkpoint, path, architecture, block_size=None, **blocks):
             for name in {'embedding.weight', 'unembedding.weight'} & set(weights):
                 weights[name] = weights[name].float().clone()
                 weights[name][special] = weights[name][others].mean(0)
-        weights |= after.new_weights(ModelConfig(**config))
+        weights = {**after.new_weights(ModelConfig(**config)), **weights}
     converted_from = source if source != architecture else None
     start = {'architecture': architecture, 'model_config': config, 'converted_from': converted_from}
     return {**checkpoint, **start, 'model_state_dict': weights, 'ema_state_dict': None}

@@ -22,6 +22,7 @@ ACTIVATIONS = {
     'swiglu': F.silu,  # of the gate (Shazeer 2020)
 }
 
+OFFSETS = (-1, -2, 1, 2)  # of the neighbours of a position: those after it are for bidirectional models
 CHOICES = {'norm': ('rms', 'rms_gain', 'layer'), 'position': ('rope', 'learned'), 'mlp': tuple(ACTIVATIONS)}
 
 
@@ -45,6 +46,9 @@ class ModelConfig:
     bias: bool = False  # in linear layers and LayerNorm
     qk_norm: bool = True  # RMS-normalised queries and keys
     embedding_shortcuts: bool = None  # each layer reads the embedding again; None: where norm='rms'
+    reads_neighbours: bool = (
+        None  # each layer reads the embeddings beside its position; None: where norm='rms'
+    )
     logit_softcap: float = 15.0  # logits are squashed into ±this by tanh; 0: they are not
     rope_theta: float = 10000.0
     rope_scaling: dict = None  # arguments of lm.layers.scale_rope
@@ -71,8 +75,9 @@ class ModelConfig:
         self.mlp_width = 4 * self.n_embd if self.mlp_width is None else self.mlp_width
         self.qkv_bias = self.bias if self.qkv_bias is None else self.qkv_bias
         self.embedding_width = self.embedding_width or self.n_embd
-        if self.embedding_shortcuts is None:
-            self.embedding_shortcuts = self.norm == 'rms'
+        for name in ('embedding_shortcuts', 'reads_neighbours'):
+            if getattr(self, name) is None:
+                setattr(self, name, self.norm == 'rms')
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             check(value in choices, f'{name} is {value!r}; choose {" or ".join(choices)}.')
@@ -158,8 +163,8 @@ def rotate(x, rope):
 class AttentionMask:
     """The positions that a position attends to: those before (causal), all, or those of a mask (T, T).
 
-    The trunk asks it for positions, and each attention layer for keys, values and mask; a KV cache answers the
-    same two questions (lm.caches.KVCache).
+    The trunk asks it for positions and for what stands beside them, each attention layer for keys, values and mask; a
+    KV cache answers the same questions (lm.caches.KVCache).
     """
 
     def __init__(self, attn_mask):
@@ -170,6 +175,15 @@ class AttentionMask:
 
     def extend(self, layer, k, v):
         return k, v, self.mask, self.is_causal
+
+    def near(self, x, offset):
+        """Return of x (B, T, C) what stands `offset` positions after, or before, each; 0 for what it does not attend to."""
+        after, before = (min(max(0, away), x.size(1)) for away in (offset, -offset))
+        moved = F.pad(x[:, after : x.size(1) - before], (0, 0, before, after))
+        if self.mask is None:
+            return moved
+        visible = F.pad(self.mask.diagonal(offset, -2, -1), (before, after))  # (T,) or (B, 1, T)
+        return moved * visible.view(-1, x.size(1), 1)
 
 
 class DocumentMask(AttentionMask):
@@ -225,13 +239,36 @@ class TwoStreams(AttentionMask):
         noisy = [i for begin in blocks for i in range(begin, min(begin + block_length, length))]
         self.noisy = torch.tensor(noisy, device=device)  # (S,)
         self.index = torch.cat([position, position], -1)
+        kept = torch.cat([self.noisy, length + index])
         if self.every > 1:
-            kept = torch.cat([self.noisy, length + index])
             mask, self.index = mask[kept][:, kept], self.index[kept]
         super().__init__(mask if doc_ids is None else mask.unsqueeze(1))
+        self.neighbours = {offset: self.beside(offset, position, kept) for offset in OFFSETS}
 
     def positions(self, length):
         return self.index
+
+    def beside(self, offset, position, kept):
+        """Return the index, of the streams with a zero behind them, of what stands beside each of their positions.
+
+        A noisy token stands beside those of its block, after the clean ones of the block before; a clean one after clean ones.
+        """
+        index = torch.arange(position.size(-1), device=kept.device)
+        length, nothing, there = len(index), 2 * len(index), index + offset
+        beside = there.clamp(0, length - 1)
+        in_block = (there == beside) & (self.start[..., beside] == self.start)
+        in_text = (position + offset >= 0) & (offset < 0)
+        clean = torch.where(in_text, length + beside, nothing)
+        both = torch.cat([torch.where(in_block, beside, clean), clean], -1)  # (2T,) or (B, 2T)
+        slot = torch.full((2 * length + 1,), len(kept), device=kept.device)
+        slot[kept] = torch.arange(len(kept), device=kept.device)
+        return slot[both[..., kept]]
+
+    def near(self, x, offset):
+        index, x = self.neighbours[offset], F.pad(x, (0, 0, 0, 1))
+        if index.dim() == 1:
+            return x.index_select(1, index)
+        return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.size(2)))
 
     def whole_tokens(self, t, noise, maskable):
         """Return mask ratios and noise that mask a whole number of the maskable tokens (B, T) of each block.
