@@ -6,14 +6,17 @@ python sample.py --checkpoint=out/sdd-stories-tiny-v1 --k=4 --show_candidates --
 python sample.py --checkpoint=out/ar-alpaca-base-v1/best.pt --chat --prompt="Name three fruits."
 """
 
+import builtins
 import re
 import sys
+import timeit
+from contextlib import suppress
 from pathlib import Path
 
 from lm import checkpoints, prompts, runtime
-from lm.configurator import ROOT, configure, printable, report_idle, require, user_errors
-from lm.files import as_sentence
-from lm.tokenizer import Tokenizer
+from lm.configurator import ROOT, UserError, configure, printable, report_idle, require, user_errors
+from lm.files import as_sentence, write_json
+from lm.tokenizer import Tokenizer, settings_of
 from sampling import generate
 
 checkpoint = ''  # a ckpt.pt, run folder, Hugging Face folder or hub id; empty: newest under out/
@@ -37,12 +40,10 @@ use_cache = True  # ar: keep keys and values; False: the same text, slower
 compile = False  # ar: compile the decode step; for long texts on a GPU
 steps: int = None  # diffusion: forward passes; None: one per token
 sampler = (
-    ''  # diffusion: first_hitting, with steps ancestral; confidence, blocks, threshold, entropy, remdm, ar
+    ''  # diffusion: first_hitting; ancestral with steps; confidence, blocks, threshold, entropy, remdm, ar
 )
 block_length: int = None  # of sampler=blocks, 32; of a model trained on blocks: one of its lengths
-threshold: float = (
-    None  # of sampler=threshold: the probability at which a token is kept, 0.9; of entropy: nats, 0.3
-)
+threshold: float = None  # of sampler=threshold: a probability, 0.9; of entropy: nats, 0.3
 eta = 0.1  # of sampler=remdm: the largest probability to mask a token again
 k: int = None  # sdd: candidates per masked position, 0: none; None: the model's own number
 fresh_beliefs: bool = None  # sdd: from a pass before each step; None: where one token is written at a time
@@ -88,7 +89,7 @@ def write(ids, count):
         return generate(model, [ids] * count, 0 if infill else max_new_tokens, **options)
 
 
-def answer(turns, count):
+def answer(turns, count, system=system):
     """Return `count` outputs for the last of `turns`; a long conversation is cut on the left."""
     ids, _ = prompts.encode(tokenizer, form, turns, system)
     block_size = model.config.block_size
@@ -98,16 +99,72 @@ def answer(turns, count):
     return [tokenizer.decode(row[len(ids) :]).strip() for row in write(ids, count)]
 
 
-def converse():
-    """Answer the lines of stdin until there are no more."""
-    print('Type an instruction; an empty line starts over, Ctrl-D ends.')
+class Printer:
+    """Prints the text of new tokens as they come, whole characters only, and keeps it."""
+
+    def __init__(self):
+        self.ids, self.text, self.start = [], '', timeit.default_timer()
+
+    def __call__(self, new):
+        self.ids += new[0]
+        ends = [i for i, token in enumerate(self.ids) if token in options['stop_tokens']]
+        text = tokenizer.decode(self.ids[: ends[0]] if ends else self.ids).lstrip().removesuffix('\ufffd')
+        print(printable(text[len(self.text) :]), end='', flush=True)
+        self.text = text
+
+    def end(self):
+        seconds = timeit.default_timer() - self.start
+        print(f'\n[{len(self.ids)} tokens, {len(self.ids) / seconds:.1f} tokens/s]', flush=True)
+        return self.text.strip()
+
+
+def converse(system):
+    """Answer what is typed, as the words come, until Ctrl-D; Ctrl-C stops an answer."""
+    with suppress(ImportError):
+        import readline  # noqa: F401  (arrow keys, history)
     if hasattr(sys.stdin, 'reconfigure'):
         sys.stdin.reconfigure(errors='replace')  # what is typed may be no UTF-8
+    print(
+        '/reset starts over, /system TEXT tells the model what it is, /save FILE; Ctrl-C stops, Ctrl-D leaves.'
+    )
     turns = []
-    for line in map(str.strip, sys.stdin):
-        (output,) = answer([*turns, (line, input, None)], 1) if line else ('',)
-        turns = [*turns, (line, input, output)] if line else []
-        print(printable(f'> {output}') if line else '', flush=True)
+    while True:
+        try:
+            line = builtins.input('You: ').strip()
+            command, _, rest = line.partition(' ')
+            if command in ('/reset', '/system'):
+                turns, system = [], rest if command == '/system' else system
+            elif command == '/save':
+                save_conversation(Path(rest or 'conversation.json').expanduser(), turns, system)
+            elif line.startswith('/'):
+                print(f'There is no {command}; there are /reset, /system, /save.')
+            elif line:
+                turns.append((line, input, reply([*turns, (line, input, None)], system)))
+        except KeyboardInterrupt:
+            print()
+        except UserError as error:
+            print(error)
+        except EOFError:
+            return print()
+
+
+def reply(turns, system):
+    """Print an answer while it is written, and return it; Ctrl-C ends it early."""
+    print('Model: ', end='', flush=True)
+    options['stream'] = printer = Printer()
+    with suppress(KeyboardInterrupt):
+        answer(turns, 1, system)
+    return printer.end()
+
+
+def save_conversation(path, turns, system):
+    """Write a conversation as messages, which prepare/instruct.py reads."""
+    require(not path.exists(), f'{path} is there already; choose another name.')
+    messages = [{'role': 'system', 'content': system}] * bool(system)
+    for asked, _, output in turns:
+        messages += [{'role': 'user', 'content': asked}, {'role': 'assistant', 'content': output}]
+    write_json(path, [{'messages': messages}])
+    print(f'{path}: {len(turns)} turns')
 
 
 require(not (prompt and infill), 'A prompt and an infill are given; leave one out.')
@@ -124,7 +181,8 @@ for key, text in {'prompt': prompt, 'infill': infill, 'input': input, 'system': 
 
 dist = runtime.Runtime(device, dtype)
 runs = sorted((ROOT / 'out').glob('*/ckpt.pt'), key=lambda path: path.stat().st_mtime)
-require(checkpoint or runs, 'There is no run under out/; train one, or give --checkpoint=PATH.')
+runs = [run for run in runs if 'num_classes' not in settings_of(run.parent, 'config.json')]  # no classifier
+require(checkpoint or runs, 'There is no language model under out/; train one, or give --checkpoint=PATH.')
 path = checkpoint or runs[-1]
 own = tokenizer and Tokenizer.load(tokenizer)
 state = checkpoints.load(path, token, revision, tokenizer=own, architecture=architecture)
@@ -150,7 +208,7 @@ start = [state['start_token']]
 if chat and not state.get('prompt_format'):
     print('warning: this checkpoint was not fine-tuned on instructions; it gets the default format.')
 if chat and not prompt:
-    converse()
+    converse(system)
 elif chat:
     texts = answer([(prompt, input, None)], num_samples)
 else:

@@ -39,6 +39,7 @@ def generate(
     top_k, top_p    sample among the k likeliest tokens; among the fewest that have probability p together
     use_cache       causal: keep keys and values; the same tokens without, only slower
     compile         causal: compile the decode step; the first text waits for that
+    stream          called with the new ids of each row, lists, as they are written from left to right
     choice          diffusion: sampler, steps, fresh_beliefs, block_length, threshold, eta, k, watch: see `Sampler`
     """
     check_prompts(model, prompts)
@@ -187,6 +188,7 @@ def decode(model, texts, new, running, sampler, use_cache, compile):
     cache = KVCache(len(texts), size, device) if use_cache else None
     tokens = sample_tokens(model, prefill(model, texts, cache), uniform[0], options)
     written, checked, step = [tokens], 0, decode_step
+    sampler.tell(tokens.unsqueeze(1))
     if compile and use_cache:
         cache.fix()
         step = torch.compile(decode_step, mode='reduce-overhead')  # on a GPU a CUDA graph
@@ -204,6 +206,7 @@ def decode(model, texts, new, running, sampler, use_cache, compile):
             hidden = prefill(model, [text + more for text, more in zip(texts, so_far)], None)
             tokens = sample_tokens(model, hidden, uniform[i], options)
         written.append(tokens)
+        sampler.tell(tokens.unsqueeze(1))
     return torch.stack(written, 1).tolist()
 
 
@@ -267,6 +270,7 @@ class Sampler:
         eta=0.1,
         k=None,
         watch=None,
+        stream=None,
     ):
         sampler = sampler or ('ancestral' if steps else 'first_hitting')
         check(sampler in SAMPLERS, f'sampler is {sampler!r}; choose {", ".join(SAMPLERS)}.')
@@ -292,11 +296,17 @@ class Sampler:
         self.name, self.block_length, self.threshold, self.eta = sampler, block_length, threshold, eta
         self.rng, self.options, self.stop_tokens = rng, options, stops
         self.score = certainty_of if sampler == 'entropy' else confidence_of
+        self.stream = stream
         self.steps, self.watch, self.own_blocks, self.mask_id = steps, watch, own, model.config.mask_id
         self.k = model.config.k if k is None else k
         self.fresh_beliefs = one_by_one if fresh_beliefs is None else fresh_beliefs
         self.carries_beliefs = model.has_beliefs and self.k > 0 and not self.fresh_beliefs
         self.ends = [token for token in (*stops, model.config.ignore_id) if token is not None]
+
+    def tell(self, new):
+        """Pass new tokens (B, T) on to who reads along."""
+        if self.stream:
+            self.stream(new.tolist())
 
     def is_causal(self, prompts):
         """Say whether to write block after block: not what a model fills that was trained on whole rows as well."""
@@ -386,6 +396,7 @@ def generate_by_denoising(model, rows, max_new_tokens, sampler):
         window = torch.cat([window, rows.new_full((len(rows), new), mask_id)], 1)
         rows = torch.cat([before, denoise(model, window, sampler)], 1)
         left -= new
+        sampler.tell(rows[:, rows.size(1) - new :])
         finished = [truncate(row, prompt_length, stop_tokens) for row in rows.tolist()]
         if left == 0 or all(row[-1] in stop_tokens and len(row) > prompt_length for row in finished):
             return finished
@@ -410,6 +421,7 @@ def generate_by_blocks(model, rows, max_new_tokens, sampler):
             cache.store(model, rows[:, start + cache.length : begin])
         part = slice(begin, begin + length)
         rows[:, part] = denoise(model, rows[:, part], sampler, block_steps, cache)
+        sampler.tell(rows[:, max(begin, prompt_length) : min(begin + length, size)])
         finished = [truncate(row, prompt_length, sampler.stop_tokens) for row in rows[:, :size].tolist()]
         if all(row[-1] in sampler.stop_tokens and len(row) > prompt_length for row in finished):
             break

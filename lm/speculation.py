@@ -32,6 +32,7 @@ def speculate(model, prompt, max_new_tokens, sampler):
         cache.keep(len(clean) - len(draft) + accepted)
         whole = accepted == len(draft)
         tokens += [*draft[:accepted], token]
+        sampler.tell(torch.tensor([[*draft[:accepted], token]]))
         draft, q = [], None
         if whole and len(known) + 1 < begin + len(noisy):  # what follows the token that was just drawn
             states = hidden[len(clean) + len(known) + 1 - begin :]

@@ -1,5 +1,6 @@
 """sample.py as a user runs it, from nothing but a ckpt.pt."""
 
+import json
 import re
 import runpy
 import shutil
@@ -11,6 +12,7 @@ from conftest import letter_tokenizer, random_model, write_small_checkpoint
 from helpers import GPT2_SWITCHES, run, special_ids
 from test_classify import nanogpt_state
 
+import sampling
 from lm.configurator import ROOT, UserError
 
 ARCHITECTURES = ('ar', 'diffusion', 'sdd')
@@ -124,15 +126,69 @@ def test_an_instruction_is_answered_in_the_prompt_format(tmp_path, sample):
     assert whole.removeprefix(prompt).strip() == text != ''
 
 
-def test_a_conversation_goes_on_from_line_to_line(tmp_path, sample, monkeypatch):
+def test_a_conversation_goes_on_until_ctrl_d(tmp_path, sample, monkeypatch):
     tokenizer = letter_tokenizer(sorted(set('abcdefghijklmnopqrstuvwxyz ### Instruction:\n\nResponse')))
     checkpoint = write_small_checkpoint(tmp_path / 'ckpt.pt', 'ar', tokenizer, shape={'block_size': 128})
     options = [f'--checkpoint={checkpoint}', '--chat', '--max_new_tokens=5', '--seed=3']
     (text,) = sample(*options, '--prompt=say yes', '--num_samples=1')
-    monkeypatch.setattr(sys, 'stdin', iter(['say yes\n', 'say no\n', '\n', 'say yes\n']))
+    save = f'/save {tmp_path}/conversation.json'
+    typed = iter(
+        ['say yes', 'say no', save, KeyboardInterrupt, '/reset', 'say yes', 'what?', save, '/undo', EOFError]
+    )
+
+    def type_in(prompt):
+        line = next(typed)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr('builtins.input', type_in)
     (conversation,) = sample(*options)
-    answers = conversation.split('\n> ')[1:]
-    assert len(answers) == 3 and answers[0] == answers[2].strip() == text  # an empty line starts over
+    answers = re.findall(r'Model: (.*)\n\[\d+ tokens, [\d.]+ tokens/s\]', conversation)
+    assert len(answers) == 3 and answers[0] == answers[2] == text
+    assert (
+        "'?'" in conversation and 'is there already' in conversation and 'There is no /undo' in conversation
+    )
+    (saved,) = json.loads((tmp_path / 'conversation.json').read_text())
+    assert [one['content'] for one in saved['messages']] == ['say yes', answers[0], 'say no', answers[1]]
+
+
+def test_ctrl_c_ends_an_answer_and_keeps_what_was_said(tmp_path, sample, monkeypatch):
+    tokenizer = letter_tokenizer(sorted(set('abcdefghijklmnopqrstuvwxyz ### Instruction:\n\nResponse')))
+    checkpoint = write_small_checkpoint(tmp_path / 'ckpt.pt', 'ar', tokenizer, shape={'block_size': 128})
+    typed, steps = iter(['say yes', '/save ' + str(tmp_path / 'said.json')]), iter(range(9))
+    decode_step = sampling.decode_step
+
+    def interrupted(*arguments):
+        if next(steps) == 3:
+            raise KeyboardInterrupt
+        return decode_step(*arguments)
+
+    def type_in(prompt):
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr(sampling, 'decode_step', interrupted)
+    monkeypatch.setattr('builtins.input', type_in)
+    sample(f'--checkpoint={checkpoint}', '--chat', '--max_new_tokens=9', '--seed=3')
+    (saved,) = json.loads((tmp_path / 'said.json').read_text())
+    assert 1 <= len(saved['messages'][1]['content']) <= 4
+
+
+@pytest.mark.parametrize(
+    'architecture, shape', [('ar', {}), ('diffusion', {}), ('diffusion', {'block_length': (4,)})]
+)
+def test_a_stream_is_told_what_is_written(architecture, shape):
+    model, told = (
+        random_model(
+            architecture, 0.3, vocab_size=32, block_size=16, mask_id=30, ignore_id=31, n_embd=32, **shape
+        ),
+        [],
+    )
+    row = sampling.generate(model, [[1, 2, 3]], 30, stream=told.append)[0]
+    assert [token for (new,) in told for token in new] == row[3:]
 
 
 @pytest.mark.parametrize(
