@@ -177,12 +177,12 @@ class Transformer(nn.Module):
             rope = self.rope[:, positions]  # (2, T, D) or (2, B, T, D)
             rope = tuple(rope if rope.dim() == 3 else rope.unsqueeze(2))
         x0 = x = self.dropout(x)
-        neighbours = self.neighbours(x0, cache) if c.reads_neighbours else []
+        beside, scales = self.neighbours(x0, cache) if c.reads_neighbours else ([], [()] * c.n_layer)
         for layer, block in enumerate(self.blocks):
             if c.embedding_shortcuts:
                 x = self.residual_scale[layer] * x + self.embedding_scale[layer] * x0
-            for scale, beside in neighbours:
-                x = x + scale[layer] * beside
+            for scale, neighbour in zip(scales[layer], beside):
+                x = torch.addcmul(x, scale, neighbour)
             x = block(x, x0, rope, cache)
         x = self.norm(x)
         if c.shift and not self.causal:  # to where its prediction is; nothing predicts the first token
@@ -190,9 +190,9 @@ class Transformer(nn.Module):
         return x if self.project_out is None else self.project_out(x)
 
     def neighbours(self, x0, cache):
-        """Return [(scale (n_layer, C), embeddings (B, T, C) beside each position)], two before and, of a bidirectional model, two after."""
-        scales = [*self.before_scale.unbind(1), *([] if self.causal else self.after_scale.unbind(1))]
-        return [(scale, cache.near(x0, offset)) for scale, offset in zip(scales, OFFSETS)]
+        """Return the embeddings beside each of x0 (B, T, C), N times (B, T, C), and each layer's scales of them (n_layer, N, C)."""
+        scales = self.before_scale if self.causal else torch.cat([self.before_scale, self.after_scale], 1)
+        return cache.near(x0, OFFSETS[: scales.size(1)]), scales
 
     def head_weight(self):
         return (self.embedding if self.unembedding is None else self.unembedding).weight

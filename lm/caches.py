@@ -53,16 +53,17 @@ class KVCache:
         keys[:, :, end - 1 : end], values[:, :, end - 1 : end] = k, v
         return keys[:, :, :end], values[:, :, :end], None, False
 
-    def near(self, x, offset):
-        """Store embeddings x (B, T, C); return those that stand `offset` positions, from -FAR to -1, before each."""
+    def near(self, x, offsets):
+        """Store embeddings x (B, T, C); return for each offset, from -FAR to -1, what stands so far before each of them."""
         if self.embeddings is None:
             self.embeddings = x.new_zeros(x.size(0), FAR + self.size, x.size(2))  # zeros before them
         if not self.fixed and self.longest == 0:
             self.embeddings[:, FAR : FAR + x.size(1)] = x
-            return self.embeddings[:, FAR + offset : FAR + offset + x.size(1)]
+            return [self.embeddings[:, FAR + offset : FAR + offset + x.size(1)] for offset in offsets]
         rows, here = torch.arange(len(x), device=x.device), FAR + self.lengths
         self.embeddings[rows, here] = x[:, 0]
-        return self.embeddings[rows, here + offset].unsqueeze(1)
+        there = here + torch.tensor(offsets, device=x.device).unsqueeze(1)  # (N, B)
+        return self.embeddings[rows, there].unsqueeze(2).unbind()
 
     def put(self, keys, values, k, v, end):
         """Store one token of each row at its own position; each row attends to its own tokens below `end`."""
@@ -120,12 +121,11 @@ class BlockCache:
         new = self.new[layer]
         return [torch.cat(pair, 2) for pair in zip(self.past[layer], new)] if layer in self.past else new
 
-    def near(self, x, offset):
-        """Return of embeddings x (B, T, C) those that stand `offset` positions after, or before, each."""
+    def near(self, x, offsets):
         self.new['embeddings'] = (x.unsqueeze(1),)  # (B, 1, T, C): kept like keys and values
         (all_x,) = self.with_past('embeddings')
         x = F.pad(all_x.squeeze(1), (0, 0, 0, 1))  # 0 behind clean and noisy ones
-        return x.index_select(1, self.neighbours[offset])
+        return [x.index_select(1, self.neighbours[offset]) for offset in offsets]
 
     def beside(self, offset, begin, clean, noisy):
         """Return the index, in clean tokens, noisy ones and a 0, of what stands beside each of a pass's positions."""

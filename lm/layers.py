@@ -176,8 +176,12 @@ class AttentionMask:
     def extend(self, layer, k, v):
         return k, v, self.mask, self.is_causal
 
-    def near(self, x, offset):
-        """Return of x (B, T, C) what stands `offset` positions after, or before, each; 0 for what it does not attend to."""
+    def near(self, x, offsets):
+        """Return for each offset what stands so many positions after, or before, each of x (B, T, C); 0 for what it does not
+        attend to."""
+        return [self.moved(x, offset) for offset in offsets]
+
+    def moved(self, x, offset):
         after, before = (min(max(0, away), x.size(1)) for away in (offset, -offset))
         moved = F.pad(x[:, after : x.size(1) - before], (0, 0, before, after))
         if self.mask is None:
@@ -207,6 +211,13 @@ def positions_of(doc_ids):
     index = torch.arange(doc_ids.size(1), device=doc_ids.device)
     starts = F.pad(doc_ids[:, 1:] != doc_ids[:, :-1], (1, 0), value=True)
     return index - (starts * index).cummax(1).values
+
+
+def take_positions(x, index):
+    """Return of x (B, T, C) the positions of an index (S,), or of each row (B, S)."""
+    if index.dim() == 1:
+        return x.index_select(1, index)
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.size(2)))
 
 
 class TwoStreams(AttentionMask):
@@ -264,11 +275,9 @@ class TwoStreams(AttentionMask):
         slot[kept] = torch.arange(len(kept), device=kept.device)
         return slot[both[..., kept]]
 
-    def near(self, x, offset):
-        index, x = self.neighbours[offset], F.pad(x, (0, 0, 0, 1))
-        if index.dim() == 1:
-            return x.index_select(1, index)
-        return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.size(2)))
+    def near(self, x, offsets):
+        x = F.pad(x, (0, 0, 0, 1))
+        return [take_positions(x, self.neighbours[offset]) for offset in offsets]
 
     def whole_tokens(self, t, noise, maskable):
         """Return mask ratios and noise that mask a whole number of the maskable tokens (B, T) of each block.

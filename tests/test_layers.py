@@ -7,7 +7,7 @@ import torch
 from conftest import random_model
 
 from lm import optim
-from lm.layers import AttentionMask, DocumentMask, rope_table
+from lm.layers import OFFSETS, AttentionMask, DocumentMask, TwoStreams, rope_table
 
 SHAPE = dict(vocab_size=30, block_size=16, n_layer=1, n_head=2, n_embd=16, mask_id=28, ignore_id=29)
 CAUSAL = torch.ones(16, 16, dtype=torch.bool).tril()
@@ -80,3 +80,41 @@ def test_positions_stay_in_float32_where_weights_are_bfloat16():
     model = random_model('ar', 0.1, **SHAPE)
     before = model.rope.clone()
     assert torch.equal(model.bfloat16().rope, before)
+
+
+def beside_by_hand(streams, doc_ids, block_length, offset):
+    """What stands `offset` away from each position of two streams, numbers from 1 to 2T; 0 where nothing does."""
+    length = len(doc_ids)
+    starts = [doc_ids.index(doc) for doc in doc_ids]  # of each token's document
+    blocks = [(start, (i - start) // block_length) for i, start in enumerate(starts)]
+    expected = []
+    for slot in [*streams.noisy.tolist(), *range(length, 2 * length)]:
+        i, there = slot % length, slot % length + offset
+        in_document = 0 <= there < length and doc_ids[there] == doc_ids[i]
+        if slot < length and in_document and blocks[there] == blocks[i]:
+            expected.append(1 + there)
+        else:
+            expected.append(1 + length + there if in_document and offset < 0 else 0)
+    return expected
+
+
+@pytest.mark.parametrize('offset', OFFSETS)
+@pytest.mark.parametrize(
+    'every, doc_ids', [(1, 10 * [0]), (2, 10 * [0]), (1, [0, 0, 0, 1, 1, 1, 1, 1, 1, 2])]
+)
+def test_a_noisy_token_stands_beside_its_block_and_the_clean_text_before_it(every, doc_ids, offset):
+    tokens, several = torch.zeros(1, 10, dtype=torch.long), len(set(doc_ids)) > 1
+    streams = TwoStreams(tokens, 3, torch.tensor([doc_ids]) if several else None, every, first=1)
+    numbers = torch.cat([streams.noisy, torch.arange(10, 20)]) + 1.0  # of the positions of the streams
+    (beside,) = streams.near(numbers[None, :, None], (offset,))
+    assert beside[0, :, 0].tolist() == beside_by_hand(streams, doc_ids, 3, offset)
+
+
+@pytest.mark.parametrize('offset', OFFSETS)
+def test_documents_of_a_row_do_not_stand_beside_each_other(offset):
+    doc_ids = [0, 0, 0, 1, 1, 1, 2]
+    for mask in (DocumentMask(torch.tensor([doc_ids]), False), DocumentMask(torch.tensor([doc_ids]), True)):
+        (beside,) = mask.near(torch.arange(1.0, 8)[None, :, None], (offset,))
+        there = [i + offset for i in range(7)]
+        expected = [j + 1 if 0 <= j < 7 and mask.mask[0, 0, i, j] else 0 for i, j in enumerate(there)]
+        assert beside[0, :, 0].tolist() == expected
