@@ -19,7 +19,6 @@ from torch.utils.checkpoint import checkpoint
 
 from lm.kernels import WeightedSum, linear, put, take
 from lm.layers import (  # noqa: F401
-    OFFSETS,
     AttentionMask,
     Block,
     DocumentMask,
@@ -89,11 +88,10 @@ class Transformer(nn.Module):
         if config.embedding_shortcuts:  # a layer's input is a sum of stream and embedding
             self.residual_scale = nn.Parameter(torch.ones(config.n_layer))
             self.embedding_scale = nn.Parameter(torch.zeros(config.n_layer))
-        if config.reads_neighbours:  # and of the embeddings beside each position, per channel
-            self.before_scale = nn.Parameter(torch.zeros(config.n_layer, 2, config.n_embd))
-            self.after_scale = (
-                None if self.causal else nn.Parameter(torch.zeros(config.n_layer, 2, config.n_embd))
-            )
+        if config.neighbours:  # and of the embeddings beside each position, by channel
+            shape = config.n_layer, config.neighbours, config.n_embd
+            self.before_scale = nn.Parameter(torch.zeros(shape))
+            self.after_scale = None if self.causal else nn.Parameter(torch.zeros(shape))
         self.norm = nn.Identity() if config.norm_after else make_norm(config)
         self.attn_mask = None  # (T, T): in training, overrides what `causal` says
         for name, table in self.tables().items():
@@ -134,8 +132,9 @@ class Transformer(nn.Module):
     @classmethod
     def new_weights(cls, config):
         """Return {name: tensor} of the parameters that a checkpoint of another architecture lacks."""
-        has_after = config.reads_neighbours and not cls.causal
-        return {'after_scale': torch.zeros(config.n_layer, 2, config.n_embd)} if has_after else {}
+        shape = config.n_layer, config.neighbours, config.n_embd
+        has_after = config.neighbours and not cls.causal
+        return {'after_scale': torch.zeros(shape)} if has_after else {}
 
     def num_parameters(self):
         """Count parameters, without the rows of <|mask|>, <|ignore|> and padding."""
@@ -177,7 +176,7 @@ class Transformer(nn.Module):
             rope = self.rope[:, positions]  # (2, T, D) or (2, B, T, D)
             rope = tuple(rope if rope.dim() == 3 else rope.unsqueeze(2))
         x0 = x = self.dropout(x)
-        beside, scales = self.neighbours(x0, cache) if c.reads_neighbours else ([], [()] * c.n_layer)
+        beside, scales = self.beside(x0, cache) if c.neighbours else ([], [()] * c.n_layer)
         for layer, block in enumerate(self.blocks):
             if c.embedding_shortcuts:
                 x = self.residual_scale[layer] * x + self.embedding_scale[layer] * x0
@@ -189,10 +188,13 @@ class Transformer(nn.Module):
             x = torch.cat([x[:, :1], x[:, :-1]], 1)
         return x if self.project_out is None else self.project_out(x)
 
-    def neighbours(self, x0, cache):
+    def beside(self, x0, cache):
         """Return the embeddings beside each of x0 (B, T, C), N times (B, T, C), and each layer's scales of them (n_layer, N, C)."""
-        scales = self.before_scale if self.causal else torch.cat([self.before_scale, self.after_scale], 1)
-        return cache.near(x0, OFFSETS[: scales.size(1)]), scales
+        near = range(1, self.config.neighbours + 1)
+        offsets, scales = [-i for i in near], self.before_scale
+        if not self.causal:
+            offsets, scales = [*offsets, *near], torch.cat([scales, self.after_scale], 1)
+        return cache.near(x0, offsets), scales
 
     def head_weight(self):
         return (self.embedding if self.unembedding is None else self.unembedding).weight

@@ -36,7 +36,7 @@ mlp = 'relu2'  # relu2, relu, gelu, gelu_tanh or swiglu
 bias = False  # in linear layers and LayerNorm
 qk_norm = True  # RMS-normalised queries and keys
 embedding_shortcuts: bool = None  # each layer reads the embedding again; None: where norm=rms
-reads_neighbours: bool = None  # each layer reads the embeddings beside its position; None: where norm=rms
+neighbours: int = None  # each layer reads so many embeddings on each side; None: 8 where norm=rms, else 0
 logit_softcap = 15.0  # 0: none
 mask_ratio = (0.0, 1.0)  # diffusion: the lowest and the highest in training; evaluation integrates over all
 block_length = (0,)  # diffusion: tokens per block, several: one is drawn for each step; 0: the whole row
@@ -96,7 +96,7 @@ config = configure(globals())
 # The shape of the model: keys that go to ModelConfig as they are. A run keeps it and what else is FIXED; everything
 # else may change when it is resumed, and the change is printed.
 SHAPE = 'n_layer n_head n_embd n_kv_head block_size norm position mlp bias qk_norm logit_softcap'.split()
-SHAPE += ['embedding_shortcuts', 'reads_neighbours']
+SHAPE += ['embedding_shortcuts', 'neighbours']
 BLOCKS = ['block_length', 'ar_weight']  # may be others than those of the weights that a run starts from
 FREE_SHAPE = ['dropout', 'gradient_checkpointing', 'selective_checkpointing']
 FIXED = 'architecture mode model_size optimizer fsdp master_weights seed anneal_steps'.split()

@@ -3,10 +3,6 @@
 import torch
 import torch.nn.functional as F
 
-from lm.layers import OFFSETS
-
-FAR = max(OFFSETS)
-
 
 class KVCache:
     """Keys and values of each row so far, `lengths` (B,) tokens, in buffers of `size` tokens.
@@ -18,7 +14,7 @@ class KVCache:
 
     def __init__(self, rows, size, device):
         self.buffers = {}  # by layer: keys and values, (B, H, size, D) each
-        self.embeddings = None  # (B, FAR + size, C), where layers read those of neighbours
+        self.embeddings = None  # (B, N + size, C), N zeros first, where layers read N before each
         self.size = size
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self.even, self.longest = True, 0  # whether all lengths are equal: known without asking the device
@@ -54,16 +50,17 @@ class KVCache:
         return keys[:, :, :end], values[:, :, :end], None, False
 
     def near(self, x, offsets):
-        """Store embeddings x (B, T, C); return for each offset, from -FAR to -1, what stands so far before each of them."""
+        """Store embeddings x (B, T, C); return those that stand 1, 2, ... N before each, for offsets -1, -2, ... -N."""
+        far = len(offsets)
         if self.embeddings is None:
-            self.embeddings = x.new_zeros(x.size(0), FAR + self.size, x.size(2))  # zeros before them
+            self.embeddings = x.new_zeros(x.size(0), far + self.size, x.size(2))
         if not self.fixed and self.longest == 0:
-            self.embeddings[:, FAR : FAR + x.size(1)] = x
-            return [self.embeddings[:, FAR + offset : FAR + offset + x.size(1)] for offset in offsets]
-        rows, here = torch.arange(len(x), device=x.device), FAR + self.lengths
+            self.embeddings[:, far : far + x.size(1)] = x
+            return [self.embeddings[:, far + offset : far + offset + x.size(1)] for offset in offsets]
+        rows, here = torch.arange(len(x), device=x.device), far + self.lengths
         self.embeddings[rows, here] = x[:, 0]
-        there = here + torch.tensor(offsets, device=x.device).unsqueeze(1)  # (N, B)
-        return self.embeddings[rows, there].unsqueeze(2).unbind()
+        before = here - torch.arange(1, far + 1, device=x.device).unsqueeze(1)  # (N, B)
+        return self.embeddings[rows, before].unsqueeze(2).unbind()
 
     def put(self, keys, values, k, v, end):
         """Store one token of each row at its own position; each row attends to its own tokens below `end`."""
@@ -106,8 +103,7 @@ class BlockCache:
         see_noisy[clean:] = True
         self.mask = torch.cat([torch.cat([causal, before]), see_noisy], 1)  # (queries, keys)
         end = self.length + clean
-        slots = range(self.length, end), range(end, end + size)
-        self.neighbours = {offset: self.beside(offset, begin, *slots) for offset in OFFSETS}
+        self.slots = begin, range(self.length, end), range(end, end + size)
 
     def positions(self, length):
         return self.index
@@ -125,7 +121,7 @@ class BlockCache:
         self.new['embeddings'] = (x.unsqueeze(1),)  # (B, 1, T, C): kept like keys and values
         (all_x,) = self.with_past('embeddings')
         x = F.pad(all_x.squeeze(1), (0, 0, 0, 1))  # 0 behind clean and noisy ones
-        return [x.index_select(1, self.neighbours[offset]) for offset in offsets]
+        return [x.index_select(1, self.beside(offset, *self.slots)) for offset in offsets]
 
     def beside(self, offset, begin, clean, noisy):
         """Return the index, in clean tokens, noisy ones and a 0, of what stands beside each of a pass's positions."""

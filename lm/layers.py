@@ -5,7 +5,7 @@ Torch only.
 
 import math
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn as nn
@@ -22,7 +22,6 @@ ACTIVATIONS = {
     'swiglu': F.silu,  # of the gate (Shazeer 2020)
 }
 
-OFFSETS = (-1, -2, 1, 2)  # of the neighbours of a position: those after it are for bidirectional models
 CHOICES = {'norm': ('rms', 'rms_gain', 'layer'), 'position': ('rope', 'learned'), 'mlp': tuple(ACTIVATIONS)}
 
 
@@ -46,8 +45,8 @@ class ModelConfig:
     bias: bool = False  # in linear layers and LayerNorm
     qk_norm: bool = True  # RMS-normalised queries and keys
     embedding_shortcuts: bool = None  # each layer reads the embedding again; None: where norm='rms'
-    reads_neighbours: bool = (
-        None  # each layer reads the embeddings beside its position; None: where norm='rms'
+    neighbours: int = (
+        None  # each layer reads so many embeddings on each side; None: 8 where norm='rms', else 0
     )
     logit_softcap: float = 15.0  # logits are squashed into ±this by tanh; 0: they are not
     rope_theta: float = 10000.0
@@ -75,9 +74,10 @@ class ModelConfig:
         self.mlp_width = 4 * self.n_embd if self.mlp_width is None else self.mlp_width
         self.qkv_bias = self.bias if self.qkv_bias is None else self.qkv_bias
         self.embedding_width = self.embedding_width or self.n_embd
-        for name in ('embedding_shortcuts', 'reads_neighbours'):
-            if getattr(self, name) is None:
-                setattr(self, name, self.norm == 'rms')
+        if self.embedding_shortcuts is None:
+            self.embedding_shortcuts = self.norm == 'rms'
+        if self.neighbours is None:
+            self.neighbours = 8 if self.norm == 'rms' else 0
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             check(value in choices, f'{name} is {value!r}; choose {" or ".join(choices)}.')
@@ -91,6 +91,7 @@ class ModelConfig:
         self.block_length = tuple(self.block_length)
         possible = self.block_length and all(type(x) is int and x >= 0 for x in self.block_length)
         check(possible, f'block_length is {self.block_length}; give numbers of tokens, 0 for the whole row.')
+        check(self.neighbours >= 0, f'neighbours is {self.neighbours}; it must be at least 0.')
         check(self.ar_weight >= 0, f'ar_weight is {self.ar_weight}; it must be at least 0.')
         heads = f'n_head={self.n_head}'
         check(self.n_head % self.n_kv_head == 0, f'{heads} is no multiple of n_kv_head={self.n_kv_head}.')
@@ -254,12 +255,12 @@ class TwoStreams(AttentionMask):
         if self.every > 1:
             mask, self.index = mask[kept][:, kept], self.index[kept]
         super().__init__(mask if doc_ids is None else mask.unsqueeze(1))
-        self.neighbours = {offset: self.beside(offset, position, kept) for offset in OFFSETS}
+        self.beside = cache(partial(self.beside, position, kept))
 
     def positions(self, length):
         return self.index
 
-    def beside(self, offset, position, kept):
+    def beside(self, position, kept, offset):
         """Return the index, of the streams with a zero behind them, of what stands beside each of their positions.
 
         A noisy token stands beside those of its block, after the clean ones of the block before; a clean one after clean ones.
@@ -277,7 +278,7 @@ class TwoStreams(AttentionMask):
 
     def near(self, x, offsets):
         x = F.pad(x, (0, 0, 0, 1))
-        return [take_positions(x, self.neighbours[offset]) for offset in offsets]
+        return [take_positions(x, self.beside(offset)) for offset in offsets]
 
     def whole_tokens(self, t, noise, maskable):
         """Return mask ratios and noise that mask a whole number of the maskable tokens (B, T) of each block.

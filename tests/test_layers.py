@@ -7,7 +7,7 @@ import torch
 from conftest import random_model
 
 from lm import optim
-from lm.layers import OFFSETS, AttentionMask, DocumentMask, TwoStreams, rope_table
+from lm.layers import AttentionMask, DocumentMask, TwoStreams, rope_table
 
 SHAPE = dict(vocab_size=30, block_size=16, n_layer=1, n_head=2, n_embd=16, mask_id=28, ignore_id=29)
 CAUSAL = torch.ones(16, 16, dtype=torch.bool).tril()
@@ -98,7 +98,7 @@ def beside_by_hand(streams, doc_ids, block_length, offset):
     return expected
 
 
-@pytest.mark.parametrize('offset', OFFSETS)
+@pytest.mark.parametrize('offset', [-4, -1, 1, 2])
 @pytest.mark.parametrize(
     'every, doc_ids', [(1, 10 * [0]), (2, 10 * [0]), (1, [0, 0, 0, 1, 1, 1, 1, 1, 1, 2])]
 )
@@ -110,7 +110,7 @@ def test_a_noisy_token_stands_beside_its_block_and_the_clean_text_before_it(ever
     assert beside[0, :, 0].tolist() == beside_by_hand(streams, doc_ids, 3, offset)
 
 
-@pytest.mark.parametrize('offset', OFFSETS)
+@pytest.mark.parametrize('offset', [-4, -1, 1, 2])
 def test_documents_of_a_row_do_not_stand_beside_each_other(offset):
     doc_ids = [0, 0, 0, 1, 1, 1, 2]
     for mask in (DocumentMask(torch.tensor([doc_ids]), False), DocumentMask(torch.tensor([doc_ids]), True)):

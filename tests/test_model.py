@@ -7,7 +7,7 @@ import torch
 from conftest import random_model
 
 import model as model_module
-from lm.layers import OFFSETS, rope_table, rotate
+from lm.layers import rope_table, rotate
 from model import ARCHITECTURES, SIZES, ModelConfig
 
 GPT2 = dict(norm='layer', position='learned', mlp='gelu', bias=True, qk_norm=False, logit_softcap=0)
@@ -305,7 +305,7 @@ def test_parameter_counts_are_nanogpts():
     assert model.num_parameters() == 795_904 + 64 * 128  # nanoGPT leaves the positions out of its figure
     shape = {**nanogpt_shape(), 'vocab_size': 68}  # three special rows, one of which is text
     native = ARCHITECTURES['ar'](ModelConfig(**shape, mask_id=66, ignore_id=67))
-    shortcuts = 2 * 4 + 4 * len(OFFSETS) // 2 * 128
+    shortcuts = 2 * 4 + 4 * 8 * 128
     assert native.num_parameters() == (12 * 4 + 2) * 128**2 + 66 * 128 + shortcuts
 
 
@@ -343,9 +343,7 @@ def test_sizes(size, millions):
     config = ModelConfig(32768, n_layer=n_layer, n_head=n_head, n_embd=n_embd, mask_id=1, ignore_id=2)
     with torch.device('meta'):
         model = ARCHITECTURES['diffusion'](config)
-    assert model.num_parameters() == 12.5 * n_layer * n_embd**2 + 32766 * n_embd + n_layer * (
-        2 + len(OFFSETS) * n_embd
-    )
+    assert model.num_parameters() == 12.5 * n_layer * n_embd**2 + 32766 * n_embd + n_layer * (2 + 16 * n_embd)
     assert model.num_parameters() / 1e6 == pytest.approx(millions, rel=0.01)
 
 
