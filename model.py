@@ -181,7 +181,7 @@ class Transformer(nn.Module):
             if c.embedding_shortcuts:
                 x = self.residual_scale[layer] * x + self.embedding_scale[layer] * x0
             for scale, neighbour in zip(scales[layer], beside):
-                x = torch.addcmul(x, scale, neighbour)
+                x = x if neighbour is None else torch.addcmul(x, scale, neighbour)
             x = block(x, x0, rope, cache)
         x = self.norm(x)
         if c.shift and not self.causal:  # to where its prediction is; nothing predicts the first token

@@ -178,8 +178,8 @@ class AttentionMask:
         return k, v, self.mask, self.is_causal
 
     def near(self, x, offsets):
-        """Return for each offset what stands so many positions after, or before, each of x (B, T, C); 0 for what it does not
-        attend to."""
+        """Return for each offset what stands so many positions after, or before, each of x (B, T, C): 0 where that is not
+        attended to, None where it never is."""
         return [self.moved(x, offset) for offset in offsets]
 
     def moved(self, x, offset):
@@ -278,7 +278,8 @@ class TwoStreams(AttentionMask):
 
     def near(self, x, offsets):
         x = F.pad(x, (0, 0, 0, 1))
-        return [take_positions(x, self.beside(offset)) for offset in offsets]
+        possible = [offset < self.block_length for offset in offsets]  # within a block
+        return [take_positions(x, self.beside(i)) if fits else None for i, fits in zip(offsets, possible)]
 
     def whole_tokens(self, t, noise, maskable):
         """Return mask ratios and noise that mask a whole number of the maskable tokens (B, T) of each block.

@@ -27,7 +27,7 @@ from conftest import (
 
 import hf
 import model as models
-from lm import checkpoints, lora, prompts
+from lm import checkpoints, configurator, lora, prompts
 from lm.configurator import ROOT, UserError
 from lm.prompts import FORMATS
 from lm.tokenizer import CHARACTERS, Tokenizer, byte_level
@@ -150,6 +150,41 @@ def chat_tokenizer(folder, **settings):
     settings = {'bos_token': '<s>', 'eos_token': '</s>', 'pad_token': '<pad>', **settings}
     (folder / 'tokenizer_config.json').write_text(json.dumps(settings))
     return tokenizer
+
+
+TEMPLATES = {
+    'with a start token': '{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content | trim }}{{ eos_token }}{% endfor %}'
+    '{% if add_generation_prompt %}[assistant] {% endif %}',
+    'without': "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+}
+
+
+@pytest.mark.parametrize('template', TEMPLATES.values(), ids=TEMPLATES)
+def test_a_folder_is_asked_by_its_own_chat_template(template, tmp_path, capsys, monkeypatch):
+    theirs = hf_model('llama', tmp_path, vocab_size=300)
+    chat_tokenizer(tmp_path)
+    (tmp_path / 'chat_template.jinja').write_text(template)
+    reader = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    messages = [dict(role='system', content='Be brief.'), dict(role='user', content='the cat?')]
+    ids = reader.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors='pt', return_dict=False
+    )
+    checkpoint = checkpoints.load(tmp_path)
+    tokenizer, form = Tokenizer(checkpoint['tokenizer']), checkpoint['prompt_format']
+    start = prompts.start_of(form, tokenizer, checkpoint['start_token'])
+    asked = [start] + prompts.encode(tokenizer, form, [('the cat?', '', None)], 'Be brief.')[0]
+    assert asked == ids[0].tolist()
+    never = [tokenizer.mask_id, *range(tokenizer.ignore_id, 300)]
+    written = theirs.generate(ids, max_new_tokens=9, do_sample=False, eos_token_id=299, suppress_tokens=never)
+    options = '--chat --prompt=the~cat? --system=Be~brief. --temperature=0 --num_samples=1 --max_new_tokens=9'
+    options = [option.replace('~', ' ') for option in options.split()] + ['--stop_at_end=False']
+    monkeypatch.setattr(sys, 'argv', ['sample.py', f'--checkpoint={tmp_path}', '--device=cpu', *options])
+    runpy.run_path(str(ROOT / 'sample.py'), run_name='__main__')
+    printed = capsys.readouterr().out
+    answer = tokenizer.decode(written[0, len(asked) :]).strip()
+    assert printed.split(80 * '-')[1].strip('\n') == configurator.printable(answer)
+    assert 'default format' not in printed
 
 
 @pytest.mark.faults
