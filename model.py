@@ -358,7 +358,7 @@ class Diffusion(Transformer):
             block_length = self.block_length
         if 0 < block_length < length or c.ar_weight:
             noisy_blocks = self.noisy_blocks if self.training else (1, 0)
-            return TwoStreams(tokens, block_length or length, doc_ids, *noisy_blocks)
+            return TwoStreams(tokens, block_length or length, doc_ids, *noisy_blocks, c.neighbours)
 
     def mask_ratio(self, noise, streams=None):
         """Return the probability t (B, 1), or of each block (B, T), that a token is masked; noise: (B, 1 + T).

@@ -5,4 +5,5 @@ dataset = 'books'
 mode = 'packed'
 block_size = 128
 batch_size = 32
+learning_rate = 6e-3
 max_steps = 600

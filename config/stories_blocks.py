@@ -3,4 +3,4 @@ include('stories.py')
 architecture = 'diffusion'
 block_length = (4,)
 ar_weight = 2.0
-max_steps = 650
+max_steps = 585

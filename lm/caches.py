@@ -85,12 +85,8 @@ class BlockCache:
     """Keys and values of clean tokens, `length` of them; a pass reads clean tokens that follow, a noisy block, or both."""
 
     def __init__(self, device):
-        self.past, self.new, self.length, self.device = (
-            {},
-            {},
-            0,
-            device,
-        )  # by layer: tensors (B, H, length, D)
+        self.past, self.new = {}, {}  # by layer: keys and values, or the embeddings, (B, H, length, D) each
+        self.length, self.device = 0, device
 
     def plan(self, clean, begin, size):
         """Prepare for a pass over `clean` tokens and a noisy block of `size` that begins at position `begin`."""
@@ -121,15 +117,16 @@ class BlockCache:
         self.new['embeddings'] = (x.unsqueeze(1),)  # (B, 1, T, C): kept like keys and values
         (all_x,) = self.with_past('embeddings')
         x = F.pad(all_x.squeeze(1), (0, 0, 0, 1))  # 0 behind clean and noisy ones
-        return [x.index_select(1, self.beside(offset, *self.slots)) for offset in offsets]
+        index = torch.tensor([self.beside(offset, *self.slots) for offset in offsets], device=self.device)
+        return x[:, index].unbind(1)  # (B, N, T, C)
 
     def beside(self, offset, begin, clean, noisy):
-        """Return the index, in clean tokens, noisy ones and a 0, of what stands beside each of a pass's positions."""
+        """List where, in clean tokens, noisy ones and a 0, that stands which is beside each of a pass's positions."""
         slots = [i + offset if offset < 0 <= i + offset else noisy.stop for i in clean]
         for i in noisy:
             in_text = begin + i - noisy.start + offset if offset < 0 else -1
             slots.append(i + offset if i + offset in noisy else in_text if in_text >= 0 else noisy.stop)
-        return torch.tensor(slots, dtype=torch.long, device=self.device)
+        return slots
 
     def keep(self, count):
         """Keep the first `count` clean tokens of the last pass."""

@@ -5,7 +5,7 @@ Torch only.
 
 import math
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -45,9 +45,7 @@ class ModelConfig:
     bias: bool = False  # in linear layers and LayerNorm
     qk_norm: bool = True  # RMS-normalised queries and keys
     embedding_shortcuts: bool = None  # each layer reads the embedding again; None: where norm='rms'
-    neighbours: int = (
-        None  # each layer reads so many embeddings on each side; None: 8 where norm='rms', else 0
-    )
+    neighbours: int = None  # on each side whose embeddings each layer reads; None: 8 where norm='rms', else 0
     logit_softcap: float = 15.0  # logits are squashed into ±this by tanh; 0: they are not
     rope_theta: float = 10000.0
     rope_scaling: dict = None  # arguments of lm.layers.scale_rope
@@ -229,7 +227,7 @@ class TwoStreams(AttentionMask):
     leaves a noisy copy to each so-many-th block only, from number `first` on.
     """
 
-    def __init__(self, tokens, block_length, doc_ids=None, every=1, first=0):
+    def __init__(self, tokens, block_length, doc_ids=None, every=1, first=0, neighbours=0):
         length, device = tokens.size(1), tokens.device
         index = torch.arange(length, device=device)
         self.block_length, self.every = block_length, 1
@@ -255,7 +253,8 @@ class TwoStreams(AttentionMask):
         if self.every > 1:
             mask, self.index = mask[kept][:, kept], self.index[kept]
         super().__init__(mask if doc_ids is None else mask.unsqueeze(1))
-        self.beside = cache(partial(self.beside, position, kept))
+        offsets = [*range(-neighbours, 0), *range(1, min(neighbours, block_length - 1) + 1)]
+        self.neighbours = {offset: self.beside(position, kept, offset) for offset in offsets}
 
     def positions(self, length):
         return self.index
@@ -277,9 +276,8 @@ class TwoStreams(AttentionMask):
         return slot[both[..., kept]]
 
     def near(self, x, offsets):
-        x = F.pad(x, (0, 0, 0, 1))
-        possible = [offset < self.block_length for offset in offsets]  # within a block
-        return [take_positions(x, self.beside(i)) if fits else None for i, fits in zip(offsets, possible)]
+        x, known = F.pad(x, (0, 0, 0, 1)), self.neighbours
+        return [take_positions(x, known[offset]) if offset in known else None for offset in offsets]
 
     def whole_tokens(self, t, noise, maskable):
         """Return mask ratios and noise that mask a whole number of the maskable tokens (B, T) of each block.
