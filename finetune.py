@@ -51,7 +51,6 @@ peft_lora_r = 64
 peft_lora_alpha = 16.0
 peft_lora_dropout = 0.0
 peft_targets = ''  # names of linear layers, with commas between them; empty: all within the blocks
-use_dora = False  # DoRA: magnitude and direction apart
 load_in_8bit = False  # the frozen weights as int8
 load_in_4bit = False  # the frozen weights as NF4
 # --- optimization ---
@@ -100,15 +99,15 @@ config = configure(globals())
 # A run keeps what is FIXED; everything else may change when it is resumed, and the change is printed.
 FIXED = (
     'architecture block_size packing train_on_prompt init_from model_size use_peft peft_lora_r peft_lora_alpha '
-    'peft_targets use_dora load_in_8bit load_in_4bit optimizer fsdp master_weights seed anneal_steps block_length ar_weight'
+    'peft_targets load_in_8bit load_in_4bit optimizer fsdp master_weights seed anneal_steps block_length ar_weight'
 ).split()
 BLOCKS = ['block_length', 'ar_weight']
 
 runtime.check_settings(config)
 resumed = checkpoints.resume(globals(), config, FIXED)
 require(not (load_in_8bit and load_in_4bit), 'load_in_8bit and load_in_4bit exclude each other; choose one.')
-require_peft = load_in_8bit or load_in_4bit or use_dora
-require(use_peft or not require_peft, 'Quantized weights and use_dora are for adapters; add --use_peft.')
+is_quantized = load_in_8bit or load_in_4bit
+require(use_peft or not is_quantized, 'Quantized weights are for adapters; add --use_peft.')
 require(learning_rate, 'learning_rate is 0, so nothing would be trained; 2e-5 is usual for all weights.')
 require(init_from, 'init_from is empty; give --init_from=CHECKPOINT, a hub id, or --init_from=scratch.')
 require(dataset, 'There is nothing to learn from; give --dataset=NAME, a folder of prepare/instruct.py.')
@@ -173,9 +172,9 @@ if use_peft:
     checksums = [zlib.crc32(x.flatten().view(torch.uint8).numpy()) for x in raw_model.state_dict().values()]
     folder.fingerprint[f'the weights of {init_from}'] = checksums
     targets = tuple(name.strip() for name in peft_targets.split(',')) if peft_targets else ()
-    if load_in_8bit or load_in_4bit:
+    if is_quantized:
         quantize.quantize(raw_model, bits=8 if load_in_8bit else 4)
-    lora.add_lora(raw_model, peft_lora_r, peft_lora_alpha, peft_lora_dropout, targets, use_dora)
+    lora.add_lora(raw_model, peft_lora_r, peft_lora_alpha, peft_lora_dropout, targets)
     if initial.get('converted_from'):
         lora.train_new_embeddings(raw_model)
     if dist.dtype == 'bfloat16':  # as autocast would for each matmul

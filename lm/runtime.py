@@ -33,7 +33,7 @@ RANGES = [  # settings that are at least the first number and below the second
 NEEDS = {  # settings that have no effect where the first one is not set
     'save_every': 'save_total_limit',
     'use_peft': 'peft_lora_r peft_lora_alpha peft_lora_dropout peft_targets',
-    'lora_rank': 'lora_alpha lora_dropout lora_dora',
+    'lora_rank': 'lora_alpha lora_dropout',
 }
 
 
