@@ -259,8 +259,7 @@ for name, examples in sets.items():
 
 def checkpoint():
     """Return the trunk as all scripts know it, adapters merged, and the head."""
-    state = checkpoints.contents(trunk, step, best, config, vocabulary, start_token, None)
-    state['came_with'] = initial and initial.get('came_with')  # of a pretrained folder, for exports
+    state = checkpoints.contents(trunk, step, best, config, initial, vocabulary, start_token, None)
     state.update(model_state_dict=trunk.state_dict(), head_state_dict=raw_classifier.head.state_dict())
     if lora_rank:
         merged = copy.deepcopy(trunk)

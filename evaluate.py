@@ -131,10 +131,8 @@ has_answers = folder.masks['val'] is not None
 remedy = 'leave instructions out of --metrics, or give an instruction folder as --dataset'
 require(has_answers or 'instructions' not in wanted, f'{folder.path} has no val_masks.bin; {remedy}.')
 is_stories = 'floor' in folder.config
-require(
-    is_stories or 'infilling' not in wanted,
-    f'{folder.path} holds no stories of prepare/grammar.py; leave infilling out of --metrics.',
-)
+problem = f'{folder.path} holds no stories of prepare/grammar.py'
+require(is_stories or 'infilling' not in wanted, f'{problem}; leave infilling out of --metrics.')
 
 smallest = min(state['model_config']['block_size'] for state in states)
 block_size = block_size or smallest
@@ -303,11 +301,8 @@ def evaluate_instructions(model, state):
 def request_figures(answers):
     """Return the share of [(answer, wishes)] that are stories, and that are those asked for, in known words and new ones."""
     judged = [story_tasks.follows(wishes, answer) for answer, wishes in answers]
-    shares = {'valid_stories': [valid for valid, _ in judged]}
-    shares |= {
-        'followed': [met for _, met in judged[::2]],
-        'followed_new_words': [met for _, met in judged[1::2]],
-    }
+    valid, met = zip(*judged) if judged else ((), ())
+    shares = {'valid_stories': valid, 'followed': met[::2], 'followed_new_words': met[1::2]}
     figures = {}
     for name, passed in shares.items():
         figures[name], figures[f'{name}_ci95'] = scoring.share_ci(passed)
@@ -362,10 +357,9 @@ def hide_parts(start_token):
         spans = story_tasks.gaps(text, random.Random(int(document)), 1 + len(rows) % MAX_GAPS)
         if len(offsets) == len(ids) - 1 < block_size - 1:
             rows.append([start_token, *ids])
-            touched = [
-                [i for i, (a, b) in enumerate(offsets, 1) if a < end and start < b] for start, end in spans
-            ]
-            gaps.append([(tokens[0], tokens[-1] + 1) for tokens in touched])
+            starts, ends = np.array(offsets).T
+            touched = [1 + np.flatnonzero((starts < end) & (start < ends)) for start, end in spans]
+            gaps.append([(int(tokens[0]), int(tokens[-1]) + 1) for tokens in touched])
     return rows, gaps
 
 
@@ -406,9 +400,8 @@ def answer_exercises(model, state, form, end):
         if len(ids) <= block_size // 2:
             asked.append((len(ids), number, ids, checks))
     asked.sort(key=lambda one: one[:2])  # so that batches have room for answers
-    texts = [
-        tokenizer.decode(row).strip() for row in write_texts(model, [ids for *_, ids, _ in asked], [end])
-    ]
+    rows = write_texts(model, [ids for *_, ids, _ in asked], [end])
+    texts = (tokenizer.decode(row).strip() for row in rows)
     answers = {number: (text, checks) for text, (_, number, _, checks) in zip(texts, asked)}
     return [answers[number] for number in sorted(answers)]
 

@@ -121,9 +121,7 @@ if push_to_hub:
 store = checkpoints  # keeps weights and the state of training
 if fsdp:
     from lm import sharded as store  # slow to import
-if master_weights == 'bfloat16' and dtype == 'auto':
-    dtype = 'bfloat16'
-dist = runtime.Runtime(device, dtype)
+dist = runtime.Runtime(device, dtype, master_weights)
 if not resumed.checkpoint:
     base = partial(checkpoints.tokenizer_of, init_from, token, revision)
     dataset = config['dataset'] = dist.from_main(lambda: prepared(dataset, field, block_size, base))
@@ -270,9 +268,8 @@ log.print(
 
 def checkpoint():
     """Return what the other scripts need to use the model, but for its weights."""
-    start_token = folder.config['start_token']
-    state = checkpoints.contents(raw_model, step, best, config, tokenizer, start_token, prompt_format)
-    state['came_with'] = initial.get('came_with')  # of a pretrained folder, for exports
+    texts = tokenizer, folder.config['start_token'], prompt_format
+    state = checkpoints.contents(raw_model, step, best, config, initial, *texts)
     if use_peft:
         state['adapter_state_dict'] = {name: p.detach() for name, p in trainable.items()}
     return state
@@ -366,7 +363,6 @@ while not stopping and not is_finished():
         metrics = runtime.means('train', dist.total(sums))
         runtime.check_finite(metrics['train/loss'], step, learning_rate)
         metrics |= {'train/lr': lr, 'train/grad_norm': grad_norm.item(), 'train/epoch': batches.epoch(step)}
-        metrics |= {'train/k': beliefs['k']} if beliefs else {}
         metrics |= speed.metrics(step)
         log.progress(step, max_steps, metrics, speed.seconds_per_step)
     if evaluating:

@@ -92,7 +92,9 @@ def load_state_dict(tensors, family, architecture, config, source):
     tensors = {without_prefix(name): tensor for name, tensor in tensors.items()}
     used = {'lm_head.weight'} if config.tied else set()  # a copy of the embedding
     state_dict, faults = {}, []
-    for name, shape in shapes_of(architecture, config).items():
+    with torch.device('meta'):  # names and shapes alone
+        expected = architecture(config).state_dict()
+    for name, weight in expected.items():
         hf_name, qkv_index, transposed = families.hf_name(name, family)
         used.add(without_prefix(hf_name))
         tensor = found = tensors.get(without_prefix(hf_name))
@@ -105,7 +107,7 @@ def load_state_dict(tensors, family, architecture, config, source):
         if is_table and len(tensor) == config.pretrained_rows < config.padded_vocab_size:
             mean = tensor.float().mean(0, keepdim=True).to(tensor.dtype)
             tensor = torch.cat([tensor, mean.expand(config.padded_vocab_size - len(tensor), -1)])
-        if tensor.shape != shape:
+        if tensor.shape != weight.shape:
             faults.append(f'of another shape: {hf_name} {tuple(found.shape)}')
         state_dict[name] = tensor
 
@@ -113,12 +115,6 @@ def load_state_dict(tensors, family, architecture, config, source):
     listed = '; '.join(faults[:3])
     require(not faults, f'The weights of {source} do not fit its config ({listed}); download it again.')
     return state_dict
-
-
-def shapes_of(architecture, config):
-    """Return {name: shape} of the state dict of a model class, without making a model."""
-    with torch.device('meta'):
-        return {name: tensor.shape for name, tensor in architecture(config).state_dict().items()}
 
 
 def without_prefix(name):
