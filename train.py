@@ -6,6 +6,7 @@ torchrun --standalone --nproc_per_node=2 train.py config/shakespeare_char.py --d
 """
 
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -182,6 +183,8 @@ log.print(
 
 # ---------------------------------------------------------------------------- evaluation and checkpoints
 
+whole_weights = partial(store.whole_weights, raw_model)  # what other scripts load; all ranks take part
+
 
 def checkpoint():
     """Return what the other scripts need to use the model, but for its weights."""
@@ -195,11 +198,6 @@ def save(is_last=False):
     state = {**checkpoint(), **checkpoints.state_of_run(inputs, pending, scaler, log)}
     store.save_state(out / 'ckpt.pt', raw_model, opt, dist, state, whole_weights, is_last)
     checkpoints.copy_if_due(out, step, best.step, config, dist)
-
-
-def whole_weights():
-    """Return what other scripts load; all ranks take part."""
-    return store.whole_weights(raw_model)
 
 
 def evaluate_and_save():

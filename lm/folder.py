@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from lm.configurator import ROOT, UserError, require
-from lm.files import as_sentence
 from lm.tokenizer import Tokenizer
 
 
@@ -23,7 +22,7 @@ class Folder:
 
     def __init__(self, dataset):
         self.path = find_folder(dataset)
-        with as_sentence(f'{self.path}/config.json is damaged', 'prepare it again'):
+        try:
             self.config = json.loads((self.path / 'config.json').read_text(encoding='utf-8'))
             keys = 'dtype vocab_size name start_token prompt_format'.split()
             dtype, vocab_size, *_ = (self.config[key] for key in keys)
@@ -31,6 +30,8 @@ class Folder:
             sizes, units = self.config['splits'], ('tokens', 'documents', 'bytes')
             self.splits = {split: {unit: sizes[split][unit] for unit in units} for split in ('train', 'val')}
             self.fingerprint = dict(self.config.get('sha256') or {})  # {file: hash} when it was prepared
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f'{self.path}/config.json is damaged ({error!r}); prepare it again.') from error
         self.tokenizer = Tokenizer.load(self.path)
         size = self.tokenizer.vocab_size
         fits = f'tokenizer.json has {size} tokens, config.json says {vocab_size}'

@@ -175,32 +175,28 @@ def save_adapter(model, folder, base_name, prompt_format=None):
 def load_adapter(model, folder):
     """Put the adapter of a folder in PEFT's format on the model, to be used, trained on or merged."""
     with files.as_sentence(f'{folder} cannot be read as an adapter', 'save it again'):
-        put_on(model, folder, read_config(folder))
-
-
-def put_on(model, folder, config):
-    """Do what load_adapter promises; whatever is wrong with the files raises something."""
-    path = Path(folder) / 'adapter_model.safetensors'
-    require(not adapted_layers(model), f'The model has an adapter already; merge it before {folder}.')
-    supported = {**SUPPORTED, 'architecture': [architecture_name(model)]}
-    remedy = 'merge it into its base with PEFT'
-    for key in config.keys() - READ:
-        value, known = config[key], supported.get(key, [None])
-        is_known = value in known or value in families.ABSENT and key != 'peft_type'
-        require(is_known, f'{folder} has {key}={value!r}; only {known[0]!r} is known here; {remedy}.')
-    tensors = pretrained.read_tensors(path if path.is_file() else path.with_suffix('.bin'))
-    tensors = pretrained.current_names({name.removeprefix(PREFIX): x for name, x in tensors.items()})
-    family, _ = families.family_of(type(model), model.config)
-    family = None if any(name.startswith('blocks.') for name in tensors) else family
-    rank, dropout = config['r'], config.get('lora_dropout', 0.0)
-    alpha = config['lora_alpha'] * (math.sqrt(rank) if config.get('use_rslora') else 1)
-    for name, layer in linear_layers(model):
-        if peft_name(f'{name}.lora_A', family)[0] in tensors:
-            model.set_submodule(name, LoRALinear(layer, rank, alpha, dropout))
-    freeze_the_rest(model)
-    if 'architecture' in config:
-        train_new_embeddings(model)
-    odd, base = copy_tensors(tensors, model, family), config.get('base_model_name_or_path')
+        config = read_config(folder)
+        path = Path(folder) / 'adapter_model.safetensors'
+        require(not adapted_layers(model), f'The model has an adapter already; merge it before {folder}.')
+        supported = {**SUPPORTED, 'architecture': [architecture_name(model)]}
+        remedy = 'merge it into its base with PEFT'
+        for key in config.keys() - READ:
+            value, known = config[key], supported.get(key, [None])
+            is_known = value in known or value in families.ABSENT and key != 'peft_type'
+            require(is_known, f'{folder} has {key}={value!r}; only {known[0]!r} is known here; {remedy}.')
+        tensors = pretrained.read_tensors(path if path.is_file() else path.with_suffix('.bin'))
+        tensors = pretrained.current_names({name.removeprefix(PREFIX): x for name, x in tensors.items()})
+        family, _ = families.family_of(type(model), model.config)
+        family = None if any(name.startswith('blocks.') for name in tensors) else family
+        rank, dropout = config['r'], config.get('lora_dropout', 0.0)
+        alpha = config['lora_alpha'] * (math.sqrt(rank) if config.get('use_rslora') else 1)
+        for name, layer in linear_layers(model):
+            if peft_name(f'{name}.lora_A', family)[0] in tensors:
+                model.set_submodule(name, LoRALinear(layer, rank, alpha, dropout))
+        freeze_the_rest(model)
+        if 'architecture' in config:
+            train_new_embeddings(model)
+        odd, base = copy_tensors(tensors, model, family), config.get('base_model_name_or_path')
     require(not odd, f'The adapter {folder} does not fit ({odd}); give the base that it is for, {base!r}.')
 
 

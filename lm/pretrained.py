@@ -28,24 +28,19 @@ def load(path, token=None, revision=None):
     """Return the checkpoint of a Hugging Face folder or hub id; its tensors stay on disk until used."""
     folder = Path(path) if Path(path).is_dir() else download(path, token, revision)
     with as_sentence(f'{folder} cannot be read as a model'):
-        return read_folder(folder)
-
-
-def read_folder(folder):
-    """Return the checkpoint of a folder; whatever is wrong with it raises something."""
-    c, tensors = read_json(folder / 'config.json'), open_tensors(folder)
-    has_tokenizer = any((folder / name).is_file() for name in ('tokenizer.json', 'merges.txt'))
-    tokenizer = Tokenizer.load(folder) if has_tokenizer else None
-    if c.get('model_type') == families.NATIVE:
-        name, fields, family, tensors = c['architecture'], c['model_config'], None, current_names(tensors)
-    else:
-        name, fields, family = CAUSAL_LM, families.config_from_hf(c, folder), c['model_type']
-    told = c.get('start_token', None if tokenizer else c.get('bos_token_id'))
-    form = c.get('prompt_format') or prompts.template_of(folder)
-    is_told = isinstance(told, int) and 0 <= told < fields['vocab_size']
-    start = told if is_told else tokenizer.start_id if tokenizer else 0
-    checkpoint = as_checkpoint(name, fields, family, tensors, folder, tokenizer, start, form)
-    return {**checkpoint, 'came_with': around(folder, c, tokenizer) if tokenizer else None}
+        c, tensors = read_json(folder / 'config.json'), open_tensors(folder)
+        has_tokenizer = any((folder / name).is_file() for name in ('tokenizer.json', 'merges.txt'))
+        tokenizer = Tokenizer.load(folder) if has_tokenizer else None
+        if c.get('model_type') == families.NATIVE:
+            name, fields, family, tensors = c['architecture'], c['model_config'], None, current_names(tensors)
+        else:
+            name, fields, family = CAUSAL_LM, families.config_from_hf(c, folder), c['model_type']
+        told = c.get('start_token', None if tokenizer else c.get('bos_token_id'))
+        form = c.get('prompt_format') or prompts.template_of(folder)
+        is_told = isinstance(told, int) and 0 <= told < fields['vocab_size']
+        start = told if is_told else tokenizer.start_id if tokenizer else 0
+        checkpoint = as_checkpoint(name, fields, family, tensors, folder, tokenizer, start, form)
+        return {**checkpoint, 'came_with': around(folder, c, tokenizer) if tokenizer else None}
 
 
 def from_nanogpt(saved, path, tokenizer=None):

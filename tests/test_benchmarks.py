@@ -79,7 +79,7 @@ def test_a_missed_target_makes_the_status_1(capsys):
     [
         ('compare', ['--only=sleep'], 'sleep'),
         ('compare', ['--runs=0'], 'runs is 0'),
-        ('sample', ['--peer=no/clone'], 'no/clone is no clone .* git clone'),
+        ('compare', ['--peer=no/clone'], 'no/clone is no clone .* git clone'),
         ('gpu', ['--device=cpu', '--steps=1'], 'git clone'),
     ],
 )
@@ -112,10 +112,12 @@ def test_loss_counts_each_token_but_the_first_once(bench, letters, monkeypatch):
 @pytest.mark.slow
 def test_learning_and_working_are_compared(bench, letters, tmp_path, monkeypatch, capsys):
     clone = shutil.copytree(NANOGPT, tmp_path / 'clone', ignore=shutil.ignore_patterns('__pycache__'))
-    compare = bench('compare', f'--peer={clone}', f'--dataset={letters.path}', '--runs=1', '--rehearsal')
+    words = f'--peer={clone} --dataset={letters.path} --runs=1 --new_tokens=64 --rehearsal'.split()
+    compare = bench('compare', *words)
     monkeypatch.setattr(compare, 'WORK', {'0.8M': compare.WORK['0.8M']})
+    monkeypatch.setattr(compare, 'SHAPES', {'0.8M': compare.SHAPES['0.8M']})
     output, targets = rehearse(compare.main, capsys)
-    assert len(targets) == 5 + 1
+    assert len(targets) == 5 + 1 + 2
     sizes = re.findall(r'(nanoGPT|ours), .* loss [\d.]+, ([\d,]+) parameters', output)
     # As nanoGPT's get_num_params() counts; ours has no gains in RMSNorm, and rows that the peer has not do not count.
     assert sizes == [('nanoGPT', '795,904'), ('ours', '827,528'), ('ours', '827,528')]
@@ -123,9 +125,10 @@ def test_learning_and_working_are_compared(bench, letters, tmp_path, monkeypatch
 
 
 def test_decoding_with_the_peers_weights_gives_its_tokens(bench, monkeypatch, capsys):
-    sample = bench('sample', f'--peer={NANOGPT}', '--runs=1', '--new_tokens=64', '--block_size=66')
-    monkeypatch.setattr(sample, 'SHAPES', {'0.8M': {**sample.SHAPES['0.8M'], 'n_embd': 32}})
-    output, targets = rehearse(sample.main, capsys)
+    compare = bench('compare', f'--peer={NANOGPT}', '--only=write', '--runs=1', '--new_tokens=64')
+    shape = {**compare.SHAPES['0.8M'], 'n_embd': 32, 'block_size': 66}
+    monkeypatch.setattr(compare, 'SHAPES', {'0.8M': shape})
+    output, targets = rehearse(compare.main, capsys)
     assert len(targets) == 2 and "equal to nanoGPT's: 1.000" in output
 
 
