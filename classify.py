@@ -64,7 +64,6 @@ train_final_norm = False  # with them, the norm above the blocks
 lora_rank = 0  # train low-rank adapters and the head only; 0: none
 lora_alpha = 32.0
 lora_dropout = 0.0
-lora_dora = False  # DoRA: magnitude and direction apart
 pool = ''  # last, mean; empty: last for ar, mean for the bidirectional ones
 num_classes: int = None  # outputs of the head; 1: a single logit. None: 1 for a task, else the database's
 # --- optimization ---
@@ -110,7 +109,7 @@ config = configure(globals())
 FIXED = (
     'target_func sequence_length train_set_size test_set_size compat task train_langs eval_langs model_type '
     'val_set_size model architecture model_size n_layer n_head n_embd n_kv_head block_size num_layers_to_finetune '
-    'train_final_norm lora_rank lora_alpha lora_dora pool num_classes optimizer group_by_length seed'
+    'train_final_norm lora_rank lora_alpha pool num_classes optimizer group_by_length seed'
 ).split()
 SHAPE = ('n_layer', 'n_head', 'n_embd', 'n_kv_head')
 TASK_KEYS = 'target_func sequence_length train_set_size test_set_size compat'
@@ -207,7 +206,7 @@ if lora_rank:
     from lm import lora  # only where it is wanted
 
     trunk.requires_grad_(False)
-    lora.add_lora(trunk, lora_rank, lora_alpha, dropout=lora_dropout, dora=lora_dora)
+    lora.add_lora(trunk, lora_rank, lora_alpha, dropout=lora_dropout)
 elif num_layers_to_finetune is not None:
     classification.train_top_layers(raw_classifier, num_layers_to_finetune, train_final_norm)
 if resumed.checkpoint:
@@ -260,8 +259,7 @@ for name, examples in sets.items():
 
 def checkpoint():
     """Return the trunk as all scripts know it, adapters merged, and the head."""
-    state = checkpoints.contents(trunk, step, best, config, vocabulary, start_token, None)
-    state['came_with'] = initial and initial.get('came_with')  # of a pretrained folder, for exports
+    state = checkpoints.contents(trunk, step, best, config, initial, vocabulary, start_token, None)
     state.update(model_state_dict=trunk.state_dict(), head_state_dict=raw_classifier.head.state_dict())
     if lora_rank:
         merged = copy.deepcopy(trunk)

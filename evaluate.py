@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from lm import checkpoints, data, files, likelihood, prompts, report, rng, runtime, scoring
-from lm.configurator import ROOT, UserError, check_range, configure, printable, require, user_errors
+from lm.configurator import ROOT, check_range, configure, printable, require, user_errors
 from lm.folder import Folder
 from lm.tokenizer import ENDOFTEXT, Tokenizer
 from model import ARCHITECTURES
@@ -90,11 +90,9 @@ def read_exercises():
     if folder.config.get('source') == story_tasks.SOURCE:
         return [(asked, '', wishes) for asked, wishes in story_tasks.exercises(num_samples)]
     path = Path(instructions) if Path(instructions).exists() else ROOT / instructions
-    try:
+    with files.as_sentence(f'{path} is no list of instructions with checks', 'correct it'):
         entries = json.loads(path.read_bytes())
         exercises = [(one['instruction'], one.get('input', ''), list(one['checks'])) for one in entries]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f'{path} is no list of instructions with checks ({error!r}); correct it.') from error
     for *_, checks in exercises:
         scoring.check('', checks)  # raises for what is not a check
     return exercises
@@ -131,10 +129,8 @@ has_answers = folder.masks['val'] is not None
 remedy = 'leave instructions out of --metrics, or give an instruction folder as --dataset'
 require(has_answers or 'instructions' not in wanted, f'{folder.path} has no val_masks.bin; {remedy}.')
 is_stories = 'floor' in folder.config
-require(
-    is_stories or 'infilling' not in wanted,
-    f'{folder.path} holds no stories of prepare/grammar.py; leave infilling out of --metrics.',
-)
+problem = f'{folder.path} holds no stories of prepare/grammar.py'
+require(is_stories or 'infilling' not in wanted, f'{problem}; leave infilling out of --metrics.')
 
 smallest = min(state['model_config']['block_size'] for state in states)
 block_size = block_size or smallest
@@ -193,12 +189,13 @@ def evaluate_likelihood(model, first):
 
 def write_texts(model, heads, stop_tokens):
     """Return a continuation per head (token ids); each batch has its own seed, so that ranks can share them."""
-    rows = {}
+    rows, by_length = {}, sorted(range(len(heads)), key=lambda i: len(heads[i]))  # so that batches have room
     for start in range(dist.rank * batch_size, len(heads), dist.world_size * batch_size):
-        batch = heads[start : start + batch_size]
+        numbers = by_length[start : start + batch_size]
+        batch = [heads[i] for i in numbers]
         length = sample_tokens or block_size - max(map(len, batch))
         texts = write_batch(model, batch, length, rng.torch_seed(seed, start // batch_size), stop_tokens)
-        rows.update({start + i: text[len(head) :] for i, (text, head) in enumerate(zip(texts, batch))})
+        rows |= {i: text[len(heads[i]) :] for i, text in zip(numbers, texts)}
     if dist.world_size > 1:
         shares = [None] * dist.world_size
         torch.distributed.all_gather_object(shares, rows)
@@ -303,11 +300,8 @@ def evaluate_instructions(model, state):
 def request_figures(answers):
     """Return the share of [(answer, wishes)] that are stories, and that are those asked for, in known words and new ones."""
     judged = [story_tasks.follows(wishes, answer) for answer, wishes in answers]
-    shares = {'valid_stories': [valid for valid, _ in judged]}
-    shares |= {
-        'followed': [met for _, met in judged[::2]],
-        'followed_new_words': [met for _, met in judged[1::2]],
-    }
+    valid, met = zip(*judged) if judged else ((), ())
+    shares = {'valid_stories': valid, 'followed': met[::2], 'followed_new_words': met[1::2]}
     figures = {}
     for name, passed in shares.items():
         figures[name], figures[f'{name}_ci95'] = scoring.share_ci(passed)
@@ -315,7 +309,7 @@ def request_figures(answers):
 
 
 def heldout_examples():
-    """Return [(prompt ids, reference ids)] of num_samples held-out examples that fit the block, by length."""
+    """Return [(prompt ids, reference ids)] of num_samples held-out examples that fit the block."""
     index, examples = folder.index['val'].astype(np.int64), []
     count = min(num_samples, len(index) - 1)
     for document in np.arange(count) * (len(index) - 1) // count:
@@ -326,7 +320,7 @@ def heldout_examples():
             end = loss_mask.index(0, first)
             if 1 + end < block_size:
                 examples.append(([folder.config['start_token']] + ids[:first], ids[first:end]))
-    return sorted(examples, key=lambda example: len(example[0]))  # so that batches have room for answers
+    return examples
 
 
 def evaluate_infilling(model, state):
@@ -362,10 +356,9 @@ def hide_parts(start_token):
         spans = story_tasks.gaps(text, random.Random(int(document)), 1 + len(rows) % MAX_GAPS)
         if len(offsets) == len(ids) - 1 < block_size - 1:
             rows.append([start_token, *ids])
-            touched = [
-                [i for i, (a, b) in enumerate(offsets, 1) if a < end and start < b] for start, end in spans
-            ]
-            gaps.append([(tokens[0], tokens[-1] + 1) for tokens in touched])
+            starts, ends = np.array(offsets).T
+            touched = [1 + np.flatnonzero((starts < end) & (start < ends)) for start, end in spans]
+            gaps.append([(int(tokens[0]), int(tokens[-1]) + 1) for tokens in touched])
     return rows, gaps
 
 
@@ -401,16 +394,12 @@ def nll_of(model, rows):
 def answer_exercises(model, state, form, end):
     """Return [(answer, checks)] for each exercise that leaves half the block for an answer, in their order."""
     asked, start = [], prompts.start_of(form, tokenizer, state['start_token'])
-    for number, (instruction, given, checks) in enumerate(exercises):
+    for instruction, given, checks in exercises:
         ids = [start] + prompts.encode(tokenizer, form, [(instruction, given, None)])[0]
         if len(ids) <= block_size // 2:
-            asked.append((len(ids), number, ids, checks))
-    asked.sort(key=lambda one: one[:2])  # so that batches have room for answers
-    texts = [
-        tokenizer.decode(row).strip() for row in write_texts(model, [ids for *_, ids, _ in asked], [end])
-    ]
-    answers = {number: (text, checks) for text, (_, number, _, checks) in zip(texts, asked)}
-    return [answers[number] for number in sorted(answers)]
+            asked.append((ids, checks))
+    rows = write_texts(model, [ids for ids, _ in asked], [end])
+    return [(tokenizer.decode(row).strip(), checks) for row, (_, checks) in zip(rows, asked)]
 
 
 def evaluate_speed(model, start_token):

@@ -51,7 +51,6 @@ peft_lora_r = 64
 peft_lora_alpha = 16.0
 peft_lora_dropout = 0.0
 peft_targets = ''  # names of linear layers, with commas between them; empty: all within the blocks
-use_dora = False  # DoRA: magnitude and direction apart
 load_in_8bit = False  # the frozen weights as int8
 load_in_4bit = False  # the frozen weights as NF4
 # --- optimization ---
@@ -100,15 +99,15 @@ config = configure(globals())
 # A run keeps what is FIXED; everything else may change when it is resumed, and the change is printed.
 FIXED = (
     'architecture block_size packing train_on_prompt init_from model_size use_peft peft_lora_r peft_lora_alpha '
-    'peft_targets use_dora load_in_8bit load_in_4bit optimizer fsdp master_weights seed anneal_steps block_length ar_weight'
+    'peft_targets load_in_8bit load_in_4bit optimizer fsdp master_weights seed anneal_steps block_length ar_weight'
 ).split()
 BLOCKS = ['block_length', 'ar_weight']
 
 runtime.check_settings(config)
 resumed = checkpoints.resume(globals(), config, FIXED)
 require(not (load_in_8bit and load_in_4bit), 'load_in_8bit and load_in_4bit exclude each other; choose one.')
-require_peft = load_in_8bit or load_in_4bit or use_dora
-require(use_peft or not require_peft, 'Quantized weights and use_dora are for adapters; add --use_peft.')
+is_quantized = load_in_8bit or load_in_4bit
+require(use_peft or not is_quantized, 'Quantized weights are for adapters; add --use_peft.')
 require(learning_rate, 'learning_rate is 0, so nothing would be trained; 2e-5 is usual for all weights.')
 require(init_from, 'init_from is empty; give --init_from=CHECKPOINT, a hub id, or --init_from=scratch.')
 require(dataset, 'There is nothing to learn from; give --dataset=NAME, a folder of prepare/instruct.py.')
@@ -122,9 +121,7 @@ if push_to_hub:
 store = checkpoints  # keeps weights and the state of training
 if fsdp:
     from lm import sharded as store  # slow to import
-if master_weights == 'bfloat16' and dtype == 'auto':
-    dtype = 'bfloat16'
-dist = runtime.Runtime(device, dtype)
+dist = runtime.Runtime(device, dtype, master_weights)
 if not resumed.checkpoint:
     base = partial(checkpoints.tokenizer_of, init_from, token, revision)
     dataset = config['dataset'] = dist.from_main(lambda: prepared(dataset, field, block_size, base))
@@ -173,9 +170,9 @@ if use_peft:
     checksums = [zlib.crc32(x.flatten().view(torch.uint8).numpy()) for x in raw_model.state_dict().values()]
     folder.fingerprint[f'the weights of {init_from}'] = checksums
     targets = tuple(name.strip() for name in peft_targets.split(',')) if peft_targets else ()
-    if load_in_8bit or load_in_4bit:
+    if is_quantized:
         quantize.quantize(raw_model, bits=8 if load_in_8bit else 4)
-    lora.add_lora(raw_model, peft_lora_r, peft_lora_alpha, peft_lora_dropout, targets, use_dora)
+    lora.add_lora(raw_model, peft_lora_r, peft_lora_alpha, peft_lora_dropout, targets)
     if initial.get('converted_from'):
         lora.train_new_embeddings(raw_model)
     if dist.dtype == 'bfloat16':  # as autocast would for each matmul
@@ -271,9 +268,8 @@ log.print(
 
 def checkpoint():
     """Return what the other scripts need to use the model, but for its weights."""
-    start_token = folder.config['start_token']
-    state = checkpoints.contents(raw_model, step, best, config, tokenizer, start_token, prompt_format)
-    state['came_with'] = initial.get('came_with')  # of a pretrained folder, for exports
+    texts = tokenizer, folder.config['start_token'], prompt_format
+    state = checkpoints.contents(raw_model, step, best, config, initial, *texts)
     if use_peft:
         state['adapter_state_dict'] = {name: p.detach() for name, p in trainable.items()}
     return state
@@ -367,7 +363,6 @@ while not stopping and not is_finished():
         metrics = runtime.means('train', dist.total(sums))
         runtime.check_finite(metrics['train/loss'], step, learning_rate)
         metrics |= {'train/lr': lr, 'train/grad_norm': grad_norm.item(), 'train/epoch': batches.epoch(step)}
-        metrics |= {'train/k': beliefs['k']} if beliefs else {}
         metrics |= speed.metrics(step)
         log.progress(step, max_steps, metrics, speed.seconds_per_step)
     if evaluating:

@@ -40,7 +40,7 @@ use_cache = True  # ar: keep keys and values; False: the same text, slower
 compile = False  # ar: compile the decode step; for long texts on a GPU
 steps: int = None  # diffusion: forward passes; None: one per token
 sampler = (
-    ''  # diffusion: first_hitting; ancestral with steps; confidence, blocks, threshold, entropy, remdm, ar
+    ''  # diffusion: first_hitting, with steps ancestral; confidence, blocks, threshold, entropy, remdm, ar
 )
 block_length: int = None  # of sampler=blocks, 32; of a model trained on blocks: one of its lengths
 threshold: float = None  # of sampler=threshold: a probability, 0.9; of entropy: nats, 0.3
@@ -93,9 +93,8 @@ def answer(turns, count, system=system):
     """Return `count` outputs for the last of `turns`; a long conversation is cut on the left."""
     ids, _ = prompts.encode(tokenizer, form, turns, system)
     block_size = model.config.block_size
-    ids = [prompts.start_of(form, tokenizer, *start)] + ids[
-        1 - max(block_size // 2, block_size - max_new_tokens) :
-    ]
+    room = max(block_size // 2, block_size - max_new_tokens)
+    ids = [prompts.start_of(form, tokenizer, *start)] + ids[1 - room :]
     return [tokenizer.decode(row[len(ids) :]).strip() for row in write(ids, count)]
 
 
@@ -124,9 +123,7 @@ def converse(system):
         import readline  # noqa: F401  (arrow keys, history)
     if hasattr(sys.stdin, 'reconfigure'):
         sys.stdin.reconfigure(errors='replace')  # what is typed may be no UTF-8
-    print(
-        '/reset starts over, /system TEXT tells the model what it is, /save FILE; Ctrl-C stops, Ctrl-D leaves.'
-    )
+    print('/reset starts over, /system TEXT says what the model is, /save FILE; Ctrl-C stops, Ctrl-D leaves.')
     turns = []
     while True:
         try:

@@ -27,6 +27,7 @@ from pathlib import Path
 
 from lm.configurator import ROOT, UserError, check_arguments, check_range, configure, find, require
 from lm.files import write_json
+from lm.report import flat
 
 # --- what to run ---
 script = 'classify.py'
@@ -208,7 +209,7 @@ def write_results():
     """Write results.csv, a row per finished run, and results.md, the mean ± standard deviation over seeds."""
     paths = {name: root / name / 'eval_results.json' for name in runs if is_finished(name)}
     found = [name for name in paths if paths[name].exists()]
-    figures = {name: dict(flat(read_results(paths[name]))) for name in found}
+    figures = {name: read_results(paths[name]) for name in found}
     names = list(dict.fromkeys(key for values in figures.values() for key in values))
     with open(root / 'results.csv', 'w', newline='') as file:
         writer = csv.DictWriter(file, ['run', *keys, *names], extrasaction='ignore', lineterminator='\n')
@@ -227,19 +228,11 @@ def write_results():
 def read_results(path):
     """Return the figures of a run; none, and a word about it, where its file is damaged."""
     try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
+        figures = flat(json.loads(path.read_text()))
+        return {name: value for name, value in figures if type(value) in (int, float)}
+    except (ValueError, AttributeError) as error:
         print(f'{path} is damaged ({error}); delete {path.parent}, and the run is done again.')
         return {}
-
-
-def flat(figures, prefix=''):
-    """Yield (name, number) of nested figures, the names joined by dots."""
-    for key, value in figures.items():
-        if isinstance(value, dict):
-            yield from flat(value, f'{prefix}{key}.')
-        elif type(value) in (int, float):
-            yield prefix + key, value
 
 
 def markdown_table(columns, groups, names):

@@ -6,6 +6,7 @@ torchrun --standalone --nproc_per_node=2 train.py config/shakespeare_char.py --d
 """
 
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -110,9 +111,7 @@ resumed = checkpoints.resume(globals(), config, FIXED)
 store = checkpoints  # keeps weights and the state of training
 if fsdp:
     from lm import sharded as store  # slow to import
-if master_weights == 'bfloat16' and dtype == 'auto':
-    dtype = 'bfloat16'
-dist = runtime.Runtime(device, dtype)
+dist = runtime.Runtime(device, dtype, master_weights)
 folder = open_dataset(dataset)
 tokenizer = folder.tokenizer
 if 'block_size' not in config.given:
@@ -184,12 +183,13 @@ log.print(
 
 # ---------------------------------------------------------------------------- evaluation and checkpoints
 
+whole_weights = partial(store.whole_weights, raw_model)  # what other scripts load; all ranks take part
+
 
 def checkpoint():
     """Return what the other scripts need to use the model, but for its weights."""
-    start_token, prompt_format = folder.config['start_token'], folder.config['prompt_format']
-    state = checkpoints.contents(raw_model, step, best, config, tokenizer, start_token, prompt_format)
-    state['came_with'] = initial and initial.get('came_with')  # of a pretrained folder, for exports
+    texts = tokenizer, folder.config['start_token'], folder.config['prompt_format']
+    state = checkpoints.contents(raw_model, step, best, config, initial, *texts)
     return {**state, 'ema_state_dict': ema.ema} if ema else state
 
 
@@ -198,11 +198,6 @@ def save(is_last=False):
     state = {**checkpoint(), **checkpoints.state_of_run(inputs, pending, scaler, log)}
     store.save_state(out / 'ckpt.pt', raw_model, opt, dist, state, whole_weights, is_last)
     checkpoints.copy_if_due(out, step, best.step, config, dist)
-
-
-def whole_weights():
-    """Return what other scripts load; all ranks take part."""
-    return store.whole_weights(raw_model)
 
 
 def evaluate_and_save():
@@ -269,7 +264,6 @@ while step < max_steps and not stopping:
         metrics = runtime.means('train', dist.total(sums))
         runtime.check_finite(metrics['train/loss'], step, learning_rate)
         metrics |= {'train/lr': lr, 'train/grad_norm': grad_norm.item(), 'train/epoch': batches.epoch(step)}
-        metrics |= {'train/k': beliefs['k']} if beliefs else {}
         metrics |= speed.metrics(step)
         log.progress(step, max_steps, metrics, speed.seconds_per_step)
     if evaluating:

@@ -1,13 +1,15 @@
-"""How fast does a model learn and train here, and in a clone of nanoGPT, on the CPU?
+"""How fast does a model learn, train and write here, and in a clone of nanoGPT, on the CPU?
 
     git clone https://github.com/karpathy/nanoGPT && python prepare/shakespeare.py
-    python benchmarks/compare.py --peer=nanoGPT              # a quarter of an hour on two idle cores
+    python benchmarks/compare.py --peer=nanoGPT              # twenty minutes on two idle cores
 
-Each side is its own train.py as a process of its own. The parts:
+Each side is its own train.py as a process of its own, but for `write`. The parts:
     learn   nanoGPT's CPU recipe for Shakespeare by characters against config/shakespeare_char.py: the time
             to the peer's own validation loss, and the loss that the peer's time is enough for
     work    the same work on both sides, GPT-2's blocks and AdamW in float32, for nanoGPT's CPU model of 0.8M
             parameters and its GPU model of 10.6M
+    write   tokens of one text: nanoGPT's sampling loop computes the whole text anew for each; ours, with its very
+            weights, keeps a cache
 """
 
 import math
@@ -27,14 +29,16 @@ import torch.nn.functional as F
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder, whose names are those of scripts
 from benchmarks import timing
-from lm import checkpoints
+from lm import checkpoints, pretrained, runtime
 from lm.configurator import ROOT, check_choice, check_range, configure, require
 from lm.folder import Folder
+from sampling import generate
 
 peer = ''  # path of a clone of nanoGPT, which is only read
-only = ''  # learn or work; empty: both
+only = ''  # learn, work or write; empty: all
 dataset = 'shakespeare_char'  # as prepare/shakespeare.py writes it: a name under data/, or a path
-runs = 5  # pairs of runs of work
+runs = 5  # pairs of runs of work and write
+new_tokens = 512  # tokens generated
 rehearsal = False  # a few steps of everything
 config = configure(globals())
 
@@ -55,6 +59,12 @@ WORK = {  # parameters: shape, tokens per step, steps, steps of warm-up; the sec
     '0.8M': ('--n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --batch_size=12', 12 * 64, 300, 50),
     '10M': ('--n_layer=6 --n_head=6 --n_embd=384 --block_size=256 --batch_size=4', 4 * 256, 30, 5),
 }
+SHAPES = {  # of write
+    '0.8M': dict(n_layer=4, n_head=4, n_embd=128, vocab_size=65, block_size=1024),
+    '10M': dict(n_layer=6, n_head=6, n_embd=384, vocab_size=65, block_size=1024),
+}
+GPT2 = dict(norm='layer', position='learned', mlp='gelu', bias=True, qk_norm=False, logit_softcap=0.0)
+SAMPLING = dict(temperature=0.8, top_k=200)  # the defaults of nanoGPT's sample.py
 
 
 def copy_peer(folder, copy):
@@ -148,16 +158,51 @@ def work(folder, place):
     return targets
 
 
+def write():
+    """Compare decoding with the same weights, and count the greedy tokens that are the same."""
+    module, start, targets = timing.load_nanogpt(peer), torch.zeros(1, 1, dtype=torch.long), []
+    runtime.Runtime('cpu', 'float32')  # as each script of ours starts: what it sets for the machine counts
+    for name, shape in SHAPES.items():
+        torch.manual_seed(0)
+        theirs = module.GPT(module.GPTConfig(**shape, dropout=0.0)).eval()
+        ours = with_weights_of(theirs, shape)
+        greedy = zip(theirs.generate(start, 64, top_k=1)[0], generate(ours, [[0]], 64, temperature=0)[0])
+        same = sum(int(a) == b for a, b in greedy) / 65
+        calls = {
+            'nanoGPT': partial(theirs.generate, start, new_tokens, **SAMPLING),
+            'ours': partial(generate, ours, [[0]], new_tokens, **SAMPLING),
+        }
+        sides = {side: partial(runtime.seconds, call, timing.CPU) for side, call in calls.items()}
+        ratio = timing.compare_rates(name, sides, new_tokens, runs)
+        targets.append((f"{name}: share of greedy tokens equal to nanoGPT's", same, '>=', 1.0))
+        targets.append((f"{name}: our tokens/s / nanoGPT's, median of {runs}", ratio, '>=', 8.0))
+    return targets
+
+
+def with_weights_of(theirs, shape):
+    """Return our model with the weights of nanoGPT's; its padding rows are never drawn."""
+    rows = len(theirs.transformer['wte'].weight)
+    ours = checkpoints.make_model('ar', **shape, **GPT2, pretrained_rows=rows).eval()
+    tensors = pretrained.gpt2_layout(theirs.state_dict())
+    ours.load_state_dict(pretrained.load_state_dict(tensors, 'gpt2', type(ours), ours.config, 'the peer'))
+    return ours
+
+
 def main():
-    check_choice(config, 'only', ('', 'learn', 'work'))
+    check_choice(config, 'only', ('', 'learn', 'work', 'write'))
     check_range(config, 1, math.inf, 'runs')
+    check_range(config, 64, 1024, 'new_tokens')
     timing.load_nanogpt(peer)
-    folder = Folder(dataset)
     timing.describe_machine()
-    with tempfile.TemporaryDirectory(prefix='bench-') as place:
-        copy_peer(folder, Path(place, 'nanoGPT'))
-        parts = [part for part in (learn, work) if only in ('', part.__name__)]
-        timing.finish([target for part in parts for target in part(folder, Path(place))])
+    targets = []
+    if only != 'write':
+        folder = Folder(dataset)
+        with tempfile.TemporaryDirectory(prefix='bench-') as place:
+            copy_peer(folder, Path(place, 'nanoGPT'))
+            for part in (learn, work):
+                targets += part(folder, Path(place)) if only in ('', part.__name__) else []
+    targets += write() if only in ('', 'write') else []
+    timing.finish(targets)
 
 
 if __name__ == '__main__':

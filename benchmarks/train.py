@@ -1,15 +1,11 @@
-"""How long does a training step of each architecture take, what do our kernels save of it, and what memory?
+"""How long does a training step of each architecture take, and what memory?
 
     python benchmarks/train.py --optimizer=muon
     python benchmarks/train.py --what=memory --model_size=xl --vocab_size=50260 --block_size=1024 --batch_size=8
-    python benchmarks/train.py --what=head      # model.weighted_nll beside a sum over model.token_nll
-    python benchmarks/train.py --what=muon      # lm.optim.Muon beside torch.optim.Muon
-    python benchmarks/train.py --what=linear --dtype=float32    # lm.kernels.linear beside F.linear
 
 Steps take turns, on random tokens. Those of sdd are timed by the passes without gradient before them, and weighted
-by their share of train.py's schedule. A kernel of ours is worth its lines where a step without it takes 5 % longer,
-at some size that is in use: --model_size=small, --vocab_size=32000. For the memory nothing is computed: the tensors
-are fake, of any shape on any machine; attention is the CPU's, which in bfloat16 keeps scores that a GPU's does not.
+by their share of train.py's schedule. For the memory nothing is computed: the tensors are fake, of any shape on any
+machine; attention is the CPU's, which in bfloat16 keeps scores that a GPU's does not.
 """
 
 import itertools
@@ -19,7 +15,6 @@ import sys
 import weakref
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -28,11 +23,11 @@ from torch.utils._pytree import tree_leaves
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder, whose names are those of scripts
 from benchmarks import timing
-from lm import checkpoints, data, kernels, optim, runtime
+from lm import checkpoints, data, optim, runtime
 from lm.configurator import check_choice, check_range, configure
 from model import ARCHITECTURES
 
-what = 'steps'  # steps, memory, head, muon, linear
+what = 'steps'  # steps or memory
 model_size = 'tiny'
 vocab_size = 8192
 block_size = 128
@@ -112,21 +107,6 @@ def compare_architectures(peak, steps, *settings, **shape):
     return [(name, ratio, '<=', most) for ratio, (name, most) in zip(ratios, targets)]
 
 
-def without(kernel, trainee):
-    """Return a decorator of functions that are to use PyTorch's way in place of a kernel of ours."""
-    model, parts = trainee.model, trainee.optimizer.parts
-
-    def weighted_nll(hidden, targets, weights=None, label_smoothing=0.0):
-        nll, pred = model.token_nll(hidden, targets, weights, label_smoothing)
-        return (nll if weights is None else weights * nll).sum(), nll.detach(), pred
-
-    if kernel == 'head':
-        return mock.patch.object(model, 'weighted_nll', weighted_nll)
-    if kernel == 'muon':
-        return mock.patch.dict(parts, muon=torch.optim.Muon(parts['muon'].param_groups))
-    return mock.patch.object(kernels, 'MIN_ONEDNN_SIZE', math.inf)
-
-
 class Allocations(TorchDispatchMode):
     """While active, counts the bytes of the tensors that operations make: `now`, and `peak`, the most at once."""
 
@@ -163,11 +143,8 @@ def peak_bytes(*settings, **shape):
 
 
 def main():
-    check_choice(config, 'what', ('steps', 'memory', 'head', 'muon', 'linear'))
+    check_choice(config, 'what', ('steps', 'memory'))
     check_range(config, 1, math.inf, 'batch_size', 'block_size', 'steps')
-    if what == 'linear' and not kernels.HAS_AVX512:
-        timing.say('--what=linear: without AVX-512 training uses the linear layers of PyTorch.')
-        return
     dist = runtime.Runtime('cpu' if what == 'memory' else device, dtype)
     timing.describe_machine(dist.device)
     timing.say(f'{what}: {batch_size} rows of {block_size} tokens, {dist.dtype}, {optimizer}')
@@ -176,21 +153,11 @@ def main():
         peak = runtime.measure_peak_flops(dist.device, dist.dtype)
         timing.finish(compare_architectures(peak, steps, *settings, block_size=block_size))
 
-    if what == 'memory':
-        kinds = {'no': (), 'gradient': ('gradient',), 'selective': ('gradient', 'selective')}
-        for name, kind in itertools.product(ARCHITECTURES, kinds):
-            changes = {f'{part}_checkpointing': True for part in kinds[kind]}
-            peak = peak_bytes(name, *settings, block_size=block_size, **changes)
-            timing.say(f'  {name}, {kind} checkpointing: {peak / 1e9:.2f} GB')
-        return
-
-    targets = []
-    for name in ARCHITECTURES:
-        trainee = Trainee(name, *settings, block_size=block_size)
-        sides = {'without': without(what, trainee)(trainee.timed_step), 'with': trainee.timed_step}
-        ratio = timing.compare_rates(name, sides, trainee.tokens, steps, warmup=3)
-        targets.append((f'{name}: step without {what} / step with it', ratio, '>=', 1.05))
-    timing.finish(targets)
+    kinds = {'no': (), 'gradient': ('gradient',), 'selective': ('gradient', 'selective')}
+    for name, kind in itertools.product(ARCHITECTURES, kinds):
+        changes = {f'{part}_checkpointing': True for part in kinds[kind]}
+        peak = peak_bytes(name, *settings, block_size=block_size, **changes)
+        timing.say(f'  {name}, {kind} checkpointing: {peak / 1e9:.2f} GB')
 
 
 if __name__ == '__main__':

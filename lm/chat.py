@@ -15,9 +15,7 @@ from lm.configurator import UserError, require
 from lm.files import as_sentence
 
 SAID = re.compile('\ue000(\\d+)\ue001(.*?)\ue002', re.S)  # the number of a message, and its content
-NO_TAGS = re.compile(
-    r'{%-?\s*(end)?generation\s*-?%}'
-)  # transformers' own, which says what is the assistant's
+NO_TAGS = re.compile(r'{%-?\s*(end)?generation\s*-?%}')  # transformers' own: what the assistant says
 
 
 def is_chat_template(form):

@@ -230,7 +230,7 @@ class Best:
     loss: float = math.inf
 
 
-def contents(model, step, best, config, tokenizer, start_token, prompt_format):
+def contents(model, step, best, config, initial, tokenizer, start_token, prompt_format):
     """Return what the other scripts need to use a model, but for its weights; UserError where one of these is
     not finite: nothing is saved over a checkpoint that can be used."""
     broken = next((name for name, x in model.named_parameters() if not local(x).isfinite().all()), None)
@@ -239,7 +239,8 @@ def contents(model, step, best, config, tokenizer, start_token, prompt_format):
     state = {'architecture': architecture_name(model), 'seed': config['seed'], 'train_config': dict(config)}
     state |= {'global_step': step, 'best_step': best.step, 'best_val_loss': best.loss}
     state |= {'model_config': vars(model.config), 'tokenizer': tokenizer.to_json()}
-    return {**state, 'start_token': start_token, 'prompt_format': prompt_format}
+    state |= {'start_token': start_token, 'prompt_format': prompt_format}
+    return {**state, 'came_with': initial and initial.get('came_with')}  # of a pretrained folder, for exports
 
 
 def state_of_run(inputs, pending, scaler, log):

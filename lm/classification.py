@@ -90,12 +90,11 @@ class Classifier(nn.Module):
 
     def logits(self, tokens, lengths=None):
         """Compute logits (B, num_classes) in float32; padding changes none of them."""
+        needs_mask = lengths is not None and not self.trunk.causal
         if lengths is None:
-            hidden = self.trunk.hidden(tokens)  # (B, T, C)
-            pooled = hidden[:, -1] if self.pool == 'last' else hidden.mean(1)
-            return self.head(self.dropout(pooled)).float()
+            lengths = torch.full((len(tokens),), tokens.size(1), device=tokens.device)
         inside = torch.arange(tokens.size(1), device=tokens.device) < lengths[:, None]  # (B, T)
-        hidden = self.trunk.hidden(tokens, None if self.trunk.causal else inside.long())
+        hidden = self.trunk.hidden(tokens, inside.long() if needs_mask else None)  # (B, T, C)
         if self.pool == 'last':
             pooled = hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1]
         else:

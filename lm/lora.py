@@ -1,4 +1,4 @@
-"""Adapters of low rank on frozen linear layers (LoRA, DoRA).
+"""Adapters of low rank on frozen linear layers (LoRA).
 
     add_lora(model, rank=16, alpha=32)    # only the adapters are trained from here on
     save_adapter(model, 'out/run/adapter', 'base.pt')
@@ -23,48 +23,31 @@ from model import architecture_name
 class LoRALinear(nn.Module):
     """A frozen linear layer W and a trained one of low rank: y = W x + s B A x, s = alpha / rank
     (LoRA, Hu et al. 2021). B starts at zero, so the layer starts as W.
-
-    With a magnitude m per output (DoRA, Liu et al. 2024) the sum is only the direction of each row, and m its
-    length: y = m / |W + s B A| (W + s B A) x, where |...| is a constant to the gradient.
     """
 
-    def __init__(self, base, rank, alpha, dropout=0.0, dora=False):
+    def __init__(self, base, rank, alpha, dropout=0.0):
         super().__init__()
         self.base, self.rank, self.alpha, self.scale = base, rank, alpha, alpha / rank
         device = base.weight.device
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        self.magnitude = nn.Parameter(base.weight.detach().float().norm(dim=1)) if dora else None
         self.dropout = nn.Dropout(dropout)
         self.train(base.training)
 
     def forward(self, x):
         if isinstance(self.base, nn.Linear):  # a quantized one computes in any type
             x = x.to(self.base.weight.dtype)
-        y, dropping = self.base(x), self.training and self.dropout.p > 0
-        x = self.dropout(x)
+        y, x = self.base(x), self.dropout(x)
         update = F.linear(self.scale * F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B)
-        if self.magnitude is None:
-            return y + update.to(y.dtype)
-        with torch.no_grad():
-            length = self.direction().norm(dim=1)
-        ratio, plain = self.magnitude / length, self.base(x) if dropping else y
-        plain = plain if self.base.bias is None else plain - self.base.bias.to(plain.dtype)
-        return y + ((ratio - 1) * plain + ratio * update).to(y.dtype)
-
-    def direction(self):
-        """Return W + s B A (out, in), in float32."""
-        low_rank = self.lora_B.float() @ self.lora_A.float()
-        return self.base.weight.detach().float() + self.scale * low_rank
+        return y + update.to(y.dtype)
 
     def merged(self):
         """Return the layer as a plain one; the sum is made in float32."""
-        weight, dtype = self.direction(), self.base.weight.dtype
-        if self.magnitude is not None:
-            weight = weight * (self.magnitude / weight.norm(dim=1))[:, None]
+        low_rank = self.lora_B.float() @ self.lora_A.float()
+        weight = self.base.weight.detach().float() + self.scale * low_rank  # (out, in)
         layer = nn.Linear(self.base.in_features, self.base.out_features, bias=False, device='meta')
-        layer.weight, layer.bias = nn.Parameter(weight.to(dtype)), self.base.bias
+        layer.weight, layer.bias = nn.Parameter(weight.to(self.base.weight.dtype)), self.base.bias
         return layer
 
 
@@ -85,7 +68,7 @@ class TrainedRows(nn.Module):
         return F.embedding(tokens, self.weight)
 
 
-def add_lora(model, rank, alpha, dropout=0.0, targets=(), dora=False):
+def add_lora(model, rank, alpha, dropout=0.0, targets=()):
     """Put adapters on the blocks' linear layers, or on those with names in `targets` (ours or a family's, q
     or q_proj; 'all-linear' is all of them), and freeze all the rest."""
     targets, known = set(targets) - {'all-linear'}, set()
@@ -94,7 +77,7 @@ def add_lora(model, rank, alpha, dropout=0.0, targets=(), dora=False):
         names = {n.split('.')[-1] for n in (module, *families.NAMES.get(module, ())) if n}
         known |= names
         if not targets or names & targets:
-            model.set_submodule(name, LoRALinear(layer, rank, alpha, dropout, dora))
+            model.set_submodule(name, LoRALinear(layer, rank, alpha, dropout))
     unknown, known = ', '.join(sorted(targets - known)), ', '.join(sorted(known))
     require(not unknown, f'No layer of the model is called {unknown}; choose of {known}, all-linear.')
     freeze_the_rest(model)
@@ -145,13 +128,13 @@ PREFIX = 'base_model.model.'  # of names in PEFT's files
 PEFT_NAMES = {  # by the last part of our names
     'lora_A': 'lora_A.weight',
     'lora_B': 'lora_B.weight',
-    'magnitude': 'lora_magnitude_vector',
     'rows': 'token_adapter.trainable_tokens_delta',
 }
-SUPPORTED = dict(peft_type=['LORA'], bias=['none'], init_lora_weights=[True, False, 'gaussian'])
+SUPPORTED = dict(peft_type=['LORA'], bias=['none'], use_dora=[False])
+SUPPORTED['init_lora_weights'] = [True, False, 'gaussian']
 # Other keys of adapter_config.json that are read, say nothing of the weights, or what the tensors say as well; any
 # further one (of PiSSA, activated LoRA, ...) has to be empty.
-READ = 'r lora_alpha lora_dropout use_dora use_rslora base_model_name_or_path prompt_format target_modules'.split()
+READ = 'r lora_alpha lora_dropout use_rslora base_model_name_or_path prompt_format target_modules'.split()
 READ += 'exclude_modules layers_to_transform layers_pattern modules_to_save trainable_token_indices revision'.split()
 READ += 'task_type inference_mode peft_version auto_mapping fan_in_fan_out megatron_core qalora_group_size'.split()
 
@@ -177,7 +160,7 @@ def save_adapter(model, folder, base_name, prompt_format=None):
     config = dict(peft_type='LORA', task_type='CAUSAL_LM' if model.causal else None)
     config.update(base_model_name_or_path=str(base_name), r=layer.rank, lora_alpha=layer.alpha)
     config.update(lora_dropout=layer.dropout.p, target_modules=sorted(targets), bias='none')
-    config.update(use_dora=layer.magnitude is not None, use_rslora=False, inference_mode=True)
+    config.update(use_dora=False, use_rslora=False, inference_mode=True)
     config.update({'prompt_format': prompt_format} if prompt_format else {})
     if tables:
         new = [name.removesuffix('.weight') for name in model.new_weights(model.config)]
@@ -192,32 +175,28 @@ def save_adapter(model, folder, base_name, prompt_format=None):
 def load_adapter(model, folder):
     """Put the adapter of a folder in PEFT's format on the model, to be used, trained on or merged."""
     with files.as_sentence(f'{folder} cannot be read as an adapter', 'save it again'):
-        put_on(model, folder, read_config(folder))
-
-
-def put_on(model, folder, config):
-    """Do what load_adapter promises; whatever is wrong with the files raises something."""
-    path = Path(folder) / 'adapter_model.safetensors'
-    require(not adapted_layers(model), f'The model has an adapter already; merge it before {folder}.')
-    supported = {**SUPPORTED, 'architecture': [architecture_name(model)]}
-    remedy = 'merge it into its base with PEFT'
-    for key in config.keys() - READ:
-        value, known = config[key], supported.get(key, [None])
-        is_known = value in known or value in families.ABSENT and key != 'peft_type'
-        require(is_known, f'{folder} has {key}={value!r}; only {known[0]!r} is known here; {remedy}.')
-    tensors = pretrained.read_tensors(path if path.is_file() else path.with_suffix('.bin'))
-    tensors = pretrained.current_names({name.removeprefix(PREFIX): x for name, x in tensors.items()})
-    family, _ = families.family_of(type(model), model.config)
-    family = None if any(name.startswith('blocks.') for name in tensors) else family
-    rank, dropout, dora = config['r'], config.get('lora_dropout', 0.0), config.get('use_dora', False)
-    alpha = config['lora_alpha'] * (math.sqrt(rank) if config.get('use_rslora') else 1)
-    for name, layer in linear_layers(model):
-        if peft_name(f'{name}.lora_A', family)[0] in tensors:
-            model.set_submodule(name, LoRALinear(layer, rank, alpha, dropout, dora))
-    freeze_the_rest(model)
-    if 'architecture' in config:
-        train_new_embeddings(model)
-    odd, base = copy_tensors(tensors, model, family), config.get('base_model_name_or_path')
+        config = read_config(folder)
+        path = Path(folder) / 'adapter_model.safetensors'
+        require(not adapted_layers(model), f'The model has an adapter already; merge it before {folder}.')
+        supported = {**SUPPORTED, 'architecture': [architecture_name(model)]}
+        remedy = 'merge it into its base with PEFT'
+        for key in config.keys() - READ:
+            value, known = config[key], supported.get(key, [None])
+            is_known = value in known or value in families.ABSENT and key != 'peft_type'
+            require(is_known, f'{folder} has {key}={value!r}; only {known[0]!r} is known here; {remedy}.')
+        tensors = pretrained.read_tensors(path if path.is_file() else path.with_suffix('.bin'))
+        tensors = pretrained.current_names({name.removeprefix(PREFIX): x for name, x in tensors.items()})
+        family, _ = families.family_of(type(model), model.config)
+        family = None if any(name.startswith('blocks.') for name in tensors) else family
+        rank, dropout = config['r'], config.get('lora_dropout', 0.0)
+        alpha = config['lora_alpha'] * (math.sqrt(rank) if config.get('use_rslora') else 1)
+        for name, layer in linear_layers(model):
+            if peft_name(f'{name}.lora_A', family)[0] in tensors:
+                model.set_submodule(name, LoRALinear(layer, rank, alpha, dropout))
+        freeze_the_rest(model)
+        if 'architecture' in config:
+            train_new_embeddings(model)
+        odd, base = copy_tensors(tensors, model, family), config.get('base_model_name_or_path')
     require(not odd, f'The adapter {folder} does not fit ({odd}); give the base that it is for, {base!r}.')
 
 

@@ -232,17 +232,15 @@ class WeightAverage:
     @contextmanager
     def in_place(self):
         """Put the average into the model while the context lasts."""
-        trained = {name: weight.detach().clone() for name, weight in self.weights.items()}
         try:
-            self.copy_to_model(self.ema)
+            self.swap()
             yield
         finally:
-            self.copy_to_model(trained)
+            self.swap()
 
-    @torch.no_grad()
-    def copy_to_model(self, values):
+    def swap(self):
         for name, weight in self.weights.items():
-            weight.copy_(values[name])
+            weight.data, self.ema[name] = self.ema[name], weight.data
 
 
 def learning_rate_at(step, max_steps, learning_rate, min_lr, warmup_steps, schedule, decay_ratio):

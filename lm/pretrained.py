@@ -28,24 +28,19 @@ def load(path, token=None, revision=None):
     """Return the checkpoint of a Hugging Face folder or hub id; its tensors stay on disk until used."""
     folder = Path(path) if Path(path).is_dir() else download(path, token, revision)
     with as_sentence(f'{folder} cannot be read as a model'):
-        return read_folder(folder)
-
-
-def read_folder(folder):
-    """Return the checkpoint of a folder; whatever is wrong with it raises something."""
-    c, tensors = read_json(folder / 'config.json'), open_tensors(folder)
-    has_tokenizer = any((folder / name).is_file() for name in ('tokenizer.json', 'merges.txt'))
-    tokenizer = Tokenizer.load(folder) if has_tokenizer else None
-    if c.get('model_type') == families.NATIVE:
-        name, fields, family, tensors = c['architecture'], c['model_config'], None, current_names(tensors)
-    else:
-        name, fields, family = CAUSAL_LM, families.config_from_hf(c, folder), c['model_type']
-    told = c.get('start_token', None if tokenizer else c.get('bos_token_id'))
-    form = c.get('prompt_format') or prompts.template_of(folder)
-    is_told = isinstance(told, int) and 0 <= told < fields['vocab_size']
-    start = told if is_told else tokenizer.start_id if tokenizer else 0
-    checkpoint = as_checkpoint(name, fields, family, tensors, folder, tokenizer, start, form)
-    return {**checkpoint, 'came_with': around(folder, c, tokenizer) if tokenizer else None}
+        c, tensors = read_json(folder / 'config.json'), open_tensors(folder)
+        has_tokenizer = any((folder / name).is_file() for name in ('tokenizer.json', 'merges.txt'))
+        tokenizer = Tokenizer.load(folder) if has_tokenizer else None
+        if c.get('model_type') == families.NATIVE:
+            name, fields, family, tensors = c['architecture'], c['model_config'], None, current_names(tensors)
+        else:
+            name, fields, family = CAUSAL_LM, families.config_from_hf(c, folder), c['model_type']
+        told = c.get('start_token', None if tokenizer else c.get('bos_token_id'))
+        form = c.get('prompt_format') or prompts.template_of(folder)
+        is_told = isinstance(told, int) and 0 <= told < fields['vocab_size']
+        start = told if is_told else tokenizer.start_id if tokenizer else 0
+        checkpoint = as_checkpoint(name, fields, family, tensors, folder, tokenizer, start, form)
+        return {**checkpoint, 'came_with': around(folder, c, tokenizer) if tokenizer else None}
 
 
 def from_nanogpt(saved, path, tokenizer=None):
@@ -92,7 +87,9 @@ def load_state_dict(tensors, family, architecture, config, source):
     tensors = {without_prefix(name): tensor for name, tensor in tensors.items()}
     used = {'lm_head.weight'} if config.tied else set()  # a copy of the embedding
     state_dict, faults = {}, []
-    for name, shape in shapes_of(architecture, config).items():
+    with torch.device('meta'):  # names and shapes alone
+        expected = architecture(config).state_dict()
+    for name, weight in expected.items():
         hf_name, qkv_index, transposed = families.hf_name(name, family)
         used.add(without_prefix(hf_name))
         tensor = found = tensors.get(without_prefix(hf_name))
@@ -105,7 +102,7 @@ def load_state_dict(tensors, family, architecture, config, source):
         if is_table and len(tensor) == config.pretrained_rows < config.padded_vocab_size:
             mean = tensor.float().mean(0, keepdim=True).to(tensor.dtype)
             tensor = torch.cat([tensor, mean.expand(config.padded_vocab_size - len(tensor), -1)])
-        if tensor.shape != shape:
+        if tensor.shape != weight.shape:
             faults.append(f'of another shape: {hf_name} {tuple(found.shape)}')
         state_dict[name] = tensor
 
@@ -113,12 +110,6 @@ def load_state_dict(tensors, family, architecture, config, source):
     listed = '; '.join(faults[:3])
     require(not faults, f'The weights of {source} do not fit its config ({listed}); download it again.')
     return state_dict
-
-
-def shapes_of(architecture, config):
-    """Return {name: shape} of the state dict of a model class, without making a model."""
-    with torch.device('meta'):
-        return {name: tensor.shape for name, tensor in architecture(config).state_dict().items()}
 
 
 def without_prefix(name):

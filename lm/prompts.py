@@ -38,12 +38,10 @@ def prompt_of(form, instruction, given='', system=''):
 
 def template_of(folder):
     """Return the chat template of a Hugging Face folder, None where there is none."""
-    jinja, told = (
-        folder / 'chat_template.jinja',
-        settings_of(folder, 'tokenizer_config.json').get('chat_template'),
-    )
+    jinja = folder / 'chat_template.jinja'
     if jinja.is_file():
         return jinja.read_text(encoding='utf-8', errors='replace')
+    told = settings_of(folder, 'tokenizer_config.json').get('chat_template')
     if isinstance(told, list):  # several, by name
         told = {one['name']: one['template'] for one in told if isinstance(one, dict)}.get('default')
     return told if chat.is_chat_template(told) else None
@@ -161,9 +159,9 @@ def encode_chat(tokenizer, template, turns, system=''):
 
 def start_of(form, tokenizer, start_token):
     """Return the id of the token that stands before a conversation: a chat template's own, or start_token."""
-    first = (
-        encode_chat(tokenizer, form, [('', '', None)])[0][0] if chat.is_chat_template(form) else start_token
-    )
+    if not chat.is_chat_template(form):
+        return start_token
+    first = encode_chat(tokenizer, form, [('', '', None)])[0][0]
     return first if first in tokenizer.special_ids.values() else start_token
 
 

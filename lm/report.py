@@ -51,17 +51,20 @@ def cells(results):
     if len({str(figures) for figures in heldout.values()}) == 1:
         heldout = {'held-out text': results['heldout']}
     rows = [*models, *({'name': name, **figures} for name, figures in heldout.items())]
-    rows = [flat(row) for row in rows + [results['floor']] * bool(results['floor'])]
+    rows = [dict(flat(row)) for row in rows + [results['floor']] * bool(results['floor'])]
 
     columns = [column for column in COLUMNS if any(column[0] in row for row in rows[: len(models)])]
     titles = ['model'] + [title for *_, title in columns]
     return titles, [[row['name']] + [cell(row, key, form) for key, form, _ in columns] for row in rows]
 
 
-def flat(row):
-    """Return a row's figures with those of its groups, as 'exact.nats_per_token'."""
-    groups = {group: figures for group, figures in row.items() if isinstance(figures, dict)}
-    return row | {f'{group}.{key}': groups[group][key] for group in groups for key in groups[group]}
+def flat(figures, prefix=''):
+    """Yield (name, value) of nested figures, the names joined by dots, as 'exact.nats_per_token'."""
+    for key, value in figures.items():
+        if isinstance(value, dict):
+            yield from flat(value, f'{prefix}{key}.')
+        else:
+            yield prefix + key, value
 
 
 def cell(row, key, form):

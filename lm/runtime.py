@@ -33,17 +33,15 @@ RANGES = [  # settings that are at least the first number and below the second
 NEEDS = {  # settings that have no effect where the first one is not set
     'save_every': 'save_total_limit',
     'use_peft': 'peft_lora_r peft_lora_alpha peft_lora_dropout peft_targets',
-    'lora_rank': 'lora_alpha lora_dropout lora_dora',
+    'lora_rank': 'lora_alpha lora_dropout',
 }
 
 
 def report_idle_settings(config, *kinds):
     """Report the settings that were given although none of the models, or classes of models, has what they set."""
-    idle = (
-        ''
-        if any(kind.has_beliefs for kind in kinds)
-        else 'k k_schedule k_warmup_steps p_belief fresh_beliefs'
-    )
+    idle = ''
+    if not any(kind.has_beliefs for kind in kinds):
+        idle = 'k k_schedule k_warmup_steps p_belief fresh_beliefs'
     if all(kind.causal for kind in kinds):
         idle += ' mask_ratio noisy_every draws bound_steps exact steps sampler block_length threshold eta'
     report_idle(config, 'on ' + ', '.join(sorted({architecture_name(kind) for kind in kinds})), idle)
@@ -89,10 +87,12 @@ def plan_steps(config, num_rows, rows_per_step):
 class Runtime:
     """This process: `rank` of `world_size`, its `device`, and the `dtype` that autocast computes in."""
 
-    def __init__(self, device='auto', dtype='auto'):
+    def __init__(self, device='auto', dtype='auto', master_weights='float32'):
         self.rank, self.world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
         self.is_main = self.rank == 0
         self.device = pick_device(device)
+        if master_weights == 'bfloat16' and dtype == 'auto':
+            dtype = 'bfloat16'
         self.dtype = pick_dtype(dtype, self.device)
         if self.device.type == 'cuda':
             torch.cuda.set_device(self.device)
@@ -377,10 +377,11 @@ class Speed:
         self.restart(step)
 
     def restart(self, step):
-        self.step, self.start, self.predicted, self.passes = step, time.perf_counter(), 0, 0
+        self.step, self.start, self.predicted, self.passes, self.k = step, time.perf_counter(), 0, 0, None
 
-    def count(self, sums, k=0, depth=1, stale=0.0):
-        """Note of a step at how many tokens it had logits, and how many passes gave its beliefs."""
+    def count(self, sums, k=None, depth=1, stale=0.0):
+        """Note of a step at how many tokens it had logits, and how many passes gave its beliefs, of k candidates."""
+        self.k = k
         self.predicted += sums.get('predicted', sums['count']) + sums.get('ignore_targets', 0)
         self.passes += depth if k else 0
 
@@ -391,7 +392,8 @@ class Speed:
         flops = flops_per_token(self.model, self.length, predicted, self.passes / steps)
         tokens_per_sec = self.tokens / self.seconds_per_step
         mfu = tokens_per_sec * flops / self.peak_flops
-        return {'train/tokens_per_sec': tokens_per_sec * self.world_size, 'train/mfu': mfu}
+        metrics = {'train/tokens_per_sec': tokens_per_sec * self.world_size, 'train/mfu': mfu}
+        return metrics if self.k is None else {**metrics, 'train/k': self.k}
 
 
 def check_finite(loss, step, learning_rate):

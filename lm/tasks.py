@@ -140,7 +140,7 @@ def draw_class(task, wanted, draw, n, length, near_misses):
 
 
 def rows_of_class(task, wanted, count, draw, length, compat):
-    """Return `count` different rows of a class, or in `compat` as many as there are if they are fewer."""
+    """Return `count` different rows of a class, or as many as there are if they are fewer."""
     x, idle = np.zeros((0, length), np.uint8), 0
     while len(x) < count and idle < 50:
         before = len(x)
@@ -148,8 +148,6 @@ def rows_of_class(task, wanted, count, draw, length, compat):
         _, first = np.unique(x, axis=0, return_index=True)
         x = x[np.sort(first)]  # in the order in which they first came
         idle = 0 if len(x) > before else idle + 1
-    missing = f'{task} has only {len(x)} rows of sequence_length={length} with label {wanted}, not {count}'
-    require(len(x) >= count or compat, f'{missing}; choose smaller sets, longer sequences, or --compat.')
     return x[:count]
 
 
@@ -189,12 +187,13 @@ def splits(task, length, train, test, val=0, seed=42, compat=False):
     parts, count = {name: [] for name in sizes}, sum(sizes.values()) // 2
     for wanted in (0, 1):
         x = rows_of_class(task, wanted, count, draw, length, compat)
-        x, found = x[draw.permutation(len(x))], len(x)
+        problem = f'{task} has only {len(x)} rows of sequence_length={length} with label {wanted}'
+        x = x[draw.permutation(len(x))]
         for name, size in sizes.items():  # the test set comes last: what is missing repeats there
             part, x = x[: size // 2], x[size // 2 :]
             missing = size // 2 - len(part)
-            problem = f'{task} has only {found} rows of sequence_length={length} with label {wanted}'
-            require(not missing or name == 'test' and len(part), f'{problem}; choose smaller sets.')
+            repeats = compat and name == 'test' and len(part)
+            require(not missing or repeats, f'{problem}; choose smaller sets, longer sequences, or --compat.')
             if missing:
                 part = np.concatenate([part, part[draw.integers(0, len(part), missing)]])
             parts[name].append(part)

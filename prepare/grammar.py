@@ -104,9 +104,8 @@ class Slot(Node):
         super().__init__('', [then])
         self.variable, self.form = variable[0].lower() + variable[1:], form or 'word'
         self.capital, self.then = variable[0].isupper(), then
-        self.kind = next(
-            (kind for kind, words in KINDS.items() if {self.form, self.variable} & words), 'thing'
-        )
+        kinds = [kind for kind, words in KINDS.items() if {self.form, self.variable} & words]
+        self.kind = kinds[0] if kinds else 'thing'
         self.parent, self.source, self.rows_of = parent, source, rows_of
         self.needs = self.needs - {self.variable} | ({parent} - {None} if source else {self.variable})
 

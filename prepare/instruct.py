@@ -21,13 +21,11 @@ from lm.records import READERS, suffix_of
 from prepare import grammar, story_tasks
 from prepare.examples import Document, Examples, conversation, unread_of
 from prepare.readers import Source, files, hub
-from prepare.writer import block_size_of, prompt_format_of, write
+from prepare.writer import model_at, write
 
 source = ''  # alpaca, dolly, stories, a data set of the Hugging Face hub, or files: .json, .jsonl, .parquet
 field = ''  # of records that are plain text: the field that holds it
-prompt_format = (
-    ''  # default, alpaca, qa, chatml, llama3 (lm/prompts.py); empty: of the tokenizer's model, or default
-)
+prompt_format = ''  # default, alpaca, qa, chatml, llama3; empty: of the tokenizer's model, or default
 max_seq_len: int = None  # tokens of the longest example; None: what the tokenizer's model reads, or 1024
 max_examples = 0  # the first ones only; 0: all, of stories 20,000
 name = ''  # of the folder under data/; the source's if not given
@@ -67,9 +65,10 @@ if __name__ == '__main__':
     require(source, 'There is nothing to read: give --source=alpaca, dolly, FILE.json, or a hub id.')
     if prompt_format:
         check_choice(config, 'prompt_format', prompts.FORMATS)
-    form = prompts.FORMATS.get(prompt_format) or prompt_format_of(tokenizer) or prompts.DEFAULT
+    block_size, own_format = model_at(tokenizer)
+    form = prompts.FORMATS.get(prompt_format) or own_format or prompts.DEFAULT
     config['prompt_format'] = next((name for name, known in prompts.FORMATS.items() if known == form), form)
-    config['max_seq_len'] = max_seq_len or block_size_of(tokenizer) or 1024
+    config['max_seq_len'] = max_seq_len or block_size or 1024
     check_range(config, 8, math.inf, 'max_seq_len')
     config['name'] = name or Path(source.partition(',')[0]).stem
 

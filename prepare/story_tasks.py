@@ -127,6 +127,6 @@ def gaps(story, rng, number):
 def follows(wishes, story):
     """Say whether a text is a story, and whether it is one in which each choice of {choice: word} is as wished."""
     found = choices(story)
-    return bool(found), bool(found) and all(
-        name in found and found[name]['word'] == wishes[name] for name in wishes
-    )
+    if not found:
+        return False, False
+    return True, all(name in found and found[name]['word'] == wishes[name] for name in wishes)

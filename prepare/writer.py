@@ -131,22 +131,18 @@ def checkpoint_at(path):
         return checkpoints.load(path, mmap=True)
 
 
-def block_size_of(path):
-    """Return how many tokens a model sees, of a checkpoint or a Hugging Face folder; None where there is none."""
+def model_at(path):
+    """Return how many tokens a model sees and its prompt format, of a checkpoint or a Hugging Face folder; None each
+    where there is none."""
     if checkpoint := checkpoint_at(path):
-        return checkpoint['model_config']['block_size']
-    c = settings_of(Path(path), 'config.json')
+        return checkpoint['model_config']['block_size'], checkpoint.get('prompt_format')
+    c, block_size = settings_of(Path(path), 'config.json'), None
     if 'model_type' in c:
         from lm import families  # imports torch too
 
         with suppress(UserError):  # where only its tokenizer can be used
-            return (c.get('model_config') or families.config_from_hf(c, path))['block_size']
-
-
-def prompt_format_of(path):
-    """Return the prompt format of a checkpoint or the chat template of a Hugging Face folder; None where there is none."""
-    checkpoint = checkpoint_at(path)
-    return checkpoint.get('prompt_format') if checkpoint else prompts.template_of(Path(path))
+            block_size = (c.get('model_config') or families.config_from_hf(c, path))['block_size']
+    return block_size, prompts.template_of(Path(path))
 
 
 def encode_corpus(corpus, tokenizer, config, journal):

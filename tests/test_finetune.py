@@ -292,7 +292,7 @@ def test_a_run_that_is_finished_or_in_the_way_is_left_alone(place, capsys):
 # ---------------------------------------------------------------------------- adapters
 
 
-@pytest.mark.parametrize('more', [[], ['--use_dora'], ['--load_in_4bit'], ['--load_in_8bit']], ids=str)
+@pytest.mark.parametrize('more', [[], ['--load_in_4bit'], ['--load_in_8bit']], ids=str)
 def test_adapters_are_trained_alone_and_the_checkpoint_has_them_merged(place, tmp_path, more):
     arguments = settings(place, 'ar', '--use_peft', '--peft_lora_r=2', *more)
     variables = tune(*arguments, f'--out_dir={tmp_path}/run')

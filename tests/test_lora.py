@@ -22,7 +22,6 @@ TARGETS = {
     'opt': ('k_proj', 'out_proj', 'fc1'),
     'qwen3': ('o_proj', 'gate_proj'),
 }
-MODES = pytest.mark.parametrize('dora', [False, True], ids=['lora', 'dora'])
 
 
 def load(path):
@@ -44,8 +43,6 @@ def randomise(module):
         for name, weight in module.named_parameters():
             if 'lora_' in name:
                 weight.copy_(0.2 * torch.randn(weight.shape, generator=generator))
-            if 'magnitude' in name:
-                weight.mul_(1 + 0.2 * torch.rand(weight.shape, generator=generator))
 
 
 def assert_logits(model, expected):
@@ -56,13 +53,12 @@ def assert_logits(model, expected):
 # ---------------------------------------------------------------------------- beside peft
 
 
-@MODES
 @pytest.mark.parametrize('name', TARGETS)
 @torch.no_grad()
-def test_an_adapter_of_peft_says_the_same_here(name, dora, tmp_path):
+def test_an_adapter_of_peft_says_the_same_here(name, tmp_path):
     base = hf_model(name, tmp_path / 'base')
     plain = base(hf_tokens()).logits
-    settings = dict(r=3, lora_alpha=5, target_modules=list(TARGETS[name]), use_dora=dora)
+    settings = dict(r=3, lora_alpha=5, target_modules=list(TARGETS[name]))
     theirs = peft.get_peft_model(base, peft.LoraConfig(**settings, fan_in_fan_out=name == 'gpt2')).eval()
     randomise(theirs)
     expected = theirs(hf_tokens()).logits
@@ -77,14 +73,13 @@ def test_an_adapter_of_peft_says_the_same_here(name, dora, tmp_path):
     assert_logits(model, expected)
 
 
-@MODES
 @pytest.mark.parametrize(
     'name, targets', [('llama', ()), ('opt', ('q_proj', 'fc2')), ('qwen3', ('all-linear',))]
 )
 @torch.no_grad()
-def test_an_adapter_of_ours_says_the_same_in_peft(name, targets, dora, tmp_path):
+def test_an_adapter_of_ours_says_the_same_in_peft(name, targets, tmp_path):
     base, model = hf_model(name, tmp_path / 'base'), load(tmp_path / 'base')
-    lora.add_lora(model, rank=3, alpha=7, targets=targets, dora=dora)
+    lora.add_lora(model, rank=3, alpha=7, targets=targets)
     randomise(model)
     expected = model.logits(hf_tokens())[..., :HF_VOCAB]
     lora.save_adapter(model, tmp_path / 'adapter', 'the/base')
@@ -106,7 +101,7 @@ def test_gpt2_and_the_native_trunk_keep_our_own_names(name, tmp_path):
     if name == 'gpt2':
         hf_model('gpt2', tmp_path / 'base')
     model, tokens = base(), native_tokens()
-    lora.add_lora(model, rank=2, alpha=2, targets=('v', 'out', 'up'), dora=True)
+    lora.add_lora(model, rank=2, alpha=2, targets=('v', 'out', 'up'))
     randomise(model)
     lora.save_adapter(model, tmp_path / 'adapter', 'ckpt.pt')
     tensors = safetensors.torch.load_file(tmp_path / 'adapter' / 'adapter_model.safetensors')
@@ -223,16 +218,15 @@ def test_merge_keeps_the_prompt_format_that_the_adapter_was_tuned_with(tmp_path)
 
 
 @pytest.mark.parametrize('bits', [None, 8, 4])
-@MODES
-def test_adapters_start_as_the_model_and_they_alone_are_trained(bits, dora):
+def test_adapters_start_as_the_model_and_they_alone_are_trained(bits):
     model, tokens = native().train(), native_tokens()
     if bits:
         quantize(model, bits)
     before, frozen = model.logits(tokens), {k: v.clone() for k, v in model.state_dict().items()}
-    lora.add_lora(model, rank=4, alpha=8, dropout=0.1, dora=dora)
+    lora.add_lora(model, rank=4, alpha=8, dropout=0.1)
     torch.testing.assert_close(model.logits(tokens), before, atol=1e-5, rtol=0)
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
-    assert trained == {name for name, _ in model.named_parameters() if re.search('lora_|magnitude', name)}
+    assert trained == {name for name, _ in model.named_parameters() if 'lora_' in name}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
     losses = []
     for _ in range(10):
@@ -265,7 +259,7 @@ def test_adapters_train_on_a_base_in_bfloat16(bits):
     scales = {name: x.clone() for name, x in model.named_buffers() if 'scale' in name}
     model.bfloat16()
     assert all(torch.equal(x, scales[name]) for name, x in model.named_buffers() if 'scale' in name)
-    lora.add_lora(model, rank=2, alpha=2, dora=True)
+    lora.add_lora(model, rank=2, alpha=2)
     layers = [layer for _, layer in lora.adapted_layers(model)]
     assert all(layer.lora_A.dtype == torch.float32 for layer in layers)
     for context in (torch.autocast('cpu', torch.bfloat16), torch.autocast('cpu', enabled=False)):
@@ -347,6 +341,7 @@ def test_an_adapter_that_does_not_fit_is_refused(changes, base, message, tmp_pat
         {'init_lora_weights': 'pissa'},
         {'init_lora_weights': 'olora'},
         {'init_lora_weights': 'loftq'},
+        {'use_dora': True},
         {'alora_invocation_tokens': [1, 2]},
         {'layer_replication': [[0, 2]]},
         {'target_parameters': ['mlp.weight']},
