@@ -24,6 +24,7 @@ from lm.layers import (  # noqa: F401
     DocumentMask,
     Linear,
     ModelConfig,
+    Scales,
     TwoStreams,
     check,
     make_norm,
@@ -90,8 +91,8 @@ class Transformer(nn.Module):
             self.embedding_scale = nn.Parameter(torch.zeros(config.n_layer))
         if config.neighbours:  # and of the embeddings beside each position, by channel
             shape = config.n_layer, config.neighbours, config.n_embd
-            self.before_scale = nn.Parameter(torch.zeros(shape))
-            self.after_scale = None if self.causal else nn.Parameter(torch.zeros(shape))
+            self.before_scale = Scales(shape)
+            self.after_scale = None if self.causal else Scales(shape)
         self.norm = nn.Identity() if config.norm_after else make_norm(config)
         self.attn_mask = None  # (T, T): in training, overrides what `causal` says
         for name, table in self.tables().items():
@@ -134,7 +135,7 @@ class Transformer(nn.Module):
         """Return {name: tensor} of the parameters that a checkpoint of another architecture lacks."""
         shape = config.n_layer, config.neighbours, config.n_embd
         has_after = config.neighbours and not cls.causal
-        return {'after_scale': torch.zeros(shape)} if has_after else {}
+        return {'after_scale.weight': torch.zeros(shape)} if has_after else {}
 
     def num_parameters(self):
         """Count parameters, without the rows of <|mask|>, <|ignore|> and padding."""
@@ -191,9 +192,9 @@ class Transformer(nn.Module):
     def beside(self, x0, cache):
         """Return the embeddings beside each of x0 (B, T, C), N times (B, T, C), and each layer's scales of them (n_layer, N, C)."""
         near = range(1, self.config.neighbours + 1)
-        offsets, scales = [-i for i in near], self.before_scale
+        offsets, scales = [-i for i in near], self.before_scale.weight
         if not self.causal:
-            offsets, scales = [*offsets, *near], torch.cat([scales, self.after_scale], 1)
+            offsets, scales = [*offsets, *near], torch.cat([scales, self.after_scale.weight], 1)
         return cache.near(x0, offsets), scales
 
     def head_weight(self):

@@ -296,6 +296,14 @@ class TwoStreams(AttentionMask):
         return (t * size).ceil() / size, torch.cat([noise[:, :1], rank], 1)
 
 
+class Scales(nn.Module):
+    """Weights that are 0 at first, in a module of their own, as adapters in PEFT's layout want them."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(shape))
+
+
 class Attention(nn.Module):
     def __init__(self, config, reads_embedding=False):
         super().__init__()
