@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 RUN_OPTIONS := --overwrite --no_wandb
-WHOLE_ROWS := config/stories.py --mask_ratio='(0.2,0.8)' $(RUN_OPTIONS)
+WHOLE_ROWS := config/stories.py --mask_ratio='(0.2,0.8)' --max_steps=820 $(RUN_OPTIONS)
 
 demo: .venv/installed
 	$(RUN) prepare/stories.py --overwrite
@@ -10,10 +10,13 @@ demo: .venv/installed
 	$(RUN) train.py config/stories_blocks.py $(RUN_OPTIONS) --out_dir=out/demo-blocks
 	$(RUN) train.py $(WHOLE_ROWS) --out_dir=out/demo-diffusion --architecture=diffusion
 	$(RUN) train.py $(WHOLE_ROWS) --out_dir=out/demo-sdd --architecture=sdd
-	$(RUN) sample.py --checkpoint=out/demo-ar --num_samples=2
-	$(RUN) sample.py --checkpoint=out/demo-blocks --num_samples=2
-	$(RUN) sample.py --checkpoint=out/demo-diffusion --num_samples=3 --sampler=confidence --infill="Once upon a time there was a <mask:2> named Lily. She loved <mask:3>."
+	$(RUN) prepare/instruct.py --source=stories --name=story_requests --vocab_size=1536 --tokenizer_sample_mb=2 --overwrite
+	$(RUN) train.py config/stories_instruct.py $(RUN_OPTIONS) --out_dir=out/demo-requests
 	$(RUN) evaluate.py --checkpoint=out/demo-ar,out/demo-blocks,out/demo-diffusion,out/demo-sdd --num_samples=32 --max_tokens=32000
+	$(RUN) sample.py --checkpoint=out/demo-ar --num_samples=1
+	$(RUN) sample.py --checkpoint=out/demo-blocks --num_samples=1 --sampler=confidence
+	$(RUN) sample.py --checkpoint=out/demo-requests --chat --num_samples=1 --temperature=0 --prompt="Tell a story about a shy mouse named Pip. It ends with a dream."
+	$(RUN) sample.py --checkpoint=out/demo-diffusion --num_samples=1 --sampler=confidence --temperature=0 --infill='Bruno was a little bear. He loved to sing. One rainy day, Bruno sat in the park with an <mask:1>. Just then a <mask:1> came by. "Quack! I am so hungry," said the duck. Bruno looked at the apple. It was the last apple.'
 
 test: .venv/test-installed
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto
