@@ -24,7 +24,7 @@ from lm.layers import (  # noqa: F401
     DocumentMask,
     Linear,
     ModelConfig,
-    Scales,
+    Neighbours,
     TwoStreams,
     check,
     make_norm,
@@ -89,10 +89,7 @@ class Transformer(nn.Module):
         if config.embedding_shortcuts:  # a layer's input is a sum of stream and embedding
             self.residual_scale = nn.Parameter(torch.ones(config.n_layer))
             self.embedding_scale = nn.Parameter(torch.zeros(config.n_layer))
-        if config.neighbours:  # and of the embeddings beside each position, by channel
-            shape = config.n_layer, config.neighbours, config.n_embd
-            self.before_scale = Scales(shape)
-            self.after_scale = None if self.causal else Scales(shape)
+        self.neighbours = Neighbours(config, self.causal) if config.neighbours else None
         self.norm = nn.Identity() if config.norm_after else make_norm(config)
         self.attn_mask = None  # (T, T): in training, overrides what `causal` says
         for name, table in self.tables().items():
@@ -133,9 +130,8 @@ class Transformer(nn.Module):
     @classmethod
     def new_weights(cls, config):
         """Return {name: tensor} of the parameters that a checkpoint of another architecture lacks."""
-        shape = config.n_layer, config.neighbours, config.n_embd
-        has_after = config.neighbours and not cls.causal
-        return {'after_scale.weight': torch.zeros(shape)} if has_after else {}
+        is_new = config.neighbours and not cls.causal
+        return {'neighbours.after.weight': Neighbours(config, False).after.weight.data} if is_new else {}
 
     def num_parameters(self):
         """Count parameters, without the rows of <|mask|>, <|ignore|> and padding."""
@@ -177,25 +173,17 @@ class Transformer(nn.Module):
             rope = self.rope[:, positions]  # (2, T, D) or (2, B, T, D)
             rope = tuple(rope if rope.dim() == 3 else rope.unsqueeze(2))
         x0 = x = self.dropout(x)
-        beside, scales = self.beside(x0, cache) if c.neighbours else ([], [()] * c.n_layer)
+        beside = [] if self.neighbours is None else self.neighbours(x0, cache)
         for layer, block in enumerate(self.blocks):
             if c.embedding_shortcuts:
                 x = self.residual_scale[layer] * x + self.embedding_scale[layer] * x0
-            for scale, neighbour in zip(scales[layer], beside):
-                x = x if neighbour is None else torch.addcmul(x, scale, neighbour)
+            for scale, neighbour in beside:
+                x = torch.addcmul(x, scale[layer], neighbour)
             x = block(x, x0, rope, cache)
         x = self.norm(x)
         if c.shift and not self.causal:  # to where its prediction is; nothing predicts the first token
             x = torch.cat([x[:, :1], x[:, :-1]], 1)
         return x if self.project_out is None else self.project_out(x)
-
-    def beside(self, x0, cache):
-        """Return the embeddings beside each of x0 (B, T, C), N times (B, T, C), and each layer's scales of them (n_layer, N, C)."""
-        near = range(1, self.config.neighbours + 1)
-        offsets, scales = [-i for i in near], self.before_scale.weight
-        if not self.causal:
-            offsets, scales = [*offsets, *near], torch.cat([scales, self.after_scale.weight], 1)
-        return cache.near(x0, offsets), scales
 
     def head_weight(self):
         return (self.embedding if self.unembedding is None else self.unembedding).weight

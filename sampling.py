@@ -75,8 +75,8 @@ def check_prompts(model, prompts):
     block_size, mask_id = model.config.block_size, model.config.mask_id
     for prompt in prompts:
         check(len(prompt) > 0, 'A prompt is empty; start it with <|endoftext|> for a new text.')
-        size = len(prompt)
-        check(size <= block_size, f'The prompt has {size} tokens, but block_size={block_size}; shorten it.')
+        fits = len(prompt) <= block_size
+        check(fits, f'The prompt has {len(prompt)} tokens, but block_size={block_size}; shorten it.')
         fills = not model.causal or mask_id not in prompt
         check(fills, 'The prompt holds <|mask|>, which a causal model cannot fill; use a diffusion model.')
 
@@ -245,7 +245,7 @@ class Sampler:
     speculative           blocks drafted in a pass and checked by the ar model in a model with ar_weight: its samples
 
     Where the most confident come first, a text's end and its padding come last, from left to right: a model is sure of
-    these before it is of the text, which would end too early. A name of your own in SAMPLERS needs a branch in `to_sample` and in `to_keep`.
+    these before it is of the text. A name of your own in SAMPLERS needs a branch in `to_sample` and in `to_keep`.
 
     block_length    of `blocks`, 32 where None; of a model that was trained on blocks: one of its lengths, 0 the whole row
     sampler         '': first_hitting, of which the NELBO is a bound; where steps are given, ancestral
@@ -296,16 +296,15 @@ class Sampler:
         self.name, self.block_length, self.threshold, self.eta = sampler, block_length, threshold, eta
         self.rng, self.options, self.stop_tokens = rng, options, stops
         self.score = certainty_of if sampler == 'entropy' else confidence_of
-        self.stream = stream
-        self.steps, self.watch, self.own_blocks, self.mask_id = steps, watch, own, model.config.mask_id
+        self.steps, self.watch, self.stream = steps, watch, stream
+        self.own_blocks, self.mask_id = own, model.config.mask_id
         self.k = model.config.k if k is None else k
         self.fresh_beliefs = one_by_one if fresh_beliefs is None else fresh_beliefs
         self.carries_beliefs = model.has_beliefs and self.k > 0 and not self.fresh_beliefs
         self.ends = [token for token in (*stops, model.config.ignore_id) if token is not None]
 
     def tell(self, new):
-        """Pass new tokens (B, T) on to who reads along."""
-        if self.stream:
+        if self.stream:  # new tokens (B, T)
             self.stream(new.tolist())
 
     def is_causal(self, prompts):

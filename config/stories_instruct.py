@@ -3,3 +3,4 @@
 include('stories.py')
 dataset = 'story_requests'
 block_size = 208
+max_steps = 1000

@@ -253,7 +253,8 @@ class TwoStreams(AttentionMask):
         if self.every > 1:
             mask, self.index = mask[kept][:, kept], self.index[kept]
         super().__init__(mask if doc_ids is None else mask.unsqueeze(1))
-        offsets = [*range(-neighbours, 0), *range(1, min(neighbours, block_length - 1) + 1)]
+        last = min(neighbours, max(1, block_length - 1))  # one at least: DDP waits for a gradient of all weights
+        offsets = [*range(-neighbours, 0), *range(1, last + 1)]
         self.neighbours = {offset: self.beside(position, kept, offset) for offset in offsets}
 
     def positions(self, length):
@@ -299,9 +300,27 @@ class TwoStreams(AttentionMask):
 class Scales(nn.Module):
     """Weights that are 0 at first, in a module of their own, as adapters in PEFT's layout want them."""
 
-    def __init__(self, shape):
+    def __init__(self, *shape):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(shape))
+
+
+class Neighbours(nn.Module):
+    """What each layer reads of the embeddings beside a position: multiples of N before it and, unless causal, of N after it."""
+
+    def __init__(self, config, causal):
+        super().__init__()
+        shape = config.n_layer, config.neighbours, config.n_embd
+        self.before, self.after = Scales(*shape), None if causal else Scales(*shape)
+
+    def forward(self, x0, cache):
+        """Return [(scales (n_layer, C), neighbours (B, T, C))] of embeddings x0 (B, T, C)."""
+        scales = list(self.before.weight.unbind(1))
+        offsets = [-i for i in range(1, len(scales) + 1)]
+        if self.after is not None:
+            scales, offsets = scales + list(self.after.weight.unbind(1)), offsets + [-i for i in offsets]
+        beside = zip(scales, cache.near(x0, offsets))
+        return [(scale, x) for scale, x in beside if x is not None]
 
 
 class Attention(nn.Module):

@@ -115,7 +115,7 @@ def test_the_next_token_loss_is_that_of_an_ar_model_and_trains_with_its_weight()
     tokens = some_tokens()
     noise, model = some_noise(tokens), tiny(ar_weight=0.3)
     ar = Autoregressive(replace(model.config, block_length=(0,), ar_weight=0.0))
-    weights = {name: x for name, x in model.state_dict().items() if name != 'after_scale.weight'}
+    weights = {name: x for name, x in model.state_dict().items() if name != 'neighbours.after.weight'}
     ar.load_state_dict(weights)
     bound, count, metrics = model(tokens, None, noise)
     log_p = ar.hidden(tokens)[:, :-1] @ ar.head_weight().T
