@@ -287,7 +287,7 @@ def test_beliefs_gain_and_shuffled_among_the_hidden_positions_they_lose_it(monke
     """One layer finds a letter from its neighbour; what a neighbour is believed to be leads it further."""
     torch.manual_seed(0)
     model = ARCHITECTURES['sdd'](
-        ModelConfig(vocab_size=17, mask_id=16, block_size=12, n_layer=1, n_head=2, n_embd=32, k=4)
+        ModelConfig(17, mask_id=16, block_size=12, n_layer=1, n_head=2, n_embd=32, k=4, neighbours=0)
     )
     optimizer = torch.optim.AdamW(model.parameters())
     for step in range(250):
