@@ -323,7 +323,8 @@ class Diffusion(Transformer):
         tokens, loss_mask, doc_ids: (B, T), with the loss where loss_mask is not 0; noise: (B, 1 + T) uniform numbers
         for the mask ratio and for each token, drawn here where None; beliefs: settings of `SDD.earlier_passes`.
         """
-        noise = random_noise(tokens) if noise is None else noise
+        if noise is None:
+            noise = torch.rand(len(tokens), 1 + tokens.size(1), device=tokens.device)
         streams = self.two_streams(tokens, doc_ids)
         maskable, counted = self.loss_positions(tokens, loss_mask, streams)  # (B, T) each
         t = self.mask_ratio(noise, streams)  # (B, 1), or (B, T) by blocks
@@ -407,10 +408,6 @@ class Diffusion(Transformer):
 
     def top_k_belief(self, hidden, where, k):
         """Return what a sampler keeps of a prediction for the next step; see `SDD`. Here: nothing."""
-
-
-def random_noise(tokens):
-    return torch.rand(len(tokens), 1 + tokens.size(1), device=tokens.device)
 
 
 class Belief(NamedTuple):

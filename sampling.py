@@ -31,9 +31,9 @@ def generate(
 ):
     """Continue each of `prompts` (lists of token ids, not empty) by max_new_tokens tokens.
 
-    Returns lists of ids: the prompt, what follows, and the stop token if one ended it early. A prompt holds at most
-    block_size tokens; a longer text continues with the last half of the block as its context. Diffusion also fills
-    each <|mask|> within a prompt; with max_new_tokens=0 it does only that. Raises ValueError for wrong settings.
+    Returns lists of ids: the prompt, what follows, and the stop token if one ended it early. A prompt holds at most block_size
+    tokens; a longer text continues with the last half of the block as its context. Diffusion also fills each <|mask|> within
+    a prompt; with max_new_tokens=0 it does only that. Raises ValueError for wrong settings.
 
     temperature     0: always the likeliest token
     top_k, top_p    sample among the k likeliest tokens; among the fewest that have probability p together
@@ -83,10 +83,8 @@ def check_prompts(model, prompts):
 
 def truncate(row, prompt_length, stop_tokens):
     """Return the row up to its first stop token after the prompt, that token included."""
-    for i in range(prompt_length, len(row)):
-        if row[i] in stop_tokens:
-            return row[: i + 1]
-    return row
+    ends = (i + 1 for i in range(prompt_length, len(row)) if row[i] in stop_tokens)
+    return row[: next(ends, None)]
 
 
 # ---------------------------------------------------------------------------- sampling tokens
@@ -365,9 +363,8 @@ class Sampler:
         return restrict(logits.double(), *self.options)
 
     def sample(self, model, hidden):
-        uniform = None
-        if self.options[0] > 0:
-            uniform = uniform_numbers((len(hidden),), self.rng, hidden.device)
+        draws = self.options[0] > 0
+        uniform = uniform_numbers((len(hidden),), self.rng, hidden.device) if draws else None
         return sample_tokens(model, hidden, uniform, self.options, self.score)
 
 

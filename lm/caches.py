@@ -104,8 +104,8 @@ class BlockCache:
     def positions(self, length):
         return self.index
 
-    def extend(self, layer, *new):
-        self.new[layer] = new
+    def extend(self, layer, k, v):
+        self.new[layer] = k, v
         k, v = self.with_past(layer)
         return k, v, self.mask, False
 

@@ -308,7 +308,10 @@ class Scales(nn.Module):
 
 
 class Neighbours(nn.Module):
-    """What each layer reads of the embeddings beside a position: multiples of N before it and, unless causal, of N after it."""
+    """Weigh, for each layer, the embeddings beside a position: of N tokens before it and, unless causal, of N after it.
+
+    Attention alone has to find a token's surroundings by their positions first, and learns that late (docs/LOG.md).
+    """
 
     def __init__(self, config, causal):
         super().__init__()

@@ -83,7 +83,7 @@ def test_positions_stay_in_float32_where_weights_are_bfloat16():
 
 
 def beside_by_hand(streams, doc_ids, block_length, offset):
-    """What stands `offset` away from each position of two streams, numbers from 1 to 2T; 0 where nothing does."""
+    """List what stands `offset` away from each position of two streams, numbers from 1 to 2T; 0 where nothing does."""
     length = len(doc_ids)
     starts = [doc_ids.index(doc) for doc in doc_ids]  # of each token's document
     blocks = [(start, (i - start) // block_length) for i, start in enumerate(starts)]
