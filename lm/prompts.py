@@ -1,14 +1,17 @@
 """Prompt formats: how an instruction, its input and the answer become one text, and that text tokens.
 
-A format is a template of one turn, or a chat template of transformers (lm/chat.py). What {#input}…{/input} encloses is left out where the input is empty. The prompt is
-what stands before {output}; what follows it ends the answer: the first marker, such as <|im_end|>, if it is a special
-token of the tokenizer, or else <|endoftext|>. The same characters within a user's text are never a special token.
+A format is a template of one turn, or a chat template of transformers (lm/chat.py). What {#input}…{/input} encloses is left
+out where the input is empty. The prompt is what stands before {output}; what follows it ends the answer: the first marker,
+such as <|im_end|>, if it is a special token of the tokenizer, or else <|endoftext|>. The same characters within a user's
+text are never a special token.
 """
 
 import json
 import re
+from contextlib import suppress
 
 from lm import chat
+from lm.configurator import UserError
 from lm.tokenizer import settings_of
 
 BLOCKS = '### Instruction:\n{instruction}\n\n{#input}### Input:\n{input}\n\n{/input}### Response:\n{output}'
@@ -43,7 +46,7 @@ def template_of(folder):
         return jinja.read_text(encoding='utf-8', errors='replace')
     told = settings_of(folder, 'tokenizer_config.json').get('chat_template')
     if isinstance(told, list):  # several, by name
-        told = {one['name']: one['template'] for one in told if isinstance(one, dict)}.get('default')
+        told = {one.get('name'): one.get('template') for one in told if isinstance(one, dict)}.get('default')
     return told if chat.is_chat_template(told) else None
 
 
@@ -67,8 +70,10 @@ def markers_of(form):
 def end_of(form, tokenizer):
     """Return the id of the token that ends an answer, and the format's text between it and the next turn."""
     if chat.is_chat_template(form):
-        told = zip(*encode_chat(tokenizer, form, [('?', '', '.')]))
-        answer = [token for token, in_loss in told if in_loss]
+        answer = []
+        with suppress(UserError):  # what cannot be followed is said where one asks
+            told = zip(*encode_chat(tokenizer, form, [('?', '', '.')]))
+            answer = [token for token, in_loss in told if in_loss]
         return [tokenizer.endoftext_id, *answer][-1], ''
     tail = form.partition('{output}')[2]
     marker = re.match(MARKER, tail)
@@ -120,8 +125,8 @@ def encode(tokenizer, form, turns, system=''):
         if turns[-1][2] is not None:
             chat.check_prefix(form, tokenizer, turns, system)
         ids, loss_mask = encode_chat(tokenizer, form, turns, system)
-        starts = ids[0] in tokenizer.special_ids.values()
-        return ids[starts:], loss_mask[starts:]
+        first = len(ids) > 0 and ids[0] in tokenizer.special_ids.values()
+        return ids[first:], loss_mask[first:]
     end, between = end_of(form, tokenizer)
     ids, loss_mask = [], []
     for number, (instruction, given, output, *learnt) in enumerate(turns):
@@ -161,8 +166,8 @@ def start_of(form, tokenizer, start_token):
     """Return the id of the token that stands before a conversation: a chat template's own, or start_token."""
     if not chat.is_chat_template(form):
         return start_token
-    first = encode_chat(tokenizer, form, [('', '', None)])[0][0]
-    return first if first in tokenizer.special_ids.values() else start_token
+    first = encode_chat(tokenizer, form, [('?', '', None)])[0][:1]
+    return first[0] if first and first[0] in tokenizer.special_ids.values() else start_token
 
 
 def encode_parts(tokenizer, parts):

@@ -480,3 +480,13 @@ def test_a_copy_has_the_sharded_state_of_its_step(tmp_path):
 def test_a_data_folder_is_no_place_for_a_run(make_folder):
     with pytest.raises(UserError, match='is a prepared data folder, no place for a run'):
         checkpoints.open_run_folder(make_folder(), 'a', overwrite=True)
+
+
+@pytest.mark.parametrize('form, expected', [(None, '{{ messages }}'), ('{output}', '{output}')])
+def test_a_run_keeps_how_the_model_that_it_started_from_is_asked(form, expected):
+    """Pretraining goes on with plain text, and the export still writes the chat template that came in."""
+    model = random_model('ar', 0.1, vocab_size=32, block_size=8, n_layer=1, n_head=1, n_embd=8)
+    started = {'prompt_format': '{{ messages }}', 'came_with': {'pad_token': 3}}
+    settings = {'seed': 0, 'learning_rate': 1.0}
+    run = checkpoints.contents(model, 1, checkpoints.Best(), settings, started, letter_tokenizer(), 0, form)
+    assert run['prompt_format'] == expected and run['came_with'] == {'pad_token': 3}

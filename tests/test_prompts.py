@@ -155,3 +155,17 @@ def test_a_chat_template_whose_prompt_does_not_lead_to_its_answer_is_for_inferen
 def test_a_chat_template_that_cannot_be_followed_is_a_sentence(template, complaint):
     with pytest.raises(UserError, match=complaint):
         prompts.encode(with_markers(), template, [('a', '', None)])
+
+
+@pytest.mark.parametrize('template', ['{% for %}', "{{ messages[1]['content'][:1] }}", '{{ none }}'])
+def test_a_chat_template_that_cannot_be_followed_does_not_stand_in_the_way_of_plain_text(template):
+    """Whoever does not ask by it can sample from a model that came with it."""
+    tokenizer = with_markers()
+    state = {'prompt_format': template, 'came_with': {'end_tokens': [5]}}
+    assert prompts.stop_tokens(state, tokenizer) == [tokenizer.endoftext_id, 5]
+
+
+def test_a_chat_template_that_says_nothing_begins_with_the_start_token():
+    tokenizer = with_markers()
+    assert prompts.start_of('{{ messages[0].nothing }}', tokenizer, 7) == 7
+    assert prompts.encode(tokenizer, '{{ messages[0].content }}', [('', '', None)]) == ([], [])
