@@ -32,7 +32,9 @@ architecture = ''  # of checkpoints that do not say it; another than they say is
 token = ''  # of the Hugging Face hub, for private models
 revision = ''  # a branch, tag or commit of the hub
 dataset = ''  # a name under data/, or a path; empty: what the first checkpoint was trained on
-metrics = 'perplexity,accuracy,generation'  # and of stories infilling, of instructions instructions; speed
+metrics = (
+    'perplexity,accuracy,generation'  # also speed; infilling: of stories; instructions: of their folders
+)
 output = ''  # JSON file with all figures and samples
 html = ''  # the same as a page
 # --- likelihood ---
