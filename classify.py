@@ -31,7 +31,7 @@ compat: bool = None  # fn_g and fn_h as published at L = 20: rows repeat; None: 
 task = ''  # of the database, e.g. sentiment; instead of target_func
 train_langs = 'eng'  # commas between several
 eval_langs = ''  # empty: train_langs
-language_database = 'config/languages.py'  # or a .json file of the same shape
+language_database = 'config/languages.json'  # or a .py file that assigns LANGUAGES
 max_expansion = 100  # times its size that a file of texts may take once it is decompressed
 model_type = 'normal'  # normal, or ipa: reads the columns {feature}-phoneme
 tokenizer = 'bpe'  # of a model from scratch: bpe, bytes, char, gpt2, or a path; of a nanoGPT ckpt.pt: a path

@@ -6,7 +6,6 @@ torchrun --standalone --nproc_per_node=2 finetune.py --dataset=alpaca --init_fro
 """
 
 import copy
-import math
 import zlib
 from functools import partial
 from itertools import groupby
@@ -40,7 +39,6 @@ k_schedule = (1, 2, 4, 8)  # sdd: candidates per masked position, one of these d
 k_warmup_steps = 0  # sdd: go through k_schedule in this many steps instead, then stay at its last
 p_belief = ((0.5, 0.5),)  # sdd: (fraction of training, probability of beliefs from there on); before: 0
 anneal_steps: int = None  # from ar weights: steps to bidirectional attention; None: a tenth of all
-neftune_alpha = 0.0  # noise on the embeddings while training, e.g. 5 (Jain et al. 2023); 0: none
 gradient_checkpointing = True  # recompute each block in the backward pass: less memory, a third more time
 model_size = 'tiny'  # of init_from=scratch: tiny, small, medium, large, xl
 token = ''  # of the Hugging Face hub, for private models
@@ -86,8 +84,6 @@ seed = 0
 no_wandb = False
 wandb_project = 'diffusion-lm-finetune'
 wandb_run_name = ''  # empty: the run folder's name
-push_to_hub = False  # in the end, the best weights with a model card; `hf.py push` does the same later
-hub_model_id = ''  # owner/name
 # --- the machine ---
 device = 'auto'  # cpu, cuda, cuda:N, mps
 dtype = 'auto'  # bfloat16, float16, float32
@@ -114,10 +110,6 @@ require(dataset, 'There is nothing to learn from; give --dataset=NAME, a folder 
 
 # ---------------------------------------------------------------------------- process, data, start
 
-if push_to_hub:
-    import hf  # slow to import
-
-    hf.check_hub(hub_model_id, token)
 store = checkpoints  # keeps weights and the state of training
 if fsdp:
     from lm import sharded as store  # slow to import
@@ -188,17 +180,6 @@ weights = None  # not kept beside the model
 initial.pop('model_state_dict', None)
 trainable = {name: p for name, p in raw_model.named_parameters() if p.requires_grad}
 
-
-def neftune(embedding, inputs, x):
-    """Add uniform noise of norm about alpha to a row's embedded tokens (B, T, C)."""
-    if not embedding.training:
-        return x
-    size = neftune_alpha / math.sqrt(x.size(1) * x.size(2))
-    return x + torch.empty_like(x).uniform_(-size, size)
-
-
-if neftune_alpha:
-    raw_model.embedding.register_forward_hook(neftune)
 
 # ---------------------------------------------------------------------------- batches, optimizer, state
 
@@ -383,7 +364,5 @@ else:
     early = f'stopped early at step {step}' if step < max_steps else 'done'
     sample = f'python sample.py --checkpoint={out / "best.pt"} --chat'
     log.print(f'{early}: best val/loss {best.loss:.4f} at step {best.step}; ask it something: {sample}')
-if push_to_hub and dist.is_main and is_finished():
-    hf.push(out, hub_model_id, token)
 log.close()
 dist.close()

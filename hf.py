@@ -1,29 +1,26 @@
-"""Hugging Face checkpoints in and out, adapters merged into their base, models sent to the hub.
+"""Hugging Face checkpoints in and out, adapters merged into their base.
 
     python hf.py import FOLDER_OR_HUB_ID --out=ckpt.pt
     python hf.py export ckpt.pt --out=FOLDER
     python hf.py merge ADAPTER_FOLDER --base=ckpt.pt --out=merged.pt
-    python hf.py push RUN_FOLDER --hub_model_id=owner/name --dry_run
     python hf.py consolidate RUN_FOLDER     # of a run with fsdp=True that was stopped
 
 The families that it knows are in lm/families.py; others export as 'diffusion-lm', for these scripts only.
+`hf upload owner/name FOLDER` sends an exported folder to the hub.
 """
 
 import argparse
 import json
-import re
 import shutil
-import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi, ModelCardData, save_torch_state_dict
+from huggingface_hub import save_torch_state_dict
 
-from lm import checkpoints, families, files, lora, pretrained, prompts, runtime, sharded
+from lm import checkpoints, families, files, lora, pretrained, prompts, sharded
 from lm.configurator import UserError, require
 from lm.tokenizer import IGNORE, MASK, Tokenizer, end_in
-from model import ARCHITECTURES, ModelConfig
+from model import ModelConfig
 
 SHARD_BYTES = 5 * 10**9  # of an exported file, at most
 
@@ -145,78 +142,10 @@ def merge_adapter(source, base, out, token=None, revision=None):
     return f'{base} with {source} merged in float32.'
 
 
-def push(source, hub_model_id, token=None, private=False, dry_run=False):
-    """Send a ckpt.pt, or the best weights of a run folder, to the hub with a model card, as one commit;
-    the model is made where there is none, and nothing is deleted. dry_run: show what would be sent."""
-    check_name(hub_model_id)
-    path = Path(best_of(source))
-    card = model_card(checkpoints.load(path, mmap=True), hub_model_id)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix='push-') as parent:
-        folder = Path(parent) / 'model'
-        description = export(path, folder)
-        (folder / 'README.md').write_text(card, encoding='utf-8')
-        if dry_run:
-            sent = [f'{file.stat().st_size:>15,}  {file.name}' for file in sorted(folder.iterdir())]
-            print(f'{hub_model_id} would get {description}', *sent, card, sep='\n')
-            return
-        with hub(token, f'{hub_model_id} got nothing') as api:
-            api.create_repo(hub_model_id, private=private, exist_ok=True)
-            message = f'The model of {path.name}'
-            api.upload_folder(repo_id=hub_model_id, folder_path=folder, commit_message=message)
-        print(f'{hub_model_id} on the hub: {description}')
-
-
-def check_hub(hub_model_id, token=None):
-    """Raise a UserError where a run that is to end with an upload could not, before it trains."""
-    check_name(hub_model_id)
-    with hub(token, 'The run is to end on the hub, which does not know you') as api:
-        api.whoami()
-
-
-def check_name(hub_model_id):
-    is_name = re.fullmatch(r'[\w.-]+/[\w.-]+', hub_model_id or '')
-    require(is_name, f'hub_model_id is {hub_model_id!r}; give a name as --hub_model_id=owner/name.')
-
-
-@contextmanager
-def hub(token, failure):
-    """Yield an HfApi; all the ways in which a network and a service fail become a UserError."""
-    remedy = 'log in with `hf auth login`, and send a finished run by `python hf.py push`'
-    with files.as_sentence(failure, remedy):
-        yield HfApi(token=token or None)
-
-
-# Names of the machine and its accounts; paths are left out as well.
-NOT_ON_THE_CARD = 'out_dir resume_from wandb_project wandb_run_name no_wandb hub_model_id push_to_hub'.split()
-
-
-def model_card(checkpoint, name):
-    """Return the README.md of a model on the hub: what it is, how it was made, how good it is."""
-    settings, architecture = checkpoint['train_config'], ARCHITECTURES[checkpoint['architecture']]
-    family, _ = families.family_of(architecture, ModelConfig(**checkpoint['model_config']))
-    base, data = settings.get('init_from') or '', settings.get('dataset')
-    on_the_hub = '/' in base and checkpoints.is_pretrained(base) and not Path(base).exists()
-    library = 'transformers' if family else families.NATIVE
-    tags = [families.NATIVE, checkpoint['architecture']]
-    head = ModelCardData(library_name=library, tags=tags, base_model=base if on_the_hub else None)
-    size, loss = num_parameters(checkpoint), checkpoint.get('best_val_loss')
-    trained = f', trained on {Path(data).name}' if data else ''
-    quality = ''
-    if loss is not None:
-        quality = f'Best val/loss: {loss:.4f} nats per token, {runtime.describe_loss(architecture)}.'
-    shown = {k: v for k, v in settings.items() if k not in NOT_ON_THE_CARD and '/' not in str(v)}
-    rows = [f'{key} = {value!r}' for key, value in shown.items() if value not in ('', None)]
-    title = f'---\n{head.to_yaml()}\n---\n\n# {name.split("/")[1]}'
-    kind = f'A language model ({architecture.description}) of {size:,} parameters{trained}.'
-    usage, table = f'    python sample.py --checkpoint={name}', '\n'.join(['```', *rows, '```'])
-    return '\n\n'.join([title, kind, usage, quality, table]) + '\n'
-
-
 COMMANDS = {  # function, its source, options
     'import': (import_model, 'a folder or hub id', 'out overwrite token revision'),
     'export': (export, 'a ckpt.pt, or a run folder: its best.pt', 'out overwrite'),
     'merge': (merge_adapter, 'an adapter folder', 'base out overwrite token revision'),
-    'push': (push, 'a ckpt.pt, or a run folder: its best.pt', 'hub_model_id token private dry_run'),
     'consolidate': (sharded.consolidate, 'the folder of a stopped run with fsdp=True', ''),
 }
 OPTIONS = {
@@ -225,9 +154,6 @@ OPTIONS = {
     'base': dict(required=True, help='what the adapter was trained on'),
     'token': dict(help='of the hub; without it, what `hf auth login` keeps'),
     'revision': dict(help='a branch, tag or commit of the hub'),
-    'hub_model_id': dict(required=True, help='owner/name'),
-    'private': dict(action='store_true', help='where the model is new there'),
-    'dry_run': dict(action='store_true', help='show what would be sent, and send nothing'),
 }
 
 

@@ -124,7 +124,7 @@ def language_runs():
     require(set(languages) <= {'train', 'eval'} and 'task' in base_args, wrong)
     from lm.languages import load_database  # takes a second to import
 
-    database = load_database(base_args.get('language_database', 'config/languages.py'))
+    database = load_database(base_args.get('language_database', 'config/languages.json'))
     everyone = [name for name, tasks in database.items() if base_args['task'] in tasks]
     chosen = {side: languages.get(side, 'all') for side in ('train', 'eval')}
     train, test = (everyone if names == 'all' else listed(side, names) for side, names in chosen.items())

@@ -47,7 +47,6 @@ k_schedule = (1, 2, 4, 8)  # sdd: candidates per masked position, one of these d
 k_warmup_steps = 0  # sdd: go through k_schedule in this many steps instead, then stay at its last
 p_belief = ((0.5, 0.5),)  # sdd: (fraction of training, probability of beliefs from there on); before: 0
 gradient_checkpointing = False  # recompute each block in the backward pass: less memory, a third more time
-selective_checkpointing = False  # with it: keep matmuls and attention, half of a block's memory
 init_from = ''  # start from the weights of a ckpt.pt, run folder, Hugging Face folder or hub id
 anneal_steps: int = None  # from ar weights: steps from causal to full attention; None: a tenth of all
 token = ''  # of the Hugging Face hub, for private models
@@ -99,7 +98,7 @@ config = configure(globals())
 SHAPE = 'n_layer n_head n_embd n_kv_head block_size norm position mlp bias qk_norm logit_softcap'.split()
 SHAPE += ['embedding_shortcuts', 'neighbours']
 BLOCKS = ['block_length', 'ar_weight']  # may be others than those of the weights that a run starts from
-FREE_SHAPE = ['dropout', 'gradient_checkpointing', 'selective_checkpointing']
+FREE_SHAPE = ['dropout', 'gradient_checkpointing']
 FIXED = 'architecture mode model_size optimizer fsdp master_weights seed anneal_steps'.split()
 FIXED += SHAPE + BLOCKS
 

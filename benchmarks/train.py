@@ -1,33 +1,26 @@
-"""How long does a training step of each architecture take, and what memory?
+"""How long does a training step of each architecture take?
 
     python benchmarks/train.py --optimizer=muon
-    python benchmarks/train.py --what=memory --model_size=xl --vocab_size=50260 --block_size=1024 --batch_size=8
 
 Steps take turns, on random tokens. Those of sdd are timed by the passes without gradient before them, and weighted
-by their share of train.py's schedule. For the memory nothing is computed: the tensors are fake, of any shape on any
-machine; attention is the CPU's, which in bfloat16 keeps scores that a GPU's does not.
+by their share of train.py's schedule.
 """
 
 import itertools
 import math
 import statistics
 import sys
-import weakref
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder, whose names are those of scripts
 from benchmarks import timing
 from lm import checkpoints, data, optim, runtime
-from lm.configurator import check_choice, check_range, configure
+from lm.configurator import check_range, configure
 from model import ARCHITECTURES
 
-what = 'steps'  # steps or memory
 model_size = 'tiny'
 vocab_size = 8192
 block_size = 128
@@ -107,57 +100,14 @@ def compare_architectures(peak, steps, *settings, **shape):
     return [(name, ratio, '<=', most) for ratio, (name, most) in zip(ratios, targets)]
 
 
-class Allocations(TorchDispatchMode):
-    """While active, counts the bytes of the tensors that operations make: `now`, and `peak`, the most at once."""
-
-    now = peak = 0
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        if operation is torch.ops.aten.nonzero.default:
-            result = torch.arange(args[0].numel() // 2)[:, None]  # fake: half, as diffusion masks on average
-        else:
-            result = operation(*args, **(kwargs or {}))
-        for storage in storages(result) - storages((args, kwargs)):
-            self.add(storage.nbytes())
-            weakref.finalize(storage, self.add, -storage.nbytes())
-        return result
-
-    def add(self, size):
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-
-def storages(tree):
-    return {x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, torch.Tensor)}
-
-
-def peak_bytes(*settings, **shape):
-    """Return the most bytes at once in a step, weights and moments included; the arguments are Trainee's."""
-    with FakeTensorMode(), Allocations() as allocations:
-        trainee = Trainee(*settings, **shape)
-        beliefs = {'k': 8, 'depth': optim.MAX_DEPTH} if trainee.model.has_beliefs else {}
-        for _ in range(2):  # the first makes the moments
-            allocations.peak = allocations.now
-            trainee.step(trainee.batch(), **beliefs)
-    return allocations.peak
-
-
 def main():
-    check_choice(config, 'what', ('steps', 'memory'))
     check_range(config, 1, math.inf, 'batch_size', 'block_size', 'steps')
-    dist = runtime.Runtime('cpu' if what == 'memory' else device, dtype)
+    dist = runtime.Runtime(device, dtype)
     timing.describe_machine(dist.device)
-    timing.say(f'{what}: {batch_size} rows of {block_size} tokens, {dist.dtype}, {optimizer}')
+    timing.say(f'{batch_size} rows of {block_size} tokens, {dist.dtype}, {optimizer}')
     settings = dist, optimizer, model_size, vocab_size, batch_size
-    if what == 'steps':
-        peak = runtime.measure_peak_flops(dist.device, dist.dtype)
-        timing.finish(compare_architectures(peak, steps, *settings, block_size=block_size))
-
-    kinds = {'no': (), 'gradient': ('gradient',), 'selective': ('gradient', 'selective')}
-    for name, kind in itertools.product(ARCHITECTURES, kinds):
-        changes = {f'{part}_checkpointing': True for part in kinds[kind]}
-        peak = peak_bytes(name, *settings, block_size=block_size, **changes)
-        timing.say(f'  {name}, {kind} checkpointing: {peak / 1e9:.2f} GB')
+    peak = runtime.measure_peak_flops(dist.device, dist.dtype)
+    timing.finish(compare_architectures(peak, steps, *settings, block_size=block_size))
 
 
 if __name__ == '__main__':

@@ -78,8 +78,7 @@ def load(path, token=None, revision=None, mmap=False, sharded=False, tokenizer=N
     lacks = ', '.join(sorted(missing))
     require(not missing, f'{path} lacks {lacks}, so it is no checkpoint of ours; give the ckpt.pt of a run.')
     with unedited(path):
-        for name in ('embedding_shortcuts', 'neighbours'):  # from before there were any
-            checkpoint['model_config'].setdefault(name, 0)
+        checkpoint['model_config'] = pretrained.current_config(checkpoint['model_config'])
         names = [name for name, x in checkpoint.items() if name.endswith('_state_dict') and x]
         checkpoint |= {name: pretrained.current_names(checkpoint[name]) for name in names}
         check_contents(checkpoint)

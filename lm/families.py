@@ -176,7 +176,7 @@ def family_of(architecture, config):
     """
     if not ARCHITECTURES.get(architecture, architecture).hf_causal_lm:
         return None, None
-    unused = 'dropout k shift gradient_checkpointing selective_checkpointing mask_id ignore_id'.split()
+    unused = 'dropout k shift gradient_checkpointing mask_id ignore_id'.split()
     unused += ['rope_theta'] if config.position == 'learned' else []
     for family in FAMILIES:
         c = config_to_hf(config, family)

@@ -16,16 +16,6 @@ ONEDNN = getattr(torch.ops.mkldnn, '_linear_pointwise', None) if HAS_ONEDNN else
 HAS_AVX512 = 'AVX512' in torch.backends.cpu.get_cpu_capability()
 MIN_ONEDNN_SIZE = 1 << 20 if HAS_AVX512 else math.inf  # products: for fewer a call costs more than it gains
 
-# Results that selective checkpointing keeps: many operations per number.
-SAVED_MATMULS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
-SAVED_MATMULS += [ONEDNN.default] if ONEDNN else []
-SAVED_ATTENTION = [
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-]
-
 
 @cache
 def has_bfloat16(device):

@@ -11,7 +11,8 @@
         'classes': ['negative', 'positive'],  # names, where the labels are names; or just how many
         'filter_length': False}}}            # True: rows that are too long are left out instead of cut
 
-A task may also hold several such entries by name, {'sentiment': {'allegro': {...}, 'reviews': {...}}}: then
+config/languages.json is one; a folder stands under data/ or is given as a path, what is none is looked for on the
+hub. A task may also hold several such entries by name, {'sentiment': {'allegro': {...}, 'reviews': {...}}}: then
 pol:allegro chooses one.
 """
 

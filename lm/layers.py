@@ -5,14 +5,13 @@ Torch only.
 
 import math
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+from torch.utils.checkpoint import checkpoint
 
-from lm.kernels import SAVED_ATTENTION, SAVED_MATMULS, attend, linear
+from lm.kernels import attend, linear
 
 ACTIVATIONS = {
     'relu2': lambda x: F.relu(x).square(),
@@ -65,7 +64,6 @@ class ModelConfig:
     ar_weight: float = 0.0  # diffusion: of the next-token loss of the clean tokens: an `ar` model as well
     k: int = 8  # sdd: candidates per masked position, where no other number is asked for
     gradient_checkpointing: bool = False  # recompute each block in the backward pass
-    selective_checkpointing: bool = False  # of that, all but lm.kernels.SAVED_*
 
     def __post_init__(self):
         self.n_kv_head = self.n_head if self.n_kv_head is None else self.n_kv_head
@@ -386,11 +384,7 @@ class Block(nn.Module):
         """x, and the embedding x0: (B, T, C); with gradient_checkpointing the backward pass computes what is between anew."""
         if not (self.config.gradient_checkpointing and torch.is_grad_enabled()):
             return self.run(x, x0, rope, cache)
-        # What is saved draws no random numbers anew, so attention that drops out is not: those after it would differ.
-        saved = SAVED_MATMULS + ([] if self.config.dropout else SAVED_ATTENTION)
-        selective = partial(create_selective_checkpoint_contexts, saved)
-        context_fn = selective if self.config.selective_checkpointing else noop_context_fn
-        return checkpoint(self.run, x, x0, rope, cache, use_reentrant=False, context_fn=context_fn)
+        return checkpoint(self.run, x, x0, rope, cache, use_reentrant=False)
 
     def run(self, x, x0, rope, cache):
         if self.config.norm_after:

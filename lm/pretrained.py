@@ -24,6 +24,12 @@ def current_names(state_dict):
     return {renamed[name]: tensor for name, tensor in state_dict.items()}
 
 
+def current_config(fields):
+    """Return the fields of a ModelConfig of an earlier version as today's has them."""
+    fields = {'embedding_shortcuts': 0, 'neighbours': 0, **fields}  # from before there were any
+    return {key: value for key, value in fields.items() if key != 'selective_checkpointing'}
+
+
 def load(path, token=None, revision=None):
     """Return the checkpoint of a Hugging Face folder or hub id; its tensors stay on disk until used."""
     folder = Path(path) if Path(path).is_dir() else download(path, token, revision)
@@ -32,7 +38,8 @@ def load(path, token=None, revision=None):
         has_tokenizer = any((folder / name).is_file() for name in ('tokenizer.json', 'merges.txt'))
         tokenizer = Tokenizer.load(folder) if has_tokenizer else None
         if c.get('model_type') == families.NATIVE:
-            name, fields, family, tensors = c['architecture'], c['model_config'], None, current_names(tensors)
+            name, fields, family = c['architecture'], current_config(c['model_config']), None
+            tensors = current_names(tensors)
         else:
             name, fields, family = CAUSAL_LM, families.config_from_hf(c, folder), c['model_type']
         told = c.get('start_token', None if tokenizer else c.get('bos_token_id'))

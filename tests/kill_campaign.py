@@ -43,7 +43,7 @@ CASES = {  # ranks, the command
     'train ar, two ranks': (2, [*TRAIN, '--batch_size=2', '--gradient_accumulation_steps=2']),
     'train ar, sharded': (1, SHARDED),
     'train diffusion, sharded, two ranks': (2, [*SHARDED, '--architecture=diffusion']),
-    'finetune diffusion': (1, [*TUNE, '--init_from=PLACE/diffusion', '--neftune_alpha=5']),
+    'finetune diffusion': (1, [*TUNE, '--init_from=PLACE/diffusion']),
     'finetune ar as sdd': (1, [*TUNE, '--init_from=PLACE/ar', '--architecture=sdd', '--packing=False']),
     'finetune ar, LoRA': (1, [*TUNE, '--init_from=PLACE/ar', '--use_peft', '--peft_lora_dropout=0.1']),
     'finetune sdd, two ranks': (2, [*TUNE, '--init_from=PLACE/sdd', '--batch_size=2']),

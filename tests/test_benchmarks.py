@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import timing
-from lm import checkpoints, data, runtime
+from lm import checkpoints, data
 from lm.configurator import ROOT, UserError
 from lm.folder import Folder
 from model import ARCHITECTURES
@@ -149,29 +149,3 @@ def test_training_steps_of_all_architectures_are_timed(monkeypatch, capsys):
     assert len(targets) == 2 and len(re.findall(r'ms per step, [\d,]+ tokens/s, MFU', output)) == 3
     shares = [int(share) for share in re.findall(r'sdd, \d passes before, (\d+)% of the steps', output)]
     assert len(shares) == 5 and sum(shares) == pytest.approx(100, abs=2)
-
-
-def test_allocations_are_counted_until_they_are_freed(bench):
-    with bench('train').Allocations() as allocations:
-        a = torch.zeros(1000)
-        b = a.view(10, 100).t() + 1
-        assert allocations.now == 8000
-        del a
-        c = b.add_(1)[0]
-        assert allocations.now == 4000
-        del b, c
-    assert allocations.now == 0 and allocations.peak == 8000
-
-
-def test_checkpointing_keeps_less_and_the_selective_kind_lies_between(bench):
-    train, dist = bench('train'), runtime.Runtime('cpu', 'float32')
-
-    def peak(batch_size, **changes):
-        return train.peak_bytes('ar', dist, 'adamw', 'tiny', 512, batch_size, block_size=256, **changes)
-
-    none, each = peak(8), peak(8, gradient_checkpointing=True)
-    between = peak(8, gradient_checkpointing=True, selective_checkpointing=True)
-    assert each < 0.6 * none and each < between < 0.8 * none
-    # Weights, gradients and two moments are there in any case, of 12 or 13 matrices of a layer and of the embedding.
-    parameters = (4 * 12 + 2) * 128**2 + 512 * 128
-    assert peak(0) == pytest.approx(4 * 4 * parameters, rel=0.05)

@@ -1,11 +1,9 @@
 """hf.py: what it exports transformers reads, bit for bit, and what it sends to the hub is no secret."""
 
 import json
-import re
 import runpy
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -19,9 +17,7 @@ from conftest import (
     largest_file,
     letter_tokenizer,
     random_model,
-    signals_kept,
     write_checkpoint,
-    write_folder,
     write_llama_tokenizer,
 )
 
@@ -244,6 +240,26 @@ def test_a_tuned_model_goes_out_with_its_chat_template_and_stops_where_its_answe
     assert checkpoints.load(tmp_path / 'out')['prompt_format'] == form
 
 
+@pytest.fixture
+def run_folder(tmp_path):
+    """A finished run of an ar model that transformers can read: best.pt, and another ckpt.pt."""
+    folder = tmp_path / 'run'
+    folder.mkdir()
+    settings = {
+        'dataset': '/home/me/data/letters',
+        'init_from': 'owner/base',
+        'out_dir': '/home/me/out',
+        'learning_rate': 2e-5,
+        'wandb_project': 'mine',
+        'block_size': None,
+    }
+    for file, layers in (('best.pt', 1), ('ckpt.pt', 2)):
+        model, tokenizer = letter_model('ar', n_layer=layers, **GPT2)
+        result = dict(best_step=3, best_val_loss=1.25, train_config=settings)
+        write_checkpoint(folder / file, model, tokenizer, **result)
+    return folder
+
+
 @pytest.mark.faults
 def test_the_best_weights_of_a_run_are_exported(run_folder, tmp_path, capsys):
     run('export', run_folder, '--out', tmp_path / 'out')
@@ -275,7 +291,7 @@ class Fourth(models.Diffusion):
 
 
 @pytest.mark.parametrize('architecture', ['ar', 'diffusion', 'sdd', 'fourth'])
-def test_every_architecture_exports_comes_back_and_is_pushed(architecture, tmp_path, capsys, monkeypatch):
+def test_every_architecture_exports_and_comes_back(architecture, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(models.ARCHITECTURES, 'fourth', Fourth)  # as a reader of model.py would add it
     model, tokenizer = letter_model(architecture, embedding_width=8)
     prompt_format = 'Q: {instruction}'
@@ -289,11 +305,6 @@ def test_every_architecture_exports_comes_back_and_is_pushed(architecture, tmp_p
     assert (again['start_token'], again['prompt_format']) == (5, prompt_format)
     assert (again['architecture'], again['tokenizer']) == (architecture, tokenizer.to_json())
     assert torch.equal(checkpoints.load_model(again, 'cpu').logits(tokens), model.logits(tokens))
-
-    run('push', tmp_path / 'ckpt.pt', '--hub_model_id=me/it', '--dry_run')
-    card = capsys.readouterr().out
-    bound = {'ar': 'the nll', 'fourth': 'no bound'}.get(architecture, 'an upper bound')
-    assert f'A language model ({model.description})' in card and bound in card
 
 
 def test_an_export_with_names_of_an_earlier_version_is_read(tmp_path):
@@ -370,124 +381,3 @@ def test_names_of_the_hub_and_paths_are_told_apart(tmp_path, monkeypatch):
         assert checkpoints.is_pretrained(name), name
     for name in ('run.pt', 'out/run', 'out', '/abs/olute', 'a/b/c', Path('gpt2')):
         assert not checkpoints.is_pretrained(name), name
-
-
-# ---------------------------------------------------------------------------- push
-
-NAME = 'someone/letters'
-
-
-@pytest.fixture
-def run_folder(tmp_path):
-    """A finished run of an ar model that transformers can read: best.pt, and another ckpt.pt."""
-    folder = tmp_path / 'run'
-    folder.mkdir()
-    settings = {
-        'dataset': '/home/me/data/letters',
-        'init_from': 'owner/base',
-        'out_dir': '/home/me/out',
-        'learning_rate': 2e-5,
-        'wandb_project': 'mine',
-        'block_size': None,
-    }
-    for file, layers in (('best.pt', 1), ('ckpt.pt', 2)):
-        model, tokenizer = letter_model('ar', n_layer=layers, **GPT2)
-        result = dict(best_step=3, best_val_loss=1.25, train_config=settings)
-        write_checkpoint(folder / file, model, tokenizer, **result)
-    return folder
-
-
-@pytest.fixture
-def client(monkeypatch, tmp_path):
-    """A hub that keeps what it gets: `calls` in order, and the folder as it was."""
-    kept = types.SimpleNamespace(calls=[], folder=tmp_path / 'kept', fails=None)
-
-    class Client:
-        def __init__(self, token=None):
-            kept.calls.append(('client', token))
-
-        def answer(self, *call):
-            kept.calls.append(call)
-            if kept.fails:
-                raise kept.fails
-
-        def whoami(self):
-            self.answer('whoami')
-
-        def create_repo(self, name, private, exist_ok):
-            self.answer('create', name, private, exist_ok)
-
-        def upload_folder(self, repo_id, folder_path, commit_message):
-            self.answer('upload', repo_id)
-            folder_path.rename(kept.folder)
-
-    monkeypatch.setattr(hf, 'HfApi', Client)
-    return kept
-
-
-def test_the_best_weights_are_sent_as_a_folder_that_transformers_reads(run_folder, client, capsys):
-    run('push', run_folder, f'--hub_model_id={NAME}', '--token=secret', '--private')
-    assert client.calls == [('client', 'secret'), ('create', NAME, True, True), ('upload', NAME)]
-    sent = transformers.AutoModelForCausalLM.from_pretrained(client.folder).state_dict()
-    best = checkpoints.load(run_folder / 'best.pt')['model_state_dict']
-    assert (sent['transformer.h.0.mlp.c_proj.weight'].T == best['blocks.0.mlp.down.weight']).all()
-    assert 'transformer.h.1.mlp.c_proj.weight' not in sent and NAME in capsys.readouterr().out
-    assert sorted(path.name for path in run_folder.iterdir()) == ['best.pt', 'ckpt.pt']
-
-
-def test_the_card_tells_the_settings_and_no_path_of_the_machine(run_folder, client):
-    run('push', run_folder, f'--hub_model_id={NAME}', '--token=secret')
-    card = (client.folder / 'README.md').read_text()
-    assert re.match(r'---\n(.+\n)*library_name: transformers\n', card) and 'base_model: owner/base\n' in card
-    assert (
-        'Best val/loss: 1.2500 nats per token, the nll of' in card
-        and f'sample.py --checkpoint={NAME}\n' in card
-    )
-    assert 'parameters, trained on letters.' in card and 'learning_rate = 2e-05\n' in card
-    assert not any(word in card for word in ('/home/me', 'out_dir', 'wandb', 'secret', 'block_size'))
-
-
-def test_a_dry_run_shows_all_and_asks_no_one(run_folder, client, capsys):
-    run('push', run_folder, f'--hub_model_id={NAME}', '--dry_run')
-    output = capsys.readouterr().out
-    assert client.calls == [] and not client.folder.exists()
-    assert all(name in output for name in ('model.safetensors', 'tokenizer.json', 'README.md', '# letters'))
-
-
-@pytest.mark.parametrize(
-    'words, said',
-    [
-        (['RUN', '--hub_model_id=letters'], "hub_model_id is 'letters'.*owner/name"),
-        (['nowhere', f'--hub_model_id={NAME}'], 'no checkpoint at nowhere'),
-        (['RUN', f'--hub_model_id={NAME}'], 'got nothing .*no route.*hf auth login'),
-    ],
-)
-def test_a_push_that_fails_is_a_sentence(words, said, run_folder, client, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    client.fails = ConnectionError('no route to the host')
-    with pytest.raises(UserError, match=said):
-        run('push', *(word.replace('RUN', str(run_folder)) for word in words))
-    assert sorted(path.name for path in run_folder.iterdir()) == ['best.pt', 'ckpt.pt']
-
-
-def tune(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, 'argv', ['finetune.py', *map(str, arguments)])
-    with signals_kept():
-        runpy.run_path(str(ROOT / 'finetune.py'), run_name='__main__')
-
-
-def test_a_tuned_model_is_sent_when_it_is_done(client, tmp_path, monkeypatch):
-    write_folder(tmp_path / 'answers', train_on='aeiou')
-    write_checkpoint(tmp_path / 'base.pt', *letter_model('ar'))
-    options = f'--dataset={tmp_path}/answers --init_from={tmp_path}/base.pt --max_steps=1 --block_size=16'
-    options += f' --num_samples=0 --device=cpu --no_wandb --push_to_hub --hub_model_id={NAME} --token=secret'
-    tune(monkeypatch, *options.split(), f'--out_dir={tmp_path}/run')
-    assert [call[0] for call in client.calls] == ['client', 'whoami', 'client', 'create', 'upload']
-    assert 'secret' not in (client.folder / 'README.md').read_text()
-
-    client.fails = ConnectionError('401')
-    with pytest.raises(UserError, match='does not know you .401.*hf auth login'):
-        tune(monkeypatch, *options.split(), f'--out_dir={tmp_path}/other')
-    assert not (tmp_path / 'other').exists()  # said before anything is done
-    with pytest.raises(UserError, match='hub_model_id is None'):
-        hf.check_hub(None)

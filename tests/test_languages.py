@@ -165,7 +165,7 @@ def test_texts_that_are_too_long_are_cut_or_left_out():
 
 
 def test_the_shipped_database_is_complete():
-    database = languages.load_database('config/languages.py')
+    database = languages.load_database('config/languages.json')
     known = {'config', 'columns', 'task_type', 'filter_length', *languages.REQUIRED}
     for language, entries in database.items():
         for task in entries:

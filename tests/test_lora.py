@@ -271,12 +271,11 @@ def test_adapters_train_on_a_base_in_bfloat16(bits):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize('selective', [False, True])
-def test_checkpointing_repeats_whatever_random_numbers_a_block_draws(selective):
+def test_checkpointing_repeats_whatever_random_numbers_a_block_draws():
     """Dropout of adapters or of a layer of one's own, where the model's own dropout is 0."""
     gradients = []
     for checkpointing in (False, True):
-        model = native(gradient_checkpointing=checkpointing, selective_checkpointing=selective)
+        model = native(gradient_checkpointing=checkpointing)
         lora.add_lora(model.train(), rank=4, alpha=8, dropout=0.5)
         randomise(model)
         model.blocks[0].mlp.activation = lambda x: torch.dropout(x.relu(), 0.3, True)

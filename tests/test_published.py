@@ -80,10 +80,10 @@ def test_files_of_published_systems_are_read_as_written(tmp_path, monkeypatch, c
     assert values == dict(
         init_from='facebook/opt-350m', num_epochs=3.0, block_size=512, log_every=1, save_every=100
     )
-    assert config['hub_model_id'] == ''
     assert config['max_steps'] <= 0 and config['use_peft'] is False and config['learning_rate'] == 1.41e-5
     notes = capsys.readouterr().out
     assert 'use_auth_token=True in config.yml has no effect here; HF_TOKEN' in notes
+    assert 'push_to_hub=False in config.yml has no effect here; `hf upload`' in notes
     assert (config['dataset'], config['field']) == ('timdettmers/openassistant-guanaco', 'text')
     config = settings_of('finetune.py', write('msml.yaml', MSML))
     assert (config['batch_size'], config['use_peft'], config['save_every']) == (1, False, 50)

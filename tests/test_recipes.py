@@ -10,7 +10,7 @@ import torch
 from lm import checkpoints, runtime
 from lm.configurator import ALIASES, ROOT, Config, apply_file, keys_of
 
-CONFIGS = sorted(path.name for path in (ROOT / 'config').glob('*.py') if path.name != 'languages.py')
+CONFIGS = sorted(path.name for path in (ROOT / 'config').glob('*.py'))
 SWEEPS = [name for name in CONFIGS if name.startswith(('sweep_', 'language_pairs'))]
 SIZES = [name for name in CONFIGS if re.fullmatch(r'(small|medium|large|xl)_(owt|tinystories)\.py', name)]
 
