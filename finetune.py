@@ -87,7 +87,6 @@ wandb_run_name = ''  # empty: the run folder's name
 # --- the machine ---
 device = 'auto'  # cpu, cuda, cuda:N, mps
 dtype = 'auto'  # bfloat16, float16, float32
-master_weights = 'float32'  # bfloat16: weights, gradients, moments in half the memory, rounded stochastically
 compile: bool = None  # torch.compile; None: on CUDA only, without fsdp
 fsdp = False  # shard weights, gradients and moments over the ranks: for what no single GPU holds
 config = configure(globals())
@@ -95,7 +94,7 @@ config = configure(globals())
 # A run keeps what is FIXED; everything else may change when it is resumed, and the change is printed.
 FIXED = (
     'architecture block_size packing train_on_prompt init_from model_size use_peft peft_lora_r peft_lora_alpha '
-    'peft_targets load_in_8bit load_in_4bit optimizer fsdp master_weights seed anneal_steps block_length ar_weight'
+    'peft_targets load_in_8bit load_in_4bit optimizer fsdp seed anneal_steps block_length ar_weight'
 ).split()
 BLOCKS = ['block_length', 'ar_weight']
 
@@ -113,7 +112,7 @@ require(dataset, 'There is nothing to learn from; give --dataset=NAME, a folder 
 store = checkpoints  # keeps weights and the state of training
 if fsdp:
     from lm import sharded as store  # slow to import
-dist = runtime.Runtime(device, dtype, master_weights)
+dist = runtime.Runtime(device, dtype)
 if not resumed.checkpoint:
     base = partial(checkpoints.tokenizer_of, init_from, token, revision)
     dataset = config['dataset'] = dist.from_main(lambda: prepared(dataset, field, block_size, base))
@@ -172,8 +171,6 @@ if use_peft:
             weight.data = weight.data if weight.requires_grad or weight.dim() < 2 else weight.data.bfloat16()
     if resumed.checkpoint:
         raw_model.load_state_dict(resumed.checkpoint['adapter_state_dict'], strict=False)
-if master_weights == 'bfloat16':
-    raw_model.bfloat16()
 runtime.report_idle_settings(config, raw_model)
 raw_model = store.place(raw_model, weights, dist)
 weights = None  # not kept beside the model
@@ -189,8 +186,7 @@ batches = data.Batches(folder, kind, block_size, batch_size, gradient_accumulati
 val_rows = data.EvaluationBatches(folder, 'val', kind, block_size, batch_size, mode, eval_tokens, dist, fsdp)
 max_steps, warmup = runtime.plan_steps(config, batches.rows.num_rows, batches.rows_per_step)
 anneal_steps = optim.default_anneal_steps(anneal_steps, raw_model, initial, max_steps)
-rank = dist.rank if fsdp else 0  # of the random numbers that round this rank's weights
-opt = optim.make_optimizer(raw_model, optimizer, learning_rate, beta1, beta2, weight_decay, seed, rank)
+opt = optim.make_optimizer(raw_model, optimizer, learning_rate, beta1, beta2, weight_decay)
 scaler = dist.scaler()
 inputs = {'rows_per_step': batches.rows_per_step, 'data': folder.fingerprint}
 step, best, pending = checkpoints.continue_run(resumed, store, raw_model, opt, scaler, inputs, config)

@@ -88,7 +88,6 @@ wandb_run_name = ''  # empty: the run folder's name
 # --- the machine ---
 device = 'auto'  # cpu, cuda, cuda:N, mps
 dtype = 'auto'  # bfloat16, float16, float32
-master_weights = 'float32'  # bfloat16: weights, gradients, moments in half the memory, rounded stochastically
 compile: bool = None  # torch.compile; None: on CUDA only, without fsdp
 fsdp = False  # shard weights, gradients and moments over the ranks: for what no single GPU holds
 config = configure(globals())
@@ -99,7 +98,7 @@ SHAPE = 'n_layer n_head n_embd n_kv_head block_size norm position mlp bias qk_no
 SHAPE += ['embedding_shortcuts', 'neighbours']
 BLOCKS = ['block_length', 'ar_weight']  # may be others than those of the weights that a run starts from
 FREE_SHAPE = ['dropout', 'gradient_checkpointing']
-FIXED = 'architecture mode model_size optimizer fsdp master_weights seed anneal_steps'.split()
+FIXED = 'architecture mode model_size optimizer fsdp seed anneal_steps'.split()
 FIXED += SHAPE + BLOCKS
 
 runtime.check_settings(config)
@@ -110,7 +109,7 @@ resumed = checkpoints.resume(globals(), config, FIXED)
 store = checkpoints  # keeps weights and the state of training
 if fsdp:
     from lm import sharded as store  # slow to import
-dist = runtime.Runtime(device, dtype, master_weights)
+dist = runtime.Runtime(device, dtype)
 folder = open_dataset(dataset)
 tokenizer = folder.tokenizer
 if 'block_size' not in config.given:
@@ -137,8 +136,6 @@ shape.update(mask_id=tokenizer.mask_id, ignore_id=tokenizer.ignore_id)
 torch.manual_seed(seed)
 with torch.device('meta' if fsdp and initial else 'cpu'):  # a rank reads only its part of a sharded model
     raw_model = checkpoints.make_model(architecture, **shape)
-if master_weights == 'bfloat16':
-    raw_model.bfloat16()
 weights = None
 if initial:
     weights = initial.get('model_state_dict') if resumed.checkpoint else checkpoints.weights_of(initial)
@@ -153,8 +150,7 @@ batches = data.Batches(folder, kind, block_size, batch_size, gradient_accumulati
 val_rows = data.EvaluationBatches(folder, 'val', kind, block_size, batch_size, mode, eval_tokens, dist, fsdp)
 max_steps, warmup = runtime.plan_steps(config, batches.rows.num_rows, batches.rows_per_step)
 anneal_steps = optim.default_anneal_steps(anneal_steps, raw_model, initial, max_steps)
-rank = dist.rank if fsdp else 0  # of the random numbers that round this rank's weights
-opt = optim.make_optimizer(raw_model, optimizer, learning_rate, beta1, beta2, weight_decay, seed, rank)
+opt = optim.make_optimizer(raw_model, optimizer, learning_rate, beta1, beta2, weight_decay)
 scaler = dist.scaler()
 ema = optim.WeightAverage(raw_model, ema_decay) if ema_decay else None
 inputs = {'rows_per_step': batches.rows_per_step, 'data': folder.fingerprint}

@@ -1,9 +1,7 @@
 """Optimizers, the running average of the weights, and what else depends on the step: learning rate, beliefs, mask."""
 
 import math
-from collections import Counter
 from contextlib import contextmanager
-from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -11,8 +9,6 @@ import torch
 from lm.configurator import require
 from lm.kernels import has_bfloat16
 from lm.rng import ANNEAL, BELIEF, BLOCKS, torch_seed, uniform
-
-CHUNK = 1 << 22  # elements that StochasticAdamW has in float32 at once
 
 # Passes that a step's beliefs come from: each further one with probability P_DEEPER, up to MAX_DEPTH. With
 # probability P_STALE the first of them sees up to MAX_STALE more of a row masked.
@@ -36,8 +32,6 @@ class Optimizer:
         A gradient that overflows in float16 makes the norm of all of them nan: the scaler has to skip every part.
         """
         parts = self.parts.values()
-        for part in parts:
-            getattr(part, 'collect', list)()
         groups = [group for part in parts for group in part.param_groups]
         together = SimpleNamespace(param_groups=groups, step=lambda: [part.step() for part in parts])
         scaler.unscale_(together)
@@ -57,13 +51,12 @@ class Optimizer:
             part.load_state_dict({**part.state_dict(), 'state': states[name]['state']})
 
 
-def make_optimizer(model, optimizer, learning_rate, beta1, beta2, weight_decay, seed=0, rank=0):
+def make_optimizer(model, optimizer, learning_rate, beta1, beta2, weight_decay):
     """Make the Optimizer of a model's trainable parameters, each of them in exactly one part.
 
     'adamw' alone; or 'muon' for the matrices of the blocks and AdamW for the rest. Muon (Jordan et al. 2024)
     orthogonalises a matrix's momentum; its update is scaled to the size of AdamW's (Liu et al. 2025), so that one
-    learning rate serves both. Weight decay is for matrices, not for gains and biases. Weights in bfloat16 get
-    `StochasticAdamW`; seed is for its rounding, and rank where weights are sharded.
+    learning rate serves both. Weight decay is for matrices, not for gains and biases.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     muon = [p for name, p in named if optimizer == 'muon' and 'blocks.' in name and p.dim() == 2]
@@ -74,8 +67,6 @@ def make_optimizer(model, optimizer, learning_rate, beta1, beta2, weight_decay, 
     ]
     groups = [group for group in groups if group['params']]
     betas = (beta1, beta2)
-    if any(p.dtype == torch.bfloat16 for p in others):
-        return Optimizer({'adamw': StochasticAdamW(groups, learning_rate, betas, seed, rank)})
     parts = {'adamw': torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)}
     if muon:
         options = {'weight_decay': weight_decay, 'momentum': 0.95, 'adjust_lr_fn': 'match_rms_adamw'}
@@ -126,88 +117,9 @@ def orthogonalise(x, group):
     return x
 
 
-class StochasticAdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov and Hutter 2019) whose weights and two moments are bfloat16, rounded stochastically.
-
-    Rounded to the nearest, an update of less than half the gap between two bfloat16 numbers (2⁻⁸ of the weight) is
-    lost, in every step anew. Here it is made with a probability of its share of the gap, so the weight's expectation
-    is exact (Zamirai et al. 2020). So are the sums of the gradients of several micro-steps. The random bits depend on
-    (seed, step, parameter, rank) alone, of a sum on its number in the step.
-    """
-
-    def __init__(self, params, lr, betas, seed=0, rank=0, eps=1e-8):
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=0.0))
-        self.key, self.sums, self.added = (seed, rank), {}, Counter()
-        for number, p in enumerate(p for group in self.param_groups for p in group['params']):
-            if local(p) is p:  # before autograd adds it; FSDP adds without asking, but says so
-                p.register_hook(partial(self.add_to_sum, number, p))
-            else:
-                p.register_post_accumulate_grad_hook(partial(self.put_aside, number))
-
-    @torch.no_grad()
-    def add_to_sum(self, number, p, grad):
-        """Return p.grad, which is then gone, plus `grad`, rounded stochastically."""
-        if p.grad is None:
-            return grad
-        self.added[number] += 1
-        step, total, p.grad = int(self.state[p].get('step', 0)), p.grad, None
-        key = torch_seed(*self.key, step, number, self.added[number])
-        generator = torch.Generator(p.device).manual_seed(key)
-        for part, new in zip(*(local(x).view(-1).split(CHUNK) for x in (total, grad.contiguous()))):
-            part.copy_(round_stochastically(part.float() + new.float(), generator))
-        return total
-
-    def put_aside(self, number, p):
-        """Keep the sum apart from p.grad, which FSDP adds the next gradient to."""
-        grad, p.grad = p.grad, self.sums.get(p)
-        self.sums[p], p.grad = self.add_to_sum(number, p, grad), None
-
-    def collect(self):
-        """Put the sums back where a step and its clipping find them."""
-        for p in [*self.sums]:
-            p.grad = self.sums.pop(p)
-        self.added.clear()
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        parameters = [(p, group) for group in self.param_groups for p in group['params']]
-        for number, (p, group) in enumerate(parameters):
-            if p.grad is None:
-                continue
-            state = self.state[p]
-            if not state:
-                exp_avg, exp_avg_sq = torch.zeros_like(p), torch.zeros_like(p)
-                state.update(step=torch.zeros(()), exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
-            state['step'] += 1
-            step = int(state['step'])
-            generator = torch.Generator(p.device).manual_seed(torch_seed(*self.key, step, number))
-            tensors = (p, p.grad, state['exp_avg'], state['exp_avg_sq'])
-            for chunk in zip(*(local(x).view(-1).split(CHUNK) for x in tensors)):
-                self.update(*chunk, step, group, generator)
-
-    @staticmethod
-    def update(weight, grad, exp_avg, exp_avg_sq, step, group, generator):
-        """Make one step of AdamW in float32 for bfloat16 tensors (N,), all but the gradient changed in place."""
-        (beta1, beta2), lr = group['betas'], group['lr']
-        grad = grad.float()
-        new_avg = exp_avg.float().lerp_(grad, 1 - beta1)
-        new_sq = exp_avg_sq.float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        scale = (new_sq / (1 - beta2**step)).sqrt_().add_(group['eps'])
-        new_weight = weight.float().mul_(1 - lr * group['weight_decay'])
-        new_weight.addcdiv_(new_avg, scale, value=-lr / (1 - beta1**step))
-        for old, new in ((weight, new_weight), (exp_avg, new_avg), (exp_avg_sq, new_sq)):
-            old.copy_(round_stochastically(new, generator))
-
-
 def local(tensor):
     """Return a rank's own part of a sharded tensor; any other tensor as it is."""
     return tensor.to_local() if hasattr(tensor, 'to_local') else tensor
-
-
-def round_stochastically(x, generator):
-    """Round float32 to bfloat16, up or down by how near they are: 16 random bits are added to the 16 that go."""
-    bits = torch.randint(1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
-    return ((x.view(torch.int32) + bits) & -65536).view(torch.float32).bfloat16()
 
 
 class WeightAverage:

@@ -18,7 +18,6 @@ from model import architecture_name
 
 DTYPES = {'bfloat16': torch.bfloat16, 'float16': torch.float16, 'float32': torch.float32}
 CHOICES = {'optimizer': ('adamw', 'muon'), 'schedule': ('cosine', 'linear', 'wsd', 'constant')}
-CHOICES['master_weights'] = ('float32', 'bfloat16')
 RANGES = [  # settings that are at least the first number and below the second
     (1, math.inf, 'batch_size gradient_accumulation_steps eval_batch_size sequence_length'),
     (2, math.inf, 'block_size'),
@@ -65,12 +64,8 @@ def check_settings(config):
         require(fits, f'mask_ratio is {window}; give the lowest and the highest, from 0 to 1, as (0.2, 0.8).')
     others = {key: config[key] for key in ('use_peft', 'ema_decay') if key in config}
     others |= {'optimizer=muon': config['optimizer'] == 'muon', 'dtype=float16': config['dtype'] == 'float16'}
-    is_on = {'fsdp': config.get('fsdp')}
-    is_on['master_weights=bfloat16'] = config.get('master_weights') == 'bfloat16'
-    for setting in filter(is_on.get, is_on):
-        others['dtype=float32'] = setting != 'fsdp' and config['dtype'] == 'float32'
-        rival = next(filter(others.get, others), None)
-        require(not rival, f'{setting} does not go with {rival}; leave one of them out.')
+    rival = next(filter(others.get, others), None)
+    require(not (config.get('fsdp') and rival), f'fsdp does not go with {rival}; leave one of them out.')
 
 
 def plan_steps(config, num_rows, rows_per_step):
@@ -87,12 +82,10 @@ def plan_steps(config, num_rows, rows_per_step):
 class Runtime:
     """This process: `rank` of `world_size`, its `device`, and the `dtype` that autocast computes in."""
 
-    def __init__(self, device='auto', dtype='auto', master_weights='float32'):
+    def __init__(self, device='auto', dtype='auto'):
         self.rank, self.world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
         self.is_main = self.rank == 0
         self.device = pick_device(device)
-        if master_weights == 'bfloat16' and dtype == 'auto':
-            dtype = 'bfloat16'
         self.dtype = pick_dtype(dtype, self.device)
         if self.device.type == 'cuda':
             torch.cuda.set_device(self.device)

@@ -154,7 +154,6 @@ def consolidate(source):
     checkpoint = checkpoints.load(path, sharded=True)
     require('sharded' in checkpoint, f'{path} is no checkpoint of a sharded run; it can be used as it is.')
     model = checkpoints.make_model(checkpoint['architecture'], **checkpoint['model_config'])
-    model.to(runtime.DTYPES[checkpoint['train_config'].get('master_weights', 'float32')])
     state = model.state_dict()
     read({'model': state}, path, checkpoint)
     with lock(path.parent):

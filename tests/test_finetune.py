@@ -203,7 +203,6 @@ CASES = {  # base, settings
     'ar': ('ar', ['--gradient_accumulation_steps=2', '--dropout=0.1', '--warmup_steps=4']),
     'diffusion': ('diffusion', ['--packing=False', '--optimizer=muon']),
     'sdd': ('sdd', ['--p_belief=((0.25,1.0),)', '--k_warmup_steps=6']),
-    'bfloat16': ('ar', ['--master_weights=bfloat16', '--dtype=bfloat16']),
     'adapters': ('ar', ['--use_peft', '--peft_lora_r=4']),
     'converted': ('ar', ['--use_peft', '--peft_lora_r=4', '--architecture=sdd', '--p_belief=((0,1),)']),
 }
@@ -366,7 +365,6 @@ BAD = {
     '--trust_remote_code': 'trust_remote_code=True is refused',
     '--use_peft --load_in_8bit --load_in_4bit': 'exclude each other; choose one',
     '--load_in_4bit': 'add --use_peft',
-    '--use_peft --master_weights=bfloat16 --dtype=auto': 'does not go with use_peft',
     '--optimizer=sgd': "optimizer is 'sgd'; choose adamw",
     '--dropout=1': 'dropout is 1.0; it must be at least 0 and below 1',
     '--gradient_checkpointing_kwargs={"use_reentrant":True}': 'reentrant',

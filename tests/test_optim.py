@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import assert_drawn_from
 from helpers import GPT2_SWITCHES
 
 from lm import optim, runtime
@@ -124,94 +123,6 @@ def test_a_loaded_state_keeps_the_settings_of_this_run():
     assert torch.equal(*(o.parts['adamw'].state[moment[1]][moment[0]] for o in (optimizer, other)))
     other.set_lr(0.25)
     assert {group['lr'] for part in other.parts.values() for group in part.param_groups} == {0.25}
-
-
-# ---------------------------------------------------------------------------- weights in bfloat16
-
-
-def generator():
-    return torch.Generator().manual_seed(0)
-
-
-@pytest.mark.parametrize('x', [1.0 + 2**-9, -3.0 - 2**-8, 1e-30, 0.02001, -65504.3])
-def test_rounding_is_to_a_neighbour_and_exact_on_average(x):
-    x = torch.tensor(x)
-    down = (x.view(torch.int32) & -65536).view(torch.float32)  # towards zero
-    up = ((x.view(torch.int32) & -65536) + 65536).view(torch.float32)
-    rounded = optim.round_stochastically(x.expand(100_000).clone(), generator())
-    assert rounded.dtype == torch.bfloat16
-    is_up = (rounded.float() - down).abs() > 0
-    assert torch.equal(rounded.float(), torch.where(is_up, up, down))
-    share = ((x.double() - down.double()) / (up.double() - down.double())).item()
-    assert_drawn_from(torch.tensor([1 - share, share]), is_up.long())
-
-
-def test_what_bfloat16_can_hold_is_not_rounded():
-    x = torch.tensor([0.0, -0.0, 1.5, -(2.0**-130), math.inf, -math.inf, math.nan]).repeat(1000)
-    rounded = optim.round_stochastically(x, generator())
-    assert torch.equal(rounded.view(torch.int16), x.bfloat16().view(torch.int16))
-
-
-def descend(make, steps=400, rate=1e-4):
-    """Return weights of 1 after steps down a gradient of 1: in float32 each step takes `rate` off."""
-    weight = torch.nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
-    optimizer = make([weight], rate)
-    for _ in range(steps):
-        weight.grad = torch.ones_like(weight)
-        optimizer.step()
-    return weight.detach().double()
-
-
-def test_an_update_far_below_the_precision_is_learned_and_lost_by_plain_rounding():
-    """The gap below 1 is 2⁻⁸ = 0.0039, an update 0.0001."""
-    plain = descend(lambda weights, rate: torch.optim.AdamW(weights, lr=rate, weight_decay=0.0))
-    assert (plain == 1).all()
-    stochastic = descend(lambda weights, rate: optim.StochasticAdamW(weights, rate, (0.9, 0.95)))
-    assert abs(stochastic.mean() - (1 - 400 * 1e-4)) < 5e-4  # 4096 weights of a deviation of 0.012
-
-
-def test_a_step_is_that_of_adamw_but_for_the_rounding(monkeypatch):
-    monkeypatch.setattr(optim, 'CHUNK', 1000)  # of 2100 elements
-    weight = random(300, 7).bfloat16()
-    exact, rounded = torch.nn.Parameter(weight.float()), torch.nn.Parameter(weight.clone())
-    optimizers = (
-        torch.optim.AdamW([exact], lr=0.01, betas=(0.9, 0.95), weight_decay=0.1),
-        optim.StochasticAdamW([{'params': [rounded], 'weight_decay': 0.1}], 0.01, (0.9, 0.95)),
-    )
-    for step in range(3):
-        gradient = random(300, 7, seed=step).bfloat16()
-        exact.grad, rounded.grad = gradient.float(), gradient
-        for optimizer in optimizers:
-            optimizer.step()
-    gap = exact.detach().abs() * 2**-7 + 1e-3
-    assert ((exact - rounded.float()).abs() < 3 * gap).all()
-    state = optimizers[1].state[rounded]
-    assert {x.dtype for key, x in state.items() if key != 'step'} == {torch.bfloat16}
-
-
-@pytest.mark.faults
-def test_gradients_of_many_micro_steps_add_up_in_bfloat16():
-    """Rounded to the nearest, what comes after 256 like ones is lost: an error of 64 %."""
-
-    def gradient(count):
-        model = torch.nn.Linear(64, 64, bias=False).bfloat16()
-        make_optimizer(model)
-        for _ in range(count):
-            (model.weight * (random(64, 64) / count).bfloat16()).sum().backward()
-        return model.weight.grad.float()
-
-    exact = (random(64, 64) / 1024).bfloat16().float() * 1024
-    assert (gradient(1024) - exact).norm() < 0.06 * exact.norm()
-    assert abs((gradient(1024) / exact).mean() - 1) < 0.005  # the rounding favours no side
-    assert torch.equal(gradient(1024), gradient(1024))
-    assert torch.equal(gradient(1), random(64, 64).bfloat16().float())
-
-
-def test_weights_in_bfloat16_get_the_optimizer_that_rounds_them():
-    model = make_model().bfloat16()
-    parts = make_optimizer(model).parts
-    assert isinstance(parts['adamw'], optim.StochasticAdamW)
-    assert not isinstance(make_optimizer(make_model()).parts['adamw'], optim.StochasticAdamW)
 
 
 # ---------------------------------------------------------------------------- the average of the weights

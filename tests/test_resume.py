@@ -73,7 +73,6 @@ CASES = {
         '--init_from=PLACE/run',
         '--anneal_steps=70',
     ],
-    'bfloat16': ['--dataset=PLACE/letters', '--master_weights=bfloat16', '--dtype=bfloat16'],
 }
 
 

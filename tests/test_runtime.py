@@ -270,16 +270,12 @@ def test_a_closed_terminal_is_a_signal_to_save_however_often_it_says_so(monkeypa
 
 
 def test_settings_that_do_not_go_together_are_refused():
-    config = dict(optimizer='muon', dtype='auto', fsdp=True, save_total_limit=0)
-    with pytest.raises(UserError, match='fsdp does not go with optimizer=muon; leave one of them out'):
-        runtime.check_settings(config)
+    config = dict(optimizer='adamw', dtype='auto', fsdp=True, save_total_limit=0)
     for changes, name in (
-        ({'dtype': 'float32'}, 'dtype=float32'),
         ({'dtype': 'float16'}, 'dtype=float16'),
         ({'optimizer': 'muon'}, 'optimizer=muon'),
         ({'ema_decay': 0.9}, 'ema_decay'),
         ({'use_peft': True}, 'use_peft'),
     ):
-        config = dict(optimizer='adamw', dtype='auto', master_weights='bfloat16')
-        with pytest.raises(UserError, match=f'master_weights=bfloat16 does not go with {name}'):
+        with pytest.raises(UserError, match=f'fsdp does not go with {name}; leave one of them out'):
             runtime.check_settings({**config, **changes})

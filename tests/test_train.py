@@ -98,7 +98,6 @@ def test_init_from_starts_a_new_run_with_the_weights(place, tmp_path):
         ['--architecture=ar', '--optimizer=muon'],
         ['--architecture=diffusion'],
         ['--architecture=sdd', '--mode=documents'],
-        ['--architecture=ar', '--master_weights=bfloat16', '--dtype=bfloat16'],
     ],
     ids=' '.join,
 )
@@ -288,7 +287,6 @@ BAD_SETTINGS = {
     '--noisy_every=0': 'noisy_every is 0',
     '--k_schedule=()': 'k_schedule is',
     '--max_steps=0': 'max_steps is 0, num_epochs 0.0: nothing to do; give one',
-    '--master_weights=bfloat16 --optimizer=muon --dtype=auto': 'does not go with optimizer=muon',
     **{
         f'--{key}={value}': f'{key} is {value}; it must be at least 1'
         for key, value in (
