@@ -91,12 +91,11 @@ def truncate(row, prompt_length, stop_tokens):
 
 
 def sample_tokens(model, hidden, uniform, options, score=None):
-    """Sample a token (N,) for each hidden state (N, C); return its score(logits, token) (N,) as well, if one is given.
+    """Sample a token (N,) for each hidden state (N, C); return them and their score(logits, token) (N,), None without one.
 
     uniform: (N,) numbers, None at temperature 0; options: temperature, top_k, top_p.
     """
-    rows = model.head_rows(hidden)
-    tokens, scores = [], []
+    rows, tokens, scores = model.head_rows(hidden), [], []
     for i in range(0, max(1, len(hidden)), rows):
         logits = model.head(hidden[i : i + rows])  # (n, V)
         check_numbers(logits)
@@ -104,7 +103,7 @@ def sample_tokens(model, hidden, uniform, options, score=None):
         if score:
             scores.append(score(logits, token))
         tokens.append(token)
-    return (torch.cat(tokens), torch.cat(scores)) if score else torch.cat(tokens)
+    return torch.cat(tokens), torch.cat(scores) if score else None
 
 
 def check_numbers(logits):
@@ -166,7 +165,7 @@ def generate_left_to_right(model, prompts, max_new_tokens, sampler, use_cache, c
     rows, starts = [list(prompt) for prompt in prompts], [0] * len(prompts)
     block_size, left, running = model.config.block_size, max_new_tokens, [True] * len(prompts)
     while left > 0 and any(running):
-        texts = [row[start:] for row, start in zip(rows, starts)]
+        texts, sampler.start = [row[start:] for row, start in zip(rows, starts)], starts[0]
         new = min(left, block_size + 1 - max(map(len, texts)))  # until a row is past the block
         written = decode(model, texts, new, running, sampler, use_cache, compile)
         for i, more in enumerate(written):
@@ -184,9 +183,10 @@ def decode(model, texts, new, running, sampler, use_cache, compile):
     uniform = uniform_numbers((new, len(texts)), sampler.rng, device) if options[0] > 0 else [None] * new
     size = -(-(max(map(len, texts)) + new - 1) // 64) * 64  # few different ones: each is compiled anew
     cache = KVCache(len(texts), size, device) if use_cache else None
-    tokens = sample_tokens(model, prefill(model, texts, cache), uniform[0], options)
+    position, score = sampler.start + len(texts[0]), confidence_of if sampler.watch else None
+    tokens, scores = sample_tokens(model, prefill(model, texts, cache), uniform[0], options, score)
     written, checked, step = [tokens], 0, decode_step
-    sampler.tell(tokens.unsqueeze(1))
+    sampler.tell(position, tokens, scores)
     if compile and use_cache:
         cache.fix()
         step = torch.compile(decode_step, mode='reduce-overhead')  # on a GPU a CUDA graph
@@ -198,13 +198,14 @@ def decode(model, texts, new, running, sampler, use_cache, compile):
             if not any(running):
                 break
         if use_cache:  # a row that has stopped goes on as well: shapes stay the same
-            tokens = step(model, cache, tokens, uniform[i], options).clone()
+            tokens, scores = step(model, cache, tokens, uniform[i], options, score)
+            tokens = tokens.clone()
         else:
             so_far = torch.stack(written, 1).tolist()
             hidden = prefill(model, [text + more for text, more in zip(texts, so_far)], None)
-            tokens = sample_tokens(model, hidden, uniform[i], options)
+            tokens, scores = sample_tokens(model, hidden, uniform[i], options, score)
         written.append(tokens)
-        sampler.tell(tokens.unsqueeze(1))
+        sampler.tell(position + i, tokens, scores)
     return torch.stack(written, 1).tolist()
 
 
@@ -220,11 +221,11 @@ def prefill(model, texts, cache):
     return hidden[torch.arange(len(texts), device=device), last]
 
 
-def decode_step(model, cache, tokens, uniform, options):
-    """Read one token (B,) of each row, which follows what the cache holds, and sample the next (B,)."""
+def decode_step(model, cache, tokens, uniform, options, score):
+    """Read one token (B,) of each row, which follows what the cache holds, and sample the next (B,), with its score."""
     hidden = model.hidden(tokens[:, None], cache=cache)[:, 0]
     cache.advance(1)
-    return sample_tokens(model, hidden, uniform, options)
+    return sample_tokens(model, hidden, uniform, options, score)
 
 
 # ---------------------------------------------------------------------------- denoising
@@ -251,7 +252,8 @@ class Sampler:
     fresh_beliefs   `SDD`: a pass before each step gives its beliefs, at twice the cost; False: the step before gives
                     them; None: where one token is written at a time, as the two-pass NELBO assumes
     k               candidates of `SDD` per masked position; 0: none, as masked diffusion; None: the model's own number
-    watch           called as watch(step, x (B, L), belief or None) after each step of a window
+    watch           called after each step as watch(start, x (B, L), confidence (B, L), belief or None): the tokens of the
+                    window from position `start` of the first row on, and how sure the model is of those just written, else 0
     """
 
     def __init__(
@@ -294,16 +296,20 @@ class Sampler:
         self.name, self.block_length, self.threshold, self.eta = sampler, block_length, threshold, eta
         self.rng, self.options, self.stop_tokens = rng, options, stops
         self.score = certainty_of if sampler == 'entropy' else confidence_of
-        self.steps, self.watch, self.stream = steps, watch, stream
+        self.steps, self.watch, self.stream, self.start = steps, watch, stream, 0
         self.own_blocks, self.mask_id = own, model.config.mask_id
         self.k = model.config.k if k is None else k
         self.fresh_beliefs = one_by_one if fresh_beliefs is None else fresh_beliefs
         self.carries_beliefs = model.has_beliefs and self.k > 0 and not self.fresh_beliefs
         self.ends = [token for token in (*stops, model.config.ignore_id) if token is not None]
 
-    def tell(self, new):
-        if self.stream:  # new tokens (B, T)
+    def tell(self, start, new, confidence=None):
+        """Hand on new tokens (B, T) or (B,) from position `start` on, and how sure the model is of them, where it wrote one."""
+        new = new.view(len(new), -1)
+        if self.stream:
             self.stream(new.tolist())
+        if self.watch and confidence is not None:
+            self.watch(start, new, confidence.view_as(new), None)
 
     def is_causal(self, prompts):
         """Say whether to write block after block: not what a model fills that was trained on whole rows as well."""
@@ -388,11 +394,12 @@ def generate_by_denoising(model, rows, max_new_tokens, sampler):
         whole = rows.size(1) + min(left, 1) <= block_size or infills
         context = min(rows.size(1), block_size if whole else block_size // 2)
         new = min(left, block_size - context)
-        before, window = rows.split([rows.size(1) - context, context], 1)
+        sampler.start = rows.size(1) - context
+        before, window = rows.split([sampler.start, context], 1)
         window = torch.cat([window, rows.new_full((len(rows), new), mask_id)], 1)
         rows = torch.cat([before, denoise(model, window, sampler)], 1)
         left -= new
-        sampler.tell(rows[:, rows.size(1) - new :])
+        sampler.tell(rows.size(1) - new, rows[:, rows.size(1) - new :])
         finished = [truncate(row, prompt_length, stop_tokens) for row in rows.tolist()]
         if left == 0 or all(row[-1] in stop_tokens and len(row) > prompt_length for row in finished):
             return finished
@@ -415,9 +422,10 @@ def generate_by_blocks(model, rows, max_new_tokens, sampler):
             start, cache = begin - block_size // 2 // length * length, BlockCache(rows.device)
         if start + cache.length < begin:
             cache.store(model, rows[:, start + cache.length : begin])
-        part = slice(begin, begin + length)
+        part, sampler.start = slice(begin, begin + length), begin
         rows[:, part] = denoise(model, rows[:, part], sampler, block_steps, cache)
-        sampler.tell(rows[:, max(begin, prompt_length) : min(begin + length, size)])
+        first = max(begin, prompt_length)
+        sampler.tell(first, rows[:, first : min(begin + length, size)])
         finished = [truncate(row, prompt_length, sampler.stop_tokens) for row in rows[:, :size].tolist()]
         if all(row[-1] in sampler.stop_tokens and len(row) > prompt_length for row in finished):
             break
@@ -435,17 +443,18 @@ def denoise(model, x, sampler, steps=None, cache=None):
     steps = steps or sampler.steps or len(columns)
     if cache:
         cache.plan(0, cache.length, x.size(1))
-    belief, step = None, 0  # of all masked positions, also of those whose block comes later
+    belief = None  # of all masked positions, also of those whose block comes later
     tail = masked.flip(1).cummin(1).values.flip(1)  # new text: nothing that is given follows
     for block, block_steps in zip(blocks, share_steps(steps, [len(block) for block in blocks])):
         region = torch.zeros_like(masked)
         region[:, block] = masked[:, block]
         for steps_left in range(block_steps, 0, -1):  # the last step takes what is left
-            belief = denoise_step(model, x, region, belief, steps_left, block_steps, sampler, cache)
+            belief, confidence = denoise_step(
+                model, x, region, belief, steps_left, block_steps, sampler, cache
+            )
             sampler.fill_after_end(x, tail)
-            step += 1
             if sampler.watch:
-                sampler.watch(step, x, belief)
+                sampler.watch(sampler.start, x, confidence, belief)
     return x
 
 
@@ -460,7 +469,7 @@ def share_steps(steps, lengths):
 
 
 def denoise_step(model, x, region, belief, steps_left, steps, sampler, cache=None):
-    """Write some of the region (B, L) into x (B, L), and return the belief of what stays masked.
+    """Write some of the region (B, L) into x (B, L); return the belief of what stays masked, and the confidence (B, L).
 
     Tokens are always sampled from the full output distribution; beliefs are only an input. Only rows that need it are
     computed: those in which a token may be sampled or, where a step renews beliefs for the next, that have a mask.
@@ -470,6 +479,7 @@ def denoise_step(model, x, region, belief, steps_left, steps, sampler, cache=Non
     where = sampler.to_sample(masked, steps_left, steps)
     remasked = sampler.to_remask(region & ~masked, steps_left, steps)
     rows = ((x == mask_id) if sampler.carries_beliefs else where).any(1)
+    confidence = torch.zeros(x.shape, device=x.device)
     if cache:  # which holds all rows
         rows[:] = rows.any()
     if rows.any():
@@ -480,15 +490,16 @@ def denoise_step(model, x, region, belief, steps_left, steps, sampler, cache=Non
             hidden, _ = model.predict(x[rows], cache=cache, belief=given)
         tokens, score = sampler.sample(model, hidden[where[rows]])
         drawn = torch.zeros_like(x).masked_scatter(where, tokens)
-        score = torch.zeros(x.shape, device=x.device).masked_scatter(where, score)
+        score = confidence.masked_scatter(where, score)
         kept = sampler.to_keep(where, drawn, score, steps_left)
         x[kept] = drawn[kept]
+        confidence = torch.where(kept, score.exp() if sampler.name == 'entropy' else score, 0)
         if sampler.carries_beliefs or sampler.watch:
             new_belief = model.top_k_belief(hidden, x[rows] == mask_id, sampler.k)
             belief = update_belief(belief, new_belief, rows)
     if remasked is not None:
         x[remasked] = mask_id  # without a belief
-    return belief
+    return belief, confidence
 
 
 def update_belief(belief, new, rows):

@@ -31,8 +31,9 @@ def speculate(model, prompt, max_new_tokens, sampler):
         accepted, token = check_draft(draft, q, p, sampler.rng)
         cache.keep(len(clean) - len(draft) + accepted)
         whole = accepted == len(draft)
-        tokens += [*draft[:accepted], token]
-        sampler.tell(torch.tensor([[*draft[:accepted], token]]))
+        new = torch.tensor([*draft[:accepted], token])
+        sampler.tell(len(tokens), new[None], p.cpu()[torch.arange(len(new)), new])
+        tokens += new.tolist()
         draft, q = [], None
         if whole and len(known) + 1 < begin + len(noisy):  # what follows the token that was just drawn
             states = hidden[len(clean) + len(known) + 1 - begin :]

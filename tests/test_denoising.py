@@ -138,12 +138,7 @@ def test_remdm_hides_again_what_it_wrote_and_never_what_was_given():
     model = tiny('diffusion')
     seen = []
     generate(
-        model,
-        [[1, 2, 3]] * 4,
-        9,
-        sampler='remdm',
-        eta=0.5,
-        watch=lambda step, x, belief: seen.append(x.clone()),
+        model, [[1, 2, 3]] * 4, 9, sampler='remdm', eta=0.5, watch=lambda start, x, *_: seen.append(x.clone())
     )
     hidden = torch.stack(seen) == MASK  # (steps, B, L)
     assert (hidden[1:] & ~hidden[:-1]).any()
@@ -167,8 +162,8 @@ def test_remdm_rates_are_probabilities_and_keep_the_schedule(steps, eta):
 def test_a_row_is_computed_only_in_steps_in_which_it_may_change():
     model, steps = tiny('diffusion'), []
     seen = watch(model)
-    generate(model, [[1]] * 8, 4, steps=40, watch=lambda step, *_: steps.append(step))
-    assert steps == list(range(1, 41))  # a step that computes nothing is a step
+    generate(model, [[1]] * 8, 4, steps=40, watch=lambda *_: steps.append(1))
+    assert len(steps) == 40  # a step that computes nothing is a step
     assert 8 <= sum(map(len, seen)) <= 8 * 4  # each of them revealed a token at least
     seen.clear()
     model = tiny('sdd')

@@ -205,7 +205,7 @@ def test_no_uniform_number_gives_an_impossible_token(uniform):
     states = states_of(model, 1)
     possible = model.head(states).topk(2).indices[0].sort().values
     assert possible[0] > 0  # something impossible lies on both sides
-    token = sample_tokens(model, states, torch.tensor([uniform], dtype=torch.float64), (1.0, 2, None))
+    token, _ = sample_tokens(model, states, torch.tensor([uniform], dtype=torch.float64), (1.0, 2, None))
     assert token == (possible[0] if uniform == 0 else possible[1])
 
 
