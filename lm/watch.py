@@ -1,0 +1,127 @@
+"""Watch a text being written: its steps as frames, shown in place in a terminal or on a page that needs nothing else.
+
+    frames = Frames(tokenizer, Terminal())
+    frames.begin(prompt_ids)
+    generate(model, [prompt_ids], 100, watch=frames)
+    save_page('watch.html', 'a title', frames.steps)
+"""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from lm.configurator import printable
+from lm.files import save_atomically
+
+PAGE = Path(__file__).with_name('page.html')  # of serve.py, which shows only the steps where it holds some
+GIVEN, WRITTEN, HIDDEN, AGAIN = 'gwhr'  # kinds of a position: of the prompt, written, hidden, hidden again
+DOT = '·'
+SURENESS = (203, 215, 227, 155, 83)  # of 256 terminal colours, from red to green, by the probability of a new token
+DIM, MAGENTA, RESET = '\033[38;5;{}m', '\033[38;5;201m', '\033[0m'
+
+
+class Frames:
+    """What `generate` does to the first row, a step at a time, as its `watch`.
+
+    steps: for each the cells that changed, [position, text, kind, probability, candidates]; candidates: [[text,
+    probability], ...] of what an `sdd` believes about a hidden position, left out otherwise.
+    """
+
+    def __init__(self, tokenizer, show=None):
+        """show: called with all cells and the positions that changed, after each step."""
+        self.tokenizer, self.show, self.steps, self.cells = tokenizer, show, [], []
+
+    def begin(self, ids):
+        """Start with a prompt, a list of token ids."""
+        self.cells = [self.cell(i, token, GIVEN) for i, token in enumerate(ids)]
+        self.steps = [[list(cell) for cell in self.cells]]
+
+    def __call__(self, start, x, confidence, belief):
+        """Take a step: tokens x (B, L) from position `start` on, how sure the model is of new ones (B, L), a belief."""
+        row, sure = x[0].tolist(), confidence[0].tolist()
+        ids, probabilities = ([], []) if belief is None else (part[0].tolist() for part in belief)
+        changed = []
+        for i, token in enumerate(row):
+            position = start + i
+            known = self.cells[position] if position < len(self.cells) else None
+            is_hidden = token == self.tokenizer.mask_id
+            if not is_hidden and known and known[2] in (GIVEN, WRITTEN) and not sure[i]:
+                continue
+            kind = WRITTEN
+            if is_hidden:
+                kind = AGAIN if known and known[2] in (WRITTEN, AGAIN) else HIDDEN
+            cell = self.cell(position, token, kind, sure[i])
+            if is_hidden and ids:
+                pairs = ((self.text_of(t), round(p, 3)) for t, p in zip(ids[i], probabilities[i]) if p > 0)
+                cell += [[list(pair) for pair in pairs]]
+            if cell != known:
+                self.cells[position : position + 1] = [cell]
+                changed.append(cell)
+        self.steps.append([list(cell) for cell in changed])
+        if self.show:
+            self.show(self.cells, {cell[0] for cell in changed})
+
+    def cell(self, position, token, kind, probability=0.0):
+        is_hidden = token == self.tokenizer.mask_id
+        kind = HIDDEN if is_hidden and kind == GIVEN else kind
+        return [position, '' if is_hidden else self.text_of(token), kind, round(probability, 3)]
+
+    def text_of(self, token):
+        return self.tokenizer.decode([token])
+
+
+class Terminal:
+    """Shows the cells in place, the last lines that fit; plain steps, one per line, where the output is no terminal."""
+
+    def __init__(self, file=sys.stdout):
+        self.file, self.lines, self.step = file, 0, 0
+
+    def __call__(self, cells, changed):
+        self.step += 1
+        if not self.file.isatty():
+            print(f'step {self.step}: {plain(cells)}', file=self.file)
+            return
+        columns, rows = shutil.get_terminal_size()
+        lines = wrap([piece(cell, cell[0] in changed) for cell in cells], columns)[2 - rows :]
+        up = f'\033[{self.lines}F\033[J' if self.lines else ''
+        print(up + '\n'.join(lines), file=self.file, flush=True)
+        self.lines = len(lines)
+
+
+def plain(cells):
+    """Return the text of cells, with dots for what is hidden; control characters are spelled out."""
+    return printable(''.join(DOT if cell[2] in (HIDDEN, AGAIN) else cell[1] for cell in cells))
+
+
+def piece(cell, is_new):
+    """Return the text of a cell and the escape sequence of its colour."""
+    _, text, kind, probability, *candidates = cell
+    if kind in (GIVEN, WRITTEN):
+        sureness = SURENESS[min(4, int(5 * probability))]
+        return printable(text), DIM.format(sureness) if is_new else ''
+    if candidates and candidates[0]:
+        text, probability = candidates[0][0]
+        return printable(text) or DOT, DIM.format(236 + int(18 * probability))
+    return DOT, MAGENTA if kind == AGAIN else DIM.format(240)
+
+
+def wrap(pieces, columns):
+    """Break coloured pieces of text into lines of at most so many columns."""
+    lines, width = [''], 0
+    for text, colour in pieces:
+        for part in re.findall(r'\n|[^\n]', text):
+            if part == '\n' or width == columns:
+                lines, width = [*lines, ''], 0
+            if part != '\n':
+                lines[-1] += f'{colour}{part}{RESET}' if colour else part
+                width += 1
+    return lines
+
+
+def save_page(path, title, steps):
+    """Write one HTML file with a slider and a play button over the steps."""
+    data = json.dumps({'title': title, 'frames': steps}, ensure_ascii=False).replace('<', '\\u003c')
+    page = PAGE.read_text(encoding='utf-8').replace('const DATA = null', f'const DATA = {data}', 1)
+    save_atomically(path, lambda file: file.write(page.encode()))
