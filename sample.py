@@ -2,7 +2,7 @@
 
 python sample.py --checkpoint=out/ar-stories-tiny-v1 --prompt="Once upon a time"
 python sample.py --checkpoint=out/diffusion-stories-tiny-v1 --infill="The <mask:12> sat"
-python sample.py --checkpoint=out/sdd-stories-tiny-v1 --k=4 --show_candidates --candidate_steps=1,40
+python sample.py --checkpoint=out/sdd-stories-tiny-v1 --watch --html=watch.html
 python sample.py --checkpoint=out/ar-alpaca-base-v1/best.pt --chat --prompt="Name three fruits."
 """
 
@@ -13,10 +13,13 @@ import timeit
 from contextlib import suppress
 from pathlib import Path
 
+from tqdm import tqdm
+
 from lm import checkpoints, prompts, runtime
 from lm.configurator import ROOT, UserError, configure, printable, report_idle, require, user_errors
 from lm.files import as_sentence, write_json
 from lm.tokenizer import Tokenizer, settings_of
+from lm.watch import Frames, Terminal, save_page
 from sampling import generate
 
 checkpoint = ''  # a ckpt.pt, run folder, Hugging Face folder or hub id; empty: newest under out/
@@ -47,8 +50,8 @@ threshold: float = None  # of sampler=threshold: a probability, 0.9; of entropy:
 eta = 0.1  # of sampler=remdm: the largest probability to mask a token again
 k: int = None  # sdd: candidates per masked position, 0: none; None: the model's own number
 fresh_beliefs: bool = None  # sdd: from a pass before each step; None: where one token is written at a time
-show_candidates = False  # sdd: print the candidates of the first sample's masked positions
-candidate_steps = ()  # after these steps; none given: the first, half of them, three quarters
+watch = False  # show the first sample step by step, in place
+html = ''  # a page on which it can be watched, with a slider, and the candidates of sdd
 device = 'auto'  # cpu, cuda, cuda:N, mps
 dtype = 'float32'  # bfloat16 and float16 are faster on a GPU
 config = configure(globals())
@@ -69,24 +72,19 @@ def encode_infill(text):
     return ids
 
 
-def print_candidates(step, x, belief):
-    """Print the first row of x (B, L) after a step, and each masked position's candidates."""
-    if step not in shown_steps:
-        return
-    row = x[0].tolist()
-    text = ''.join('▁' if token == tokenizer.mask_id else tokenizer.decode([token]) for token in row)
-    print(printable(f'{"-" * 80}\nafter step {step} of {num_steps}: {text}'))
-    for position, (tokens, probabilities) in enumerate(zip(*(part[0].tolist() for part in belief))):
-        if row[position] == tokenizer.mask_id:
-            names = [repr(tokenizer.decode([token], show_special=True)) for token in tokens]
-            candidates = [f'{name} {p:.3f}' for name, p in zip(names, probabilities) if p > 0]
-            print(f'{position:5}', *candidates, f'any other {1 - sum(probabilities):.3f}', sep='  ')
-
-
 def write(ids, count):
     """Return `count` rows of token ids that begin with `ids`."""
-    with dist.autocast(), user_errors():
-        return generate(model, [ids] * count, 0 if infill else max_new_tokens, **options)
+    frames = Frames(tokenizer, Terminal() if watch else None)
+    frames.begin(ids)
+    num_steps = steps or (ids.count(tokenizer.mask_id) if infill else max_new_tokens)
+    with tqdm(total=num_steps, unit=' steps', leave=False, disable=watch or bool(options['stream']) or None) as bar:
+        shown = frames if watch or html else None if bar.disable else lambda *_: bar.update()
+        with dist.autocast(), user_errors():
+            rows = generate(model, [ids] * count, 0 if infill else max_new_tokens, watch=shown, **options)
+    if html:
+        save_page(html, f'{path}: {state["architecture"]}', frames.steps)
+        print(f'{html}: the first text, step by step')
+    return rows
 
 
 def answer(turns, count, system=system):
@@ -167,6 +165,9 @@ def save_conversation(path, turns, system):
 require(not (prompt and infill), 'A prompt and an infill are given; leave one out.')
 require(chat or not (input or system), 'input and system belong to --chat; add it, or leave them out.')
 require(not (chat and infill), 'An infill does not belong to --chat; leave one out.')
+require(prompt or not (chat and (watch or html)), 'A conversation is not watched; give --chat a --prompt.')
+exists = Path(html).absolute().parent.is_dir()
+require(exists, f'{html} lies in a folder that does not exist; make it, or choose another path.')
 require(num_samples >= 1, f'num_samples is {num_samples}; it has to be at least 1.')
 if prompt.startswith('FILE:'):
     path = Path(prompt.removeprefix('FILE:')).expanduser()
@@ -187,19 +188,15 @@ tokenizer = Tokenizer(state['tokenizer'])
 if sampler == 'ar':
     state, sampler = checkpoints.as_ar(state, path), ''
 model = checkpoints.load_model(state, dist.device)
-has_candidates, remedy = model.has_beliefs and k != 0, 'take an sdd checkpoint and a k above 0'
-require(not show_candidates or has_candidates, f'{path} with k={k} keeps no candidates to show; {remedy}.')
 runtime.report_idle_settings(config, model)
 report_idle(config, f'on {state["architecture"]}', '' if model.causal else 'use_cache compile')
 print(f'{path}: {state["architecture"]}, {model.num_parameters():,} parameters, step {state["global_step"]}')
 
 ids = [] if chat else encode_infill(infill) if infill else tokenizer.encode(prompt)
-num_steps = steps or (ids.count(tokenizer.mask_id) if infill else max_new_tokens)
-shown_steps = candidate_steps or (1, num_steps // 2, num_steps * 3 // 4)
 form = state.get('prompt_format') or prompts.DEFAULT
 options = {name: globals()[name] for name in OPTIONS}
 options['stop_tokens'] = prompts.stop_tokens(state, tokenizer) if stop_at_end else []
-options['watch'] = print_candidates if show_candidates else None
+options['stream'] = None
 start = [state['start_token']]
 
 if chat and not state.get('prompt_format'):

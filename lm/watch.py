@@ -7,7 +7,6 @@
 """
 
 import json
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -108,16 +107,18 @@ def piece(cell, is_new):
 
 
 def wrap(pieces, columns):
-    """Break coloured pieces of text into lines of at most so many columns."""
-    lines, width = [''], 0
+    """Break coloured pieces of text into lines of at most so many columns, between words."""
+    lines, line = [], []
     for text, colour in pieces:
-        for part in re.findall(r'\n|[^\n]', text):
-            if part == '\n' or width == columns:
-                lines, width = [*lines, ''], 0
-            if part != '\n':
-                lines[-1] += f'{colour}{part}{RESET}' if colour else part
-                width += 1
-    return lines
+        for character in text:
+            if character == '\n' or len(line) == columns:
+                spaces = [i for i, (before, _) in enumerate(line, 1) if before == ' ' and character != '\n']
+                end = max(spaces, default=len(line))
+                lines, line = [*lines, line[:end]], line[end:]
+            if character != '\n':
+                line.append((character, colour))
+    coloured = ([f'{colour}{x}{RESET}' if colour else x for x, colour in line] for line in [*lines, line])
+    return [*map(''.join, coloured)]
 
 
 def save_page(path, title, steps):

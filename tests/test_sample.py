@@ -104,18 +104,6 @@ def test_gaps_are_filled_and_the_rest_stays(sampler, architecture, checkpoint_of
     assert text.startswith('the ') and ' sat' in text and '<mask' not in text
 
 
-def test_candidates_are_shown_with_their_probabilities(checkpoint_of, sample):
-    options = ['--max_new_tokens=9', '--num_samples=1', '--k=2', '--show_candidates', '--candidate_steps=1,5']
-    *shown, text = sample(f'--checkpoint={checkpoint_of("sdd")}', *options)
-    assert [text.split(':')[0] for text in shown] == ['after step 1 of 9', 'after step 5 of 9']
-    for text in shown:
-        first, *positions = text.splitlines()
-        assert len(positions) == first.count('▁')
-        for position in positions:
-            numbers = [float(number) for number in re.findall(r'\d\.\d{3}', position)]
-            assert len(numbers) == 3 and abs(sum(numbers) - 1) < 2e-3  # two candidates, and any other token
-
-
 def test_an_instruction_is_answered_in_the_prompt_format(tmp_path, sample):
     tokenizer = letter_tokenizer(sorted(set('abcdefghijklmnopqrstuvwxyz ### Instruction:\n\nResponse')))
     checkpoint = write_small_checkpoint(tmp_path / 'ckpt.pt', 'ar', tokenizer, shape={'block_size': 128})
@@ -194,7 +182,8 @@ def test_a_stream_is_told_what_is_written(architecture, shape):
 @pytest.mark.parametrize(
     'options, said',
     [
-        (['--show_candidates'], 'keeps no candidates'),
+        (['--html=no/where.html'], 'lies in a folder that does not exist'),
+        (['--chat', '--watch'], 'A conversation is not watched'),
         (['--k=-1'], 'k is -1'),
         (['--checkpoint=nowhere.pt'], 'nowhere.pt'),
         (['--prompt=' + 40 * 'a'], 'has 41 tokens'),
