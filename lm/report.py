@@ -7,12 +7,13 @@ python -m lm.report out/a out/b --metric=val/loss --out=curves # curves.svg, cur
 import csv
 import math
 import sys
+import textwrap
 import time
 from html import escape
 from pathlib import Path
 
 from lm.configurator import printable, require
-from lm.tokenizer import settings_of
+from lm.tokenizer import ENDOFTEXT, settings_of
 
 # Key, format and title of each column, a group per line; a column that no model has is left out.
 COLUMNS = """
@@ -114,9 +115,26 @@ def table(results, wide=False):
     for name, *texts in [titles, *rows]:
         name = name if len(name) <= widths[0] else name[: widths[0] - 1] + '…'
         lines.append('  '.join([name.ljust(widths[0]), *map(str.rjust, texts, widths[1:])]))
-    lines = [lines[0], '-' * len(lines[0]), *lines[1:], '']
+    lines = [*right_stories(results['models']), lines[0], '-' * len(lines[0]), *lines[1:], '']
     return '\n'.join(
         lines + ([NOTES] if wide else [*map(sentence_of(results), results['models']), '', SHORT_NOTES])
+    )
+
+
+def right_stories(models, shown=3):
+    """Return lines with the first texts that the grammar finds no fault with, of the model that writes the most of them."""
+    best = max(models, key=lambda model: model.get('valid_stories') or 0)
+    texts = [text.partition(ENDOFTEXT) for text in best.get('samples', ())]
+    right = [
+        text.strip() for (text, end, _), found in zip(texts, best.get('faults', ())) if end and not found
+    ]
+    lines = [f'{len(right)} of {len(texts)} texts of {best["name"]} are right stories, such as:'] * bool(
+        right
+    )
+    return (
+        lines
+        + [line for text in right[:shown] for line in ('', *textwrap.wrap(text, WIDTH))]
+        + [''] * bool(right)
     )
 
 
