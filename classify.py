@@ -32,7 +32,6 @@ task = ''  # of the database, e.g. sentiment; instead of target_func
 train_langs = 'eng'  # commas between several
 eval_langs = ''  # empty: train_langs
 language_database = 'config/languages.json'  # or a .py file that assigns LANGUAGES
-max_expansion = 100  # times its size that a file of texts may take once it is decompressed
 model_type = 'normal'  # normal, or ipa: reads the columns {feature}-phoneme
 tokenizer = 'bpe'  # of a model from scratch: bpe, bytes, char, gpt2, or a path; of a nanoGPT ckpt.pt: a path
 vocab_size = 4096  # of a bpe, which is trained on the training texts
@@ -113,8 +112,7 @@ FIXED = (
 ).split()
 SHAPE = ('n_layer', 'n_head', 'n_embd', 'n_kv_head')
 TASK_KEYS = 'target_func sequence_length train_set_size test_set_size compat'
-TEXT_KEYS = 'train_langs eval_langs language_database model_type tokenizer vocab_size group_by_length'
-TEXT_KEYS += ' block_size max_expansion'
+TEXT_KEYS = 'train_langs eval_langs language_database model_type tokenizer vocab_size group_by_length block_size'
 
 check_choice(config, 'model', ('', *families.PUBLISHED, *families.FINETUNED, *SIZES))
 check_choice(config, 'model_type', ('normal', 'ipa'))
@@ -147,8 +145,7 @@ dist = runtime.Runtime(device, dtype)
 
 if task:
     database = languages.load_database(language_database)
-    choice = task, train_langs, eval_langs, model_type
-    texts, num_labels = languages.read_sets(database, *choice, max_expansion)
+    texts, num_labels = languages.read_sets(database, task, train_langs, eval_langs, model_type)
     vocabulary = None if initial else languages.make_tokenizer(tokenizer, texts, vocab_size)
 else:
     num_labels = 2

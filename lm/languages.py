@@ -29,7 +29,7 @@ import tokenizers
 from lm.classification import Examples
 from lm.configurator import ROOT, UserError, find, require
 from lm.files import as_sentence
-from lm.records import MAX_EXPANSION, READERS, TABLES, read_records, refusals_named, text_of, value_of
+from lm.records import READERS, TABLES, read_records, refusals_named, text_of, value_of
 from lm.tokenizer import KINDS, Tokenizer, build
 
 REQUIRED = ('dataset', 'train_features', 'eval_feature', 'splits', 'classes')
@@ -64,12 +64,12 @@ def find_entry(database, language, task):
     return entry
 
 
-def read_split(entry, split, model_type='normal', max_expansion=MAX_EXPANSION):
+def read_split(entry, split, model_type='normal'):
     """Return [(texts, one per feature, class from 0)] of a split; 'ipa' reads the column {feature}-phoneme for each."""
     phoneme = '-phoneme' if model_type == 'ipa' else ''
     features, label = [feature + phoneme for feature in entry['train_features']], entry['eval_feature']
     classes, rows = classes_of(entry), []
-    for number, row in enumerate(rows_of(entry, split, max_expansion), 1):
+    for number, row in enumerate(rows_of(entry, split), 1):
         if isinstance(row, UserError):
             raise row
         where = f'{entry["dataset"]}, {split}, row {number}'
@@ -99,7 +99,7 @@ def class_of(value, classes, where):
     raise UserError(f'{problem} ({", ".join(islice(classes, 20))}); correct the data or the database.')
 
 
-def rows_of(entry, split, max_expansion):
+def rows_of(entry, split):
     """Return the rows of a split as dicts (or UserErrors): from a file of a local folder, or from the hub."""
     name = str(entry['dataset'])
     folder = next(filter(Path.is_dir, (Path(name).expanduser(), ROOT / name, ROOT / 'data' / name)), None)
@@ -110,11 +110,11 @@ def rows_of(entry, split, max_expansion):
             return datasets.load_dataset(name, entry.get('config'), split=split)
     path = next(filter(Path.is_file, (folder / (split + suffix) for suffix in SUFFIXES)), None)
     require(path, f'{folder} has no file for the split {split!r}, such as {", ".join(SUFFIXES)}.')
-    rows = read_records(path, lambda record, where: record, max_expansion, entry.get('columns'))
+    rows = read_records(path, lambda record, where: record, entry.get('columns'))
     return (row for row, _ in rows)
 
 
-def read_sets(database, task, train_langs, eval_langs, model_type, max_expansion=MAX_EXPANSION):
+def read_sets(database, task, train_langs, eval_langs, model_type):
     """Return {'train', perhaps 'val', each language of eval_langs: [(entry, rows)]}, and the number of
     classes. The val rows are of the training languages: a test set never selects a checkpoint."""
 
@@ -132,7 +132,7 @@ def read_sets(database, task, train_langs, eval_langs, model_type, max_expansion
     splits += [(language, entry, entry['splits'][-1]) for language, entry in test.items()]
     sets = {name: [] for name, _, _ in splits}
     for name, entry, split in splits:
-        sets[name].append((entry, read_split(entry, split, model_type, max_expansion)))
+        sets[name].append((entry, read_split(entry, split, model_type)))
     return sets, counts.popitem()[1]
 
 

@@ -17,52 +17,35 @@ import pyarrow.parquet
 from lm.configurator import UserError, require
 from lm.files import as_sentence, first_line
 
-MAX_EXPANSION = 100  # times its size that a file may take once it is decompressed
-UNBOUNDED = 2**28  # bytes that any file may take; and most of them that a batch of a parquet's rows should
 TABLES = {'.tsv': dict(delimiter='\t', quoting=csv.QUOTE_NONE), '.csv': {}}
 END = '\0end of the table\0'  # a row of its own, unless a quote is open
 csv.field_size_limit(2**31 - 1)  # a cell may hold a long text
 
 
-def read_records(path, make, max_expansion=MAX_EXPANSION, columns=None):
+def read_records(path, make, columns=None):
     """Yield (make(record, where) or a UserError, bytes of the file that it took) for each record, a dict.
 
     A .json, which holds a list, is parsed at once; all others stream. columns: names for a table without a header
-    line. Raises UserError for a file that is damaged, or that takes more than max_expansion times its size.
+    line. Raises UserError for a file that is damaged.
     """
     suffix = suffix_of(path)
     with damage_named(path):
-        bound = Bound(path, max_expansion)
-        rows = read_table(path, columns) if suffix in TABLES else READERS[suffix](path, bound)
+        rows = read_table(path, columns) if suffix in TABLES else READERS[suffix](path)
         for row, where, size in rows:
             yield attempt(make, row, f'{path}, {where}'), size
 
 
-class Bound:
-    """Bounds the bytes that a file takes once it is decompressed: a small one can expand to more than any memory."""
-
-    def __init__(self, path, max_expansion):
-        self.path, self.left = path, max(UNBOUNDED, max_expansion * path.stat().st_size)
-        self.problem = f'{path} expands to more than {self.left:,} bytes, max_expansion={max_expansion}'
-
-    def take(self, size):
-        self.left -= size
-        require(self.left >= 0, f'{self.problem}; if you trust it, raise max_expansion or decompress it.')
-
-
-def read_jsonl(path, bound):
+def read_jsonl(path):
     compression = {'.gz': 'gzip', '.zst': 'zstd'}.get(path.suffix.lower())
     with open(path, 'rb', buffering=0) as raw:
         stream, before = pyarrow.input_stream(raw, compression=compression) if compression else raw, 0
-        lines = io.BufferedReader(stream, 2**16)
-        for number, line in enumerate(iter(lambda: lines.readline(bound.left + 1), b''), 1):
-            bound.take(len(line))
+        for number, line in enumerate(io.BufferedReader(stream, 2**16), 1):
             if not line.isspace():
                 yield line, f'line {number}', raw.tell() - before
                 before = raw.tell()
 
 
-def read_json(path, bound):
+def read_json(path):
     content = path.read_bytes()
     try:
         rows = parse_json(content, path)
@@ -70,24 +53,17 @@ def read_json(path, bound):
         first = attempt(lambda record, where: record, content.partition(b'\n')[0], path)
         if isinstance(first, UserError):
             raise
-        return (yield from read_jsonl(path, bound))  # JSON lines by another name
+        return (yield from read_jsonl(path))  # JSON lines by another name
     problem = f'{path} holds {kind_of(rows)}, not a list of records'
     require(isinstance(rows, list), f'{problem}; write one per line as .jsonl.')
     for number, row in enumerate(rows, 1):
         yield row, f'record {number}', len(content) / len(rows)
 
 
-def read_parquet(path, bound):
+def read_parquet(path):
     with pyarrow.parquet.ParquetFile(path, buffer_size=2**20) as file:
-        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-        columns = [group.column(i) for group in groups for i in range(group.num_columns)]
-        # A value that repeats takes no room in the file, so that each may be as large as all of its column.
-        sizes = [max(column.total_uncompressed_size, 8 * column.num_values) for column in columns]
-        require(sum(sizes) <= bound.left, f'{bound.problem}; if you trust it, raise max_expansion.')
-        batch_size = min(100, max(1, UNBOUNDED // max(sizes, default=1)))
         number, size = 0, path.stat().st_size / max(file.metadata.num_rows, 1)
-        for batch in file.iter_batches(batch_size):
-            bound.take(batch.nbytes)
+        for batch in file.iter_batches(batch_size=100):
             for row in rows_of(batch):
                 number += 1
                 yield row, f'row {number}', size

@@ -36,7 +36,6 @@ tokenizer_sample_mb = 100  # megabytes of the training text, from its start, tha
 val_fraction = 0.1  # share of the examples for validation, by hash
 num_workers = 0  # processes that encode; 0 is one per core
 on_error = 'stop'  # or skip: leave out, and count, what cannot be read
-max_expansion = 100  # times its size that a file may take once it is decompressed
 overwrite = False  # replace a finished folder that was prepared otherwise
 config = configure(globals())
 
@@ -77,7 +76,7 @@ if __name__ == '__main__':
         config['max_examples'] = max_examples = max_examples or 20_000
         records = Source(story_tasks.SOURCE, told, story_tasks.VERSION, max_examples, ' examples')
     elif Path(path).exists() or suffix_of(Path(path)) in READERS or path.count('/') != 1:
-        records = files(path, field, '', document, max_expansion=max_expansion)
+        records = files(path, field, '', document)
     else:
         records = hub(path, None, field, document)
     records.limit = max_examples or None

@@ -30,11 +30,11 @@ class Source:
     examples: object = None  # prepare.examples.Examples, where documents are records and no plain text
 
 
-def files(patterns, field, separator='', document=None, **options):
+def files(patterns, field, separator='', document=None):
     """Return the Source of comma-separated files, folders or globs, in that order, each of them sorted.
 
     `field` names the text of a record; or `document(record, where)` makes a document of it. A .txt is one document,
-    or several with a `separator` between them. options: of lm.records.read_records.
+    or several with a `separator` between them.
     """
     make = document or partial(text_of, field)
     paths = expand(patterns, [*READERS] if document else ['.txt', *READERS])
@@ -46,7 +46,7 @@ def files(patterns, field, separator='', document=None, **options):
 
     def read(path):
         is_txt = path.suffix.lower() == '.txt'
-        return read_txt(path, separator) if is_txt else read_records(path, make, **options)
+        return read_txt(path, separator) if is_txt else read_records(path, make)
 
     def documents(done=0, state=None):
         return islice(chain.from_iterable(map(read, paths)), done, None)

@@ -6,7 +6,6 @@ $ python prepare/text.py --hub=HuggingFaceFW/fineweb-edu:sample-10BT --name=fine
 """
 
 import sys
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -26,12 +25,10 @@ max_seq_len = 0  # recorded: the block size that training takes when none is giv
 val_fraction = 0.1  # share of documents for validation; of a single document its last characters
 num_workers = 0  # processes that encode; 0 is one per core
 on_error = 'stop'  # or skip: leave out, and count, what cannot be read
-max_expansion = 100  # times its size that a file may take once it is decompressed
 overwrite = False  # replace a finished folder that was prepared otherwise
 config = configure(globals())
 
 if __name__ == '__main__':
     path, _, subset = hub.partition(':')
     require(not (hub and input), f'hub={hub} stands in place of input={input}; give one of them.')
-    files = partial(readers.files, input, field, max_expansion=max_expansion)
-    write(readers.hub(path, subset or None, field) if hub else files(), config)
+    write(readers.hub(path, subset or None, field) if hub else readers.files(input, field), config)

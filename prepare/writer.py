@@ -30,7 +30,7 @@ from prepare.readers import Corpus
 BATCH = 2**18  # characters that a worker encodes at once
 SHARD = 2**22  # characters per worker after which a killed run can go on
 SPLITS, UNITS = ('train', 'val'), ('tokens', 'documents', 'bytes')
-NOT_CONTENT = 'name output_dir input source num_workers overwrite on_error max_expansion'.split()
+NOT_CONTENT = 'name output_dir input source num_workers overwrite on_error'.split()
 
 
 def write(source, config, log_prob=None):
@@ -75,7 +75,7 @@ def write(source, config, log_prob=None):
 
 def check_settings(config):
     kind = config['tokenizer']
-    check_range(config, 0, math.inf, *{'num_workers', 'max_seq_len', 'max_expansion'} & set(config))
+    check_range(config, 0, math.inf, *{'num_workers', 'max_seq_len'} & set(config))
     check_range(config, 0, 1, 'val_fraction')
     check_range(config, 0.001, math.inf, 'tokenizer_sample_mb')
     if 'on_error' in config:

@@ -183,37 +183,6 @@ def test_json_lines_are_read_under_the_name_json_too(tmp_path):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize('name', ['a.jsonl.zst', 'a.parquet'])
-def test_a_file_that_expands_without_bound_is_refused_unless_it_is_wanted(tmp_path, name):
-    path, text = tmp_path / name, 'a' * 270_000_000
-    if name.endswith('parquet'):  # 270 times one value, which is there once
-        column = pyarrow.DictionaryArray.from_arrays(
-            pyarrow.array([0] * 270, pyarrow.int8()), [text[:1_000_000]]
-        )
-        options = dict(compression='zstd', store_schema=False, write_statistics=False)
-        pyarrow.parquet.write_table(pyarrow.table({'text': column}), path, **options)
-    else:
-        write_zst(path, b'{"text": "%s"}' % text.encode())
-    with pytest.raises(UserError, match='expands to more than .* bytes, max_expansion=100; .* raise'):
-        records_of(path)
-    if name.endswith('parquet'):
-        source = readers.files(str(path), 'text', max_expansion=10**6)
-        assert sum(len(text) for text, _ in source.documents()) == len(text)
-
-
-@pytest.mark.faults
-def test_a_column_of_one_number_is_not_expanded_without_bound(tmp_path):
-    path, count = tmp_path / 'a.parquet', 34_000_000
-    offsets = pyarrow.array([0, count], pyarrow.int32())
-    zeros = pyarrow.array(np.zeros(count, np.int8))
-    table = pyarrow.table({'text': pyarrow.ListArray.from_arrays(offsets, zeros)})
-    pyarrow.parquet.write_table(table, path, compression='zstd')
-    assert path.stat().st_size < 10_000
-    with pytest.raises(UserError, match='expands to more than'):
-        records_of(path)
-
-
-@pytest.mark.faults
 def test_a_row_of_a_parquet_that_is_no_utf8_is_skipped_alone(tmp_path):
     path, offsets = tmp_path / 'a.parquet', np.array([0, 1, 2, 3], np.int32).tobytes()
     buffers = [None, pyarrow.py_buffer(offsets), pyarrow.py_buffer(b'a\xffb')]
