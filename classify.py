@@ -112,7 +112,8 @@ FIXED = (
 ).split()
 SHAPE = ('n_layer', 'n_head', 'n_embd', 'n_kv_head')
 TASK_KEYS = 'target_func sequence_length train_set_size test_set_size compat'
-TEXT_KEYS = 'train_langs eval_langs language_database model_type tokenizer vocab_size group_by_length block_size'
+TEXT_KEYS = 'train_langs eval_langs language_database model_type tokenizer vocab_size block_size '
+TEXT_KEYS += 'group_by_length'
 
 check_choice(config, 'model', ('', *families.PUBLISHED, *families.FINETUNED, *SIZES))
 check_choice(config, 'model_type', ('normal', 'ipa'))
@@ -276,18 +277,16 @@ def save():
 
 @torch.no_grad()
 def predict(examples):
-    """Judge each row, those of like length together, the same for any number of ranks: (N, 3), and its logits
-    where they are not too many to keep."""
+    """Judge each row (N, 3 + C), those of like length together, the same for any number of ranks."""
     order = np.argsort([len(row) for row in examples.rows], kind='stable')
-    is_kept = len(examples) * raw_classifier.width <= classification.MAX_LOGITS
-    judged = torch.zeros(len(examples), 3 + raw_classifier.width * is_kept)
+    judged = torch.zeros(len(examples), 3 + raw_classifier.width)
     raw_classifier.eval()
     for start in range(dist.rank * eval_batch_size, len(order), dist.world_size * eval_batch_size):
         index = order[start : start + eval_batch_size]
         tokens, token_counts, labels = classification.collate(examples, index, dist.device)
         with dist.autocast():
             logits = raw_classifier.logits(tokens, token_counts).cpu()
-        judged[index] = classification.judge(logits, labels.cpu())[:, : judged.size(1)]
+        judged[index] = classification.judge(logits, labels.cpu())
     raw_classifier.train()
     return dist.sum(judged).numpy()
 
@@ -301,7 +300,7 @@ def evaluate_and_save():
     """Evaluate all sets, keep the best weights by the validation rows, write down the history, log the step."""
     global best_score, finished, pending
     parts = {name: subset(examples) for name, examples in sets.items()}
-    judged = {name: predict(examples)[:, :3] for name, examples in parts.items()}
+    judged = {name: predict(examples) for name, examples in parts.items()}
     metrics = {name: evaluate(parts[name].labels, judged[name]) for name in parts}
     labels = np.concatenate([parts[name].labels for name in test_sets])
     test = evaluate(labels, np.concatenate([judged[name] for name in test_sets]))
@@ -337,7 +336,7 @@ def final_eval():
         results[name] = evaluate(examples.labels, judged)
         if name != 'train':
             arrays |= {f'{name}_labels': examples.labels, f'{name}_preds': judged[:, 1].astype(np.int64)}
-            arrays |= {f'{name}_logits': judged[:, 3:]} if judged.shape[1] > 3 else {}
+            arrays[f'{name}_logits'] = judged[:, 3:]
     if dist.is_main:
         write_json(out / 'eval_results.json', results)
         save_atomically(out / 'predictions.npz', lambda file: np.savez_compressed(file, **arrays))

@@ -12,8 +12,7 @@ from lm.configurator import require
 from lm.rng import PERMUTE, permuted
 
 WINDOW = 16  # steps whose rows are sorted by length
-MATRIX = 100  # classes at most of which the confusion matrix is written whole
-MAX_LOGITS = 2**26  # of a set, that are kept
+MATRIX = 100  # classes at most of which the confusion matrix is written
 BEST_BY = ('loss', 'accuracy', 'macro_f1')  # metrics by which the best weights can be chosen
 
 
@@ -202,7 +201,7 @@ def evaluate_predictions(labels, judged, num_classes):
     """Compute the loss, `class_metrics`, auroc where there are two classes, and the confusion matrix of a set.
 
     labels: (N,) int; judged: (N, 3 or more) by `judge`. The matrix has a row per label and a column per prediction; of
-    many classes there are [label, prediction, count] of its cells that are not 0.
+    more than a hundred classes there is none.
     """
     predictions = judged[:, 1].astype(np.int64)
     loss = torch.from_numpy(judged[:, 0]).double().mean().item()
@@ -210,9 +209,7 @@ def evaluate_predictions(labels, judged, num_classes):
     if num_classes == 2:
         metrics['auroc'] = auroc(labels, judged[:, 2])
     metrics['rows'] = len(labels)
-    pairs, counts = np.unique(labels * num_classes + predictions, return_counts=True)
-    if num_classes > MATRIX:
-        cells = np.stack([*np.divmod(pairs, num_classes), counts], 1)
-        return {**metrics, 'confusion_cells': cells.tolist()}
-    confusion = np.bincount(pairs, counts, minlength=num_classes**2).astype(int)
-    return {**metrics, 'confusion': confusion.reshape(num_classes, -1).tolist()}
+    if num_classes <= MATRIX:
+        cells = np.bincount(labels * num_classes + predictions, minlength=num_classes**2)
+        metrics['confusion'] = cells.reshape(num_classes, -1).tolist()
+    return metrics

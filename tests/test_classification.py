@@ -54,7 +54,7 @@ def test_the_figures_of_many_classes_grow_with_the_rows_only():
     figures = c.evaluate_predictions(labels, judged, 100_000)
     assert figures['accuracy'] == 0.75 and figures['macro_f1'] == pytest.approx((1 + 0 + 0.8) / 3)
     assert figures['mcc'] == pytest.approx(sk.matthews_corrcoef(labels, classes.numpy()))
-    assert figures['confusion_cells'] == [[5, 5, 2], [7, 5, 1], [99_999, 99_999, 1]]
+    assert 'confusion' not in figures
 
 
 def test_auroc_of_one_class_is_none():
