@@ -12,11 +12,7 @@ NF4 = torch.tensor([  # quantiles of the normal distribution, one of them 0 (Det
     -1.0, -0.6961929, -0.52507305, -0.3949175, -0.28444135, -0.18477343, -0.09104999, 0.0,
     0.07958033, 0.16093017, 0.24611229, 0.33791518, 0.4407098, 0.56261694, 0.7229567, 1.0,
 ])  # fmt: skip
-# bitsandbytes' dynamic map for the scales (Dettmers 2016): ±0.1 to 1, in 64 steps, and ever fewer for each power of
-# ten below, so that one scale that is far from the others does not take the precision from all in its group.
-STEPS = [(0.1 + 0.9 * (n + 0.5) / 2**i) * 10.0 ** (i - 6) for i in range(7) for n in range(2**i)]
-DYNAMIC = torch.tensor(sorted([0.0, 1.0, *STEPS, *(-step for step in STEPS)]))
-BLOCK, GROUP = 64, 256  # weights that share a scale; scales that share theirs
+BLOCK = 64  # weights that share a scale
 
 
 @torch.no_grad()
@@ -35,38 +31,36 @@ def linear_layers(model):
 class QuantizedLinear(nn.Module):
     """A frozen linear layer whose weight is stored in 8 or 4 bits and dequantized for each matmul.
 
-    8 bits: int8 with a scale per row. 4 bits: NF4 in blocks of 64 with a scale each, itself in 8 bits in groups of
-    256: 4.13 bits per weight. Scales are stored as int32, so that model.to(bfloat16) does not round them.
+    8 bits: int8 with a scale per row. 4 bits: NF4 with a scale for each 64 weights, 4.25 bits in all. Scales are bfloat16,
+    stored as int16, so that model.to(float16) does not round them.
     """
 
     def __init__(self, linear, bits):
         super().__init__()
         self.out_features, self.in_features = linear.weight.shape
         self.bits, self.bias = bits, linear.bias
-        weight = linear.weight.detach().float()
+        rows = linear.weight.detach().float()
+        if bits == 4:
+            rows = F.pad(rows.flatten(), (0, -rows.numel() % BLOCK)).view(-1, BLOCK)
+        scale = rows.abs().amax(1, keepdim=True) / (127 if bits == 8 else 1)
+        scale = scale.clamp(min=1e-30).bfloat16()
         if bits == 8:
-            scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
-            codes = (weight / scale).round().to(torch.int8)
+            codes = (rows / scale).round().clamp(-127, 127).to(torch.int8)
         else:
-            codes, absmax = nearest(in_rows(weight, BLOCK), NF4)
+            midpoints = ((NF4[1:] + NF4[:-1]) / 2).to(rows.device)
+            codes = torch.bucketize(rows / scale, midpoints).to(torch.uint8)  # of the nearest
             codes = codes[:, ::2] << 4 | codes[:, 1::2]  # two in a byte
-            mean = absmax.mean().view(1, 1)
-            scales, scale = nearest(in_rows(absmax - mean, GROUP), DYNAMIC)
-            self.register_buffer('scales', scales)
-            scale = torch.cat([scale, mean])
         self.register_buffer('codes', codes)
-        self.register_buffer('scale', scale.view(torch.int32))
+        self.register_buffer('scale', scale.view(torch.int16))
 
     @property
     def weight(self):
         """The weight (out, in) in float32."""
-        scale = self.scale.view(torch.float32)
+        scale = self.scale.view(torch.bfloat16).float()
         if self.bits == 8:
             return self.codes * scale
-        scales = DYNAMIC.to(scale.device)[self.scales.int()]
-        absmax = (scales * scale[:-1] + scale[-1:]).flatten()[: len(self.codes)]
         codes = torch.stack([self.codes >> 4, self.codes & 15], -1).flatten(1)  # (N, 64)
-        weight = (NF4.to(scale.device)[codes.int()] * absmax[:, None]).flatten()
+        weight = (NF4.to(scale.device)[codes.int()] * scale).flatten()
         return weight[: self.out_features * self.in_features].view(self.out_features, -1)
 
     def forward(self, x):
@@ -136,14 +130,3 @@ class FrozenMatmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return (gradient @ ctx.layer.weight.to(gradient.dtype)).to(ctx.dtype), None
-
-
-def nearest(rows, table):
-    """Return for rows (N, D) the codes (N, D) of the nearest numbers of a sorted table, times a scale per row (N, 1)."""
-    scale = rows.abs().amax(1, keepdim=True)
-    midpoints = ((table[1:] + table[:-1]) / 2).to(rows.device)
-    return torch.bucketize(rows / scale.clamp(min=1e-30), midpoints).to(torch.uint8), scale
-
-
-def in_rows(x, size):
-    return F.pad(x.flatten(), (0, -x.numel() % size)).view(-1, size)
