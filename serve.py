@@ -75,6 +75,7 @@ class Handler(BaseHTTPRequestHandler):
     def send(self, status, kind, content=None):
         """Send the head of a response, and its content unless that is to follow."""
         self.started, self.failed = True, status >= 400
+        self.request_version = self.protocol_version  # or one that says none gets no head
         self.send_response(status)
         self.send_header('Content-Type', kind)
         self.send_header('Connection', 'close')

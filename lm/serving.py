@@ -78,7 +78,7 @@ class Model:
     def __init__(self, path, device, token=None, revision=None):
         state = checkpoints.load(path, token, revision)
         place = Path(path)
-        self.name = place.parent.name if place.name == 'ckpt.pt' else place.name
+        self.name = place.parent.name if place.name == 'ckpt.pt' else place.name.removesuffix('.pt')
         self.tokenizer, self.start = Tokenizer(state['tokenizer']), state['start_token']
         self.form, self.stops = state.get('prompt_format'), set(prompts.stop_tokens(state, self.tokenizer))
         self.module = checkpoints.load_model(state, device)
@@ -169,8 +169,9 @@ def read_fields(body, known, limits):
             type(value) is kind or kind == str | list and isinstance(value, kind),
             f'{name} is {value!r:.50}; give {named}.',
         )
-        low, high = limits.range_of(name) or (value, value)
-        require(low <= value <= high, f'{name} is {value}; it must be between {low} and {high}.')
+        low, high = limits.range_of(name) or (None, None)
+        fits = low is None or low <= value <= high
+        require(fits, f'{name} is {value}; it must be between {low} and {high}.')
     return fields
 
 
