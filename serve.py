@@ -44,6 +44,11 @@ HEADERS = {'X-Content-Type-Options': 'nosniff', 'Referrer-Policy': 'no-referrer'
 # ---------------------------------------------------------------------------- connections
 
 
+def as_error(message, status):
+    kind = 'server_error' if status >= 500 else 'invalid_request_error'
+    return {'error': {'message': message, 'type': kind, 'code': int(status)}}
+
+
 class Handler(BaseHTTPRequestHandler):
     """One request per connection."""
 
@@ -87,20 +92,15 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content or b'')
 
     def send_error(self, status, message=None, explain=None):
-        kind = 'server_error' if status >= 500 else 'invalid_request_error'
-        error = {'error': {'message': message or 'This is no request.', 'type': kind, 'code': int(status)}}
-        content = json.dumps(error).encode()
+        content = json.dumps(as_error(message or 'This is no request.', status)).encode()
         if self.started:
             self.wfile.write(b'data: ' + content + b'\n\n')
         else:
             self.send(status, 'application/json', content)
 
     def do_GET(self):
-        pages = {'/': lambda: self.send(200, 'text/html; charset=utf-8', page)}
-        pages['/v1/models'] = lambda: self.send_json(
-            {'object': 'list', 'data': [one.about for one in models.values()]}
-        )
-        self.route(pages)
+        listed = lambda: self.send_json({'object': 'list', 'data': [one.about for one in models.values()]})
+        self.route({'/': lambda: self.send(200, 'text/html; charset=utf-8', page), '/v1/models': listed})
 
     def do_POST(self):
         self.route(dict.fromkeys(FIELDS, self.post))
@@ -109,11 +109,9 @@ class Handler(BaseHTTPRequestHandler):
         """Answer by one of the paths; whatever goes wrong is a sentence."""
         try:
             self.check_origin()
-            known = self.path in FIELDS or self.path in ('/', '/v1/models')
             if self.path not in paths:
-                raise Refused(
-                    f'{self.path[:80]!r} is not here, or not for {self.command}.', 405 if known else 404
-                )
+                status = 405 if self.path in (*FIELDS, '/', '/v1/models') else 404
+                raise Refused(f'{self.path[:80]!r} is not here, or not for {self.command}.', status)
             paths[self.path]()
         except UserError as error:
             self.send_error(getattr(error, 'status', 400), str(error))
@@ -128,15 +126,11 @@ class Handler(BaseHTTPRequestHandler):
     def check_origin(self):
         """Refuse what a foreign page sends, also under a name that leads here (DNS rebinding)."""
         hosts, origins = self.headers.get_all('Host', []), self.headers.get_all('Origin', [])
-        named = (
-            re.fullmatch(r'(\[[0-9a-f:]+\]|[\w.-]+)(:\d{1,5})?', hosts[0].lower())
-            if len(hosts) == 1
-            else None
-        )
-        if not named or named[1].strip('[]') not in ('127.0.0.1', 'localhost', '::1', host.lower()):
-            raise Refused(
-                'The Host header names another machine; use the address that serve.py printed.', 403
-            )
+        name = (
+            re.sub(r':\d{1,5}$', '', hosts[0].lower()) if len(hosts) == 1 else ''
+        )  # a tunnel has its own port
+        if name not in ('127.0.0.1', 'localhost', '[::1]', address.lower()):
+            raise Refused('The Host header names another machine; use the address that was printed.', 403)
         if origins not in ([], [f'http://{hosts[0]}']):
             raise Refused('Pages of other sites may not use this server.', 403)
 
@@ -145,20 +139,17 @@ class Handler(BaseHTTPRequestHandler):
         if self.headers.get_content_type() != 'application/json':
             raise Refused('The body has to be application/json.', 415)
         lengths = self.headers.get_all('Content-Length', [])
-        if (
-            len(lengths) != 1
-            or 'Transfer-Encoding' in self.headers
-            or not re.fullmatch('[0-9]{1,12}', lengths[0])
-        ):
+        is_one = len(lengths) == 1 and re.fullmatch('[0-9]{1,12}', lengths[0])
+        if not is_one or 'Transfer-Encoding' in self.headers:
             raise Refused('A body needs one Content-Length, and no Transfer-Encoding.', 411)
         if int(lengths[0]) > MAX_BODY:
             raise Refused(f'The body has {lengths[0]} bytes; at most {MAX_BODY} are read.', 413)
         content = self.rfile.read(int(lengths[0]))
         require(len(content) == int(lengths[0]), 'The body is shorter than its Content-Length.')
-        self.server.open[self.connection] = float('inf')
+        self.server.open[self.connection] = float('inf')  # all is read
         try:
-            body = json.loads(content, parse_constant=lambda name: json.loads('no number'))
-            json.dumps(body, ensure_ascii=False).encode()  # not half a character
+            body = json.loads(content)
+            json.dumps(body, ensure_ascii=False, allow_nan=False).encode()  # no NaN, no half a character
         except ValueError as error:
             raise UserError(f'The body is no JSON in UTF-8 ({first_line(error)[:100]}).') from error
         return body
@@ -177,7 +168,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.send_event(job.chunk(index, text, finish))
             if not job.stream:
                 return self.send_json(job.answer())
-            if job.usage:
+            if job.fields.get('stream_options', {}).get('include_usage'):
                 self.send_event(job.envelope([], job.counts()))
             self.wfile.write(b'data: [DONE]\n\n')
         finally:
@@ -188,9 +179,8 @@ class Handler(BaseHTTPRequestHandler):
         while True:
             if time.monotonic() > job.deadline:
                 raise Refused(f'This took longer than {timeout:g} seconds; ask again later.', 503)
-            if select.select([self.connection], [], [], 0)[0] and not self.connection.recv(
-                1, socket.MSG_PEEK
-            ):
+            said = select.select([self.connection], [], [], 0)[0]
+            if said and not self.connection.recv(1, socket.MSG_PEEK):
                 raise ConnectionResetError
             with suppress(queue.Empty):
                 event = job.events.get(timeout=0.2)
@@ -221,12 +211,12 @@ class Server(ThreadingHTTPServer):
         if len(self.open) < CONNECTIONS:
             self.open[request] = time.monotonic() + READ_SECONDS
             return super().process_request(request, address)
-        content = b'{"error": {"message": "Too many connections; ask again later.", "type": "server_error", "code": 503}}'
-        head = f'HTTP/1.1 503 Busy\r\nRetry-After: 5\r\nContent-Type: application/json\r\nContent-Length: {len(content)}'
+        content = json.dumps(as_error('Too many connections; ask again later.', 503))
+        head = 'HTTP/1.1 503 Busy\r\nRetry-After: 5\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n'
         with suppress(OSError):
             request.settimeout(0.05)
             request.recv(2**16)  # or the answer would be lost with what is not read
-            request.sendall(head.encode() + b'\r\nConnection: close\r\n\r\n' + content)
+            request.sendall((head + content).encode())
         self.shutdown_request(request)
 
     def shutdown_request(self, request):
@@ -253,7 +243,7 @@ def stop(number, frame):
 def load_page():
     """Return the page; its own script and style are all that its browser runs."""
     text = PAGE.read_text(encoding='utf-8')
-    parts = {}
+    parts = {}  # of the security policy
     for kind in ('script', 'style'):
         digest = hashlib.sha256(re.search(f'(?s)<{kind}>(.*?)</{kind}>', text)[1].encode()).digest()
         parts[kind] = f"{kind}-src 'sha256-{base64.b64encode(digest).decode()}'"
@@ -263,13 +253,14 @@ def load_page():
 
 
 require(host not in ('', '0.0.0.0', '::'), f'host is {host!r}; give the one address or name that others use.')
+address = f'[{host}]' if ':' in host else host
 dist, stopping = runtime.Runtime(device, dtype), threading.Event()
 runs = sorted((ROOT / 'out').glob('*/ckpt.pt'), key=lambda path: path.stat().st_mtime)
 runs = [run for run in runs if 'num_classes' not in settings_of(run.parent, 'config.json')]  # no classifier
 require(checkpoint or runs, 'There is no language model under out/; train one, or give --checkpoint=PATH.')
 models, limits = {}, Limits(max_tokens, batch_size, timeout)
 for path in checkpoint.split(',') if checkpoint else [str(runs[-1])]:
-    model = Model(path, dist.device, token, revision)
+    model = Model(path.strip(), dist.device, token, revision)
     require(model.name not in models, f'Two checkpoints are named {model.name}; rename a folder.')
     models[model.name] = model
     print(f'{model.name}: {model.about["architecture"]}, {model.about["parameters"]:,} parameters')
@@ -283,7 +274,7 @@ for number in (signal.SIGTERM, signal.SIGINT):
 writer.start()
 if host not in ('127.0.0.1', 'localhost', '::1'):
     print(f'Everyone who reaches {host} can use these models.')
-print(f'http://{f"[{host}]" if ":" in host else host}:{server.server_port}', flush=True)
+print(f'http://{address}:{server.server_port}', flush=True)
 server.serve_forever(poll_interval=0.1)
 server.socket.close()
 while server.open:  # what was asked is answered

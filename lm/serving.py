@@ -30,12 +30,10 @@ FIELDS = {  # of each path, with their types
     '/v1/tokenize': {'model': str, 'text': str},
 }
 IDLE = 'user metadata store safety_identifier service_tier prompt_cache_key parallel_tool_calls'.split()
-NEUTRAL = dict(
-    frequency_penalty=0, presence_penalty=0, logit_bias={}, echo=False, suffix='', best_of=1, tools=[]
+NEUTRAL = dict(frequency_penalty=0, presence_penalty=0, logit_bias={}, echo=False, suffix='', best_of=1)
+NEUTRAL |= dict(
+    logprobs=False, top_logprobs=0, tools=[], tool_choice='none', response_format={'type': 'text'}
 )
-NEUTRAL |= dict(logprobs=False, top_logprobs=0, tool_choice='none', response_format={'type': 'text'})
-
-
 WAITING = 128  # requests
 
 
@@ -48,11 +46,9 @@ class Limits(NamedTuple):
 
     def range_of(self, name):
         """Return the smallest and the largest value of a field, where `generate` does not check it."""
-        tokens = dict.fromkeys('max_tokens max_completion_tokens steps'.split(), (1, self.max_tokens))
-        others = dict(
-            seed=(0, 2**62), k=(0, 64), top_k=(1, 2**31), block_length=(0, 2**31), n=(1, self.batch_size)
-        )
-        return (tokens | others).get(name)
+        ranges = dict.fromkeys('max_tokens max_completion_tokens steps'.split(), (1, self.max_tokens))
+        ranges |= dict(n=(1, self.batch_size), seed=(0, 2**62), k=(0, 64))
+        return (ranges | dict(top_k=(1, 2**31), block_length=(0, 2**31))).get(name)
 
 
 class Refused(UserError):
@@ -98,11 +94,11 @@ class Model:
         """Return the ids of a text to continue, after a start token as in sample.py."""
         ids = self.encode(text)
         ids = ids if ids and self.tokenizer.decode([self.start]) else [self.start, *ids]
-        limit = self.block_size - 1
-        require(
-            len(ids) <= limit, f'The prompt has {len(ids)} tokens; {self.name} reads {limit}: shorten it.'
-        )
+        self.check_length(len(ids), self.block_size - 1)
         return ids
+
+    def check_length(self, size, limit):
+        require(size <= limit, f'The text has {size} tokens; {self.name} reads {limit}: shorten it.')
 
     def ids_of_chat(self, messages, new):
         """Return the ids of a conversation, cut on the left where it is too long with `new` tokens."""
@@ -116,16 +112,11 @@ class Model:
         """Return the ids of a text with gaps, <mask:N>."""
         problem = f'{self.name} writes from left to right and sees nothing behind a gap'
         require(self.infills, f'{problem}; choose a diffusion model of whole rows.')
-        size = sum(int(gap[:9]) for gap in re.findall(r'<mask:(\d+)>', text))
-        if size <= self.block_size:
-            with self.encoding:
-                ids = prompts.encode_infill(self.tokenizer, text)
-            ids = ids if self.tokenizer.decode([self.start]) else [self.start, *ids]
-            size = len(ids)
-        require(
-            size <= self.block_size,
-            f'text has {size} tokens; {self.name} reads {self.block_size}: shorten it.',
-        )
+        self.check_length(sum(int(gap[:9]) for gap in re.findall(r'<mask:(\d+)>', text)), self.block_size)
+        with self.encoding:
+            ids = prompts.encode_infill(self.tokenizer, text)
+        ids = ids if self.tokenizer.decode([self.start]) else [self.start, *ids]
+        self.check_length(len(ids), self.block_size)
         return ids
 
 
@@ -135,13 +126,11 @@ def turns_of(messages):
     for message in messages:
         message = message if isinstance(message, dict) else {}
         role, content = message.get('role'), message.get('content')
-        if isinstance(content, list) and all(
-            isinstance(part, dict) and part.get('type') == 'text' for part in content
-        ):
-            content = ''.join(str(part.get('text', '')) for part in content)
-        require(
-            isinstance(content, str), f'A message has no text as its content, but {content!r:.50}; give one.'
-        )
+        if isinstance(content, list):  # of parts
+            parts = [part.get('text') if isinstance(part, dict) else None for part in content]
+            content = ''.join(parts) if all(isinstance(part, str) for part in parts) else content
+        is_text = isinstance(content, str)
+        require(is_text, f'A message has no text as its content, but {content!r:.50}; give one.')
         said.append((role, content))
     system = said.pop(0)[1] if said and said[0][0] in ('system', 'developer') else ''
     roles = [role for role, _ in said]
@@ -164,11 +153,8 @@ def read_fields(body, known, limits):
         kind = known[name]
         if kind is float and type(value) is int and abs(value) < 1e9:
             fields[name] = value = float(value)
-        named = getattr(kind, '__name__', str(kind))
-        require(
-            type(value) is kind or kind == str | list and isinstance(value, kind),
-            f'{name} is {value!r:.50}; give {named}.',
-        )
+        fits = type(value) is kind or kind == str | list and isinstance(value, kind)
+        require(fits, f'{name} is {value!r:.50}; give {getattr(kind, "__name__", kind)}.')
         low, high = limits.range_of(name) or (None, None)
         fits = low is None or low <= value <= high
         require(fits, f'{name} is {value}; it must be between {low} and {high}.')
@@ -190,71 +176,72 @@ class Job:
     """
 
     def __init__(self, path, fields, model, limits):
-        self.model, self.kind, self.seed = model, path, fields.get('seed')
+        self.model, self.path, self.fields, self.id = model, path, fields, f'request-{uuid.uuid4().hex}'
         self.stream, self.watch = fields.get('stream', False), fields.get('watch', False)
         self.is_chat, self.is_infill = path == '/v1/chat/completions', path == '/v1/infill'
         asked = fields.get('max_completion_tokens', fields.get('max_tokens', min(200, limits.max_tokens)))
-        self.new = 0 if self.is_infill else asked
-        self.stop = (
-            [text for text in texts_of('stop', fields['stop'], 16) if text] if 'stop' in fields else []
-        )
-        self.usage = self.stream and fields.get('stream_options', {}).get('include_usage')
+        self.new, self.seed = 0 if self.is_infill else asked, fields.get('seed')
+        self.stop = [text for text in texts_of('stop', fields.get('stop') or [''], 16) if text]
         self.options = {name: fields[name] for name in SAMPLING if name in fields}
         with user_errors():
             generate(model.module, [], 0, **self.options)  # of no prompt: only to refuse wrong options
-        n, given = fields.get('n', 1), self.prompts(fields, limits.batch_size)
-        rows = n * len(given)
-        require(
-            rows <= limits.batch_size,
-            f'{rows} texts are asked for at once; ask for at most {limits.batch_size}.',
-        )
-        problem = 'watch shows one text, of at most 512 tokens, as a whole'
-        fits = rows == 1 and self.new <= 512 and not self.stream
-        require(fits or not self.watch, f'{problem}; leave out stream and n, or watch.')
-        self.rows = [Row(self, i * n + j, ids) for i, ids in enumerate(given) for j in range(n)]
+        prompts, n = self.prompts(limits.batch_size), fields.get('n', 1)
+        self.rows = [Row(self, i * n + j, ids) for i, ids in enumerate(prompts) for j in range(n)]
+        self.prompt_tokens = sum(map(len, prompts))
+        self.check(limits)
         self.frames = Frames(model.tokenizer) if self.watch else None
-        self.events, self.cancelled, self.deadline = (
-            queue.SimpleQueue(),
-            False,
-            time.monotonic() + limits.timeout,
-        )
-        self.prompt_tokens, self.id = sum(map(len, given)), f'request-{uuid.uuid4().hex}'
-        alone = self.watch or self.seed is not None
+        self.events, self.cancelled, self.closed = queue.SimpleQueue(), False, False
+        self.deadline = time.monotonic() + limits.timeout
         length = (
-            0 if model.module.causal else len(given[0])
-        )  # diffusion groups by length: its stream has no gaps
+            0 if model.module.causal else len(prompts[0])
+        )  # of diffusion only rows of one length run together
+        alone = self.watch or self.seed is not None
         options = tuple(sorted(self.options.items()))
         self.key = object() if alone else (model.name, path, options, self.new, length)
 
-    def prompts(self, fields, most):
+    def prompts(self, most):
         """Return the ids of each prompt."""
-        needed = {'/v1/completions': 'prompt', '/v1/chat/completions': 'messages', '/v1/infill': 'text'}[
-            self.kind
-        ]
-        require(needed in fields, f'{needed} is missing; give it.')
+        name = {'/v1/chat/completions': 'messages', '/v1/infill': 'text'}.get(self.path, 'prompt')
+        require(name in self.fields, f'{name} is missing; give it.')
+        given = self.fields[name]
         if self.is_chat:
-            return [self.model.ids_of_chat(fields['messages'], self.new)]
+            return [self.model.ids_of_chat(given, self.new)]
         if self.is_infill:
-            fills = fields.get('sampler') != 'speculative'
-            require(fills, "sampler='speculative' fills no gap; choose another.")
-            return [self.model.ids_of_infill(fields['text'])]
-        return [self.model.ids_of_prompt(text) for text in texts_of('prompt', fields['prompt'], most)]
+            return [self.model.ids_of_infill(given)]
+        return [self.model.ids_of_prompt(text) for text in texts_of(name, given, most)]
+
+    def check(self, limits):
+        """Raise a UserError for what each field allows, but not all of them together."""
+        rows, most = len(self.rows), limits.batch_size
+        require(rows <= most, f'{rows} texts are asked for at once; ask for at most {most}.')
+        fits = rows == 1 and self.new <= 512 and not self.stream
+        problem = 'watch shows one text, of at most 512 tokens, as a whole'
+        require(fits or not self.watch, f'{problem}; leave out stream and n, or watch.')
+        require(
+            max(map(len, self.stop), default=0) <= 100,
+            'A stop text is longer than 100 characters; shorten it.',
+        )
+        fills = not (self.is_infill and self.options.get('sampler') == 'speculative')
+        require(fills, "sampler='speculative' fills no gap; choose another.")
+
+    def close(self):
+        """Say that all is written, if it is."""
+        if not self.closed and all(row.finish for row in self.rows):
+            self.closed = True
+            self.events.put(None)
 
     def answer(self):
         """Return the response to a request that was not streamed."""
-        finish = lambda row: {'index': row.index, 'finish_reason': row.finish}
-        said = lambda row: (
-            {'message': {'role': 'assistant', 'content': row.text}} if self.is_chat else {'text': row.text}
-        )
-        choices = [finish(row) | said(row) for row in self.rows]
+        choices = [self.choice(row.index, row.text, row.finish) for row in self.rows]
         return self.envelope(choices, self.counts()) | ({'frames': self.frames.steps} if self.watch else {})
 
     def chunk(self, index, text, finish):
         """Return a part of a response that is streamed."""
-        said = {'delta': {'role': 'assistant', 'content': text}} if self.is_chat else {'text': text}
-        return self.envelope(
-            [{'index': index, 'finish_reason': finish} | said], suffix='.chunk' * self.is_chat
-        )
+        return self.envelope([self.choice(index, text, finish, 'delta')], suffix='.chunk' * self.is_chat)
+
+    def choice(self, index, text, finish, said='message'):
+        content = {said: {'role': 'assistant', 'content': text}} if self.is_chat else {'text': text}
+        return {'index': index, 'finish_reason': finish, 'logprobs': None, **content}
 
     def counts(self):
         mask_id = self.model.tokenizer.mask_id
@@ -264,13 +251,8 @@ class Job:
 
     def envelope(self, choices, usage=None, suffix=''):
         kind = 'chat.completion' if self.is_chat else 'infill' if self.is_infill else 'text_completion'
-        about = {
-            'id': self.id,
-            'object': kind + suffix,
-            'created': int(time.time()),
-            'model': self.model.name,
-        }
-        return about | {'choices': choices, 'usage': usage}
+        about = dict(id=self.id, object=kind + suffix, created=int(time.time()), model=self.model.name)
+        return about | dict(choices=choices, usage=usage)
 
 
 class Row:
@@ -292,15 +274,12 @@ class Row:
             self.tell('stop' if ends else 'length' if is_full else None)
 
     def tell(self, finish):
-        """Hand on what is new in the text, and say if nothing more comes; a stop text ends it as well."""
+        """Hand on what is new in the text, and whether nothing more comes; a stop text ends it as well."""
         if self.finish:
             return
-        job, decode, before = (
-            self.job,
-            self.job.model.tokenizer.decode,
-            self.ids[-1:],
-        )  # a word may lose its space
-        text = decode(self.new) if job.is_infill else decode(before + self.new)[len(decode(before)) :]
+        job, decode = self.job, self.job.model.tokenizer.decode
+        before = [] if job.is_infill else self.ids[-1:]  # without it a word may lose its space
+        text = decode(before + self.new)[len(decode(before)) :]
         text = text.lstrip() if job.is_chat else text
         stops = [i for i in map(text.find, job.stop) if i >= 0]
         if stops:
@@ -313,8 +292,6 @@ class Row:
         more, self.text, self.finish = text[len(self.text) :], text, finish
         if job.stream and (more or finish):
             job.events.put((self.index, more, finish))
-        if finish and all(row.finish for row in job.rows):
-            job.events.put(None)
 
 
 # ---------------------------------------------------------------------------- the one thread that runs the models
@@ -330,6 +307,7 @@ class Writer(threading.Thread):
 
     def submit(self, job):
         with self.changed:
+            self.waiting = deque(one for one in self.waiting if not one.cancelled)
             if len(self.waiting) >= WAITING:
                 raise Refused(f'{WAITING} requests wait already; ask again later.', 503)
             self.waiting.append(job)
@@ -378,6 +356,8 @@ class Writer(threading.Thread):
         def check(*step):
             if job.frames:
                 job.frames(*step)
+            for one in {row.job for row in rows}:
+                one.close()
             if all(row.finish or row.job.cancelled for row in rows):
                 raise Stopped
 
@@ -393,3 +373,4 @@ class Writer(threading.Thread):
                 row.new = tokens if job.is_infill else row.new
         for row in rows:
             row.tell('stop' if job.is_infill else 'length')
+            row.job.close()

@@ -207,6 +207,7 @@ def test_gaps_are_filled_and_watched(port):
         ('completions', dict(model='ar', prompt='a', max_tokens=True), 'max_tokens is True'),
         ('completions', dict(model='ar', prompt='a', temperature=-1), 'temperature is -1'),
         ('completions', dict(model='ar', prompt='a', n=17), 'n is 17'),
+        ('completions', dict(model='ar', prompt='a', stop='a' * 101), 'shorten it'),
         ('completions', dict(model='ar', prompt=['a'] * 9, n=2), 'at most 16'),
         ('completions', dict(model='sdd', prompt='a', sampler='best'), "sampler is 'best'"),
         ('completions', dict(model='sdd', prompt='a', watch=True, stream=True), 'leave out stream'),
@@ -312,7 +313,7 @@ def test_sigterm_lets_it_answer_what_is_asked(server, port):
     sent = posted(json.dumps(dict(model='ar', prompt='a', stream=True, n=16, max_tokens=250)).encode())
     with ThreadPoolExecutor(1) as pool, connect(port, sent) as connection:
         answer = connection.recv(100)
-        waiting = pool.submit(post, port, 'completions', model='sdd', prompt='a')
+        waiting = pool.submit(post, port, 'completions', model='sdd', prompt='a', max_tokens=20)
         time.sleep(0.2)
         server.process.terminate()
         answer += b''.join(iter(lambda: connection.recv(2**16), b''))
