@@ -1,22 +1,31 @@
-# `make demo`, `make test` and `make lint` from a fresh clone: each makes .venv and installs what it needs.
+# `make demo`, `make tour`, `make test` and `make lint` from a fresh clone: each makes .venv and installs what it needs.
 PYTHON ?= python3
 RUN := .venv/bin/python
 RUN_OPTIONS := --overwrite --no_wandb
-WHOLE_ROWS := config/stories.py --mask_ratio='(0.2,0.8)' --max_steps=820 $(RUN_OPTIONS)
+WHOLE_ROWS := config/stories.py --mask_ratio='(0.2,0.8)' $(RUN_OPTIONS)
+INFILL := --infill='Bruno was a little bear. He loved to sing. One rainy day, Bruno sat in the park with an <mask:1>. Just then a <mask:1> came by. "Quack! I am so hungry," said the duck. Bruno looked at the apple. It was the last apple.'
 
+# Five minutes on two cores: two models, three stories that are right, a table, a page, an infilled text.
 demo: .venv/installed
+	$(RUN) prepare/stories.py --overwrite
+	$(RUN) train.py config/stories.py $(RUN_OPTIONS) --out_dir=out/demo-ar --max_steps=460
+	$(RUN) train.py $(WHOLE_ROWS) --out_dir=out/demo-diffusion --architecture=diffusion --max_steps=330
+	$(RUN) evaluate.py --checkpoint=out/demo-ar,out/demo-diffusion --num_samples=32 --max_tokens=16000 --html=out/demo.html
+	$(RUN) sample.py --checkpoint=out/demo-diffusion --num_samples=1 --sampler=confidence --temperature=0 --html=out/demo-watch.html $(INFILL)
+
+# Half an hour: four minutes of each kind, and a model that is asked for stories.
+tour: .venv/installed
 	$(RUN) prepare/stories.py --overwrite
 	$(RUN) train.py config/stories.py $(RUN_OPTIONS) --out_dir=out/demo-ar
 	$(RUN) train.py config/stories_blocks.py $(RUN_OPTIONS) --out_dir=out/demo-blocks
-	$(RUN) train.py $(WHOLE_ROWS) --out_dir=out/demo-diffusion --architecture=diffusion
-	$(RUN) train.py $(WHOLE_ROWS) --out_dir=out/demo-sdd --architecture=sdd
+	$(RUN) train.py $(WHOLE_ROWS) --out_dir=out/demo-diffusion --architecture=diffusion --max_steps=820
+	$(RUN) train.py $(WHOLE_ROWS) --out_dir=out/demo-sdd --architecture=sdd --max_steps=820
 	$(RUN) prepare/instruct.py --source=stories --name=story_requests --vocab_size=1536 --tokenizer_sample_mb=2 --overwrite
 	$(RUN) train.py config/stories_instruct.py $(RUN_OPTIONS) --out_dir=out/demo-requests
-	$(RUN) evaluate.py --checkpoint=out/demo-ar,out/demo-blocks,out/demo-diffusion,out/demo-sdd --num_samples=32 --max_tokens=32000
-	$(RUN) sample.py --checkpoint=out/demo-ar --num_samples=1
+	$(RUN) evaluate.py --checkpoint=out/demo-ar,out/demo-blocks,out/demo-diffusion,out/demo-sdd --num_samples=32 --max_tokens=32000 --html=out/demo.html
 	$(RUN) sample.py --checkpoint=out/demo-blocks --num_samples=1 --sampler=confidence
+	$(RUN) sample.py --checkpoint=out/demo-diffusion --num_samples=1 --sampler=confidence --temperature=0 $(INFILL)
 	$(RUN) sample.py --checkpoint=out/demo-requests --chat --num_samples=1 --temperature=0 --prompt="Tell a story about a shy mouse named Pip. It ends with a dream."
-	$(RUN) sample.py --checkpoint=out/demo-diffusion --num_samples=1 --sampler=confidence --temperature=0 --infill='Bruno was a little bear. He loved to sing. One rainy day, Bruno sat in the park with an <mask:1>. Just then a <mask:1> came by. "Quack! I am so hungry," said the duck. Bruno looked at the apple. It was the last apple.'
 
 test: .venv/test-installed
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto
@@ -34,4 +43,4 @@ lint: .venv/test-installed
 	$(RUN) -m pip install -q -r requirements-test.txt
 	touch $@
 
-.PHONY: demo test lint
+.PHONY: demo tour test lint

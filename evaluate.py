@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from lm import checkpoints, data, files, likelihood, prompts, report, rng, runtime, scoring
 from lm.configurator import ROOT, check_range, configure, printable, require, user_errors
@@ -37,6 +38,7 @@ metrics = (
 )
 output = ''  # JSON file with all figures and samples
 html = ''  # the same as a page
+wide = False  # print all columns, and what they mean
 # --- likelihood ---
 mode = ''  # packed or documents; empty: documents for instructions and where all were trained so
 block_size = 0  # tokens per row; 0: the smallest of the checkpoints'
@@ -192,7 +194,8 @@ def evaluate_likelihood(model, first):
 def write_texts(model, heads, stop_tokens):
     """Return a continuation per head (token ids); each batch has its own seed, so that ranks can share them."""
     rows, by_length = {}, sorted(range(len(heads)), key=lambda i: len(heads[i]))  # so that batches have room
-    for start in range(dist.rank * batch_size, len(heads), dist.world_size * batch_size):
+    starts = range(dist.rank * batch_size, len(heads), dist.world_size * batch_size)
+    for start in tqdm(starts, 'texts', leave=False, disable=dist.rank > 0 or None):
         numbers = by_length[start : start + batch_size]
         batch = [heads[i] for i in numbers]
         length = sample_tokens or block_size - max(map(len, batch))
@@ -268,7 +271,7 @@ def grammar_figures(rows):
     figures = {'wrong_words': {kind: kinds.count(kind) / len(rows) for kind in (*grammar.KINDS, 'thing')}}
     figures |= {'finished_stories': statistics.mean(finished), 'right_share': statistics.mean(right)}
     figures['valid_stories'], figures['valid_stories_ci95'] = scoring.share_ci(valid)
-    return {**figures, 'faults': [list(map(str, found)) for found in faults]}
+    return {**figures, 'faults': [[fault._asdict() for fault in found] for found in faults]}
 
 
 def evaluate_instructions(model, state):
@@ -456,7 +459,7 @@ results = {'dataset': folder.config['name'], 'mode': mode, 'block_size': block_s
 results |= {'heldout': models[0].get('heldout'), 'floor': floor}
 results |= {'settings': dict(config), 'versions': versions}
 if dist.is_main:
-    print(printable(report.table(results)))
+    print(printable(report.table(results, wide)))
     if output:
         files.write_json(output, results)
     if html:

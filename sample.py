@@ -64,7 +64,9 @@ def write(ids, count):
     frames = Frames(tokenizer, Terminal() if watch else None)
     frames.begin(ids)
     num_steps = steps or (ids.count(tokenizer.mask_id) if infill else max_new_tokens)
-    with tqdm(total=num_steps, unit=' steps', leave=False, disable=watch or bool(options['stream']) or None) as bar:
+    with tqdm(
+        total=num_steps, unit=' steps', leave=False, disable=watch or bool(options['stream']) or None
+    ) as bar:
         shown = frames if watch or html else None if bar.disable else lambda *_: bar.update()
         with dist.autocast(), user_errors():
             rows = generate(model, [ids] * count, 0 if infill else max_new_tokens, watch=shown, **options)

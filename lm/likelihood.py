@@ -20,6 +20,7 @@ import math
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from lm import data, rng, scoring
 
@@ -41,7 +42,8 @@ def measure(model, rows, dist, batch_size, draws=8, max_tokens=0, **bound):
     sums = {unit: {name: np.zeros(length) for name in QUANTITIES} for unit, length in sizes.items()}
     passes = draws if model.needs_noise and not bound.get('exact') and not bound.get('steps') else 1
 
-    for start in range(dist.rank * batch_size, size, dist.world_size * batch_size):
+    starts = range(dist.rank * batch_size, size, dist.world_size * batch_size)
+    for start in tqdm(starts, 'likelihood', leave=False, disable=dist.rank > 0 or None):
         windows = np.arange(start, min(start + batch_size, size))
         numbers = chosen[windows]
         batch = data.collate([rows.read(number, ()) for number in numbers], None).to(dist.device)

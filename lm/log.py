@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
 
-from lm import checkpoints
+from lm import checkpoints, report
 from lm.configurator import output_is_cut, printable
 from lm.files import lock, save_atomically, write_json
 
@@ -118,7 +118,10 @@ class Logger:
         if mode is None and not wandb.login(prompt=False):
             mode = 'offline'
             self.print('W&B: not logged in, so the run is kept offline; `wandb login` first, or --no_wandb.')
-        run = wandb.init(resume='allow', dir=self.folder, mode=mode, **settings)
+        quiet = {'silent': mode == 'offline'}  # or it prints 35 lines of its own
+        run = wandb.init(resume='allow', dir=self.folder, mode=mode, settings=quiet, **settings)
+        if mode == 'offline':
+            self.print(f'W&B: offline; `wandb sync {run.dir.removesuffix("/files")}` sends the run later.')
         self.wandb_run_id = run.id  # kept for the next resume, even if W&B fails later
         return run
 
@@ -142,6 +145,7 @@ class Logger:
 
     def close(self):
         if self.is_main:
+            self.print(*report.text_curve(self.folder).splitlines())
             if self.wandb:
                 self.attempt(self.wandb.finish)
             for file in (self.log_file, self.csv_file):

@@ -1,24 +1,41 @@
-"""Show what evaluate.py found: an aligned table, and a page that loads nothing else."""
+"""Show what evaluate.py and runs found: tables, a page that loads nothing else, curves.
 
-import math
-from html import escape
-
-# Key, format and title of each column, a line per metric; a column that no model has is left out.
-COLUMNS = """
-nats_per_token .4f nats/token | ci_over s interval over | bound s bound | order s written | difference +.4f minus the first
-perplexity .2f perplexity | bpb .4f bits/byte
-k0.nats_per_token .4f k = 0 | k0.difference +.4f minus the first
-steps.steps d S | steps.nats_per_token .4f in S steps | steps.difference +.4f minus the first
-exact.nats_per_token .4f left to right | carried.nats_per_token .4f beliefs carried | exact.ci_over s interval over
-accuracy .3f accuracy
-distinct_1 .3f distinct-1 | distinct_4 .3f distinct-4 | rep_4 .3f rep-4 | entropy .3f entropy
-samples_empty d empty | judge_nats .3f judge nats | valid_stories .3f stories | right_share .3f right
-wrong_words.name .2f wrong names | wrong_words.pronoun .2f pronouns | wrong_words.place .2f places | wrong_words.thing .2f things
-rouge_l .3f ROUGE-L | format_compliance .3f format | followed .3f followed | followed_new_words .3f in new words
-infilled.one .3f one gap | infilled.several .3f several | infilled.best_one .3f best of 8: one | infilled.best_several .3f several
-tokens_per_sec ,.0f tokens/s | tokens_per_sec_batch ,.0f in a batch | passes_per_token .3f passes/token
+python -m lm.report out/                                       # the runs: steps, best loss, age, size
+python -m lm.report out/a out/b --metric=val/loss --out=curves # curves.svg, curves.png (pip install matplotlib)
 """
-COLUMNS = [column.split(maxsplit=2) for line in COLUMNS.strip().split('\n') for column in line.split(' | ')]
+
+import csv
+import math
+import sys
+import textwrap
+import time
+from html import escape
+from pathlib import Path
+
+from lm.configurator import printable, require
+from lm.tokenizer import ENDOFTEXT, settings_of
+
+# Key, format and title of each column, a group per line; a column that no model has is left out.
+COLUMNS = """
+Likelihood: nats_per_token .4f nats/token | ci_over s interval over | bound s bound | order s written | difference +.4f minus the first | perplexity .2f perplexity | bpb .4f bits/byte
+Other bounds: k0.nats_per_token .4f k = 0 | k0.difference +.4f minus the first | steps.steps d S | steps.nats_per_token .4f in S steps | steps.difference +.4f minus the first | exact.nats_per_token .4f left to right | carried.nats_per_token .4f beliefs carried | exact.ci_over s interval over
+Predictions: accuracy .3f accuracy
+Stories: valid_stories .3f stories | right_share .3f right | wrong_words.name .2f wrong names | wrong_words.pronoun .2f pronouns | wrong_words.place .2f places | wrong_words.thing .2f things
+Requests: followed .3f followed | followed_new_words .3f in new words | format_compliance .3f format | rouge_l .3f ROUGE-L
+Infilling: infilled.one .3f one gap | infilled.several .3f several | infilled.best_one .3f best of 8: one | infilled.best_several .3f best: several
+Samples: judge_nats .3f judge nats | entropy .3f entropy | distinct_1 .3f distinct-1 | distinct_4 .3f distinct-4 | rep_4 .3f rep-4 | samples_empty d empty
+Speed: tokens_per_sec ,.0f tokens/s | tokens_per_sec_batch ,.0f in a batch | passes_per_token .3f passes/token
+"""
+GROUPS = {}
+for group, columns in (line.split(': ', 1) for line in COLUMNS.strip().split('\n')):
+    GROUPS[group] = [column.split(maxsplit=2) for column in columns.split(' | ')]
+# The five first of these that there are make the table that fits a terminal.
+FIRST = 'nats_per_token difference valid_stories followed followed_new_words infilled.one infilled.several judge_nats '
+FIRST = (FIRST + 'entropy tokens_per_sec accuracy bpb rep_4 format_compliance passes_per_token').split()
+WIDTH, BOUNDS = 100, {'upper': '≤ ', 'none': '? '}
+SHORT_NOTES = """\
+≤: an upper bound of the nll; ±: half a 95 % interval. All figures, and what they mean: --wide, or
+--html=FILE as a page, --output=FILE as JSON."""
 NOTES = """\
 ± is half a 95 % interval, over documents or, where there are fewer than 30 or several per window, over windows,
 which is somewhat too narrow where neighbouring windows are alike. exact: the nll itself; upper: an upper bound
@@ -41,21 +58,14 @@ def entropy_row(floor):
     return floor and {**figures, 'bpb': floor['bits_per_byte']}
 
 
-def cells(results):
-    """Return the titles of the columns that any model fills, and a list of texts per row.
-
-    Rows: the models, held-out text to compare their samples with, the true entropy.
-    """
+def rows_of(results):
+    """Return the rows as flat dicts: the models, held-out text to compare their samples with, the true entropy."""
     models = results['models']
     heldout = {f'held-out for {model["name"]}': model['heldout'] for model in models if 'heldout' in model}
     if len({str(figures) for figures in heldout.values()}) == 1:
         heldout = {'held-out text': results['heldout']}
     rows = [*models, *({'name': name, **figures} for name, figures in heldout.items())]
-    rows = [dict(flat(row)) for row in rows + [results['floor']] * bool(results['floor'])]
-
-    columns = [column for column in COLUMNS if any(column[0] in row for row in rows[: len(models)])]
-    titles = ['model'] + [title for *_, title in columns]
-    return titles, [[row['name']] + [cell(row, key, form) for key, form, _ in columns] for row in rows]
+    return [dict(flat(row)) for row in rows + [results['floor']] * bool(results['floor'])]
 
 
 def flat(figures, prefix=''):
@@ -67,6 +77,18 @@ def flat(figures, prefix=''):
             yield prefix + key, value
 
 
+def present(results, columns):
+    """Return those columns that a model has a figure of."""
+    models = rows_of(results)[: len(results['models'])]
+    return [column for column in columns if any(column[0] in row for row in models)]
+
+
+def cells(results, columns):
+    """Return the titles, and a list of texts per row that has any of the columns."""
+    rows = [[row['name'], *(cell(row, key, form) for key, form, _ in columns)] for row in rows_of(results)]
+    return ['model', *(title for *_, title in columns)], [row for row in rows if any(row[1:])]
+
+
 def cell(row, key, form):
     """Return a value, and half its interval, as text."""
     value = row.get(key, '')
@@ -75,25 +97,87 @@ def cell(row, key, form):
         return 'n/a'
     if isinstance(value, str):
         return value.replace('none', 'no bound')
-    return format(value, form) + (f' ± {format((ci[1] - ci[0]) / 2, form.lstrip("+"))}' if ci else '')
+    sign = BOUNDS.get(row.get('bound'), '') if key == 'nats_per_token' else ''
+    return sign + format(value, form) + (f' ± {format((ci[1] - ci[0]) / 2, form.lstrip("+"))}' if ci else '')
 
 
-def table(results):
-    """Return the aligned table, names on the left and numbers on the right, with its notes."""
-    titles, rows = cells(results)
+def table(results, wide=False):
+    """Return the aligned table, names on the left and numbers on the right, with its notes: five columns of at most
+    100 characters and a sentence for each model, or all."""
+    known = {column[0]: column for columns in GROUPS.values() for column in columns}
+    columns = present(results, known.values() if wide else [known[key] for key in FIRST])
+    titles, rows = cells(results, columns if wide else columns[:5])
+    rows = rows if wide else [row for row in rows if not row[0].startswith('held-out')]
     widths = [max(map(len, column)) for column in zip(titles, *rows)]
+    if not wide:
+        widths[0] = max(12, min(widths[0], WIDTH - sum(widths[1:]) - 2 * len(columns[:5])))
     lines = []
     for name, *texts in [titles, *rows]:
+        name = name if len(name) <= widths[0] else name[: widths[0] - 1] + '…'
         lines.append('  '.join([name.ljust(widths[0]), *map(str.rjust, texts, widths[1:])]))
-    return '\n'.join([lines[0], '-' * len(lines[0]), *lines[1:], '', NOTES])
+    lines = [*right_stories(results['models']), lines[0], '-' * len(lines[0]), *lines[1:], '']
+    return '\n'.join(
+        lines + ([NOTES] if wide else [*map(sentence_of(results), results['models']), '', SHORT_NOTES])
+    )
+
+
+def right_stories(models, shown=3):
+    """Return lines with the first texts that the grammar finds no fault with, of the model that writes the most of them."""
+    best = max(models, key=lambda model: model.get('valid_stories') or 0)
+    texts = [text.partition(ENDOFTEXT) for text in best.get('samples', ())]
+    right = [
+        text.strip() for (text, end, _), found in zip(texts, best.get('faults', ())) if end and not found
+    ]
+    lines = [f'{len(right)} of {len(texts)} texts of {best["name"]} are right stories, such as:'] * bool(
+        right
+    )
+    return (
+        lines
+        + [line for text in right[:shown] for line in ('', *textwrap.wrap(text, WIDTH))]
+        + [''] * bool(right)
+    )
+
+
+def sentence_of(results):
+    """Return a function that says of a model, in one sentence, how good it is."""
+    floor = (results['floor'] or {}).get('nats_per_token')
+
+    def sentence(model):
+        parts, nll = [], model.get('nats_per_token')
+        if nll is not None:
+            kind = {'exact': '', 'upper': 'at most ', 'none': 'by no bound '}[model['bound']]
+            parts += [
+                f'{kind}{nll:.4f} nats per token'
+                + (f', {nll - floor:.4f} above the true entropy' if floor else '')
+            ]
+        shares = {
+            'valid_stories': 'of its texts are whole stories',
+            'followed': 'of the requests are followed',
+        }
+        parts += [
+            f'{100 * model[key]:.1f} % {what}' for key, what in shares.items() if model.get(key) is not None
+        ]
+        return f'{model["name"]}: {"; ".join(parts) or "see the table"}.'
+
+    return sentence
+
+
+# ---------------------------------------------------------------------------- the page
 
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem; }
-pre { background: #f6f6f4; padding: .7rem; overflow-x: auto; }
-.samples { display: flex; gap: 1rem; }
-.samples div { flex: 1; }
-.samples pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+:root { color-scheme: light dark; --line: #8884; --soft: #8881; --accent: #2a6fdb; --bad: #d33; }
+body { font: 16px/1.55 system-ui, sans-serif; margin: 0 auto; padding: 1.5rem; max-width: 75rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+.scroll { overflow-x: auto; } svg { min-width: 40rem; max-width: 100%; height: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .8rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: Canvas; }
+summary { cursor: pointer; font-weight: 600; padding: .5rem 0; }
+.samples { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); }
+pre { background: var(--soft); border-radius: .4rem; padding: .8rem; margin: .6rem 0; font: 14px/1.5 ui-monospace, monospace;
+  white-space: pre-wrap; overflow-wrap: anywhere; }
+mark { background: none; color: inherit; border-bottom: 2px solid var(--bad); } small, .note { opacity: .75; }
 """
 
 
@@ -101,20 +185,196 @@ def page(results, shown=10):
     """Return the whole report as one HTML page, with the first samples and answers of each model."""
     title = f'Models on {escape(results["dataset"])}'
     versions = ', '.join(f'{name} {version}' for name, version in results['versions'].items())
-    columns = []
-    for model in results['models']:
-        texts = [escape(text) for text in model.get('samples', [])[:shown]]
-        for i, faults in enumerate(model.get('faults', [])[:shown]):
-            texts[i] += ''.join(f'\n<i>{escape(fault)}</i>' for fault in faults)
-        answers = model.get('answers', [])[:shown]
-        texts += [f'{escape(prompt)}<b>{escape(answer)}</b>' for prompt, answer, _ in answers]
-        texts = ''.join(f'<pre>{text}</pre>' for text in texts)
-        columns.append(f'<div><h3>{escape(model["name"])}</h3>{texts}</div>')
+    groups = [(name, present(results, columns)) for name, columns in GROUPS.items()]
+    folds = [html_table(name, results, columns) for name, columns in groups if columns]
+    texts = ''.join(
+        f'<div><h3>{escape(model["name"])}</h3>{samples(model, shown)}</div>' for model in results['models']
+    )
     return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head><body>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>{STYLE}</style></head><body>
 <h1>{title}</h1>
-<pre>{escape(table(results))}</pre>
-<div class="samples">{''.join(columns)}</div>
-<p>Rows of {results['block_size']} tokens, {escape(results['mode'])}; {escape(versions)}.</p>
+<ul>{''.join(f'<li>{escape(text)}</li>' for text in map(sentence_of(results), results['models']))}</ul>
+{chart(results)}
+<h2>Figures</h2>
+{''.join(folds)}
+<p class="note">{escape(NOTES)}</p>
+<h2>Texts</h2>
+<div class="samples">{texts}</div>
+<p class="note">Rows of {results['block_size']} tokens, {escape(results['mode'])}; {escape(versions)}.</p>
 </body></html>
 """
+
+
+def html_table(name, results, columns):
+    """Return a group of columns as a table that folds; the first one is open."""
+    titles, rows = cells(results, columns)
+    head = ''.join(f'<th>{escape(title)}</th>' for title in titles)
+    body = ''.join('<tr>' + ''.join(f'<td>{escape(text)}</td>' for text in row) + '</tr>' for row in rows)
+    opened = ' open' if name in ('Likelihood', 'Stories', 'Requests', 'Infilling') else ''
+    return f'<details{opened}><summary>{name}</summary><div class="scroll"><table><tr>{head}</tr>{body}</table></div></details>'
+
+
+def samples(model, shown):
+    """Return the first texts, with what the grammar objects to underlined, and answers."""
+    texts = []
+    for i, text in enumerate(model.get('samples', [])[:shown]):
+        faults = model['faults'][i] if 'faults' in model else []
+        marked, end = '', 0
+        for fault in faults:
+            start = min(fault['position'], len(text))
+            stop = start + max(1, len(fault['said']))
+            expected = escape(
+                f'{fault["kind"] or "text"}; expected: {" or ".join(fault["expected"][:3]) or "the end"}'
+            )
+            marked += (
+                f'{escape(text[end:start])}<mark title="{expected}">{escape(text[start:stop]) or "∅"}</mark>'
+            )
+            end = stop
+        texts.append(marked + escape(text[end:]))
+    texts += [
+        f'{escape(prompt)}<b>{escape(answer)}</b>' for prompt, answer, _ in model.get('answers', [])[:shown]
+    ]
+    return ''.join(f'<pre>{text}</pre>' for text in texts)
+
+
+def chart(results):
+    """Return nats per token, with their intervals, as an SVG on a log axis; a dashed line is the true entropy."""
+    models = [model for model in results['models'] if model.get('nats_per_token')]
+    if len(models) < 2:
+        return ''
+    floor = (results['floor'] or {}).get('nats_per_token')
+    values = [model['nats_per_token'] for model in models] + [floor] * bool(floor)
+    low, high, height = math.log(min(values) / 1.1), math.log(max(values) * 1.1), 34 * len(models)
+    x = lambda value: 260 + 620 * (math.log(value) - low) / (high - low)  # noqa: E731
+    steps = [digit * 10**power for power in range(-4, 4) for digit in (1, 1.5, 2, 3, 4, 5, 7)]
+    parts = []
+    for tick in [step for step in steps if low < math.log(step) < high]:
+        parts.append(f'<path d="M{x(tick):.1f} 0V{height}" stroke="#8884"/>')
+        parts.append(f'<text x="{x(tick):.1f}" y="{height + 18}" text-anchor="middle">{tick:g}</text>')
+    if floor:
+        parts.append(f'<path d="M{x(floor):.1f} 0V{height}" stroke="#d33" stroke-dasharray="5"/>')
+    for i, model in enumerate(models):
+        y, (a, b) = 34 * i + 17, map(x, model.get('ci95') or [model['nats_per_token']] * 2)
+        parts.append(f'<text x="245" y="{y + 5}" text-anchor="end">{escape(model["name"][-32:])}</text>')
+        parts.append(f'<path d="M{a:.1f} {y}H{b:.1f}" stroke="#2a6fdb" stroke-width="2"/>')
+        fill = '#2a6fdb' if model['bound'] == 'exact' else 'none'
+        parts.append(
+            f'<circle cx="{x(model["nats_per_token"]):.1f}" cy="{y}" r="5" fill="{fill}" stroke="#2a6fdb" stroke-width="2"/>'
+        )
+    legend = (
+        'nats per token, on a log axis; ● the nll itself, ○ a bound of it'
+        + '; dashed: the true entropy' * bool(floor)
+    )
+    return (
+        f'<figure class="scroll" style="margin:0"><svg viewBox="0 0 900 {height + 26}" width="900" fill="currentColor" font-size="13">'
+        + (f'{"".join(parts)}</svg><figcaption class="note">{legend}</figcaption></figure>')
+    )
+
+
+# ---------------------------------------------------------------------------- curves of runs
+
+
+def read_metric(run, metric):
+    """Return [(step, value)] of a column of a run's metrics.csv."""
+    with open(Path(run) / 'metrics.csv', encoding='utf-8', newline='') as file:
+        rows = [row for row in csv.DictReader(file) if row.get(metric)]
+    return [(int(row['step']), float(row[metric])) for row in rows]
+
+
+def text_curve(run, width=78, height=12):
+    """Return train/loss (·) and val/loss (o) of a run as lines of at most 78 characters; '' where there are too few."""
+    curves = {
+        sign: [(s, v) for s, v in read_metric(run, name) if s > 0]
+        for sign, name in (('·', 'train/loss'), ('o', 'val/loss'))
+    }
+    points = [(step, value, sign) for sign, curve in curves.items() for step, value in curve if value > 0]
+    low, high = (f((value for _, value, _ in points), default=1) for f in (min, max))
+    if len(points) < 4 or low == high:
+        return ''
+    last, columns = max(step for step, *_ in points), width - 9
+    grid = [[' '] * columns for _ in range(height)]
+    for step, value, sign in points:
+        row = round((height - 1) * math.log(high / value) / math.log(high / low))
+        grid[row][min(columns - 1, columns * step // last)] = sign
+    marks = {i: high * (low / high) ** (i / (height - 1)) for i in (0, height // 2, height - 1)}
+    lines = [f'{marks[i]:7.3f} ┤' if i in marks else '        │' for i in range(height)]
+    lines = [(line + ''.join(cells)).rstrip() for line, cells in zip(lines, grid)]
+    return '\n'.join(
+        [
+            *lines,
+            f'        └{"─" * columns}',
+            f'{"· train/loss  o val/loss, nats":>38}{f"step {last:,}":>{width - 38}}',
+        ]
+    )
+
+
+def draw(runs, metric, out):
+    """Write the curves of a metric of several runs as SVG and PNG, with the entropy floor where all share one."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        require(False, 'Curves as pictures need matplotlib; `pip install matplotlib`.')
+    figure = Figure(figsize=(8, 4.5), layout='constrained')
+    axes = figure.subplots()
+    for run in runs:
+        curve = [(step, value) for step, value in read_metric(run, metric) if step > 0]
+        require(curve, f'{run} has no {metric}; its metrics.csv says what there is.')
+        axes.plot(*zip(*curve), marker='.', label=Path(run).name)
+    floors = {
+        (settings_of(folder, 'config.json').get('floor') or {}).get('nats_per_token')
+        for folder in map(dataset_of, runs)
+    }
+    if metric == 'val/loss' and len(floors) == 1 and None not in floors:
+        axes.axhline(floors.pop(), color='gray', linestyle='--', label='true entropy')
+    axes.set(
+        xscale='log',
+        yscale='log',
+        xlabel='step',
+        ylabel=metric + ' (nats per token)' * metric.endswith('loss'),
+    )
+    axes.grid(alpha=0.3, which='both')
+    axes.legend()
+    for suffix in ('.svg', '.png'):
+        figure.savefig(f'{out}{suffix}', dpi=150)
+    print(f'{out}.svg, {out}.png: {metric} of {len(runs)} runs')
+
+
+def dataset_of(run):
+    """Return the folder of the data that a run was trained on."""
+    name = settings_of(Path(run), 'config.json').get('dataset') or ''
+    return Path(name) if Path(name).is_dir() else Path(run).parent.parent / 'data' / name
+
+
+def list_runs(folder):
+    """Return a line per run under a folder: its last step, best val/loss, age and size."""
+    lines = []
+    for path in sorted(Path(folder).glob('*/metrics.csv'), key=lambda path: path.stat().st_mtime):
+        run, results = path.parent, settings_of(path.parent, 'eval_results.json')
+        size = sum(file.stat().st_size for file in run.rglob('*') if file.is_file()) / 1e6
+        hours = (time.time() - path.stat().st_mtime) / 3600
+        age = f'{hours:.1f} h' if hours < 48 else f'{hours / 24:.0f} days'
+        step, loss = results.get('step', '-'), results.get('best_val_loss')
+        best = '-' if loss is None else f'{loss:.4f} at {results["best_step"]}'
+        lines.append(f'{run.name:<40.40}  {step:>8}  {best:>18}  {age:>9}  {size:>8,.0f} MB')
+    head = f'{"run":<40}  {"step":>8}  {"best val/loss":>18}  {"age":>9}  {"size":>11}'
+    return '\n'.join([head, '-' * len(head), *lines])
+
+
+def main(words):
+    runs = [word for word in words if not word.startswith('--')]
+    options = dict(word[2:].split('=', 1) for word in words if word.startswith('--') and '=' in word)
+    if not runs or options.keys() - {'metric', 'out'} or '--help' in words:
+        print(__doc__.strip())
+        return
+    if len(runs) == 1 and not (Path(runs[0]) / 'metrics.csv').is_file():
+        require(Path(runs[0]).is_dir(), f'There is no folder {runs[0]}; correct the path.')
+        print(printable(list_runs(runs[0])))
+        return
+    for run in runs:
+        require((Path(run) / 'metrics.csv').is_file(), f'{run} is no folder of a run: it has no metrics.csv.')
+    draw(runs, options.get('metric', 'val/loss'), options.get('out', 'curves'))
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])

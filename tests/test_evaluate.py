@@ -149,12 +149,25 @@ def test_json_has_every_figure_for_every_model(finished):
 
 def test_the_table_is_aligned_and_shows_intervals(finished):
     results, _, printed = finished
-    lines = report.table(results).split('\n')
-    assert report.table(results) in printed
+    lines = report.table(results, wide=True).split('\n')
     rows = lines[: lines.index('')]
     assert len(rows) == 5 and len({len(row) for row in rows}) == 1
     assert re.search(r'^ar +\d\.\d{4} ± \d\.\d{4} +windows +exact', lines[2]) and 'upper' in lines[3]
     assert lines[4].startswith('held-out text')
+
+    assert report.table(results) in printed
+    lines = report.table(results).split('\n')
+    assert max(map(len, lines)) <= 100
+    assert lines[0].split('  ')[0] == 'model' and len(re.split(r' {2,}', lines[3])) == 6
+    assert '≤ ' in lines[3] and any(line.startswith('diffusion: at most ') for line in lines)
+
+
+def test_long_names_leave_the_table_narrow(finished):
+    results = json.loads(json.dumps(finished[0]))
+    for model in results['models']:
+        model['name'] = 'a-very-long-name-of-a-run-that-nobody-would-type-' * 2
+    lines = report.table(results).split('\n')
+    assert max(map(len, lines[: lines.index('')])) <= 100 and '…' in lines[2]
 
 
 def test_a_cell_says_half_its_interval_and_what_a_loss_bounds():
@@ -166,10 +179,12 @@ def test_a_cell_says_half_its_interval_and_what_a_loss_bounds():
         'accuracy': None,
         'exact': {'nats_per_token': 1.0},
     }
-    (titles, (cells,)) = report.cells({'models': [row], 'floor': None})
+    results = {'models': [row], 'floor': None}
+    columns = report.present(results, [column for group in report.GROUPS.values() for column in group])
+    (titles, (cells,)) = report.cells(results, columns)
     assert dict(zip(titles, cells)) == {
         'model': 'a',
-        'nats/token': '2.0000 ± 0.1000',
+        'nats/token': '? 2.0000 ± 0.1000',
         'bound': 'no bound',
         'left to right': '1.0000',
         'accuracy': 'n/a',
@@ -182,7 +197,7 @@ def test_an_empty_figure_is_said_and_never_a_number(place):
     model = results['models'][0]
     assert model['distinct_3'] is None and model['rep_4'] is None
     assert model['distinct_1'] is not None and 'nats_per_token' not in model
-    assert re.search(r'^ar .* n/a', report.table(results), re.M)
+    assert re.search(r'^ar .* n/a', report.table(results, wide=True), re.M)
 
 
 def test_too_little_heldout_text_is_none(place):
@@ -233,7 +248,9 @@ def test_html_is_one_page_that_loads_nothing(finished):
     page = Page(html)
     assert page.open == [] and page.loads == [] and 'script' not in page.tags and 'link' not in page.tags
     assert not re.search(r'https?:|url\(|@import', html)
-    assert html.count('<pre>') == 13 and report.table(results) in page.text  # and six samples
+    assert html.count('<pre>') == 12 and '<svg' in html and page.text.count('held-out text') == 1
+    assert all(sentence in page.text for sentence in map(report.sentence_of(results), results['models']))
+    assert len(html) < 100_000  # light enough to mail
 
 
 def test_html_shows_what_a_model_wrote_and_does_not_run_it(finished):
@@ -242,6 +259,21 @@ def test_html_shows_what_a_model_wrote_and_does_not_run_it(finished):
     results['models'][0].update(name=evil, samples=[evil] * 2, answers=[[evil, evil, evil]])
     page = Page(report.page({**results, 'dataset': evil}))
     assert 'script' not in page.tags and page.text.count(evil) >= 6 and page.open == []
+
+
+def test_right_stories_are_shown_of_the_model_that_writes_most_of_them():
+    few = {'name': 'a', 'valid_stories': 0.0, 'samples': ['no'], 'faults': [[{}]]}
+    samples = ['One.\n<|endoftext|>\n', 'unfinished', 'wrong<|endoftext|>', 'Two.<|endoftext|>']
+    many = {'name': 'b', 'valid_stories': 0.5, 'samples': samples, 'faults': [[], [], [{}], []]}
+    lines = report.right_stories([few, many])
+    assert lines == ['2 of 4 texts of b are right stories, such as:', '', 'One.', '', 'Two.', '']
+    assert report.right_stories([few]) == report.right_stories([{'name': 'c'}]) == []
+
+
+def test_what_the_grammar_objects_to_is_marked_in_the_page():
+    fault = {'position': 5, 'kind': 'pronoun', 'said': 'his', 'expected': ['her']}
+    html = report.samples({'samples': ['took his <hat>'], 'faults': [[fault]]}, 1)
+    assert html == '<pre>took <mark title="pronoun; expected: her">his</mark> &lt;hat&gt;</pre>'
 
 
 # ---------------------------------------------------------------------------- the same numbers
@@ -307,7 +339,7 @@ def test_samples_are_stories_of_the_grammar_or_not_and_the_true_entropy_is_shown
     assert script['results']['models'][0]['valid_stories'] == 0
     lines = report.table(script['results']).split('\n')
     last = lines[lines.index('') - 1]
-    assert last.startswith('true entropy') and '0.2000' in last and '0.0720' in last and 'exact' in last
+    assert last.startswith('true entropy') and '0.2000' in last and '1.000' in last
 
     tokenizer, end = script['folder'].tokenizer, script['folder'].tokenizer.endoftext_id
     told = tokenizer.encode(stories[0])

@@ -129,4 +129,6 @@ def test_a_terminal_is_not_steered_by_what_a_model_writes(letters, monkeypatch):
     frames = Frames(letters, Terminal(screen))
     frames.begin([1])
     step(frames, [1, 2], [0.0, 0.9])
-    assert '\033[2J' not in screen.getvalue() and r'\x1b[2J' in re.sub(r'\033\[[\d;]*m', '', screen.getvalue())
+    assert '\033[2J' not in screen.getvalue() and r'\x1b[2J' in re.sub(
+        r'\033\[[\d;]*m', '', screen.getvalue()
+    )
