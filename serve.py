@@ -3,8 +3,6 @@
 python serve.py --checkpoint=out/demo-ar,out/demo-diffusion    # then open http://127.0.0.1:8000
 """
 
-import base64
-import hashlib
 import json
 import queue
 import re
@@ -21,9 +19,8 @@ from os import _exit
 from lm import runtime
 from lm.configurator import ROOT, UserError, configure, require
 from lm.files import first_line
-from lm.serving import FIELDS, Job, Limits, Model, Refused, Writer, read_fields
+from lm.serving import FIELDS, Job, Limits, Model, Refused, Writer, as_error, load_page, read_fields
 from lm.tokenizer import settings_of
-from lm.watch import PAGE
 
 checkpoint = ''  # ckpt.pt files, run or Hugging Face folders, with commas; empty: newest under out/
 host = '127.0.0.1'  # another address or name of this machine: everyone who reaches it can then use the models
@@ -42,11 +39,6 @@ HEADERS = {'X-Content-Type-Options': 'nosniff', 'Referrer-Policy': 'no-referrer'
 
 
 # ---------------------------------------------------------------------------- connections
-
-
-def as_error(message, status):
-    kind = 'server_error' if status >= 500 else 'invalid_request_error'
-    return {'error': {'message': message, 'type': kind, 'code': int(status)}}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -240,18 +232,6 @@ def stop(number, frame):
     threading.Thread(target=server.shutdown).start()
 
 
-def load_page():
-    """Return the page; its own script and style are all that its browser runs."""
-    text = PAGE.read_text(encoding='utf-8')
-    parts = {}  # of the security policy
-    for kind in ('script', 'style'):
-        digest = hashlib.sha256(re.search(f'(?s)<{kind}>(.*?)</{kind}>', text)[1].encode()).digest()
-        parts[kind] = f"{kind}-src 'sha256-{base64.b64encode(digest).decode()}'"
-    rest = "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    HEADERS['Content-Security-Policy'] = f"default-src 'none'; {parts['script']}; {parts['style']}; {rest}"
-    return text.encode()
-
-
 require(host not in ('', '0.0.0.0', '::'), f'host is {host!r}; give the one address or name that others use.')
 address = f'[{host}]' if ':' in host else host
 dist, stopping = runtime.Runtime(device, dtype), threading.Event()
@@ -264,7 +244,7 @@ for path in checkpoint.split(',') if checkpoint else [str(runs[-1])]:
     require(model.name not in models, f'Two checkpoints are named {model.name}; rename a folder.')
     models[model.name] = model
     print(f'{model.name}: {model.about["architecture"]}, {model.about["parameters"]:,} parameters')
-page, writer = load_page(), Writer(dist, batch_size)
+writer, (page, HEADERS['Content-Security-Policy']) = Writer(dist, batch_size), load_page()
 try:
     server = Server()
 except OSError as error:

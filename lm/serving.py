@@ -1,5 +1,7 @@
 """What a server does with requests: it reads them, lets them wait in a queue, and writes those that go together at once."""
 
+import base64
+import hashlib
 import queue
 import random
 import re
@@ -16,7 +18,7 @@ from lm import checkpoints, prompts
 from lm.configurator import UserError, require, user_errors
 from lm.files import first_line
 from lm.tokenizer import Tokenizer
-from lm.watch import Frames
+from lm.watch import PAGE, Frames
 from sampling import SAMPLERS, generate
 
 SAMPLING = dict.fromkeys('temperature top_p threshold eta'.split(), float)  # what `generate` takes
@@ -59,8 +61,25 @@ class Refused(UserError):
         self.status = status
 
 
+def as_error(message, status):
+    kind = 'server_error' if status >= 500 else 'invalid_request_error'
+    return {'error': {'message': message, 'type': kind, 'code': int(status)}}
+
+
 class Stopped(Exception):
     """Ends `generate` from within, once nobody waits for more of its rows."""
+
+
+def load_page():
+    """Return the page, and the policy by which a browser runs its own script and style and nothing else."""
+    text = PAGE.read_text(encoding='utf-8')
+    parts = {}  # of the security policy
+    for kind in ('script', 'style'):
+        digest = hashlib.sha256(re.search(f'(?s)<{kind}>(.*?)</{kind}>', text)[1].encode()).digest()
+        parts[kind] = f"{kind}-src 'sha256-{base64.b64encode(digest).decode()}'"
+    rest = "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    policy = f"default-src 'none'; {parts['script']}; {parts['style']}; {rest}"
+    return text.encode(), policy
 
 
 # ---------------------------------------------------------------------------- models, and what is asked of them
