@@ -170,7 +170,7 @@ def encode_infill(tokenizer, text):
     ids = []
     for i, part in enumerate(re.split(r'<mask:(\d+)>', text)):
         ids += [tokenizer.mask_id] * int(part) if i % 2 else tokenizer.encode(part)
-    require(tokenizer.mask_id in ids, f'{text!r} has no gap; write <mask:12> for 12 missing tokens.')
+    require(tokenizer.mask_id in ids, f'{text!r:.80} has no gap; write <mask:12> for 12 missing tokens.')
     return ids
 
 

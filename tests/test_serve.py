@@ -14,6 +14,7 @@ import pytest
 from conftest import letter_tokenizer, write_small_checkpoint
 from helpers import ASCII
 
+from lm import runtime, serving
 from lm.configurator import ROOT
 
 ARCHITECTURES = ('ar', 'diffusion', 'sdd')
@@ -175,6 +176,29 @@ def test_the_work_of_a_client_that_leaves_is_dropped(model, stream, port):
     began = time.monotonic()
     assert post(port, 'completions', model=model, prompt='a', max_tokens=1)[0] == 200
     assert time.monotonic() - began < 0.3 + whole / 2
+
+
+def test_those_that_go_together_are_written_at_once_and_a_failure_is_answered(tmp_path, monkeypatch):
+    path = write_small_checkpoint(tmp_path / 'ckpt.pt', 'ar', letter_tokenizer(ASCII))
+    model, calls, generate = serving.Model(path, 'cpu'), [], serving.generate
+    writer, limits = serving.Writer(runtime.Runtime('cpu', 'float32'), 4), serving.Limits(9, 4, 9.0)
+
+    def counted(module, prompts, *others, **options):
+        calls.extend([len(prompts)] * bool(prompts))
+        if len(calls) == 1 and prompts:
+            raise RuntimeError('the first time')
+        return generate(module, prompts, *others, **options)
+
+    monkeypatch.setattr(serving, 'generate', counted)
+    asked = [dict(n=2), dict(seed=1), dict(), dict(top_k=3), dict(n=2), dict(top_k=3)]
+    fields = [dict(prompt='a' * (1 + i), max_tokens=3) | one for i, one in enumerate(asked)]
+    jobs = [serving.Job('/v1/completions', one, model, limits) for one in fields]
+    for job in jobs:
+        writer.submit(job)
+    writer.start()
+    events = [job.events.get(timeout=30) for job in jobs]
+    assert [getattr(event, 'status', None) for event in events] == [500, None, 500, None, None, None]
+    assert calls == [3, 1, 2, 2] and all(len(row.new) for job in jobs[3:] for row in job.rows)
 
 
 def test_gaps_are_filled_and_watched(port):
