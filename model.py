@@ -79,6 +79,7 @@ class Transformer(nn.Module):
         projected = width != config.n_embd
         self.embedding = nn.Embedding(rows, width)  # the head as well, unless untied
         self.unembedding = None if config.tied else Linear(width, rows, bias=False)
+        self.packed_head = None  # of lm/quantize.py, in place of that, to write with
         self.project_in = Linear(width, config.n_embd, bias=False) if projected else None
         self.project_out = Linear(config.n_embd, width, bias=False) if projected else None
         self.positions = None
@@ -190,7 +191,10 @@ class Transformer(nn.Module):
 
     def head(self, hidden, weight=None):
         """Compute logits (..., padded vocabulary) in float32; -inf for what is never predicted."""
-        logits = linear(hidden, self.head_weight() if weight is None else weight).float()
+        if self.packed_head is not None and weight is None:
+            logits = self.packed_head(hidden)
+        else:
+            logits = linear(hidden, self.head_weight() if weight is None else weight).float()
         if self.config.logit_softcap:
             logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
         return logits + self.logit_bias

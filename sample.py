@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lm import checkpoints, prompts, runtime
+from lm import checkpoints, prompts, quantize, runtime
 from lm.configurator import ROOT, UserError, configure, printable, report_idle, require, user_errors
 from lm.files import as_sentence, write_json
 from lm.tokenizer import Tokenizer, settings_of
@@ -53,6 +53,9 @@ watch = False  # show the first sample step by step, in place
 html = ''  # a page on which it can be watched, with a slider, and the candidates of sdd
 device = 'auto'  # cpu, cuda, cuda:N, mps
 dtype = 'float32'  # bfloat16 and float16 are faster on a GPU
+weights = (
+    'float32'  # as they are kept: float16 is faster on a CPU and as good, int8 faster and a little worse
+)
 config = configure(globals())
 
 OPTIONS = 'temperature top_k top_p seed use_cache compile steps sampler block_length threshold eta k'.split()
@@ -177,6 +180,7 @@ tokenizer = Tokenizer(state['tokenizer'])
 if sampler == 'ar':
     state, sampler = checkpoints.as_ar(state, path), ''
 model = checkpoints.load_model(state, dist.device)
+quantize.pack(model, weights)
 runtime.report_idle_settings(config, model)
 report_idle(config, f'on {state["architecture"]}', '' if model.causal else 'use_cache compile')
 print(f'{path}: {state["architecture"]}, {model.num_parameters():,} parameters, step {state["global_step"]}')

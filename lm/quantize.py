@@ -1,8 +1,12 @@
-"""Frozen linear layers in 8 or 4 bits per weight (int8 and NF4), to train adapters on large models."""
+"""Linear layers in fewer bits per weight: frozen ones, int8 and NF4, to train adapters on; float16 and int8 to write with."""
+
+import warnings
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+from lm.configurator import require
 
 NF4 = torch.tensor([  # quantiles of the normal distribution, one of them 0 (Dettmers et al. 2023, QLoRA)
     -1.0, -0.6961929, -0.52507305, -0.3949175, -0.28444135, -0.18477343, -0.09104999, 0.0,
@@ -68,6 +72,57 @@ class QuantizedLinear(nn.Module):
     def forward(self, x):
         y = FrozenMatmul.apply(x, self)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+@torch.no_grad()
+def pack(model, weights):
+    """Keep the weights of the blocks and the head of a model that only writes as float16 or int8, half or a quarter."""
+    engines, kinds = torch.backends.quantized.supported_engines, ('float32', 'float16', 'int8')
+    require(weights in kinds, f'weights is {weights!r}; choose {" or ".join(kinds)}.')
+    if weights == 'float32':
+        return
+    if model.embedding.weight.is_cuda:
+        return model.half() if weights == 'float16' else quantize(model, bits=8)
+    require('fbgemm' in engines, f'This processor keeps no weights as {weights}; leave --weights out.')
+    for name, layer in linear_layers(model):
+        model.set_submodule(name, PackedLinear(layer.weight, layer.bias, weights))
+    model.packed_head = PackedLinear(model.head_weight(), None, weights)
+    model.head_weight().copy_(model.packed_head.weight)  # which the likelihood is computed with
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weight FBGEMM keeps as float16 or int8, for a CPU; it computes from and to float32.
+
+    int8: with a scale per row of the weight; and each token's input in 7 bits, with a scale of its own.
+    """
+
+    def __init__(self, weight, bias, kind):
+        super().__init__()
+        self.kind, self.bias, ops = kind, None if bias is None else bias.detach(), torch.ops.quantized
+        if kind == 'int8':
+            scale = (weight.abs().amax(1).clamp(min=1e-30) / 127).double()
+            zeros = torch.zeros(len(weight), dtype=torch.long)
+            with warnings.catch_warnings():  # it goes with a later PyTorch than requirements.txt allows
+                warnings.simplefilter('ignore')
+                codes = torch.quantize_per_channel(weight.detach(), scale, zeros, 0, torch.qint8)
+            self.packed = ops.linear_prepack(codes, None)
+        else:
+            self.packed = ops.linear_prepack_fp16(weight.detach(), None)
+
+    @property
+    def weight(self):
+        """The weight (out, in) in float32."""
+        if self.kind == 'int8':
+            return torch.ops.quantized.linear_unpack(self.packed)[0].dequantize()
+        return torch.ops.quantized.linear_unpack_fp16(self.packed)[0]
+
+    def forward(self, x):
+        if self.kind == 'int8':  # which has one scale for all tokens: of each the largest channel becomes 1
+            scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-30)
+            y = torch.ops.quantized.linear_dynamic(x / scale, self.packed, True) * scale
+        else:
+            y = torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+        return y if self.bias is None else y + self.bias
 
 
 class FrozenMatmul(torch.autograd.Function):

@@ -333,6 +333,9 @@ def draw(runs, metric, out):
         xlabel='step',
         ylabel=metric + ' (nats per token)' * metric.endswith('loss'),
     )
+    for axis in (axes.xaxis, axes.yaxis):  # numbers as people write them
+        axis.set_major_formatter('{x:g}')
+        axis.set_minor_formatter('{x:g}')
     axes.grid(alpha=0.3, which='both')
     axes.legend()
     for suffix in ('.svg', '.png'):

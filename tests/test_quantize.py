@@ -3,10 +3,13 @@
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from conftest import random_model
 
 from lm import lora
-from lm.quantize import QuantizedLinear, linear_layers, quantize
+from lm.configurator import UserError
+from lm.quantize import PackedLinear, QuantizedLinear, linear_layers, pack, quantize
+from sampling import generate
 
 SHAPE = dict(vocab_size=40, block_size=16, n_layer=2, n_head=2, n_embd=32, mask_id=38, ignore_id=39)
 
@@ -78,3 +81,56 @@ def test_merging_into_few_bits_gives_plain_layers(bits):
     lora.merge(model)
     assert all(type(layer) is nn.Linear for _, layer in linear_layers(model))
     torch.testing.assert_close(model.logits(some_tokens()), expected, atol=1e-4, rtol=0)
+
+
+# ---------------------------------------------------------------------------- weights to write with
+
+
+def packed(architecture, weights, **shape):
+    model = random_model(architecture, 0.3, **{**SHAPE, **shape})
+    with torch.inference_mode():
+        before = model.logits(some_tokens()[:1])
+        pack(model, weights)
+        return before, model.logits(some_tokens()[:1]), model
+
+
+needs_fbgemm = pytest.mark.skipif(
+    'fbgemm' not in torch.backends.quantized.supported_engines, reason='this processor has no FBGEMM'
+)
+
+
+@needs_fbgemm
+@pytest.mark.parametrize('architecture', ['ar', 'diffusion', 'sdd'])
+@pytest.mark.parametrize('weights, gap', [('float16', 2e-3), ('int8', 0.1)])
+def test_packed_weights_write_nearly_the_same(architecture, weights, gap):
+    before, after, model = packed(architecture, weights, bias=True, qkv_bias=True)
+    finite = before.isfinite()
+    assert 0 < (before - after)[finite].norm() < gap * before[finite].norm()
+    assert torch.equal(finite, after.isfinite())
+    rows = generate(model, [[1, 2]] * 2, 5, seed=1)
+    assert all(len(row) == 7 for row in rows)
+
+
+@needs_fbgemm
+def test_a_tokens_int8_does_not_depend_on_the_tokens_beside_it():
+    layer = torch.nn.Linear(32, 16)
+    x = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    x[:, 0] = 10 * torch.tensor([1.0, -1.0, 1.0, -1.0])  # both signs in each scale
+    x[0] *= 1000  # as massive activations of a first token
+    packed_layer = PackedLinear(layer.weight, layer.bias, 'int8')
+    error = (packed_layer(x) - layer(x)).norm(dim=1) / layer(x).norm(dim=1)
+    assert (error < 0.1).all()
+    assert (packed_layer.weight - layer.weight).abs().max() < layer.weight.abs().max() / 100
+
+
+@needs_fbgemm
+def test_the_likelihood_of_packed_weights_is_of_what_is_written():
+    _, after, model = packed('ar', 'int8')
+    nll = model.nll(some_tokens()[:1])
+    expected = F.cross_entropy(after[0, :-1], some_tokens()[:1][0, 1:], reduction='sum')
+    assert nll.item() == pytest.approx(expected.item(), rel=0.02)
+
+
+def test_weights_of_another_kind_are_refused():
+    with pytest.raises(UserError, match="weights is 'int2'; choose float32 or float16 or int8"):
+        packed('ar', 'int2')

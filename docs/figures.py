@@ -1,0 +1,105 @@
+"""Draw the README's pictures from the models of `make tour`: python docs/figures.py
+
+docs/writing.svg    a text of each kind of model being written, an animation
+docs/curves.svg     val/loss of the runs (needs matplotlib)
+"""
+
+import sys
+from html import escape
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder
+from lm import checkpoints, prompts, report
+from lm.configurator import ROOT, require
+from lm.tokenizer import Tokenizer
+from lm.watch import AGAIN, DOT, HIDDEN, Frames, wrap
+from sampling import generate
+
+MODELS = {  # what the picture says of it: run, options of `generate`
+    'ar: from left to right': ('demo-ar', {}),
+    'diffusion in blocks of four': ('demo-blocks', {'sampler': 'confidence'}),
+    'diffusion of whole rows: anywhere': ('demo-diffusion', {'sampler': 'confidence', 'steps': 60}),
+}
+COLUMNS, WIDTH, LINE, SECONDS, REST = (
+    64,
+    8.4,
+    19,
+    9.0,
+    3.0,
+)  # of text; pixels; of writing, and with all written
+SEED, TOKENS = 3, 110
+
+
+def written(run, options):
+    """Return the steps of a text that the model of a run writes."""
+    state = checkpoints.load(ROOT / 'out' / run)
+    model, tokenizer = checkpoints.load_model(state, 'cpu'), Tokenizer(state['tokenizer'])
+    frames, start = Frames(tokenizer), [state['start_token']]
+    frames.begin(start)
+    stops = prompts.stop_tokens(state, tokenizer)
+    generate(model, [start], TOKENS, seed=SEED, stop_tokens=stops, watch=frames, **options)
+    return frames.steps
+
+
+def places(cells):
+    """Return {position: (column, line)} of the first letter of each cell, of a text that is wrapped between words, and the number
+    of its lines."""
+    lines = wrap([(cell[1], '') for cell in cells], COLUMNS)
+    spots = iter([(column, row) for row, line in enumerate(lines) for column in range(len(line))])
+    of_cells = {cell[0]: [next(spots) for _ in cell[1]] for cell in cells}
+    words = {cell[0]: len(cell[1]) - len(cell[1].lstrip()) for cell in cells if cell[1].strip()}
+    return {position: of_cells[position][spaces] for position, spaces in words.items()}, len(lines)
+
+
+def animate(title, steps, top):
+    """Return SVG elements in which each token appears when it was written, and how many lines they take."""
+    last = {cell[0]: cell for step in steps for cell in step if cell[2] not in (HIDDEN, AGAIN)}
+    spots, lines = places([last[position] for position in sorted(last)])
+    parts = [f'<text x="0" y="{top}" class="title">{escape(title)}</text>']
+    shown = {cell[0]: i for i, step in enumerate(steps) for cell in step if cell[2] == HIDDEN}
+    for position, (column, row) in spots.items():
+        _, text, _, sure = last[position][:4]
+        at = max(
+            i for i, step in enumerate(steps) if any(cell[0] == position and cell[1] == text for cell in step)
+        )
+        x, y = column * WIDTH, top + LINE * (row + 1.3)
+        begin = f'{SECONDS * at / len(steps):.2f}'
+        hue = int(120 * sure)
+        parts.append(
+            f'<text x="{x:.1f}" y="{y:.1f}" visibility="hidden">{escape(text.strip())}'
+            f'<set attributeName="visibility" to="visible" begin="loop.begin+{begin}s" end="loop.end"/>'
+            f'<animate attributeName="fill" from="hsl({hue},90%,38%)" to="#777" begin="loop.begin+{begin}s" dur="1.5s"/></text>'
+        )
+        if position in shown:
+            parts.append(
+                f'<text x="{x:.1f}" y="{y:.1f}" class="dot">{DOT * len(text.strip())}'
+                f'<set attributeName="visibility" to="hidden" begin="loop.begin+{begin}s" end="loop.end"/></text>'
+            )
+    return parts, lines
+
+
+def draw_writing(path):
+    parts, top = [], 20
+    for title, (run, options) in MODELS.items():
+        more, lines = animate(title, written(run, options), top)
+        parts, top = parts + more, top + LINE * (lines + 2.4)
+    loop = f'<rect width="0" height="0"><animate id="loop" attributeName="x" from="0" to="1" begin="0s;loop.end" dur="{SECONDS + REST}s"/></rect>'
+    style = 'text{font:14px ui-monospace,monospace;fill:#777}.title{font-weight:700;fill:#2a6fdb}.dot{opacity:.45}'
+    size = f'width="{COLUMNS * WIDTH + 10:.0f}" height="{top:.0f}"'
+    svg = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{style}</style>{loop}{"".join(parts)}</svg>\n'
+    )
+    path.write_text(svg, encoding='utf-8')
+    print(f'{path}: {len(svg):,} bytes')
+
+
+def main():
+    runs = [ROOT / 'out' / run for run, _ in MODELS.values()]
+    for run in runs:
+        require((run / 'ckpt.pt').is_file(), f'{run} is not there; `make tour` makes it.')
+    draw_writing(ROOT / 'docs' / 'writing.svg')
+    report.draw(runs, 'val/loss', ROOT / 'docs' / 'curves')
+
+
+if __name__ == '__main__':
+    main()
