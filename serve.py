@@ -46,6 +46,7 @@ class Handler(BaseHTTPRequestHandler):
 
     protocol_version, server_version, sys_version, timeout = 'HTTP/1.1', 'serve', '', READ_SECONDS
     started = failed = False
+    log_message = lambda self, *words: None
 
     def handle(self):
         with suppress(OSError):  # the client is gone
@@ -59,9 +60,6 @@ class Handler(BaseHTTPRequestHandler):
             for _ in range(64 * self.failed):
                 if not self.connection.recv(2**16):
                     break
-
-    def log_message(self, *words):
-        """Print nothing."""
 
     def end_headers(self):
         for name, value in HEADERS.items():
