@@ -7,7 +7,6 @@ python sample.py --checkpoint=out/ar-alpaca-base-v1/best.pt --chat --prompt="Nam
 """
 
 import builtins
-import re
 import sys
 import timeit
 from contextlib import suppress
@@ -61,18 +60,6 @@ config = configure(globals())
 
 OPTIONS = 'temperature top_k top_p seed use_cache compile steps sampler block_length threshold eta k'.split()
 OPTIONS += ['fresh_beliefs']
-
-
-def encode_infill(text):
-    """Return the token ids of a text in which <mask:N> stands for N masked tokens; where a word's token
-    begins with the space before it, that space belongs to the gap."""
-    if tokenizer.joins_spaces:
-        text = re.sub(r' <mask:', '<mask:', text)
-    ids = []
-    for i, part in enumerate(re.split(r'<mask:(\d+)>', text)):
-        ids += [tokenizer.mask_id] * int(part) if i % 2 else tokenizer.encode(part)
-    require(tokenizer.mask_id in ids, f'--infill={text!r} has no gap; write <mask:12> for 12 missing tokens.')
-    return ids
 
 
 def write(ids, count):
@@ -198,7 +185,7 @@ runtime.report_idle_settings(config, model)
 report_idle(config, f'on {state["architecture"]}', '' if model.causal else 'use_cache compile')
 print(f'{path}: {state["architecture"]}, {model.num_parameters():,} parameters, step {state["global_step"]}')
 
-ids = [] if chat else encode_infill(infill) if infill else tokenizer.encode(prompt)
+ids = [] if chat else prompts.encode_infill(tokenizer, infill) if infill else tokenizer.encode(prompt)
 form = state.get('prompt_format') or prompts.DEFAULT
 options = {name: globals()[name] for name in OPTIONS}
 options['stop_tokens'] = prompts.stop_tokens(state, tokenizer) if stop_at_end else []

@@ -11,7 +11,7 @@ import re
 from contextlib import suppress
 
 from lm import chat
-from lm.configurator import UserError
+from lm.configurator import UserError, require
 from lm.tokenizer import settings_of
 
 BLOCKS = '### Instruction:\n{instruction}\n\n{#input}### Input:\n{input}\n\n{/input}### Response:\n{output}'
@@ -160,6 +160,18 @@ def encode_chat(tokenizer, template, turns, system=''):
             prompt.append((text, role == 'template'))
     ids += encode_parts(tokenizer, prompt)
     return ids, loss_mask + [0] * (len(ids) - len(loss_mask))
+
+
+def encode_infill(tokenizer, text):
+    """Return the token ids of a text in which <mask:N> stands for N masked tokens; where a word's token begins with
+    the space before it, that space belongs to the gap."""
+    if tokenizer.joins_spaces:
+        text = re.sub(r' <mask:', '<mask:', text)
+    ids = []
+    for i, part in enumerate(re.split(r'<mask:(\d+)>', text)):
+        ids += [tokenizer.mask_id] * int(part) if i % 2 else tokenizer.encode(part)
+    require(tokenizer.mask_id in ids, f'{text!r:.80} has no gap; write <mask:12> for 12 missing tokens.')
+    return ids
 
 
 def start_of(form, tokenizer, start_token):
