@@ -30,6 +30,7 @@ batch_size = 16  # rows that are written at once, and most that a request may as
 timeout = 120.0  # seconds that a request may wait and run
 device = 'auto'  # cpu, cuda, cuda:N, mps
 dtype = 'float32'  # bfloat16 and float16 are faster on a GPU
+weights = 'float32'  # as they are kept: float16 is faster on a CPU and as good, int8 faster and a little worse
 token = ''  # of the Hugging Face hub, for private models
 revision = ''  # a branch, tag or commit of the hub
 config = configure(globals())
@@ -238,7 +239,7 @@ runs = [run for run in runs if 'num_classes' not in settings_of(run.parent, 'con
 require(checkpoint or runs, 'There is no language model under out/; train one, or give --checkpoint=PATH.')
 models, limits = {}, Limits(max_tokens, batch_size, timeout)
 for path in checkpoint.split(',') if checkpoint else [str(runs[-1])]:
-    model = Model(path.strip(), dist.device, token, revision)
+    model = Model(path.strip(), dist.device, token, revision, weights)
     require(model.name not in models, f'Two checkpoints are named {model.name}; rename a folder.')
     models[model.name] = model
     print(f'{model.name}: {model.about["architecture"]}, {model.about["parameters"]:,} parameters')

@@ -2,8 +2,10 @@
 
 docs/writing.svg    a text of each kind of model being written, an animation
 docs/curves.svg     val/loss of the runs (needs matplotlib)
+docs/page.png       the page of serve.py (needs playwright, and Debian's chromium)
 """
 
+import subprocess
 import sys
 from html import escape
 from pathlib import Path
@@ -93,12 +95,46 @@ def draw_writing(path):
     print(f'{path}: {len(svg):,} bytes')
 
 
+def shoot_page(path, browser='/usr/bin/chromium'):
+    """Take a picture of the page with two models side by side, in the middle of what they write."""
+    from playwright.sync_api import sync_playwright
+
+    command = [
+        sys.executable,
+        ROOT / 'serve.py',
+        f'--checkpoint={",".join(map(str, runs()[:2]))}',
+        '--port=0',
+    ]
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server,
+        sync_playwright() as playwright,
+    ):
+        url = next(line for line in server.stdout if line.startswith('http')).strip()
+        options = dict(executable_path=browser, args=['--no-sandbox', '--disable-background-networking'])
+        page = playwright.chromium.launch(**options).new_page(viewport={'width': 1120, 'height': 640})
+        page.goto(url)
+        page.get_by_label(runs()[1].name).check()
+        page.check('#watch')
+        page.click('#go')
+        page.locator('.player').nth(1).wait_for()
+        middle = "e => { e.value = Math.floor(0.55 * e.max); e.dispatchEvent(new Event('input')) }"
+        for slider in page.locator('.player input[type=range]').all():
+            slider.evaluate(middle)
+        page.screenshot(path=path)
+        server.terminate()
+    print(path)
+
+
+def runs():
+    return [ROOT / 'out' / run for run, _ in MODELS.values()]
+
+
 def main():
-    runs = [ROOT / 'out' / run for run, _ in MODELS.values()]
-    for run in runs:
+    for run in runs():
         require((run / 'ckpt.pt').is_file(), f'{run} is not there; `make tour` makes it.')
     draw_writing(ROOT / 'docs' / 'writing.svg')
-    report.draw(runs, 'val/loss', ROOT / 'docs' / 'curves')
+    report.draw(runs(), 'val/loss', ROOT / 'docs' / 'curves')
+    shoot_page(ROOT / 'docs' / 'page.png')
 
 
 if __name__ == '__main__':

@@ -1,6 +1,7 @@
 """Linear layers in fewer bits per weight: frozen ones, int8 and NF4, to train adapters on; float16 and int8 to write with."""
 
 import warnings
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -78,6 +79,7 @@ def pack(model, weights):
     if model.embedding.weight.is_cuda:
         return model.half() if weights == 'float16' else quantize(model, bits=8)
     require('fbgemm' in engines, f'This processor keeps no weights as {weights}; leave --weights out.')
+    model.num_parameters = partial(int, model.num_parameters())  # packed ones are none any more
     for name, layer in linear_layers(model):
         model.set_submodule(name, PackedLinear(layer.weight, layer.bias, weights))
     model.packed_head = PackedLinear(model.head_weight(), None, weights)

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from lm import checkpoints, prompts
+from lm import checkpoints, prompts, quantize
 from lm.configurator import UserError, require, user_errors
 from lm.files import first_line
 from lm.tokenizer import Tokenizer
@@ -90,13 +90,14 @@ class Model:
 
     encoding = threading.Lock()  # a word takes a hundred times its length in memory: one text at a time
 
-    def __init__(self, path, device, token=None, revision=None):
+    def __init__(self, path, device, token=None, revision=None, weights='float32'):
         state = checkpoints.load(path, token, revision)
         place = Path(path)
         self.name = place.parent.name if place.name == 'ckpt.pt' else place.name.removesuffix('.pt')
         self.tokenizer, self.start = Tokenizer(state['tokenizer']), state['start_token']
         self.form, self.stops = state.get('prompt_format'), set(prompts.stop_tokens(state, self.tokenizer))
         self.module = checkpoints.load_model(state, device)
+        quantize.pack(self.module, weights)
         own, self.block_size = self.module.config.block_length, self.module.config.block_size
         self.infills = not self.module.causal and (0 in own or not any(own))  # sees what stands behind a gap
         samplers = [] if self.module.causal else [name for name in SAMPLERS if name != 'speculative']

@@ -90,6 +90,7 @@ needs_fbgemm = pytest.mark.skipif(
 @pytest.mark.parametrize('weights, gap', [('float16', 2e-3), ('int8', 0.1)])
 def test_packed_weights_write_nearly_the_same(architecture, weights, gap):
     before, after, model = packed(architecture, weights, bias=True, qkv_bias=True)
+    assert model.num_parameters() > sum(p.numel() for p in model.parameters())
     finite = before.isfinite()
     assert 0 < (before - after)[finite].norm() < gap * before[finite].norm()
     assert torch.equal(finite, after.isfinite())
