@@ -5,13 +5,13 @@ RUN_OPTIONS := --overwrite --no_wandb
 WHOLE_ROWS := config/stories.py --mask_ratio='(0.2,0.8)' $(RUN_OPTIONS)
 INFILL := --infill='Bruno was a little bear. He loved to sing. One rainy day, Bruno sat in the park with an <mask:1>. Just then a <mask:1> came by. "Quack! I am so hungry," said the duck. Bruno looked at the apple. It was the last apple.'
 
-# Five minutes on two cores: two models, three stories that are right, a table, a page, an infilled text.
+# Five minutes on two cores: a model, three of its stories that are right, figures, two pages.
 demo: .venv/installed
 	$(RUN) prepare/stories.py --overwrite
-	$(RUN) train.py config/stories.py $(RUN_OPTIONS) --out_dir=out/demo-ar --max_steps=460
-	$(RUN) train.py $(WHOLE_ROWS) --out_dir=out/demo-diffusion --architecture=diffusion --max_steps=330
-	$(RUN) evaluate.py --checkpoint=out/demo-ar,out/demo-diffusion --num_samples=32 --max_tokens=16000 --html=out/demo.html
-	$(RUN) sample.py --checkpoint=out/demo-diffusion --num_samples=1 --sampler=confidence --temperature=0 --html=out/demo-watch.html $(INFILL)
+	$(RUN) train.py config/stories.py $(RUN_OPTIONS) --out_dir=out/demo-ar --max_steps=800
+	$(RUN) sample.py --checkpoint=out/demo-ar --num_samples=1 --html=out/demo-watch.html
+	$(RUN) evaluate.py --checkpoint=out/demo-ar --num_samples=32 --max_tokens=16000 --html=out/demo.html
+	@echo 'The report: out/demo.html; a text being written: out/demo-watch.html; a page to write on: python serve.py'
 
 # Half an hour: four minutes of each kind, and a model that is asked for stories.
 tour: .venv/installed

@@ -113,11 +113,13 @@ class PackedLinear(nn.Module):
         return torch.ops.quantized.linear_unpack_fp16(self.packed)[0]
 
     def forward(self, x):
-        if self.kind == 'int8':  # which has one scale for all tokens: of each the largest channel becomes 1
+        if self.kind == 'float16':
+            y = torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+        elif x.numel() == x.size(-1):
+            y = torch.ops.quantized.linear_dynamic(x, self.packed, True)
+        else:  # FBGEMM has one scale for all tokens: of each the largest channel becomes 1
             scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-30)
             y = torch.ops.quantized.linear_dynamic(x / scale, self.packed, True) * scale
-        else:
-            y = torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
         return y if self.bias is None else y + self.bias
 
 
