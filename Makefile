@@ -7,8 +7,8 @@ INFILL := --infill='Bruno was a little bear. He loved to sing. One rainy day, Br
 
 # Five minutes on two cores: a model, three of its stories that are right, figures, two pages.
 demo: .venv/installed
-	$(RUN) prepare/stories.py --overwrite
-	$(RUN) train.py config/stories.py $(RUN_OPTIONS) --out_dir=out/demo-ar --max_steps=800
+	$(RUN) prepare/stories.py --num_stories=12000 --overwrite
+	$(RUN) train.py config/stories.py $(RUN_OPTIONS) --out_dir=out/demo-ar
 	$(RUN) sample.py --checkpoint=out/demo-ar --num_samples=1 --html=out/demo-watch.html
 	$(RUN) evaluate.py --checkpoint=out/demo-ar --num_samples=32 --max_tokens=16000 --html=out/demo.html
 	@echo 'The report: out/demo.html; a text being written: out/demo-watch.html; a page to write on: python serve.py'

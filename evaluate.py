@@ -33,9 +33,7 @@ architecture = ''  # of checkpoints that do not say it; another than they say is
 token = ''  # of the Hugging Face hub, for private models
 revision = ''  # a branch, tag or commit of the hub
 dataset = ''  # a name under data/, or a path; empty: what the first checkpoint was trained on
-metrics = (
-    'perplexity,accuracy,generation'  # also speed; infilling: of stories; instructions: of their folders
-)
+metrics = 'perplexity,accuracy,generation'  # also speed; infilling of stories; instructions of their folders
 output = ''  # JSON file with all figures and samples
 html = ''  # the same as a page
 wide = False  # print all columns, and what they mean
@@ -67,9 +65,7 @@ seed = 0
 # --- the machine ---
 device = 'auto'  # cpu, cuda, cuda:N, mps
 dtype = 'float32'  # bfloat16 and float16 are faster on a GPU
-weights = (
-    'float32'  # as they are kept: float16 is faster on a CPU and as good, int8 faster and a little worse
-)
+weights = 'float32'  # on a CPU float16 writes faster and as well, int8 a little worse
 config = configure(globals())
 
 METRICS = ('perplexity', 'accuracy', 'generation', 'speed', 'instructions', 'infilling')

@@ -41,9 +41,7 @@ stop_at_end = True  # stop at <|endoftext|>
 use_cache = True  # ar: keep keys and values; False: the same text, slower
 compile = False  # ar: compile the decode step; for long texts on a GPU
 steps: int = None  # diffusion: forward passes; None: one per token
-sampler = (
-    ''  # diffusion: first_hitting, with steps ancestral; confidence, blocks, threshold, entropy, remdm, ar
-)
+sampler = ''  # diffusion: first_hitting, with steps ancestral; confidence blocks threshold entropy remdm ar
 block_length: int = None  # of sampler=blocks, 32; of a model trained on blocks: one of its lengths
 threshold: float = None  # of sampler=threshold: a probability, 0.9; of entropy: nats, 0.3
 eta = 0.1  # of sampler=remdm: the largest probability to mask a token again
@@ -53,9 +51,7 @@ watch = False  # show the first sample step by step, in place
 html = ''  # a page on which it can be watched, with a slider, and the candidates of sdd
 device = 'auto'  # cpu, cuda, cuda:N, mps
 dtype = 'float32'  # bfloat16 and float16 are faster on a GPU
-weights = (
-    'float32'  # as they are kept: float16 is faster on a CPU and as good, int8 faster and a little worse
-)
+weights = 'float32'  # on a CPU float16 writes faster and as well, int8 a little worse
 config = configure(globals())
 
 OPTIONS = 'temperature top_k top_p seed use_cache compile steps sampler block_length threshold eta k'.split()

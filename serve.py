@@ -30,7 +30,7 @@ batch_size = 16  # rows that are written at once, and most that a request may as
 timeout = 120.0  # seconds that a request may wait and run
 device = 'auto'  # cpu, cuda, cuda:N, mps
 dtype = 'float32'  # bfloat16 and float16 are faster on a GPU
-weights = 'float32'  # as they are kept: float16 is faster on a CPU and as good, int8 faster and a little worse
+weights = 'float32'  # on a CPU float16 writes faster and as well, int8 a little worse
 token = ''  # of the Hugging Face hub, for private models
 revision = ''  # a branch, tag or commit of the hub
 config = configure(globals())
@@ -117,9 +117,8 @@ class Handler(BaseHTTPRequestHandler):
     def check_origin(self):
         """Refuse what a foreign page sends, also under a name that leads here (DNS rebinding)."""
         hosts, origins = self.headers.get_all('Host', []), self.headers.get_all('Origin', [])
-        name = (
-            re.sub(r':\d{1,5}$', '', hosts[0].lower()) if len(hosts) == 1 else ''
-        )  # a tunnel has its own port
+        # Any port: a tunnel has its own.
+        name = re.sub(r':\d{1,5}$', '', hosts[0].lower()) if len(hosts) == 1 else ''
         if name not in ('127.0.0.1', 'localhost', '[::1]', address.lower()):
             raise Refused('The Host header names another machine; use the address that was printed.', 403)
         if origins not in ([], [f'http://{hosts[0]}']):

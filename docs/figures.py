@@ -22,13 +22,8 @@ MODELS = {  # what the picture says of it: run, options of `generate`
     'diffusion in blocks of four': ('demo-blocks', {'sampler': 'confidence'}),
     'diffusion of whole rows: anywhere': ('demo-diffusion', {'sampler': 'confidence', 'steps': 60}),
 }
-COLUMNS, WIDTH, LINE, SECONDS, REST = (
-    64,
-    8.4,
-    19,
-    9.0,
-    3.0,
-)  # of text; pixels; of writing, and with all written
+COLUMNS, WIDTH, LINE = 64, 8.4, 19  # of the text; pixels of a letter and of a line
+SECONDS, REST = 9.0, 3.0  # of writing, and with all written
 SEED, TOKENS = 3, 110
 
 
@@ -88,9 +83,8 @@ def draw_writing(path):
     loop = f'<rect width="0" height="0"><animate id="loop" attributeName="x" from="0" to="1" begin="0s;loop.end" dur="{SECONDS + REST}s"/></rect>'
     style = 'text{font:14px ui-monospace,monospace;fill:#777}.title{font-weight:700;fill:#2a6fdb}.dot{opacity:.45}'
     size = f'width="{COLUMNS * WIDTH + 10:.0f}" height="{top:.0f}"'
-    svg = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{style}</style>{loop}{"".join(parts)}</svg>\n'
-    )
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{style}</style>'
+    svg = f'{head}{loop}{"".join(parts)}</svg>\n'
     path.write_text(svg, encoding='utf-8')
     print(f'{path}: {len(svg):,} bytes')
 

@@ -238,9 +238,7 @@ def contents(model, step, best, config, initial, tokenizer, start_token, prompt_
     state = {'architecture': architecture_name(model), 'seed': config['seed'], 'train_config': dict(config)}
     state |= {'global_step': step, 'best_step': best.step, 'best_val_loss': best.loss}
     state |= {'model_config': vars(model.config), 'tokenizer': tokenizer.to_json()}
-    kept = (
-        initial or {}
-    )  # what it started from: a model that was taught to answer goes on knowing how it was asked
+    kept = initial or {}  # a model that was taught to answer goes on knowing how it was asked
     state |= {'start_token': start_token, 'prompt_format': prompt_format or kept.get('prompt_format')}
     return {**state, 'came_with': kept.get('came_with')}  # of a pretrained folder, for exports
 

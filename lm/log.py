@@ -145,7 +145,8 @@ class Logger:
 
     def close(self):
         if self.is_main:
-            self.print(*report.text_curve(self.folder).splitlines())
+            with contextlib.suppress(OSError, ValueError):  # a picture is worth no crash
+                self.print(*report.text_curve(self.folder).splitlines())
             if self.wandb:
                 self.attempt(self.wandb.finish)
             for file in (self.log_file, self.csv_file):

@@ -17,17 +17,23 @@ from lm.tokenizer import ENDOFTEXT, settings_of
 
 # Key, format and title of each column, a group per line; a column that no model has is left out.
 COLUMNS = """
-Likelihood: nats_per_token .4f nats/token | ci_over s interval over | bound s bound | order s written | difference +.4f minus the first | perplexity .2f perplexity | bpb .4f bits/byte
-Other bounds: k0.nats_per_token .4f k = 0 | k0.difference +.4f minus the first | steps.steps d S | steps.nats_per_token .4f in S steps | steps.difference +.4f minus the first | exact.nats_per_token .4f left to right | carried.nats_per_token .4f beliefs carried | exact.ci_over s interval over
+Likelihood: nats_per_token .4f nats/token | ci_over s interval over | bound s bound | order s written
+  | difference +.4f minus the first | perplexity .2f perplexity | bpb .4f bits/byte
+Other bounds: k0.nats_per_token .4f k = 0 | k0.difference +.4f minus the first | steps.steps d S
+  | steps.nats_per_token .4f in S steps | steps.difference +.4f minus the first
+  | exact.nats_per_token .4f left to right | carried.nats_per_token .4f beliefs carried | exact.ci_over s interval over
 Predictions: accuracy .3f accuracy
-Stories: valid_stories .3f stories | right_share .3f right | wrong_words.name .2f wrong names | wrong_words.pronoun .2f pronouns | wrong_words.place .2f places | wrong_words.thing .2f things
+Stories: valid_stories .3f stories | right_share .3f right | wrong_words.name .2f wrong names
+  | wrong_words.pronoun .2f pronouns | wrong_words.place .2f places | wrong_words.thing .2f things
 Requests: followed .3f followed | followed_new_words .3f in new words | format_compliance .3f format | rouge_l .3f ROUGE-L
-Infilling: infilled.one .3f one gap | infilled.several .3f several | infilled.best_one .3f best of 8: one | infilled.best_several .3f best: several
-Samples: judge_nats .3f judge nats | entropy .3f entropy | distinct_1 .3f distinct-1 | distinct_4 .3f distinct-4 | rep_4 .3f rep-4 | samples_empty d empty
+Infilling: infilled.one .3f one gap | infilled.several .3f several
+  | infilled.best_one .3f best of 8: one | infilled.best_several .3f best: several
+Samples: judge_nats .3f judge nats | entropy .3f entropy | distinct_1 .3f distinct-1 | distinct_4 .3f distinct-4
+  | rep_4 .3f rep-4 | samples_empty d empty
 Speed: tokens_per_sec ,.0f tokens/s | tokens_per_sec_batch ,.0f in a batch | passes_per_token .3f passes/token
 """
 GROUPS = {}
-for group, columns in (line.split(': ', 1) for line in COLUMNS.strip().split('\n')):
+for group, columns in (line.split(': ', 1) for line in COLUMNS.replace('\n  |', ' |').strip().split('\n')):
     GROUPS[group] = [column.split(maxsplit=2) for column in columns.split(' | ')]
 # The five first of these that there are make the table that fits a terminal.
 FIRST = 'nats_per_token difference valid_stories followed followed_new_words infilled.one infilled.several judge_nats '
@@ -138,6 +144,9 @@ def right_stories(models, shown=3):
     )
 
 
+SAID = {'valid_stories': 'of its texts are whole stories', 'followed': 'of the requests are followed'}
+
+
 def sentence_of(results):
     """Return a function that says of a model, in one sentence, how good it is."""
     floor = (results['floor'] or {}).get('nats_per_token')
@@ -146,17 +155,10 @@ def sentence_of(results):
         parts, nll = [], model.get('nats_per_token')
         if nll is not None:
             kind = {'exact': '', 'upper': 'at most ', 'none': 'by no bound '}[model['bound']]
-            parts += [
-                f'{kind}{nll:.4f} nats per token'
-                + (f', {nll - floor:.4f} above the true entropy' if floor else '')
-            ]
-        shares = {
-            'valid_stories': 'of its texts are whole stories',
-            'followed': 'of the requests are followed',
-        }
-        parts += [
-            f'{100 * model[key]:.1f} % {what}' for key, what in shares.items() if model.get(key) is not None
-        ]
+            above = f', {nll - floor:.4f} above the true entropy' if floor else ''
+            parts.append(f'{kind}{nll:.4f} nats per token{above}')
+        shares = {what: model[key] for key, what in SAID.items() if model.get(key) is not None}
+        parts += [f'{100 * share:.1f} % {what}' for what, share in shares.items()]
         return f'{model["name"]}: {"; ".join(parts) or "see the table"}.'
 
     return sentence
@@ -169,7 +171,7 @@ STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; --accent: #2a6fdb; --bad: #d33; }
 body { font: 16px/1.55 system-ui, sans-serif; margin: 0 auto; padding: 1.5rem; max-width: 75rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-.scroll { overflow-x: auto; } svg { min-width: 40rem; max-width: 100%; height: auto; }
+figure { margin: 0; } .scroll { overflow-x: auto; } svg { min-width: 40rem; max-width: 100%; height: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .8rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: Canvas; }
@@ -227,9 +229,8 @@ def samples(model, shown):
             expected = escape(
                 f'{fault["kind"] or "text"}; expected: {" or ".join(fault["expected"][:3]) or "the end"}'
             )
-            marked += (
-                f'{escape(text[end:start])}<mark title="{expected}">{escape(text[start:stop]) or "∅"}</mark>'
-            )
+            marked += f'{escape(text[end:start])}<mark title="{expected}">'
+            marked += f'{escape(text[start:stop]) or "∅"}</mark>'
             end = stop
         texts.append(marked + escape(text[end:]))
     texts += [
@@ -246,9 +247,9 @@ def chart(results):
     floor = (results['floor'] or {}).get('nats_per_token')
     values = [model['nats_per_token'] for model in models] + [floor] * bool(floor)
     low, high, height = math.log(min(values) / 1.1), math.log(max(values) * 1.1), 34 * len(models)
-    x = lambda value: 260 + 620 * (math.log(value) - low) / (high - low)  # noqa: E731
+    x = lambda value: 260 + 620 * (math.log(value) - low) / (high - low)
     steps = [digit * 10**power for power in range(-4, 4) for digit in (1, 1.5, 2, 3, 4, 5, 7)]
-    parts = []
+    blue, parts = 'stroke="#2a6fdb" stroke-width="2"', []
     for tick in [step for step in steps if low < math.log(step) < high]:
         parts.append(f'<path d="M{x(tick):.1f} 0V{height}" stroke="#8884"/>')
         parts.append(f'<text x="{x(tick):.1f}" y="{height + 18}" text-anchor="middle">{tick:g}</text>')
@@ -257,19 +258,13 @@ def chart(results):
     for i, model in enumerate(models):
         y, (a, b) = 34 * i + 17, map(x, model.get('ci95') or [model['nats_per_token']] * 2)
         parts.append(f'<text x="245" y="{y + 5}" text-anchor="end">{escape(model["name"][-32:])}</text>')
-        parts.append(f'<path d="M{a:.1f} {y}H{b:.1f}" stroke="#2a6fdb" stroke-width="2"/>')
+        parts.append(f'<path d="M{a:.1f} {y}H{b:.1f}" {blue}/>')
         fill = '#2a6fdb' if model['bound'] == 'exact' else 'none'
-        parts.append(
-            f'<circle cx="{x(model["nats_per_token"]):.1f}" cy="{y}" r="5" fill="{fill}" stroke="#2a6fdb" stroke-width="2"/>'
-        )
-    legend = (
-        'nats per token, on a log axis; ● the nll itself, ○ a bound of it'
-        + '; dashed: the true entropy' * bool(floor)
-    )
-    return (
-        f'<figure class="scroll" style="margin:0"><svg viewBox="0 0 900 {height + 26}" width="900" fill="currentColor" font-size="13">'
-        + (f'{"".join(parts)}</svg><figcaption class="note">{legend}</figcaption></figure>')
-    )
+        parts.append(f'<circle cx="{x(model["nats_per_token"]):.1f}" cy="{y}" r="5" fill="{fill}" {blue}/>')
+    legend = 'nats per token, on a log axis; ● the nll itself, ○ a bound of it'
+    legend += '; dashed: the true entropy' * bool(floor)
+    svg = f'<svg viewBox="0 0 900 {height + 26}" width="900" fill="currentColor" font-size="13">{"".join(parts)}</svg>'
+    return f'<figure class="scroll">{svg}<figcaption class="note">{legend}</figcaption></figure>'
 
 
 # ---------------------------------------------------------------------------- curves of runs
@@ -284,11 +279,9 @@ def read_metric(run, metric):
 
 def text_curve(run, width=78, height=12):
     """Return train/loss (·) and val/loss (o) of a run as lines of at most 78 characters; '' where there are too few."""
-    curves = {
-        sign: [(s, v) for s, v in read_metric(run, name) if s > 0]
-        for sign, name in (('·', 'train/loss'), ('o', 'val/loss'))
-    }
-    points = [(step, value, sign) for sign, curve in curves.items() for step, value in curve if value > 0]
+    signs = {'train/loss': '·', 'val/loss': 'o'}
+    points = [(step, value, sign) for name, sign in signs.items() for step, value in read_metric(run, name)]
+    points = [point for point in points if point[0] > 0 and 0 < point[1] < math.inf]
     low, high = (f((value for _, value, _ in points), default=1) for f in (min, max))
     if len(points) < 4 or low == high:
         return ''
@@ -300,13 +293,8 @@ def text_curve(run, width=78, height=12):
     marks = {i: high * (low / high) ** (i / (height - 1)) for i in (0, height // 2, height - 1)}
     lines = [f'{marks[i]:7.3f} ┤' if i in marks else '        │' for i in range(height)]
     lines = [(line + ''.join(cells)).rstrip() for line, cells in zip(lines, grid)]
-    return '\n'.join(
-        [
-            *lines,
-            f'        └{"─" * columns}',
-            f'{"· train/loss  o val/loss, nats":>38}{f"step {last:,}":>{width - 38}}',
-        ]
-    )
+    legend = f'{"· train/loss  o val/loss, nats":>38}' + f'step {last:,}'.rjust(width - 38)
+    return '\n'.join([*lines, f'        └{"─" * columns}', legend])
 
 
 def draw(runs, metric, out):

@@ -212,9 +212,8 @@ class Job:
         self.frames = Frames(model.tokenizer) if self.watch else None
         self.events, self.cancelled, self.closed = queue.SimpleQueue(), False, False
         self.deadline = time.monotonic() + limits.timeout
-        length = (
-            0 if model.module.causal else len(prompts[0])
-        )  # of diffusion only rows of one length run together
+        # Of diffusion only rows of one length run together.
+        length = 0 if model.module.causal else len(prompts[0])
         alone = self.watch or self.seed is not None
         options = tuple(sorted(self.options.items()))
         self.key = object() if alone else (model.name, path, options, self.new, length)

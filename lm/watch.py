@@ -17,13 +17,7 @@ from lm.files import save_atomically
 PAGE = Path(__file__).with_name('page.html')  # of serve.py, which shows only the steps where it holds some
 GIVEN, WRITTEN, HIDDEN, AGAIN = 'gwhr'  # kinds of a position: of the prompt, written, hidden, hidden again
 DOT = '·'
-SURENESS = (
-    203,
-    215,
-    227,
-    155,
-    83,
-)  # of 256 terminal colours, from red to green, by the probability of a new token
+SURENESS = 203, 215, 227, 155, 83  # of 256 colours, from red to green, by the probability of a new token
 DIM, MAGENTA, RESET = '\033[38;5;{}m', '\033[38;5;201m', '\033[0m'
 
 

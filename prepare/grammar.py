@@ -216,11 +216,8 @@ class Grammar:
         A word that does not agree is a fault, after which the text may go on as if it did; what no story says, the last.
         """
         agenda, number, seen = [(0, 0, 0, (), self.start, {})], itertools.count(1), set()
-        furthest, told, expected = (
-            -1,
-            (),
-            [],
-        )  # where the text stops being a story, and the faults up to there
+        # Where the text stops being a story, the faults up to there, and what had to follow.
+        furthest, told, expected = -1, (), []
         while agenda:  # fewest faults first, then furthest
             _, back, _, faults, node, bindings = heapq.heappop(agenda)
             position, transitions = -back, node.transitions(bindings)
