@@ -1,4 +1,4 @@
-"""Draw the README's pictures from the models of `make tour`: python docs/figures.py
+"""Draw the README's pictures from the models of `make tour`, or better ones in their place: python docs/figures.py
 
 docs/writing.svg    a text of each kind of model being written, an animation
 docs/curves.svg     val/loss of the runs (needs matplotlib)
@@ -20,11 +20,11 @@ from sampling import generate
 MODELS = {  # what the picture says of it: run, options of `generate`
     'ar: from left to right': ('demo-ar', {}),
     'diffusion in blocks of four': ('demo-blocks', {'sampler': 'confidence'}),
-    'diffusion of whole rows: anywhere': ('demo-diffusion', {'sampler': 'confidence', 'steps': 60}),
+    'diffusion of whole rows: anywhere': ('demo-diffusion', {'sampler': 'confidence'}),
 }
 COLUMNS, WIDTH, LINE = 64, 8.4, 19  # of the text; pixels of a letter and of a line
 SECONDS, REST = 9.0, 3.0  # of writing, and with all written
-SEED, TOKENS = 3, 110
+SEED, TOKENS, TEMPERATURE = 5, 145, 0.8
 
 
 def written(run, options):
@@ -34,7 +34,7 @@ def written(run, options):
     frames, start = Frames(tokenizer), [state['start_token']]
     frames.begin(start)
     stops = prompts.stop_tokens(state, tokenizer)
-    generate(model, [start], TOKENS, seed=SEED, stop_tokens=stops, watch=frames, **options)
+    generate(model, [start], TOKENS, TEMPERATURE, seed=SEED, stop_tokens=stops, watch=frames, **options)
     return frames.steps
 
 
