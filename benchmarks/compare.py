@@ -10,6 +10,9 @@ Each side is its own train.py as a process of its own, but for `write`. The part
             parameters and its GPU model of 10.6M
     write   tokens of one text: nanoGPT's sampling loop computes the whole text anew for each; ours, with its very
             weights, keeps a cache
+    pretrained    only when asked for: greedy tokens of a Hugging Face folder, beside transformers' in float32
+
+    python benchmarks/compare.py --only=pretrained --pretrained=FOLDER --new_tokens=64
 """
 
 import math
@@ -29,13 +32,16 @@ import torch.nn.functional as F
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder, whose names are those of scripts
 from benchmarks import timing
-from lm import checkpoints, pretrained, runtime
+from lm import checkpoints, quantize, runtime
 from lm.configurator import ROOT, check_choice, check_range, configure, require
 from lm.folder import Folder
+from lm.pretrained import gpt2_layout, load_state_dict
+from lm.tokenizer import Tokenizer
 from sampling import generate
 
 peer = ''  # path of a clone of nanoGPT, which is only read
-only = ''  # learn, work or write; empty: all
+pretrained = ''  # a Hugging Face folder
+only = ''  # learn, work, write or pretrained; empty: the first three
 dataset = 'shakespeare_char'  # as prepare/shakespeare.py writes it: a name under data/, or a path
 runs = 5  # pairs of runs of work and write
 new_tokens = 512  # tokens generated
@@ -179,21 +185,49 @@ def write():
     return targets
 
 
+def write_pretrained():
+    """Compare decoding of a pretrained model, its weights kept in each way, with transformers' in float32."""
+    import transformers  # of requirements-test.txt
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32).eval()
+    state, targets = checkpoints.load(pretrained), []
+    runtime.Runtime('cpu', 'float32')
+    prompt = Tokenizer(state['tokenizer']).encode(
+        'The history of the lighthouse begins with a fire on a hill. ' * 2
+    )
+    greedy = dict(max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
+    for weights, wanted in {'float32': 1.0, 'float16': 1.6, 'int8': 2.5}.items():
+        ours = checkpoints.load_model(state, 'cpu')
+        quantize.pack(ours, weights)
+        calls = {
+            'transformers': partial(theirs.generate, torch.tensor([prompt]), **greedy),
+            'ours': partial(generate, ours, [prompt], new_tokens, temperature=0),
+        }
+        sides = {side: partial(runtime.seconds, call, timing.CPU) for side, call in calls.items()}
+        ratio = timing.compare_rates(weights, sides, new_tokens, runs, warmup=1)
+        targets.append(
+            (f"--weights={weights}: our tokens/s / transformers', median of {runs}", ratio, '>=', wanted)
+        )
+    return targets
+
+
 def with_weights_of(theirs, shape):
     """Return our model with the weights of nanoGPT's; its padding rows are never drawn."""
     rows = len(theirs.transformer['wte'].weight)
     ours = checkpoints.make_model('ar', **shape, **GPT2, pretrained_rows=rows).eval()
-    tensors = pretrained.gpt2_layout(theirs.state_dict())
-    ours.load_state_dict(pretrained.load_state_dict(tensors, 'gpt2', type(ours), ours.config, 'the peer'))
+    tensors = gpt2_layout(theirs.state_dict())
+    ours.load_state_dict(load_state_dict(tensors, 'gpt2', type(ours), ours.config, 'the peer'))
     return ours
 
 
 def main():
-    check_choice(config, 'only', ('', 'learn', 'work', 'write'))
+    check_choice(config, 'only', ('', 'learn', 'work', 'write', 'pretrained'))
     check_range(config, 1, math.inf, 'runs')
     check_range(config, 64, 1024, 'new_tokens')
-    timing.load_nanogpt(peer)
     timing.describe_machine()
+    if only == 'pretrained':
+        timing.finish(write_pretrained())
+    timing.load_nanogpt(peer)
     targets = []
     if only != 'write':
         folder = Folder(dataset)
