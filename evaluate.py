@@ -81,8 +81,7 @@ for name in wanted:
 require(not judge or 'generation' in wanted, f'--judge={judge} needs generation in --metrics={metrics}.')
 require(mode in ('', 'packed', 'documents'), f"mode is {mode!r}; choose 'packed' or 'documents'.")
 for path in (output, html):
-    exists = Path(path).absolute().parent.is_dir()
-    require(exists, f'{path} lies in a folder that does not exist; make it, or choose another path.')
+    files.require_folder(path)
 
 
 # ---------------------------------------------------------------------------- load

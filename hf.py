@@ -169,8 +169,7 @@ def main(words=None):
     args = vars(parser.parse_args(words))
     name, out = args.pop('command'), args.get('out')
     if out:
-        missing = not out.absolute().parent.is_dir()
-        require(not missing, f'--out={out} lies in a folder that does not exist; make it, or choose another.')
+        files.require_folder(out)
         kind, file = ('exported model', out / 'config.json') if name == 'export' else ('checkpoint', out)
         require(file.is_file() or not out.exists(), f'{out} is there and no {kind}; choose another --out.')
         overwrite = args.pop('overwrite')

@@ -71,17 +71,16 @@ class Transformer(nn.Module):
     extra_tokens = 0  # of a training row, beyond block_size
     trains_on_padding = True  # a bidirectional model has to say where a text ends
     hf_causal_lm = False  # the same function as a causal LM of transformers
+    project = staticmethod(linear)  # the head's product; lm/quantize.py puts one with fewer bits in its place
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         rows, width = config.padded_vocab_size, config.embedding_width
-        projected = width != config.n_embd
         self.embedding = nn.Embedding(rows, width)  # the head as well, unless untied
         self.unembedding = None if config.tied else Linear(width, rows, bias=False)
-        self.packed_head = None  # of lm/quantize.py, in place of that, to write with
-        self.project_in = Linear(width, config.n_embd, bias=False) if projected else None
-        self.project_out = Linear(config.n_embd, width, bias=False) if projected else None
+        self.project_in = None if width == config.n_embd else Linear(width, config.n_embd, bias=False)
+        self.project_out = None if width == config.n_embd else Linear(config.n_embd, width, bias=False)
         self.positions = None
         if config.position == 'learned':
             self.positions = nn.Embedding(config.position_offset + config.block_size, config.n_embd)
@@ -191,10 +190,7 @@ class Transformer(nn.Module):
 
     def head(self, hidden, weight=None):
         """Compute logits (..., padded vocabulary) in float32; -inf for what is never predicted."""
-        if self.packed_head is not None and weight is None:
-            logits = self.packed_head(hidden)
-        else:
-            logits = linear(hidden, self.head_weight() if weight is None else weight).float()
+        logits = self.project(hidden, self.head_weight() if weight is None else weight).float()
         if self.config.logit_softcap:
             logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
         return logits + self.logit_bias

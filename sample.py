@@ -15,9 +15,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lm import checkpoints, prompts, quantize, runtime
-from lm.configurator import ROOT, UserError, configure, printable, report_idle, require, user_errors
-from lm.files import as_sentence, write_json
-from lm.tokenizer import Tokenizer, settings_of
+from lm.configurator import UserError, configure, printable, report_idle, require, user_errors
+from lm.files import as_sentence, require_folder, write_json
+from lm.tokenizer import Tokenizer
 from lm.watch import Frames, Terminal, save_page
 from sampling import generate
 
@@ -63,14 +63,13 @@ def write(ids, count):
     frames = Frames(tokenizer, Terminal() if watch else None)
     frames.begin(ids)
     num_steps = steps or (ids.count(tokenizer.mask_id) if infill else max_new_tokens)
-    with tqdm(
-        total=num_steps, unit=' steps', leave=False, disable=watch or bool(options['stream']) or None
-    ) as bar:
+    is_told = watch or options['stream'] is not None  # by the text itself
+    with tqdm(total=num_steps, unit=' steps', leave=False, disable=is_told or None) as bar:
         shown = frames if watch or html else None if bar.disable else lambda *_: bar.update()
         with dist.autocast(), user_errors():
             rows = generate(model, [ids] * count, 0 if infill else max_new_tokens, watch=shown, **options)
     if html:
-        save_page(html, f'{path}: {state["architecture"]}', frames.steps)
+        save_page(html, f'{checkpoints.name_of(path)}: {state["architecture"]}', frames.steps)
         print(f'{html}: the first text, step by step')
     return rows
 
@@ -154,8 +153,7 @@ require(not (prompt and infill), 'A prompt and an infill are given; leave one ou
 require(chat or not (input or system), 'input and system belong to --chat; add it, or leave them out.')
 require(not (chat and infill), 'An infill does not belong to --chat; leave one out.')
 require(prompt or not (chat and (watch or html)), 'A conversation is not watched; give --chat a --prompt.')
-exists = Path(html).absolute().parent.is_dir()
-require(exists, f'{html} lies in a folder that does not exist; make it, or choose another path.')
+require_folder(html)
 require(num_samples >= 1, f'num_samples is {num_samples}; it has to be at least 1.')
 if prompt.startswith('FILE:'):
     path = Path(prompt.removeprefix('FILE:')).expanduser()
@@ -166,10 +164,7 @@ for key, text in {'prompt': prompt, 'infill': infill, 'input': input, 'system': 
     require(is_text, f'--{key} is no valid UTF-8; convert it as by iconv.')
 
 dist = runtime.Runtime(device, dtype)
-runs = sorted((ROOT / 'out').glob('*/ckpt.pt'), key=lambda path: path.stat().st_mtime)
-runs = [run for run in runs if 'num_classes' not in settings_of(run.parent, 'config.json')]  # no classifier
-require(checkpoint or runs, 'There is no language model under out/; train one, or give --checkpoint=PATH.')
-path = checkpoint or runs[-1]
+path = checkpoint or checkpoints.newest_run()
 own = tokenizer and Tokenizer.load(tokenizer)
 state = checkpoints.load(path, token, revision, tokenizer=own, architecture=architecture)
 tokenizer = Tokenizer(state['tokenizer'])

@@ -16,11 +16,10 @@ from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from os import _exit
 
-from lm import runtime
-from lm.configurator import ROOT, UserError, configure, require
+from lm import checkpoints, runtime
+from lm.configurator import UserError, configure, require
 from lm.files import first_line
 from lm.serving import FIELDS, Job, Limits, Model, Refused, Writer, as_error, load_page, read_fields
-from lm.tokenizer import settings_of
 
 checkpoint = ''  # ckpt.pt files, run or Hugging Face folders, with commas; empty: newest under out/
 host = '127.0.0.1'  # another address or name of this machine: everyone who reaches it can then use the models
@@ -233,11 +232,8 @@ def stop(number, frame):
 require(host not in ('', '0.0.0.0', '::'), f'host is {host!r}; give the one address or name that others use.')
 address = f'[{host}]' if ':' in host else host
 dist, stopping = runtime.Runtime(device, dtype), threading.Event()
-runs = sorted((ROOT / 'out').glob('*/ckpt.pt'), key=lambda path: path.stat().st_mtime)
-runs = [run for run in runs if 'num_classes' not in settings_of(run.parent, 'config.json')]  # no classifier
-require(checkpoint or runs, 'There is no language model under out/; train one, or give --checkpoint=PATH.')
 models, limits = {}, Limits(max_tokens, batch_size, timeout)
-for path in checkpoint.split(',') if checkpoint else [str(runs[-1])]:
+for path in (checkpoint or str(checkpoints.newest_run())).split(','):
     model = Model(path.strip(), dist.device, token, revision, weights)
     require(model.name not in models, f'Two checkpoints are named {model.name}; rename a folder.')
     models[model.name] = model

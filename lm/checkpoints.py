@@ -16,6 +16,7 @@ from lm import pretrained
 from lm.configurator import ROOT, require, restore, user_errors
 from lm.files import as_sentence, lock, save_atomically, write_json, writing
 from lm.optim import local
+from lm.tokenizer import settings_of
 from model import ARCHITECTURES, SIZES, Autoregressive, ModelConfig, architecture_name
 
 CHECKPOINT_FORMAT = 1
@@ -401,6 +402,20 @@ def newest_checkpoint(folder):
     """Return the path of a run's ckpt.pt, or where it is lost of its newest copy."""
     path, copies = Path(folder) / 'ckpt.pt', copies_of(folder)
     return copies[max(copies)] if copies and not path.exists() else path
+
+
+def newest_run():
+    """Return the ckpt.pt under out/ that was written last, of a language model: a classifier writes no text."""
+    runs = sorted((ROOT / 'out').glob('*/ckpt.pt'), key=lambda path: path.stat().st_mtime)
+    runs = [run for run in runs if 'num_classes' not in settings_of(run.parent, 'config.json')]
+    require(runs, 'There is no language model under out/; train one, or give --checkpoint=PATH.')
+    return runs[-1]
+
+
+def name_of(path):
+    """Return the name by which people know the checkpoint at a path: its run's, its folder's or its own."""
+    path = Path(path)
+    return path.resolve().parent.name if path.name == 'ckpt.pt' else path.name.removesuffix('.pt')
 
 
 def open_run_folder(out_dir, name, suffix='', run_dir=None, overwrite=False):

@@ -43,6 +43,12 @@ def save_atomically(path, write):
             beside.unlink()
 
 
+def require_folder(path):
+    """Raise a UserError where the folder that a file is to be written to is not there."""
+    exists = Path(path).absolute().parent.is_dir()
+    require(exists, f'{path} lies in a folder that does not exist; make it, or choose another path.')
+
+
 def is_running(pid):
     try:
         os.kill(int(pid), 0)

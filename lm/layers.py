@@ -254,9 +254,7 @@ class TwoStreams(AttentionMask):
         if self.every > 1:
             mask, self.index = mask[kept][:, kept], self.index[kept]
         super().__init__(mask if doc_ids is None else mask.unsqueeze(1))
-        last = min(
-            neighbours, max(1, block_length - 1)
-        )  # one at least: DDP waits for a gradient of all weights
+        last = min(neighbours, max(1, block_length - 1))  # one at least: DDP waits for all gradients
         offsets = [*range(-neighbours, 0), *range(1, last + 1)]
         self.neighbours = {offset: self.beside(position, kept, offset) for offset in offsets}
 

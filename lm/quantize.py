@@ -76,14 +76,14 @@ def pack(model, weights):
     require(weights in kinds, f'weights is {weights!r}; choose {" or ".join(kinds)}.')
     if weights == 'float32':
         return
-    if model.embedding.weight.is_cuda:
+    if model.embedding.weight.device.type != 'cpu':
         return model.half() if weights == 'float16' else quantize(model, bits=8)
     require('fbgemm' in engines, f'This processor keeps no weights as {weights}; leave --weights out.')
     model.num_parameters = partial(int, model.num_parameters())  # packed ones are none any more
     for name, layer in linear_layers(model):
         model.set_submodule(name, PackedLinear(layer.weight, layer.bias, weights))
-    model.packed_head = PackedLinear(model.head_weight(), None, weights)
-    model.head_weight().copy_(model.packed_head.weight)  # which the likelihood is computed with
+    head = PackedLinear(model.head_weight(), None, weights)
+    model.project = lambda hidden, weight: head(hidden)
 
 
 class PackedLinear(nn.Module):
@@ -104,13 +104,6 @@ class PackedLinear(nn.Module):
             self.packed = ops.linear_prepack(codes, None)
         else:
             self.packed = ops.linear_prepack_fp16(weight.detach(), None)
-
-    @property
-    def weight(self):
-        """The weight (out, in) in float32."""
-        if self.kind == 'int8':
-            return torch.ops.quantized.linear_unpack(self.packed)[0].dequantize()
-        return torch.ops.quantized.linear_unpack_fp16(self.packed)[0]
 
     def forward(self, x):
         if self.kind == 'float16':

@@ -1,4 +1,4 @@
-"""What a server does with requests: it reads them, lets them wait in a queue, and writes those that go together at once."""
+"""Read the requests of a server, let them wait in a queue, and write those that go together at once."""
 
 import base64
 import hashlib
@@ -11,7 +11,6 @@ import traceback
 import uuid
 from collections import deque
 from contextlib import suppress
-from pathlib import Path
 from typing import NamedTuple
 
 from lm import checkpoints, prompts, quantize
@@ -40,7 +39,7 @@ WAITING = 128  # requests
 
 
 class Limits(NamedTuple):
-    """What a server grants to a request."""
+    """Bounds what a request may ask for."""
 
     max_tokens: int
     batch_size: int  # rows
@@ -92,8 +91,7 @@ class Model:
 
     def __init__(self, path, device, token=None, revision=None, weights='float32'):
         state = checkpoints.load(path, token, revision)
-        place = Path(path)
-        self.name = place.parent.name if place.name == 'ckpt.pt' else place.name.removesuffix('.pt')
+        self.name = checkpoints.name_of(path)
         self.tokenizer, self.start = Tokenizer(state['tokenizer']), state['start_token']
         self.form, self.stops = state.get('prompt_format'), set(prompts.stop_tokens(state, self.tokenizer))
         self.module = checkpoints.load_model(state, device)

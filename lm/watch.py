@@ -22,7 +22,7 @@ DIM, MAGENTA, RESET = '\033[38;5;{}m', '\033[38;5;201m', '\033[0m'
 
 
 class Frames:
-    """What `generate` does to the first row, a step at a time, as its `watch`.
+    """Keeps the steps in which `generate` writes the first row, as its `watch`.
 
     steps: for each the cells that changed, [position, text, kind, probability, candidates]; candidates: [[text,
     probability], ...] of what an `sdd` believes about a hidden position, left out otherwise.

@@ -12,8 +12,9 @@ from helpers import assert_same_run, load, losses, metrics, run, train
 from lm import likelihood
 from lm.caches import BlockCache
 from lm.configurator import UserError
+from lm.draw import restrict
 from model import Autoregressive
-from sampling import generate, restrict
+from sampling import generate
 
 MASK, IGNORE, BLOCK = 10, 9, 12
 SHAPE = dict(vocab_size=11, block_size=BLOCK, n_layer=2, n_head=2, n_embd=16, mask_id=MASK, ignore_id=IGNORE)

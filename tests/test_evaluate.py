@@ -170,27 +170,6 @@ def test_long_names_leave_the_table_narrow(finished):
     assert max(map(len, lines[: lines.index('')])) <= 100 and '…' in lines[2]
 
 
-def test_a_cell_says_half_its_interval_and_what_a_loss_bounds():
-    row = {
-        'name': 'a',
-        'nats_per_token': 2.0,
-        'ci95': [1.9, 2.1],
-        'bound': 'none',
-        'accuracy': None,
-        'exact': {'nats_per_token': 1.0},
-    }
-    results = {'models': [row], 'floor': None}
-    columns = report.present(results, [column for group in report.GROUPS.values() for column in group])
-    (titles, (cells,)) = report.cells(results, columns)
-    assert dict(zip(titles, cells)) == {
-        'model': 'a',
-        'nats/token': '? 2.0000 ± 0.1000',
-        'bound': 'no bound',
-        'left to right': '1.0000',
-        'accuracy': 'n/a',
-    }
-
-
 def test_an_empty_figure_is_said_and_never_a_number(place):
     arguments = ['--metrics=generation', '--num_samples=1', '--sample_tokens=2']
     results = evaluate(f'--checkpoint={place}/ar', *arguments)['results']
@@ -259,21 +238,6 @@ def test_html_shows_what_a_model_wrote_and_does_not_run_it(finished):
     results['models'][0].update(name=evil, samples=[evil] * 2, answers=[[evil, evil, evil]])
     page = Page(report.page({**results, 'dataset': evil}))
     assert 'script' not in page.tags and page.text.count(evil) >= 6 and page.open == []
-
-
-def test_right_stories_are_shown_of_the_model_that_writes_most_of_them():
-    few = {'name': 'a', 'valid_stories': 0.0, 'samples': ['no'], 'faults': [[{}]]}
-    samples = ['One.\n<|endoftext|>\n', 'unfinished', 'wrong<|endoftext|>', 'Two.<|endoftext|>']
-    many = {'name': 'b', 'valid_stories': 0.5, 'samples': samples, 'faults': [[], [], [{}], []]}
-    lines = report.right_stories([few, many])
-    assert lines == ['2 of 4 texts of b are right stories, such as:', '', 'One.', '', 'Two.', '']
-    assert report.right_stories([few]) == report.right_stories([{'name': 'c'}]) == []
-
-
-def test_what_the_grammar_objects_to_is_marked_in_the_page():
-    fault = {'position': 5, 'kind': 'pronoun', 'said': 'his', 'expected': ['her']}
-    html = report.samples({'samples': ['took his <hat>'], 'faults': [[fault]]}, 1)
-    assert html == '<pre>took <mark title="pronoun; expected: her">his</mark> &lt;hat&gt;</pre>'
 
 
 # ---------------------------------------------------------------------------- the same numbers

@@ -107,15 +107,15 @@ def test_a_tokens_int8_does_not_depend_on_the_tokens_beside_it():
     packed_layer = PackedLinear(layer.weight, layer.bias, 'int8')
     error = (packed_layer(x) - layer(x)).norm(dim=1) / layer(x).norm(dim=1)
     assert (error < 0.1).all()
-    assert (packed_layer.weight - layer.weight).abs().max() < layer.weight.abs().max() / 100
 
 
 @needs_fbgemm
 def test_the_likelihood_of_packed_weights_is_of_what_is_written():
     _, after, model = packed('ar', 'int8')
-    nll = model.nll(some_tokens()[:1])
+    with torch.inference_mode():
+        nll = model.nll(some_tokens()[:1])
     expected = F.cross_entropy(after[0, :-1], some_tokens()[:1][0, 1:], reduction='sum')
-    assert nll.item() == pytest.approx(expected.item(), rel=0.02)
+    assert nll.item() == pytest.approx(expected.item(), rel=0.005)
 
 
 def test_weights_of_another_kind_are_refused():

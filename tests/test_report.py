@@ -1,4 +1,4 @@
-"""Curves of runs: in the terminal, as pictures, and the list of runs."""
+"""lm/report.py: what is said of evaluated models; curves of runs, in the terminal and as pictures, and their list."""
 
 import json
 import sys
@@ -74,3 +74,42 @@ def test_what_is_no_run_is_refused(tmp_path):
         report.main([str(tmp_path / 'nowhere')])
     with pytest.raises(UserError, match='is no folder of a run'):
         report.main([str(tmp_path), str(tmp_path)])
+
+
+# ---------------------------------------------------------------------------- models
+
+
+def test_a_cell_says_half_its_interval_and_what_a_loss_bounds():
+    row = {
+        'name': 'a',
+        'nats_per_token': 2.0,
+        'ci95': [1.9, 2.1],
+        'bound': 'none',
+        'accuracy': None,
+        'exact': {'nats_per_token': 1.0},
+    }
+    results = {'models': [row], 'floor': None}
+    columns = report.present(results, [column for group in report.GROUPS.values() for column in group])
+    (titles, (cells,)) = report.cells(results, columns)
+    assert dict(zip(titles, cells)) == {
+        'model': 'a',
+        'nats/token': '? 2.0000 ± 0.1000',
+        'bound': 'no bound',
+        'left to right': '1.0000',
+        'accuracy': 'n/a',
+    }
+
+
+def test_right_stories_are_shown_of_the_model_that_writes_most_of_them():
+    few = {'name': 'a', 'valid_stories': 0.0, 'samples': ['no'], 'faults': [[{}]]}
+    samples = ['One.\n<|endoftext|>\n', 'unfinished', 'wrong<|endoftext|>', 'Two.<|endoftext|>']
+    many = {'name': 'b', 'valid_stories': 0.5, 'samples': samples, 'faults': [[], [], [{}], []]}
+    lines = report.right_stories([few, many])
+    assert lines == ['2 of 4 texts of b are right stories, such as:', '', 'One.', '', 'Two.', '']
+    assert report.right_stories([few]) == report.right_stories([{'name': 'c'}]) == []
+
+
+def test_what_the_grammar_objects_to_is_marked_in_the_page():
+    fault = {'position': 5, 'kind': 'pronoun', 'said': 'his', 'expected': ['her']}
+    html = report.samples({'samples': ['took his <hat>'], 'faults': [[fault]]}, 1)
+    assert html == '<pre>took <mark title="pronoun; expected: her">his</mark> &lt;hat&gt;</pre>'

@@ -7,8 +7,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 import model as model_module
+from lm.draw import confidence_of, restrict, sample_tokens, uniform_numbers
 from model import ARCHITECTURES
-from sampling import SAMPLERS, confidence_of, generate, restrict, sample_tokens, uniform_numbers
+from sampling import SAMPLERS, generate
 
 MASK, IGNORE, BLOCK = 10, 9, 12
 SHAPE = dict(vocab_size=11, block_size=BLOCK, n_layer=2, n_head=4, n_embd=32, mask_id=MASK, ignore_id=IGNORE)
