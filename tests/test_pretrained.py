@@ -7,6 +7,7 @@ import pytest
 import safetensors.torch
 import tokenizers
 import torch
+import transformers
 from conftest import (
     HF_MODELS,
     HF_VOCAB,
@@ -19,8 +20,8 @@ from conftest import (
 )
 
 import sampling
-from lm import checkpoints, families, pretrained
-from lm.configurator import UserError
+from lm import checkpoints, families, pretrained, prompts
+from lm.configurator import ROOT, UserError
 from lm.tokenizer import Tokenizer
 
 GPT2 = dict(norm='layer', position='learned', mlp='gelu', bias=True, qk_norm=False, logit_softcap=0.0)
@@ -343,3 +344,34 @@ def test_an_index_leads_to_no_other_folder(tmp_path):
     (tmp_path / 'model.safetensors.index.json').write_text(json.dumps(index))
     with pytest.raises(UserError, match=r'leads out of its folder, to .*\.\./secret'):
         pretrained.open_tensors(tmp_path)
+
+
+# ---------------------------------------------------------------------------- a real model
+
+REAL = ROOT / 'data' / 'smollm2'
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f'there is no {REAL}, a folder of SmolLM2-135M-Instruct')
+def test_a_real_model_is_transformers_own_and_chats_the_same():
+    checkpoint = checkpoints.load(REAL)
+    tokenizer, model = Tokenizer(checkpoint['tokenizer']), checkpoints.load_model(checkpoint, 'cpu')
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(REAL, dtype=torch.float32).eval()
+    ids = tokenizer.encode((ROOT / 'docs' / 'guide.md').read_text(encoding='utf-8'))[:1024]
+    with torch.inference_mode():
+        logits, expected = model.logits(torch.tensor([ids])), theirs(torch.tensor([ids])).logits
+    torch.testing.assert_close(logits[..., : expected.size(-1)], expected, atol=1e-4, rtol=0)
+
+    form, question = checkpoint['prompt_format'], 'Explain in one sentence why the sky is blue.'
+    chat = transformers.AutoTokenizer.from_pretrained(REAL).apply_chat_template(
+        [{'role': 'user', 'content': question}],
+        add_generation_prompt=True,
+        return_tensors='pt',
+        return_dict=True,
+    )
+    prompt = [prompts.start_of(form, tokenizer, checkpoint['start_token'])]
+    prompt += prompts.encode(tokenizer, form, [(question, '', None)])[0]
+    assert prompt == chat['input_ids'][0].tolist()
+    (row,) = sampling.generate(
+        model, [prompt], 48, temperature=0, stop_tokens=prompts.stop_tokens(checkpoint, tokenizer)
+    )
+    assert row == theirs.generate(**chat, max_new_tokens=48, do_sample=False)[0].tolist()
