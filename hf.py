@@ -101,7 +101,8 @@ def write_tokenizer(checkpoint, folder, rows):
     text = tokenizer.to_json()
     text = text if rows is None else without_own_tokens(text, rows, added)
     files.save_atomically(folder / 'tokenizer.json', lambda file: file.write(text.encode()))
-    start, end = tokenizer.start_id, tokenizer.endoftext_id
+    start, end = came_with.get('bos_token'), tokenizer.endoftext_id
+    start = tokenizer.start_id if start is None else start
     settings = {**came_with.get('tokenizer_config', {}), 'tokenizer_class': 'PreTrainedTokenizerFast'}
     settings |= {'bos_token': name_of(start), 'eos_token': name_of(end)}
     ends = [token for token in prompts.stop_tokens(checkpoint, tokenizer) if rows is None or token < rows]

@@ -34,6 +34,15 @@ def compiled(template):
     return environment.from_string(NO_TAGS.sub('', template))
 
 
+def render(template, tokenizer, messages, add_generation_prompt):
+    """Return what a template makes of messages, [{'role': 'user', 'content': ...}, ...]."""
+    name_of = tokenizer.inner.id_to_token
+    options = {'bos_token': name_of(tokenizer.start_id), 'eos_token': name_of(tokenizer.endoftext_id)}
+    options |= {'tools': None, 'documents': None, 'add_generation_prompt': add_generation_prompt}
+    with as_sentence('The chat template refuses this conversation', 'leave out what it does not know'):
+        return compiled(template).render(messages=messages, **options)
+
+
 def pieces(template, tokenizer, turns, system=''):
     """Return [(text, role)] of a conversation, role 'template' for what the template says itself.
 
@@ -43,19 +52,15 @@ def pieces(template, tokenizer, turns, system=''):
     for asked, given, output, *_ in turns:
         said += [('user', f'{asked}\n\n{given}' if given else asked)]
         said += [('assistant', output)] if output is not None else []
-    name_of = tokenizer.inner.id_to_token
-    options = {'bos_token': name_of(tokenizer.start_id), 'eos_token': name_of(tokenizer.endoftext_id)}
-    options['add_generation_prompt'] = said[-1][0] != 'assistant'
 
-    def render(texts):
+    def rendered(texts):
         messages = [{'role': role, 'content': text} for (role, _), text in zip(said, texts)]
-        with as_sentence('The chat template refuses this conversation', 'leave out what it does not know'):
-            return compiled(template).render(messages=messages, tools=None, documents=None, **options)
+        return render(template, tokenizer, messages, said[-1][0] != 'assistant')
 
     texts = [re.sub('[\ue000-\ue002]', '', text) for _, text in said]
-    plain = render(texts)
+    plain = rendered(texts)
     for part in (texts, [text.strip() for text in texts]):  # many templates strip
-        marked = render([f'\ue000{i}\ue001{text}\ue002' for i, text in enumerate(part)])
+        marked = rendered([f'\ue000{i}\ue001{text}\ue002' for i, text in enumerate(part)])
         if SAID.sub(r'\2', marked) == plain:
             return told_apart(marked, [role for role, _ in said])
     raise UserError('The chat template changes what is said; take another, such as --prompt_format=chatml.')

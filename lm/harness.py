@@ -1,0 +1,227 @@
+"""Run the tasks of lm-evaluation-harness on any checkpoint: python -m lm.harness --model_args checkpoint=PATH --tasks NAME
+
+    python -m lm.harness --model_args checkpoint=out/ar-books-tiny-v1 --tasks lambada_openai --limit 200
+    python -m lm.harness --model_args checkpoint=GSAI-ML/LLaDA-8B-Base,draws=32,dtype=bfloat16 --tasks arc_easy
+
+All other arguments are the harness's own. In Python: simple_evaluate(model=harness.Checkpoint(checkpoint=PATH), tasks=[...]).
+
+A log-likelihood is exact for `ar`. For the other architectures it is minus a bound of the nll of the continuation given its
+context (of the sampler that `order` names in the results), a mean over `draws` of its masks; as numbers of masked tokens are drawn, not
+probabilities (Nie et al. 2025, LLaDA, equation 6), and spread evenly over the draws. They depend on a request's tokens alone,
+not on its batch. "Greedy" is then the text that is written surest token first.
+"""
+
+import sys
+import zlib
+from collections import defaultdict
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from lm import chat, checkpoints, data, prompts, quantize, runtime
+from lm.configurator import note, require, user_errors
+from lm.files import as_sentence
+from lm.tokenizer import Tokenizer
+from model import T_MIN, architecture_name
+from sampling import generate
+
+with as_sentence('lm-evaluation-harness cannot be imported', 'pip install lm_eval'):
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+
+@register_model('diffusion-lm')
+class Checkpoint(TemplateLM):
+    """A checkpoint as the harness sees a model.
+
+    draws: mask ratios per request, for what is not exact; add_bos: whether a context begins with the start token, None: as
+    its own tokenizer does it, and always for checkpoints that were trained here. sampler, steps: of `generate`.
+    """
+
+    def __init__(
+        self,
+        checkpoint='',
+        batch_size=16,
+        device='auto',
+        dtype='float32',
+        weights='float32',
+        architecture='',
+        draws=128,
+        add_bos=None,
+        sampler='',
+        steps=None,
+        max_batch_size=None,
+    ):
+        super().__init__()
+        self.dist, self.path = runtime.Runtime(device, dtype), str(checkpoint)
+        require(checkpoint, 'No checkpoint is given; name one: --model_args checkpoint=PATH.')
+        state = checkpoints.load(self.path, architecture=architecture)
+        require(state['tokenizer'], f'{self.path} holds no tokenizer; the harness gives texts.')
+        require(draws >= 1, f'draws is {draws}; it has to be at least 1.')
+        if sampler == 'ar':
+            state, sampler = checkpoints.as_ar(state, self.path), ''
+        self.model = checkpoints.load_model(state, self.dist.device)
+        quantize.pack(self.model, weights)
+        self.text, self.form = Tokenizer(state['tokenizer']), state.get('prompt_format') or prompts.DEFAULT
+        came_with, start = state.get('came_with'), state['start_token']
+        adds_it = not came_with or start in self.text.inner.encode('a').ids[:1]
+        self.start = [start] * int(adds_it if add_bos is None else add_bos)
+        begin = (came_with or {}).get('bos_token')
+        self.prefix, self.ends = start if begin is None else begin, prompts.stop_tokens(state, self.text)
+        self.batch_size, self.draws = int(batch_size), draws
+        self.options = {} if self.model.causal else {'sampler': sampler, 'steps': steps}
+        draws_said = f', {draws} draws each' if self.model.needs_noise else ''
+        note(f'{self.path}: log-likelihoods are minus {runtime.describe_loss(self.model)}{draws_said}')
+        self.has_markers = False  # whether names of special tokens in a text are these tokens
+        self.max_length = self.model.config.block_size
+
+    eot_token_id = property(lambda self: self.ends[0])
+    prefix_token_id = property(lambda self: self.prefix)
+    tokenizer_name = property(lambda self: self.path.replace('/', '__'))
+
+    def get_model_info(self):
+        model = self.model
+        about = {'architecture': architecture_name(model), 'bound': model.bound, 'order': model.order}
+        return {**about, 'draws': self.draws if model.needs_noise else None}
+
+    def chat_template(self, chat_template=False):
+        return prompts.chat_template(self.form, self.text) if chat_template else ''
+
+    def apply_chat_template(self, chat_history, add_generation_prompt=True):
+        """Return a conversation as a text, whose markers are special tokens from then on."""
+        self.has_markers = True
+        text = chat.render(self.chat_template(True), self.text, chat_history, add_generation_prompt)
+        said = chat_history[-1]['content']  # which is to be continued, unless the prompt is complete
+        return text if add_generation_prompt else text[: text.rindex(said) + len(said)]
+
+    def tok_encode(self, string, add_special_tokens=None, **_):
+        ids = prompts.encode_parts(self.text, [(string, self.has_markers)])
+        begins = add_special_tokens is False or ids[:1] == self.start
+        return ids if begins else [*self.start, *ids]
+
+    # ------------------------------------------------------------------------ likelihood
+
+    def loglikelihood_rolling(self, requests, disable_tqdm=False):
+        """Return the log-likelihood of each text, in windows as the harness cuts them."""
+        windows, owners = [], []
+        for number, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0])
+            length = self.max_length - (not self.model.causal)  # of a window, without its first token
+            cut = get_rolling_token_windows(tokens, self.prefix, length, context_len=1)
+            windows += [(None, *make_disjoint_window(window)) for window in cut]
+            owners += [number] * (len(windows) - len(owners))
+        totals = [0.0] * len(requests)
+        for number, (value, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm)):
+            totals[number] += value
+        return totals
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm=False, **_):
+        """Return [(log-likelihood, whether it is what is written greedily)] of [(texts, context, continuation)]."""
+        longest, found, by_length = self.max_length + self.model.causal, {}, defaultdict(set)
+        rows = []
+        for _, context, continuation in requests:
+            require(
+                len(continuation) < longest,
+                f'A continuation has {len(continuation)} tokens, and the block {longest}.',
+            )
+            row = tuple((context + continuation)[-longest:]), len(continuation)
+            rows.append(row)
+            by_length[0 if self.model.causal else len(row[0])].add(row)  # a causal model does not see padding
+        with tqdm(total=len(set(rows)), desc='log-likelihoods', disable=disable_tqdm or None) as bar:
+            for different in by_length.values():
+                same = sorted(different, key=lambda row: (len(row[0]), row))
+                for start in range(0, len(same), self.batch_size):
+                    part = same[start : start + self.batch_size]
+                    found.update(zip(part, self.measure(part)))
+                    bar.update(len(part))
+        return [found[row] for row in rows]
+
+    @torch.inference_mode()
+    def measure(self, rows):
+        """Return [(log-likelihood, is greedy)] of rows (ids, how many of the last are the continuation)."""
+        masks = [np.arange(len(ids)) >= len(ids) - count for ids, count in rows]
+        batch = data.collate([(ids, mask) for (ids, _), mask in zip(rows, masks)], None).to(self.dist.device)
+        draws, nll = self.draws if self.model.needs_noise else 1, 0
+        by_count = (
+            self.model.needs_noise and self.model.two_streams(batch.tokens) is None
+        )  # or it does so itself
+        for draw in range(draws):
+            noise = noise_of(rows, batch.tokens.size(1), draw, draws, by_count).to(self.dist.device)
+            with self.dist.autocast():
+                values, _, metrics = self.model(batch.tokens, batch.loss_mask, noise, reduction='none')
+            nll = nll + values.double().sum(1) / draws
+        if self.model.causal:
+            is_greedy = metrics['correct'].sum(1) == batch.loss_mask.sum(1)
+            return list(zip((-nll).tolist(), is_greedy.tolist()))
+        hidden = [[*ids[:-count], *[self.model.config.mask_id] * count] for ids, count in rows]
+        with self.dist.autocast():
+            written = generate(self.model, hidden, 0, temperature=0, sampler='confidence')
+        return [(-value, tuple(text) == ids) for value, text, (ids, _) in zip(nll.tolist(), written, rows)]
+
+    # ------------------------------------------------------------------------ texts
+
+    def generate_until(self, requests, disable_tqdm=False):
+        """Return the continuation of each context up to the first text of `until`, by batches of the same settings."""
+        groups, texts = defaultdict(list), [''] * len(requests)
+        for number, request in enumerate(requests):
+            groups[repr(sorted(request.args[1].items()))].append(number)
+        bar = tqdm(total=len(requests), desc='texts', disable=disable_tqdm or None)
+        for numbers in groups.values():
+            for start in range(0, len(numbers), self.batch_size):
+                part = numbers[start : start + self.batch_size]
+                contexts = [requests[number].args[0] for number in part]
+                for number, text in zip(part, self.write(contexts, dict(requests[part[0]].args[1]))):
+                    texts[number] = text
+                bar.update(len(part))
+        bar.close()
+        return texts
+
+    def write(self, contexts, settings):
+        """Return what is written after each context, for the generation settings of a task."""
+        until = settings.get('until') or []
+        until = [until] if isinstance(until, str) else list(until)
+        length = int(settings.get('max_gen_toks', settings.get('max_new_tokens', 256)))
+        room = self.max_length - length
+        require(
+            room > 0,
+            f'max_gen_toks is {length}, and the block has {self.max_length}; give --gen_kwargs max_gen_toks=N.',
+        )
+        draws = settings.get('do_sample', settings.get('temperature', 0) > 0)
+        options = {name: settings[name] for name in ('top_k', 'top_p') if draws and settings.get(name)}
+        options['temperature'] = settings.get('temperature', 1.0) if draws else 0
+        heads = [self.tok_encode(context)[-room:] for context in contexts]
+        stops = {*self.ends, *self.tokens_with(until)}
+        with self.dist.autocast(), user_errors():
+            rows = generate(self.model, heads, length, stop_tokens=stops, **options, **self.options)
+        texts = [self.text.decode(row[len(head) :]) for row, head in zip(rows, heads)]
+        return [text[: min((text.find(end) for end in until if end in text), default=None)] for text in texts]
+
+    def tokens_with(self, until):
+        """Return the ids of tokens that hold one of these texts: no text goes on after them."""
+        known = ((self.text.decode([i]), i) for i in range(self.text.vocab_size)) if until else ()
+        return [i for text, i in known if any(end and end in text for end in until)]
+
+
+def noise_of(rows, length, draw, draws, by_count):
+    """Return noise (B, 1 + length) of one of several draws: a mask ratio t per row, of which each draw has its share.
+
+    by_count: such that ⌈t L⌉ of the L tokens of each continuation are masked, with the weight L / ⌈t L⌉.
+    """
+    noise = np.ones((len(rows), 1 + length))
+    for row, (ids, count) in zip(noise, rows):
+        rng = np.random.default_rng([zlib.crc32(np.array(ids)), draw])
+        row[0] = (draw + rng.uniform()) / draws
+        row[1 + len(ids) - count : 1 + len(ids)] = rng.uniform(size=count)
+        if by_count:
+            row[0] = (np.ceil(row[0] * count) / count - T_MIN) / (1 - T_MIN)  # as `mask_ratio` undoes
+            row[1 + len(ids) - count : 1 + len(ids)] = (rng.permutation(count) + 0.5) / count
+    return torch.from_numpy(noise.astype(np.float32))
+
+
+if __name__ == '__main__':
+    from lm_eval.__main__ import cli_evaluate
+
+    sys.argv[1:1] = ['run', '--model', 'diffusion-lm', '--device', 'auto']  # its own default is a GPU
+    cli_evaluate()

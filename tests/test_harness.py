@@ -1,0 +1,118 @@
+"""lm-evaluation-harness gets from our checkpoints what its own model gets, or bounds that depend on nothing else."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import hf_model, letter_tokenizer, write_llama_tokenizer, write_small_checkpoint
+
+pytest.importorskip('lm_eval', reason='lm_eval is not installed')
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+
+from lm import harness, prompts
+
+TASK = """
+task: letters
+dataset_path: json
+dataset_kwargs: {data_files: {test: %s}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{q}}"
+doc_to_target: gold
+doc_to_choice: choices
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+
+
+def requests(*arguments):
+    return [SimpleNamespace(args=one) for one in arguments]
+
+
+@pytest.fixture(params=['ar', 'diffusion', 'sdd'])
+def checkpoint(request, tmp_path):
+    tokenizer = letter_tokenizer()
+    return write_small_checkpoint(tmp_path / request.param / 'ckpt.pt', request.param, tokenizer)
+
+
+def test_a_hugging_face_model_gets_what_the_harness_own_model_gives_it(tmp_path):
+    from lm_eval.models.huggingface import HFLM
+
+    hf_model('smollm', tmp_path, vocab_size=258, bos_token_id=256, eos_token_id=257)
+    write_llama_tokenizer(tmp_path)
+    settings = {'bos_token': '<s>', 'eos_token': '</s>', 'tokenizer_class': 'PreTrainedTokenizerFast'}
+    (tmp_path / 'tokenizer_config.json').write_text(json.dumps(settings))
+    ours = harness.Checkpoint(tmp_path, batch_size=3, device='cpu')
+    theirs = HFLM(str(tmp_path), device='cpu', dtype='float32', batch_size=3)
+
+    pairs = requests(('The cat', ' sat'), ('', 'on the mat'), ('On ', 'it'), ('x' * 200, 'yz'))
+    for one, other in zip(ours.loglikelihood(pairs, True), theirs.loglikelihood(pairs, True)):
+        assert one == pytest.approx(other, abs=1e-4) and one[1] is other[1]
+    long = requests(('a long text ' * 30,), ('short',))
+    assert ours.loglikelihood_rolling(long, True) == pytest.approx(
+        theirs.loglikelihood_rolling(long, True), abs=1e-3
+    )
+    greedy = requests(*[(text, {'until': ['q'], 'max_gen_toks': 12}) for text in ('The cat', 'on')])
+    assert ours.generate_until(greedy, True) == theirs.generate_until(greedy, True)
+
+
+def test_an_answer_depends_on_its_request_alone_and_not_on_its_batch(checkpoint):
+    pairs = requests(('abc', 'de'), ('b', 'dd'), ('fghb', 'abab'), ('abc', 'a'), ('abc', 'de'))
+    texts = requests(('abcab' * 12,), ('a',))
+    together, alone = (harness.Checkpoint(checkpoint, batch_size=n, device='cpu', draws=4) for n in (4, 1))
+    for call, some in (('loglikelihood', pairs), ('loglikelihood_rolling', texts)):
+        answers = getattr(together, call)(some, True)
+        reversed_answers = getattr(alone, call)(some[::-1], True)[::-1]
+        for one, other in zip(answers, reversed_answers):
+            assert one == pytest.approx(other, abs=1e-4)
+    assert together.get_model_info()['draws'] == (4 if together.model.needs_noise else None)
+
+
+def test_the_bound_of_a_continuation_is_the_mean_over_orders(checkpoint):
+    """Of two tokens: -(nll of one, both hidden, + nll of the other then), over which of them comes first."""
+    model = harness.Checkpoint(checkpoint, device='cpu', draws=200)
+    if model.model.causal:
+        pytest.skip('its likelihood is exact')
+    start, (first, second) = model.tok_encode('ab'), model.tok_encode('cd', add_special_tokens=False)
+    mask = model.model.config.mask_id
+    given = [*start, mask, mask], [*start, first, mask], [*start, mask, second]
+    with torch.no_grad():
+        rows = torch.tensor(given)
+        logits = model.model.head(model.model.denoiser(rows)[0]).log_softmax(-1)
+    both = logits[0, -2, first] + logits[0, -1, second]
+    expected = (both + logits[1, -1, second] + logits[2, -2, first]).item() / 2
+    [(value, _)] = model.loglikelihood(requests(('ab', 'cd')), True)
+    assert value == pytest.approx(expected, abs=0.1)
+
+
+def test_greedy_means_the_text_that_is_written_at_temperature_0(checkpoint):
+    model = harness.Checkpoint(checkpoint, device='cpu', draws=1, sampler='', steps=None)
+    written = model.generate_until(requests(('abc', {'max_gen_toks': 1})), True)[0]
+    assert written
+    answers = model.loglikelihood(requests(('abc', written), ('abc', 'a' if written != 'a' else 'b')), True)
+    assert [is_greedy for _, is_greedy in answers] == [True, False]
+
+
+def test_a_conversation_is_encoded_as_a_chat_is(tmp_path):
+    tokenizer = letter_tokenizer('abcdefgh #:InstrucioRep\n')
+    path = write_small_checkpoint(
+        tmp_path / 'run' / 'ckpt.pt', 'ar', tokenizer, prompt_format=prompts.DEFAULT
+    )
+    model = harness.Checkpoint(path, device='cpu')
+    text = model.apply_chat_template([{'role': 'user', 'content': 'abc'}])
+    expected, _ = prompts.encode(tokenizer, prompts.DEFAULT, [('abc', '', None)])
+    assert model.tok_encode(text) == [tokenizer.endoftext_id, *expected]
+
+
+def test_the_command_runs_a_task_of_local_files(tmp_path, monkeypatch, capsys):
+    path = write_small_checkpoint(tmp_path / 'run' / 'ckpt.pt', 'diffusion', letter_tokenizer())
+    records = [{'q': 'abc', 'choices': ['a', 'b'], 'gold': i % 2} for i in range(4)]
+    (tmp_path / 'data.json').write_text(json.dumps(records))
+    (tmp_path / 'letters.yaml').write_text(TASK % (tmp_path / 'data.json'))
+    monkeypatch.setenv('HF_HOME', str(tmp_path / 'cache'))
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    model = harness.Checkpoint(path, device='cpu', draws=2)
+    results = simple_evaluate(model=model, tasks=['letters'], task_manager=manager, bootstrap_iters=0)
+    assert results['results']['letters']['acc,none'] == 0.5  # the same two choices, each right twice
+    assert results['config']['bound'] == 'upper' and results['config']['draws'] == 2
