@@ -25,7 +25,7 @@ from lm.folder import Folder
 from lm.tokenizer import ENDOFTEXT, Tokenizer
 from model import ARCHITECTURES
 from prepare import grammar, story_tasks
-from sampling import generate
+from sampling import fill_left_to_right, generate
 
 # --- what to compare ---
 checkpoint = ''  # ckpt.pt files, run folders, Hugging Face folders or hub ids, separated by commas
@@ -207,9 +207,12 @@ def write_texts(model, heads, stop_tokens):
 
 
 def write_batch(model, heads, length, seed, stop_tokens=()):
-    options = {name: config[name] for name in OPTIONS.split()}
     with dist.autocast(), user_errors():
-        return generate(model, heads, length, stop_tokens=stop_tokens, seed=seed, **options)
+        return generate(model, heads, length, stop_tokens=stop_tokens, seed=seed, **options())
+
+
+def options():
+    return {name: config[name] for name in OPTIONS.split()}
 
 
 def evaluate_generation(model, state):
@@ -332,8 +335,13 @@ def evaluate_infilling(model, state):
     A model that cannot look ahead writes each gap after what stands before it; best: of TRIES fillings the likeliest.
     """
     rows, gaps = hide_parts(state['start_token'])
-    fill = fill_left_to_right if model.causal else denoise
-    tries = [fill(model, rows, gaps, rng.torch_seed(seed, i)) for i in range(TRIES if model.causal else 1)]
+    masked, fill = hidden(rows, gaps), fill_left_to_right
+    if not model.causal:  # padded as in training
+        masked = [row + [tokenizer.ignore_id] * (block_size - len(row)) for row in masked]
+        fill = partial(generate, max_new_tokens=0)
+    seeds = [rng.torch_seed(seed, i) for i in range(TRIES if model.causal else 1)]
+    with dist.autocast(), user_errors():
+        tries = [fill(model, masked, seed=one, **options()) for one in seeds]
     filled = {'': tries[0]}
     if model.causal:
         likeliest = np.argmin([nll_of(model, rows) for rows in tries], 0)  # (N,)
@@ -365,26 +373,13 @@ def hide_parts(start_token):
     return rows, gaps
 
 
-def fill_left_to_right(model, rows, gaps, seed):
-    """Return the rows with each gap written after what stands before it, to its length."""
+def hidden(rows, gaps):
+    """Return the rows with <|mask|> in their gaps."""
     rows = [list(row) for row in rows]
-    for number in range(MAX_GAPS):
-        some = [i for i in range(len(rows)) if len(gaps[i]) > number]
-        spans = [gaps[i][number] for i in some]
-        longest = max(end - start for start, end in spans)
-        heads = [rows[i][:start] for i, (start, _) in zip(some, spans)]
-        for i, (start, end), text in zip(some, spans, write_batch(model, heads, longest, seed + number)):
-            rows[i][start:end] = text[start:end]
-    return rows
-
-
-def denoise(model, rows, gaps, seed):
-    """Return the rows with their gaps filled in any order, padded as in training."""
-    masked = [row + [tokenizer.ignore_id] * (block_size - len(row)) for row in rows]
-    for row, spans in zip(masked, gaps):
+    for row, spans in zip(rows, gaps):
         for start, end in spans:
             row[start:end] = [tokenizer.mask_id] * (end - start)
-    return write_batch(model, masked, 0, seed)
+    return rows
 
 
 def nll_of(model, rows):

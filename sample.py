@@ -12,6 +12,7 @@ import timeit
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from lm import checkpoints, prompts, quantize, runtime
@@ -19,7 +20,7 @@ from lm.configurator import UserError, configure, printable, report_idle, requir
 from lm.files import as_sentence, require_folder, write_json
 from lm.tokenizer import Tokenizer
 from lm.watch import Frames, Terminal, save_page
-from sampling import generate
+from sampling import fill_left_to_right, generate
 
 checkpoint = ''  # a ckpt.pt, run folder, Hugging Face folder or hub id; empty: newest under out/
 tokenizer = ''  # of a ckpt.pt of nanoGPT's, unless it is gpt2's: a path
@@ -27,7 +28,7 @@ architecture = ''  # of a checkpoint that does not say it; another than it says 
 token = ''  # of the Hugging Face hub, for private models
 revision = ''  # a branch, tag or commit of the hub
 prompt = ''  # the text to continue, or FILE:path; empty: a new text
-infill = ''  # diffusion: a text with gaps, <mask:12> for 12 tokens; instead of a prompt
+infill = ''  # a text with gaps, <mask:12> for 12 tokens, instead of a prompt; with --chat: the answer to it. ar: see TRIES
 chat = False  # the prompt is an instruction, in the checkpoint's format; without one: a conversation
 input = ''  # of --chat: what the instruction is about
 system = ''  # of --chat: the system message
@@ -56,10 +57,13 @@ config = configure(globals())
 
 OPTIONS = 'temperature top_k top_p seed use_cache compile steps sampler block_length threshold eta k'.split()
 OPTIONS += ['fresh_beliefs']
+TRIES = 8  # of ar to fill gaps, each after what stands before it: the likeliest come first
 
 
 def write(ids, count):
     """Return `count` rows of token ids that begin with `ids`."""
+    if infill and model.causal:
+        return fill_gaps(ids, count)
     frames = Frames(tokenizer, Terminal() if watch else None)
     frames.begin(ids)
     num_steps = steps or (ids.count(tokenizer.mask_id) if infill else max_new_tokens)
@@ -74,13 +78,23 @@ def write(ids, count):
     return rows
 
 
+def fill_gaps(ids, count):
+    """Return the likeliest `count` of several fillings by a causal model."""
+    chosen = {name: options[name] for name in ('temperature', 'top_k', 'top_p', 'seed', 'use_cache')}
+    with dist.autocast(), user_errors():
+        rows = fill_left_to_right(model, [ids] * max(TRIES, count), **chosen)
+        likeliest = model.nll(torch.tensor(rows, device=dist.device)).argsort()
+    return [rows[i] for i in likeliest[:count]]
+
+
 def answer(turns, count, system=system):
     """Return `count` outputs for the last of `turns`; a long conversation is cut on the left."""
     ids, _ = prompts.encode(tokenizer, form, turns, system)
     block_size = model.config.block_size
     room = max(block_size // 2, block_size - max_new_tokens)
     ids = [prompts.start_of(form, tokenizer, *start)] + ids[1 - room :]
-    return [tokenizer.decode(row[len(ids) :]).strip() for row in write(ids, count)]
+    given = prompts.encode_infill(tokenizer, infill) if infill else []
+    return [tokenizer.decode(row[len(ids) :]).strip() for row in write(ids + given, count)]
 
 
 class Printer:
@@ -149,9 +163,11 @@ def save_conversation(path, turns, system):
     print(f'{path}: {len(turns)} turns')
 
 
-require(not (prompt and infill), 'A prompt and an infill are given; leave one out.')
+require(chat or not (prompt and infill), 'A prompt and an infill are given; leave one out.')
 require(chat or not (input or system), 'input and system belong to --chat; add it, or leave them out.')
-require(not (chat and infill), 'An infill does not belong to --chat; leave one out.')
+require(
+    prompt or not (chat and infill), 'An infill of --chat is of an answer; give the --prompt that it answers.'
+)
 require(prompt or not (chat and (watch or html)), 'A conversation is not watched; give --chat a --prompt.')
 require_folder(html)
 require(num_samples >= 1, f'num_samples is {num_samples}; it has to be at least 1.')
@@ -172,6 +188,10 @@ if sampler == 'ar':
     state, sampler = checkpoints.as_ar(state, path), ''
 model = checkpoints.load_model(state, dist.device)
 quantize.pack(model, weights)
+require(
+    not (infill and model.causal and (watch or html)),
+    'Gaps that an ar model fills are not watched; leave --watch and --html out.',
+)
 runtime.report_idle_settings(config, model)
 report_idle(config, f'on {state["architecture"]}', '' if model.causal else 'use_cache compile')
 print(f'{path}: {state["architecture"]}, {model.num_parameters():,} parameters, step {state["global_step"]}')

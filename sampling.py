@@ -79,7 +79,7 @@ def check_prompts(model, prompts):
         fits = len(prompt) <= block_size
         check(fits, f'The prompt has {len(prompt)} tokens, but block_size={block_size}; shorten it.')
         fills = not model.causal or mask_id not in prompt
-        check(fills, 'The prompt holds <|mask|>, which a causal model cannot fill; use a diffusion model.')
+        check(fills, 'The prompt holds <|mask|>, which a causal model cannot fill; see fill_left_to_right.')
 
 
 def truncate(row, prompt_length, stop_tokens):
@@ -157,6 +157,26 @@ def decode_step(model, cache, tokens, uniform, options, score):
     hidden = model.hidden(tokens[:, None], cache=cache)[:, 0]
     cache.advance(1)
     return sample_tokens(model, hidden, uniform, options, score)
+
+
+def fill_left_to_right(model, rows, seed=0, **options):
+    """Fill each run of <|mask|> in `rows`, lists of ids, after what stands before it: all that a causal model can do.
+
+    It does not see what follows. The likeliest of several fillings, by `model.nll`, is the one that fits it best.
+    """
+    rows, mask_id = [list(row) for row in rows], model.config.mask_id
+    while left := [row for row in rows if mask_id in row]:
+        starts = [row.index(mask_id) for row in left]
+        lengths = [
+            next((i for i, token in enumerate(row[start:]) if token != mask_id), len(row) - start)
+            for row, start in zip(left, starts)
+        ]
+        heads = [row[:start] for row, start in zip(left, starts)]
+        written = generate(model, heads, max(lengths), seed=seed, **options)
+        for row, start, length, text in zip(left, starts, lengths, written):
+            row[start : start + length] = text[start : start + length]
+        seed += 1
+    return rows
 
 
 # ---------------------------------------------------------------------------- denoising

@@ -6,6 +6,7 @@ import re
 import runpy
 import subprocess
 import sys
+from functools import partial
 from html.parser import HTMLParser
 
 import numpy as np
@@ -18,6 +19,7 @@ from lm.configurator import ROOT, UserError
 from lm.folder import Folder
 from lm.tokenizer import Tokenizer
 from prepare import grammar
+from sampling import fill_left_to_right, generate
 
 DIVERSITY = [f'distinct_{n}' for n in range(1, 5)] + ['rep_4', 'entropy']
 
@@ -332,15 +334,16 @@ def test_infilling_changes_nothing_but_the_gaps_and_judges_what_is_written(tmp_p
 
     rows, gaps = script['hide_parts'](script['state']['start_token'])
     assert [len(spans) for spans in gaps] == [1, 2, 3, 4]
-    fill = script['fill_left_to_right' if architecture == 'ar' else 'denoise']
-    for row, spans, filled in zip(rows, gaps, fill(script['model'], rows, gaps, 0)):
+    mask_id, masked = script['tokenizer'].mask_id, script['hidden'](rows, gaps)
+    fill = fill_left_to_right if architecture == 'ar' else partial(generate, max_new_tokens=0)
+    for row, spans, filled in zip(rows, gaps, fill(script['model'], masked, temperature=0)):
         hidden = {i for start, end in spans for i in range(start, end)}
         assert all(filled[i] == row[i] for i in range(len(row)) if i not in hidden)
-        assert script['tokenizer'].mask_id not in filled and any(filled[i] != row[i] for i in hidden)
+        assert mask_id not in filled and any(filled[i] != row[i] for i in hidden)
     figures = script['models'][0]['infilled']
     assert figures['one'] == figures['several'] == 0 and ('best_one' in figures) == (architecture == 'ar')
     judge = script['evaluate_infilling']
-    judge.__globals__.update({fill.__name__: lambda model, rows, gaps, seed: rows})  # by what was there
+    judge.__globals__.update(hidden=lambda rows, gaps: rows)
     figures = judge(script['model'], script['state'])['infilled']
     assert figures['one'] == figures['several'] == 1 and figures.get('best_several', 1) == 1
 

@@ -13,7 +13,9 @@ from helpers import GPT2_SWITCHES, run, special_ids
 from test_classify import nanogpt_state
 
 import sampling
+from lm import checkpoints
 from lm.configurator import ROOT, UserError
+from lm.tokenizer import Tokenizer
 
 ARCHITECTURES = ('ar', 'diffusion', 'sdd')
 
@@ -104,6 +106,32 @@ def test_gaps_are_filled_and_the_rest_stays(sampler, architecture, checkpoint_of
     assert text.startswith('the ') and ' sat' in text and '<mask' not in text
 
 
+def test_an_ar_model_fills_gaps_as_often_as_it_takes_and_shows_the_likeliest_first(checkpoint_of, sample):
+    path = checkpoint_of('ar')
+    texts = sample(
+        f'--checkpoint={path}', '--infill=the <mask:4> sat<mask:2>', '--top_k=9', '--num_samples=8'
+    )
+    assert all(re.fullmatch('the .{0,4} sat.{0,2}', text) for text in texts) and len(set(texts)) > 1
+    texts = [text for text in texts if len(text) == 14]  # the others have special tokens in their gaps
+    assert len(texts) > 1
+    state = checkpoints.load(path)
+    tokenizer, model = Tokenizer(state['tokenizer']), checkpoints.load_model(state, 'cpu')
+    rows = torch.tensor([[state['start_token'], *tokenizer.encode(text)] for text in texts])
+    assert model.nll(rows).diff().min() >= 0
+
+
+def test_a_gap_in_an_answer_is_filled_after_its_prompt(tmp_path, sample):
+    tokenizer = letter_tokenizer(sorted(set('abcdefghijklmnopqrstuvwxyz ### Instruction:\n\nResponse')))
+    checkpoint = write_small_checkpoint(
+        tmp_path / 'ckpt.pt', 'diffusion', tokenizer, shape={'block_size': 128}
+    )
+    options = [f'--checkpoint={checkpoint}', '--seed=3', '--num_samples=1', '--temperature=0']
+    (text,) = sample(*options, '--chat', '--prompt=say yes', '--infill=y<mask:3>s')
+    prompt = '### Instruction:\nsay yes\n\n### Response:\n'
+    (whole,) = sample(*options, f'--infill={prompt}y<mask:3>s')
+    assert whole.removeprefix(prompt) == text and re.fullmatch('y.{3}s', text)
+
+
 def test_an_instruction_is_answered_in_the_prompt_format(tmp_path, sample):
     tokenizer = letter_tokenizer(sorted(set('abcdefghijklmnopqrstuvwxyz ### Instruction:\n\nResponse')))
     checkpoint = write_small_checkpoint(tmp_path / 'ckpt.pt', 'ar', tokenizer, shape={'block_size': 128})
@@ -190,9 +218,9 @@ def test_a_stream_is_told_what_is_written(architecture, shape):
         (['--prompt=what?'], "'?'"),
         (['--prompt=FILE:nowhere.txt'], 'nowhere.txt'),
         (['--infill=the cat'], '<mask:12>'),
-        (['--infill=the <mask:2>'], 'use a diffusion model'),
+        (['--infill=a<mask:1>', '--watch'], 'are not watched'),
         (['--infill=a<mask:1>', '--prompt=b'], 'leave one out'),
-        (['--chat', '--infill=a<mask:1>'], 'leave one out'),
+        (['--chat', '--infill=a<mask:1>'], 'give the --prompt'),
         (['--system=be kind'], '--chat'),
         (['--num_samples=0'], 'num_samples is 0'),
         (['--temperature=-1.0'], 'temperature is -1.0'),
