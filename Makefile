@@ -12,9 +12,9 @@ INFILL := --infill='Bruno was a little bear. He loved to sing. One rainy day, Br
 demo: .venv/installed
 	$(RUN) prepare/instruct.py $(REQUESTS) --max_examples=12000
 	$(RUN) train.py config/stories_instruct.py $(RUN_OPTIONS) --max_steps=650 --out_dir=out/demo
-	$(RUN) evaluate.py --checkpoint=out/demo --metrics=perplexity,instructions --temperature=0 --num_samples=40 --max_tokens=16000 --html=out/demo.html
 	$(RUN) sample.py --checkpoint=out/demo --chat --temperature=0.3 --prompt="$(ASK)" --html=out/demo-watch.html
 	$(RUN) sample.py --checkpoint=out/demo --chat --num_samples=1 --prompt="Tell a story about a mouse who lost a drum." --infill=$(GAP)
+	$(RUN) evaluate.py --checkpoint=out/demo --metrics=perplexity,instructions --temperature=0 --num_samples=40 --max_tokens=16000 --html=out/demo.html
 	@echo 'The report: out/demo.html; a text being written: out/demo-watch.html; to ask it: python serve.py --checkpoint=out/demo'
 
 # Half an hour: four minutes of each kind, and a model that is asked for stories.

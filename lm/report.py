@@ -131,17 +131,14 @@ def right_stories(models, shown=3):
     """Return lines with the first texts that the grammar finds no fault with, of the model that writes the most of them."""
     best = max(models, key=lambda model: model.get('valid_stories') or 0)
     texts = [text.partition(ENDOFTEXT) for text in best.get('samples', ())]
-    right = [
-        text.strip() for (text, end, _), found in zip(texts, best.get('faults', ())) if end and not found
-    ]
-    lines = [f'{len(right)} of {len(texts)} texts of {best["name"]} are right stories, such as:'] * bool(
-        right
-    )
-    return (
-        lines
-        + [line for text in right[:shown] for line in ('', *textwrap.wrap(text, WIDTH))]
-        + [''] * bool(right)
-    )
+    judged = zip(texts, best.get('faults', ()))
+    right = [text.strip() for (text, end, _), found in judged if end and not found]
+    if not right:
+        return []
+    lines = [f'{len(right)} of {len(texts)} texts of {best["name"]} are right stories, such as:']
+    for text in right[:shown]:
+        lines += ['', *textwrap.wrap(text, WIDTH)]
+    return [*lines, '']
 
 
 SAID = {'valid_stories': 'of its texts are whole stories', 'followed': 'of the requests are followed'}
