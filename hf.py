@@ -105,10 +105,10 @@ def write_tokenizer(checkpoint, folder, rows):
     start, end = tokenizer.start_id, tokenizer.endoftext_id
     settings = {**came_with.get('tokenizer_config', {}), 'tokenizer_class': 'PreTrainedTokenizerFast'}
     settings |= {'bos_token': name_of(start), 'eos_token': name_of(end)}
-    if tokenizer.ignore_id == end:  # of a released diffusion model
-        settings['mask_token'] = name_of(tokenizer.mask_id)
     ends = [token for token in prompts.stop_tokens(checkpoint, tokenizer) if rows is None or token < rows]
     ids = {'bos_token_id': start, 'eos_token_id': ends if len(ends) > 1 else end}
+    if tokenizer.ignore_id == end:  # of a released diffusion model
+        ids['mask_token_id'], settings['mask_token'] = tokenizer.mask_id, name_of(tokenizer.mask_id)
     if form := checkpoint.get('prompt_format'):
         settings['chat_template'] = prompts.chat_template(form, tokenizer)
     if (pad := came_with.get('pad_token')) is not None:

@@ -190,10 +190,8 @@ def json_of_pair(folder):
     tokenizer.add_special_tokens([token for token in special if tokenizer.token_to_id(token) is not None])
     settings = settings_of(folder, 'tokenizer_config.json')
     if settings.get('tokenizer_class') in ('DreamTokenizer', 'Qwen2Tokenizer'):
-        parts = (
-            pre_tokenizers.Split(Regex(QWEN_WORDS), 'isolated'),
-            pre_tokenizers.ByteLevel(False, use_regex=False),
-        )
+        words = pre_tokenizers.Split(Regex(QWEN_WORDS), 'isolated')
+        parts = [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
         tokenizer.pre_tokenizer, tokenizer.normalizer = pre_tokenizers.Sequence(parts), normalizers.NFC()
     with as_sentence(f'tokenizer_config.json of {folder} could not be read', 'download it again'):
         added = settings.get('added_tokens_decoder', {})
