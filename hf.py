@@ -71,7 +71,7 @@ def export(source, out):
     readers = f'for these scripts ({families.NATIVE!r}, {architecture}); transformers cannot read it'
     if family:
         left_out = f', without the {size - rows} that were added ({MASK}, {IGNORE})' if size > rows else ''
-        reader = 'transformers' if architecture == 'ar' else 'the code of its authors'
+        reader = 'transformers' if families.FAMILIES[family][0] == 'ar' else 'the code of its authors'
         readers = f'of the family {family!r}, for {reader}; {rows} tokens{left_out}'
     return f'{source}, {readers}.'
 

@@ -77,7 +77,7 @@ KNOWN.update(enable_bias=[True], layer_norm_elementwise_affine=[True], _remove_f
 KNOWN.update(scale_attn_weights=[True], scale_attn_by_inverse_layer_idx=[False], add_cross_attention=[False])
 KNOWN.update(pretraining_tp=[1])
 LLADA = dict(activation_type='silu', block_type='llama', layer_norm_type='rms', layer_norm_with_affine=True)
-LLADA.update(rope=True, rope_full_precision=True, block_group_size=1, mlp_ratio=4)
+LLADA.update(rope=True, rope_full_precision=True, block_group_size=1, mlp_ratio=4)  # each is to be said
 KNOWN.update({key: [value] for key, value in LLADA.items()})
 ABSENT = [None, False, 0, '', [], {}]  # values that say as little as a key that is missing
 ROPE_NUMBERS = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
@@ -135,15 +135,15 @@ def config_from_hf(c, path):
     defaults = {**DEFAULTS, **{key: known[0] for key, known in KNOWN.items()}}
     defaults['tie_word_embeddings'] = layout != 'llama'
     defaults['activation_function'] = 'relu' if layout == 'opt' else 'gelu_new'
-    defaults |= dict.fromkeys(LLADA if layout == 'llada' else ())  # its own defaults are another model
+    defaults |= dict.fromkeys(LLADA, None) | {'rms_norm_eps': 1e-5} if layout == 'llada' else {}
     c = {**defaults, **c}
-    if architecture == 'diffusion':
-        c['auto_map'] = None  # code that is not run: what it computes is what stands here
     try:
         c = with_rope_and_length(c) if layout == 'llama' else c
         found = {field: c[key] for field, key in column(KEYS, layout).items()}
         rows = c.get('embedding_size') or c['vocab_size']
-        found.update(logit_softcap=0.0, vocab_size=rows, pretrained_rows=rows, mask_id=c.get('mask_token_id'))
+        found.update(logit_softcap=0.0, vocab_size=rows, pretrained_rows=rows)
+        if architecture == 'diffusion':  # its auto_map names the code that computes what stands here
+            found['mask_id'], c['auto_map'] = c.get('mask_token_id'), None
     except KeyError as error:
         raise UserError(f'{path}/config.json lacks {error}; download it again.') from error
     check_config(c, path)

@@ -208,10 +208,12 @@ def test_a_switch_of_llada_that_is_left_out_is_refused(tmp_path):
         checkpoints.load(tmp_path)
 
 
-def test_a_conversation_is_what_the_template_of_llada_says(tmp_path):
+@pytest.mark.parametrize('always_asks', [False, True])  # for one more answer
+def test_a_conversation_is_what_the_template_of_llada_says(always_asks, tmp_path):
     write_released('llada', tmp_path)
     checkpoint = checkpoints.load(tmp_path)
     tokenizer, form = Tokenizer(checkpoint['tokenizer']), checkpoint['prompt_format']
+    form = form.replace('if add_generation_prompt', 'if true') if always_asks else form
     ids, loss_mask = prompts.encode(tokenizer, form, [('Hi', '', 'Ho')])
     ids = [prompts.start_of(form, tokenizer, checkpoint['start_token']), *ids]
     header, between, eot = '<|start_header_id|>', '<|end_header_id|>\n\n', '<|eot_id|>'
@@ -269,7 +271,7 @@ def test_a_step_of_tuning_pads_with_the_end_and_gives_the_family_back(tmp_path, 
     assert tokens[-1] == 257 and loss_mask[-1] == 1  # padding, which is learnt
     hf.main(['export', str(tmp_path / 'run' / 'ckpt.pt'), f'--out={tmp_path / "tuned"}'])
     assert json.loads((tmp_path / 'tuned' / 'config.json').read_text())['model_type'] == 'llada'
-    with pytest.raises(UserError, match='the tokenizer of a diffusion model, whose padding is the end'):
+    with pytest.raises(UserError, match='pads with its end; take --architecture=diffusion'):
         tune(f'--dataset={folder}', '--init_from=scratch', f'--out_dir={tmp_path / "ar"}')
 
 
