@@ -166,9 +166,8 @@ if use_peft:
     lora.add_lora(raw_model, peft_lora_r, peft_lora_alpha, peft_lora_dropout, targets)
     if initial.get('converted_from'):
         lora.train_new_embeddings(raw_model)
-    if dist.dtype == 'bfloat16':  # as autocast would for each matmul
-        for weight in raw_model.blocks.parameters():
-            weight.data = weight.data if weight.requires_grad or weight.dim() < 2 else weight.data.bfloat16()
+    if dist.dtype == 'bfloat16':
+        lora.round_frozen(raw_model)
     if resumed.checkpoint:
         raw_model.load_state_dict(resumed.checkpoint['adapter_state_dict'], strict=False)
 runtime.report_idle_settings(config, raw_model)

@@ -19,7 +19,7 @@ from huggingface_hub import save_torch_state_dict
 
 from lm import checkpoints, families, files, lora, pretrained, prompts, sharded
 from lm.configurator import UserError, require
-from lm.tokenizer import IGNORE, MASK, Tokenizer, end_in
+from lm.tokenizer import IGNORE, MASK, Tokenizer, recorded_in
 from model import ModelConfig
 
 SHARD_BYTES = 5 * 10**9  # of an exported file, at most
@@ -71,7 +71,8 @@ def export(source, out):
     readers = f'for these scripts ({families.NATIVE!r}, {architecture}); transformers cannot read it'
     if family:
         left_out = f', without the {size - rows} that were added ({MASK}, {IGNORE})' if size > rows else ''
-        readers = f'of the family {family!r}, for transformers; {rows} tokens{left_out}'
+        reader = 'transformers' if families.FAMILIES[family][0] == 'ar' else 'the code of its authors'
+        readers = f'of the family {family!r}, for {reader}; {rows} tokens{left_out}'
     return f'{source}, {readers}.'
 
 
@@ -107,6 +108,8 @@ def write_tokenizer(checkpoint, folder, rows):
     settings |= {'bos_token': name_of(start), 'eos_token': name_of(end)}
     ends = [token for token in prompts.stop_tokens(checkpoint, tokenizer) if rows is None or token < rows]
     ids = {'bos_token_id': start, 'eos_token_id': ends if len(ends) > 1 else end}
+    if tokenizer.ignore_id == end:  # of a released diffusion model
+        ids['mask_token_id'], settings['mask_token'] = tokenizer.mask_id, name_of(tokenizer.mask_id)
     if form := checkpoint.get('prompt_format'):
         settings['chat_template'] = prompts.chat_template(form, tokenizer)
     if (pad := came_with.get('pad_token')) is not None:
@@ -121,7 +124,7 @@ def without_own_tokens(text, rows, added):
     tokenizer = json.loads(text)
     tokens = [token for token in tokenizer['added_tokens'] if token['id'] < rows]
     tokenizer['added_tokens'] = [token for token in tokens if token['content'] not in added]
-    if end_in(tokenizer['post_processor']) is not None:
+    if recorded_in(tokenizer['post_processor']):
         own = tokenizer['post_processor']['processors'][:-1]
         several = {'type': 'Sequence', 'processors': own}
         tokenizer['post_processor'] = several if len(own) > 1 else own[0] if own else None

@@ -70,7 +70,7 @@ class Transformer(nn.Module):
     has_beliefs = False  # masked positions can hold weighted candidates
     extra_tokens = 0  # of a training row, beyond block_size
     trains_on_padding = True  # a bidirectional model has to say where a text ends
-    hf_causal_lm = False  # the same function as a causal LM of transformers
+    family_of = ''  # the architecture of the families of lm/families.py that compute the same function
     project = staticmethod(linear)  # the head's product; lm/quantize.py puts one with fewer bits in its place
 
     def __init__(self, config):
@@ -280,7 +280,7 @@ class Autoregressive(Transformer):
     """Predicts each token from those before it; its likelihood is exact."""
 
     description, bound, order = 'autoregressive', 'exact', 'left to right'
-    causal, needs_noise, extra_tokens, trains_on_padding, hf_causal_lm = True, False, 1, False, True
+    causal, needs_noise, extra_tokens, trains_on_padding, family_of = True, False, 1, False, 'ar'
 
     def __init__(self, config):
         has_blocks = any(config.block_length) or config.ar_weight
@@ -307,7 +307,7 @@ class Diffusion(Transformer):
     diffuses within them (Arriola et al. 2025, BD3-LM); with ar_weight the clean tokens are an `ar` model as well.
     """
 
-    description, bound, order = 'masked diffusion', 'upper', 'in random order'
+    description, bound, order, family_of = 'masked diffusion', 'upper', 'in random order', 'diffusion'
 
     def __init__(self, config):
         check(config.mask_id is not None, 'mask_id is None; a diffusion model needs the id of <|mask|>.')
@@ -431,7 +431,7 @@ class SDD(Diffusion):
     """
 
     description, order = 'sparse distribution diffusion', f'{Diffusion.order}, two passes per token'
-    has_beliefs = True
+    has_beliefs, family_of = True, ''
 
     def __init__(self, config):
         super().__init__(config)  # draws the same weights as Diffusion

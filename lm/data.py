@@ -217,6 +217,8 @@ def make_rows(folder, split, architecture, block_size, mode, training):
         parts = [make_rows(part, split, architecture, block_size, mode, training) for part in folder.folders]
         return MixedRows(parts, folder.weights, training)
     row_length, padding = block_size + architecture.extra_tokens, architecture.trains_on_padding
+    fits = padding or folder.tokenizer.ignore_id != folder.tokenizer.endoftext_id
+    require(fits, f'The tokenizer of {folder.path} pads with its end; take --architecture=diffusion or sdd.')
     if mode == 'packed':
         return PackedRows(folder, split, row_length, block_size, training)
     if mode == 'documents':

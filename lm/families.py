@@ -1,6 +1,7 @@
 """The families of Hugging Face checkpoints: their tensor names and config.json in our terms, and back.
 
-gpt2, opt, llama (also deepseek-coder, tinyllama and smollm), mistral, qwen2 (also 2.5) and qwen3.
+gpt2, opt, llama (also deepseek-coder, tinyllama and smollm), mistral, qwen2 (also 2.5) and qwen3; masked diffusion:
+llada (also 1.5), Dream, and the a2d models that dllm made of qwen2 and qwen3.
 """
 
 import contextlib
@@ -13,50 +14,59 @@ from model import ARCHITECTURES, ModelConfig
 
 NATIVE = 'diffusion-lm'  # model_type of what no family can express, which only these scripts read
 
-LAYOUTS = ('llama', 'opt', 'gpt2')  # the columns of NAMES and KEYS
-FAMILIES = {  # model_type: layout, class in transformers, fields of ModelConfig that differ from the layout's
-    'gpt2': ('gpt2', 'GPT2LMHeadModel', {}),
-    'opt': ('opt', 'OPTForCausalLM', {}),
-    'llama': ('llama', 'LlamaForCausalLM', {}),
-    'mistral': ('llama', 'MistralForCausalLM', {}),
-    'qwen2': ('llama', 'Qwen2ForCausalLM', {'qkv_bias': True}),
-    'qwen3': ('llama', 'Qwen3ForCausalLM', {'qk_norm': True}),
+LAYOUTS = ('llama', 'opt', 'gpt2', 'llada')  # the columns of NAMES and KEYS
+FAMILIES = {  # model_type: architecture, layout, its own class, fields of ModelConfig that differ from the layout's
+    'gpt2': ('ar', 'gpt2', 'GPT2LMHeadModel', {}),
+    'opt': ('ar', 'opt', 'OPTForCausalLM', {}),
+    'llama': ('ar', 'llama', 'LlamaForCausalLM', {}),
+    'mistral': ('ar', 'llama', 'MistralForCausalLM', {}),
+    'qwen2': ('ar', 'llama', 'Qwen2ForCausalLM', {'qkv_bias': True}),
+    'qwen3': ('ar', 'llama', 'Qwen3ForCausalLM', {'qk_norm': True}),
+    'llada': ('diffusion', 'llada', 'LLaDAModelLM', {}),
+    'Dream': ('diffusion', 'llama', 'DreamModel', {'qkv_bias': True, 'shift': True}),
+    'a2d-qwen2': ('diffusion', 'llama', 'A2DQwen2LMHeadModel', {'qkv_bias': True}),
+    'a2d-qwen3': ('diffusion', 'llama', 'A2DQwen3LMHeadModel', {'qk_norm': True}),
 }
 NAMES = {  # of our modules; those below 'unembedding' are in a block
-    'embedding': ('model.embed_tokens', 'model.decoder.embed_tokens', 'transformer.wte'),
-    'positions': (None, 'model.decoder.embed_positions', 'transformer.wpe'),
-    'project_in': (None, 'model.decoder.project_in', None),
-    'project_out': (None, 'model.decoder.project_out', None),
-    'blocks': ('model.layers', 'model.decoder.layers', 'transformer.h'),
-    'norm': ('model.norm', 'model.decoder.final_layer_norm', 'transformer.ln_f'),
-    'unembedding': ('lm_head', 'lm_head', 'lm_head'),
-    'attention_norm': ('input_layernorm', 'self_attn_layer_norm', 'ln_1'),
-    'attention.q': ('self_attn.q_proj', 'self_attn.q_proj', 'attn.c_attn'),
-    'attention.k': ('self_attn.k_proj', 'self_attn.k_proj', 'attn.c_attn'),
-    'attention.v': ('self_attn.v_proj', 'self_attn.v_proj', 'attn.c_attn'),
-    'attention.out': ('self_attn.o_proj', 'self_attn.out_proj', 'attn.c_proj'),
-    'attention.q_norm': ('self_attn.q_norm', None, None),
-    'attention.k_norm': ('self_attn.k_norm', None, None),
-    'mlp_norm': ('post_attention_layernorm', 'final_layer_norm', 'ln_2'),
-    'mlp.gate': ('mlp.gate_proj', None, None),
-    'mlp.up': ('mlp.up_proj', 'fc1', 'mlp.c_fc'),
-    'mlp.down': ('mlp.down_proj', 'fc2', 'mlp.c_proj'),
+    'embedding': (
+        'model.embed_tokens',
+        'model.decoder.embed_tokens',
+        'transformer.wte',
+        'model.transformer.wte',
+    ),  # fmt: skip
+    'positions': (None, 'model.decoder.embed_positions', 'transformer.wpe', None),
+    'project_in': (None, 'model.decoder.project_in', None, None),
+    'project_out': (None, 'model.decoder.project_out', None, None),
+    'blocks': ('model.layers', 'model.decoder.layers', 'transformer.h', 'model.transformer.blocks'),
+    'norm': ('model.norm', 'model.decoder.final_layer_norm', 'transformer.ln_f', 'model.transformer.ln_f'),
+    'unembedding': ('lm_head', 'lm_head', 'lm_head', 'model.transformer.ff_out'),
+    'attention_norm': ('input_layernorm', 'self_attn_layer_norm', 'ln_1', 'attn_norm'),
+    'attention.q': ('self_attn.q_proj', 'self_attn.q_proj', 'attn.c_attn', 'q_proj'),
+    'attention.k': ('self_attn.k_proj', 'self_attn.k_proj', 'attn.c_attn', 'k_proj'),
+    'attention.v': ('self_attn.v_proj', 'self_attn.v_proj', 'attn.c_attn', 'v_proj'),
+    'attention.out': ('self_attn.o_proj', 'self_attn.out_proj', 'attn.c_proj', 'attn_out'),
+    'attention.q_norm': ('self_attn.q_norm', None, None, None),
+    'attention.k_norm': ('self_attn.k_norm', None, None, None),
+    'mlp_norm': ('post_attention_layernorm', 'final_layer_norm', 'ln_2', 'ff_norm'),
+    'mlp.gate': ('mlp.gate_proj', None, None, 'ff_proj'),
+    'mlp.up': ('mlp.up_proj', 'fc1', 'mlp.c_fc', 'up_proj'),
+    'mlp.down': ('mlp.down_proj', 'fc2', 'mlp.c_proj', 'ff_out'),
 }
 KEYS = {  # of config.json, by field of ModelConfig
-    'n_layer': ('num_hidden_layers', 'num_hidden_layers', 'n_layer'),
-    'n_head': ('num_attention_heads', 'num_attention_heads', 'n_head'),
-    'n_embd': ('hidden_size', 'hidden_size', 'n_embd'),
-    'n_kv_head': ('num_key_value_heads', None, None),
-    'head_dim': ('head_dim', None, None),
-    'block_size': ('max_position_embeddings', 'max_position_embeddings', 'n_positions'),
-    'mlp': (None, 'activation_function', 'activation_function'),
-    'mlp_width': ('intermediate_size', 'ffn_dim', 'n_inner'),
-    'norm_eps': ('rms_norm_eps', None, 'layer_norm_epsilon'),
-    'norm_after': (None, 'do_layer_norm_before', None),  # the opposite
-    'embedding_width': (None, 'word_embed_proj_dim', None),
-    'rope_theta': ('rope_theta', None, None),
-    'rope_scaling': ('rope_scaling', None, None),
-    'tied': ('tie_word_embeddings', 'tie_word_embeddings', 'tie_word_embeddings'),
+    'n_layer': ('num_hidden_layers', 'num_hidden_layers', 'n_layer', 'n_layers'),
+    'n_head': ('num_attention_heads', 'num_attention_heads', 'n_head', 'n_heads'),
+    'n_embd': ('hidden_size', 'hidden_size', 'n_embd', 'd_model'),
+    'n_kv_head': ('num_key_value_heads', None, None, 'n_kv_heads'),
+    'head_dim': ('head_dim', None, None, None),
+    'block_size': (*2 * ('max_position_embeddings',), 'n_positions', 'max_sequence_length'),
+    'mlp': (None, 'activation_function', 'activation_function', None),
+    'mlp_width': ('intermediate_size', 'ffn_dim', 'n_inner', 'mlp_hidden_size'),
+    'norm_eps': ('rms_norm_eps', None, 'layer_norm_epsilon', 'rms_norm_eps'),
+    'norm_after': (None, 'do_layer_norm_before', None, None),  # the opposite
+    'embedding_width': (None, 'word_embed_proj_dim', None, None),
+    'rope_theta': ('rope_theta', None, None, 'rope_theta'),
+    'rope_scaling': ('rope_scaling', None, None, None),
+    'tied': ('tie_word_embeddings', 'tie_word_embeddings', 'tie_word_embeddings', 'weight_tying'),
 }
 ACTIVATIONS = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu', 'relu': 'relu'}
 DEFAULTS = dict(num_key_value_heads=None, head_dim=None, rms_norm_eps=1e-6)  # of keys that may be missing
@@ -66,22 +76,29 @@ KNOWN.update(rope_type=['default', 'linear', 'llama3'], activation_function=[*AC
 KNOWN.update(enable_bias=[True], layer_norm_elementwise_affine=[True], _remove_final_layer_norm=[False])
 KNOWN.update(scale_attn_weights=[True], scale_attn_by_inverse_layer_idx=[False], add_cross_attention=[False])
 KNOWN.update(pretraining_tp=[1])
+LLADA = dict(activation_type='silu', block_type='llama', layer_norm_type='rms', layer_norm_with_affine=True)
+LLADA.update(rope=True, rope_full_precision=True, block_group_size=1, mlp_ratio=4)  # each is to be said
+KNOWN.update({key: [value] for key, value in LLADA.items()})
 ABSENT = [None, False, 0, '', [], {}]  # values that say as little as a key that is missing
 ROPE_NUMBERS = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
-READ = {key for row in KEYS.values() for key in row if key} | {'vocab_size', *ROPE_NUMBERS}
-NUMBERS = READ - {'rope_scaling', 'tie_word_embeddings', 'do_layer_norm_before', 'activation_function'}
+READ = {key for row in KEYS.values() for key in row if key} | {'vocab_size', 'embedding_size', *ROPE_NUMBERS}
+NUMBERS = READ - {'rope_scaling', 'do_layer_norm_before', 'activation_function'}
+NUMBERS -= {'tie_word_embeddings', 'weight_tying'}
 LARGEST = 2**24  # of any number
 SILENT = re.compile(  # keys without a say in the logits, or that with_rope_and_length reads
     '_.*|transformers.*|unsloth.*|summary_.*|.*_token_id|.*dropout|.*pdrop|layerdrop|(torch_)?dtype|model_type'
     '|architectures|use_cache|init.*_(range|std)|n_ctx|prefix|task_specific_params|id2label|label2id|return_dict'
     '|max_length|gradient_checkpointing|output_past|reorder_and_upcast_attn|is_llama_config|start_token'
-    '|prompt_format|rope_parameters|type|max_window_layers|layer_types|(use_)?sliding_window'
+    '|prompt_format|rope_parameters|type|max_window_layers|layer_types|(use_)?sliding_window|init_(device|fn)'
+    '|init_cutoff_factor|alibi_bias_max|attention_layer_norm_with_affine|flash_attention|precision'
 )
 GPT = dict(norm='layer', position='learned', bias=True, qk_norm=False)
 LLAMA = dict(mlp='swiglu', norm='rms_gain', qkv_bias=False, qk_norm=False)
-FIELDS = dict(llama=LLAMA, opt={**GPT, 'norm_eps': 1e-5, 'position_offset': 2}, gpt2=GPT)  # of ModelConfig
+FIELDS = dict(llama=LLAMA, opt={**GPT, 'norm_eps': 1e-5, 'position_offset': 2}, gpt2=GPT, llada=LLAMA)
 DROPOUT = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
 EXPORTED = dict(llama={'hidden_act': 'silu'}, opt={'dropout': 0.0}, gpt2=DROPOUT)  # keys that an export adds
+DROPOUTS = dict.fromkeys(['residual_dropout', 'embedding_dropout', 'attention_dropout'], 0.0)
+EXPORTED['llada'] = {**LLADA, **DROPOUTS, 'embedding_size': None}
 
 
 def column(table, layout):
@@ -98,7 +115,7 @@ def hf_name(name, family):
     """
     if family is None:
         return name, None, False
-    layout = FAMILIES[family][0]
+    layout = FAMILIES[family][1]
     names = column(NAMES, layout)
     module, _, kind = name.rpartition('.')
     if not name.startswith('blocks.'):
@@ -114,15 +131,19 @@ def config_from_hf(c, path):
     """Return the fields of ModelConfig that a config.json `c` sets; UserError: they cannot say it."""
     family, known = c.get('model_type'), ', '.join(FAMILIES)
     require(family in FAMILIES, f'{path} is of the family {family!r}; choose one of {known}.')
-    layout, _, fields = FAMILIES[family]
+    architecture, layout, _, fields = FAMILIES[family]
     defaults = {**DEFAULTS, **{key: known[0] for key, known in KNOWN.items()}}
     defaults['tie_word_embeddings'] = layout != 'llama'
     defaults['activation_function'] = 'relu' if layout == 'opt' else 'gelu_new'
+    defaults |= dict.fromkeys(LLADA, None) | {'rms_norm_eps': 1e-5} if layout == 'llada' else {}
     c = {**defaults, **c}
     try:
         c = with_rope_and_length(c) if layout == 'llama' else c
         found = {field: c[key] for field, key in column(KEYS, layout).items()}
-        found.update(logit_softcap=0.0, vocab_size=c['vocab_size'], pretrained_rows=c['vocab_size'])
+        rows = c.get('embedding_size') or c['vocab_size']
+        found.update(logit_softcap=0.0, vocab_size=rows, pretrained_rows=rows)
+        if architecture == 'diffusion':  # its auto_map names the code that computes what stands here
+            found['mask_id'], c['auto_map'] = c.get('mask_token_id'), None
     except KeyError as error:
         raise UserError(f'{path}/config.json lacks {error}; download it again.') from error
     check_config(c, path)
@@ -159,12 +180,13 @@ def with_rope_and_length(c):
 
 def config_to_hf(config, family):
     """Return a family's config.json for a ModelConfig, as far as it can say it, without the vocabulary."""
-    layout, hf_class, _ = FAMILIES[family]
+    architecture, layout, hf_class, _ = FAMILIES[family]
     activation = next((hf for hf, ours in ACTIVATIONS.items() if ours == config.mlp), None)
     default_eps = 1e-5 if config.norm == 'layer' else torch.finfo(torch.float32).eps  # PyTorch's
     values = {**vars(config), 'mlp': activation, 'norm_after': not config.norm_after}
     values['norm_eps'] = config.norm_eps or default_eps
     keys = {key: values[field] for field, key in column(KEYS, layout).items()}
+    keys |= {'mask_token_id': config.mask_id} if architecture == 'diffusion' else {}
     return {'model_type': family, 'architectures': [hf_class], **keys, **EXPORTED[layout]}
 
 
@@ -172,13 +194,14 @@ def family_of(architecture, config):
     """Return the family that can express a model exactly, and its config.json; (None, None) if there is none.
 
     architecture: a model class or its name. A family fits if `config`, written in its words and read again,
-    is the same, apart from fields without a meaning in a causal language model or outside of training.
+    is the same, apart from fields without a meaning in its architecture or outside of training. No family of diffusion
+    models knows our <|ignore|>, which comes after <|mask|>; they are padded with their end, which comes before it.
     """
-    if not ARCHITECTURES.get(architecture, architecture).hf_causal_lm:
-        return None, None
-    unused = 'dropout k shift gradient_checkpointing mask_id ignore_id'.split()
+    kind = ARCHITECTURES.get(architecture, architecture).family_of
+    is_padded = kind == 'diffusion' and config.ignore_id is not None and config.ignore_id > config.mask_id
+    unused = 'dropout k gradient_checkpointing mask_id ignore_id'.split() + ['shift'] * (kind == 'ar')
     unused += ['rope_theta'] if config.position == 'learned' else []
-    for family in FAMILIES:
+    for family in () if is_padded else [name for name, row in FAMILIES.items() if row[0] == kind]:
         c = config_to_hf(config, family)
         with contextlib.suppress(UserError):  # an activation that the family does not have
             fields = config_from_hf({**c, 'vocab_size': config.pretrained_rows}, family)
@@ -209,6 +232,6 @@ FINETUNED = {
 def published_config(model, block_size):
     """Return ModelConfig's fields for a model of PUBLISHED, without its vocabulary: that is of the data."""
     family, *shape = PUBLISHED[model]
-    fields = {**LLAMA, **FAMILIES[family][2], **dict(zip(SHAPE, shape))}
+    fields = {**LLAMA, **FAMILIES[family][-1], **dict(zip(SHAPE, shape))}
     fields['tied'] = True  # a head of its own would be trained for few tokens only
     return {**fields, 'block_size': block_size, 'logit_softcap': 0.0}

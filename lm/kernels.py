@@ -84,7 +84,8 @@ class WeightedSum(torch.autograd.Function):
     def forward(ctx, hidden, head_weight, weights, targets, chunk_nll, rows):
         """hidden: (N, C); head_weight: (V, C); weights, targets: (N,); rows: positions per chunk."""
         head_weight = head_weight.detach().requires_grad_(ctx.needs_input_grad[1])
-        hidden_grad, head_grad = torch.zeros_like(hidden), torch.zeros_like(head_weight)
+        hidden_grad = torch.zeros_like(hidden)
+        head_grad = head_weight.new_zeros(head_weight.shape if head_weight.requires_grad else ())
         nlls, preds = [], []
         for h, w, y, h_grad in zip(*(x.split(rows) for x in (hidden, weights, targets, hidden_grad))):
             with torch.enable_grad():

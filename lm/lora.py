@@ -114,6 +114,13 @@ def train_new_embeddings(model):
     freeze_the_rest(model)
 
 
+def round_frozen(model):
+    """Keep the frozen matrices of the blocks and the head in bfloat16, as autocast would for each matmul."""
+    head = [model.unembedding] if isinstance(model.unembedding, nn.Linear) else []
+    for weight in nn.ModuleList([model.blocks, *head]).parameters():
+        weight.data = weight.data if weight.requires_grad or weight.dim() < 2 else weight.data.bfloat16()
+
+
 @torch.no_grad()
 def merge(model):
     """Add the adapters to the weights and remove them; quantized layers become plain ones."""

@@ -41,7 +41,8 @@ def load(path, token=None, revision=None):
             name, fields, family = c['architecture'], current_config(c['model_config']), None
             tensors = current_names(tensors)
         else:
-            name, fields, family = CAUSAL_LM, families.config_from_hf(c, folder), c['model_type']
+            fields, family = families.config_from_hf(c, folder), c['model_type']
+            name = families.FAMILIES[family][0]
         told = c.get('start_token', None if tokenizer else c.get('bos_token_id'))
         form = c.get('prompt_format') or prompts.template_of(folder)
         is_told = isinstance(told, int) and 0 <= told < fields['vocab_size']
@@ -76,8 +77,9 @@ def as_checkpoint(architecture, fields, family, tensors, source, tokenizer, star
     known = ', '.join(ARCHITECTURES)
     require(architecture in ARCHITECTURES, f'{source} has architecture={architecture!r}; choose of {known}.')
     if family and tokenizer:
-        ids = dict(mask_id=tokenizer.mask_id, ignore_id=tokenizer.ignore_id)
-        fields = {**fields, **ids, 'vocab_size': tokenizer.vocab_size}
+        fields = {**fields, 'mask_id': tokenizer.mask_id, 'vocab_size': tokenizer.vocab_size}
+        if architecture != CAUSAL_LM or tokenizer.ignore_id != tokenizer.endoftext_id:  # which it predicts
+            fields['ignore_id'] = tokenizer.ignore_id
     with user_errors():
         config = ModelConfig(**fields)
     state_dict = load_state_dict(tensors, family, ARCHITECTURES[architecture], config, source)
@@ -92,7 +94,8 @@ def load_state_dict(tensors, family, architecture, config, source):
     Rows added to the vocabulary are the mean of the others. UserError: a tensor is missing or does not fit.
     """
     tensors = {without_prefix(name): tensor for name, tensor in tensors.items()}
-    used = {'lm_head.weight'} if config.tied else set()  # a copy of the embedding
+    head = families.hf_name('unembedding.weight', family)[0]
+    used = {without_prefix(head)} if config.tied else set()  # a copy of the embedding
     state_dict, faults = {}, []
     with torch.device('meta'):  # names and shapes alone
         expected = architecture(config).state_dict()

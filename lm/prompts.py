@@ -158,7 +158,10 @@ def encode_chat(tokenizer, template, turns, system=''):
             ids += tokenizer.encode(text)
         else:
             prompt.append((text, role == 'template'))
-    ids += encode_parts(tokenizer, prompt)
+    follows = turns[-1][2] is None or not any(markers(tokenizer).search(text) for text, _ in prompt)
+    ids += (
+        encode_parts(tokenizer, prompt) if follows else []
+    )  # some always write the header of one more answer
     return ids, loss_mask + [0] * (len(ids) - len(loss_mask))
 
 

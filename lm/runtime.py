@@ -284,7 +284,9 @@ def memory_estimate(model, batch_size, length, dist):
     held = {x: optim.local(x).nbytes for x in (*parameters, *model.buffers())}
     weights, trained = sum(held.values()), sum(size for x, size in held.items() if x.requires_grad)
     size = 4 if dist.dtype == 'float32' else 2
-    copies = sum(p.numel() for p in parameters if p.dtype == torch.float32) * (0 if size == 4 else 2)
+    looked_up = None if config.tied else model.embedding.weight  # never in a matmul
+    cast = [p for p in parameters if p.dtype == torch.float32 and p is not looked_up]
+    copies = sum(p.numel() for p in cast) * (0 if size == 4 else 2)
     if any(optim.local(p) is not p for p in parameters):  # sharded: what is gathered at a time
         blocks = sum(p.numel() for p in model.blocks.parameters())
         copies = size * (sum(p.numel() for p in parameters) - blocks + 2 * blocks // config.n_layer)

@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 
 import tokenizers
-from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from lm.configurator import UserError, require
 from lm.files import as_sentence
@@ -16,6 +16,7 @@ ENDOFTEXT = '<|endoftext|>'  # ends each document
 MASK = '<|mask|>'  # a position that a diffusion model has to fill
 IGNORE = '<|ignore|>'  # padding that a bidirectional model predicts and that decodes to nothing
 SPECIAL_TOKENS = (ENDOFTEXT, MASK, IGNORE)
+STARTOFTEXT = '<|startoftext|>'  # before a text, of a tokenizer that has a token of its own for it
 KINDS = ('char', 'bytes', 'gpt2', 'bpe')  # what `build` builds
 
 
@@ -25,19 +26,21 @@ class Tokenizer:
     Special tokens that it lacks are appended. Text that contains the name of a special token is never encoded as
     that token. `end`: the name or id of what serves as <|endoftext|> in a pretrained vocabulary; it is recorded.
     `start`: the same of what stands before a text, `start_id`; by default what the tokenizer puts there, or the end.
+    `mask`: the same of <|mask|>, where a released diffusion model has one; as it was trained, the end is its padding.
     """
 
-    def __init__(self, json_text, name='The tokenizer', end=None, start=None):
+    def __init__(self, json_text, name='The tokenizer', end=None, start=None, mask=None):
         require(json_text is not None, 'This model came without a tokenizer.json; import it again with one.')
         with as_sentence(f'{name} could not be read', 'give a tokenizer.json'):
             inner = tokenizers.Tokenizer.from_str(json_text)
             own = inner.post_processor
-            recorded = end_in(json.loads(own.__getstate__())) if own else None
-            end, start = (known_id(inner, token) for token in (end, start))
-            if recorded is None and end not in (None, inner.token_to_id(ENDOFTEXT)):
-                record_end(inner, end)
-                recorded = end
-            needed = SPECIAL_TOKENS if recorded is None else (MASK, IGNORE)
+            ids = recorded_in(json.loads(own.__getstate__())) if own else {}
+            end, start, mask = (known_id(inner, token) for token in (end, start, mask))
+            told = {ENDOFTEXT: end, STARTOFTEXT: start, MASK: mask} if mask is not None else {ENDOFTEXT: end}
+            if not ids and (mask is not None or end not in (None, inner.token_to_id(ENDOFTEXT))):
+                ids = {token: i for token, i in told.items() if i is not None}
+                record(inner, ids)
+            needed = [token for token in SPECIAL_TOKENS[: 2 if MASK in ids else 3] if token not in ids]
             self.added = [token for token in needed if inner.token_to_id(token) is None]
             inner.add_special_tokens(self.added)
             inner.encode_special_tokens = True  # not part of the JSON text: set at every load
@@ -46,11 +49,11 @@ class Tokenizer:
 
             self.inner = inner  # a tokenizers.Tokenizer
             self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
-            self.endoftext_id = inner.token_to_id(ENDOFTEXT) if recorded is None else recorded
-            self.mask_id, self.ignore_id = inner.token_to_id(MASK), inner.token_to_id(IGNORE)
+            self.endoftext_id, self.mask_id = (ids.get(x, inner.token_to_id(x)) for x in (ENDOFTEXT, MASK))
+            self.ignore_id = self.endoftext_id if MASK in ids else inner.token_to_id(IGNORE)
             added = inner.get_added_tokens_decoder().items()
             self.special_ids = {token.content: i for i, token in added if token.special}  # by name
-            told = [start] if start in self.special_ids.values() else []
+            told = [i for i in (start, ids.get(STARTOFTEXT)) if i in self.special_ids.values()]
             self.start_id = [*told, *inner.encode('').ids, self.endoftext_id][0]
             # A character vocabulary is the only one that cannot spell every text.
             is_char = isinstance(inner.model, models.WordLevel)
@@ -61,12 +64,12 @@ class Tokenizer:
         """Load a `tokenizer.json`, or that of a folder: a prepared one, or Hugging Face's."""
         path = Path(path)
         folder, path = (path, path / 'tokenizer.json') if path.is_dir() else (path.parent, path)
-        ends = pretrained_token(folder, 'eos'), pretrained_start(folder)
+        told = pretrained_token(folder, 'eos'), pretrained_start(folder), pretrained_token(folder, 'mask')
         if not path.is_file() and (folder / 'merges.txt').is_file():
-            return cls(json_of_pair(folder), folder, *ends)
+            return cls(json_of_pair(folder), folder, *told)
         require(path.is_file(), f'There is no tokenizer at {path}; give a tokenizer.json or its folder.')
         # What is no UTF-8 is no JSON either, which the library says:
-        return cls(path.read_text(encoding='utf-8', errors='surrogateescape'), path, *ends)
+        return cls(path.read_text(encoding='utf-8', errors='surrogateescape'), path, *told)
 
     def to_json(self):
         return self.inner.to_str()
@@ -95,6 +98,7 @@ class Tokenizer:
 
 PIECE = 2**16  # characters that are encoded at once
 LONGEST = 2**20  # characters without a BOUNDARY that stay together
+QWEN_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 BOUNDARY = re.compile(r'(?<=\S)[ \n]')
 GPT2_FILES = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/'
 
@@ -184,6 +188,17 @@ def json_of_pair(folder):
         tokenizer = byte_level(*models.BPE.read_file(f'{folder}/vocab.json', f'{folder}/merges.txt'))
     special = ('<s>', '<pad>', '</s>', '<unk>', ENDOFTEXT)
     tokenizer.add_special_tokens([token for token in special if tokenizer.token_to_id(token) is not None])
+    settings = settings_of(folder, 'tokenizer_config.json')
+    if settings.get('tokenizer_class') in ('DreamTokenizer', 'Qwen2Tokenizer'):
+        words = pre_tokenizers.Split(Regex(QWEN_WORDS), 'isolated')
+        parts = [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        tokenizer.pre_tokenizer, tokenizer.normalizer = pre_tokenizers.Sequence(parts), normalizers.NFC()
+    with as_sentence(f'tokenizer_config.json of {folder} could not be read', 'download it again'):
+        added = settings.get('added_tokens_decoder', {})
+        for i in sorted(added, key=int):
+            token = added[i]['content']
+            tokenizer.add_tokens([AddedToken(token, special=added[i]['special'], normalized=False)])
+            require(tokenizer.token_to_id(token) == int(i), f'{token} of {folder} cannot be token {i}.')
     return tokenizer.to_str()
 
 
@@ -194,18 +209,19 @@ def known_id(tokenizer, token):
     return token if is_id and tokenizer.id_to_token(token) is not None else None
 
 
-def record_end(tokenizer, end):
-    """Record that the token with the id `end` is <|endoftext|>, in a template that adds nothing to a text."""
-    template = processors.TemplateProcessing(single='$A', pair='$A $B:1', special_tokens=[(ENDOFTEXT, end)])
+def record(tokenizer, ids):
+    """Record which ids serve as our special tokens, {token: id}, in a template that adds nothing to a text."""
+    template = processors.TemplateProcessing(single='$A', pair='$A $B:1', special_tokens=[*ids.items()])
     own = [] if tokenizer.post_processor is None else [tokenizer.post_processor]
     tokenizer.post_processor = processors.Sequence([*own, template])
 
 
-def end_in(post_processor):
-    """Return the id that record_end recorded in the post_processor of a tokenizer.json, or None."""
+def recorded_in(post_processor):
+    """Return what `record` recorded in the post_processor of a tokenizer.json, {} where there is nothing."""
     *_, last = (post_processor or {}).get('processors') or [{}]
     names = last.get('special_tokens', {}) if last.get('type') == 'TemplateProcessing' else {}
-    return names[ENDOFTEXT]['ids'][0] if list(names) == [ENDOFTEXT] and len(last['single']) == 1 else None
+    is_own = names.keys() <= {ENDOFTEXT, STARTOFTEXT, MASK} and len(last.get('single', ())) == 1
+    return {token: names[token]['ids'][0] for token in names} if is_own else {}
 
 
 def pretrained_token(folder, kind):
@@ -223,6 +239,7 @@ def pretrained_start(folder):
     """Return the name or id of what a folder of ours says is before a text, or what Hugging Face's adds there, or None."""
     recorded = settings_of(folder, 'config.json').get('start_token')
     adds_bos = settings_of(folder, 'tokenizer_config.json').get('add_bos_token')
+    adds_bos = adds_bos or pretrained_token(folder, 'mask') is not None  # as diffusion models are trained
     return pretrained_token(folder, 'bos') if recorded is None and adds_bos else recorded
 
 
