@@ -158,10 +158,9 @@ def encode_chat(tokenizer, template, turns, system=''):
             ids += tokenizer.encode(text)
         else:
             prompt.append((text, role == 'template'))
-    follows = turns[-1][2] is None or not any(markers(tokenizer).search(text) for text, _ in prompt)
-    ids += (
-        encode_parts(tokenizer, prompt) if follows else []
-    )  # some always write the header of one more answer
+    is_header = any(markers(tokenizer).search(text) for text, _ in prompt)
+    if turns[-1][2] is None or not is_header:  # some templates always write that of one more answer
+        ids += encode_parts(tokenizer, prompt)
     return ids, loss_mask + [0] * (len(ids) - len(loss_mask))
 
 
