@@ -115,10 +115,12 @@ def train_new_embeddings(model):
 
 
 def round_frozen(model):
-    """Keep the frozen matrices of the blocks and the head in bfloat16, as autocast would for each matmul."""
-    head = [model.unembedding] if isinstance(model.unembedding, nn.Linear) else []
-    for weight in nn.ModuleList([model.blocks, *head]).parameters():
+    """Keep frozen matrices in bfloat16, as autocast would for each matmul; a tied embedding stays as it is."""
+    tables = [model.embedding, model.unembedding] if isinstance(model.unembedding, nn.Linear) else []
+    for weight in nn.ModuleList([model.blocks, *tables]).parameters():
         weight.data = weight.data if weight.requires_grad or weight.dim() < 2 else weight.data.bfloat16()
+    if model.embedding.weight.dtype == torch.bfloat16:  # the residual stream stays in float32
+        model.embedding.register_forward_hook(lambda module, args, x: x.float())
 
 
 @torch.no_grad()

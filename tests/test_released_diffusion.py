@@ -275,18 +275,22 @@ def test_a_step_of_tuning_pads_with_the_end_and_gives_the_family_back(tmp_path, 
         tune(f'--dataset={folder}', '--init_from=scratch', f'--out_dir={tmp_path / "ar"}')
 
 
-def test_llada_8b_is_tuned_as_nf4_within_8_gb_of_weights():
+def test_llada_8b_is_tuned_as_nf4_on_a_gpu_of_8_gb():
     shape = dict(vocab_size=126464, mask_id=126336, n_head=32, n_embd=4096, mlp_width=12288)
     switches = dict(norm='rms_gain', mlp='swiglu', qk_norm=False, tied=False, logit_softcap=0.0)
 
-    def weights(n_layer):
+    def estimate(n_layer):
         with torch.device('meta'):
-            model = Diffusion(ModelConfig(**shape, **switches, n_layer=n_layer, block_size=4096))
+            model = Diffusion(
+                ModelConfig(
+                    **shape, **switches, n_layer=n_layer, block_size=4096, gradient_checkpointing=True
+                )
+            )
             quantize.quantize(model, bits=4)
             lora.add_lora(model, 16, 16.0, 0.0, ())
         lora.round_frozen(model)
         gpu = SimpleNamespace(dtype='bfloat16', device=torch.device('cuda'))
-        return runtime.memory_estimate(model, 1, 512, gpu)['weights']
+        return sum(runtime.memory_estimate(model, 1, 512, gpu).values())
 
-    one, two = weights(1), weights(2)
-    assert 7.0e9 < one + 31 * (two - one) < 7.5e9
+    one, two = estimate(1), estimate(2)
+    assert 7.5e9 < one + 31 * (two - one) < 8 * 2**30
