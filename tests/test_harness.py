@@ -12,7 +12,9 @@ from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 from lm import harness, prompts
+from lm.configurator import ROOT
 
+REAL = ROOT / 'data' / 'smollm2'
 TASK = """
 task: letters
 dataset_path: json
@@ -55,6 +57,28 @@ def test_a_hugging_face_model_gets_what_the_harness_own_model_gives_it(tmp_path)
     )
     greedy = requests(*[(text, {'until': ['q'], 'max_gen_toks': 12}) for text in ('The cat', 'on')])
     assert ours.generate_until(greedy, True) == theirs.generate_until(greedy, True)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f'there is no {REAL}, a folder of SmolLM2-135M-Instruct')
+def test_a_real_model_gets_what_the_harness_own_model_gives_it():
+    from lm_eval.models.huggingface import HFLM
+
+    ours = harness.Checkpoint(REAL, batch_size=4, device='cpu')
+    theirs = HFLM(str(REAL), device='cpu', dtype='float32', batch_size=4)
+    words = (ROOT / 'docs' / 'guide.md').read_text().split()
+    parts = [' '.join(words[i : i + 30]) for i in range(0, 60 * 40, 60)]  # 40 of them
+    pairs = requests(*[(one, f' {other[:40]}') for one, other in zip(parts, parts[1:])])
+    for one, other in zip(ours.loglikelihood(pairs, True), theirs.loglikelihood(pairs, True)):
+        assert one == pytest.approx(other, abs=1e-4) and one[1] is other[1]
+    whole = requests(*[(' '.join(parts[i : i + 5]),) for i in range(0, 40, 10)])
+    assert ours.loglikelihood_rolling(whole, True) == pytest.approx(
+        theirs.loglikelihood_rolling(whole, True), abs=1e-3
+    )
+    question = [{'role': 'user', 'content': 'What is the capital of France?'}]
+    asked = requests(
+        *[(model.apply_chat_template(question), {'max_gen_toks': 16}) for model in (ours, theirs)]
+    )
+    assert ours.generate_until(asked[:1], True) == theirs.generate_until(asked[1:], True)
 
 
 def test_an_answer_depends_on_its_request_alone_and_not_on_its_batch(checkpoint):
