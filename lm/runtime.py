@@ -62,10 +62,8 @@ def check_settings(config):
         numbers = len(window) == 2 and all(isinstance(x, (int, float)) for x in window)
         fits = numbers and 0 <= window[0] < window[1] <= 1
         require(fits, f'mask_ratio is {window}; give the lowest and the highest, from 0 to 1, as (0.2, 0.8).')
-    others = {key: config[key] for key in ('use_peft', 'ema_decay') if key in config}
-    others |= {'optimizer=muon': config['optimizer'] == 'muon', 'dtype=float16': config['dtype'] == 'float16'}
-    rival = next(filter(others.get, others), None)
-    require(not (config.get('fsdp') and rival), f'fsdp does not go with {rival}; leave one of them out.')
+    is_odd = config.get('fsdp') and config['dtype'] == 'float16'
+    require(not is_odd, 'fsdp does not go with dtype=float16; leave one of them out.')
 
 
 def plan_steps(config, num_rows, rows_per_step):
@@ -256,19 +254,20 @@ def flops_per_token(model, length=None, predicted=1.0, passes=0.0):
     clean part has logits for ar_weight.
     """
     c, tables = model.config, ('embedding', 'unembedding', 'positions')
-    matrices = {name: p for name, p in model.named_parameters() if p.dim() == 2}
+    matrices = {name: p for name, p in model.named_parameters() if p.dim() == 2 and p.is_floating_point()}
     matrices = [p for name, p in matrices.items() if name.split('.')[0] not in tables]
     weights = sum(m.in_features * m.out_features for m in model.modules() if hasattr(m, 'codes'))  # quantized
     weights += sum(p.numel() for p in matrices)
     trained = sum(p.numel() for p in matrices if p.requires_grad)
-    head_weight, streams = model.head_weight(), 2 if c.ar_weight else 1
+    table, streams = model.unembedding or model.embedding, 2 if c.ar_weight else 1
     if any(c.block_length):
         streams = 1 + 1 / model.noisy_blocks[0]
-    head = head_weight.numel() * (predicted + (c.ar_weight > 0))
+    head = c.padded_vocab_size * c.embedding_width * (predicted + (c.ar_weight > 0))
     attention = 4 * c.n_layer * c.n_head * c.head_dim * (length or c.block_size) * streams**2
     weights, trained = streams * weights, streams * trained
     forward = 2 * (weights + head) + attention
-    backward = 2 * (weights + trained + head + head * head_weight.requires_grad) + 2 * attention
+    head_is_trained = any(p.requires_grad for p in table.parameters())
+    backward = 2 * (weights + trained + head + head * head_is_trained) + 2 * attention
     return (1 + passes) * forward + backward
 
 
