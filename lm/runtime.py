@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from datetime import timedelta
 
 import torch
 
@@ -92,7 +93,18 @@ class Runtime:
             keep_freed_memory()
         if self.world_size > 1:  # gloo for what the ranks agree on, from the CPU, beside nccl's gradients
             backend = 'cpu:gloo,cuda:nccl' if self.device.type == 'cuda' else 'gloo'
-            torch.distributed.init_process_group(backend)
+            self.timeout, self.excepthook = int(os.environ.get('RANK_TIMEOUT', 900)), sys.excepthook
+            torch.distributed.init_process_group(backend, timeout=timedelta(seconds=self.timeout))
+            sys.excepthook = self.end_without_the_others
+
+    def end_without_the_others(self, kind, error, trace):
+        """End this process, as the sys.excepthook, with a sentence where another rank hangs or has ended."""
+        if 'gloo' not in str(error) and not issubclass(kind, torch.distributed.DistError):
+            return self.excepthook(kind, error, trace)
+        problem = f'rank {self.rank} has lost another one, which ended or hung for {self.timeout} s'
+        remedy = 'look at what that one said, and continue with --resume_from'
+        print(f'error: {problem} ({str(error).splitlines()[0]}); {remedy}.', file=sys.stderr, flush=True)
+        os._exit(1)  # gloo waits for the others as the interpreter shuts down
 
     def autocast(self):
         """Return a context in which matmuls run in `dtype`; the weights stay float32."""
