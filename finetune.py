@@ -148,10 +148,8 @@ block_size = block_size or min(max_seq_len or longest, longest)
 require(8 <= block_size <= longest, f'block_size is {block_size}; {init_from} takes 8 to {longest} tokens.')
 torch.manual_seed(seed)
 has_weights = not {'model_state_dict', 'sharded'}.isdisjoint(initial)
-reads_parts = (
-    fsdp and has_weights and not use_peft
-)  # a rank reads only its part; a base that is changed, all of it
-with torch.device('meta' if reads_parts else 'cpu'):
+# A base that gets adapters is whole in the memory of each rank at first.
+with (checkpoints if use_peft else store).make_in_parts(dist, has_weights):
     raw_model = checkpoints.make_model(architecture, **shape)
 is_whole = 'model_state_dict' in initial and (
     use_peft or not (resumed.checkpoint and fsdp)

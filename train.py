@@ -133,7 +133,7 @@ else:
 shape.update({key: config[key] for key in FREE_SHAPE}, k=max(k_schedule), vocab_size=tokenizer.vocab_size)
 shape.update(mask_id=tokenizer.mask_id, ignore_id=tokenizer.ignore_id)
 torch.manual_seed(seed)
-with torch.device('meta' if fsdp and initial else 'cpu'):  # a rank reads only its part of a sharded model
+with store.make_in_parts(dist, bool(initial)):
     raw_model = checkpoints.make_model(architecture, **shape)
 weights = None
 if initial:

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lm import checkpoints, runtime
 from lm.configurator import UserError, require
@@ -28,14 +29,52 @@ from lm.optim import local
 warnings.filterwarnings('ignore', 'torch.distributed is disabled')  # a single process saves alone on purpose
 
 
+class DrawnInParts(TorchDispatchMode):
+    """The context in which a model is made from scratch, of which a rank only keeps its part.
+
+    Its matrices are on the device 'meta'. The numbers that they start with are those of one process: each matrix is
+    drawn whole, one at a time.
+    """
+
+    def __init__(self, dist):
+        super().__init__()
+        self.dist = dist
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.ops.aten.empty.memory_format and len(args[0]) == 2:
+            return function(*args, **{**kwargs, 'device': 'meta'})
+        matrix = kwargs.get('out', args[0] if args else None)
+        if function._schema.is_mutable and matrix.is_meta:  # normal_, uniform_, zero_, eye
+            whole = torch.empty(matrix.shape)
+            if 'out' in kwargs:
+                function(*args, out=whole)
+            else:
+                function(whole, *args[1:], **kwargs)
+            matrix.part = part_of(whole, self.dist).clone()
+            return matrix
+        return function(*args, **kwargs)
+
+
+def part_of(whole, dist):
+    """Return what of a tensor a rank has, as FSDP2 shards it; a small one has fewer parts than there are ranks."""
+    return [*whole.chunk(dist.world_size), *[whole[:0]] * dist.world_size][dist.rank]
+
+
+def make_in_parts(dist, has_weights):
+    """Return the context in which the model is made that `place` gets; with weights, nothing is drawn."""
+    return torch.device('meta') if has_weights else DrawnInParts(dist)
+
+
 def place(model, weights, dist):
     """Shard a model in place, so that no device ever holds it whole, and return it.
 
-    Nor does a rank if the model is on the device 'meta': each copies its part of `weights`, one tensor after the
-    other; without weights, `load_state` is to follow. The embedding, which is the head as well, belongs to the
+    Nor does a rank if the model was made in parts: each copies its part of `weights`, one tensor after the other;
+    where a state has them, `load_state` is to follow. The embedding, which is the head as well, belongs to the
     root, so the loss is computed in the root's forward.
     """
     on_meta = model.embedding.weight.is_meta
+    drawn = {name: x.part for name, x in model.named_parameters() if hasattr(x, 'part')}
     if dist.world_size > 1:
         dtype = runtime.DTYPES[dist.dtype]  # not of the inputs, noise and rotary tables
         policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
@@ -47,13 +86,13 @@ def place(model, weights, dist):
             fully_shard(module, mesh=mesh, mp_policy=policy)
     if not on_meta:
         return model.to(dist.device)
-    model.to_empty(device=dist.device)
+    model._apply(lambda x: torch.empty_like(x, device=dist.device) if x.is_meta else x.to(dist.device))
     for name, table in model.tables().items():
         setattr(model, name, table.to(dist.device))
-    for name, weight in model.named_parameters() if weights else ():
-        parts = weights[name].chunk(dist.world_size)  # FSDP2 shards the first dimension as this does
-        if dist.rank < len(parts):  # a small tensor has fewer parts than there are ranks
-            local(weight.detach()).copy_(parts[dist.rank])
+    for name, weight in model.named_parameters():
+        if weights or name in drawn:
+            part = part_of(weights[name], dist) if weights else drawn[name]
+            local(weight.detach()).copy_(part)
     return model
 
 

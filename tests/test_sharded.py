@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -25,7 +26,7 @@ from conftest import (
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 import hf
-from lm import checkpoints
+from lm import checkpoints, sharded
 from lm.configurator import ROOT, UserError
 
 pytestmark = pytest.mark.filterwarnings('ignore:torch.distributed is disabled')
@@ -150,6 +151,23 @@ def test_two_ranks_are_one_process_and_their_state_resumes_on_one(tmp_path):
     paths = (tmp_path / f'nf4-{run}/adapter/adapter_model.safetensors' for run in ('one', 'two'))
     tensors = map(safetensors.torch.load_file, paths)
     torch.testing.assert_close(*tensors, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize('architecture', ['ar', 'diffusion', 'sdd'])
+def test_a_model_made_in_parts_starts_as_a_whole_one(architecture):
+    shape = dict(SHAPE, vocab_size=30, mask_id=28, ignore_id=29)
+    torch.manual_seed(3)
+    whole = checkpoints.make_model(architecture, **shape).state_dict()
+    parts = []
+    for rank in range(3):  # of which the last has no row of some
+        torch.manual_seed(3)
+        with sharded.make_in_parts(SimpleNamespace(rank=rank, world_size=3), False):
+            model = checkpoints.make_model(architecture, **shape)
+        assert all(x.is_meta for x in model.parameters() if x.dim() == 2)
+        parts.append({name: x.part if x.is_meta else x for name, x in model.named_parameters()})
+    for name, expected in whole.items():
+        found = [part[name] for part in parts]
+        assert torch.equal(torch.cat(found) if expected.dim() == 2 else found[0], expected), name
 
 
 def stop_after_a_step(out):
