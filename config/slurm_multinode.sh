@@ -16,6 +16,7 @@ cd "${SLURM_SUBMIT_DIR:-.}"
 source .venv/bin/activate
 gpus=${SLURM_GPUS_ON_NODE:-1}
 export OMP_NUM_THREADS=$((${SLURM_CPUS_PER_TASK:-$gpus} / gpus))
+export PET_SHUTDOWN_TIMEOUT=240  # seconds that torchrun gives the ranks to save in; 30 by itself
 export RANK_TIMEOUT=900  # seconds after which a rank that hangs ends the run; a state takes less to be written
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
