@@ -148,12 +148,12 @@ block_size = block_size or min(max_seq_len or longest, longest)
 require(8 <= block_size <= longest, f'block_size is {block_size}; {init_from} takes 8 to {longest} tokens.')
 torch.manual_seed(seed)
 has_weights = not {'model_state_dict', 'sharded'}.isdisjoint(initial)
-# A base that gets adapters is whole in the memory of each rank at first.
-with (checkpoints if use_peft else store).make_in_parts(dist, has_weights):
+in_parts = fsdp and not use_peft  # a rank makes, or reads, only its part; but for a base of adapters
+with (
+    store.DrawnInParts(dist) if in_parts and not has_weights else torch.device('meta' if in_parts else 'cpu')
+):
     raw_model = checkpoints.make_model(architecture, **shape)
-is_whole = 'model_state_dict' in initial and (
-    use_peft or not (resumed.checkpoint and fsdp)
-)  # or it comes in shards
+is_whole = 'model_state_dict' in initial and not (resumed.checkpoint and in_parts)  # or it comes in shards
 weights = checkpoints.weights_of(initial) if is_whole else None
 if use_peft:
     from lm import lora, quantize  # only where it is wanted

@@ -436,7 +436,8 @@ class SDD(Diffusion):
     def __init__(self, config):
         super().__init__(config)  # draws the same weights as Diffusion
         self.belief_proj = Linear(config.embedding_width, config.embedding_width, bias=False)
-        nn.init.eye_(self.belief_proj.weight)
+        with torch.no_grad():
+            self.belief_proj.weight.copy_(torch.eye(config.embedding_width))
 
     @classmethod
     def new_weights(cls, config):

@@ -133,7 +133,8 @@ else:
 shape.update({key: config[key] for key in FREE_SHAPE}, k=max(k_schedule), vocab_size=tokenizer.vocab_size)
 shape.update(mask_id=tokenizer.mask_id, ignore_id=tokenizer.ignore_id)
 torch.manual_seed(seed)
-with store.make_in_parts(dist, bool(initial)):
+in_parts = store.DrawnInParts(dist) if fsdp and not initial else torch.device('meta' if fsdp else 'cpu')
+with in_parts:  # a rank makes, or reads, only its part of a sharded model
     raw_model = checkpoints.make_model(architecture, **shape)
 weights = None
 if initial:

@@ -267,12 +267,7 @@ def save_if_best(out, step, values, best, checkpoint, weights, dist):
     return is_best
 
 
-# The next six are the store of weights and training state; lm/sharded.py has the same six for sharded ones.
-
-
-def make_in_parts(dist, has_weights):
-    """Return the context in which a model is made; where it is not sharded, any."""
-    return contextlib.nullcontext()
+# The next five are the store of weights and training state; lm/sharded.py has the same five for sharded ones.
 
 
 def place(model, weights, dist):

@@ -16,10 +16,7 @@ P_DEEPER, MAX_DEPTH, P_STALE, MAX_STALE = 0.7, 4, 0.75, 0.3
 
 
 class Optimizer:
-    """One or two torch optimizers, by name, that step together; state_dict() is {name: its state dict}.
-
-    average: the WeightAverage that is kept with them, or None.
-    """
+    """One or two torch optimizers, by name, that step together, and perhaps a WeightAverage; state_dict() has no average."""
 
     def __init__(self, parts):
         self.parts, self.average = parts, None
@@ -90,15 +87,12 @@ class Muon(torch.optim.Muon):
             shapes = {}
             for p in group['params']:
                 if p.grad is not None:
-                    split_dim = (2 if is_tall(p) else 1) if hasattr(p, 'device_mesh') else None
+                    split_dim = (2 if p.size(0) > p.size(1) else 1) if hasattr(p, 'device_mesh') else None
                     shapes.setdefault((*sorted(p.shape), split_dim), []).append(p)
             for (_, longer, split_dim), matrices in shapes.items():
-                update = self.momenta(matrices, group['momentum'])  # (n, shorter, longer)
-                if split_dim is None:
-                    update = orthogonalise(update, group)
-                else:
-                    update = orthogonalise_sharded(update, split_dim, matrices[0], group)
-                updates = [u.mT if is_tall(p) else u for u, p in zip(update, matrices)]
+                momenta = self.momenta(matrices, group['momentum'])
+                update = orthogonalise_parts(momenta, split_dim, matrices[0], group)  # (n, shorter, longer)
+                updates = [u.mT if p.size(0) > p.size(1) else u for u, p in zip(update, matrices)]
                 matrices = [local(p) for p in matrices]
                 torch._foreach_mul_(matrices, 1 - group['lr'] * group['weight_decay'])
                 torch._foreach_add_(matrices, updates, alpha=-group['lr'] * 0.2 * math.sqrt(longer))
@@ -112,11 +106,7 @@ class Muon(torch.optim.Muon):
         grads = [local(p.grad) for p in matrices]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         nesterov = torch._foreach_lerp(grads, buffers, momentum)
-        return torch.stack([x.mT if is_tall(p) else x for x, p in zip(nesterov, matrices)])
-
-
-def is_tall(matrix):
-    return matrix.size(0) > matrix.size(1)
+        return torch.stack([x.mT if p.size(0) > p.size(1) else x for x, p in zip(nesterov, matrices)])
 
 
 def orthogonalise(x, group):
@@ -130,9 +120,11 @@ def orthogonalise(x, group):
     return x
 
 
-def orthogonalise_sharded(parts, dim, matrix, group):
+def orthogonalise_parts(parts, dim, matrix, group):
     """Orthogonalise n matrices, of each of which a rank has a part along dim of (n, shorter, longer), as FSDP splits
-    `matrix`: each rank gets n / ranks of them whole, and gives back the parts of the others."""
+    `matrix`: each rank gets n / ranks of them whole, and gives back the parts of the others. dim=None: all are whole."""
+    if dim is None:
+        return orthogonalise(parts, group)
     from torch.distributed.tensor import DTensor, Shard  # slow to import
 
     mesh, shape = matrix.device_mesh, torch.Size([len(parts), *sorted(matrix.shape)])

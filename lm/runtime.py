@@ -278,8 +278,8 @@ def flops_per_token(model, length=None, predicted=1.0, passes=0.0):
     attention = 4 * c.n_layer * c.n_head * c.head_dim * (length or c.block_size) * streams**2
     weights, trained = streams * weights, streams * trained
     forward = 2 * (weights + head) + attention
-    head_is_trained = any(p.requires_grad for p in table.parameters())
-    backward = 2 * (weights + trained + head + head * head_is_trained) + 2 * attention
+    trained += head * any(p.requires_grad for p in table.parameters())
+    backward = 2 * (weights + trained + head) + 2 * attention
     return (1 + passes) * forward + backward
 
 

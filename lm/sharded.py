@@ -44,15 +44,10 @@ class DrawnInParts(TorchDispatchMode):
         kwargs = kwargs or {}
         if function is torch.ops.aten.empty.memory_format and len(args[0]) == 2:
             return function(*args, **{**kwargs, 'device': 'meta'})
-        matrix = kwargs.get('out', args[0] if args else None)
-        if function._schema.is_mutable and matrix.is_meta:  # normal_, uniform_, zero_, eye
-            whole = torch.empty(matrix.shape)
-            if 'out' in kwargs:
-                function(*args, out=whole)
-            else:
-                function(whole, *args[1:], **kwargs)
-            matrix.part = part_of(whole, self.dist).clone()
-            return matrix
+        if function._schema.is_mutable and args[0].is_meta:  # normal_, uniform_, copy_
+            whole = function(torch.empty(args[0].shape), *args[1:], **kwargs)
+            args[0].part = part_of(whole, self.dist).clone()
+            return args[0]
         return function(*args, **kwargs)
 
 
@@ -61,16 +56,11 @@ def part_of(whole, dist):
     return [*whole.chunk(dist.world_size), *[whole[:0]] * dist.world_size][dist.rank]
 
 
-def make_in_parts(dist, has_weights):
-    """Return the context in which the model is made that `place` gets; with weights, nothing is drawn."""
-    return torch.device('meta') if has_weights else DrawnInParts(dist)
-
-
 def place(model, weights, dist):
     """Shard a model in place, so that no device ever holds it whole, and return it.
 
-    Nor does a rank if the model was made in parts: each copies its part of `weights`, one tensor after the other;
-    where a state has them, `load_state` is to follow. The embedding, which is the head as well, belongs to the
+    Nor does a rank if the model is on 'meta': each copies its part of `weights`, one tensor after the other, or what
+    was drawn of it; where a state has them, `load_state` is to follow. The embedding, which is the head as well, belongs to the
     root, so the loss is computed in the root's forward.
     """
     on_meta = model.embedding.weight.is_meta
@@ -115,9 +105,7 @@ def gathered(model):
         model.reshard()
 
 
-OPTIONS = state_dicts.StateDictOptions(
-    ignore_frozen_params=True, strict=False
-)  # the base of adapters is elsewhere
+OPTIONS = state_dicts.StateDictOptions(ignore_frozen_params=True, strict=False)  # adapters without their base
 
 
 def state_of(model, optimizer):
@@ -196,17 +184,14 @@ def read(state, path, checkpoint):
 
 def load_state(resumed, model, optimizer):
     """Fill model and optimizer, whatever the number of ranks; the optimizer's settings are this run's."""
-    state, parts, average = state_of(model, optimizer), list(optimizer.parts.values()), optimizer.average
-    weights, moments = state['model'], state['optimizer']
-    was_averaged = resumed.checkpoint['train_config'].get('ema_decay')
-    ema = {'ema': state['ema']} if average and was_averaged else {}
-    wanted = {'model': weights, 'optimizer': {'state': moments['state']}, **ema}
+    state, was_averaged = state_of(model, optimizer), resumed.checkpoint['train_config'].get('ema_decay')
+    average = state.pop('ema', None) if not was_averaged else None
+    wanted = {**state, 'optimizer': {'state': state['optimizer']['state']}}
     read(wanted, resumed.path, resumed.checkpoint)
-    state_dicts.set_state_dict(
-        model, parts, model_state_dict=weights, optim_state_dict=moments, options=OPTIONS
-    )
-    if average and not was_averaged:
-        average.load(dict(model.named_parameters()))
+    states = dict(model_state_dict=state['model'], optim_state_dict=state['optimizer'], options=OPTIONS)
+    state_dicts.set_state_dict(model, list(optimizer.parts.values()), **states)
+    if average:  # a new one
+        optimizer.average.load(dict(model.named_parameters()))
 
 
 def consolidate(source):

@@ -161,7 +161,7 @@ def test_a_model_made_in_parts_starts_as_a_whole_one(architecture):
     parts = []
     for rank in range(3):  # of which the last has no row of some
         torch.manual_seed(3)
-        with sharded.make_in_parts(SimpleNamespace(rank=rank, world_size=3), False):
+        with sharded.DrawnInParts(SimpleNamespace(rank=rank, world_size=3)):
             model = checkpoints.make_model(architecture, **shape)
         assert all(x.is_meta for x in model.parameters() if x.dim() == 2)
         parts.append({name: x.part if x.is_meta else x for name, x in model.named_parameters()})
