@@ -181,14 +181,15 @@ def stop_after_a_step(out):
 def test_a_stopped_run_is_consolidated(tmp_path):
     write_folder(tmp_path / 'letters')
     command, out = [word.replace('PLACE', str(tmp_path)) for word in TRAIN], tmp_path / 'run'
-    command += ['--fsdp', f'--out_dir={out}']
+    command += ['--fsdp', '--ema_decay=0.9', f'--out_dir={out}']
     threading.Thread(target=stop_after_a_step, args=(out,), daemon=True).start()
-    model = script(*command, '--max_steps=10000')['raw_model']
+    left = script(*command, '--max_steps=10000')
     with pytest.raises(UserError, match='weights of .* are sharded in .*consolidate'):
         checkpoints.load(out)
     hf.main(['consolidate', str(out)])
-    state = checkpoints.load(out)['model_state_dict']
-    assert all(torch.equal(state[name], weight) for name, weight in model.state_dict().items())
+    held = checkpoints.load(out)
+    for key, weights in (('model', left['raw_model'].state_dict()), ('ema', left['ema'].ema)):
+        assert all(torch.equal(held[f'{key}_state_dict'][name], x) for name, x in weights.items())
 
     steps = load(out)['global_step'] + 1
     script(*command, f'--max_steps={steps}', '--resume_from=auto')
