@@ -5,7 +5,6 @@ python finetune.py --dataset=alpaca --init_from=Qwen/Qwen2.5-0.5B --use_peft --m
 torchrun --standalone --nproc_per_node=2 finetune.py --dataset=alpaca --init_from=out/big --device=cpu
 """
 
-import copy
 import zlib
 from functools import partial
 from itertools import groupby
@@ -149,23 +148,28 @@ block_size = block_size or min(max_seq_len or longest, longest)
 require(8 <= block_size <= longest, f'block_size is {block_size}; {init_from} takes 8 to {longest} tokens.')
 torch.manual_seed(seed)
 has_weights = not {'model_state_dict', 'sharded'}.isdisjoint(initial)
-with torch.device('meta' if fsdp and has_weights else 'cpu'):  # a rank reads only its part of a sharded model
+in_parts = fsdp and not use_peft  # a rank makes, or reads, only its part; but for a base of adapters
+where = torch.device('meta' if in_parts else 'cpu')
+with where if has_weights or not in_parts else store.DrawnInParts(dist):
     raw_model = checkpoints.make_model(architecture, **shape)
-is_whole = 'model_state_dict' in initial and not (resumed.checkpoint and fsdp)  # or it comes in shards
+is_whole = 'model_state_dict' in initial and not (resumed.checkpoint and in_parts)  # or it comes in shards
 weights = checkpoints.weights_of(initial) if is_whole else None
 if use_peft:
     from lm import lora, quantize  # only where it is wanted
+
+    def add_adapters(model):
+        targets = tuple(name.strip() for name in peft_targets.split(',')) if peft_targets else ()
+        if is_quantized:
+            quantize.quantize(model, bits=8 if load_in_8bit else 4)
+        lora.add_lora(model, peft_lora_r, peft_lora_alpha, peft_lora_dropout, targets)
+        if initial.get('converted_from'):
+            lora.train_new_embeddings(model)
 
     raw_model.load_state_dict(weights or raw_model.state_dict())
     weights = None
     checksums = [zlib.crc32(x.flatten().view(torch.uint8).numpy()) for x in raw_model.state_dict().values()]
     folder.fingerprint[f'the weights of {init_from}'] = checksums
-    targets = tuple(name.strip() for name in peft_targets.split(',')) if peft_targets else ()
-    if is_quantized:
-        quantize.quantize(raw_model, bits=8 if load_in_8bit else 4)
-    lora.add_lora(raw_model, peft_lora_r, peft_lora_alpha, peft_lora_dropout, targets)
-    if initial.get('converted_from'):
-        lora.train_new_embeddings(raw_model)
+    add_adapters(raw_model)
     if dist.dtype == 'bfloat16':
         lora.round_frozen(raw_model)
     if resumed.checkpoint:
@@ -247,17 +251,21 @@ def checkpoint():
     texts = tokenizer, folder.config['start_token'], prompt_format
     state = checkpoints.contents(raw_model, step, best, config, initial, *texts)
     if use_peft:
-        state['adapter_state_dict'] = {name: p.detach() for name, p in trainable.items()}
+        state['adapter_state_dict'] = store.whole({name: p.detach() for name, p in trainable.items()})
     return state
 
 
 def whole_weights():
-    """Return what other scripts load, adapters merged."""
-    if not use_peft:
-        return store.whole_weights(raw_model)
-    merged = copy.deepcopy(raw_model).float()  # in bfloat16 small changes would round away
-    lora.merge(merged)
-    return merged.state_dict()
+    """Return what other scripts load, adapters merged, on rank 0; all ranks take part."""
+    weights = store.whole(raw_model.state_dict())
+    if use_peft and weights:
+        with torch.device('meta'):
+            merged = checkpoints.make_model(architecture, **shape)
+            add_adapters(merged)
+        merged.load_state_dict(weights, assign=True)
+        lora.merge(merged.float())  # in bfloat16 small changes would round away
+        weights = merged.state_dict()
+    return {'model_state_dict': weights}
 
 
 def save(is_last=False):
@@ -276,8 +284,9 @@ def evaluate_and_save():
     log.print(f'step {step}: ' + ', '.join(f'{name} {value:.4f}' for name, value in values.items()))
     runtime.check_finite(values['val/loss'], step, learning_rate)
     is_best = checkpoints.save_if_best(out, step, values, best, checkpoint, whole_weights, dist)
-    if is_best and use_peft and dist.is_main:
-        lora.save_adapter(raw_model, out / 'adapter', init_from, prompt_format)
+    adapter = store.whole(trainable) if is_best and use_peft else None
+    if adapter:
+        lora.save_adapter(raw_model, out / 'adapter', init_from, prompt_format, adapter)
     log.metrics(step, pending | values)
     pending = None
 

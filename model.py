@@ -426,8 +426,7 @@ class SDD(Diffusion):
 
     A belief is a function of a view that is masked as much as x_t or more, so the network with its earlier passes is
     a deeper function of the visible tokens, and its loss bounds -log p(row) of the sampler that makes these passes
-    before each token. They carry no gradient. Related: Soft-Masked Diffusion (Hersche et al. 2025), self-conditioning
-    (Chen et al. 2022), LRD, LDDM, SCMDM.
+    before each token, without gradient. Related: Soft-Masked Diffusion (Hersche et al. 2025), LRD, LDDM, SCMDM.
     """
 
     description, order = 'sparse distribution diffusion', f'{Diffusion.order}, two passes per token'
@@ -436,7 +435,8 @@ class SDD(Diffusion):
     def __init__(self, config):
         super().__init__(config)  # draws the same weights as Diffusion
         self.belief_proj = Linear(config.embedding_width, config.embedding_width, bias=False)
-        nn.init.eye_(self.belief_proj.weight)
+        with torch.no_grad():
+            self.belief_proj.weight.copy_(torch.eye(config.embedding_width))
 
     @classmethod
     def new_weights(cls, config):

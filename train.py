@@ -6,7 +6,6 @@ torchrun --standalone --nproc_per_node=2 train.py config/shakespeare_char.py --d
 """
 
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -134,7 +133,8 @@ else:
 shape.update({key: config[key] for key in FREE_SHAPE}, k=max(k_schedule), vocab_size=tokenizer.vocab_size)
 shape.update(mask_id=tokenizer.mask_id, ignore_id=tokenizer.ignore_id)
 torch.manual_seed(seed)
-with torch.device('meta' if fsdp and initial else 'cpu'):  # a rank reads only its part of a sharded model
+in_parts = store.DrawnInParts(dist) if fsdp and not initial else torch.device('meta' if fsdp else 'cpu')
+with in_parts:  # a rank makes, or reads, only its part of a sharded model
     raw_model = checkpoints.make_model(architecture, **shape)
 weights = None
 if initial:
@@ -152,13 +152,11 @@ max_steps, warmup = runtime.plan_steps(config, batches.rows.num_rows, batches.ro
 anneal_steps = optim.default_anneal_steps(anneal_steps, raw_model, initial, max_steps)
 opt = optim.make_optimizer(raw_model, optimizer, learning_rate, beta1, beta2, weight_decay)
 scaler = dist.scaler()
-ema = optim.WeightAverage(raw_model, ema_decay) if ema_decay else None
+ema = opt.average = optim.WeightAverage(raw_model, ema_decay) if ema_decay else None
 inputs = {'rows_per_step': batches.rows_per_step, 'data': folder.fingerprint}
 step, best, pending = checkpoints.continue_run(resumed, store, raw_model, opt, scaler, inputs, config)
 if step >= max_steps and pending is None:
     dist.exit(f'{resumed.path} is finished at step {step} of {max_steps}. --max_steps makes it longer.')
-if ema and resumed.checkpoint and 'ema_state_dict' in initial:
-    ema.load(initial['ema_state_dict'])
 weights = None  # not kept beside the model
 if initial:
     initial.pop('model_state_dict', None)
@@ -178,14 +176,17 @@ log.print(
 
 # ---------------------------------------------------------------------------- evaluation and checkpoints
 
-whole_weights = partial(store.whole_weights, raw_model)  # what other scripts load; all ranks take part
-
 
 def checkpoint():
     """Return what the other scripts need to use the model, but for its weights."""
     texts = tokenizer, folder.config['start_token'], folder.config['prompt_format']
-    state = checkpoints.contents(raw_model, step, best, config, initial, *texts)
-    return {**state, 'ema_state_dict': ema.ema} if ema else state
+    return checkpoints.contents(raw_model, step, best, config, initial, *texts)
+
+
+def whole_weights():
+    """Return what other scripts load, on rank 0; all ranks take part."""
+    weights = {'model_state_dict': store.whole(raw_model.state_dict())}
+    return {**weights, 'ema_state_dict': store.whole(ema.ema)} if ema else weights
 
 
 def save(is_last=False):

@@ -253,14 +253,14 @@ def state_of_run(inputs, pending, scaler, log):
 def save_if_best(out, step, values, best, checkpoint, weights, dist):
     """Write best.pt where val/loss is the lowest so far, and eval_results.json; returns whether it is.
 
-    checkpoint: a call that returns the contents; weights: one that returns the weights, which all ranks make.
+    checkpoint, weights: calls that return the contents and {name: state dict} of the weights, which all ranks make.
     """
     is_best = values['val/loss'] < best.loss
     if is_best:
         best.step, best.loss = step, values['val/loss']
-        state_dict = weights()
+        state = {**checkpoint(), **weights()}
         if dist.is_main:
-            save(out / 'best.pt', {**checkpoint(), 'model_state_dict': state_dict})
+            save(out / 'best.pt', state)
     if dist.is_main:
         results = {'step': step, **values, 'best_step': best.step, 'best_val_loss': best.loss}
         write_json(out / 'eval_results.json', results)
@@ -277,8 +277,9 @@ def place(model, weights, dist):
     return model.to(dist.device)
 
 
-def whole_weights(model):
-    return model.state_dict()
+def whole(tensors):
+    """Return {name: tensor} for a file on rank 0."""
+    return tensors
 
 
 def gathered(model):
@@ -289,8 +290,7 @@ def gathered(model):
 def save_state(path, model, optimizer, dist, checkpoint, weights, is_last):
     """Write ckpt.pt on rank 0; weights() returns what other scripts load. is_last: once more, at the end of the run."""
     if dist.is_main:
-        states = {'model_state_dict': weights(), 'optimizer_state_dict': optimizer.state_dict()}
-        save(path, {**checkpoint, **states})
+        save(path, {**checkpoint, **weights(), 'optimizer_state_dict': optimizer.state_dict()})
 
 
 def load_state(resumed, model, optimizer):
@@ -301,6 +301,8 @@ def load_state(resumed, model, optimizer):
     for weight, state in (pair for part in optimizer.parts.values() for pair in part.state.items()):
         if not {x.shape for x in state.values()} <= {weight.shape, torch.Size()}:
             raise ValueError('optimizer_state_dict is of other weights')
+    if optimizer.average and 'ema_state_dict' in resumed.checkpoint:
+        optimizer.average.load(resumed.checkpoint['ema_state_dict'])
 
 
 # ---------------------------------------------------------------------------- continuing a run

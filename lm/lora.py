@@ -56,7 +56,7 @@ class TrainedRows(nn.Module):
 
     def __init__(self, table, ids):
         super().__init__()
-        self.table, device = table, table.weight.device
+        self.table, device = table, 'cpu' if table.weight.is_meta else table.weight.device
         self.register_buffer('ids', torch.tensor(ids, device=device), persistent=False)
         self.rows = nn.Parameter(table.weight.detach()[ids].clone())
 
@@ -129,7 +129,7 @@ def merge(model):
     for name, layer in adapted_layers(model):
         model.set_submodule(name, layer.merged())
     for name, table in trained_tables(model).items():
-        table.table.weight.copy_(table.weight)
+        table.table.weight = nn.Parameter(table.weight, requires_grad=False)  # others may have the tensor
         setattr(model, name, table.table)
 
 
@@ -155,16 +155,18 @@ def peft_name(name, family):
     return f'{module}.{PEFT_NAMES.get(kind, kind)}', None if kind == 'lora_A' else qkv_index
 
 
-def save_adapter(model, folder, base_name, prompt_format=None):
+def save_adapter(model, folder, base_name, prompt_format=None, weights=None):
     """Write adapter_model.safetensors and adapter_config.json for PEFT; base_name: what they are for.
 
-    prompt_format: that of the answers it was trained on, a key of ours that goes with it into its base. Layers have
-    the names of the model's family; our own without one and for gpt2, where q, k, v are one.
+    weights: the trained ones of a model that has only parts of them; prompt_format: that of the answers it was trained on, a
+    key of ours that goes with it into its base. Layers have the names of the model's family; our own without one and
+    for gpt2, where q, k, v are one.
     """
     folder, tables, (_, layer) = Path(folder), trained_tables(model), adapted_layers(model)[0]
     family, _ = families.family_of(type(model), model.config)
     family = None if family == 'gpt2' else family
-    tensors = {PREFIX + peft_name(name, family)[0]: x.detach() for name, x in trained_weights(model).items()}
+    weights = weights or trained_weights(model)
+    tensors = {PREFIX + peft_name(name, family)[0]: x.detach() for name, x in weights.items()}
     targets = {name.split('.')[-3] for name in tensors if name.endswith('lora_A.weight')}
     config = dict(peft_type='LORA', task_type='CAUSAL_LM' if model.causal else None)
     config.update(base_model_name_or_path=str(base_name), r=layer.rank, lora_alpha=layer.alpha)

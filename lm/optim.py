@@ -16,10 +16,10 @@ P_DEEPER, MAX_DEPTH, P_STALE, MAX_STALE = 0.7, 4, 0.75, 0.3
 
 
 class Optimizer:
-    """One or two torch optimizers, by name, that step together; state_dict() is {name: its state dict}."""
+    """One or two torch optimizers, by name, that step together, and perhaps a WeightAverage; state_dict() has no average."""
 
     def __init__(self, parts):
-        self.parts = parts
+        self.parts, self.average = parts, None
 
     def set_lr(self, lr):
         for part in self.parts.values():
@@ -78,32 +78,35 @@ class Muon(torch.optim.Muon):
     """PyTorch's Muon with 'match_rms_adamw', for all matrices of one shape, or its transpose, at once.
 
     Many small matmuls take twice the time of one batched one. And PyTorch's computes in bfloat16, which a CPU without
-    instructions for it emulates, a hundred times slower than float32.
+    instructions for it emulates, a hundred times slower than float32. Of sharded matrices, each rank orthogonalises some.
     """
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):
         for group in self.param_groups:
             shapes = {}
             for p in group['params']:
                 if p.grad is not None:
-                    shapes.setdefault((min(p.shape), max(p.shape)), []).append(p)
-            for (_, longer), matrices in shapes.items():
+                    split_dim = (2 if p.size(0) > p.size(1) else 1) if hasattr(p, 'device_mesh') else None
+                    shapes.setdefault((*sorted(p.shape), split_dim), []).append(p)
+            for (_, longer, split_dim), matrices in shapes.items():
                 momenta = self.momenta(matrices, group['momentum'])
-                update = orthogonalise(momenta, group)  # (n, shorter, longer)
+                update = orthogonalise_parts(momenta, split_dim, matrices[0], group)  # (n, shorter, longer)
                 updates = [u.mT if p.size(0) > p.size(1) else u for u, p in zip(update, matrices)]
+                matrices = [local(p) for p in matrices]
                 torch._foreach_mul_(matrices, 1 - group['lr'] * group['weight_decay'])
                 torch._foreach_add_(matrices, updates, alpha=-group['lr'] * 0.2 * math.sqrt(longer))
 
     def momenta(self, matrices, momentum):
-        """Update the momentum buffers and return Nesterov's momentum: (n, shorter, longer)."""
+        """Update the momentum buffers and return Nesterov's momentum: (n, shorter, longer), or a rank's part of it."""
         for p in matrices:
             if 'momentum_buffer' not in self.state[p]:
                 self.state[p]['momentum_buffer'] = torch.zeros_like(p.grad)
-        buffers, grads = [self.state[p]['momentum_buffer'] for p in matrices], [p.grad for p in matrices]
+        buffers = [local(self.state[p]['momentum_buffer']) for p in matrices]
+        grads = [local(p.grad) for p in matrices]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         nesterov = torch._foreach_lerp(grads, buffers, momentum)
-        return torch.stack([x.mT if x.size(0) > x.size(1) else x for x in nesterov])
+        return torch.stack([x.mT if p.size(0) > p.size(1) else x for x, p in zip(nesterov, matrices)])
 
 
 def orthogonalise(x, group):
@@ -115,6 +118,20 @@ def orthogonalise(x, group):
         gram = x @ x.mT  # (n, R, R)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
+
+
+def orthogonalise_parts(parts, dim, matrix, group):
+    """Orthogonalise n matrices, of each of which a rank has a part along dim of (n, shorter, longer), as FSDP splits
+    `matrix`: each rank gets n / ranks of them whole, and gives back the parts of the others. dim=None: all are whole."""
+    if dim is None:
+        return orthogonalise(parts, group)
+    from torch.distributed.tensor import DTensor, Shard  # slow to import
+
+    mesh, shape = matrix.device_mesh, torch.Size([len(parts), *sorted(matrix.shape)])
+    layout = dict(shape=shape, stride=(shape[1] * shape[2], shape[2], 1), run_check=False)
+    own = DTensor.from_local(parts.contiguous(), mesh, [Shard(dim)], **layout).redistribute(mesh, [Shard(0)])
+    update = orthogonalise(own.to_local(), group)
+    return DTensor.from_local(update, mesh, [Shard(0)], **layout).redistribute(mesh, [Shard(dim)]).to_local()
 
 
 def local(tensor):
@@ -132,6 +149,7 @@ class WeightAverage:
         self.weights, self.decay = dict(model.named_parameters()), decay
         self.ema = {name: weight.detach().clone() for name, weight in self.weights.items()}
 
+    @torch.no_grad()
     def load(self, ema):
         for name, weight in self.ema.items():
             weight.copy_(ema[name])
@@ -139,7 +157,8 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, step):
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.ema.values()), list(self.weights.values()), 1 - decay)
+        ema, weights = ([local(x) for x in each.values()] for each in (self.ema, self.weights))
+        torch._foreach_lerp_(ema, weights, 1 - decay)
 
     @contextmanager
     def in_place(self):
@@ -150,9 +169,13 @@ class WeightAverage:
         finally:
             self.swap()
 
+    @torch.no_grad()
     def swap(self):
-        for name, weight in self.weights.items():
-            weight.data, self.ema[name] = self.ema[name], weight.data
+        for name, weight in self.weights.items():  # in place: FSDP and compiled graphs have the address
+            weight, ema = local(weight), local(self.ema[name])
+            kept = weight.clone()
+            weight.copy_(ema)
+            ema.copy_(kept)
 
 
 def learning_rate_at(step, max_steps, learning_rate, min_lr, warmup_steps, schedule, decay_ratio):

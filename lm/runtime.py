@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from datetime import timedelta
 
 import torch
 
@@ -62,10 +63,8 @@ def check_settings(config):
         numbers = len(window) == 2 and all(isinstance(x, (int, float)) for x in window)
         fits = numbers and 0 <= window[0] < window[1] <= 1
         require(fits, f'mask_ratio is {window}; give the lowest and the highest, from 0 to 1, as (0.2, 0.8).')
-    others = {key: config[key] for key in ('use_peft', 'ema_decay') if key in config}
-    others |= {'optimizer=muon': config['optimizer'] == 'muon', 'dtype=float16': config['dtype'] == 'float16'}
-    rival = next(filter(others.get, others), None)
-    require(not (config.get('fsdp') and rival), f'fsdp does not go with {rival}; leave one of them out.')
+    is_odd = config.get('fsdp') and config['dtype'] == 'float16'
+    require(not is_odd, 'fsdp does not go with dtype=float16; leave one of them out.')
 
 
 def plan_steps(config, num_rows, rows_per_step):
@@ -94,7 +93,18 @@ class Runtime:
             keep_freed_memory()
         if self.world_size > 1:  # gloo for what the ranks agree on, from the CPU, beside nccl's gradients
             backend = 'cpu:gloo,cuda:nccl' if self.device.type == 'cuda' else 'gloo'
-            torch.distributed.init_process_group(backend)
+            self.timeout, self.excepthook = int(os.environ.get('RANK_TIMEOUT', 900)), sys.excepthook
+            torch.distributed.init_process_group(backend, timeout=timedelta(seconds=self.timeout))
+            sys.excepthook = self.end_without_the_others
+
+    def end_without_the_others(self, kind, error, trace):
+        """End this process, as the sys.excepthook, with a sentence where another rank hangs or has ended."""
+        if 'gloo' not in str(error) and not issubclass(kind, torch.distributed.DistError):
+            return self.excepthook(kind, error, trace)
+        problem = f'rank {self.rank} has lost another one, which ended or hung for {self.timeout} s'
+        remedy = 'look at what that one said, and continue with --resume_from'
+        print(f'error: {problem} ({str(error).splitlines()[0]}); {remedy}.', file=sys.stderr, flush=True)
+        os._exit(1)  # gloo waits for the others as the interpreter shuts down
 
     def autocast(self):
         """Return a context in which matmuls run in `dtype`; the weights stay float32."""
@@ -256,19 +266,20 @@ def flops_per_token(model, length=None, predicted=1.0, passes=0.0):
     clean part has logits for ar_weight.
     """
     c, tables = model.config, ('embedding', 'unembedding', 'positions')
-    matrices = {name: p for name, p in model.named_parameters() if p.dim() == 2}
+    matrices = {name: p for name, p in model.named_parameters() if p.dim() == 2 and p.is_floating_point()}
     matrices = [p for name, p in matrices.items() if name.split('.')[0] not in tables]
     weights = sum(m.in_features * m.out_features for m in model.modules() if hasattr(m, 'codes'))  # quantized
     weights += sum(p.numel() for p in matrices)
     trained = sum(p.numel() for p in matrices if p.requires_grad)
-    head_weight, streams = model.head_weight(), 2 if c.ar_weight else 1
+    table, streams = model.unembedding or model.embedding, 2 if c.ar_weight else 1
     if any(c.block_length):
         streams = 1 + 1 / model.noisy_blocks[0]
-    head = head_weight.numel() * (predicted + (c.ar_weight > 0))
+    head = c.padded_vocab_size * c.embedding_width * (predicted + (c.ar_weight > 0))
     attention = 4 * c.n_layer * c.n_head * c.head_dim * (length or c.block_size) * streams**2
     weights, trained = streams * weights, streams * trained
     forward = 2 * (weights + head) + attention
-    backward = 2 * (weights + trained + head + head * head_weight.requires_grad) + 2 * attention
+    trained += head * any(p.requires_grad for p in table.parameters())
+    backward = 2 * (weights + trained + head) + 2 * attention
     return (1 + passes) * forward + backward
 
 

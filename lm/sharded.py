@@ -12,12 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as distributed
 import torch.distributed.checkpoint as dcp
 import torch.distributed.checkpoint.state_dict as state_dicts
 from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lm import checkpoints, runtime
 from lm.configurator import UserError, require
@@ -27,36 +29,70 @@ from lm.optim import local
 warnings.filterwarnings('ignore', 'torch.distributed is disabled')  # a single process saves alone on purpose
 
 
+class DrawnInParts(TorchDispatchMode):
+    """The context in which a model is made from scratch, of which a rank only keeps its part.
+
+    Its matrices are on the device 'meta'. The numbers that they start with are those of one process: each matrix is
+    drawn whole, one at a time.
+    """
+
+    def __init__(self, dist):
+        super().__init__()
+        self.dist = dist
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.ops.aten.empty.memory_format and len(args[0]) == 2:
+            return function(*args, **{**kwargs, 'device': 'meta'})
+        if function._schema.is_mutable and args[0].is_meta:  # normal_, uniform_, copy_
+            whole = function(torch.empty(args[0].shape), *args[1:], **kwargs)
+            args[0].part = part_of(whole, self.dist).clone()
+            return args[0]
+        return function(*args, **kwargs)
+
+
+def part_of(whole, dist):
+    """Return what of a tensor a rank has, as FSDP2 shards it; a small one has fewer parts than there are ranks."""
+    return [*whole.chunk(dist.world_size), *[whole[:0]] * dist.world_size][dist.rank]
+
+
 def place(model, weights, dist):
     """Shard a model in place, so that no device ever holds it whole, and return it.
 
-    Nor does a rank if the model is on the device 'meta': each copies its part of `weights`, one tensor after the
-    other; without weights, `load_state` is to follow. The embedding, which is the head as well, belongs to the
+    Nor does a rank if the model is on 'meta': each copies its part of `weights`, one tensor after the other, or what
+    was drawn of it; where a state has them, `load_state` is to follow. The embedding, which is the head as well, belongs to the
     root, so the loss is computed in the root's forward.
     """
     on_meta = model.embedding.weight.is_meta
+    drawn = {name: x.part for name, x in model.named_parameters() if hasattr(x, 'part')}
     if dist.world_size > 1:
         dtype = runtime.DTYPES[dist.dtype]  # not of the inputs, noise and rotary tables
         policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
         mesh = init_device_mesh(dist.device.type, (dist.world_size,))
+        for layer in [module for module in model.modules() if hasattr(module, 'codes')]:  # quantized
+            codes = layer._buffers.pop('codes')  # FSDP shards parameters only
+            layer.register_parameter('codes', torch.nn.Parameter(codes, requires_grad=False))
         for module in (*model.blocks, model):
             fully_shard(module, mesh=mesh, mp_policy=policy)
     if not on_meta:
         return model.to(dist.device)
-    model.to_empty(device=dist.device)
+    model._apply(lambda x: torch.empty_like(x, device=dist.device) if x.is_meta else x.to(dist.device))
     for name, table in model.tables().items():
         setattr(model, name, table.to(dist.device))
-    for name, weight in model.named_parameters() if weights else ():
-        parts = weights[name].chunk(dist.world_size)  # FSDP2 shards the first dimension as this does
-        if dist.rank < len(parts):  # a small tensor has fewer parts than there are ranks
-            local(weight.detach()).copy_(parts[dist.rank])
+    for name, weight in model.named_parameters():
+        if weights or name in drawn:
+            part = part_of(weights[name], dist) if weights else drawn[name]
+            local(weight.detach()).copy_(part)
     return model
 
 
-def whole_weights(model):
-    """Return the state dict with whole tensors on the CPU, on rank 0; every rank has to call it."""
-    options = state_dicts.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return state_dicts.get_model_state_dict(model, options=options)
+def whole(tensors):
+    """Gather {name: tensor} on the CPU of rank 0, one after the other, and nothing elsewhere; every rank has to call it."""
+    found, is_main = {}, not distributed.is_initialized() or distributed.get_rank() == 0
+    for name, x in tensors.items():
+        x = x.detach().full_tensor() if hasattr(x, 'full_tensor') else x.detach()
+        found |= {name: x.cpu()} if is_main else {}
+    return found
 
 
 @contextmanager
@@ -69,14 +105,20 @@ def gathered(model):
         model.reshard()
 
 
-def model_and_optimizer_state(model, optimizers):
-    """Return the two state dicts that DCP saves, and fills."""
-    if not any(optimizer.state for optimizer in optimizers):
+OPTIONS = state_dicts.StateDictOptions(ignore_frozen_params=True, strict=False)  # adapters without their base
+
+
+def state_of(model, optimizer):
+    """Return what DCP saves, and fills: the state dicts of the model's trained weights and of the optimizer."""
+    parts = list(optimizer.parts.values())
+    if not any(part.state for part in parts):
         # DCP needs initialised optimizer state: take an empty step, then reset the step counter.
-        state_dicts.get_state_dict(model, optimizers)
-        for state in [state for optimizer in optimizers for state in optimizer.state.values()]:
+        state_dicts.get_state_dict(model, parts)
+        for state in [state for part in parts for state in part.state.values() if 'step' in state]:
             state['step'].zero_()
-    return state_dicts.get_state_dict(model, optimizers)
+    model_state, optimizer_state = state_dicts.get_state_dict(model, parts, options=OPTIONS)
+    state = {'model': model_state, 'optimizer': optimizer_state}
+    return {**state, 'ema': optimizer.average.ema} if optimizer.average else state
 
 
 @contextmanager
@@ -94,11 +136,11 @@ def failures_named(folder, problem):
 def save_state(path, model, optimizer, dist, checkpoint, weights, is_last):
     """Write the state of all ranks, then ckpt.pt; delete older states. is_last: only ckpt.pt, with weights()."""
     folder = path.parent / 'sharded' / f'step-{checkpoint["global_step"]}'
-    whole = {'model_state_dict': weights()} if is_last else {}
+    whole = weights() if is_last else {}
     if not is_last:
-        model_state, optimizer_state = model_and_optimizer_state(model, list(optimizer.parts.values()))
+        state = state_of(model, optimizer)
         with failures_named(folder, 'could not be written'):
-            dcp.save({'model': model_state, 'optimizer': optimizer_state}, checkpoint_id=folder)
+            dcp.save(state, checkpoint_id=folder)
     if dist.is_main:
         checkpoints.save(path, {**checkpoint, **whole, 'sharded': folder.name})
         for old in set(folder.parent.iterdir()) - {folder}:
@@ -142,10 +184,14 @@ def read(state, path, checkpoint):
 
 def load_state(resumed, model, optimizer):
     """Fill model and optimizer, whatever the number of ranks; the optimizer's settings are this run's."""
-    optimizers = list(optimizer.parts.values())
-    weights, state = model_and_optimizer_state(model, optimizers)
-    read({'model': weights, 'optimizer': {'state': state['state']}}, resumed.path, resumed.checkpoint)
-    state_dicts.set_state_dict(model, optimizers, model_state_dict=weights, optim_state_dict=state)
+    state, was_averaged = state_of(model, optimizer), resumed.checkpoint['train_config'].get('ema_decay')
+    average = state.pop('ema', None) if not was_averaged else None
+    wanted = {**state, 'optimizer': {'state': state['optimizer']['state']}}
+    read(wanted, resumed.path, resumed.checkpoint)
+    states = dict(model_state_dict=state['model'], optim_state_dict=state['optimizer'], options=OPTIONS)
+    state_dicts.set_state_dict(model, list(optimizer.parts.values()), **states)
+    if average:  # a new one
+        optimizer.average.load(dict(model.named_parameters()))
 
 
 def consolidate(source):
@@ -153,8 +199,12 @@ def consolidate(source):
     path = Path(source) / 'ckpt.pt' if Path(source).is_dir() else Path(source)
     checkpoint = checkpoints.load(path, sharded=True)
     require('sharded' in checkpoint, f'{path} is no checkpoint of a sharded run; it can be used as it is.')
+    remedy = f'let the run finish, or merge {path.parent / "adapter"} into its base'
+    require('adapter_state_dict' not in checkpoint, f'{path} holds adapters without their base; {remedy}.')
     model = checkpoints.make_model(checkpoint['architecture'], **checkpoint['model_config'])
-    state = model.state_dict()
-    read({'model': state}, path, checkpoint)
+    states = {'model': model.state_dict()}
+    if checkpoint['train_config'].get('ema_decay'):
+        states['ema'] = {name: torch.empty_like(x) for name, x in states['model'].items()}
+    read(states, path, checkpoint)
     with lock(path.parent):
-        checkpoints.save(path, {**checkpoint, 'model_state_dict': state})
+        checkpoints.save(path, {**checkpoint, **{f'{name}_state_dict': x for name, x in states.items()}})

@@ -90,14 +90,18 @@ def run_in_process(script, arguments, log, environment):
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    run(script, *arguments)
+    try:
+        run(script, *arguments)
+    except Exception:
+        sys.excepthook(*sys.exc_info())  # as at the end of a process of its own
+        sys.exit(1)
 
 
-def start_ranks(script, *arguments, ranks=2, log=os.devnull):
+def start_ranks(script, *arguments, ranks=2, log=os.devnull, **environment):
     """Start a script in as many processes as torchrun would; returns them. log: of rank 0."""
     with socket.create_server(('127.0.0.1', 0)) as free:
         port = str(free.getsockname()[1])
-    place = dict(WORLD_SIZE=str(ranks), MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+    place = environment | dict(WORLD_SIZE=str(ranks), MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
     logs = [log] + [os.devnull] * (ranks - 1)
     ranked = [dict(RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(ranks)]
     return [start(script, *arguments, log=log, **rank, **place) for log, rank in zip(logs, ranked)]

@@ -462,3 +462,15 @@ def test_annealing_is_fixed_for_a_run(place, tmp_path):
     assert json.loads((tmp_path / 'run/config.json').read_text())['anneal_steps'] == 70
     with pytest.raises(UserError, match='anneal_steps=70, not 2'):
         run('train.py', f'--resume_from={tmp_path}/run', '--max_steps=9', '--anneal_steps=2')
+
+
+def test_a_rank_that_hangs_ends_the_others_with_a_sentence_in_the_time_that_is_set(place, tmp_path):
+    out, log = tmp_path / 'run', tmp_path / 'log'
+    settings = f'--dataset={place}/letters', '--max_steps=100000', f'--out_dir={out}'
+    waiting, hung = start_ranks('train.py', *TRAIN, *settings, log=log, RANK_TIMEOUT='4')
+    wait_for_step(out, 2, waiting)
+    os.kill(hung.pid, signal.SIGSTOP)
+    waiting.join(30)
+    hung.kill()
+    assert waiting.exitcode == 1
+    assert 'error: rank 0 has lost another one, which ended or hung for 4 s' in log.read_text()

@@ -264,18 +264,3 @@ def test_a_closed_terminal_is_a_signal_to_save_however_often_it_says_so(monkeypa
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
         runtime.StopSignal()
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-
-
-# ---------------------------------------------------------------------------- settings
-
-
-def test_settings_that_do_not_go_together_are_refused():
-    config = dict(optimizer='adamw', dtype='auto', fsdp=True, save_total_limit=0)
-    for changes, name in (
-        ({'dtype': 'float16'}, 'dtype=float16'),
-        ({'optimizer': 'muon'}, 'optimizer=muon'),
-        ({'ema_decay': 0.9}, 'ema_decay'),
-        ({'use_peft': True}, 'use_peft'),
-    ):
-        with pytest.raises(UserError, match=f'fsdp does not go with {name}; leave one of them out'):
-            runtime.check_settings({**config, **changes})

@@ -3,15 +3,16 @@
 import csv
 import os
 import pickle
-import re
 import runpy
 import shutil
 import socket
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import (
     largest_file,
@@ -25,7 +26,7 @@ from conftest import (
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 import hf
-from lm import checkpoints
+from lm import checkpoints, sharded
 from lm.configurator import ROOT, UserError
 
 pytestmark = pytest.mark.filterwarnings('ignore:torch.distributed is disabled')
@@ -44,10 +45,22 @@ TUNE = [
     '--init_from=PLACE/base',
 ]
 CASES = {
-    'ar': [*TRAIN, *GPT2, '--gradient_accumulation_steps=2', '--sample_every=3', '--sample_tokens=4'],
+    'ar': [
+        *TRAIN,
+        *GPT2,
+        *'--optimizer=muon --ema_decay=0.9 --n_layer=3 --gradient_accumulation_steps=2'.split(),
+        *'--sample_every=3 --sample_tokens=4'.split(),
+    ],
+    'nf4': [
+        *TUNE,
+        '--architecture=diffusion',
+        *'--dtype=float32 --use_peft --peft_lora_r=4 --load_in_4bit'.split(),
+    ],
     'converted': [*TRAIN, '--architecture=diffusion', '--init_from=PLACE/base', '--gradient_checkpointing'],
     'sdd': [*TUNE, '--dtype=float32', '--architecture=sdd', '--p_belief=((0,1),)'],
 }
+AGAIN = ['ar', 'nf4']  # resumed on two ranks, the others on one
+WEIGHTS = ['model_state_dict', 'ema_state_dict', 'adapter_state_dict']
 
 
 def script(name, *arguments):
@@ -57,14 +70,20 @@ def script(name, *arguments):
         return runpy.run_path(str(ROOT / name), run_name='__main__')
 
 
-def run_rank(rank, ports, commands):
+def run_rank(rank, ports, commands, barrier):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1')
     with several_scripts():
         for port, command in zip(ports, commands):
+            barrier.wait()  # the files of the run before are written
             os.environ['MASTER_PORT'] = str(port)
             model = script(*command)['raw_model']
             parts, whole = zip(*((p.to_local().numel(), p.numel()) for p in model.parameters()))
             assert sum(parts) < 0.6 * sum(whole)
+
+
+def run_on_two_ranks(*commands):
+    barrier = torch.multiprocessing.get_context('spawn').Barrier(2)
+    torch.multiprocessing.spawn(run_rank, (free_ports(len(commands)), commands, barrier), nprocs=2)
 
 
 def free_ports(count):
@@ -99,25 +118,56 @@ def test_two_ranks_are_one_process_and_their_state_resumes_on_one(tmp_path):
     commands = {
         case: [word.replace('PLACE', str(tmp_path)) for word in words] for case, words in CASES.items()
     }
-    ranks = [
-        [*command, '--batch_size=2', '--fsdp', f'--out_dir={tmp_path}/{case}-two', f'--max_steps={steps}']
-        for (case, command), steps in zip(commands.items(), (5, 3, 3))
-    ]
-    torch.multiprocessing.spawn(run_rank, (free_ports(len(ranks)), ranks), nprocs=2)
+    ranks = []
+    for case, command in commands.items():
+        settings, out = (
+            [*command, '--batch_size=2', '--fsdp', '--save_every=3'],
+            f'--out_dir={tmp_path}/{case}-',
+        )
+        ranks.append([*settings, out + 'two', f'--max_steps={5 if case in AGAIN else 3}'])
+        copy = f'--resume_from={tmp_path}/{case}-two/checkpoints/checkpoint-3'
+        ranks += [[*settings, out + 'again', copy, '--max_steps=5']] if case in AGAIN else []
+    run_on_two_ranks(*ranks)
 
     for case, command in commands.items():
         one, two = tmp_path / f'{case}-one', tmp_path / f'{case}-two'
         command = [*command, '--batch_size=4', '--max_steps=5']
         script(*command, f'--out_dir={one}')
         checkpoints.load(two / 'best.pt')
-        if case != 'ar':
+        if case not in AGAIN:
             assert [path.name for path in (two / 'sharded').iterdir()] == ['step-3']
             script(*command, '--fsdp', '--resume_from=auto', f'--out_dir={two}')
-        assert load(two)['global_step'] == 5
-        weights, expected = (load(out)['model_state_dict'] for out in (two, one))
-        torch.testing.assert_close(weights, expected, atol=1e-6, rtol=0)
-        for found, wanted in zip(losses(two), losses(one), strict=True):
-            assert found == pytest.approx(wanted, abs=1e-5)
+        found, expected = load(two), load(one)
+        assert found['global_step'] == 5
+        for key in expected.keys() & WEIGHTS:
+            atol = 2e-5 if case == 'ar' else 1e-6  # Muon makes much of small directions
+            torch.testing.assert_close(found[key], expected[key], atol=atol, rtol=0)
+            if case in AGAIN:
+                again = load(tmp_path / f'{case}-again')[key]
+                assert all(torch.equal(again[name], x) for name, x in found[key].items())
+        for values, wanted in zip(losses(two), losses(one), strict=True):
+            assert values == pytest.approx(wanted, abs=1e-5)
+    assert {'ema_state_dict'} < load(tmp_path / 'ar-two').keys()
+    paths = (tmp_path / f'nf4-{run}/adapter/adapter_model.safetensors' for run in ('one', 'two'))
+    tensors = map(safetensors.torch.load_file, paths)
+    torch.testing.assert_close(*tensors, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize('architecture', ['ar', 'diffusion', 'sdd'])
+def test_a_model_made_in_parts_starts_as_a_whole_one(architecture):
+    shape = dict(SHAPE, vocab_size=30, mask_id=28, ignore_id=29)
+    torch.manual_seed(3)
+    whole = checkpoints.make_model(architecture, **shape).state_dict()
+    parts = []
+    for rank in range(3):  # of which the last has no row of some
+        torch.manual_seed(3)
+        with sharded.DrawnInParts(SimpleNamespace(rank=rank, world_size=3)):
+            model = checkpoints.make_model(architecture, **shape)
+        assert all(x.is_meta for x in model.parameters() if x.dim() == 2)
+        parts.append({name: x.part if x.is_meta else x for name, x in model.named_parameters()})
+    for name, expected in whole.items():
+        found = [part[name] for part in parts]
+        assert torch.equal(torch.cat(found) if expected.dim() == 2 else found[0], expected), name
 
 
 def stop_after_a_step(out):
@@ -131,14 +181,15 @@ def stop_after_a_step(out):
 def test_a_stopped_run_is_consolidated(tmp_path):
     write_folder(tmp_path / 'letters')
     command, out = [word.replace('PLACE', str(tmp_path)) for word in TRAIN], tmp_path / 'run'
-    command += ['--fsdp', f'--out_dir={out}']
+    command += ['--fsdp', '--ema_decay=0.9', f'--out_dir={out}']
     threading.Thread(target=stop_after_a_step, args=(out,), daemon=True).start()
-    model = script(*command, '--max_steps=10000')['raw_model']
+    left = script(*command, '--max_steps=10000')
     with pytest.raises(UserError, match='weights of .* are sharded in .*consolidate'):
         checkpoints.load(out)
     hf.main(['consolidate', str(out)])
-    state = checkpoints.load(out)['model_state_dict']
-    assert all(torch.equal(state[name], weight) for name, weight in model.state_dict().items())
+    held = checkpoints.load(out)
+    for key, weights in (('model', left['raw_model'].state_dict()), ('ema', left['ema'].ema)):
+        assert all(torch.equal(held[f'{key}_state_dict'][name], x) for name, x in weights.items())
 
     steps = load(out)['global_step'] + 1
     script(*command, f'--max_steps={steps}', '--resume_from=auto')
@@ -211,7 +262,6 @@ def test_a_sharded_state_that_a_full_disk_cuts_leaves_the_one_before(stopped, tm
     assert load(out)['global_step'] == 5 and 'model_state_dict' in load(out)
 
 
-@pytest.mark.parametrize('setting', ['--ema_decay=0.9', '--optimizer=muon', '--dtype=float16'])
-def test_what_does_not_go_with_fsdp_is_refused(setting):
-    with pytest.raises(UserError, match='fsdp does not go with ' + re.match(r'--(\w+)', setting)[1]):
-        script('train.py', '--fsdp', setting)
+def test_what_does_not_go_with_fsdp_is_refused():
+    with pytest.raises(UserError, match='fsdp does not go with dtype=float16'):
+        script('train.py', '--fsdp', '--dtype=float16')
