@@ -3,9 +3,10 @@
     python benchmarks/gpu.py --peer=nanoGPT
 
     nanoGPT    a 124M GPT-2 in bfloat16, compiled, trained there and here in turn on the same tokens
-    xl         335M parameters, block 1024, each block checkpointed: the share of the peak (MFU), and memory
-    ratios     a step of diffusion over one of ar, one of sdd over one of diffusion
+    xl         335M parameters, block 1024, each block checkpointed: the share of the peak (MFU), and memory, without that too
+    ratios     a step of diffusion over one of ar, one of sdd over one of diffusion; diffusion in blocks of 8
     decoding   Llama 3.2 1B's shape, compiled, beside what reading the weights once per token takes
+    others     a step in float16, one in a process group of one rank (NCCL), graph breaks of all that was compiled
 
 The peak is the fastest matmul that was measured. On a CPU it is a rehearsal, whose figures mean nothing.
 """
@@ -65,15 +66,41 @@ def beside_nanogpt(module, dist, peak, *settings, block_size):
 
 
 def xl(dist, peak, *settings, block_size):
-    """Train 335M parameters, each block checkpointed."""
-    trainee = Trainee('ar', dist, 'adamw', *settings, block_size=block_size, gradient_checkpointing=True)
+    """Train 335M parameters with each block checkpointed, and without for the memory of a step of 8 rows."""
+    used = {}
+    for checkpointing in (False, True):
+        options = dict(block_size=block_size, gradient_checkpointing=checkpointing)
+        trainee = Trainee('ar', dist, 'adamw', *settings, **options)
+        rows, trainee.rows = trainee.rows, 8
+        for _ in range(2):  # the first makes the optimizer's state
+            if dist.device.type == 'cuda':
+                torch.cuda.reset_peak_memory_stats()
+            trainee.step(trainee.batch())
+        used[checkpointing], trainee.rows = torch.cuda.max_memory_allocated() / 1e9, rows
+    timing.say(f'  a step of xl, 8 rows: {used[False]:.1f} GB, {used[True]:.1f} GB checkpointed')
     mfu = trainee.mfu(compare_steps({'ar': trainee}, steps, peak)['ar'], peak)
-    if dist.device.type == 'cuda':
-        torch.cuda.reset_peak_memory_stats()
-    trainee.rows = 8
-    trainee.step(trainee.batch())
-    used = torch.cuda.max_memory_allocated() / 1e9
-    return [('MFU of xl', mfu, '>=', 0.45), ('GB of a step of xl, 8 rows', used, '<=', 12.0)]
+    return [('MFU of xl', mfu, '>=', 0.45), ('GB of a step of xl, 8 rows', used[True], '<=', 12.0)]
+
+
+def others(dist, peak, *settings, block_size):
+    """Time steps in float16 beside those in bfloat16, and in a process group of one rank beside those without."""
+    half = runtime.Runtime(device, 'float16' if dist.device.type == 'cuda' else 'bfloat16')
+    kinds = {'bfloat16': dist, 'float16': half, 'one rank': dist}
+    trainees = {
+        name: Trainee('ar', kind, 'adamw', *settings, block_size=block_size) for name, kind in kinds.items()
+    }
+    backend = 'nccl' if dist.device.type == 'cuda' else 'gloo'
+    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    ddp = torch.nn.parallel.DistributedDataParallel
+    trainees['one rank'].forward = ddp(trainees['one rank'].model, gradient_as_bucket_view=True)
+    seconds = compare_steps(trainees, steps, peak)
+    torch.distributed.destroy_process_group()
+    breaks = sum(torch._dynamo.utils.counters['graph_break'].values())
+    ratio = seconds['one rank'] / seconds['bfloat16']
+    return [
+        ('a step in a group of one rank / one without', ratio, '<=', 1.1),
+        ('graph breaks', breaks, '<=', 0),
+    ]
 
 
 def decoding(dist, shape):
@@ -105,6 +132,7 @@ def main():
     targets = xl(dist, peak, *large, block_size=length)  # first, while the memory is free
     targets += beside_nanogpt(module, dist, peak, *small, block_size=length)
     targets += compare_architectures(peak, steps, dist, 'muon', *small, block_size=length)
+    targets += others(dist, peak, *small, block_size=length)
     timing.finish(targets + decoding(dist, llama))
 
 

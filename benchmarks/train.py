@@ -44,7 +44,7 @@ class Trainee:
             self.model = checkpoints.make_model(architecture, **checkpoints.size_of(model_size), **shape)
         if dist.device.type == 'cuda':
             self.model.compile()
-        self.dist, self.scaler, self.rows = dist, dist.scaler(), rows
+        self.dist, self.scaler, self.rows, self.forward = dist, dist.scaler(), rows, self.model
         self.optimizer = optim.make_optimizer(self.model, optimizer, 1e-3, 0.9, 0.95, 0.1)
         self.tokens = rows * self.model.config.block_size
 
@@ -58,7 +58,7 @@ class Trainee:
 
     def step(self, batch, **beliefs):
         with self.dist.autocast():
-            loss, count, _ = self.model(*batch, **beliefs)
+            loss, count, _ = self.forward(*batch, **beliefs)
         self.scaler.scale(loss / count).backward()
         self.optimizer.step(self.scaler, self.model.parameters(), 1.0)
 
@@ -92,8 +92,9 @@ def compare_steps(trainees, steps, peak):
 
 
 def compare_architectures(peak, steps, *settings, **shape):
-    """Compare steps of all architectures, and return the targets; settings, shape: of `Trainee`."""
+    """Compare steps of all architectures, and of diffusion in blocks of 8 with an ar model in it, and return the targets; settings, shape: of `Trainee`."""
     trainees = {name: Trainee(name, *settings, **shape) for name in ARCHITECTURES}
+    trainees['blocks'] = Trainee('diffusion', *settings, **shape, block_length=(8,), ar_weight=1.0)
     typical = compare_steps(trainees, steps, peak)
     ratios = [typical['diffusion'] / typical['ar'], typical['sdd'] / typical['diffusion']]
     targets = ('step of diffusion / step of ar', 1.05), ('step of sdd / step of diffusion', 1.4)

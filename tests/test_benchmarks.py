@@ -134,7 +134,7 @@ def test_decoding_with_the_peers_weights_gives_its_tokens(bench, monkeypatch, ca
 def test_all_figures_for_a_gpu_are_rehearsed_on_a_cpu(bench, capsys):
     gpu = bench('gpu', f'--peer={NANOGPT}', '--device=cpu', '--steps=1', '--new_tokens=4')
     _, targets = rehearse(gpu.main, capsys)
-    assert len(targets) == 7
+    assert len(targets) == 9
 
 
 def test_training_steps_of_all_architectures_are_timed(monkeypatch, capsys):
@@ -143,6 +143,6 @@ def test_training_steps_of_all_architectures_are_timed(monkeypatch, capsys):
     monkeypatch.setattr(sys, 'path', list(sys.path))
     script = str(ROOT / 'benchmarks/train.py')
     output, targets = rehearse(lambda: runpy.run_path(script, run_name='__main__'), capsys)
-    assert len(targets) == 2 and len(re.findall(r'ms per step, [\d,]+ tokens/s, MFU', output)) == 3
+    assert len(targets) == 2 and len(re.findall(r'ms per step, [\d,]+ tokens/s, MFU', output)) == 4
     shares = [int(share) for share in re.findall(r'sdd, \d passes before, (\d+)% of the steps', output)]
     assert len(shares) == 5 and sum(shares) == pytest.approx(100, abs=2)
