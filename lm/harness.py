@@ -52,9 +52,11 @@ class Checkpoint(TemplateLM):
         add_bos=None,
         sampler='',
         steps=None,
-        max_batch_size=None,
+        max_batch_size=None,  # which the harness gives in any case
+        **unknown,
     ):
         super().__init__()
+        require(not unknown, f'model_args has {", ".join(unknown)}, which is unknown; correct the name.')
         self.dist, self.path = runtime.Runtime(device, dtype), str(checkpoint)
         require(checkpoint, 'No checkpoint is given; name one: --model_args checkpoint=PATH.')
         state = checkpoints.load(self.path, architecture=architecture)
