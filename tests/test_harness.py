@@ -12,7 +12,7 @@ from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 from lm import harness, prompts
-from lm.configurator import ROOT
+from lm.configurator import ROOT, UserError
 
 REAL = ROOT / 'data' / 'smollm2'
 TASK = """
@@ -129,7 +129,21 @@ def test_a_conversation_is_encoded_as_a_chat_is(tmp_path):
     assert model.tok_encode(text) == [tokenizer.endoftext_id, *expected]
 
 
-def test_the_command_runs_a_task_of_local_files(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    'options, said',
+    [
+        ({}, 'No checkpoint is given'),
+        ({'checkpoint': 'CHECKPOINT', 'drawz': 3}, 'drawz, which is unknown'),
+        ({'checkpoint': 'CHECKPOINT', 'draws': 0}, 'draws is 0'),
+    ],
+)
+def test_a_mistake_in_model_args_is_one_sentence(options, said, checkpoint):
+    options = {name: checkpoint if value == 'CHECKPOINT' else value for name, value in options.items()}
+    with pytest.raises(UserError, match=said):
+        harness.Checkpoint(**options, device='cpu')
+
+
+def test_the_command_runs_a_task_of_local_files(tmp_path, monkeypatch):
     path = write_small_checkpoint(tmp_path / 'run' / 'ckpt.pt', 'diffusion', letter_tokenizer())
     records = [{'q': 'abc', 'choices': ['a', 'b'], 'gold': i % 2} for i in range(4)]
     (tmp_path / 'data.json').write_text(json.dumps(records))
