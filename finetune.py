@@ -285,7 +285,7 @@ def evaluate_and_save():
     runtime.check_finite(values['val/loss'], step, learning_rate)
     is_best = checkpoints.save_if_best(out, step, values, best, checkpoint, whole_weights, dist)
     adapter = store.whole(trainable) if is_best and use_peft else None
-    if adapter:
+    if adapter and dist.is_main:
         lora.save_adapter(raw_model, out / 'adapter', init_from, prompt_format, adapter)
     log.metrics(step, pending | values)
     pending = None
@@ -301,7 +301,7 @@ def print_answers():
     if not questions:
         return
     stop_tokens = [prompts.end_of(prompt_format, tokenizer)[0]]
-    with store.gathered(raw_model):
+    with dist.autocast(), store.gathered(raw_model):
         rows = generate(raw_model, questions, sample_tokens, seed=seed, stop_tokens=stop_tokens)
     for question, row in zip(questions, rows):
         answer = tokenizer.decode(row[len(question) :]).strip()

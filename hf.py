@@ -102,8 +102,12 @@ def write_tokenizer(checkpoint, folder, rows):
     text = tokenizer.to_json()
     text = text if rows is None else without_own_tokens(text, rows, added)
     files.save_atomically(folder / 'tokenizer.json', lambda file: file.write(text.encode()))
-    start, end = came_with.get('bos_token'), tokenizer.endoftext_id
-    start = tokenizer.start_id if start is None else start
+    start, end = tokenizer.start_id, tokenizer.endoftext_id
+    if (
+        came_with.get('bos_token') is not None
+        and checkpoint.get('prompt_format') not in prompts.FORMATS.values()
+    ):
+        start = came_with['bos_token']  # a format of ours begins with what it was trained with
     settings = {**came_with.get('tokenizer_config', {}), 'tokenizer_class': 'PreTrainedTokenizerFast'}
     settings |= {'bos_token': name_of(start), 'eos_token': name_of(end)}
     ends = [token for token in prompts.stop_tokens(checkpoint, tokenizer) if rows is None or token < rows]

@@ -81,7 +81,7 @@ def write(ids, count):
 def fill_gaps(ids, count):
     """Return the likeliest `count` of several fillings by a causal model."""
     chosen = {name: options[name] for name in ('temperature', 'top_k', 'top_p', 'seed', 'use_cache')}
-    with dist.autocast(), user_errors():
+    with torch.inference_mode(), dist.autocast(), user_errors():
         rows = fill_left_to_right(model, [ids] * max(TRIES, count), **chosen)
         likeliest = model.nll(torch.tensor(rows, device=dist.device)).argsort()
     return [rows[i] for i in likeliest[:count]]
@@ -212,7 +212,7 @@ elif chat:
 else:
     # A text begins after the end of another, or after a start token. Where the data was one long text, only an
     # empty prompt needs one.
-    start = [] if ids and tokenizer.decode(start) else start
+    start = [] if ids and tokenizer.decode(start) and ids[0] != tokenizer.mask_id else start
     texts = [tokenizer.decode(row[len(start) :]) for row in write(start + ids, num_samples)]
 for text in texts if prompt or not chat else ():
     print(printable(f'{"-" * 80}\n{text}'))

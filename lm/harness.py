@@ -14,6 +14,7 @@ not on its batch. "Greedy" is then the text that is written surest token first.
 import sys
 import zlib
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from lm import chat, checkpoints, data, prompts, quantize, runtime
 from lm.configurator import note, require, user_errors
 from lm.files import as_sentence
-from lm.tokenizer import Tokenizer
+from lm.tokenizer import Tokenizer, settings_of
 from model import T_MIN, architecture_name
 from sampling import generate
 
@@ -61,23 +62,33 @@ class Checkpoint(TemplateLM):
         require(checkpoint, 'No checkpoint is given; name one: --model_args checkpoint=PATH.')
         state = checkpoints.load(self.path, architecture=architecture)
         require(state['tokenizer'], f'{self.path} holds no tokenizer; the harness gives texts.')
-        require(draws >= 1, f'draws is {draws}; it has to be at least 1.')
+        is_number = isinstance(draws, int) and draws >= 1
+        require(is_number, f'draws is {draws}; it has to be a number, at least 1.')
         if sampler == 'ar':
             state, sampler = checkpoints.as_ar(state, self.path), ''
         self.model = checkpoints.load_model(state, self.dist.device)
         quantize.pack(self.model, weights)
-        self.text, self.form = Tokenizer(state['tokenizer']), state.get('prompt_format') or prompts.DEFAULT
-        came_with, start = state.get('came_with'), state['start_token']
-        adds_it = not came_with or start in self.text.inner.encode('a').ids[:1]
-        self.start = [start] * int(adds_it if add_bos is None else add_bos)
-        begin = (came_with or {}).get('bos_token')
-        self.prefix, self.ends = start if begin is None else begin, prompts.stop_tokens(state, self.text)
+        self.form = state.get('prompt_format') or prompts.DEFAULT
+        came_with, start = state.get('came_with') or {}, state['start_token']
+        exported = self.path and 'start_token' in settings_of(Path(self.path), 'config.json')
+        self.is_ours = bool(not came_with or state['train_config'] or exported)
+        begin = came_with.get('bos_token')
+        self.prefix = start if self.is_ours or begin is None else begin
+        self.text = Tokenizer(state['tokenizer'], start=self.prefix)  # as what chat templates write it
+        told = came_with.get('tokenizer_config', {}).get('add_bos_token')
+        adds_it = self.is_ours or told or start in self.text.inner.encode('a').ids[:1]
+        self.start = [start] * bool(adds_it if add_bos is None else add_bos)
+        self.ends = prompts.stop_tokens(state, self.text)
         self.batch_size, self.draws = int(batch_size), draws
         self.options = {} if self.model.causal else {'sampler': sampler, 'steps': steps}
         draws_said = f', {draws} draws each' if self.model.needs_noise else ''
         note(f'{self.path}: log-likelihoods are minus {runtime.describe_loss(self.model)}{draws_said}')
-        self.has_markers = False  # whether names of special tokens in a text are these tokens
         self.max_length = self.model.config.block_size
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict, additional_config=None):
+        """Make it from model_args, which count more than the arguments of the same names beside them."""
+        return cls(**{**(additional_config or {}), **arg_dict})
 
     eot_token_id = property(lambda self: self.ends[0])
     prefix_token_id = property(lambda self: self.prefix)
@@ -92,14 +103,15 @@ class Checkpoint(TemplateLM):
         return prompts.chat_template(self.form, self.text) if chat_template else ''
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
-        """Return a conversation as a text, whose markers are special tokens from then on."""
-        self.has_markers = True
+        """Return a conversation as a text, with the names of special tokens in it."""
         text = chat.render(self.chat_template(True), self.text, chat_history, add_generation_prompt)
         said = chat_history[-1]['content']  # which is to be continued, unless the prompt is complete
+        said = said if said in text else said.strip()
         return text if add_generation_prompt else text[: text.rindex(said) + len(said)]
 
     def tok_encode(self, string, add_special_tokens=None, **_):
-        ids = prompts.encode_parts(self.text, [(string, self.has_markers)])
+        """Return token ids; the name of a special token is that token, as for the harness's own models."""
+        ids = prompts.encode_parts(self.text, [(string, True)])
         begins = add_special_tokens is False or ids[:1] == self.start
         return ids if begins else [*self.start, *ids]
 
@@ -109,7 +121,9 @@ class Checkpoint(TemplateLM):
         """Return the log-likelihood of each text, in windows as the harness cuts them."""
         windows, owners = [], []
         for number, request in enumerate(requests):
-            tokens = self.tok_encode(request.args[0])
+            tokens = self.tok_encode(
+                request.args[0], False if self.is_ours else None
+            )  # the prefix is before it
             length = self.max_length - (not self.model.causal)  # of a window, without its first token
             cut = get_rolling_token_windows(tokens, self.prefix, length, context_len=1)
             windows += [(None, *make_disjoint_window(window)) for window in cut]
@@ -121,19 +135,18 @@ class Checkpoint(TemplateLM):
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **_):
         """Return [(log-likelihood, whether it is what is written greedily)] of [(texts, context, continuation)]."""
-        longest, found, by_length = self.max_length + self.model.causal, {}, defaultdict(set)
-        rows = []
+        longest, by_length, rows = self.max_length + self.model.causal, defaultdict(set), []
         for _, context, continuation in requests:
-            require(
-                len(continuation) < longest,
-                f'A continuation has {len(continuation)} tokens, and the block {longest}.',
-            )
-            row = tuple((context + continuation)[-longest:]), len(continuation)
-            rows.append(row)
-            by_length[0 if self.model.causal else len(row[0])].add(row)  # a causal model does not see padding
-        with tqdm(total=len(set(rows)), desc='log-likelihoods', disable=disable_tqdm or None) as bar:
+            size, context = len(continuation), context or [self.prefix]
+            require(size < longest, f'A continuation has {size} tokens, and the block {longest}; shorten it.')
+            rows.append((tuple((context + continuation)[-longest:]), size))
+            by_length[0 if self.model.causal else len(rows[-1][0])].add(
+                rows[-1]
+            )  # a causal model sees no padding
+        found = {row: (0.0, True) for row in rows if not row[1]}  # within the last token of the context
+        with tqdm(total=len({*rows} - {*found}), desc='log-likelihoods', disable=disable_tqdm or None) as bar:
             for different in by_length.values():
-                same = sorted(different, key=lambda row: (len(row[0]), row))
+                same = sorted({*different} - {*found}, key=lambda row: (len(row[0]), row))
                 for start in range(0, len(same), self.batch_size):
                     part = same[start : start + self.batch_size]
                     found.update(zip(part, self.measure(part)))
@@ -146,9 +159,7 @@ class Checkpoint(TemplateLM):
         masks = [np.arange(len(ids)) >= len(ids) - count for ids, count in rows]
         batch = data.collate([(ids, mask) for (ids, _), mask in zip(rows, masks)], None).to(self.dist.device)
         draws, nll = self.draws if self.model.needs_noise else 1, 0
-        by_count = (
-            self.model.needs_noise and self.model.two_streams(batch.tokens) is None
-        )  # or it does so itself
+        by_count = not any(self.model.config.block_length)  # blocks do so themselves
         for draw in range(draws):
             noise = noise_of(rows, batch.tokens.size(1), draw, draws, by_count).to(self.dist.device)
             with self.dist.autocast():
@@ -169,41 +180,41 @@ class Checkpoint(TemplateLM):
         groups, texts = defaultdict(list), [''] * len(requests)
         for number, request in enumerate(requests):
             groups[repr(sorted(request.args[1].items()))].append(number)
-        bar = tqdm(total=len(requests), desc='texts', disable=disable_tqdm or None)
-        for numbers in groups.values():
-            for start in range(0, len(numbers), self.batch_size):
-                part = numbers[start : start + self.batch_size]
-                contexts = [requests[number].args[0] for number in part]
-                for number, text in zip(part, self.write(contexts, dict(requests[part[0]].args[1]))):
-                    texts[number] = text
-                bar.update(len(part))
-        bar.close()
+        with tqdm(total=len(requests), desc='texts', disable=disable_tqdm or None) as bar:
+            for numbers in groups.values():
+                settings = self.read_settings(requests[numbers[0]].args[1])
+                for start in range(0, len(numbers), self.batch_size):
+                    part = numbers[start : start + self.batch_size]
+                    written = self.write(
+                        [requests[number].args[0] for number in part], *settings, seed=part[0]
+                    )
+                    for number, text in zip(part, written):
+                        texts[number] = text
+                    bar.update(len(part))
         return texts
 
-    def write(self, contexts, settings):
-        """Return what is written after each context, for the generation settings of a task."""
+    def read_settings(self, settings):
+        """Return the length, the texts that end a text, and the options of `generate` for a task's generation settings."""
         until = settings.get('until') or []
-        until = [until] if isinstance(until, str) else list(until)
-        length = int(settings.get('max_gen_toks', settings.get('max_new_tokens', 256)))
-        room = self.max_length - length
-        require(
-            room > 0,
-            f'max_gen_toks is {length}, and the block has {self.max_length}; give --gen_kwargs max_gen_toks=N.',
-        )
+        until = [end for end in ([until] if isinstance(until, str) else until) if end]
+        names = ('max_gen_toks', 'max_new_tokens', 'max_tokens', 'max_completion_tokens')
+        length = int(next((settings[name] for name in names if settings.get(name)), 256))
+        problem = f'max_gen_toks is {length}, and the block has {self.max_length}'
+        require(length < self.max_length, f'{problem}; give --gen_kwargs max_gen_toks=N.')
         draws = settings.get('do_sample', settings.get('temperature', 0) > 0)
         options = {name: settings[name] for name in ('top_k', 'top_p') if draws and settings.get(name)}
         options['temperature'] = settings.get('temperature', 1.0) if draws else 0
-        heads = [self.tok_encode(context)[-room:] for context in contexts]
-        stops = {*self.ends, *self.tokens_with(until)}
+        known = ((self.text.decode([i], show_special=True), i) for i in range(self.text.vocab_size) if until)
+        stops = [i for text, i in known if any(end in text for end in until)]  # no text goes on after these
+        return length, until, {**options, **self.options, 'stop_tokens': {*self.ends, *stops}}
+
+    def write(self, contexts, length, until, options, seed):
+        """Return what is written after each context, up to the first text of `until`."""
+        heads = [self.tok_encode(context)[length - self.max_length :] for context in contexts]
         with self.dist.autocast(), user_errors():
-            rows = generate(self.model, heads, length, stop_tokens=stops, **options, **self.options)
+            rows = generate(self.model, heads, length, seed=seed, **options)
         texts = [self.text.decode(row[len(head) :]) for row, head in zip(rows, heads)]
         return [text[: min((text.find(end) for end in until if end in text), default=None)] for text in texts]
-
-    def tokens_with(self, until):
-        """Return the ids of tokens that hold one of these texts: no text goes on after them."""
-        known = ((self.text.decode([i]), i) for i in range(self.text.vocab_size)) if until else ()
-        return [i for text, i in known if any(end and end in text for end in until)]
 
 
 def noise_of(rows, length, draw, draws, by_count):
@@ -217,7 +228,8 @@ def noise_of(rows, length, draw, draws, by_count):
         row[0] = (draw + rng.uniform()) / draws
         row[1 + len(ids) - count : 1 + len(ids)] = rng.uniform(size=count)
         if by_count:
-            row[0] = (np.ceil(row[0] * count) / count - T_MIN) / (1 - T_MIN)  # as `mask_ratio` undoes
+            ratio = (np.ceil(row[0] * count) / count - T_MIN) / (1 - T_MIN)  # as `mask_ratio` undoes
+            row[0] = np.clip(ratio, 0, 1 - 2**-24)  # two streams take it modulo 1
             row[1 + len(ids) - count : 1 + len(ids)] = (rng.permutation(count) + 0.5) / count
     return torch.from_numpy(noise.astype(np.float32))
 
@@ -225,5 +237,13 @@ def noise_of(rows, length, draw, draws, by_count):
 if __name__ == '__main__':
     from lm_eval.__main__ import cli_evaluate
 
-    sys.argv[1:1] = ['run', '--model', 'diffusion-lm', '--device', 'auto']  # its own default is a GPU
+    sys.argv[1:1] = [
+        'run',
+        '--model',
+        'diffusion-lm',
+        '--device',
+        'auto',
+        '--batch_size',
+        '16',
+    ]  # not its own
     cli_evaluate()

@@ -60,7 +60,8 @@ class QuantizedLinear(nn.Module):
         scale = self.scale.view(torch.bfloat16).float()
         if self.bits == 8:
             return self.codes * scale
-        codes = torch.stack([self.codes >> 4, self.codes & 15], -1).flatten(1)  # (N, 64)
+        codes = self.codes.to(torch.uint8)  # of which FSDP may have made bfloat16, as exact
+        codes = torch.stack([codes >> 4, codes & 15], -1).flatten(1)  # (N, 64)
         weight = (NF4.to(scale.device)[codes.int()] * scale).flatten()
         return weight[: self.out_features * self.in_features].view(self.out_features, -1)
 

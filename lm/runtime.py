@@ -93,7 +93,7 @@ class Runtime:
             keep_freed_memory()
         if self.world_size > 1:  # gloo for what the ranks agree on, from the CPU, beside nccl's gradients
             backend = 'cpu:gloo,cuda:nccl' if self.device.type == 'cuda' else 'gloo'
-            self.timeout, self.excepthook = int(os.environ.get('RANK_TIMEOUT', 900)), sys.excepthook
+            self.timeout, self.excepthook = int(os.environ.get('RANK_TIMEOUT', 1800)), sys.excepthook
             torch.distributed.init_process_group(backend, timeout=timedelta(seconds=self.timeout))
             sys.excepthook = self.end_without_the_others
 

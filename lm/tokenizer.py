@@ -17,6 +17,7 @@ MASK = '<|mask|>'  # a position that a diffusion model has to fill
 IGNORE = '<|ignore|>'  # padding that a bidirectional model predicts and that decodes to nothing
 SPECIAL_TOKENS = (ENDOFTEXT, MASK, IGNORE)
 STARTOFTEXT = '<|startoftext|>'  # before a text, of a tokenizer that has a token of its own for it
+DIFFUSION_FAMILIES = ('llada', 'Dream', 'a2d-qwen2', 'a2d-qwen3')  # of lm/families.py
 KINDS = ('char', 'bytes', 'gpt2', 'bpe')  # what `build` builds
 
 
@@ -64,7 +65,7 @@ class Tokenizer:
         """Load a `tokenizer.json`, or that of a folder: a prepared one, or Hugging Face's."""
         path = Path(path)
         folder, path = (path, path / 'tokenizer.json') if path.is_dir() else (path.parent, path)
-        told = pretrained_token(folder, 'eos'), pretrained_start(folder), pretrained_token(folder, 'mask')
+        told = pretrained_token(folder, 'eos'), pretrained_start(folder), pretrained_mask(folder)
         if not path.is_file() and (folder / 'merges.txt').is_file():
             return cls(json_of_pair(folder), folder, *told)
         require(path.is_file(), f'There is no tokenizer at {path}; give a tokenizer.json or its folder.')
@@ -239,8 +240,14 @@ def pretrained_start(folder):
     """Return the name or id of what a folder of ours says is before a text, or what Hugging Face's adds there, or None."""
     recorded = settings_of(folder, 'config.json').get('start_token')
     adds_bos = settings_of(folder, 'tokenizer_config.json').get('add_bos_token')
-    adds_bos = adds_bos or pretrained_token(folder, 'mask') is not None  # as diffusion models are trained
+    adds_bos = adds_bos or pretrained_mask(folder) is not None  # as diffusion models are trained
     return pretrained_token(folder, 'bos') if recorded is None and adds_bos else recorded
+
+
+def pretrained_mask(folder):
+    """Return the name or id of the mask of a released diffusion model; what an `ar` model has by that name is no mask."""
+    is_diffusion = settings_of(folder, 'config.json').get('model_type') in DIFFUSION_FAMILIES
+    return pretrained_token(folder, 'mask') if is_diffusion else None
 
 
 def settings_of(folder, name):

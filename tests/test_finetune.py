@@ -141,6 +141,13 @@ def test_warmup_is_at_most_a_tenth_of_the_steps_unless_given(place, tmp_path):
     assert variables['warmup'] == 1
 
 
+def test_answers_are_printed_by_adapters_on_a_rounded_base_with_a_head_of_its_own(place, tmp_path, capsys):
+    write_base(tmp_path / 'untied', 'ar', tied=False)
+    words = '--use_peft --dtype=bfloat16 --num_samples=1 --sample_tokens=4 --max_steps=1'.split()
+    tune(f'--dataset={place}/examples', f'--init_from={tmp_path}/untied', *words, f'--out_dir={tmp_path}/run')
+    assert 'val/loss' in capsys.readouterr().out
+
+
 def test_the_first_thing_shown_is_an_example_with_what_is_in_the_loss(place, tmp_path, capsys):
     words = ['--num_samples=1', '--sample_tokens=4', f'--out_dir={tmp_path}/run']
     tune(*settings(place, 'ar', *words))

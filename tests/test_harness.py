@@ -11,6 +11,7 @@ pytest.importorskip('lm_eval', reason='lm_eval is not installed')
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
+import hf
 from lm import harness, prompts
 from lm.configurator import ROOT, UserError
 
@@ -32,10 +33,11 @@ def requests(*arguments):
     return [SimpleNamespace(args=one) for one in arguments]
 
 
-@pytest.fixture(params=['ar', 'diffusion', 'sdd'])
+@pytest.fixture(params=['ar', 'diffusion', 'sdd', 'diffusion and ar', 'blocks'])
 def checkpoint(request, tmp_path):
-    tokenizer = letter_tokenizer()
-    return write_small_checkpoint(tmp_path / request.param / 'ckpt.pt', request.param, tokenizer)
+    more = {'diffusion and ar': {'ar_weight': 1.0}, 'blocks': {'block_length': (2,)}}.get(request.param, {})
+    architecture = request.param.split()[0].replace('blocks', 'diffusion')
+    return write_small_checkpoint(tmp_path / 'run' / 'ckpt.pt', architecture, letter_tokenizer(), shape=more)
 
 
 def test_a_hugging_face_model_gets_what_the_harness_own_model_gives_it(tmp_path):
@@ -96,8 +98,8 @@ def test_an_answer_depends_on_its_request_alone_and_not_on_its_batch(checkpoint)
 def test_the_bound_of_a_continuation_is_the_mean_over_orders(checkpoint):
     """Of two tokens: -(nll of one, both hidden, + nll of the other then), over which of them comes first."""
     model = harness.Checkpoint(checkpoint, device='cpu', draws=200)
-    if model.model.causal:
-        pytest.skip('its likelihood is exact')
+    if model.model.causal or any(model.model.config.block_length):
+        pytest.skip('its likelihood is exact, or the mean over the orders within blocks')
     start, (first, second) = model.tok_encode('ab'), model.tok_encode('cd', add_special_tokens=False)
     mask = model.model.config.mask_id
     given = [*start, mask, mask], [*start, first, mask], [*start, mask, second]
@@ -110,11 +112,45 @@ def test_the_bound_of_a_continuation_is_the_mean_over_orders(checkpoint):
     assert value == pytest.approx(expected, abs=0.1)
 
 
+def test_a_continuation_of_one_token_has_the_same_bound_at_each_draw(checkpoint):
+    values = []
+    for draws in (1, 3):
+        model = harness.Checkpoint(checkpoint, device='cpu', draws=draws)
+        values.append(model.loglikelihood(requests(('abc', 'd')), True)[0][0])
+    assert values[0] == pytest.approx(values[1], abs=1e-4)
+
+
+def test_what_the_harness_may_ask_for_at_the_edges(checkpoint):
+    model = harness.Checkpoint(checkpoint, device='cpu', draws=1)
+    assert model._loglikelihood_tokens([(None, [3], [])], True) == [(0.0, True)]
+    assert model.loglikelihood_rolling(requests(('abc',)), True) == [
+        pytest.approx(model.loglikelihood(requests(('', 'abc')), True)[0][0], abs=1e-4)
+    ]
+    drawn = {'until': [''], 'temperature': 1.0, 'max_tokens': 8}
+    texts = model.generate_until(requests(*[('a', drawn)] * 3), True)
+    assert len(set(texts)) == 3 and max(map(len, texts)) <= 8
+    alone = harness.Checkpoint(checkpoint, device='cpu', batch_size=1)
+    assert len(set(alone.generate_until(requests(*[('a', drawn)] * 3), True))) > 1
+    _, _, options = model.read_settings({'until': '<|mask|>', 'max_gen_toks': 8})
+    assert model.text.mask_id in options['stop_tokens']
+
+
+def test_an_export_gets_what_its_checkpoint_gets(checkpoint, tmp_path):
+    hf.main(['export', str(checkpoint), f'--out={tmp_path / "exported"}'])
+    ours, exported = (
+        harness.Checkpoint(path, device='cpu', draws=2) for path in (checkpoint, tmp_path / 'exported')
+    )
+    pair = requests(('abc', 'de'))
+    assert exported.loglikelihood(pair, True)[0] == pytest.approx(ours.loglikelihood(pair, True)[0], abs=1e-4)
+
+
 def test_greedy_means_the_text_that_is_written_at_temperature_0(checkpoint):
-    model = harness.Checkpoint(checkpoint, device='cpu', draws=1, sampler='', steps=None)
-    written = model.generate_until(requests(('abc', {'max_gen_toks': 1})), True)[0]
-    assert written
-    answers = model.loglikelihood(requests(('abc', written), ('abc', 'a' if written != 'a' else 'b')), True)
+    model = harness.Checkpoint(checkpoint, device='cpu', draws=1, sampler='confidence')
+    written = model.generate_until(requests(('abc', {'max_gen_toks': 2})), True)[0]
+    assert len(written) == 2
+    answers = model.loglikelihood(
+        requests(('abc', written), ('abc', 'aa' if written != 'aa' else 'ab')), True
+    )
     assert [is_greedy for _, is_greedy in answers] == [True, False]
 
 
@@ -127,6 +163,8 @@ def test_a_conversation_is_encoded_as_a_chat_is(tmp_path):
     text = model.apply_chat_template([{'role': 'user', 'content': 'abc'}])
     expected, _ = prompts.encode(tokenizer, prompts.DEFAULT, [('abc', '', None)])
     assert model.tok_encode(text) == [tokenizer.endoftext_id, *expected]
+    told = [{'role': 'user', 'content': 'abc'}, {'role': 'assistant', 'content': 'ab'}]
+    assert model.apply_chat_template(told, add_generation_prompt=False) == f'{text}ab'
 
 
 @pytest.mark.parametrize(

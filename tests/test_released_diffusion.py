@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import safetensors.torch
 import torch
+from conftest import hf_model, write_llama_tokenizer
 from helpers import run, tune
 
 import hf
@@ -294,3 +295,13 @@ def test_llada_8b_is_tuned_as_nf4_on_a_gpu_of_8_gb():
 
     one, two = estimate(1), estimate(2)
     assert 7.5e9 < one + 31 * (two - one) < 8 * 2**30
+
+
+def test_what_an_ar_model_has_as_a_mask_token_changes_nothing(tmp_path):
+    for name, more in (('plain', {}), ('masked', {'mask_token': '</s>'})):
+        hf_model('llama', tmp_path / name)
+        write_llama_tokenizer(tmp_path / name)
+        settings = {'bos_token': '<s>', 'eos_token': '</s>', **more}
+        (tmp_path / name / 'tokenizer_config.json').write_text(json.dumps(settings))
+    plain, masked = (checkpoints.load(tmp_path / name) for name in ('plain', 'masked'))
+    assert all(plain[key] == masked[key] for key in ('tokenizer', 'start_token', 'model_config'))

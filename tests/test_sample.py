@@ -118,6 +118,7 @@ def test_an_ar_model_fills_gaps_as_often_as_it_takes_and_shows_the_likeliest_fir
     tokenizer, model = Tokenizer(state['tokenizer']), checkpoints.load_model(state, 'cpu')
     rows = torch.tensor([[state['start_token'], *tokenizer.encode(text)] for text in texts])
     assert model.nll(rows).diff().min() >= 0
+    assert len(sample(f'--checkpoint={path}', '--infill=the <mask:4>', '--weights=float16')) == 3
 
 
 def test_a_gap_in_an_answer_is_filled_after_its_prompt(tmp_path, sample):
