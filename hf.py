@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import save_torch_state_dict
 
-from lm import checkpoints, families, files, lora, pretrained, prompts, sharded
+from lm import chat, checkpoints, families, files, lora, pretrained, prompts, sharded
 from lm.configurator import UserError, require
 from lm.tokenizer import IGNORE, MASK, Tokenizer, recorded_in
 from model import ModelConfig
@@ -102,11 +102,8 @@ def write_tokenizer(checkpoint, folder, rows):
     text = tokenizer.to_json()
     text = text if rows is None else without_own_tokens(text, rows, added)
     files.save_atomically(folder / 'tokenizer.json', lambda file: file.write(text.encode()))
-    start, end = tokenizer.start_id, tokenizer.endoftext_id
-    if (
-        came_with.get('bos_token') is not None
-        and checkpoint.get('prompt_format') not in prompts.FORMATS.values()
-    ):
+    start, end, form = tokenizer.start_id, tokenizer.endoftext_id, checkpoint.get('prompt_format')
+    if came_with.get('bos_token') is not None and (not form or chat.is_chat_template(form)):
         start = came_with['bos_token']  # a format of ours begins with what it was trained with
     settings = {**came_with.get('tokenizer_config', {}), 'tokenizer_class': 'PreTrainedTokenizerFast'}
     settings |= {'bos_token': name_of(start), 'eos_token': name_of(end)}
@@ -114,7 +111,7 @@ def write_tokenizer(checkpoint, folder, rows):
     ids = {'bos_token_id': start, 'eos_token_id': ends if len(ends) > 1 else end}
     if tokenizer.ignore_id == end:  # of a released diffusion model
         ids['mask_token_id'], settings['mask_token'] = tokenizer.mask_id, name_of(tokenizer.mask_id)
-    if form := checkpoint.get('prompt_format'):
+    if form:
         settings['chat_template'] = prompts.chat_template(form, tokenizer)
     if (pad := came_with.get('pad_token')) is not None:
         ids['pad_token_id'], settings['pad_token'] = pad, name_of(pad)
