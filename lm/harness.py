@@ -79,6 +79,8 @@ class Checkpoint(TemplateLM):
         adds_it = self.is_ours or told or start in self.text.inner.encode('a').ids[:1]
         self.start = [start] * bool(adds_it if add_bos is None else add_bos)
         self.ends = prompts.stop_tokens(state, self.text)
+        for name in came_with.get('added_tokens', ()):  # names that its own tokenizer does not know
+            self.text.special_ids.pop(name, None)
         self.batch_size, self.draws = int(batch_size), draws
         self.options = {} if self.model.causal else {'sampler': sampler, 'steps': steps}
         draws_said = f', {draws} draws each' if self.model.needs_noise else ''
