@@ -12,7 +12,7 @@ INFILL := --infill='Bruno was a little bear. He loved to sing. One rainy day, Br
 # Five minutes on two cores: a model that tells the stories that it is asked for, and fills a gap in one; two pages.
 demo: .venv/installed
 	$(RUN) prepare/instruct.py $(REQUESTS) --max_examples=12000
-	$(RUN) train.py config/stories_instruct.py $(RUN_OPTIONS) --max_steps=680 --out_dir=out/demo
+	$(RUN) train.py config/stories_instruct.py $(RUN_OPTIONS) --max_steps=560 --out_dir=out/demo
 	$(RUN) sample.py --checkpoint=out/demo $(ONE) --prompt="$(ASK)" --html=out/demo-watch.html
 	$(RUN) sample.py --checkpoint=out/demo $(ONE) --prompt="Tell a story about Lily at the beach. A crab comes along."
 	$(RUN) sample.py --checkpoint=out/demo $(ONE) --prompt="Tell a story about Bruno the bear."
