@@ -33,7 +33,7 @@ NAMES = {  # of our modules; those below 'unembedding' are in a block
         'model.decoder.embed_tokens',
         'transformer.wte',
         'model.transformer.wte',
-    ),  # fmt: skip
+    ),
     'positions': (None, 'model.decoder.embed_positions', 'transformer.wpe', None),
     'project_in': (None, 'model.decoder.project_in', None, None),
     'project_out': (None, 'model.decoder.project_out', None, None),

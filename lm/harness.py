@@ -3,12 +3,13 @@
     python -m lm.harness --model_args checkpoint=out/ar-books-tiny-v1 --tasks lambada_openai --limit 200
     python -m lm.harness --model_args checkpoint=GSAI-ML/LLaDA-8B-Base,draws=32,dtype=bfloat16 --tasks arc_easy
 
-All other arguments are the harness's own. In Python: simple_evaluate(model=harness.Checkpoint(checkpoint=PATH), tasks=[...]).
+All other arguments are the harness's own. In Python:
+simple_evaluate(model=harness.Checkpoint(checkpoint=PATH), tasks=[...]).
 
-A log-likelihood is exact for `ar`. For the other architectures it is minus a bound of the nll of the continuation given its
-context (of the sampler that `order` names in the results), a mean over `draws` of its masks; as numbers of masked tokens are drawn, not
-probabilities (Nie et al. 2025, LLaDA, equation 6), and spread evenly over the draws. They depend on a request's tokens alone,
-not on its batch. "Greedy" is then the text that is written surest token first.
+A log-likelihood is exact for `ar`. For the other architectures it is minus a bound of the nll of the continuation
+given its context (of the sampler that `order` names in the results), a mean over `draws` of its masks; as numbers of
+masked tokens are drawn, not probabilities (Nie et al. 2025, LLaDA, equation 6), and spread evenly over the draws. They
+depend on a request's tokens alone, not on its batch. "Greedy" is then the text that is written surest token first.
 """
 
 import sys
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from lm import chat, checkpoints, data, prompts, quantize, runtime
+from lm import chat, checkpoints, data, prompts, runtime
 from lm.configurator import note, require, user_errors
 from lm.files import as_sentence
 from lm.tokenizer import Tokenizer, settings_of
@@ -47,7 +48,6 @@ class Checkpoint(TemplateLM):
         batch_size=16,
         device='auto',
         dtype='float32',
-        weights='float32',
         architecture='',
         draws=128,
         add_bos=None,
@@ -58,34 +58,37 @@ class Checkpoint(TemplateLM):
     ):
         super().__init__()
         require(not unknown, f'model_args has {", ".join(unknown)}, which is unknown; correct the name.')
-        self.dist, self.path = runtime.Runtime(device, dtype), str(checkpoint)
         require(checkpoint, 'No checkpoint is given; name one: --model_args checkpoint=PATH.')
-        state = checkpoints.load(self.path, architecture=architecture)
-        require(state['tokenizer'], f'{self.path} holds no tokenizer; the harness gives texts.')
         is_number = isinstance(draws, int) and draws >= 1
         require(is_number, f'draws is {draws}; it has to be a number, at least 1.')
+        self.dist, self.path = runtime.Runtime(device, dtype), str(checkpoint)
+        state = checkpoints.load(self.path, architecture=architecture)
+        require(state['tokenizer'], f'{self.path} holds no tokenizer; the harness gives texts.')
         if sampler == 'ar':
             state, sampler = checkpoints.as_ar(state, self.path), ''
         self.model = checkpoints.load_model(state, self.dist.device)
-        quantize.pack(self.model, weights)
-        self.form = state.get('prompt_format') or prompts.DEFAULT
+        self.max_length = self.model.config.block_size
+        self.batch_size, self.draws = int(batch_size), draws
+        self.options = {} if self.model.causal else {'sampler': sampler, 'steps': steps}
+        self.take_tokenizer(state, add_bos)
+        draws_said = f', {draws} draws each' if self.model.needs_noise else ''
+        note(f'{self.path}: log-likelihoods are minus {runtime.describe_loss(self.model)}{draws_said}')
+
+    def take_tokenizer(self, state, add_bos):
+        """Take the tokenizer of a checkpoint, and decide what stands before a text."""
         came_with, start = state.get('came_with') or {}, state['start_token']
-        exported = self.path and 'start_token' in settings_of(Path(self.path), 'config.json')
-        self.is_ours = bool(not came_with or state['train_config'] or exported)
-        begin = came_with.get('bos_token')
-        self.prefix = start if self.is_ours or begin is None else begin
+        exported = 'start_token' in settings_of(Path(self.path), 'config.json')
+        self.is_ours = bool(not came_with or state.get('train_config') or exported)
+        begin = None if self.is_ours else came_with.get('bos_token')
+        self.prefix = start if begin is None else begin
         self.text = Tokenizer(state['tokenizer'], start=self.prefix)  # as what chat templates write it
         told = came_with.get('tokenizer_config', {}).get('add_bos_token')
         adds_it = self.is_ours or told or start in self.text.inner.encode('a').ids[:1]
         self.start = [start] * bool(adds_it if add_bos is None else add_bos)
+        self.form = state.get('prompt_format') or prompts.DEFAULT
         self.ends = prompts.stop_tokens(state, self.text)
         for name in came_with.get('added_tokens', ()):  # names that its own tokenizer does not know
             self.text.special_ids.pop(name, None)
-        self.batch_size, self.draws = int(batch_size), draws
-        self.options = {} if self.model.causal else {'sampler': sampler, 'steps': steps}
-        draws_said = f', {draws} draws each' if self.model.needs_noise else ''
-        note(f'{self.path}: log-likelihoods are minus {runtime.describe_loss(self.model)}{draws_said}')
-        self.max_length = self.model.config.block_size
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict, additional_config=None):
@@ -123,9 +126,8 @@ class Checkpoint(TemplateLM):
         """Return the log-likelihood of each text, in windows as the harness cuts them."""
         windows, owners = [], []
         for number, request in enumerate(requests):
-            tokens = self.tok_encode(
-                request.args[0], False if self.is_ours else None
-            )  # the prefix is before it
+            # The prefix stands before it; the harness's own models count their start token once more.
+            tokens = self.tok_encode(request.args[0], add_special_tokens=False if self.is_ours else None)
             length = self.max_length - (not self.model.causal)  # of a window, without its first token
             cut = get_rolling_token_windows(tokens, self.prefix, length, context_len=1)
             windows += [(None, *make_disjoint_window(window)) for window in cut]
@@ -141,10 +143,9 @@ class Checkpoint(TemplateLM):
         for _, context, continuation in requests:
             size, context = len(continuation), context or [self.prefix]
             require(size < longest, f'A continuation has {size} tokens, and the block {longest}; shorten it.')
-            rows.append((tuple((context + continuation)[-longest:]), size))
-            by_length[0 if self.model.causal else len(rows[-1][0])].add(
-                rows[-1]
-            )  # a causal model sees no padding
+            ids = tuple((context + continuation)[-longest:])
+            rows.append((ids, size))
+            by_length[0 if self.model.causal else len(ids)].add((ids, size))  # a causal model sees no padding
         found = {row: (0.0, True) for row in rows if not row[1]}  # within the last token of the context
         with tqdm(total=len({*rows} - {*found}), desc='log-likelihoods', disable=disable_tqdm or None) as bar:
             for different in by_length.values():
@@ -187,10 +188,8 @@ class Checkpoint(TemplateLM):
                 settings = self.read_settings(requests[numbers[0]].args[1])
                 for start in range(0, len(numbers), self.batch_size):
                     part = numbers[start : start + self.batch_size]
-                    written = self.write(
-                        [requests[number].args[0] for number in part], *settings, seed=part[0]
-                    )
-                    for number, text in zip(part, written):
+                    contexts = [requests[number].args[0] for number in part]
+                    for number, text in zip(part, self.write(contexts, *settings, seed=part[0])):
                         texts[number] = text
                     bar.update(len(part))
         return texts
@@ -236,16 +235,14 @@ def noise_of(rows, length, draw, draws, by_count):
     return torch.from_numpy(noise.astype(np.float32))
 
 
-if __name__ == '__main__':
+def main():
+    """Run the harness's own command with our model."""
     from lm_eval.__main__ import cli_evaluate
 
-    sys.argv[1:1] = [
-        'run',
-        '--model',
-        'diffusion-lm',
-        '--device',
-        'auto',
-        '--batch_size',
-        '16',
-    ]  # not its own
+    own = '--model diffusion-lm --device auto --batch_size 16'  # its defaults are a GPU and 1
+    sys.argv[1:1] = ['run', *own.split()]
     cli_evaluate()
+
+
+if __name__ == '__main__':
+    main()

@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import letter_tokenizer, random_model, signals_kept, write_checkpoint
+from conftest import letter_tokenizer, random_model, signals_kept, write_checkpoint, write_small_checkpoint
 
 from lm import prompts, runtime
-from lm.configurator import ROOT
+from lm.configurator import ROOT, UserError
+from lm.folder import Folder
 
 TINY = '--n_layer=1 --n_head=2 --n_embd=16 --batch_size=4'.split()
 CPU = '--device=cpu --dtype=float32 --no_wandb'.split()
@@ -44,6 +45,11 @@ def run(script, *arguments):
         patch.setattr(sys, 'argv', [script, *map(str, arguments)])
         patch.setattr(runtime, 'measure_peak_flops', lambda device, dtype: 1e9)  # takes 0.2 s each time
         return runpy.run_path(str(ROOT / script), run_name='__main__')
+
+
+def evaluate(*arguments):
+    """Run evaluate.py in this process; returns its variables."""
+    return run('evaluate.py', '--device=cpu', '--num_samples=6', *arguments)
 
 
 def train(*arguments):
@@ -92,7 +98,7 @@ def run_in_process(script, arguments, log, environment):
     os.dup2(file, 2)
     try:
         run(script, *arguments)
-    except Exception:
+    except (UserError, RuntimeError):
         sys.excepthook(*sys.exc_info())  # as at the end of a process of its own
         sys.exit(1)
 
@@ -234,6 +240,22 @@ def write_base(path, architecture, **shape):
     model = random_model(architecture, 0.1, **{**base, **shape})
     path.mkdir()
     write_checkpoint(path / 'ckpt.pt', model, tokenizer, start_token=tokenizer.endoftext_id)
+    return path
+
+
+def write_run(path, folder, architecture, mode='packed', **shape):
+    """Write a run folder with a model of random weights for a prepared folder."""
+    folder = Folder(folder)
+    train_config = {'dataset': str(folder.path), 'mode': mode}
+    start_token = folder.config['start_token']
+    write_small_checkpoint(
+        path / 'ckpt.pt',
+        architecture,
+        folder.tokenizer,
+        train_config=train_config,
+        start_token=start_token,
+        shape=shape,
+    )
     return path
 
 

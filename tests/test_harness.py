@@ -1,6 +1,7 @@
 """lm-evaluation-harness gets from our checkpoints what its own model gets, or bounds that depend on nothing else."""
 
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,9 @@ import torch
 from conftest import hf_model, letter_tokenizer, write_llama_tokenizer, write_small_checkpoint
 
 pytest.importorskip('lm_eval', reason='lm_eval is not installed')
+import lm_eval.__main__
 from lm_eval import simple_evaluate
+from lm_eval._cli.harness import HarnessCLI
 from lm_eval.tasks import TaskManager
 
 import hf
@@ -33,11 +36,20 @@ def requests(*arguments):
     return [SimpleNamespace(args=one) for one in arguments]
 
 
-@pytest.fixture(params=['ar', 'diffusion', 'sdd', 'diffusion and ar', 'blocks'])
+KINDS = {  # name: architecture, what its shape has beside
+    'ar': ('ar', {}),
+    'diffusion': ('diffusion', {}),
+    'sdd': ('sdd', {}),
+    'diffusion and ar': ('diffusion', {'ar_weight': 1.0}),
+    'blocks': ('diffusion', {'block_length': (2,)}),
+}
+OF_WHOLE_ROWS = ['diffusion', 'sdd', 'diffusion and ar']
+
+
+@pytest.fixture(params=KINDS)
 def checkpoint(request, tmp_path):
-    more = {'diffusion and ar': {'ar_weight': 1.0}, 'blocks': {'block_length': (2,)}}.get(request.param, {})
-    architecture = request.param.split()[0].replace('blocks', 'diffusion')
-    return write_small_checkpoint(tmp_path / 'run' / 'ckpt.pt', architecture, letter_tokenizer(), shape=more)
+    architecture, shape = KINDS[request.param]
+    return write_small_checkpoint(tmp_path / 'run' / 'ckpt.pt', architecture, letter_tokenizer(), shape=shape)
 
 
 def test_a_hugging_face_model_gets_what_the_harness_own_model_gives_it(tmp_path):
@@ -95,11 +107,10 @@ def test_an_answer_depends_on_its_request_alone_and_not_on_its_batch(checkpoint)
     assert together.get_model_info()['draws'] == (4 if together.model.needs_noise else None)
 
 
+@pytest.mark.parametrize('checkpoint', OF_WHOLE_ROWS, indirect=True)
 def test_the_bound_of_a_continuation_is_the_mean_over_orders(checkpoint):
     """Of two tokens: -(nll of one, both hidden, + nll of the other then), over which of them comes first."""
     model = harness.Checkpoint(checkpoint, device='cpu', draws=200)
-    if model.model.causal or any(model.model.config.block_length):
-        pytest.skip('its likelihood is exact, or the mean over the orders within blocks')
     start, (first, second) = model.tok_encode('ab'), model.tok_encode('cd', add_special_tokens=False)
     mask = model.model.config.mask_id
     given = [*start, mask, mask], [*start, first, mask], [*start, mask, second]
@@ -181,7 +192,7 @@ def test_a_mistake_in_model_args_is_one_sentence(options, said, checkpoint):
         harness.Checkpoint(**options, device='cpu')
 
 
-def test_the_command_runs_a_task_of_local_files(tmp_path, monkeypatch):
+def test_a_task_of_local_files_says_which_bound_it_is(tmp_path, monkeypatch):
     path = write_small_checkpoint(tmp_path / 'run' / 'ckpt.pt', 'diffusion', letter_tokenizer())
     records = [{'q': 'abc', 'choices': ['a', 'b'], 'gold': i % 2} for i in range(4)]
     (tmp_path / 'data.json').write_text(json.dumps(records))
@@ -192,3 +203,21 @@ def test_the_command_runs_a_task_of_local_files(tmp_path, monkeypatch):
     results = simple_evaluate(model=model, tasks=['letters'], task_manager=manager, bootstrap_iters=0)
     assert results['results']['letters']['acc,none'] == 0.5  # the same two choices, each right twice
     assert results['config']['bound'] == 'upper' and results['config']['draws'] == 2
+
+
+def test_the_command_gives_the_harness_our_model_and_the_users_words_last(monkeypatch):
+    words = ['--model_args', 'checkpoint=a.pt', '--tasks', 'letters', '--batch_size', '2']
+    given = []
+    monkeypatch.setattr(sys, 'argv', ['harness.py', *words])
+    monkeypatch.setattr(lm_eval.__main__, 'cli_evaluate', lambda: given.append(HarnessCLI().parse_args()))
+    harness.main()
+    (given,) = given
+    assert (given.model, given.device, given.batch_size) == ('diffusion-lm', 'auto', '2')
+    assert given.model_args == {'checkpoint': 'a.pt'}
+
+
+def test_a_prefilled_answer_is_continued_where_a_template_trims_it(tmp_path):
+    form = '{% for m in messages %}{{ m.content | trim }}#{% endfor %}'
+    path = write_small_checkpoint(tmp_path / 'run' / 'ckpt.pt', 'ar', letter_tokenizer(), prompt_format=form)
+    told = [{'role': 'user', 'content': 'abc'}, {'role': 'assistant', 'content': ' ab '}]
+    assert harness.Checkpoint(path, device='cpu').apply_chat_template(told, False) == 'abc#ab'

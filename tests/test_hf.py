@@ -19,6 +19,7 @@ from conftest import (
     random_model,
     write_checkpoint,
     write_llama_tokenizer,
+    write_small_checkpoint,
 )
 
 import hf
@@ -26,7 +27,7 @@ import model as models
 from lm import checkpoints, configurator, lora, prompts
 from lm.configurator import ROOT, UserError
 from lm.prompts import FORMATS
-from lm.tokenizer import CHARACTERS, Tokenizer, byte_level
+from lm.tokenizer import CHARACTERS, ENDOFTEXT, IGNORE, Tokenizer, byte_level
 
 transformers = pytest.importorskip('transformers', reason='transformers is not installed')
 
@@ -201,6 +202,18 @@ def test_what_a_folder_says_beside_its_model_goes_out_as_it_came(tmp_path):
     assert (ends.eos_token_id, ends.pad_token_id, ends.bos_token_id) == ([257, 259], 261, 256)
     again = checkpoints.load(tmp_path / 'out')
     assert all(again[key] == checkpoint[key] for key in ('tokenizer', 'start_token', 'came_with'))
+
+
+@pytest.mark.parametrize(
+    'form, expected', [(None, IGNORE), ('{{ messages }}', IGNORE), (prompts.DEFAULT, ENDOFTEXT)]
+)
+def test_a_text_of_an_export_begins_as_its_format_was_trained(tmp_path, form, expected):
+    tokenizer = letter_tokenizer()
+    came_with = {'bos_token': tokenizer.ignore_id, 'added_tokens': []}  # any special token but the start
+    words = dict(prompt_format=form, came_with=came_with)
+    write_small_checkpoint(tmp_path / 'ckpt.pt', 'ar', tokenizer, **words)
+    run('export', tmp_path / 'ckpt.pt', '--out', tmp_path / 'out')
+    assert json.loads((tmp_path / 'out' / 'tokenizer_config.json').read_text())['bos_token'] == expected
 
 
 @pytest.mark.faults

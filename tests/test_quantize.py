@@ -28,6 +28,13 @@ def test_a_weight_in_few_bits_is_near_the_weight(bits, error, size):
     assert sum(x.numel() * x.element_size() for x in layer.buffers()) * 8 / linear.weight.numel() < size
 
 
+def test_codes_that_a_sharded_model_casts_are_the_same_weight():
+    layer = QuantizedLinear(nn.Linear(64, 8), 4)
+    before = layer.weight
+    layer.codes = layer.codes.bfloat16()  # as FSDP casts all that is gathered, before PyTorch 2.13
+    assert torch.equal(layer.weight, before)
+
+
 @pytest.mark.parametrize('bits', [8, 4])
 def test_a_quantized_layer_computes_with_its_weight_both_ways(bits):
     linear = nn.Linear(37, 19)  # no multiple of a block

@@ -121,6 +121,14 @@ def test_an_ar_model_fills_gaps_as_often_as_it_takes_and_shows_the_likeliest_fir
     assert len(sample(f'--checkpoint={path}', '--infill=the <mask:4>', '--weights=float16')) == 3
 
 
+def test_a_text_that_begins_with_a_gap_begins_after_the_start_token(tmp_path, sample):
+    checkpoint = write_small_checkpoint(
+        tmp_path / 'ckpt.pt', 'ar', letter_tokenizer(), start_token=3
+    )  # a letter
+    (text,) = sample(f'--checkpoint={checkpoint}', '--infill=<mask:2>ab', '--num_samples=1')
+    assert text.endswith('ab')
+
+
 def test_a_gap_in_an_answer_is_filled_after_its_prompt(tmp_path, sample):
     tokenizer = letter_tokenizer(sorted(set('abcdefghijklmnopqrstuvwxyz ### Instruction:\n\nResponse')))
     checkpoint = write_small_checkpoint(
