@@ -45,7 +45,7 @@ only = ''  # learn, work, write or pretrained; empty: the first three
 dataset = 'shakespeare_char'  # as prepare/shakespeare.py writes it: a name under data/, or a path
 runs = 5  # pairs of runs of work and write
 new_tokens = 512  # tokens generated
-rehearsal = False  # a few steps of everything
+rehearsal = False  # a few small steps of everything
 config = configure(globals())
 
 BLOCK_SIZE = 64
@@ -55,6 +55,7 @@ WARMUP = 1 if rehearsal else 50  # steps at the start of a run that no rate incl
 PEER_RECIPE = f"""config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1
     --block_size={BLOCK_SIZE} --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --dropout=0.0"""
 OUR_RECIPE = 'config/shakespeare_char.py --device=cpu --no_wandb --overwrite --eval_every=1000000000'
+OUR_RECIPE += ' --batch_size=2' if rehearsal else ''
 SAME_WORK = {  # the same blocks and the same optimizer; nanoGPT's has no biases either
     'nanoGPT': '--log_interval=5 --eval_interval=1000000 --eval_iters=1',
     'ours': """--dtype=float32 --norm=layer --position=learned --mlp=gelu --bias=False --qk_norm=False
