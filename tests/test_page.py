@@ -1,5 +1,7 @@
 """The page of serve.py in a browser: to write, chat and infill, and to look at the steps."""
 
+import json
+
 import pytest
 from conftest import letter_tokenizer
 from helpers import ASCII
@@ -94,6 +96,24 @@ def test_a_conversation_is_kept_and_begun_anew(page):
     assert page.locator('.said').count() == 4 and page.locator('#answers img').count() == 0
     page.click('#new')
     assert page.locator('.said').count() == 0
+
+
+@pytest.mark.faults
+def test_a_conversation_goes_on_after_an_answer_of_nothing(page):
+    empty = {'choices': [{'index': 0, 'delta': {'content': ''}, 'finish_reason': 'stop'}]}
+    events, asked = f'data: {json.dumps(empty)}\n\ndata: [DONE]\n\n', []
+
+    def answer(route):
+        asked.append([said['role'] for said in route.request.post_data_json['messages']])
+        route.fulfill(content_type='text/event-stream', body=events)
+
+    page.route('**/v1/chat/completions', answer)
+    choose(page, 'Chat', 'ar')
+    for text in ('hello', 'again'):
+        page.fill('#text', text)
+        run(page)
+    assert asked == [['user'], ['user', 'assistant', 'user']]
+    assert page.locator('.said').count() == 4 and page.locator('.error').count() == 0
 
 
 def test_stop_ends_an_answer(page):
