@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from lm import checkpoints, data, optim, runtime
-from lm.configurator import configure
-from lm.folder import open_dataset
+from lm import checkpoints, data, optim, runtime, scaling
+from lm.configurator import configure, restore
+from lm.folder import open_dataset, version_of
 from lm.log import start_run
 from sampling import generate
 
@@ -24,6 +24,7 @@ gradient_accumulation_steps = 1  # micro-steps per step and rank
 # --- model ---
 architecture = 'ar'  # ar, diffusion or sdd
 model_size = 'tiny'  # tiny, small, medium, large, xl: sets the next three
+depth: int = None  # instead: shape, batch, steps and rates by lm/scaling.py; what is given stays
 n_layer: int = None
 n_head: int = None
 n_embd: int = None
@@ -97,7 +98,7 @@ SHAPE = 'n_layer n_head n_embd n_kv_head block_size norm position mlp bias qk_no
 SHAPE += ['embedding_shortcuts', 'neighbours']
 BLOCKS = ['block_length', 'ar_weight']  # may be others than those of the weights that a run starts from
 FREE_SHAPE = ['dropout', 'gradient_checkpointing']
-FIXED = 'architecture mode model_size optimizer fsdp seed anneal_steps'.split()
+FIXED = 'architecture mode model_size depth optimizer fsdp seed anneal_steps'.split()
 FIXED += SHAPE + BLOCKS
 
 runtime.check_settings(config)
@@ -113,6 +114,8 @@ folder = open_dataset(dataset)
 tokenizer = folder.tokenizer
 if 'block_size' not in config.given:
     config['block_size'] = folder.config.get('max_seq_len') or block_size
+if depth is not None and not resumed.checkpoint:
+    restore(globals(), config, scaling.settings(config, tokenizer.vocab_size, dist.world_size))
 
 initial = resumed.checkpoint
 if init_from and not initial:
@@ -164,13 +167,14 @@ model = dist.wrap(raw_model, compile, fsdp)
 
 config.update({key: getattr(raw_model.config, key) for key in SHAPE + FREE_SHAPE + BLOCKS})
 config.update(max_steps=max_steps, dtype=dist.dtype, anneal_steps=anneal_steps)
-base = Path(init_from).resolve().name.removesuffix('.pt') if init_from else model_size
+base = model_size if depth is None else f'd{depth}'
+base = Path(init_from).resolve().name.removesuffix('.pt') if init_from else base
 out, log = start_run(dist, config, f'{architecture}-{folder.config["name"]}-{base}', resumed)
 stop = runtime.StopSignal()
 log.print(
     f'{out}: {architecture}, {raw_model.num_parameters():,} parameters, {dist.dtype} on {dist.world_size} × '
     f'{dist.device.type}; {max_steps} steps of {batches.rows_per_step} rows of {block_size} tokens are '
-    f'{batches.describe_epochs(max_steps)}',
+    f'{batches.describe_epochs(max_steps)} of data {version_of(folder)}',
     f'val/loss: nats per token, {runtime.describe_loss(raw_model)}',
 )
 
@@ -278,6 +282,7 @@ if step < max_steps or pending is not None:
 else:
     save(is_last=True)
     sample = f'python sample.py --checkpoint={out / "ckpt.pt"}'
-    log.print(f'done: best val/loss {best.loss:.4f} at step {best.step}; look at what it writes: {sample}')
+    done = f'done in {speed.seconds:.0f} s of training: best val/loss {best.loss:.4f} at step {best.step}'
+    log.print(f'{done}; look at what it writes: {sample}')
 log.close()
 dist.close()

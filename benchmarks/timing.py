@@ -2,8 +2,6 @@
 
 import importlib.util
 import os
-import platform
-import re
 import statistics
 import sys
 from functools import partial
@@ -11,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from lm import log
 from lm.configurator import require
 
 CPU = torch.device('cpu')
@@ -28,12 +27,8 @@ def finish(targets):
 
 
 def describe_machine(device=CPU):
-    """Print the processor, the GPU where one is used, the version of PyTorch, and the load before the start."""
-    info = Path('/proc/cpuinfo')
-    found = re.search(r'model name\s*: (.*)', info.read_text()) if info.exists() else None
-    gpu = f', {torch.cuda.get_device_name(device)}' if device.type == 'cuda' else ''
-    cpu = f'{found[1] if found else platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} cores'
-    say(f'{cpu}{gpu}, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}')
+    """Print the machine, and its load before the start."""
+    say(f'{log.describe_machine(device)}, load {os.getloadavg()[0]:.1f}')
 
 
 def alternate(sides, rounds, warmup=0):

@@ -67,6 +67,11 @@ class Folder:
         return len(counted) / len(text.encode()) if text else None
 
 
+def version_of(folder):
+    """Return eight digits that other data, or the same by another tokenizer, would not have."""
+    return hashlib.sha256(json.dumps(folder.fingerprint, sort_keys=True).encode()).hexdigest()[:8]
+
+
 def prepared(source, field, max_seq_len, tokenizer):
     """Return a prepared folder as it is; of files or of a data set of the hub, the one that prepare/instruct.py makes.
 

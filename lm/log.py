@@ -2,15 +2,21 @@
 
 import contextlib
 import os
+import platform
+import re
+import shlex
 import signal
+import subprocess
 import sys
 import threading
 from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
 
+import torch
+
 from lm import checkpoints, report
-from lm.configurator import output_is_cut, printable
+from lm.configurator import ROOT, output_is_cut, printable
 from lm.files import lock, save_atomically, write_json
 
 PATIENCE = 60  # seconds that W&B has to answer, once
@@ -33,6 +39,7 @@ def start_run(dist, config, name, resumed):
         for path in out.glob('**/*.[0-9]*.tmp'):  # what a killed process had begun to write
             path.unlink()
         write_json(out / 'config.json', config)
+        log.write(log.log_file, describe_origin(dist.device))
     if not config['no_wandb']:
         run_id = checkpoint.get('wandb_run_id')
         name = config['wandb_run_name'] or out.name
@@ -40,6 +47,26 @@ def start_run(dist, config, name, resumed):
     for key, before, now in resumed.overrides:
         log.print(f'resumed with {key}={now!r}, which was {before!r}')
     return out, log
+
+
+def describe_origin(device):
+    """Return two lines that say what made a run: its command; commit, version of PyTorch and machine."""
+    command = shlex.join(['python', Path(sys.argv[0]).name, *sys.argv[1:]])
+    git = ['git', '-C', ROOT, 'describe', '--always', '--dirty', '--exclude=*', '--abbrev=12']
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:  # there is no git
+        commit = ''
+    return f'$ {command}\ncommit {commit or "unknown"}, {describe_machine(device)}\n'
+
+
+def describe_machine(device):
+    """Return the version of PyTorch, the processor, its threads in use, and the GPU where one is used."""
+    info = Path('/proc/cpuinfo')
+    found = re.search(r'model name\s*: (.*)', info.read_text()) if info.exists() else None
+    gpu = f', {torch.cuda.get_device_name(device)}' if device.type == 'cuda' else ''
+    cpu = found[1] if found else platform.machine()
+    return f'torch {torch.__version__}, {torch.get_num_threads()} of {os.cpu_count()} cores of {cpu}{gpu}'
 
 
 class Logger:

@@ -380,6 +380,7 @@ class Speed:
         self.model, self.length = model, float(length)  # numpy's numbers would keep ckpt.pt from loading
         self.tokens = float(tokens_per_step) / dist.world_size  # of a rank
         self.peak_flops, self.world_size = measure_peak_flops(dist.device, dist.dtype), dist.world_size
+        self.seconds = 0.0  # of training, without evaluations and checkpoints
         self.restart(step)
 
     def restart(self, step):
@@ -393,7 +394,9 @@ class Speed:
 
     def metrics(self, step):
         steps = step - self.step
-        self.seconds_per_step = (time.perf_counter() - self.start) / steps
+        seconds = time.perf_counter() - self.start
+        self.seconds += seconds
+        self.seconds_per_step = seconds / steps
         predicted = float(self.predicted) / (steps * self.tokens)
         flops = flops_per_token(self.model, self.length, predicted, self.passes / steps)
         tokens_per_sec = self.tokens / self.seconds_per_step

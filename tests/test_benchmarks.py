@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_folder
+from helpers import train
 
 from benchmarks import timing
 from lm import checkpoints, data
 from lm.configurator import ROOT, UserError
-from lm.folder import Folder
+from lm.folder import Folder, version_of
 from model import ARCHITECTURES
 
 NANOGPT = Path(__file__).parent / 'nanogpt'  # a stand-in for a clone
@@ -146,3 +148,66 @@ def test_training_steps_of_all_architectures_are_timed(monkeypatch, capsys):
     assert len(targets) == 2 and len(re.findall(r'ms per step, [\d,]+ tokens/s, MFU', output)) == 4
     shares = [int(share) for share in re.findall(r'sdd, \d passes before, (\d+)% of the steps', output)]
     assert len(shares) == 5 and sum(shares) == pytest.approx(100, abs=2)
+
+
+# ---------------------------------------------------------------------------- record.py
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    """Logs of three seeds of train.py, and a table whose data are theirs; as if the commit held what is here."""
+    path = tmp_path_factory.mktemp('record')
+    write_folder(path / 'letters')
+    logs = []
+    for seed in range(3):
+        out = path / str(seed)
+        train(f'--dataset={path}/letters', '--eval_tokens=0', f'--seed={seed}', f'--out_dir={out}')
+        log = re.sub(r'^commit \S+,', f'commit {HEAD},', (out / 'logs.log').read_text(), flags=re.M)
+        logs.append(re.sub(r'\d+ of \d+ cores', '2 of 2 cores', log))
+    return logs, f'| letters | somewhere | `{version_of(Folder(path / "letters"))}` |\n'
+
+
+HEAD = subprocess.run(['git', '-C', ROOT, 'rev-parse', 'HEAD'], capture_output=True, text=True).stdout.strip()
+
+
+def judge(bench, monkeypatch, capsys, tmp_path, logs, table):
+    (tmp_path / 'LOG').write_text(''.join(logs))
+    (tmp_path / 'records.md').write_text(table)
+    record = bench('record', tmp_path / 'LOG')
+    monkeypatch.setattr(record, 'TABLE', tmp_path / 'records.md')
+    record.main()
+    return capsys.readouterr().out
+
+
+@pytest.mark.skipif(not HEAD, reason='no git repository, so no commit to look for')
+def test_three_seeds_are_a_record_where_each_is_below_each_of_the_last(
+    bench, monkeypatch, capsys, tmp_path, runs
+):
+    logs, table = runs
+    tools = bench, monkeypatch, capsys, tmp_path
+    row, verdict = judge(*tools, logs, table).splitlines()
+    assert verdict == 'the first of its kind' and row.startswith('| ar | letters | ') and HEAD in row
+    losses = [float(re.search(r'step 6: val/loss (\S+),', log)[1]) for log in logs]
+    assert f'({", ".join(f"{loss:.4f}" for loss in sorted(losses))})' in row
+    assert 'a record' in judge(*tools, logs, table + row.replace('(', '(9').replace(', ', ', 9', 2) + '\n')
+    with pytest.raises(SystemExit):
+        judge(*tools, logs, table + row + '\n')  # no better than itself
+
+
+@pytest.mark.skipif(not HEAD, reason='no git repository, so no commit to look for')
+@pytest.mark.parametrize(
+    'before, after, says',
+    [
+        ('--seed=1', '--seed=2', 'seeds'),
+        ('--eval_tokens=0', '--eval_tokens=64', 'eval_tokens'),
+        (r'done in \d+ s', 'done in 601 s', '601 s'),
+        (f'commit {HEAD}', f'commit {HEAD}-dirty', 'not in this repository'),
+        ('2 of 2 cores', '3 of 4 cores', '3 threads'),
+        (r'of data \w+', 'of data 01234567', 'prepare'),
+        ('step 0: .*', '', 'start|step 0'),
+    ],
+)
+def test_what_breaks_a_rule_is_no_record(bench, monkeypatch, capsys, tmp_path, runs, before, after, says):
+    logs = [re.sub(before, after, log) for log in runs[0]]
+    with pytest.raises(UserError, match=says):
+        judge(bench, monkeypatch, capsys, tmp_path, logs, runs[1])

@@ -1,0 +1,103 @@
+"""Check a record of docs/records.md, and print its row: python benchmarks/record.py LOG
+
+LOG: the logs.log of three runs of one command with three seeds, one after the other (docs/records.md).
+"""
+
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder
+from lm.configurator import ROOT, require
+
+TABLE = ROOT / 'docs' / 'records.md'
+SECONDS, THREADS, SEEDS = 600, 2, 3
+PARTS = {  # of a run's log
+    'command': r'\$ python train\.py (.*)',
+    'commit': r'commit (\S+), (torch .*)',
+    'run': r'.*: (ar|diffusion|sdd), [\d,]+ parameters, float32 on 1 × cpu; .* of data (\w{8})',
+    'start': r'(step 0: val/loss .*)',
+    'end': r'step [1-9]\d*: val/loss ([\d.]+).*\ndone in (\d+) s of training',
+}
+
+
+def read_run(text):
+    """Return {part: what its groups matched} of one run's log."""
+    found = {}
+    for name, pattern in PARTS.items():
+        matches = re.findall(f'^{pattern}', text, re.M)
+        require(
+            len(matches) == 1, f'A run of the log has {len(matches)} lines like {pattern!r}; it needs one.'
+        )
+        found[name] = matches[0]
+    return found
+
+
+def settings_of(command):
+    """Split a command into its words without seed and folder, and its seed."""
+    words = shlex.split(command)
+    seeds = [word.partition('=')[2] for word in words if word.startswith('--seed=')]
+    return [word for word in words if not word.startswith(('--seed', '--out_dir'))], ''.join(seeds) or '0'
+
+
+def check(runs, data_sets):
+    """Raise a UserError for runs that are no record by the rules of docs/records.md."""
+    words, seeds = zip(*(settings_of(run['command']) for run in runs))
+    require(len(runs) == SEEDS, f'The log has {len(runs)} runs; a record is of {SEEDS}.')
+    require(len(set(seeds)) == SEEDS, f'The seeds are {", ".join(seeds)}; give {SEEDS} that differ.')
+    require(all(x == words[0] for x in words), f'The commands differ in more than the seed: {words}.')
+    for part in ('commit', 'run'):
+        found = {run[part] for run in runs}
+        require(len(found) == 1, f'The runs are of different commits, machines, models or data: {found}.')
+    require('--eval_tokens=0' in words[0], 'val/loss is over all of the split: add --eval_tokens=0.')
+    (commit, machine), (_, data) = runs[0]['commit'], runs[0]['run']
+    known = subprocess.run(['git', '-C', ROOT, 'cat-file', '-e', f'{commit}^{{commit}}'], capture_output=True)
+    require(known.returncode == 0, f'Commit {commit} is not in this repository; commit what was run.')
+    threads = int(re.search(r'(\d+) of \d+ cores', machine)[1])
+    require(threads <= THREADS, f'{threads} threads were used; OMP_NUM_THREADS={THREADS}.')
+    require(data in data_sets, f'Data {data} is none of {data_sets}; prepare it as docs/records.md says.')
+    slowest = max(int(run['end'][1]) for run in runs)
+    require(slowest <= SECONDS, f'A run trained for {slowest} s; a record has {SECONDS}.')
+
+
+def read_table(text):
+    """Return {version: name} of the data sets, and {(architecture, name): losses by seed} of the best records."""
+    data_sets = dict(
+        (version, name) for name, version in re.findall(r'^\| (\w+) \|.*`(\w{8})` \|$', text, re.M)
+    )
+    best = {}
+    for kind, name, losses in re.findall(r'^\| (\w+) \| (\w+) \| [\d.]+ \(([\d., ]+)\)', text, re.M):
+        losses = [float(x) for x in losses.split(', ')]
+        best[kind, name] = min(best.get((kind, name), losses), losses, key=statistics.mean)
+    return data_sets, best
+
+
+def main():
+    require(len(sys.argv) == 2, 'python benchmarks/record.py LOG')
+    path = Path(sys.argv[1])
+    require(path.is_file(), f'There is no file {path}; cat out/record-*/logs.log > {path}')
+    text = path.read_text(encoding='utf-8')
+    runs = [read_run('$ python' + part) for part in re.split(r'^\$ python', text, flags=re.M)[1:]]
+    data_sets, best = read_table(TABLE.read_text(encoding='utf-8'))
+    check(runs, data_sets)
+    (commit, machine), (kind, data) = runs[0]['commit'], runs[0]['run']
+    losses = sorted(float(run['end'][0]) for run in runs)
+    seconds = max(int(run['end'][1]) for run in runs)
+    command = shlex.join(['python', 'train.py', *settings_of(runs[0]['command'])[0]])
+    figures = f'{statistics.mean(losses):.4f} ({", ".join(f"{loss:.4f}" for loss in losses)})'
+    print(f'| {kind} | {data_sets[data]} | {figures} | {seconds} s | {commit} | {machine} | `{command}` |')
+    old = best.get((kind, data_sets[data]))
+    if old is None:
+        print('the first of its kind')
+    elif losses[-1] < min(old):
+        print(f'a record: each seed is below each of {old}, which chance gives once in twenty times')
+    else:
+        print(f'no record: not each seed is below each of {old}')
+        sys.exit(1)
+
+
+if __name__ == '__main__':
+    main()

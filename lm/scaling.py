@@ -1,0 +1,43 @@
+"""What --depth=N sets, by rules that were measured on two corpora at depths 2 to 6 (docs/LOG.md)."""
+
+from lm.configurator import require
+
+WIDTH = 32  # of a layer, per layer: as wide as it is deep, with heads of 32
+RATIO = 10  # training tokens per parameter that a step multiplies with
+STEP_TOKENS, TOKENS, GROWTH = (
+    2048,
+    2e6,
+    0.4,
+)  # tokens of a step in a run of TOKENS tokens; the power that it grows by
+RATE, BASE_DEPTH, BASE_STEPS = 1e-2, 4, 930
+
+
+def settings(config, vocab_size, world_size):
+    """Return {setting: value} of a model of config['depth'] layers; where max_steps are given, as fits a run of so many.
+
+    Raises UserError for a depth that is none, and beside what it would set.
+    """
+    depth, given = config['depth'], config.given & {'model_size', 'init_from'}
+    require(depth >= 1, f'depth is {depth}; give a number of layers.')
+    require(not given, f'depth={depth} makes a new model by itself; leave out {" and ".join(given)}.')
+    width = WIDTH * depth
+    parameters = 12 * depth * width**2 + vocab_size * width
+    tokens, max_steps = RATIO * parameters, None
+    if 'max_steps' in config.given:  # steps grow with the tokens of a run: tokens = steps * tokens of a step
+        max_steps = config['max_steps']
+        tokens = (max_steps * STEP_TOKENS / TOKENS**GROWTH) ** (1 / (1 - GROWTH))
+    row_tokens = config['block_size'] * config['gradient_accumulation_steps'] * world_size
+    batch_size = max(1, round(STEP_TOKENS * (tokens / TOKENS) ** GROWTH / row_tokens))
+    max_steps = max_steps or round(tokens / (batch_size * row_tokens))
+    rate = RATE * (BASE_DEPTH / depth) ** 0.5 * min(1.0, BASE_STEPS / max_steps) ** 0.2
+    return {
+        'n_layer': depth,
+        'n_head': depth,
+        'n_embd': width,
+        'batch_size': batch_size,
+        'max_steps': max_steps,
+        'optimizer': 'muon',
+        'learning_rate': float(f'{rate:.1e}'),
+        'weight_decay': 0.1,
+        'schedule': 'linear',
+    }
