@@ -1,18 +1,14 @@
 """How fast does a model learn, train and write here, and in a clone of nanoGPT, on the CPU?
 
-    git clone https://github.com/karpathy/nanoGPT && python prepare/shakespeare.py
-    python benchmarks/compare.py --peer=nanoGPT              # twenty minutes on two idle cores
+git clone https://github.com/karpathy/nanoGPT && python prepare/shakespeare.py
+python benchmarks/compare.py --peer=nanoGPT              # twenty minutes on two idle cores
 
-Each side is its own train.py as a process of its own, but for `write`. The parts:
-    learn   nanoGPT's CPU recipe for Shakespeare by characters against config/shakespeare_char.py: the time
-            to the peer's own validation loss, and the loss that the peer's time is enough for
-    work    the same work on both sides, GPT-2's blocks and AdamW in float32, for nanoGPT's CPU model of 0.8M
-            parameters and its GPU model of 10.6M
-    write   tokens of one text: nanoGPT's sampling loop computes the whole text anew for each; ours, with its very
-            weights, keeps a cache
-    pretrained    only when asked for: greedy tokens of a Hugging Face folder, beside transformers' in float32
-
-    python benchmarks/compare.py --only=pretrained --pretrained=FOLDER --new_tokens=64
+learn   nanoGPT's CPU recipe for Shakespeare by characters against config/shakespeare_char.py, each its own
+        train.py as a process of its own: the time to the peer's own validation loss, and the loss that the peer's
+        time is enough for
+work    steps of the same work on both sides, GPT-2's blocks and AdamW in float32
+write   tokens of one text: nanoGPT's sampling loop computes the whole text anew for each; ours, with its very
+        weights, keeps a cache
 """
 
 import math
@@ -32,44 +28,31 @@ import torch.nn.functional as F
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder, whose names are those of scripts
 from benchmarks import timing
-from lm import checkpoints, quantize, runtime
+from benchmarks.train import beside_nanogpt
+from lm import checkpoints, runtime
 from lm.configurator import ROOT, check_choice, check_range, configure, require
 from lm.folder import Folder
 from lm.pretrained import gpt2_layout, load_state_dict
-from lm.tokenizer import Tokenizer
 from sampling import generate
 
 peer = ''  # path of a clone of nanoGPT, which is only read
-pretrained = ''  # a Hugging Face folder
-only = ''  # learn, work, write or pretrained; empty: the first three
+only = ''  # learn, work or write; empty: all of them
 dataset = 'shakespeare_char'  # as prepare/shakespeare.py writes it: a name under data/, or a path
-runs = 5  # pairs of runs of work and write
+runs = 5  # pairs of runs of write
+steps = 50  # pairs of steps of work
 new_tokens = 512  # tokens generated
-rehearsal = False  # a few small steps of everything
 config = configure(globals())
 
 BLOCK_SIZE = 64
-PEER_STEPS, SHORT_STEPS = (21, 21) if rehearsal else (2000, 240)
-WARMUP = 1 if rehearsal else 50  # steps at the start of a run that no rate includes
+PEER_STEPS, SHORT_STEPS = 2000, 240
+WARMUP = 50  # steps at the start of a run that no rate includes
 # What nanoGPT's README gives for a CPU; --max_iters and --lr_decay_iters follow.
 PEER_RECIPE = f"""config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1
     --block_size={BLOCK_SIZE} --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --dropout=0.0"""
 OUR_RECIPE = 'config/shakespeare_char.py --device=cpu --no_wandb --overwrite --eval_every=1000000000'
-OUR_RECIPE += ' --batch_size=2' if rehearsal else ''
-SAME_WORK = {  # the same blocks and the same optimizer; nanoGPT's has no biases either
-    'nanoGPT': '--log_interval=5 --eval_interval=1000000 --eval_iters=1',
-    'ours': """--dtype=float32 --norm=layer --position=learned --mlp=gelu --bias=False --qk_norm=False
-        --logit_softcap=0 --dropout=0.0 --optimizer=adamw --learning_rate=1e-3 --beta2=0.99 --weight_decay=0.1
-        --grad_clip=1.0 --eval_tokens=1 --log_every=5""",
-}
-WORK = {  # parameters: shape, tokens per step, steps, steps of warm-up; the second with fewer rows than on a GPU
-    '0.8M': ('--n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --batch_size=12', 12 * 64, 300, 50),
-    '10M': ('--n_layer=6 --n_head=6 --n_embd=384 --block_size=256 --batch_size=4', 4 * 256, 30, 5),
-}
-SHAPES = {  # of write
-    '0.8M': dict(n_layer=4, n_head=4, n_embd=128, vocab_size=65, block_size=1024),
-    '10M': dict(n_layer=6, n_head=6, n_embd=384, vocab_size=65, block_size=1024),
-}
+VOCAB_SIZE = 65  # characters of Shakespeare
+WORK = {'tiny': (12, 64), 'small': (4, 256)}  # rows and block; the second with fewer rows than on a GPU
+SIZES = {'tiny': 1024, 'small': 1024}  # of write: the block
 GPT2 = dict(norm='layer', position='learned', mlp='gelu', bias=True, qk_norm=False, logit_softcap=0.0)
 SAMPLING = dict(temperature=0.8, top_k=200)  # the defaults of nanoGPT's sample.py
 
@@ -84,32 +67,18 @@ def copy_peer(folder, copy):
     (prepared / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': folder.tokenizer.endoftext_id}))
 
 
-def train(side, folder, place, steps, warmup, more=''):
-    """Run the train.py of a side; return the seconds per step between its lines of progress after the warm-up."""
-    words = f'train.py {PEER_RECIPE} --max_iters={steps} --lr_decay_iters={steps} {more}'.split()
-    if side == 'ours':
-        words = f'{ROOT}/train.py {OUR_RECIPE} --max_steps={steps} {more}'.split()
-        words += [f'--dataset={folder.path.resolve()}', f'--out_dir={place / side}']
-
-    progress, options = [], dict(cwd=place / 'nanoGPT', stdout=subprocess.PIPE, text=True)
-    with subprocess.Popen([sys.executable, '-u', *words], **options) as process:
-        for line in process.stdout:
-            match = re.match(r'(?:iter|step) (\d+)(?:/\d+)?: loss', line)
-            if match and int(match[1]) >= warmup:
-                progress.append((int(match[1]), time.perf_counter()))
-    require(not process.returncode, f'{words[0]} of {side} failed; repair what it says above.')
-    (first, begun), (last, ended) = progress[0], progress[-1]
-    return (ended - begun) / (last - first)
-
-
-def learn(folder, place):
+def learn():
     """Train the peer, a short run of ours, and one as long as the peer's, each with a schedule of its own length."""
     timing.say('learn: validation loss over the whole split, in float32, and the time of the whole process')
-    peer_time, _, peer_loss, peer_size = measure('nanoGPT', folder, place, PEER_STEPS)
-    seconds, pace, loss, size = measure('ours', folder, place, SHORT_STEPS)
-    # What is left of the peer's time after our start and evaluations; 0.85, since rates vary by a tenth.
-    planned = max(WARMUP + 20, int((0.85 * peer_time - (seconds - SHORT_STEPS * pace)) / pace))
-    long_time, _, long_loss, _ = measure('ours', folder, place, planned)
+    folder = Folder(dataset)
+    with tempfile.TemporaryDirectory(prefix='bench-') as place:
+        copy_peer(folder, Path(place, 'nanoGPT'))
+        measured = partial(measure, folder=folder, place=Path(place))
+        peer_time, _, peer_loss, peer_size = measured('nanoGPT', PEER_STEPS)
+        seconds, pace, loss, size = measured('ours', SHORT_STEPS)
+        # What is left of the peer's time after our start and evaluations; 0.85, since rates vary by a tenth.
+        planned = max(WARMUP + 20, int((0.85 * peer_time - (seconds - SHORT_STEPS * pace)) / pace))
+        long_time, _, long_loss, _ = measured('ours', planned)
     return [
         ("our parameters / the peer's", size / peer_size, '<=', 1.0),
         (f"validation loss of {SHORT_STEPS} steps (the peer's)", loss, '<=', round(peer_loss, 4)),
@@ -119,12 +88,11 @@ def learn(folder, place):
     ]
 
 
-def measure(side, folder, place, steps):
+def measure(side, steps, folder, place):
     """Train a side; print and return the seconds of the process and of a step, the loss, and the parameters,
     without learned positions and the rows of tokens that nanoGPT does not have."""
-    more = f'--eval_interval={min(250, steps)}' if side == 'nanoGPT' else ''  # 250 is the recipe's own
     start = time.perf_counter()
-    pace = train(side, folder, place, steps, WARMUP, more)
+    pace = train(side, steps, folder, place)
     seconds = time.perf_counter() - start
     if side == 'ours':
         model = checkpoints.load_model(checkpoints.load(place / side), 'cpu')
@@ -143,6 +111,25 @@ def measure(side, folder, place, steps):
     return seconds, pace, loss, size
 
 
+def train(side, steps, folder, place):
+    """Run the train.py of a side; return the seconds per step between its lines of progress after the warm-up."""
+    evaluations = f'--eval_interval={min(250, steps)}'  # 250 is the recipe's own
+    words = f'train.py {PEER_RECIPE} --max_iters={steps} --lr_decay_iters={steps} {evaluations}'.split()
+    if side == 'ours':
+        words = f'{ROOT}/train.py {OUR_RECIPE} --max_steps={steps}'.split()
+        words += [f'--dataset={folder.path.resolve()}', f'--out_dir={place / side}']
+
+    progress, options = [], dict(cwd=place / 'nanoGPT', stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, '-u', *words], **options) as process:
+        for line in process.stdout:
+            match = re.match(r'(?:iter|step) (\d+)(?:/\d+)?: loss', line)
+            if match and int(match[1]) >= WARMUP:
+                progress.append((int(match[1]), time.perf_counter()))
+    require(not process.returncode, f'{words[0]} of {side} failed; repair what it says above.')
+    (first, begun), (last, ended) = progress[0], progress[-1]
+    return (ended - begun) / (last - first)
+
+
 @torch.no_grad()
 def validation_loss(logits, tokens):
     """Return nats per token, each but the first a target once; logits: from tokens (1, T) to (1, T, V)."""
@@ -152,16 +139,13 @@ def validation_loss(logits, tokens):
     return total / (len(tokens) - 1)
 
 
-def work(folder, place):
+def work():
     """Compare the pace of both sides at the same shapes and with the same optimizer."""
-    targets = []
-    for name, (shape, tokens, steps, warmup) in WORK.items():
-        steps, warmup = (12, 2) if rehearsal else (steps, warmup)
-        timing.say(f'work: {name} parameters in float32, {steps} steps, the first {warmup} not timed')
-        settings = folder, place, steps, warmup
-        sides = {side: partial(train, side, *settings, f'{shape} {more}') for side, more in SAME_WORK.items()}
-        ratio = timing.compare_rates(name, sides, tokens, runs)
-        targets.append((f"our tokens/s / the peer's, {name}, median of {runs}", ratio, '>=', 1.1))
+    module, dist, targets = timing.load_nanogpt(peer), runtime.Runtime('cpu', 'float32'), []
+    for size, (rows, block_size) in WORK.items():
+        timing.say(f'work: {size}, {rows} rows of {block_size} tokens in float32')
+        _, ratio = beside_nanogpt(module, steps, dist, 'adamw', size, VOCAB_SIZE, rows, block_size=block_size)
+        targets.append((f"our tokens/s / the peer's, {size}, median of {steps}", ratio, '>=', 1.1))
     return targets
 
 
@@ -169,8 +153,9 @@ def write():
     """Compare decoding with the same weights, and count the greedy tokens that are the same."""
     module, start, targets = timing.load_nanogpt(peer), torch.zeros(1, 1, dtype=torch.long), []
     runtime.Runtime('cpu', 'float32')  # as each script of ours starts: what it sets for the machine counts
-    for name, shape in SHAPES.items():
+    for size, block_size in SIZES.items():
         torch.manual_seed(0)
+        shape = dict(**checkpoints.size_of(size), vocab_size=VOCAB_SIZE, block_size=block_size)
         theirs = module.GPT(module.GPTConfig(**shape, dropout=0.0)).eval()
         ours = with_weights_of(theirs, shape)
         greedy = zip(theirs.generate(start, 64, top_k=1)[0], generate(ours, [[0]], 64, temperature=0)[0])
@@ -180,35 +165,9 @@ def write():
             'ours': partial(generate, ours, [[0]], new_tokens, **SAMPLING),
         }
         sides = {side: partial(runtime.seconds, call, timing.CPU) for side, call in calls.items()}
-        ratio = timing.compare_rates(name, sides, new_tokens, runs)
-        targets.append((f"{name}: share of greedy tokens equal to nanoGPT's", same, '>=', 1.0))
-        targets.append((f"{name}: our tokens/s / nanoGPT's, median of {runs}", ratio, '>=', 8.0))
-    return targets
-
-
-def write_pretrained():
-    """Compare decoding of a pretrained model, its weights kept in each way, with transformers' in float32."""
-    import transformers  # of requirements-test.txt
-
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32).eval()
-    state, targets = checkpoints.load(pretrained), []
-    runtime.Runtime('cpu', 'float32')
-    prompt = Tokenizer(state['tokenizer']).encode(
-        'The history of the lighthouse begins with a fire on a hill. ' * 2
-    )
-    greedy = dict(max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
-    for weights, wanted in {'float32': 1.0, 'float16': 1.6, 'int8': 2.5}.items():
-        ours = checkpoints.load_model(state, 'cpu')
-        quantize.pack(ours, weights)
-        calls = {
-            'transformers': partial(theirs.generate, torch.tensor([prompt]), **greedy),
-            'ours': partial(generate, ours, [prompt], new_tokens, temperature=0),
-        }
-        sides = {side: partial(runtime.seconds, call, timing.CPU) for side, call in calls.items()}
-        ratio = timing.compare_rates(weights, sides, new_tokens, runs, warmup=1)
-        targets.append(
-            (f"--weights={weights}: our tokens/s / transformers', median of {runs}", ratio, '>=', wanted)
-        )
+        ratio = timing.compare_rates(size, sides, new_tokens, runs)
+        targets.append((f"{size}: share of greedy tokens equal to nanoGPT's", same, '>=', 1.0))
+        targets.append((f"{size}: our tokens/s / nanoGPT's, median of {runs}", ratio, '>=', 8.0))
     return targets
 
 
@@ -222,22 +181,14 @@ def with_weights_of(theirs, shape):
 
 
 def main():
-    check_choice(config, 'only', ('', 'learn', 'work', 'write', 'pretrained'))
-    check_range(config, 1, math.inf, 'runs')
+    check_choice(config, 'only', ('', 'learn', 'work', 'write'))
+    check_range(config, 1, math.inf, 'runs', 'steps')
     check_range(config, 64, 1024, 'new_tokens')
-    timing.describe_machine()
-    if only == 'pretrained':
-        timing.finish(write_pretrained())
     timing.load_nanogpt(peer)
-    targets = []
-    if only != 'write':
-        folder = Folder(dataset)
-        with tempfile.TemporaryDirectory(prefix='bench-') as place:
-            copy_peer(folder, Path(place, 'nanoGPT'))
-            for part in (learn, work):
-                targets += part(folder, Path(place)) if only in ('', part.__name__) else []
-    targets += write() if only in ('', 'write') else []
-    timing.finish(targets)
+    timing.describe_machine()
+    timing.finish(
+        [target for part in (learn, work, write) if only in ('', part.__name__) for target in part()]
+    )
 
 
 if __name__ == '__main__':

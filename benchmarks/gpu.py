@@ -20,7 +20,7 @@ import torch
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder, whose names are those of scripts
 from benchmarks import timing
-from benchmarks.train import Trainee, compare_architectures, compare_steps
+from benchmarks.train import Trainee, beside_nanogpt, compare_architectures, compare_steps
 from lm import checkpoints, runtime
 from lm.configurator import configure
 from sampling import generate
@@ -31,38 +31,8 @@ new_tokens = 512  # decoding
 device = 'auto'
 config = configure(globals())
 
-GPT2 = dict(norm='layer', position='learned', mlp='gelu', qk_norm=False, logit_softcap=0.0)
 LLAMA_1B = dict(n_layer=16, n_head=32, n_kv_head=8, n_embd=2048, mlp_width=8192, vocab_size=128256)
 LLAMA_1B |= dict(mlp='swiglu', norm='rms_gain', qk_norm=False, logit_softcap=0.0)
-
-
-def beside_nanogpt(module, dist, peak, *settings, block_size):
-    """Train both on the same tokens in the same precision, each with its own AdamW, clipped at 1."""
-    ours = Trainee('ar', dist, 'adamw', *settings, block_size=block_size, **GPT2)
-    shape = {key: getattr(ours.model.config, key) for key in ('n_layer', 'n_head', 'n_embd', 'block_size')}
-    shape['vocab_size'] = ours.model.config.padded_vocab_size
-    theirs = module.GPT(module.GPTConfig(**shape, bias=False)).to(dist.device)
-    optimizer = theirs.configure_optimizers(0.1, 1e-3, (0.9, 0.95), dist.device.type)
-    if dist.device.type == 'cuda':
-        theirs.compile()
-
-    def train_peer(x, y):
-        with dist.autocast():
-            _, loss = theirs(x, y)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    def peer_step():
-        tokens = ours.batch().tokens
-        call = partial(train_peer, tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
-        return runtime.seconds(call, dist.device)
-
-    sides = {'nanoGPT': peer_step, 'ours': ours.timed_step}
-    ratio = timing.compare_rates(settings[0], sides, ours.tokens, steps, warmup=5)
-    mfu = ours.mfu(compare_steps({'ar': ours}, steps, peak)['ar'], peak)
-    return [("our tokens/s / nanoGPT's, median of pairs", ratio, '>=', 1.3), ('our MFU', mfu, '>=', 0.5)]
 
 
 def xl(dist, peak, *settings, block_size):
@@ -130,7 +100,9 @@ def main():
     if dist.device.type == 'cpu':
         small, large, llama, length = ('tiny', 64, 1), ('tiny', 64, 1), dict(n_layer=1, vocab_size=64), 16
     targets = xl(dist, peak, *large, block_size=length)  # first, while the memory is free
-    targets += beside_nanogpt(module, dist, peak, *small, block_size=length)
+    ours, ratio = beside_nanogpt(module, steps, dist, 'adamw', *small, block_size=length)
+    mfu = ours.mfu(compare_steps({'ar': ours}, steps, peak)['ar'], peak)
+    targets += [("our tokens/s / nanoGPT's, median of pairs", ratio, '>=', 1.3), ('our MFU', mfu, '>=', 0.5)]
     targets += compare_architectures(peak, steps, dist, 'muon', *small, block_size=length)
     targets += others(dist, peak, *small, block_size=length)
     timing.finish(targets + decoding(dist, llama))

@@ -31,6 +31,7 @@ device = 'auto'
 dtype = 'auto'
 config = configure(globals(), None if __name__ == '__main__' else [])
 
+GPT2 = dict(norm='layer', position='learned', mlp='gelu', qk_norm=False, logit_softcap=0.0)
 SCHEDULE = 10**4  # steps of the training run whose beliefs are timed, with the defaults of train.py
 
 
@@ -70,6 +71,36 @@ class Trainee:
     def mfu(self, seconds, peak):
         predicted = 0.5 if self.model.needs_noise else 1.0  # the mean mask ratio
         return runtime.flops_per_token(self.model, predicted=predicted) * self.tokens / seconds / peak
+
+
+def beside_nanogpt(module, steps, dist, *settings, block_size):
+    """Train a GPT-2 of ours and nanoGPT's, each with its own AdamW, clipped at 1, on the same tokens in the same precision.
+
+    settings: of `Trainee`. Returns our Trainee, and the median of our rate over nanoGPT's.
+    """
+    ours = Trainee('ar', dist, *settings, block_size=block_size, **GPT2)
+    shape = {key: getattr(ours.model.config, key) for key in ('n_layer', 'n_head', 'n_embd', 'block_size')}
+    shape['vocab_size'] = ours.model.config.padded_vocab_size
+    theirs = module.GPT(module.GPTConfig(**shape, bias=False)).to(dist.device)
+    optimizer = theirs.configure_optimizers(0.1, 1e-3, (0.9, 0.95), dist.device.type)
+    if dist.device.type == 'cuda':
+        theirs.compile()
+
+    def train_peer(x, y):
+        with dist.autocast():
+            _, loss = theirs(x, y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def peer_step():
+        tokens = ours.batch().tokens
+        call = partial(train_peer, tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+        return runtime.seconds(call, dist.device)
+
+    sides = {'nanoGPT': peer_step, 'ours': ours.timed_step}
+    return ours, timing.compare_rates(settings[1], sides, ours.tokens, steps, warmup=5)
 
 
 def compare_steps(trainees, steps, peak):

@@ -112,10 +112,14 @@ def test_loss_counts_each_token_but_the_first_once(bench, letters, monkeypatch):
 
 
 @pytest.mark.slow
-def test_learning_is_compared(bench, letters, tmp_path, capsys):
+def test_learning_is_compared(bench, letters, tmp_path, monkeypatch, capsys):
     clone = shutil.copytree(NANOGPT, tmp_path / 'clone', ignore=shutil.ignore_patterns('__pycache__'))
-    words = f'--peer={clone} --dataset={letters.path} --only=learn --rehearsal'.split()
-    output, targets = rehearse(bench('compare', *words).main, capsys)
+    words = f'--peer={clone} --dataset={letters.path} --only=learn'.split()
+    compare = bench('compare', *words)
+    for name, value in {'PEER_STEPS': 21, 'SHORT_STEPS': 21, 'WARMUP': 1}.items():
+        monkeypatch.setattr(compare, name, value)
+    monkeypatch.setattr(compare, 'OUR_RECIPE', f'{compare.OUR_RECIPE} --batch_size=2')
+    output, targets = rehearse(compare.main, capsys)
     assert len(targets) == 5
     sizes = re.findall(r'(nanoGPT|ours), .* loss [\d.]+, ([\d,]+) parameters', output)
     # As nanoGPT's get_num_params() counts; ours has no gains in RMSNorm, and rows that the peer has not do not count.
@@ -125,10 +129,16 @@ def test_learning_is_compared(bench, letters, tmp_path, capsys):
 
 def test_decoding_with_the_peers_weights_gives_its_tokens(bench, monkeypatch, capsys):
     compare = bench('compare', f'--peer={NANOGPT}', '--only=write', '--runs=1', '--new_tokens=64')
-    shape = {**compare.SHAPES['0.8M'], 'n_embd': 32, 'block_size': 66}
-    monkeypatch.setattr(compare, 'SHAPES', {'0.8M': shape})
+    monkeypatch.setattr(compare, 'SIZES', {'tiny': 66})
     output, targets = rehearse(compare.main, capsys)
     assert len(targets) == 2 and "equal to nanoGPT's: 1.000" in output
+
+
+def test_the_same_work_is_compared(bench, monkeypatch, capsys):
+    compare = bench('compare', f'--peer={NANOGPT}', '--only=work', '--steps=1')
+    monkeypatch.setattr(compare, 'WORK', {'tiny': (2, 16)})
+    _, targets = rehearse(compare.main, capsys)
+    assert len(targets) == 1
 
 
 @pytest.mark.slow
