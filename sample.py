@@ -39,7 +39,6 @@ top_k: int = None  # draw among the k likeliest tokens
 top_p: float = None  # draw among the fewest tokens that have this probability together
 seed = 0
 stop_at_end = True  # stop at <|endoftext|>
-use_cache = True  # ar: keep keys and values; False: the same text, slower
 compile = False  # ar: compile the decode step; for long texts on a GPU
 steps: int = None  # diffusion: forward passes; None: one per token
 sampler = ''  # diffusion: first_hitting, with steps ancestral; confidence blocks threshold entropy remdm ar
@@ -55,7 +54,7 @@ dtype = 'float32'  # bfloat16 and float16 are faster on a GPU
 weights = 'float32'  # on a CPU float16 writes faster and as well, int8 a little worse
 config = configure(globals())
 
-OPTIONS = 'temperature top_k top_p seed use_cache compile steps sampler block_length threshold eta k'.split()
+OPTIONS = 'temperature top_k top_p seed compile steps sampler block_length threshold eta k'.split()
 OPTIONS += ['fresh_beliefs']
 TRIES = 8  # of ar to fill gaps, each after what stands before it: the likeliest come first
 
@@ -80,7 +79,7 @@ def write(ids, count):
 
 def fill_gaps(ids, count):
     """Return the likeliest `count` of several fillings by a causal model."""
-    chosen = {name: options[name] for name in ('temperature', 'top_k', 'top_p', 'seed', 'use_cache')}
+    chosen = {name: options[name] for name in ('temperature', 'top_k', 'top_p', 'seed')}
     with torch.inference_mode(), dist.autocast(), user_errors():
         rows = fill_left_to_right(model, [ids] * max(TRIES, count), **chosen)
         likeliest = model.nll(torch.tensor(rows, device=dist.device)).argsort()
@@ -193,7 +192,7 @@ require(
     'Gaps that an ar model fills are not watched; leave --watch and --html out.',
 )
 runtime.report_idle_settings(config, model)
-report_idle(config, f'on {state["architecture"]}', '' if model.causal else 'use_cache compile')
+report_idle(config, f'on {state["architecture"]}', '' if model.causal else 'compile')
 print(f'{path}: {state["architecture"]}, {model.num_parameters():,} parameters, step {state["global_step"]}')
 
 ids = [] if chat else prompts.encode_infill(tokenizer, infill) if infill else tokenizer.encode(prompt)

@@ -4,59 +4,39 @@ A causal model decodes from left to right with a KV cache. The diffusion archite
 wherever they are: a prompt is what is visible, so a continuation and an infilling are the same call.
 """
 
+from dataclasses import dataclass
+from itertools import takewhile
+
 import torch
 import torch.nn.functional as F
 
 from lm.caches import BlockCache, KVCache
 from lm.draw import certainty_of, check_numbers, confidence_of, restrict, sample_tokens, uniform_numbers
+from lm.layers import check, check_setting
 from lm.speculation import speculate
-from model import Belief, check
+from model import Belief
 
 SAMPLERS = 'first_hitting ancestral confidence blocks threshold entropy remdm speculative'.split()
 CHECK_EVERY = 16  # tokens between questions to a GPU whether all rows have stopped: each waits for it
 
 
 @torch.inference_mode()
-def generate(
-    model,
-    prompts,
-    max_new_tokens,
-    temperature=1.0,
-    top_k=None,
-    top_p=None,
-    stop_tokens=(),
-    seed=0,
-    use_cache=True,
-    compile=False,
-    **choice,
-):
+def generate(model, prompts, max_new_tokens, **options):
     """Continue each of `prompts` (lists of token ids, not empty) by max_new_tokens tokens.
 
     Returns lists of ids: the prompt, what follows, and the stop token if one ended it early. A prompt holds at most block_size
     tokens; a longer text continues with the last half of the block as its context. Diffusion also fills each <|mask|> within
-    a prompt; with max_new_tokens=0 it does only that. Raises ValueError for wrong settings.
-
-    temperature     0: always the likeliest token
-    top_k, top_p    sample among the k likeliest tokens; among the fewest that have probability p together
-    use_cache       causal: keep keys and values; the same tokens without, only slower
-    compile         causal: compile the decode step; the first text waits for that
-    stream          called with the new ids of each row, lists, as they are written from left to right
-    choice          diffusion: sampler, steps, fresh_beliefs, block_length, threshold, eta, k, watch: see `Sampler`
+    a prompt; with max_new_tokens=0 it does only that. options: the fields of `Sampler`. Raises ValueError for wrong ones.
     """
     check_prompts(model, prompts)
     check(max_new_tokens >= 0, f'max_new_tokens is {max_new_tokens}; it must be at least 0.')
-    possible = temperature == 0 or 1e-3 <= temperature <= 1e3
-    check(possible, f'temperature is {temperature}; it must be 0, or between 0.001 and 1000.')
-    check(top_k is None or top_k >= 1, f'top_k is {top_k}; it must be at least 1, or None.')
-    check(top_p is None or 0 < top_p <= 1, f'top_p is {top_p}; it must be above 0 and at most 1, or None.')
-    rng, options = torch.Generator().manual_seed(seed), (temperature, top_k, top_p)
-    sampler = Sampler(model, rng, options, set(stop_tokens), **choice)
+    sampler = Sampler(model, **options)
     training = model.training
     model.eval()
     try:
         if model.causal:
-            return generate_left_to_right(model, prompts, max_new_tokens, sampler, use_cache, compile)
-        if sampler.name == 'speculative':
+            return generate_left_to_right(model, prompts, max_new_tokens, sampler)
+        if sampler.sampler == 'speculative':
             fills = any(model.config.mask_id in prompt for prompt in prompts)
             check(not fills, "sampler='speculative' fills no <|mask|>; choose another.")
             return [speculate(model, prompt, max_new_tokens, sampler) for prompt in prompts]
@@ -91,15 +71,14 @@ def truncate(row, prompt_length, stop_tokens):
 # ---------------------------------------------------------------------------- left to right
 
 
-def generate_left_to_right(model, prompts, max_new_tokens, sampler, use_cache, compile):
+def generate_left_to_right(model, prompts, max_new_tokens, sampler):
     """Decode in windows of at most block_size tokens."""
     rows, starts = [list(prompt) for prompt in prompts], [0] * len(prompts)
     block_size, left, running = model.config.block_size, max_new_tokens, [True] * len(prompts)
     while left > 0 and any(running):
         texts, sampler.start = [row[start:] for row, start in zip(rows, starts)], starts[0]
         new = min(left, block_size + 1 - max(map(len, texts)))  # until a row is past the block
-        written = decode(model, texts, new, running, sampler, use_cache, compile)
-        for i, more in enumerate(written):
+        for i, more in enumerate(decode(model, texts, new, running, sampler)):
             rows[i] += more
             running[i] = running[i] and sampler.stop_tokens.isdisjoint(more)
             if len(rows[i]) - starts[i] > block_size:
@@ -108,17 +87,17 @@ def generate_left_to_right(model, prompts, max_new_tokens, sampler, use_cache, c
     return [truncate(row, len(prompt), sampler.stop_tokens) for row, prompt in zip(rows, prompts)]
 
 
-def decode(model, texts, new, running, sampler, use_cache, compile):
+def decode(model, texts, new, running, sampler):
     """Decode `new` tokens after each of `texts`, as lists; fewer only once all rows that are `running` have stopped."""
     device, options, stop_tokens = model.embedding.weight.device, sampler.options, sampler.stop_tokens
-    uniform = uniform_numbers((new, len(texts)), sampler.rng, device) if options[0] > 0 else [None] * new
+    uniform = uniform_numbers((new, len(texts)), sampler.rng, device) if sampler.draws else [None] * new
     size = -(-(max(map(len, texts)) + new - 1) // 64) * 64  # few different ones: each is compiled anew
-    cache = KVCache(len(texts), size, device) if use_cache else None
+    cache = KVCache(len(texts), size, device)
     position, score = sampler.start + len(texts[0]), confidence_of if sampler.watch else None
     tokens, scores = sample_tokens(model, prefill(model, texts, cache), uniform[0], options, score)
     written, checked, step = [tokens], 0, decode_step
     sampler.tell(position, tokens, scores)
-    if compile and use_cache:
+    if sampler.compile:
         cache.fix()
         step = torch.compile(decode_step, mode='reduce-overhead')  # on a GPU a CUDA graph
     for i in range(1, new):
@@ -128,13 +107,9 @@ def decode(model, texts, new, running, sampler, use_cache, compile):
             checked = i
             if not any(running):
                 break
-        if use_cache:  # a row that has stopped goes on as well: shapes stay the same
-            tokens, scores = step(model, cache, tokens, uniform[i], options, score)
-            tokens = tokens.clone()
-        else:
-            so_far = torch.stack(written, 1).tolist()
-            hidden = prefill(model, [text + more for text, more in zip(texts, so_far)], None)
-            tokens, scores = sample_tokens(model, hidden, uniform[i], options, score)
+        # A row that has stopped goes on as well: shapes stay the same.
+        tokens, scores = step(model, cache, tokens, uniform[i], options, score)
+        tokens = tokens.clone()
         written.append(tokens)
         sampler.tell(position + i, tokens, scores)
     return torch.stack(written, 1).tolist()
@@ -146,8 +121,7 @@ def prefill(model, texts, cache):
     padded = [text + [0] * (max(lengths) - len(text)) for text in texts]
     device = model.embedding.weight.device
     hidden = model.hidden(torch.tensor(padded, device=device), cache=cache)  # (B, T, C)
-    if cache is not None:
-        cache.advance(lengths)
+    cache.advance(lengths)
     last = torch.tensor(lengths, device=device) - 1
     return hidden[torch.arange(len(texts), device=device), last]
 
@@ -168,8 +142,7 @@ def fill_left_to_right(model, rows, seed=0, **options):
     while left := [row for row in rows if mask_id in row]:
         starts = [row.index(mask_id) for row in left]
         lengths = [
-            next((i for i, token in enumerate(row[start:]) if token != mask_id), len(row) - start)
-            for row, start in zip(left, starts)
+            len(list(takewhile(lambda token: token == mask_id, row[i:]))) for row, i in zip(left, starts)
         ]
         heads = [row[:start] for row, start in zip(left, starts)]
         written = generate(model, heads, max(lengths), seed=seed, **options)
@@ -182,8 +155,9 @@ def fill_left_to_right(model, rows, seed=0, **options):
 # ---------------------------------------------------------------------------- denoising
 
 
+@dataclass
 class Sampler:
-    """Chooses which masked positions are filled, and draws their tokens, options = (temperature, top_k, top_p).
+    """How tokens are drawn and, of diffusion, which masked positions are filled in a step.
 
     first_hitting         one per step, in random order: ancestral in the limit of many steps (Zheng et al. 2024)
     ancestral             each with the same probability, so that the order is random (MDLM)
@@ -196,63 +170,66 @@ class Sampler:
 
     Where the most confident come first, a text's end and its padding come last, from left to right: a model is sure of
     these before it is of the text. A name of your own in SAMPLERS needs a branch in `to_sample` and in `to_keep`.
-
-    block_length    of `blocks`, 32 where None; of a model that was trained on blocks: one of its lengths, 0 the whole row
-    sampler         '': first_hitting, of which the NELBO is a bound; where steps are given, ancestral
-    steps           for the masked positions of a window, at least one per block; None: one per position
-    fresh_beliefs   `SDD`: a pass before each step gives its beliefs, at twice the cost; False: the step before gives
-                    them; None: where one token is written at a time, as the two-pass NELBO assumes
-    k               candidates of `SDD` per masked position; 0: none, as masked diffusion; None: the model's own number
-    watch           called after each step as watch(start, x (B, L), confidence (B, L), belief or None): the tokens of the
-                    window from position `start` of the first row on, and how sure the model is of those just written, else 0
     """
 
-    def __init__(
-        self,
-        model,
-        rng,
-        options,
-        stops,
-        sampler='',
-        steps=None,
-        fresh_beliefs=None,
-        block_length=None,
-        threshold=None,
-        eta=0.1,
-        k=None,
-        watch=None,
-        stream=None,
-    ):
-        sampler = sampler or ('ancestral' if steps else 'first_hitting')
-        check(sampler in SAMPLERS, f'sampler is {sampler!r}; choose {", ".join(SAMPLERS)}.')
-        check(steps is None or steps >= 1, f'steps is {steps}; it must be at least 1, or None.')
-        one_by_one, remedy = sampler == 'first_hitting', "leave it out, or choose 'ancestral'"
-        useless = f"sampler='first_hitting' writes one token per pass, so steps={steps} has no effect"
-        check(not (one_by_one and steps), f'{useless}; {remedy}.')
-        own = model.config.block_length
-        if any(own):
-            block_length, given = own[0] if block_length is None else block_length, block_length
-            lengths = ', '.join(map(str, own))
-            check(given in (None, *own), f'block_length is {given}; this model was trained on {lengths}.')
-        else:
-            block_length = 32 if block_length is None else block_length
-            check(block_length >= 1, f'block_length is {block_length}; it must be at least 1.')
-        threshold = (0.3 if sampler == 'entropy' else 0.9) if threshold is None else threshold
-        top = torch.inf if sampler == 'entropy' else 1
-        check(0 <= threshold <= top, f'threshold is {threshold}; it must be between 0 and {top}.')
-        check(0 <= eta <= 1, f'eta is {eta}; it must be between 0 and 1.')
-        check(k is None or k >= 0, f'k is {k}; it must be at least 0, or None.')
-        has_ar, remedy = model.config.ar_weight and block_length, 'train with --ar_weight and --block_length'
-        check(sampler != 'speculative' or has_ar, f'sampler={sampler!r} needs an ar model; {remedy}.')
-        self.name, self.block_length, self.threshold, self.eta = sampler, block_length, threshold, eta
-        self.rng, self.options, self.stop_tokens = rng, options, stops
-        self.score = certainty_of if sampler == 'entropy' else confidence_of
-        self.steps, self.watch, self.stream, self.start = steps, watch, stream, 0
-        self.own_blocks, self.mask_id = own, model.config.mask_id
-        self.k = model.config.k if k is None else k
-        self.fresh_beliefs = one_by_one if fresh_beliefs is None else fresh_beliefs
-        self.carries_beliefs = model.has_beliefs and self.k > 0 and not self.fresh_beliefs
-        self.ends = [token for token in (*stops, model.config.ignore_id) if token is not None]
+    model: object
+    temperature: float = 1.0  # 0: always the likeliest token
+    top_k: int = None  # sample among the k likeliest tokens
+    top_p: float = None  # sample among the fewest tokens that have probability p together
+    stop_tokens: tuple = ()
+    seed: int = 0
+    stream: object = None  # called with the new ids of each row, lists, as they are written left to right
+    # Called after each step as watch(start, x (B, L), confidence (B, L), belief or None): the tokens of the window from
+    # position `start` of the first row on, and how sure the model is of those just written, else 0.
+    watch: object = None
+    compile: bool = False  # causal: compile the decode step; the first text waits for that
+    sampler: str = ''  # '': first_hitting, of which the NELBO is a bound; where steps are given, ancestral
+    steps: int = None  # for the masked positions of a window, at least one per block; None: one per position
+    block_length: int = (
+        None  # of `blocks`, 32; of a model trained on blocks: one of its lengths, 0 the whole row
+    )
+    threshold: float = None  # of `threshold` a probability, 0.9; of `entropy` nats, 0.3
+    eta: float = 0.1  # of `remdm`
+    k: int = None  # candidates of `SDD` per masked position, 0: none; None: the model's own number
+    # `SDD`: a pass before each step gives its beliefs, at twice the cost; False: the step before gives them; None: a pass
+    # where one token is written at a time, as the two-pass NELBO assumes.
+    fresh_beliefs: bool = None
+
+    def __post_init__(self):
+        self.sampler = self.sampler or ('ancestral' if self.steps else 'first_hitting')
+        check(self.sampler in SAMPLERS, f'sampler is {self.sampler!r}; choose {", ".join(SAMPLERS)}.')
+        one_by_one, by_entropy = self.sampler == 'first_hitting', self.sampler == 'entropy'
+        config, own = self.model.config, self.model.config.block_length
+        self.score, most = (certainty_of, torch.inf) if by_entropy else (confidence_of, 1)
+        if self.threshold is None:
+            self.threshold = 0.3 if by_entropy else 0.9
+        if self.block_length is None:
+            self.block_length = own[0] if any(own) else 32
+        fits = self.temperature == 0 or 1e-3 <= self.temperature <= 1e3
+        check_setting(self, 'temperature', fits, '0, or between 0.001 and 1000')
+        check_setting(self, 'top_k', self.top_k is None or self.top_k >= 1, 'at least 1, or None')
+        fits = self.top_p is None or 0 < self.top_p <= 1
+        check_setting(self, 'top_p', fits, 'above 0 and at most 1, or None')
+        check_setting(self, 'steps', self.steps is None or self.steps >= 1, 'at least 1, or None')
+        check_setting(self, 'threshold', 0 <= self.threshold <= most, f'between 0 and {most}')
+        check_setting(self, 'eta', 0 <= self.eta <= 1, 'between 0 and 1')
+        check_setting(self, 'k', self.k is None or self.k >= 0, 'at least 0, or None')
+        fits = self.block_length in own if any(own) else self.block_length >= 1
+        trained = f'one that this model was trained on, {", ".join(map(str, own))}'
+        check_setting(self, 'block_length', fits, trained if any(own) else 'at least 1')
+        useless = f"sampler='first_hitting' writes one token per pass, so steps={self.steps} has no effect"
+        check(not (one_by_one and self.steps), f"{useless}; leave it out, or choose 'ancestral'.")
+        has_ar, remedy = config.ar_weight and self.block_length, 'train with --ar_weight and --block_length'
+        check(self.sampler != 'speculative' or has_ar, f"sampler='speculative' needs an ar model; {remedy}.")
+
+        self.rng, self.start = torch.Generator().manual_seed(self.seed), 0
+        self.stop_tokens = set(self.stop_tokens)
+        self.options, self.draws = (self.temperature, self.top_k, self.top_p), self.temperature > 0
+        self.own_blocks, self.mask_id = own, config.mask_id
+        self.k = config.k if self.k is None else self.k
+        self.fresh_beliefs = one_by_one if self.fresh_beliefs is None else self.fresh_beliefs
+        self.carries_beliefs = self.model.has_beliefs and self.k > 0 and not self.fresh_beliefs
+        self.ends = [token for token in (*self.stop_tokens, config.ignore_id) if token is not None]
 
     def tell(self, start, new, confidence=None):
         """Hand on new tokens (B, T) or (B,) from position `start` on, and how sure the model is of them, where it wrote one."""
@@ -274,24 +251,24 @@ class Sampler:
 
     def to_remask(self, written, steps_left, steps):
         """Choose which of the positions `written` (B, L) so far are masked again; None: no position."""
-        if self.name == 'remdm':
+        if self.sampler == 'remdm':
             return self.bernoulli(written, remdm_rates(steps_left, steps, self.eta)[0])
 
     def to_sample(self, masked, steps_left, steps):
         """Choose where to sample (B, L): at random, or everywhere, to see where the model is confident."""
-        if self.name == 'first_hitting':
+        if self.sampler == 'first_hitting':
             uniform = torch.rand(masked.shape, dtype=torch.float64, generator=self.rng)
             first = uniform.masked_fill(~masked.cpu(), -1).argmax(1, keepdim=True).to(masked.device)
             return masked & torch.zeros_like(masked).scatter(1, first, True)
-        if self.name == 'ancestral':
+        if self.sampler == 'ancestral':
             return self.bernoulli(masked, 1 / steps_left)
-        if self.name == 'remdm':
+        if self.sampler == 'remdm':
             return self.bernoulli(masked, remdm_rates(steps_left, steps, self.eta)[1])
         return masked
 
     def to_keep(self, where, tokens, score, steps_left):
         """Choose which of the positions `where` (B, L) keep their tokens, given how sure the model is of each."""
-        if self.name in ('first_hitting', 'ancestral', 'remdm') or steps_left == 1:
+        if self.sampler in ('first_hitting', 'ancestral', 'remdm') or steps_left == 1:
             return where
         last = -1e3 - torch.arange(where.size(1), device=where.device)
         for token in self.ends:
@@ -299,15 +276,15 @@ class Sampler:
         score = score.masked_fill(~where, -1e6)
         ordered, order = score.sort(1, descending=True)
         rank = order.argsort(1)
-        if self.name == 'threshold':
+        if self.sampler == 'threshold':
             return where & ((score > self.threshold) | (rank == 0))
-        if self.name == 'entropy':
+        if self.sampler == 'entropy':
             return where & ((ordered - ordered.cumsum(1)).gather(1, rank) <= self.threshold)
         return where & (rank < -(-where.sum(1, keepdim=True) // steps_left))
 
     def fill_after_end(self, x, tail):
         """Write the padding of rows x (B, L) that have ended: their tail has a stop token, before which nothing is masked."""
-        for token in self.stop_tokens if self.name != 'remdm' else ():  # which may mask the stop token again
+        for token in () if self.sampler == 'remdm' else self.stop_tokens:  # remdm may mask it again
             masked = x == self.mask_id
             ended = (tail & (x == token) & (masked.cumsum(1) == 0)).cummax(1).values
             x[ended & masked] = token
@@ -315,13 +292,12 @@ class Sampler:
     def probabilities(self, logits):
         """Compute what tokens are drawn with (N, V) from logits (N, V); at temperature 0 all is on the likeliest."""
         check_numbers(logits)
-        if self.options[0] == 0:
+        if not self.draws:
             return F.one_hot(logits.argmax(-1), logits.size(-1)).double()
         return restrict(logits.double(), *self.options)
 
     def sample(self, model, hidden):
-        draws = self.options[0] > 0
-        uniform = uniform_numbers((len(hidden),), self.rng, hidden.device) if draws else None
+        uniform = uniform_numbers((len(hidden),), self.rng, hidden.device) if self.draws else None
         return sample_tokens(model, hidden, uniform, self.options, self.score)
 
 
@@ -390,7 +366,7 @@ def denoise(model, x, sampler, steps=None, cache=None):
     columns = masked.any(0).nonzero().squeeze(1)  # where any row has a mask
     if len(columns) == 0:
         return x
-    blocks = columns.split(sampler.block_length) if sampler.name == 'blocks' and not cache else [columns]
+    blocks = columns.split(sampler.block_length) if sampler.sampler == 'blocks' and not cache else [columns]
     steps = steps or sampler.steps or len(columns)
     if cache:
         cache.plan(0, cache.length, x.size(1))
@@ -444,7 +420,7 @@ def denoise_step(model, x, region, belief, steps_left, steps, sampler, cache=Non
         score = confidence.masked_scatter(where, score)
         kept = sampler.to_keep(where, drawn, score, steps_left)
         x[kept] = drawn[kept]
-        confidence = torch.where(kept, score.exp() if sampler.name == 'entropy' else score, 0)
+        confidence = torch.where(kept, score.exp() if sampler.sampler == 'entropy' else score, 0)
         if sampler.carries_beliefs or sampler.watch:
             new_belief = model.top_k_belief(hidden, x[rows] == mask_id, sampler.k)
             belief = update_belief(belief, new_belief, rows)

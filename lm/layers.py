@@ -74,21 +74,20 @@ class ModelConfig:
             self.embedding_shortcuts = self.norm == 'rms'
         if self.neighbours is None:
             self.neighbours = 8 if self.norm == 'rms' else 0
+        self.block_length = tuple(self.block_length)
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             check(value in choices, f'{name} is {value!r}; choose {" or ".join(choices)}.')
         for name in ('vocab_size', 'block_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd'):
-            check(getattr(self, name) >= 1, f'{name} is {getattr(self, name)}; it must be at least 1.')
+            check_setting(self, name, getattr(self, name) >= 1, 'at least 1')
+        for name in ('neighbours', 'ar_weight'):
+            check_setting(self, name, getattr(self, name) >= 0, 'at least 0')
         for name in ('mask_id', 'ignore_id'):
-            token = getattr(self, name)
-            is_token = token is None or isinstance(token, int) and 0 <= token < self.vocab_size
-            check(is_token, f'{name} is {token!r}; it must be one of {self.vocab_size} tokens, or None.')
-        check(0 <= self.dropout < 1, f'dropout is {self.dropout}; it must be at least 0 and below 1.')
-        self.block_length = tuple(self.block_length)
-        possible = self.block_length and all(type(x) is int and x >= 0 for x in self.block_length)
-        check(possible, f'block_length is {self.block_length}; give numbers of tokens, 0 for the whole row.')
-        check(self.neighbours >= 0, f'neighbours is {self.neighbours}; it must be at least 0.')
-        check(self.ar_weight >= 0, f'ar_weight is {self.ar_weight}; it must be at least 0.')
+            fits = getattr(self, name) is None or getattr(self, name) in range(self.vocab_size)
+            check_setting(self, name, fits, f'one of {self.vocab_size} tokens, or None')
+        check_setting(self, 'dropout', 0 <= self.dropout < 1, 'at least 0 and below 1')
+        fits = self.block_length and all(type(x) is int and x >= 0 for x in self.block_length)
+        check_setting(self, 'block_length', fits, 'numbers of tokens, 0 for the whole row')
         heads = f'n_head={self.n_head}'
         check(self.n_head % self.n_kv_head == 0, f'{heads} is no multiple of n_kv_head={self.n_kv_head}.')
         if self.head_dim is None:
@@ -105,6 +104,10 @@ class ModelConfig:
 def check(condition, message):
     if not condition:
         raise ValueError(message)
+
+
+def check_setting(settings, name, fits, wanted):
+    check(fits, f'{name} is {getattr(settings, name)!r}; it must be {wanted}.')
 
 
 class Linear(nn.Linear):
