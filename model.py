@@ -17,19 +17,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from lm import layers
 from lm.kernels import WeightedSum, linear, put, take
-from lm.layers import (  # noqa: F401
-    AttentionMask,
-    Block,
-    DocumentMask,
-    Linear,
-    ModelConfig,
-    Neighbours,
-    TwoStreams,
-    check,
-    make_norm,
-    rope_table,
-)
+from lm.layers import Linear, ModelConfig, TwoStreams, check  # noqa: F401
 
 SIZES = {  # model_size: n_layer, n_head, n_embd
     'tiny': (4, 4, 128),
@@ -85,12 +75,12 @@ class Transformer(nn.Module):
         if config.position == 'learned':
             self.positions = nn.Embedding(config.position_offset + config.block_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.blocks = nn.ModuleList(layers.Block(config, layer) for layer in range(config.n_layer))
         if config.embedding_shortcuts:  # a layer's input is a sum of stream and embedding
             self.residual_scale = nn.Parameter(torch.ones(config.n_layer))
             self.embedding_scale = nn.Parameter(torch.zeros(config.n_layer))
-        self.neighbours = Neighbours(config, self.causal) if config.neighbours else None
-        self.norm = nn.Identity() if config.norm_after else make_norm(config)
+        self.neighbours = layers.Neighbours(config, self.causal) if config.neighbours else None
+        self.norm = nn.Identity() if config.norm_after else layers.make_norm(config)
         self.attn_mask = None  # (T, T): in training, overrides what `causal` says
         for name, table in self.tables().items():
             self.register_buffer(name, table, persistent=False)
@@ -101,7 +91,7 @@ class Transformer(nn.Module):
         c, tables = self.config, {'logit_bias': torch.zeros(self.config.padded_vocab_size)}
         tables['logit_bias'][[*self.never_predicted(), *range(c.vocab_size, c.padded_vocab_size)]] = -math.inf
         if self.positions is None:
-            tables['rope'] = rope_table(c.rope_theta, c.head_dim, c.block_size, c.rope_scaling)
+            tables['rope'] = layers.rope_table(c.rope_theta, c.head_dim, c.block_size, c.rope_scaling)
         return tables
 
     def _apply(self, *args, **kwargs):
@@ -131,7 +121,9 @@ class Transformer(nn.Module):
     def new_weights(cls, config):
         """Return {name: tensor} of the parameters that a checkpoint of another architecture lacks."""
         is_new = config.neighbours and not cls.causal
-        return {'neighbours.after.weight': Neighbours(config, False).after.weight.data} if is_new else {}
+        return (
+            {'neighbours.after.weight': layers.Neighbours(config, False).after.weight.data} if is_new else {}
+        )
 
     def num_parameters(self):
         """Count parameters, without the rows of <|mask|>, <|ignore|> and padding."""
@@ -162,7 +154,11 @@ class Transformer(nn.Module):
             check(fits, f'A row of {length} tokens is longer than block_size={c.block_size}.')
             annealing = self.training and self.attn_mask is not None
             attn_mask = self.attn_mask[:length, :length] if annealing else self.causal
-            cache = AttentionMask(attn_mask) if doc_ids is None else DocumentMask(doc_ids, attn_mask)
+            cache = (
+                layers.AttentionMask(attn_mask)
+                if doc_ids is None
+                else layers.DocumentMask(doc_ids, attn_mask)
+            )
         positions = cache.positions(length)  # a slice where all rows have the same, else (B, T)
 
         x, rope = self.embed(tokens, belief), None
