@@ -1,5 +1,5 @@
 # SST-2 from scratch, and from models pretrained on books, over three seeds; both know the same words. The settings are
-# the best of config/sweep_sst2_search.py by the dev set; the weights are the last, not those of a lucky evaluation.
+# the best of ten random draws by the dev set; the weights are the last, not those of a lucky evaluation.
 #   python classify.py --task=sentiment --train_langs=eng --vocab_size=8192 --max_steps=1 --out_dir=out/sst2-words
 #   sed -E "s/[“”]//g; s/[‘’]/'/g; s/([,.;:!?])/ \1/g; s/(n't|'(s|m|d|ll|re|ve))\b/ \1/g" books.jsonl | tr A-Z a-z > plain.jsonl
 #   python prepare/text.py --input=plain.jsonl --name=books-plain --tokenizer=out/sst2-words
