@@ -52,7 +52,7 @@ PEER_RECIPE = f"""config/train_shakespeare_char.py --device=cpu --compile=False 
 OUR_RECIPE = 'config/shakespeare_char.py --device=cpu --no_wandb --overwrite --eval_every=1000000000'
 VOCAB_SIZE = 65  # characters of Shakespeare
 WORK = {'tiny': (12, 64), 'small': (4, 256)}  # rows and block; the second with fewer rows than on a GPU
-SIZES = {'tiny': 1024, 'small': 1024}  # of write: the block
+WRITE_BLOCK = 1024
 GPT2 = dict(norm='layer', position='learned', mlp='gelu', bias=True, qk_norm=False, logit_softcap=0.0)
 SAMPLING = dict(temperature=0.8, top_k=200)  # the defaults of nanoGPT's sample.py
 
@@ -153,9 +153,9 @@ def write():
     """Compare decoding with the same weights, and count the greedy tokens that are the same."""
     module, start, targets = timing.load_nanogpt(peer), torch.zeros(1, 1, dtype=torch.long), []
     runtime.Runtime('cpu', 'float32')  # as each script of ours starts: what it sets for the machine counts
-    for size, block_size in SIZES.items():
+    for size in WORK:
         torch.manual_seed(0)
-        shape = dict(**checkpoints.size_of(size), vocab_size=VOCAB_SIZE, block_size=block_size)
+        shape = dict(**checkpoints.size_of(size), vocab_size=VOCAB_SIZE, block_size=WRITE_BLOCK)
         theirs = module.GPT(module.GPTConfig(**shape, dropout=0.0)).eval()
         ours = with_weights_of(theirs, shape)
         greedy = zip(theirs.generate(start, 64, top_k=1)[0], generate(ours, [[0]], 64, temperature=0)[0])

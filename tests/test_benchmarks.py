@@ -129,7 +129,8 @@ def test_learning_is_compared(bench, letters, tmp_path, monkeypatch, capsys):
 
 def test_decoding_with_the_peers_weights_gives_its_tokens(bench, monkeypatch, capsys):
     compare = bench('compare', f'--peer={NANOGPT}', '--only=write', '--runs=1', '--new_tokens=64')
-    monkeypatch.setattr(compare, 'SIZES', {'tiny': 66})
+    monkeypatch.setattr(compare, 'WORK', ['tiny'])
+    monkeypatch.setattr(compare, 'WRITE_BLOCK', 66)
     output, targets = rehearse(compare.main, capsys)
     assert len(targets) == 2 and "equal to nanoGPT's: 1.000" in output
 
