@@ -9,6 +9,8 @@ learn   nanoGPT's CPU recipe for Shakespeare by characters against config/shakes
 work    steps of the same work on both sides, GPT-2's blocks and AdamW in float32
 write   tokens of one text: nanoGPT's sampling loop computes the whole text anew for each; ours, with its very
         weights, keeps a cache
+pretrained    only when asked for, as --only=pretrained --pretrained=FOLDER: greedy tokens of a Hugging Face folder,
+        beside transformers' in float32
 """
 
 import math
@@ -29,14 +31,16 @@ import torch.nn.functional as F
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder, whose names are those of scripts
 from benchmarks import timing
 from benchmarks.train import beside_nanogpt
-from lm import checkpoints, runtime
+from lm import checkpoints, quantize, runtime
 from lm.configurator import ROOT, check_choice, check_range, configure, require
 from lm.folder import Folder
 from lm.pretrained import gpt2_layout, load_state_dict
+from lm.tokenizer import Tokenizer
 from sampling import generate
 
 peer = ''  # path of a clone of nanoGPT, which is only read
-only = ''  # learn, work or write; empty: all of them
+pretrained = ''  # a Hugging Face folder
+only = ''  # learn, work, write or pretrained; empty: the first three
 dataset = 'shakespeare_char'  # as prepare/shakespeare.py writes it: a name under data/, or a path
 runs = 5  # pairs of runs of write
 steps = 50  # pairs of steps of work
@@ -171,6 +175,32 @@ def write():
     return targets
 
 
+def write_pretrained():
+    """Compare decoding of a pretrained model, its weights kept in each way, with transformers' in float32."""
+    import transformers  # of requirements-test.txt
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32).eval()
+    state, targets = checkpoints.load(pretrained), []
+    runtime.Runtime('cpu', 'float32')
+    prompt = Tokenizer(state['tokenizer']).encode(
+        'The history of the lighthouse begins with a fire on a hill. ' * 2
+    )
+    greedy = dict(max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
+    for weights, wanted in {'float32': 1.0, 'float16': 1.6, 'int8': 2.5}.items():
+        ours = checkpoints.load_model(state, 'cpu')
+        quantize.pack(ours, weights)
+        calls = {
+            'transformers': partial(theirs.generate, torch.tensor([prompt]), **greedy),
+            'ours': partial(generate, ours, [prompt], new_tokens, temperature=0),
+        }
+        sides = {side: partial(runtime.seconds, call, timing.CPU) for side, call in calls.items()}
+        ratio = timing.compare_rates(weights, sides, new_tokens, runs, warmup=1)
+        targets.append(
+            (f"--weights={weights}: our tokens/s / transformers', median of {runs}", ratio, '>=', wanted)
+        )
+    return targets
+
+
 def with_weights_of(theirs, shape):
     """Return our model with the weights of nanoGPT's; its padding rows are never drawn."""
     rows = len(theirs.transformer['wte'].weight)
@@ -181,14 +211,15 @@ def with_weights_of(theirs, shape):
 
 
 def main():
-    check_choice(config, 'only', ('', 'learn', 'work', 'write'))
+    check_choice(config, 'only', ('', 'learn', 'work', 'write', 'pretrained'))
     check_range(config, 1, math.inf, 'runs', 'steps')
     check_range(config, 64, 1024, 'new_tokens')
-    timing.load_nanogpt(peer)
     timing.describe_machine()
-    timing.finish(
-        [target for part in (learn, work, write) if only in ('', part.__name__) for target in part()]
-    )
+    if only == 'pretrained':
+        timing.finish(write_pretrained())
+    timing.load_nanogpt(peer)
+    parts = [part for part in (learn, work, write) if only in ('', part.__name__)]
+    timing.finish([target for part in parts for target in part()])
 
 
 if __name__ == '__main__':
