@@ -438,13 +438,13 @@ class SDD(Diffusion):
     def new_weights(cls, config):
         return super().new_weights(config) | {'belief_proj.weight': torch.eye(config.embedding_width)}
 
-    def earlier_passes(self, corrupt, t, k=None, depth=1, stale=0.0):
-        """Return k, the number of candidates (None: config.k), and the views (B, T) of `depth` passes that give beliefs.
+    def earlier_passes(self, corrupt, t, k=None, passes=1, stale=0.0):
+        """Return k, the number of candidates (None: config.k), and the views (B, T) of so many passes that give beliefs.
 
         stale: how much more of a row the first of these passes sees masked, the next ones steadily less, as in
         sampling. In training `optim.draw_beliefs` chooses the three for each step.
         """
-        return {'k': k, 'views': [corrupt(t + stale * i / depth)[0] for i in range(depth, 0, -1)]}
+        return {'k': k, 'views': [corrupt(t + stale * i / passes)[0] for i in range(passes, 0, -1)]}
 
     def denoiser(self, x_t, doc_ids=None, cache=None, clean=None, k=None, views=None):
         """Compute what `Diffusion.denoiser` does, after a pass over each view (B, T) of the tokens, by default x_t itself,

@@ -10,9 +10,9 @@ from lm.configurator import require
 from lm.kernels import has_bfloat16
 from lm.rng import ANNEAL, BELIEF, BLOCKS, torch_seed, uniform
 
-# Passes that a step's beliefs come from: each further one with probability P_DEEPER, up to MAX_DEPTH. With
+# Passes that a step's beliefs come from: each further one with probability P_DEEPER, up to MAX_PASSES. With
 # probability P_STALE the first of them sees up to MAX_STALE more of a row masked.
-P_DEEPER, MAX_DEPTH, P_STALE, MAX_STALE = 0.7, 4, 0.75, 0.3
+P_DEEPER, MAX_PASSES, P_STALE, MAX_STALE = 0.7, 4, 0.75, 0.3
 
 
 class Optimizer:
@@ -205,7 +205,7 @@ def check_beliefs(p_belief, k_schedule):
 
 
 def draw_beliefs(model, step, max_steps, seed, p_belief, k_schedule, k_warmup_steps):
-    """Draw how a step comes to its beliefs: k, depth and stale of `SDD.earlier_passes`, the same on all ranks; else {}.
+    """Draw how a step comes to its beliefs: k, passes and stale of `SDD.earlier_passes`, the same on all ranks; else {}.
 
     p_belief: ((fraction of training, probability that a step uses beliefs from there on), ...). k is drawn from
     k_schedule; or, over the first k_warmup_steps, goes through it in equal parts and stays at its last. Sampling
@@ -219,9 +219,9 @@ def draw_beliefs(model, step, max_steps, seed, p_belief, k_schedule, k_warmup_st
     if use >= p:
         return {'k': 0}
     position = min(step / k_warmup_steps, 1 - 1e-9) if k_warmup_steps else which
-    depth = next((d for d in range(1, MAX_DEPTH) if deeper >= P_DEEPER**d), MAX_DEPTH)
+    passes = next((n for n in range(1, MAX_PASSES) if deeper >= P_DEEPER**n), MAX_PASSES)
     stale = MAX_STALE * stale if is_stale < P_STALE else 0.0
-    return {'k': k_schedule[int(position * len(k_schedule))], 'depth': depth, 'stale': stale}
+    return {'k': k_schedule[int(position * len(k_schedule))], 'passes': passes, 'stale': stale}
 
 
 def draw_blocks(model, step, seed, noisy_every=1):

@@ -386,11 +386,11 @@ class Speed:
     def restart(self, step):
         self.step, self.start, self.predicted, self.passes, self.k = step, time.perf_counter(), 0, 0, None
 
-    def count(self, sums, k=None, depth=1, stale=0.0):
+    def count(self, sums, k=None, passes=1, stale=0.0):
         """Note of a step at how many tokens it had logits, and how many passes gave its beliefs, of k candidates."""
         self.k = k
         self.predicted += sums.get('predicted', sums['count']) + sums.get('ignore_targets', 0)
-        self.passes += depth if k else 0
+        self.passes += passes if k else 0
 
     def metrics(self, step):
         steps = step - self.step

@@ -219,13 +219,13 @@ def test_beliefs_depend_on_seed_and_step_only():
     assert plans(200) == plans(200) != plans(200, seed=1)
 
 
-def test_depth_and_staleness_have_their_probabilities():
+def test_passes_and_staleness_have_their_probabilities():
     drawn = plans(5000, p_belief=ALWAYS)
-    stale, depth = (np.array([plan[name] for plan in drawn]) for name in ('stale', 'depth'))
+    stale, passes = (np.array([plan[name] for plan in drawn]) for name in ('stale', 'passes'))
     assert abs((stale > 0).mean() - optim.P_STALE) < 0.03 and stale.max() <= optim.MAX_STALE
-    for passes in range(1, optim.MAX_DEPTH + 1):
-        assert abs((depth >= passes).mean() - optim.P_DEEPER ** (passes - 1)) < 0.03
-    assert depth.max() == optim.MAX_DEPTH
+    for least in range(1, optim.MAX_PASSES + 1):
+        assert abs((passes >= least).mean() - optim.P_DEEPER ** (least - 1)) < 0.03
+    assert passes.max() == optim.MAX_PASSES
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,7 @@ def test_mfu_is_of_the_logits_and_passes_that_there_were(monkeypatch):
     model, dist = random_model('sdd', 0.1, **SHAPE), runtime.Runtime('cpu', 'float32')
     speed = runtime.Speed(model, dist, 64, 0, 16)
     speed.count({'predicted': torch.tensor(20), 'ignore_targets': torch.tensor(4), 'count': 60})
-    speed.count({'predicted': torch.tensor(8), 'count': 60}, k=2, depth=3, stale=0.1)
+    speed.count({'predicted': torch.tensor(8), 'count': 60}, k=2, passes=3, stale=0.1)
     values = speed.metrics(2)
     flops = values['train/mfu'] / values['train/tokens_per_sec']
     assert flops == pytest.approx(runtime.flops_per_token(model, 16, predicted=32 / 128, passes=1.5))

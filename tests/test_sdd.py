@@ -98,7 +98,7 @@ def test_without_candidates_it_is_masked_diffusion_bit_for_bit(changes):
 
 
 @pytest.mark.parametrize(
-    'beliefs', [dict(), dict(k=1), dict(depth=2), dict(stale=0.2), dict(depth=3, stale=0.3)]
+    'beliefs', [dict(), dict(k=1), dict(passes=2), dict(stale=0.2), dict(passes=3, stale=0.3)]
 )
 def test_hidden_tokens_never_influence_logits(beliefs, monkeypatch):
     model, tokens = tiny(), some_tokens()
@@ -112,7 +112,7 @@ def test_hidden_tokens_never_influence_logits(beliefs, monkeypatch):
     for x in (tokens, other):
         model(x, None, noise, **beliefs)
     half = len(seen) // 2
-    assert half == beliefs.get('depth', 1) + 1
+    assert half == beliefs.get('passes', 1) + 1
     for one, two in zip(seen[:half], seen[half:]):
         assert torch.equal(one, two)
     monkeypatch.undo()
@@ -128,7 +128,7 @@ def test_stale_beliefs_come_from_views_that_see_less_and_nothing_else(monkeypatc
     monkeypatch.setattr(
         model, 'hidden', lambda view, *rest, **more: views.append(view) or hidden(view, *rest, **more)
     )
-    model(tokens, None, noise, depth=2, stale=0.4)
+    model(tokens, None, noise, passes=2, stale=0.4)
     first, second, last = (view == MASK for view in views)
     assert (first | ~second).all() and (second | ~last).all() and not first[:, 0].any()
     assert first.sum() > second.sum() > last.sum()
