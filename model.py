@@ -272,6 +272,15 @@ def reduced(reduction, loss, weighted_nll, counted, metrics):
 # ---------------------------------------------------------------------------- architectures
 
 
+def drop_tokens(tokens, share, mask_id):
+    """Mask a random share of tokens (B, T), but not the first ones."""
+    if not share:
+        return tokens
+    masked = torch.rand(tokens.shape, device=tokens.device) < share
+    masked[:, 0] = False  # the start token
+    return tokens.masked_fill(masked, mask_id)
+
+
 class Autoregressive(Transformer):
     """Predicts each token from those before it; its likelihood is exact."""
 
@@ -282,12 +291,14 @@ class Autoregressive(Transformer):
         has_blocks = any(config.block_length) or config.ar_weight
         check(not has_blocks, 'block_length and ar_weight are for diffusion models; leave them out.')
         super().__init__(config)
+        self.token_dropout = 0.0  # of a training step: the share of the tokens that it reads masked
 
     def forward(self, tokens, loss_mask=None, noise=None, doc_ids=None, reduction='sum'):
         """Compute Σ nll of tokens (B, T) but the first, where loss_mask (B, T) says; None: of all."""
         _, counted = self.loss_positions(tokens, loss_mask)  # (B, T)
         weights = None if loss_mask is None else counted[:, 1:].float()
-        h = self.hidden(tokens[:, :-1], None if doc_ids is None else doc_ids[:, :-1])  # (B, T - 1, C)
+        visible = drop_tokens(tokens, self.token_dropout, self.config.mask_id) if self.training else tokens
+        h = self.hidden(visible[:, :-1], None if doc_ids is None else doc_ids[:, :-1])  # (B, T - 1, C)
         loss, nll, pred = self.weighted_nll(h, tokens[:, 1:], weights)
         nll, pred = F.pad(nll, (1, 0)), F.pad(pred, (1, 0), value=-1)  # nothing predicts the first token
         metrics = {'correct': (pred == tokens) & counted, 'predicted': counted}

@@ -18,6 +18,7 @@ from sampling import generate
 
 # --- data ---
 dataset = 'stories'  # a name under data/, the path of a prepared folder, or a mix: NAME:WEIGHT,NAME:WEIGHT
+unique_tokens = 0  # of the training split, from its start on, for studies of repetition; 0: all
 mode = 'packed'  # packed: windows of the token stream; documents: one document per row
 batch_size = 32  # rows per micro-step and rank
 gradient_accumulation_steps = 1  # micro-steps per step and rank
@@ -39,6 +40,7 @@ qk_norm = True  # RMS-normalised queries and keys
 embedding_shortcuts: bool = None  # each layer reads the embedding again; None: where norm=rms
 neighbours: int = None  # each layer reads so many embeddings on each side; None: 8 where norm=rms, else 0
 logit_softcap = 15.0  # 0: none
+token_dropout = 0.0  # ar: share of the tokens that it reads masked in training, against learning by heart
 mask_ratio = (0.0, 1.0)  # diffusion: the lowest and the highest in training; evaluation integrates over all
 block_length = (0,)  # diffusion: tokens per block, several: one is drawn for each step; 0: the whole row
 noisy_every = 2  # diffusion: a step masks every n-th block only, for less time; all clean tokens are there
@@ -98,7 +100,7 @@ SHAPE = 'n_layer n_head n_embd n_kv_head block_size norm position mlp bias qk_no
 SHAPE += ['embedding_shortcuts', 'neighbours']
 BLOCKS = ['block_length', 'ar_weight']  # may be others than those of the weights that a run starts from
 FREE_SHAPE = ['dropout', 'gradient_checkpointing']
-FIXED = 'architecture mode model_size depth optimizer fsdp seed anneal_steps'.split()
+FIXED = 'architecture mode unique_tokens model_size depth optimizer fsdp seed anneal_steps'.split()
 FIXED += SHAPE + BLOCKS
 
 runtime.check_settings(config)
@@ -110,7 +112,7 @@ store = checkpoints  # keeps weights and the state of training
 if fsdp:
     from lm import sharded as store  # slow to import
 dist = runtime.Runtime(device, dtype)
-folder = open_dataset(dataset)
+folder = open_dataset(dataset, unique_tokens)
 tokenizer = folder.tokenizer
 if 'block_size' not in config.given:
     config['block_size'] = folder.config.get('max_seq_len') or block_size
@@ -231,7 +233,7 @@ if not (fsdp and resumed.checkpoint):  # where a copy goes on, ckpt.pt becomes t
 if pending is not None:
     evaluate_and_save()
 raw_model.train()
-raw_model.mask_window = mask_ratio
+raw_model.mask_window, raw_model.token_dropout = mask_ratio, token_dropout
 speed = runtime.Speed(raw_model, dist, batches.rows_per_step * block_size, step, block_size)
 stopping = False
 while step < max_steps and not stopping:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from lm.configurator import require
 from lm.rng import PERMUTE, permuted
+from model import drop_tokens
 
 WINDOW = 16  # steps whose rows are sorted by length
 MATRIX = 100  # classes at most of which the confusion matrix is written
@@ -102,10 +103,8 @@ class Classifier(nn.Module):
 
     def forward(self, tokens, lengths, labels):
         """Compute the weighted sum of the rows' losses in nats, the sum of their weights, and metric sums."""
-        if self.training and self.token_dropout:
-            masked = torch.rand(tokens.shape, device=tokens.device) < self.token_dropout
-            masked[:, 0] = False  # the start token
-            tokens = tokens.masked_fill(masked, self.trunk.config.mask_id)
+        if self.training:
+            tokens = drop_tokens(tokens, self.token_dropout, self.trunk.config.mask_id)
         logits = logits_by_class(self.logits(tokens, lengths))
         weights, smoothing = self.class_weights[labels], self.label_smoothing
         nll = F.cross_entropy(logits, labels, reduction='none', label_smoothing=smoothing)

@@ -52,6 +52,18 @@ class Folder:
         require(size == expected, f'{path} has {size:,} bytes, config.json says {expected:,}; {remedy}.')
         return np.memmap(path, dtype, mode='r') if length else np.zeros(0, dtype)
 
+    def limit(self, size):
+        """Leave out all training tokens but the first `size`."""
+        tokens, index = self.tokens['train'], self.index['train']
+        require(
+            0 < size <= len(tokens),
+            f'unique_tokens is {size:,}; {self.path} has {len(tokens):,} for training.',
+        )
+        self.tokens['train'] = np.asarray(tokens[:size])
+        self.index['train'] = np.append(index[index < size], index.dtype.type(size))
+        if self.masks['train'] is not None:
+            self.masks['train'] = np.asarray(self.masks['train'][:size])
+
     def release(self):
         """Give back the pages that were read: else the process would seem to grow to the size of its data."""
         for array in (*self.tokens.values(), *self.index.values(), *self.masks.values()):
@@ -153,7 +165,13 @@ def parse_weight(part, dataset):
     return name, weight
 
 
-def open_dataset(dataset):
-    """Open the Folder of a name or path, or the Mix of several with their weights."""
+def open_dataset(dataset, unique_tokens=0):
+    """Open the Folder of a name or path, with its first unique_tokens training tokens, 0 all of them; or the Mix of
+    several with their weights."""
     is_folder = any(path.exists() for path in (Path(dataset), ROOT / 'data' / dataset))
-    return Folder(dataset) if is_folder or not {':', ','} & set(str(dataset)) else Mix(dataset)
+    is_mix = not is_folder and {':', ','} & set(str(dataset))
+    require(not (is_mix and unique_tokens), f'unique_tokens={unique_tokens} is of one folder, not of a mix.')
+    folder = Mix(dataset) if is_mix else Folder(dataset)
+    if unique_tokens:
+        folder.limit(unique_tokens)
+    return folder

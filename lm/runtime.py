@@ -42,6 +42,8 @@ def report_idle_settings(config, *kinds):
     idle = ''
     if not any(kind.has_beliefs for kind in kinds):
         idle = 'k k_schedule k_warmup_steps p_belief fresh_beliefs'
+    if not any(kind.causal for kind in kinds):
+        idle += ' token_dropout'
     if all(kind.causal for kind in kinds):
         idle += ' mask_ratio noisy_every draws bound_steps exact steps sampler block_length threshold eta'
     report_idle(config, 'on ' + ', '.join(sorted({architecture_name(kind) for kind in kinds})), idle)

@@ -24,6 +24,17 @@ def test_bytes_are_counted_of_the_text_in_the_loss(make_folder):
     assert Folder(make_folder('none', train_on='')).counted_tokens_per_byte('val') is None
 
 
+@pytest.mark.parametrize('size, documents', [(3, [0, 3]), (4, [0, 4]), (6, [0, 4, 6])])
+def test_unique_tokens_are_the_first_of_the_training_split(make_folder, size, documents):
+    path = make_folder(train=['abc', 'de', 'abc'], val=['abc'])
+    whole, part = open_dataset(path), open_dataset(path, unique_tokens=size)
+    assert part.tokens['train'].tolist() == whole.tokens['train'][:size].tolist()
+    assert part.index['train'].tolist() == documents
+    assert part.tokens['val'].tolist() == whole.tokens['val'].tolist()
+    with pytest.raises(UserError, match='unique_tokens is 99; .* has 11 for training'):
+        open_dataset(path, unique_tokens=99)
+
+
 # ---------------------------------------------------------------------------- what cannot be read
 
 DAMAGE = {  # the file, what it becomes, what the error says

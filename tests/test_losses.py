@@ -205,3 +205,20 @@ def test_the_loss_of_tokens_is_differentiable_one_by_one(architecture, monkeypat
         found.append(gradients(model, (nll**3).sum()))
     assert torch.equal(pred, expected)
     assert_same(*found, 1e-4)
+
+
+def test_token_dropout_hides_its_share_of_what_ar_reads_and_nothing_that_it_predicts(monkeypatch):
+    model, tokens, read = tiny('ar', mask_id=MASK), some_tokens(), []
+    plain, hidden = model(tokens)[0], model.hidden
+    monkeypatch.setattr(model, 'hidden', lambda x, *rest: read.append(x) or hidden(x, *rest))
+    model.token_dropout = 0.5
+    assert torch.equal(model.eval()(tokens)[0], plain)  # in training only
+    torch.manual_seed(0)
+    loss, count, _ = model.train()(tokens)
+    visible = read[-1]
+    masked = visible == MASK
+    assert 0.3 < masked.float().mean() < 0.7 and not masked[:, 0].any()
+    assert torch.equal(visible[~masked], tokens[:, :-1][~masked]) and count == model.eval()(tokens)[1]
+    logits = model.head(hidden(visible))  # the targets are the tokens as they were
+    nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction='sum')
+    torch.testing.assert_close(loss, nll)
