@@ -46,7 +46,7 @@ jobs = 1  # runs at the same time
 gpus = ''  # 0,1: a run sees one of these; empty: all
 dry_run = False  # list the runs, or write the job scripts, and stop
 # --- results ---
-metric = 'test.accuracy'  # of eval_results.json, with dots between names: the best row has most of it
+metric = 'test.accuracy'  # of eval_results.json, with dots between names: the best row has most of it, of a loss least
 show = ''  # more of these for the table; empty: the accuracy of each set
 # --- slurm ---
 submit = ''  # slurm
@@ -242,7 +242,7 @@ def markdown_table(columns, groups, names):
     shown = list(dict.fromkeys(shown))
     complete = [group for group, rows in groups.items() if all(metric in figures for figures in rows)]
     mean = {group: statistics.mean(figures[metric] for figures in groups[group]) for group in complete}
-    best = max(mean, key=mean.get, default=None)
+    best = (min if 'loss' in metric else max)(mean, key=mean.get, default=None)
 
     lines = [[*columns, 'runs', *shown], ['---'] * (len(columns) + 1 + len(shown))]
     for group, rows in groups.items():

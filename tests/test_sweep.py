@@ -35,7 +35,7 @@ time.sleep(float(args.get('seconds', 0.3)) if not (out / 'logs.log').exists() el
 with open(out / 'work', 'a') as file:
     file.write('once')
 accuracy = float(args['lr']) * int(args['seed'])
-(out / 'eval_results.json').write_text(json.dumps({'step': 3, 'test': {'accuracy': accuracy}}))
+(out / 'eval_results.json').write_text(json.dumps({'step': 3, 'test': {'accuracy': accuracy, 'loss': accuracy}}))
 """
 
 
@@ -113,6 +113,8 @@ def test_the_table_has_mean_and_deviation_over_seeds_and_the_best_row(place):
     }  # one for each of two at a time
     table = (place / 'try' / 'results.md').read_text()
     assert '| 0.1 | 3 | 0.2000 ± 0.1000 |' in table and '| **0.2** | **3** | **0.4000 ± 0.2000** |' in table
+    assert sweep(place, file, '--metric=test.loss', '--show=test.loss')[0] == 0  # of which the best has least
+    assert '| **0.1** | **3** |' in (place / 'try' / 'results.md').read_text()
 
 
 def test_what_failed_is_named_and_tried_again(place):
