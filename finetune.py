@@ -251,13 +251,13 @@ def checkpoint():
     texts = tokenizer, folder.config['start_token'], prompt_format
     state = checkpoints.contents(raw_model, step, best, config, initial, *texts)
     if use_peft:
-        state['adapter_state_dict'] = store.whole({name: p.detach() for name, p in trainable.items()})
+        state['adapter_state_dict'] = checkpoints.whole(trainable)
     return state
 
 
 def whole_weights():
     """Return what other scripts load, adapters merged, on rank 0; all ranks take part."""
-    weights = store.whole(raw_model.state_dict())
+    weights = checkpoints.whole(raw_model.state_dict())
     if use_peft and weights:
         with torch.device('meta'):
             merged = checkpoints.make_model(architecture, **shape)
@@ -284,7 +284,7 @@ def evaluate_and_save():
     log.print(f'step {step}: ' + ', '.join(f'{name} {value:.4f}' for name, value in values.items()))
     runtime.check_finite(values['val/loss'], step, learning_rate)
     is_best = checkpoints.save_if_best(out, step, values, best, checkpoint, whole_weights, dist)
-    adapter = store.whole(trainable) if is_best and use_peft else None
+    adapter = checkpoints.whole(trainable) if is_best and use_peft else None
     if adapter and dist.is_main:
         lora.save_adapter(raw_model, out / 'adapter', init_from, prompt_format, adapter)
     log.metrics(step, pending | values)
@@ -301,7 +301,7 @@ def print_answers():
     if not questions:
         return
     stop_tokens = [prompts.end_of(prompt_format, tokenizer)[0]]
-    with dist.autocast(), store.gathered(raw_model):
+    with dist.autocast(), checkpoints.gathered(raw_model):
         rows = generate(raw_model, questions, sample_tokens, seed=seed, stop_tokens=stop_tokens)
     for question, row in zip(questions, rows):
         answer = tokenizer.decode(row[len(question) :]).strip()

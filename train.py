@@ -191,8 +191,8 @@ def checkpoint():
 
 def whole_weights():
     """Return what other scripts load, on rank 0; all ranks take part."""
-    weights = {'model_state_dict': store.whole(raw_model.state_dict())}
-    return {**weights, 'ema_state_dict': store.whole(ema.ema)} if ema else weights
+    weights = {'model_state_dict': checkpoints.whole(raw_model.state_dict())}
+    return {**weights, 'ema_state_dict': checkpoints.whole(ema.ema)} if ema else weights
 
 
 def save(is_last=False):
@@ -219,7 +219,7 @@ def evaluate_and_save():
 
 def print_samples():
     prompts, length = [[folder.config['start_token']]] * num_samples, min(sample_tokens, block_size - 1)
-    with store.gathered(raw_model):
+    with checkpoints.gathered(raw_model):
         rows = generate(raw_model, prompts, length, seed=seed, stop_tokens=[tokenizer.endoftext_id])
     for row in rows:
         log.print(f'--- a sample at step {step}', tokenizer.decode(row[1:]).strip())

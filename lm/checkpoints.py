@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import distributed
 
 from lm import pretrained
 from lm.configurator import ROOT, require, restore, user_errors
@@ -267,7 +268,27 @@ def save_if_best(out, step, values, best, checkpoint, weights, dist):
     return is_best
 
 
-# The next five are the store of weights and training state; lm/sharded.py has the same five for sharded ones.
+def whole(tensors):
+    """Gather {name: tensor} on the CPU of rank 0, one after the other, and nothing elsewhere; every rank has to call it."""
+    found, is_main = {}, not distributed.is_initialized() or distributed.get_rank() == 0
+    for name, x in tensors.items():
+        x = x.detach().full_tensor() if hasattr(x, 'full_tensor') else x.detach()  # of a sharded model
+        found |= {name: x.cpu()} if is_main else {}
+    return found
+
+
+@contextlib.contextmanager
+def gathered(model):
+    """Gather a sharded root's weights for methods other than forward; every rank has to enter the context."""
+    is_sharded = hasattr(model, 'unshard')
+    if is_sharded:
+        model.unshard()
+    yield
+    if is_sharded:
+        model.reshard()
+
+
+# The next three are the store of weights and training state; lm/sharded.py has the same three for sharded ones.
 
 
 def place(model, weights, dist):
@@ -275,16 +296,6 @@ def place(model, weights, dist):
     if weights:
         model.load_state_dict(weights)
     return model.to(dist.device)
-
-
-def whole(tensors):
-    """Return {name: tensor} for a file on rank 0."""
-    return tensors
-
-
-def gathered(model):
-    """Return the context in which a model can generate; where it is not sharded, any."""
-    return contextlib.nullcontext()
 
 
 def save_state(path, model, optimizer, dist, checkpoint, weights, is_last):

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.distributed as distributed
 import torch.distributed.checkpoint as dcp
 import torch.distributed.checkpoint.state_dict as state_dicts
 from torch.distributed.checkpoint import metadata
@@ -84,25 +83,6 @@ def place(model, weights, dist):
             part = part_of(weights[name], dist) if weights else drawn[name]
             local(weight.detach()).copy_(part)
     return model
-
-
-def whole(tensors):
-    """Gather {name: tensor} on the CPU of rank 0, one after the other, and nothing elsewhere; every rank has to call it."""
-    found, is_main = {}, not distributed.is_initialized() or distributed.get_rank() == 0
-    for name, x in tensors.items():
-        x = x.detach().full_tensor() if hasattr(x, 'full_tensor') else x.detach()
-        found |= {name: x.cpu()} if is_main else {}
-    return found
-
-
-@contextmanager
-def gathered(model):
-    """Gather the root's weights for methods other than forward; every rank has to enter the context."""
-    if hasattr(model, 'unshard'):
-        model.unshard()
-    yield
-    if hasattr(model, 'reshard'):
-        model.reshard()
 
 
 OPTIONS = state_dicts.StateDictOptions(ignore_frozen_params=True, strict=False)  # adapters without their base
