@@ -209,9 +209,7 @@ if chat and not prompt:
 elif chat:
     texts = answer([(prompt, input, None)], num_samples)
 else:
-    # A text begins after the end of another, or after a start token. Where the data was one long text, only an
-    # empty prompt needs one.
-    start = [] if ids and tokenizer.decode(start) and ids[0] != tokenizer.mask_id else start
-    texts = [tokenizer.decode(row[len(start) :]) for row in write(start + ids, num_samples)]
+    begin = prompts.before(ids, tokenizer, *start)
+    texts = [tokenizer.decode(row[len(begin) :]) for row in write(begin + ids, num_samples)]
 for text in texts if prompt or not chat else ():
     print(printable(f'{"-" * 80}\n{text}'))

@@ -176,6 +176,16 @@ def encode_infill(tokenizer, text):
     return ids
 
 
+def before(ids, tokenizer, start_token):
+    """Return the ids that stand before a text: a start token, which the first token of a row is never predicted without.
+
+    Where the data was one long text, its start token is text itself, and only a text that is empty or begins with a gap
+    needs it.
+    """
+    given = ids and ids[0] != tokenizer.mask_id and tokenizer.decode([start_token])
+    return [] if given else [start_token]
+
+
 def start_of(form, tokenizer, start_token):
     """Return the id of the token that stands before a conversation: a chat template's own, or start_token."""
     if not chat.is_chat_template(form):

@@ -111,7 +111,7 @@ class Model:
     def ids_of_prompt(self, text):
         """Return the ids of a text to continue, after a start token as in sample.py."""
         ids = self.encode(text)
-        ids = ids if ids and self.tokenizer.decode([self.start]) else [self.start, *ids]
+        ids = prompts.before(ids, self.tokenizer, self.start) + ids
         self.check_length(len(ids), self.block_size - 1)
         return ids
 
@@ -133,7 +133,7 @@ class Model:
         self.check_length(sum(int(gap[:9]) for gap in re.findall(r'<mask:(\d+)>', text)), self.block_size)
         with self.encoding:
             ids = prompts.encode_infill(self.tokenizer, text)
-        ids = ids if self.tokenizer.decode([self.start]) else [self.start, *ids]
+        ids = prompts.before(ids, self.tokenizer, self.start) + ids
         self.check_length(len(ids), self.block_size)
         return ids
 

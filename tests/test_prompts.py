@@ -169,3 +169,20 @@ def test_a_chat_template_that_says_nothing_begins_with_the_start_token():
     tokenizer = with_markers()
     assert prompts.start_of('{{ messages[0].nothing }}', tokenizer, 7) == 7
     assert prompts.encode(tokenizer, '{{ messages[0].content }}', [('', '', None)]) == ([], [])
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    'text, start, expected',
+    [
+        ('ab', 'end', ['end']),  # after the end of another text
+        ('ab', 'c', []),  # of data that were one long text: its first token is no start of others
+        ('', 'c', ['c']),
+        ('<mask:2>a', 'c', ['c']),  # the first token of a row is never predicted
+    ],
+)
+def test_a_start_token_stands_where_the_first_token_has_to_be_predicted(text, start, expected):
+    tokenizer = letter_tokenizer()
+    ids = prompts.encode_infill(tokenizer, text) if 'mask' in text else tokenizer.encode(text)
+    token = {'end': tokenizer.endoftext_id, 'c': tokenizer.encode('c')[0]}
+    assert prompts.before(ids, tokenizer, token[start]) == [token[name] for name in expected]
