@@ -8,8 +8,8 @@ STEP_TOKENS, TOKENS, GROWTH = (
     2048,
     2e6,
     0.4,
-)  # tokens of a step in a run of TOKENS tokens; the power that it grows by
-RATE, BASE_DEPTH, BASE_STEPS = 1e-2, 4, 930
+)  # a step's tokens where a run has TOKENS, and the power of their growth
+RATE = 0.207  # of a model of one layer in one step; falls as 1 / depth, as in muP, and as steps ** -0.2
 
 
 def settings(config, vocab_size, world_size):
@@ -29,7 +29,7 @@ def settings(config, vocab_size, world_size):
     row_tokens = config['block_size'] * config['gradient_accumulation_steps'] * world_size
     batch_size = max(1, round(STEP_TOKENS * (tokens / TOKENS) ** GROWTH / row_tokens))
     max_steps = max_steps or round(tokens / (batch_size * row_tokens))
-    rate = RATE * (BASE_DEPTH / depth) ** 0.5 * min(1.0, BASE_STEPS / max_steps) ** 0.2
+    rate = RATE / depth / max_steps**0.2
     return {
         'n_layer': depth,
         'n_head': depth,
