@@ -108,7 +108,7 @@ def compare_steps(trainees, steps, peak):
     plans = {}  # {(name, passes before a step): the beliefs of those steps of the schedule that have as many}
     for step, (name, trainee) in itertools.product(range(SCHEDULE), trainees.items()):
         beliefs = optim.draw_beliefs(trainee.model, step, SCHEDULE, 0, ((0.5, 0.5),), (1, 2, 4, 8), 0)
-        plans.setdefault((name, beliefs.get('depth', 0)), []).append(beliefs)
+        plans.setdefault((name, beliefs.get('passes', 0)), []).append(beliefs)
     sides = {key: partial(trainees[key[0]].timed_step, itertools.cycle(plans[key])) for key in sorted(plans)}
 
     typical = dict.fromkeys(trainees, 0.0)
