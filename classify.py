@@ -85,7 +85,7 @@ early_stopping = 0  # evaluations on validation rows without a better one before
 best_by = 'loss'  # which weights are best on them: loss, accuracy, macro_f1
 # --- evaluation and log ---
 eval_every: int = None  # steps; None: ten times
-eval_examples = 0  # of each set that are evaluated while training; 0: all; the last time all
+eval_examples = 0  # of each set that are evaluated, 0: all; at the end all but those of the training set
 log_every = 10  # steps
 # --- the run ---
 out_dir = ''  # empty: out/{architecture}-{task}-{size}-v{n}
@@ -332,6 +332,7 @@ def final_eval():
         classification.load_state(raw_classifier, checkpoints.load(out / 'best.pt'))
     results, arrays = {'step': best.step if 'val' in sets else step}, {}
     for name, examples in sets.items():
+        examples = subset(examples) if name == 'train' else examples
         judged = predict(examples)
         results[name] = evaluate(examples.labels, judged)
         if name != 'train':

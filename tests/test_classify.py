@@ -132,6 +132,12 @@ def test_validation_rows_choose_the_weights_and_stop_early(place):
         classify('--out_dir=run', '--resume_from=auto')
 
 
+def test_evaluations_take_some_rows_and_the_last_one_all_that_are_held_out(place):
+    classify(*TINY, *TASK, '--max_steps=2', '--eval_examples=7', '--eval_every=1', '--out_dir=run')
+    results = results_of(place / 'run')
+    assert {name: results[name]['rows'] for name in ('train', 'test')} == {'train': 7, 'test': 40}
+
+
 # ---------------------------------------------------------------------------- texts
 
 
