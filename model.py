@@ -120,10 +120,9 @@ class Transformer(nn.Module):
     @classmethod
     def new_weights(cls, config):
         """Return {name: tensor} of the parameters that a checkpoint of another architecture lacks."""
-        is_new = config.neighbours and not cls.causal
-        return (
-            {'neighbours.after.weight': layers.Neighbours(config, False).after.weight.data} if is_new else {}
-        )
+        if cls.causal or not config.neighbours:
+            return {}
+        return {'neighbours.after.weight': layers.Neighbours(config, False).after.weight.data}
 
     def num_parameters(self):
         """Count parameters, without the rows of <|mask|>, <|ignore|> and padding."""
@@ -154,11 +153,9 @@ class Transformer(nn.Module):
             check(fits, f'A row of {length} tokens is longer than block_size={c.block_size}.')
             annealing = self.training and self.attn_mask is not None
             attn_mask = self.attn_mask[:length, :length] if annealing else self.causal
-            cache = (
-                layers.AttentionMask(attn_mask)
-                if doc_ids is None
-                else layers.DocumentMask(doc_ids, attn_mask)
-            )
+            cache = layers.AttentionMask(attn_mask)
+            if doc_ids is not None:
+                cache = layers.DocumentMask(doc_ids, attn_mask)
         positions = cache.positions(length)  # a slice where all rows have the same, else (B, T)
 
         x, rope = self.embed(tokens, belief), None

@@ -185,9 +185,7 @@ class Sampler:
     compile: bool = False  # causal: compile the decode step; the first text waits for that
     sampler: str = ''  # '': first_hitting, of which the NELBO is a bound; where steps are given, ancestral
     steps: int = None  # for the masked positions of a window, at least one per block; None: one per position
-    block_length: int = (
-        None  # of `blocks`, 32; of a model trained on blocks: one of its lengths, 0 the whole row
-    )
+    block_length: int = None  # of `blocks`, 32; of a model trained on blocks: one of its own, 0 the whole row
     threshold: float = None  # of `threshold` a probability, 0.9; of `entropy` nats, 0.3
     eta: float = 0.1  # of `remdm`
     k: int = None  # candidates of `SDD` per masked position, 0: none; None: the model's own number
