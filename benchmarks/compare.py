@@ -3,7 +3,7 @@
 git clone https://github.com/karpathy/nanoGPT && python prepare/shakespeare.py
 python benchmarks/compare.py --peer=nanoGPT              # twenty minutes on two idle cores
 
-learn   nanoGPT's CPU recipe for Shakespeare by characters against config/shakespeare_char.py, each its own
+learn   nanoGPT's CPU recipe for Shakespeare by characters against config/shakespeare_char.py by its rows, each its own
         train.py as a process of its own: the time to the peer's own validation loss, and the loss that the peer's
         time is enough for
 work    steps of the same work on both sides, GPT-2's blocks and AdamW in float32
@@ -53,7 +53,8 @@ WARMUP = 50  # steps at the start of a run that no rate includes
 # What nanoGPT's README gives for a CPU; --max_iters and --lr_decay_iters follow.
 PEER_RECIPE = f"""config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1
     --block_size={BLOCK_SIZE} --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --dropout=0.0"""
-OUR_RECIPE = 'config/shakespeare_char.py --device=cpu --no_wandb --overwrite --eval_every=1000000000'
+OUR_RECIPE = f"""config/shakespeare_char.py --device=cpu --no_wandb --overwrite --eval_every=1000000000
+    --block_size={BLOCK_SIZE} --batch_size=32"""
 VOCAB_SIZE = 65  # characters of Shakespeare
 WORK = {'tiny': (12, 64), 'small': (4, 256)}  # rows and block; the second with fewer rows than on a GPU
 WRITE_BLOCK = 1024
