@@ -294,13 +294,18 @@ def text_curve(run, width=78, height=12):
     return '\n'.join([*lines, f'        └{"─" * columns}', legend])
 
 
-def draw(runs, metric, out):
-    """Write the curves of a metric of several runs as SVG and PNG, with the entropy floor where all share one."""
+def new_figure(width, height):
+    """Return a figure of so many inches to draw in."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         require(False, 'Curves as pictures need matplotlib; `pip install matplotlib`.')
-    figure = Figure(figsize=(8, 4.5), layout='constrained')
+    return Figure(figsize=(width, height), layout='constrained')
+
+
+def draw(runs, metric, out):
+    """Write the curves of a metric of several runs as SVG and PNG, with the entropy floor where all share one."""
+    figure = new_figure(8, 4.5)
     axes = figure.subplots()
     for run in runs:
         curve = [(step, value) for step, value in read_metric(run, metric) if step > 0]

@@ -222,3 +222,28 @@ def test_what_breaks_a_rule_is_no_record(bench, monkeypatch, capsys, tmp_path, r
     logs = [re.sub(before, after, log) for log in runs[0]]
     with pytest.raises(UserError, match=says):
         judge(bench, monkeypatch, capsys, tmp_path, logs, runs[1])
+
+
+# ---------------------------------------------------------------------------- study.py
+
+
+def test_a_study_gathers_runs_once_and_says_what_each_kind_reached(bench, monkeypatch, capsys, tmp_path):
+    pytest.importorskip('matplotlib')
+    write_folder(tmp_path / 'letters')
+    kinds = {'ar': [], 'joint': ['--architecture=diffusion', '--block_length=(2,)', '--ar_weight=1']}
+    for name, words in kinds.items():
+        out = f'--out_dir={tmp_path}/runs/{name}'
+        train(f'--dataset={tmp_path}/letters', '--unique_tokens=100', '--eval_every=2', out, *words)
+    study = bench('study', tmp_path / 'runs')
+    monkeypatch.setattr(study, 'STUDY', tmp_path / 'study.csv')
+    study.main()
+    table = re.findall(r'^\| (\w.*?) \| ([\d.]+) \| ([\d.]+)', capsys.readouterr().out, re.M)
+    losses = {name: checkpoints.load(tmp_path / 'runs' / name)['best_val_loss'] for name in kinds}
+    found = {kind: float(loss) for kind, loss, _ in table}
+    assert list(found.values()) == sorted(found.values()) and len(found) == 3
+    assert found['ar'] == pytest.approx(losses['ar'], abs=1e-4)
+    assert found['diffusion in blocks and ar'] == pytest.approx(losses['joint'], abs=1e-4)
+    lines = (tmp_path / 'study.csv').read_text()
+    study.main()
+    assert (tmp_path / 'study.csv').read_text() == lines and lines.count('\n') == 1 + 3 * 3
+    assert (tmp_path / 'study.svg').stat().st_size > 5000
