@@ -413,11 +413,11 @@ def evaluate_speed(model, start_token):
         _, *times = timeit.repeat(partial(write, rows), number=1, repeat=4)  # the first warms up
         seconds[rows] = statistics.median(times)
         hook.remove()
-    return {
+    speeds = {
         'tokens_per_sec': length / seconds[1],
         'tokens_per_sec_batch': batch_size * length / seconds[batch_size],
-        'passes_per_token': len(passes) / 4 / length,
     }
+    return {**speeds, 'passes_per_token': len(passes) / 4 / length}
 
 
 # ---------------------------------------------------------------------------- the table

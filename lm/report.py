@@ -317,12 +317,8 @@ def draw(runs, metric, out):
     }
     if metric == 'val/loss' and len(floors) == 1 and None not in floors:
         axes.axhline(floors.pop(), color='gray', linestyle='--', label='true entropy')
-    axes.set(
-        xscale='log',
-        yscale='log',
-        xlabel='step',
-        ylabel=metric + ' (nats per token)' * metric.endswith('loss'),
-    )
+    unit = ' (nats per token)' * metric.endswith('loss')
+    axes.set(xscale='log', yscale='log', xlabel='step', ylabel=metric + unit)
     for axis in (axes.xaxis, axes.yaxis):  # numbers as people write them
         axis.set_major_formatter('{x:g}')
         axis.set_minor_formatter('{x:g}')
