@@ -26,6 +26,8 @@ from lm.files import sha256_of
 from lm.tokenizer import CHARACTERS, Tokenizer, byte_level
 from model import ARCHITECTURES, ModelConfig, architecture_name
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would be ignored, here and in what is started
+
 LETTERS = 'abcdefghijklmnopqrstuvwxyz '
 
 

@@ -37,13 +37,14 @@ def test_a_recipe_sets_what_its_script_knows(recipe):
 
 
 @pytest.mark.parametrize('recipe', SWEEPS)
-def test_a_sweep_sets_what_classify_py_knows(recipe, capsys, monkeypatch):
+def test_a_sweep_sets_what_its_script_knows(recipe, capsys, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['sweep.py', f'config/{recipe}', '--dry_run'])
     runpy.run_path(str(ROOT / 'sweep.py'), run_name='__main__')
     *runs, count = capsys.readouterr().out.splitlines()
     assert len(runs) > 1 and count == f'{len(runs)} runs'
     for run in runs:
-        assert set(re.findall(r'--(\w+)=', run)) <= set(config_of('classify.py')), run
+        script = re.match(r'python (\S+) ', run)[1]
+        assert set(re.findall(r'--(\w+)=', run)) <= set(config_of(script)), run
 
 
 @pytest.mark.parametrize('recipe', SIZES)
