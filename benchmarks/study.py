@@ -6,6 +6,7 @@ below the best that `ar` ever reaches, in minutes of training at the median spee
 """
 
 import csv
+import io
 import itertools
 import json
 import statistics
@@ -15,58 +16,61 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder
 from lm.configurator import ROOT, require
+from lm.files import save_atomically
 from lm.report import new_figure
 
 STUDY = ROOT / 'docs' / 'study.csv'
-COLUMNS = 'unique_tokens kind seed step epoch tokens_per_sec loss'.split()
+COLUMNS = 'unique_tokens kind seed tokens tokens_per_sec loss'.split()
 LOSS = itemgetter(2)  # of a point of a curve
 
 
 def kind_of(settings):
-    """Say of which kind a run is, by the settings that the sweep varies."""
-    name = settings['architecture']
-    parts = {', masked inputs': settings['token_dropout'], ', dropout': settings['dropout']}
-    parts |= {' in blocks': any(settings['block_length']), ' and ar': settings['ar_weight']}
-    return name + ''.join(text for text, given in parts.items() if given)
+    """Name the kind of a run by the settings that the sweep varies, so that no two share a curve."""
+    words, decay = [settings['architecture']], settings['weight_decay']
+    words += [f'in blocks of {settings["block_length"][0]}'] * any(settings['block_length'])
+    words += [f'with ar_weight {settings["ar_weight"]:g}'] * bool(settings['ar_weight'])
+    words += [f'with dropout {settings["dropout"]:g}, decay {decay:g}'] * bool(settings['dropout'])
+    words += [f'with {settings["token_dropout"]:g} of its inputs masked'] * bool(settings['token_dropout'])
+    return ' '.join(words)
 
 
 def read_run(folder):
     """Yield the columns of each evaluation of a run; a model of two kinds has two lines."""
     settings = json.loads((folder / 'config.json').read_text())
     with open(folder / 'metrics.csv', newline='') as file:
-        rows = list(csv.DictReader(file))
-    kind, unique, seed = kind_of(settings), settings['unique_tokens'], settings['seed']
-    speed = statistics.median(float(x) for row in rows if (x := row['train/tokens_per_sec']))
-    for row in rows[1:]:  # step 0 is a model that has learned nothing
-        epoch = int(row['step']) * settings['batch_size'] * settings['block_size'] / unique
+        rows = [row for row in csv.DictReader(file) if int(row['step'])]  # a model that has learned something
+    speed = round(statistics.median(float(x) for row in rows if (x := row['train/tokens_per_sec'])))
+    unique, seed, kind = settings['unique_tokens'], settings['seed'], kind_of(settings)
+    for row in rows:
+        tokens = int(row['step']) * settings['batch_size'] * settings['block_size']
         for name, metric in ((kind, 'val/loss'), (f'{kind}, as ar', 'val/ar_loss')):
             if row.get(metric):
-                place = unique, name, seed, int(row['step'])
-                yield [*place, round(epoch, 2), round(speed), float(row[metric])]
+                yield [unique, name, seed, tokens, speed, float(row[metric])]
 
 
 def gather(folder):
-    """Add the runs under a folder to docs/study.csv, in place of what it has of the same steps; return all its lines."""
+    """Add the runs under a folder to docs/study.csv, in place of what it has of the same ones; return all its lines."""
     runs = [path.parent for path in Path(folder).glob('*/metrics.csv')] if folder else []
     remedy = '`python sweep.py config/sweep_repeats.py` makes some'
     require(runs or not folder, f'{folder} has no runs; {remedy}.')
     lines = list(csv.reader(STUDY.open(newline='')))[1:] if STUDY.exists() else []
-    lines = [[int(u), kind, int(s), int(n), float(e), int(t), float(x)] for u, kind, s, n, e, t, x in lines]
+    lines = [[int(u), kind, *map(int, numbers), float(loss)] for u, kind, *numbers, loss in lines]
     lines += [line for run in runs for line in read_run(run)]
     lines = sorted({tuple(line[:4]): line for line in lines}.values())
+    text = io.StringIO()
+    csv.writer(text, lineterminator='\n').writerows([COLUMNS, *lines])
     if runs:
-        with STUDY.open('w', newline='') as file:
-            csv.writer(file, lineterminator='\n').writerows([COLUMNS, *lines])
+        save_atomically(STUDY, lambda file: file.write(text.getvalue().encode()))
     return lines
 
 
 def read_curves(lines):
     """Return {unique tokens: {kind: {seed: [(minutes of training, epoch, loss)]}}}."""
     curves = {}
-    for unique, kind, seed, _, epoch, _, loss in lines:
-        speed = statistics.median(line[5] for line in lines if line[1] == kind)
+    for unique, kind, seed, tokens, _, loss in lines:
+        speed = statistics.median(line[4] for line in lines if line[1] == kind)
         seeds = curves.setdefault(unique, {}).setdefault(kind, {})
-        seeds.setdefault(seed, []).append((epoch * unique / speed / 60, epoch, loss))
+        seeds.setdefault(seed, []).append((tokens / speed / 60, tokens / unique, loss))
     return curves
 
 
@@ -78,7 +82,7 @@ def table(kinds):
     for kind in sorted(kinds, key=means.get):
         epochs, below = [], []
         for curve, (_, epoch, _) in zip(kinds[kind].values(), ends[kind]):
-            epochs.append(f'{epoch:g}' + ', the last' * (epoch == curve[-1][1]))
+            epochs.append(f'{epoch:.3g}' + ', the last' * (epoch == curve[-1][1]))
             below.append(next((f'{minutes:.0f}' for minutes, _, loss in curve if loss < goal), 'never'))
         losses, below = [f'{end[2]:.4f}' for end in ends[kind]], [] if kind.startswith('ar') else below
         yield f'| {kind} | ' + ' | '.join(' · '.join(cell) for cell in (losses, epochs, below)) + ' |'
@@ -89,10 +93,11 @@ def draw(curves, path):
     figure = new_figure(4.5 * len(curves), 4)
     names = sorted({kind for kinds in curves.values() for kind in kinds})
     for axes, (unique, kinds) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items()):
-        for kind, curve in ((kind, curve) for kind, seeds in kinds.items() for curve in seeds.values()):
-            minutes, _, losses = zip(*curve)
-            best = list(itertools.accumulate(losses, min))
-            axes.plot(minutes, best, color=f'C{names.index(kind)}', label=kind)
+        for kind, seeds in kinds.items():
+            for i, curve in enumerate(seeds.values()):
+                minutes, _, losses = zip(*curve)
+                best = list(itertools.accumulate(losses, min))
+                axes.plot(minutes, best, color=f'C{names.index(kind)}', label=None if i else kind)
         axes.set(xscale='log', xlabel='minutes', ylabel='lowest val/loss so far', title=f'{unique:,} tokens')
         axes.legend(fontsize='small')
         axes.grid(alpha=0.3, which='both')

@@ -242,8 +242,50 @@ def test_a_study_gathers_runs_once_and_says_what_each_kind_reached(bench, monkey
     found = {kind: float(loss) for kind, loss, _ in table}
     assert list(found.values()) == sorted(found.values()) and len(found) == 3
     assert found['ar'] == pytest.approx(losses['ar'], abs=1e-4)
-    assert found['diffusion in blocks and ar'] == pytest.approx(losses['joint'], abs=1e-4)
+    assert found['diffusion in blocks of 2 with ar_weight 1'] == pytest.approx(losses['joint'], abs=1e-4)
     lines = (tmp_path / 'study.csv').read_text()
     study.main()
     assert (tmp_path / 'study.csv').read_text() == lines and lines.count('\n') == 1 + 3 * 3
     assert (tmp_path / 'study.svg').stat().st_size > 5000
+
+
+def test_a_study_says_when_a_kind_passes_the_best_of_ar(bench):
+    study = bench('study')
+    kinds = {
+        'ar': (3.0, 2.0, 2.5),
+        'ar with dropout 0.2, decay 0.1': (3.0, 2.5, 2.2),
+        'diffusion': (4.0, 2.1, 1.9),
+    }
+    lines = [
+        [
+            250,
+            kind,
+            0,
+            250 * (i + 1),
+            5 if kind == 'ar' else 2,
+            loss,
+        ]  # the tokens of an epoch; tokens per second
+        for kind, losses in kinds.items()
+        for i, loss in enumerate(losses)
+    ]
+    (_, best), (_, ar), (_, dropout) = (
+        line.split(' | ', 1) for line in study.table(study.read_curves(lines)[250])
+    )
+    assert best == '1.9000 | 3, the last | 6 |'  # 750 tokens, 2 a second
+    assert ar == '2.0000 | 2 |  |' and dropout == '2.2000 | 3, the last |  |'
+
+
+@pytest.mark.parametrize(
+    'key, value', [('dropout', 0.1), ('token_dropout', 0.3), ('block_length', [8]), ('ar_weight', 1.0)]
+)
+def test_runs_of_other_settings_have_a_curve_of_their_own(bench, key, value):
+    plain = dict(
+        architecture='diffusion',
+        dropout=0.2,
+        weight_decay=0.1,
+        token_dropout=0.2,
+        block_length=[4],
+        ar_weight=2.0,
+    )
+    study = bench('study')
+    assert study.kind_of({**plain, key: value}) != study.kind_of(plain)
