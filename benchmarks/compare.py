@@ -3,9 +3,9 @@
 git clone https://github.com/karpathy/nanoGPT && python prepare/shakespeare.py
 python benchmarks/compare.py --peer=nanoGPT              # twenty minutes on two idle cores
 
-learn   nanoGPT's CPU recipe for Shakespeare by characters against config/shakespeare_char.py by its rows, each its own
-        train.py as a process of its own: the time to the peer's own validation loss, and the loss that the peer's
-        time is enough for
+learn   nanoGPT's CPU recipe for Shakespeare by characters against config/shakespeare_char.py with rows as short, each
+        its own train.py as a process of its own: the time to the peer's own validation loss, and the loss that the
+        peer's time is enough for
 work    steps of the same work on both sides, GPT-2's blocks and AdamW in float32
 write   tokens of one text: nanoGPT's sampling loop computes the whole text anew for each; ours, with its very
         weights, keeps a cache

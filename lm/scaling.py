@@ -1,4 +1,4 @@
-"""What --depth=N sets, by rules that were measured on two corpora at depths 2 to 6 (docs/LOG.md)."""
+"""Turn --depth=N into shape, rows, steps and rate, by rules measured on two corpora at depths 2 to 6 (docs/LOG.md)."""
 
 from lm.configurator import require
 
