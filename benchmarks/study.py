@@ -1,8 +1,8 @@
 """Gather the runs of config/sweep_repeats.py, and say when repeating text pays: python benchmarks/study.py out/sweeps/repeats
 
 Their evaluations are added to docs/study.csv, a line each, so that parts of the sweep can be run on other days or machines; without a
-folder the file is taken as it is. Then: the lowest val/loss of each kind and where it was, and from when on a diffusion model is
-below the best that `ar` ever reaches, in minutes of training at the median speed of its kind; docs/study.svg, with matplotlib.
+folder the file is taken as it is. Then: the lowest val/loss of each kind and where it was; when a diffusion model is below the best
+that `ar` ever reaches, in minutes of training at the median speed of its kind, and in epochs by a fit; docs/study.svg, with matplotlib.
 """
 
 import csv
@@ -14,6 +14,8 @@ import sys
 from operator import itemgetter
 from pathlib import Path
 
+import numpy as np
+
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder
 from lm.configurator import ROOT, require
 from lm.files import save_atomically
@@ -22,6 +24,7 @@ from lm.report import new_figure
 STUDY = ROOT / 'docs' / 'study.csv'
 COLUMNS = 'unique_tokens kind seed tokens tokens_per_sec loss'.split()
 LOSS = itemgetter(2)  # of a point of a curve
+EXPONENTS = np.linspace(0.05, 2, 40)
 
 
 def kind_of(settings):
@@ -84,8 +87,40 @@ def table(kinds):
         for curve, (_, epoch, _) in zip(kinds[kind].values(), ends[kind]):
             epochs.append(f'{epoch:.3g}' + ', the last' * (epoch == curve[-1][1]))
             below.append(next((f'{minutes:.0f}' for minutes, _, loss in curve if loss < goal), 'never'))
-        losses, below = [f'{end[2]:.4f}' for end in ends[kind]], [] if kind.startswith('ar') else below
-        yield f'| {kind} | ' + ' | '.join(' · '.join(cell) for cell in (losses, epochs, below)) + ' |'
+        cells = [[f'{end[2]:.4f}' for end in ends[kind]], epochs]
+        cells += (
+            [[], []] if kind.startswith('ar') else [below, [crossing(x, goal) for x in kinds[kind].values()]]
+        )
+        yield f'| {kind} | ' + ' | '.join(map(' · '.join, cells)) + ' |'
+
+
+def crossing(curve, goal, redraws=200):
+    """Say after how many epochs a + b epochs^-c is at a goal, and the 95 % of that when what the fit leaves is redrawn.
+
+    curve: [(minutes, epoch, loss)], fitted from an eighth of the way to its lowest loss on, least squares for each c.
+    """
+    last = min(range(len(curve)), key=lambda i: LOSS(curve[i]))
+    _, x, y = np.array(curve[last // 8 : last + 1]).T
+    if len(x) < 8:
+        return 'too few'
+
+    def fit(y):  # (N, M): so many curves at once
+        designs = [np.stack([x**0, x**-c], 1) for c in EXPONENTS]
+        found = np.stack([np.linalg.lstsq(design, y, rcond=None)[0] for design in designs])  # (C, 2, M)
+        errors = ((np.stack(designs) @ found - y) ** 2).sum(1)  # (C, M)
+        best, columns = errors.argmin(0), np.arange(y.shape[1])
+        return *found[best, :, columns].T, EXPONENTS[best]
+
+    def meet(a, b, c):
+        with np.errstate(divide='ignore', invalid='ignore'):
+            return np.where((goal > a) & (b > 0), ((goal - a) / b) ** (-1 / c), np.inf)
+
+    a, b, c = fit(y[:, None])
+    curve_fitted = a + b * x**-c
+    residuals = np.random.default_rng(0).choice(y - curve_fitted, (redraws, len(x))).T
+    ends = np.quantile(meet(*fit(curve_fitted[:, None] + residuals)), [0.025, 0.975], method='nearest')
+    found, *ends = (f'{value:.3g}' if value < np.inf else 'never' for value in (*meet(a, b, c), *ends))
+    return f'{found} ({ends[0]} to {ends[1]})'
 
 
 def draw(curves, path):
@@ -109,7 +144,11 @@ def main():
     require(curves, f'{STUDY} has no evaluations yet; name the folder of a sweep.')
     for unique, kinds in curves.items():
         print(f'\n{unique:,} tokens of books\n')
-        print('| | lowest val/loss | after epochs | below the best ar after minutes |\n|---|---|---|---|')
+        print(
+            '| | lowest val/loss | after epochs | below the best ar: minutes | epochs, by a fit |\n'
+            + '|---' * 5
+            + '|'
+        )
         print('\n'.join(table(kinds)))
     draw(curves, STUDY.with_suffix('.svg'))
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import write_folder
@@ -271,8 +272,18 @@ def test_a_study_says_when_a_kind_passes_the_best_of_ar(bench):
     (_, best), (_, ar), (_, dropout) = (
         line.split(' | ', 1) for line in study.table(study.read_curves(lines)[250])
     )
-    assert best == '1.9000 | 3, the last | 6 |'  # 750 tokens, 2 a second
-    assert ar == '2.0000 | 2 |  |' and dropout == '2.2000 | 3, the last |  |'
+    assert best == '1.9000 | 3, the last | 6 | too few |'  # 750 tokens, 2 a second
+    assert ar == '2.0000 | 2 |  |  |' and dropout == '2.2000 | 3, the last |  |  |'
+
+
+def test_a_study_extrapolates_when_a_kind_will_pass_the_best_of_ar(bench):
+    study, noise = bench('study'), np.random.default_rng(1).normal(0, 1e-3, 40)
+    curve = [(0, epoch, 2 + 3 * epoch**-0.5 + noise[epoch - 1]) for epoch in range(1, 41)]
+    text = study.crossing(curve, 2.2)  # 2 + 3 / 15
+    found, low, high = map(float, re.fullmatch(r'(\S+) \((\S+) to (\S+)\)', text).groups())
+    assert low <= 225 <= high and found == pytest.approx(225, rel=0.2) and high / low < 2
+    assert study.crossing(curve, 1.9) == 'never (never to never)'
+    assert float(study.crossing(curve, 2.6).split()[0]) == pytest.approx(25, rel=0.02)  # within the run
 
 
 @pytest.mark.parametrize(
