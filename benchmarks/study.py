@@ -1,8 +1,9 @@
 """Gather the runs of config/sweep_repeats.py, and say when repeating text pays: python benchmarks/study.py out/sweeps/repeats
 
-Their evaluations are added to docs/study.csv, a line each, so that parts of the sweep can be run on other days or machines; without a
-folder the file is taken as it is. Then: the lowest val/loss of each kind and where it was; when a diffusion model is below the best
-that `ar` ever reaches, in minutes of training at the median speed of its kind, and in epochs by a fit; docs/study.svg, with matplotlib.
+Their evaluations are added to docs/study.csv, a line each, so that parts of the sweep can be run on other days or machines;
+without a folder the file is taken as it is. Then, per kind: its lowest val/loss and where it was; when a diffusion model is below
+the best that `ar` ever reaches, in minutes of training at the median speed of its kind, and in epochs by a fit. Curves:
+docs/study.svg, with matplotlib.
 """
 
 import csv
@@ -23,6 +24,7 @@ from lm.report import new_figure
 
 STUDY = ROOT / 'docs' / 'study.csv'
 COLUMNS = 'unique_tokens kind seed tokens tokens_per_sec loss'.split()
+AS_AR = ', as ar'  # of the name of the second line of a model of two kinds
 LOSS = itemgetter(2)  # of a point of a curve
 EXPONENTS = np.linspace(0.05, 2, 40)
 
@@ -46,7 +48,7 @@ def read_run(folder):
     unique, seed, kind = settings['unique_tokens'], settings['seed'], kind_of(settings)
     for row in rows:
         tokens = int(row['step']) * settings['batch_size'] * settings['block_size']
-        for name, metric in ((kind, 'val/loss'), (f'{kind}, as ar', 'val/ar_loss')):
+        for name, metric in ((kind, 'val/loss'), (kind + AS_AR, 'val/ar_loss')):
             if row.get(metric):
                 yield [unique, name, seed, tokens, speed, float(row[metric])]
 
@@ -101,6 +103,8 @@ def crossing(curve, goal, redraws=200):
     """
     last = min(range(len(curve)), key=lambda i: LOSS(curve[i]))
     _, x, y = np.array(curve[last // 8 : last + 1]).T
+    if last + 1 < len(curve) and y[-1] > goal:
+        return 'overfits before'
     if len(x) < 8:
         return 'too few'
 
@@ -120,22 +124,34 @@ def crossing(curve, goal, redraws=200):
     residuals = np.random.default_rng(0).choice(y - curve_fitted, (redraws, len(x))).T
     ends = np.quantile(meet(*fit(curve_fitted[:, None] + residuals)), [0.025, 0.975], method='nearest')
     found, *ends = (f'{value:.3g}' if value < np.inf else 'never' for value in (*meet(a, b, c), *ends))
-    return f'{found} ({ends[0]} to {ends[1]})'
+    return f'{found} ({ends[0]} to {ends[1]})' if set(ends) != {found} else found
 
 
 def draw(curves, path):
     """Draw the lowest loss so far of each kind over minutes of training, a panel per number of unique tokens."""
-    figure = new_figure(4.5 * len(curves), 4)
-    names = sorted({kind for kinds in curves.values() for kind in kinds})
+    figure, lines = new_figure(max(8, 4.5 * len(curves)), 7), {}
+    names = [kind.removesuffix(AS_AR) for kinds in curves.values() for kind in kinds]
+    names = sorted(set(names))  # a color for the two lines of a model
     for axes, (unique, kinds) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items()):
-        for kind, seeds in kinds.items():
-            for i, curve in enumerate(seeds.values()):
-                minutes, _, losses = zip(*curve)
-                best = list(itertools.accumulate(losses, min))
-                axes.plot(minutes, best, color=f'C{names.index(kind)}', label=None if i else kind)
-        axes.set(xscale='log', xlabel='minutes', ylabel='lowest val/loss so far', title=f'{unique:,} tokens')
-        axes.legend(fontsize='small')
+        for kind, curve in [(kind, curve) for kind, seeds in kinds.items() for curve in seeds.values()]:
+            minutes, _, losses = zip(*curve)
+            is_exact = kind.startswith('ar') or kind.endswith(AS_AR)
+            style = {
+                'color': f'C{names.index(kind.removesuffix(AS_AR))}',
+                'linestyle': '-' if is_exact else '--',
+            }
+            (lines[kind],) = axes.plot(minutes, list(itertools.accumulate(losses, min)), **style)
+        lowest = min(line.get_ydata()[-1] for line in axes.lines)
+        axes.set(
+            xscale='log',
+            xlabel='minutes of training',
+            ylim=(lowest - 0.05, lowest + 1),
+            title=f'{unique:,} tokens',
+        )
+        axes.set_ylabel('lowest val/loss so far (dashed: of an upper bound)')
+        axes.xaxis.set_major_formatter('{x:g}')
         axes.grid(alpha=0.3, which='both')
+    figure.legend(lines.values(), lines.keys(), loc='outside lower center', ncols=2, fontsize='small')
     figure.savefig(path)
 
 

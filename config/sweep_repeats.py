@@ -10,12 +10,12 @@ base_args = {'dataset': 'books', 'block_size': 128, 'batch_size': 16, 'n_layer':
 base_args |= {'optimizer': 'muon', 'learning_rate': 5e-3, 'schedule': 'constant', 'ema_decay': 0.998}
 base_args |= {'max_steps': 2440, 'eval_every': 122, 'eval_tokens': 150_000, 'no_wandb': True}
 zipped = {
-    'architecture': ['ar', 'ar', 'ar', 'diffusion', 'diffusion', 'diffusion', 'sdd'],
-    'dropout': [0.0, 0.2, 0.0, 0.0, 0.0, 0.0, 0.0],
-    'weight_decay': [0.1, 0.5, 0.1, 0.1, 0.1, 0.1, 0.1],
-    'token_dropout': [None, None, 0.3, None, None, None, None],
-    'block_length': [None, None, None, None, (4,), (4,), (4,)],
-    'ar_weight': [None, None, None, None, None, 2.0, 2.0],
-    'p_belief': [None] * 6 + [((0.0, 0.5),)],
+    'architecture': ['ar', 'ar', 'ar', 'diffusion', 'diffusion', 'diffusion', 'diffusion', 'sdd'],
+    'dropout': [0.0, 0.2, 0.0, 0.0, 0.0, 0.0, 0.2, 0.0],
+    'weight_decay': [0.1, 0.5, 0.1, 0.1, 0.1, 0.1, 0.5, 0.1],
+    'token_dropout': [None, None, 0.3, None, None, None, None, None],
+    'block_length': [None, None, None, None, (4,), (4,), (4,), (4,)],
+    'ar_weight': [None, None, None, None, None, 2.0, 2.0, 2.0],
+    'p_belief': [None] * 7 + [((0.0, 0.5),)],
 }
 grid = {'unique_tokens': [250_000, 1_000_000, 4_000_000], 'seed': [0]}

@@ -282,7 +282,8 @@ def test_a_study_extrapolates_when_a_kind_will_pass_the_best_of_ar(bench):
     text = study.crossing(curve, 2.2)  # 2 + 3 / 15
     found, low, high = map(float, re.fullmatch(r'(\S+) \((\S+) to (\S+)\)', text).groups())
     assert low <= 225 <= high and found == pytest.approx(225, rel=0.2) and high / low < 2
-    assert study.crossing(curve, 1.9) == 'never (never to never)'
+    assert study.crossing(curve, 1.9) == 'never'
+    assert study.crossing([*curve, (0, 41, 2.6)], 2.2) == 'overfits before'
     assert float(study.crossing(curve, 2.6).split()[0]) == pytest.approx(25, rel=0.02)  # within the run
 
 
