@@ -24,19 +24,25 @@ from lm.report import new_figure
 
 STUDY = ROOT / 'docs' / 'study.csv'
 COLUMNS = 'unique_tokens kind seed tokens tokens_per_sec loss'.split()
+PLAIN = dict(
+    dropout=0.0, weight_decay=0.1, token_dropout=0.0, block_length=[0], ar_weight=0.0, p_belief=[[0.5, 0.5]]
+)
 AS_AR = ', as ar'  # of the name of the second line of a model of two kinds
 LOSS = itemgetter(2)  # of a point of a curve
 EXPONENTS = np.linspace(0.05, 2, 40)
 
 
 def kind_of(settings):
-    """Name the kind of a run by the settings that the sweep varies, so that no two share a curve."""
-    words, decay = [settings['architecture']], settings['weight_decay']
-    words += [f'in blocks of {settings["block_length"][0]}'] * any(settings['block_length'])
-    words += [f'with ar_weight {settings["ar_weight"]:g}'] * bool(settings['ar_weight'])
-    words += [f'with dropout {settings["dropout"]:g}, decay {decay:g}'] * bool(settings['dropout'])
-    words += [f'with {settings["token_dropout"]:g} of its inputs masked'] * bool(settings['token_dropout'])
-    return ' '.join(words)
+    """Name the kind of a run by its architecture and by those settings of the sweep that differ from PLAIN."""
+    given = {key: settings[key] for key, value in PLAIN.items() if settings[key] != value}
+    return ' '.join(
+        [settings['architecture'], *(f'--{key}={value}'.replace(' ', '') for key, value in given.items())]
+    )
+
+
+def is_ar(kind):
+    """Say whether the losses of a kind are exact: those of an `ar` model, or of the one in another."""
+    return kind.startswith('ar') or kind.endswith(AS_AR)
 
 
 def read_run(folder):
@@ -71,35 +77,39 @@ def gather(folder):
 
 def read_curves(lines):
     """Return {unique tokens: {kind: {seed: [(minutes of training, epoch, loss)]}}}."""
-    curves = {}
+    speeds, curves = {}, {}
+    for _, kind, _, _, speed, _ in lines:
+        speeds.setdefault(kind, []).append(speed)
+    seconds = {kind: 1 / statistics.median(values) for kind, values in speeds.items()}  # per token
     for unique, kind, seed, tokens, _, loss in lines:
-        speed = statistics.median(line[4] for line in lines if line[1] == kind)
         seeds = curves.setdefault(unique, {}).setdefault(kind, {})
-        seeds.setdefault(seed, []).append((tokens / speed / 60, tokens / unique, loss))
+        seeds.setdefault(seed, []).append((tokens * seconds[kind] / 60, tokens / unique, loss))
     return curves
 
 
 def table(kinds):
     """Yield a line per kind: by seed its lowest loss, after how many epochs, and when it is below the best `ar`."""
-    ends = {kind: [min(curve, key=LOSS) for curve in seeds.values()] for kind, seeds in kinds.items()}
-    means = {kind: statistics.mean(map(LOSS, found)) for kind, found in ends.items()}
+    means = {
+        kind: statistics.mean(min(map(LOSS, x)) for x in seeds.values()) for kind, seeds in kinds.items()
+    }
     goal = min((means[kind] for kind in kinds if kind.startswith('ar')), default=0)
     for kind in sorted(kinds, key=means.get):
-        epochs, below = [], []
-        for curve, (_, epoch, _) in zip(kinds[kind].values(), ends[kind]):
-            epochs.append(f'{epoch:.3g}' + ', the last' * (epoch == curve[-1][1]))
-            below.append(next((f'{minutes:.0f}' for minutes, _, loss in curve if loss < goal), 'never'))
-        cells = [[f'{end[2]:.4f}' for end in ends[kind]], epochs]
-        cells += (
-            [[], []] if kind.startswith('ar') else [below, [crossing(x, goal) for x in kinds[kind].values()]]
-        )
-        yield f'| {kind} | ' + ' | '.join(map(' · '.join, cells)) + ' |'
+        cells = []
+        for curve in kinds[kind].values():
+            _, epoch, loss = min(curve, key=LOSS)
+            cell = [f'{loss:.4f}', f'{round(epoch, 1):g}' + ', the last' * (epoch == curve[-1][1]), '', '']
+            if not kind.startswith('ar'):
+                below = (f'{minutes:.0f}' for minutes, _, loss in curve if loss < goal)
+                cell[2:] = next(below, 'never'), crossing(curve, goal)
+            cells.append(cell)
+        yield ' | '.join(['| ' + f'`{kind}`', *map(' · '.join, zip(*cells))]) + ' |'
 
 
 def crossing(curve, goal, redraws=200):
-    """Say after how many epochs a + b epochs^-c is at a goal, and the 95 % of that when what the fit leaves is redrawn.
+    """Say after how many epochs a + b epochs^-c is at a goal, with its 95 % interval, or why there is no saying.
 
-    curve: [(minutes, epoch, loss)], fitted from an eighth of the way to its lowest loss on, least squares for each c.
+    curve: [(minutes, epoch, loss)], fitted from an eighth of the way to its lowest loss on. The interval is of fits to redrawn
+    residuals, as if these were independent, so it is somewhat narrow.
     """
     last = min(range(len(curve)), key=lambda i: LOSS(curve[i]))
     _, x, y = np.array(curve[last // 8 : last + 1]).T
@@ -108,47 +118,42 @@ def crossing(curve, goal, redraws=200):
     if len(x) < 8:
         return 'too few'
 
-    def fit(y):  # (N, M): so many curves at once
-        designs = [np.stack([x**0, x**-c], 1) for c in EXPONENTS]
-        found = np.stack([np.linalg.lstsq(design, y, rcond=None)[0] for design in designs])  # (C, 2, M)
-        errors = ((np.stack(designs) @ found - y) ** 2).sum(1)  # (C, M)
-        best, columns = errors.argmin(0), np.arange(y.shape[1])
-        return *found[best, :, columns].T, EXPONENTS[best]
+    def fit(y):
+        """Fit each column of y (N, M): return a, b, c (M,)."""
+        fits, errors = zip(*(np.polyfit(x**-c, y, 1, full=True)[:2] for c in EXPONENTS))
+        best = np.argmin(errors, axis=0)  # (M,)
+        b, a = np.array(fits)[best, :, range(len(best))].T
+        return a, b, EXPONENTS[best]
 
-    def meet(a, b, c):
-        with np.errstate(divide='ignore', invalid='ignore'):
-            return np.where((goal > a) & (b > 0), ((goal - a) / b) ** (-1 / c), np.inf)
+    def epochs(a, b, c):
+        reached = (goal > a) & (b > 0)
+        return np.where(
+            reached, (np.where(reached, goal - a, 1) / np.where(reached, b, 1)) ** (-1 / c), np.inf
+        )
 
     a, b, c = fit(y[:, None])
-    curve_fitted = a + b * x**-c
-    residuals = np.random.default_rng(0).choice(y - curve_fitted, (redraws, len(x))).T
-    ends = np.quantile(meet(*fit(curve_fitted[:, None] + residuals)), [0.025, 0.975], method='nearest')
-    found, *ends = (f'{value:.3g}' if value < np.inf else 'never' for value in (*meet(a, b, c), *ends))
-    return f'{found} ({ends[0]} to {ends[1]})' if set(ends) != {found} else found
+    residuals = np.random.default_rng(0).choice(y - (a + b * x**-c), (len(x), redraws))
+    low, high = np.quantile(epochs(*fit(y[:, None] + residuals)), [0.025, 0.975], method='nearest')
+    found, low, high = (
+        f'{value:.3g}' if value < np.inf else 'never' for value in (*epochs(a, b, c), low, high)
+    )
+    return found if found == low == high else f'{found} ({low} to {high})'
 
 
 def draw(curves, path):
     """Draw the lowest loss so far of each kind over minutes of training, a panel per number of unique tokens."""
     figure, lines = new_figure(max(8, 4.5 * len(curves)), 7), {}
-    names = [kind.removesuffix(AS_AR) for kinds in curves.values() for kind in kinds]
-    names = sorted(set(names))  # a color for the two lines of a model
+    models = sorted(
+        {kind.removesuffix(AS_AR) for kinds in curves.values() for kind in kinds}
+    )  # each has a color
     for axes, (unique, kinds) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items()):
         for kind, curve in [(kind, curve) for kind, seeds in kinds.items() for curve in seeds.values()]:
             minutes, _, losses = zip(*curve)
-            is_exact = kind.startswith('ar') or kind.endswith(AS_AR)
-            style = {
-                'color': f'C{names.index(kind.removesuffix(AS_AR))}',
-                'linestyle': '-' if is_exact else '--',
-            }
-            (lines[kind],) = axes.plot(minutes, list(itertools.accumulate(losses, min)), **style)
+            color, style = f'C{models.index(kind.removesuffix(AS_AR))}', '-' if is_ar(kind) else '--'
+            (lines[kind],) = axes.plot(minutes, list(itertools.accumulate(losses, min)), style, color=color)
         lowest = min(line.get_ydata()[-1] for line in axes.lines)
-        axes.set(
-            xscale='log',
-            xlabel='minutes of training',
-            ylim=(lowest - 0.05, lowest + 1),
-            title=f'{unique:,} tokens',
-        )
-        axes.set_ylabel('lowest val/loss so far (dashed: of an upper bound)')
+        axes.set(xscale='log', ylim=(lowest - 0.05, lowest + 1), title=f'{unique:,} tokens')
+        axes.set(xlabel='minutes of training', ylabel='lowest val/loss so far (dashed: of an upper bound)')
         axes.xaxis.set_major_formatter('{x:g}')
         axes.grid(alpha=0.3, which='both')
     figure.legend(lines.values(), lines.keys(), loc='outside lower center', ncols=2, fontsize='small')
@@ -161,9 +166,9 @@ def main():
     for unique, kinds in curves.items():
         print(f'\n{unique:,} tokens of books\n')
         print(
-            '| | lowest val/loss | after epochs | below the best ar: minutes | epochs, by a fit |\n'
-            + '|---' * 5
-            + '|'
+            '| | lowest val/loss | after epochs | below the best ar: minutes | epochs, by a fit |',
+            '|---' * 5 + '|',
+            sep='\n',
         )
         print('\n'.join(table(kinds)))
     draw(curves, STUDY.with_suffix('.svg'))

@@ -1,5 +1,6 @@
 # How often is text worth repeating, and for which kind of model? A quarter of a million, one million and four million tokens of
-# the books, one size, one constant rate: each evaluation, of averaged weights, is the end of a run of so many steps.
+# the books, one size, one constant rate: each evaluation, of averaged weights, is the end of a run of so many steps. Runs may be
+# stopped once they overfit, or made longer by max_steps.
 #   python prepare/text.py --input=books.jsonl --name=books
 #   python sweep.py config/sweep_repeats.py --jobs=2         # stop it, go on: what is finished stays
 #   python benchmarks/study.py out/sweeps/repeats            # what it shows, in docs/study.csv and docs/study.svg
@@ -8,7 +9,13 @@ experiment_name = 'repeats'
 metric = 'best_val_loss'
 base_args = {'dataset': 'books', 'block_size': 128, 'batch_size': 16, 'n_layer': 3, 'n_head': 3, 'n_embd': 96}
 base_args |= {'optimizer': 'muon', 'learning_rate': 5e-3, 'schedule': 'constant', 'ema_decay': 0.998}
-base_args |= {'max_steps': 2440, 'eval_every': 122, 'eval_tokens': 150_000, 'no_wandb': True}
+base_args |= {
+    'warmup_steps': 49,
+    'max_steps': 2440,
+    'eval_every': 122,
+    'eval_tokens': 150_000,
+    'no_wandb': True,
+}
 zipped = {
     'architecture': ['ar', 'ar', 'ar', 'diffusion', 'diffusion', 'diffusion', 'diffusion', 'sdd'],
     'dropout': [0.0, 0.2, 0.0, 0.0, 0.0, 0.0, 0.2, 0.0],

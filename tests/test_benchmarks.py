@@ -1,6 +1,7 @@
 """Check what benchmarks/ promise apart from their figures: no peer but a stand-in, no data but what is made here."""
 
 import importlib.util
+import json
 import re
 import runpy
 import shutil
@@ -14,6 +15,7 @@ import pytest
 import torch
 from conftest import write_folder
 from helpers import train
+from test_recipes import config_of
 
 from benchmarks import timing
 from lm import checkpoints, data
@@ -238,12 +240,12 @@ def test_a_study_gathers_runs_once_and_says_what_each_kind_reached(bench, monkey
     study = bench('study', tmp_path / 'runs')
     monkeypatch.setattr(study, 'STUDY', tmp_path / 'study.csv')
     study.main()
-    table = re.findall(r'^\| (\w.*?) \| ([\d.]+) \| ([\d.]+)', capsys.readouterr().out, re.M)
+    table = re.findall(r'^\| `(.*?)` \| ([\d.]+) \| ([\d.]+)', capsys.readouterr().out, re.M)
     losses = {name: checkpoints.load(tmp_path / 'runs' / name)['best_val_loss'] for name in kinds}
     found = {kind: float(loss) for kind, loss, _ in table}
     assert list(found.values()) == sorted(found.values()) and len(found) == 3
     assert found['ar'] == pytest.approx(losses['ar'], abs=1e-4)
-    assert found['diffusion in blocks of 2 with ar_weight 1'] == pytest.approx(losses['joint'], abs=1e-4)
+    assert found['diffusion --block_length=[2] --ar_weight=1.0'] == pytest.approx(losses['joint'], abs=1e-4)
     lines = (tmp_path / 'study.csv').read_text()
     study.main()
     assert (tmp_path / 'study.csv').read_text() == lines and lines.count('\n') == 1 + 3 * 3
@@ -252,23 +254,11 @@ def test_a_study_gathers_runs_once_and_says_what_each_kind_reached(bench, monkey
 
 def test_a_study_says_when_a_kind_passes_the_best_of_ar(bench):
     study = bench('study')
-    kinds = {
-        'ar': (3.0, 2.0, 2.5),
-        'ar with dropout 0.2, decay 0.1': (3.0, 2.5, 2.2),
-        'diffusion': (4.0, 2.1, 1.9),
-    }
-    lines = [
-        [
-            250,
-            kind,
-            0,
-            250 * (i + 1),
-            5 if kind == 'ar' else 2,
-            loss,
-        ]  # the tokens of an epoch; tokens per second
-        for kind, losses in kinds.items()
-        for i, loss in enumerate(losses)
-    ]
+    kinds = {'ar': (3.0, 2.0, 2.5), 'ar --dropout=0.2': (3.0, 2.5, 2.2), 'diffusion': (4.0, 2.1, 1.9)}
+    lines = []
+    for kind, losses in kinds.items():
+        for i, loss in enumerate(losses, 1):  # an epoch each, at so many tokens per second
+            lines.append([250, kind, 0, 250 * i, 5 if kind == 'ar' else 2, loss])
     (_, best), (_, ar), (_, dropout) = (
         line.split(' | ', 1) for line in study.table(study.read_curves(lines)[250])
     )
@@ -287,17 +277,20 @@ def test_a_study_extrapolates_when_a_kind_will_pass_the_best_of_ar(bench):
     assert float(study.crossing(curve, 2.6).split()[0]) == pytest.approx(25, rel=0.02)  # within the run
 
 
-@pytest.mark.parametrize(
-    'key, value', [('dropout', 0.1), ('token_dropout', 0.3), ('block_length', [8]), ('ar_weight', 1.0)]
+VARIED = dict(
+    dropout=0.1, weight_decay=0.3, token_dropout=0.3, block_length=[8], ar_weight=1.0, p_belief=[[0.8, 1.0]]
 )
-def test_runs_of_other_settings_have_a_curve_of_their_own(bench, key, value):
-    plain = dict(
-        architecture='diffusion',
-        dropout=0.2,
-        weight_decay=0.1,
-        token_dropout=0.2,
-        block_length=[4],
-        ar_weight=2.0,
-    )
+
+
+@pytest.mark.parametrize('key', VARIED)
+def test_runs_of_other_settings_have_a_curve_of_their_own(bench, key):
     study = bench('study')
-    assert study.kind_of({**plain, key: value}) != study.kind_of(plain)
+    plain = {'architecture': 'sdd', **study.PLAIN}
+    assert study.kind_of(plain) == 'sdd'
+    assert study.kind_of({**plain, key: VARIED[key]}).startswith(f'sdd --{key}=')
+
+
+def test_a_study_knows_all_that_its_sweep_varies(bench):
+    sweep, train_py = runpy.run_path(str(ROOT / 'config/sweep_repeats.py')), config_of('train.py')
+    plain = json.loads(json.dumps({key: train_py[key] for key in sweep['zipped'] if key != 'architecture'}))
+    assert bench('study').PLAIN == plain
