@@ -142,7 +142,7 @@ def crossing(curve, goal, redraws=200):
 
 def draw(curves, path):
     """Draw the lowest loss so far of each kind over minutes of training, a panel per number of unique tokens."""
-    figure, lines = new_figure(max(8, 4.5 * len(curves)), 7), {}
+    figure, lines = new_figure(max(10, 4.5 * len(curves)), 7), {}
     models = sorted(
         {kind.removesuffix(AS_AR) for kinds in curves.values() for kind in kinds}
     )  # each has a color
