@@ -305,8 +305,8 @@ def memory_estimate(model, batch_size, length, dist):
         copies = size * (sum(p.numel() for p in parameters) - blocks + 2 * blocks // config.n_layer)
     tokens = batch_size * length
     block = tokens * size * (13 * config.n_embd + (3 + (config.mlp == 'swiglu')) * config.mlp_width)
-    if dist.device.type == 'cpu' and dist.dtype == 'bfloat16':  # attention is not fused
-        block += tokens * size * 3 * config.n_head * length
+    if dist.device.type == 'cpu' and dist.dtype == 'bfloat16':  # attention is in float32
+        block += tokens * 4 * 4 * config.n_embd
     blocks = config.n_layer * (tokens * 4 * config.n_embd if config.gradient_checkpointing else block)
     head = 5 * 4 * min(tokens, model.head_rows(model.logit_bias)) * config.padded_vocab_size
     peak = max(head, block if config.gradient_checkpointing else 0)

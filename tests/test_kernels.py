@@ -44,21 +44,36 @@ def test_what_needs_no_gradient_gets_none_and_other_types_go_to_pytorch(monkeypa
 # ---------------------------------------------------------------------------- attention
 
 
-@pytest.mark.parametrize('kv_heads', [4, 2], ids=['full', 'grouped'])
-@pytest.mark.parametrize('masking', ['none', 'causal', 'documents'])
-def test_unfused_attention_is_the_fused_one(kv_heads, masking):
+def heads_and_mask(kv_heads, masking):
     q, k, v = random(2, 4, 9, 8), random(2, kv_heads, 9, 8, seed=1), random(2, kv_heads, 9, 8, seed=2)
     doc_ids = torch.tensor([[0] * 4 + [1] * 5, [0] * 9])
     mask = (doc_ids[:, None, :, None] == doc_ids[:, None, None, :]) if masking == 'documents' else None
-    results = [
-        attend(q, k, v, mask, masking == 'causal', 0.0) for attend in (kernels.attend, kernels.attend_unfused)
-    ]
+    return q, k, v, mask
+
+
+@pytest.mark.parametrize('kv_heads', [4, 2], ids=['full', 'grouped'])
+@pytest.mark.parametrize('masking', ['none', 'causal', 'documents'])
+def test_attention_and_its_gradients_are_those_of_the_formula(kv_heads, masking):
+    q, k, v, mask = heads_and_mask(kv_heads, masking)
+    seen = torch.ones(9, 9, dtype=torch.bool).tril() if masking == 'causal' else mask
+    k_all, v_all = (x.repeat_interleave(4 // kv_heads, 1) for x in (k, v))
+    scores = q @ k_all.mT * 8**-0.5  # (2, 4, 9, 9)
+    scores = scores if seen is None else scores.masked_fill(~seen, float('-inf'))
+    results = kernels.attend(q, k, v, mask, masking == 'causal', 0.0), scores.softmax(-1) @ v_all
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
     upstream = random(2, 4, 9, 8, seed=3).detach()
     for one, other in zip(*(torch.autograd.grad(y, (q, k, v), upstream) for y in results)):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
-    low = kernels.attend(*(x.bfloat16() for x in (q, k, v)), mask, masking == 'causal', 0.0)
-    torch.testing.assert_close(low.float(), results[0], atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize('masking', ['none', 'causal', 'documents'])
+def test_attention_in_bfloat16_on_a_cpu_rounds_its_inputs_and_its_output_alone(masking):
+    *inputs, mask = heads_and_mask(2, masking)
+    low = [x.detach().bfloat16() for x in inputs]
+    with torch.autocast('cpu', torch.bfloat16):
+        y = kernels.attend(*low, mask, masking == 'causal', 0.0)
+    exact = kernels.attend(*(x.float() for x in low), mask, masking == 'causal', 0.0)
+    torch.testing.assert_close(y, exact.bfloat16(), atol=0, rtol=0)
 
 
 # ---------------------------------------------------------------------------- the sum of token losses
