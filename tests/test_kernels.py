@@ -1,10 +1,14 @@
 """The kernels compute what PyTorch's plain operations compute."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from lm import kernels
+from lm.configurator import ROOT
 
 
 def random(*shape, seed=0):
@@ -124,3 +128,34 @@ def test_put_undoes_take():
         [-1, -1, -1, 11],
     ]
     assert torch.equal(kernels.put(kernels.take(x, None), None, x, -1), x)
+
+
+GROWTH = """
+import torch
+from lm import runtime
+from lm.kernels import WeightedSum
+
+runtime.keep_freed_memory()
+peak = lambda: next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmHWM')) / 1e3
+hidden, head = torch.randn(4096, 16, requires_grad=True), torch.randn(49152, 16)
+targets, weights = torch.zeros(4096, dtype=torch.long), torch.ones(4096)
+
+
+def chunk_nll(hidden, targets, head):
+    logits = hidden @ head.t()
+    return torch.nn.functional.cross_entropy(logits, targets, reduction='none'), logits.detach().argmax(-1)
+
+
+before = peak()
+WeightedSum.apply(hidden, head, weights, targets, chunk_nll, 149)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='the peak is read from /proc')
+def test_the_chunks_of_the_head_take_the_memory_of_a_few():
+    """Of logits there are 29 MB at a time; what stays of each chunk must not part the heap between them."""
+    output = subprocess.run(
+        [sys.executable, '-c', GROWTH], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert float(output) < 16 * 29
