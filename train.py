@@ -155,7 +155,7 @@ batches = data.Batches(folder, kind, block_size, batch_size, gradient_accumulati
 val_rows = data.EvaluationBatches(folder, 'val', kind, block_size, batch_size, mode, eval_tokens, dist, fsdp)
 max_steps, warmup = runtime.plan_steps(config, batches.rows.num_rows, batches.rows_per_step)
 anneal_steps = optim.default_anneal_steps(anneal_steps, raw_model, initial, max_steps)
-opt = optim.make_optimizer(raw_model, optimizer, learning_rate, beta1, beta2, weight_decay)
+opt = optim.make_optimizer(raw_model, optimizer, learning_rate, beta1, beta2, weight_decay, dist.dtype)
 scaler = dist.scaler()
 ema = opt.average = optim.WeightAverage(raw_model, ema_decay) if ema_decay else None
 inputs = {'rows_per_step': batches.rows_per_step, 'data': folder.fingerprint}

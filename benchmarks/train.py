@@ -46,7 +46,7 @@ class Trainee:
         if dist.device.type == 'cuda':
             self.model.compile()
         self.dist, self.scaler, self.rows, self.forward = dist, dist.scaler(), rows, self.model
-        self.optimizer = optim.make_optimizer(self.model, optimizer, 1e-3, 0.9, 0.95, 0.1)
+        self.optimizer = optim.make_optimizer(self.model, optimizer, 1e-3, 0.9, 0.95, 0.1, dist.dtype)
         self.tokens = rows * self.model.config.block_size
 
     def batch(self):

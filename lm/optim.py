@@ -51,12 +51,12 @@ class Optimizer:
             part.load_state_dict({**part.state_dict(), 'state': states[name]['state']})
 
 
-def make_optimizer(model, optimizer, learning_rate, beta1, beta2, weight_decay):
+def make_optimizer(model, optimizer, learning_rate, beta1, beta2, weight_decay, dtype='float32'):
     """Make the Optimizer of a model's trainable parameters, each of them in exactly one part.
 
     'adamw' alone; or 'muon' for the matrices of the blocks and AdamW for the rest. Muon (Jordan et al. 2024)
     orthogonalises a matrix's momentum; its update is scaled to the size of AdamW's (Liu et al. 2025), so that one
-    learning rate serves both. Weight decay is for matrices, not for gains and biases.
+    learning rate serves both. Weight decay is for matrices, not for gains and biases. dtype: what the run computes in.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     muon = [p for name, p in named if optimizer == 'muon' and 'blocks.' in name and p.dim() == 2]
@@ -71,6 +71,8 @@ def make_optimizer(model, optimizer, learning_rate, beta1, beta2, weight_decay):
     if muon:
         options = {'weight_decay': weight_decay, 'momentum': 0.95, 'adjust_lr_fn': 'match_rms_adamw'}
         parts['muon'] = Muon(muon, lr=learning_rate, **options)
+        if dtype == 'bfloat16' and has_bfloat16(muon[0].device):
+            parts['muon'].dtype = torch.bfloat16
     return Optimizer(parts)
 
 
@@ -81,6 +83,8 @@ class Muon(torch.optim.Muon):
     instructions for it emulates, a hundred times slower than float32. Of sharded matrices, each rank orthogonalises some.
     """
 
+    dtype = torch.float32  # of the iterations
+
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
@@ -90,7 +94,7 @@ class Muon(torch.optim.Muon):
                     split_dim = (2 if p.size(0) > p.size(1) else 1) if hasattr(p, 'device_mesh') else None
                     shapes.setdefault((*sorted(p.shape), split_dim), []).append(p)
             for (_, longer, split_dim), matrices in shapes.items():
-                momenta = self.momenta(matrices, group['momentum'])
+                momenta = self.momenta(matrices, group['momentum']).to(self.dtype)
                 update = orthogonalise_parts(momenta, split_dim, matrices[0], group)  # (n, shorter, longer)
                 updates = [u.mT if p.size(0) > p.size(1) else u for u, p in zip(update, matrices)]
                 matrices = [local(p) for p in matrices]
@@ -112,7 +116,6 @@ class Muon(torch.optim.Muon):
 def orthogonalise(x, group):
     """Bring all singular values of matrices (n, R, C) to about 1, by Newton-Schulz iterations."""
     a, b, c = group['ns_coefficients']
-    x = x.to(torch.bfloat16 if has_bfloat16(x.device) else torch.float32)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group['eps'])
     for _ in range(group['ns_steps']):
         gram = x @ x.mT  # (n, R, R)

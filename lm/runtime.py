@@ -199,8 +199,8 @@ def pick_dtype(name, device):
 def keep_freed_memory():
     """Tell glibc to keep freed memory instead of handing it back to the kernel.
 
-    Each step allocates the same megabytes; page faults for them cost a tenth to a half of a step. The heap is then up
-    to twice what is in use; with MALLOC_MMAP_THRESHOLD_=65536 in the environment it is not.
+    Each step allocates the same megabytes; page faults for them cost a tenth to a half of a step. The heap is then about
+    twice what is in use; with MALLOC_MMAP_THRESHOLD_=65536 in the environment it is not.
     """
     if 'MALLOC_MMAP_THRESHOLD_' in os.environ:
         return

@@ -74,6 +74,25 @@ def test_muon_steps_as_pytorchs_and_takes_its_state():
         torch.testing.assert_close(p, q, atol=2e-3, rtol=1e-2)  # PyTorch's computes in bfloat16
 
 
+def test_muon_computes_in_bfloat16_only_where_the_run_does_and_the_device_can(monkeypatch):
+    def weights_after_a_step(dtype, can):
+        monkeypatch.setattr(optim, 'has_bfloat16', lambda device: can)
+        torch.manual_seed(0)
+        model = make_model(**GPT2_SWITCHES)
+        optimizer = make_optimizer(model, 'muon', dtype=dtype)
+        for i, p in enumerate(model.parameters()):
+            p.grad = random(*p.shape, seed=i)
+        optimizer.step(runtime.Runtime('cpu', 'float32').scaler(), list(model.parameters()), 0.0)
+        return model.blocks[0].mlp.up.weight.detach()
+
+    exact = weights_after_a_step('float32', can=False)
+    assert torch.equal(weights_after_a_step('float32', can=True), exact)
+    assert torch.equal(weights_after_a_step('bfloat16', can=False), exact)
+    rounded = weights_after_a_step('bfloat16', can=True)
+    assert not torch.equal(rounded, exact)
+    torch.testing.assert_close(rounded, exact, atol=2e-3, rtol=0)
+
+
 def one_step(model, optimizer, grad_clip=0.0):
     """Give each parameter a gradient of 1 and step; returns the norm."""
     for p in model.parameters():

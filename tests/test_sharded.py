@@ -28,7 +28,6 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 import hf
 from lm import checkpoints, sharded
 from lm.configurator import ROOT, UserError
-from lm.kernels import has_bfloat16
 
 pytestmark = pytest.mark.filterwarnings('ignore:torch.distributed is disabled')
 COMMON = (
@@ -130,8 +129,6 @@ def test_two_ranks_are_one_process_and_their_state_resumes_on_one(tmp_path):
         ranks += [[*settings, out + 'again', copy, '--max_steps=5']] if case in AGAIN else []
     run_on_two_ranks(*ranks)
 
-    # Muon makes much of small directions, more so in bfloat16; these weights move by 3e-4.
-    muon = 1e-4 if has_bfloat16(torch.device('cpu')) else 2e-5
     for case, command in commands.items():
         one, two = tmp_path / f'{case}-one', tmp_path / f'{case}-two'
         command = [*command, '--batch_size=4', '--max_steps=5']
@@ -143,7 +140,7 @@ def test_two_ranks_are_one_process_and_their_state_resumes_on_one(tmp_path):
         found, expected = load(two), load(one)
         assert found['global_step'] == 5
         for key in expected.keys() & WEIGHTS:
-            atol = muon if case == 'ar' else 1e-6
+            atol = 2e-5 if case == 'ar' else 1e-6  # Muon makes much of small directions
             torch.testing.assert_close(found[key], expected[key], atol=atol, rtol=0)
             if case in AGAIN:
                 again = load(tmp_path / f'{case}-again')[key]
