@@ -65,7 +65,7 @@ seed = 0
 # --- the machine ---
 device = 'auto'  # cpu, cuda, cuda:N, mps
 dtype = 'float32'  # bfloat16 and float16 are faster on a GPU
-weights = 'float32'  # on a CPU float16 writes faster and as well, int8 a little worse
+weights = 'float32'  # or bfloat16, float16 (faster, as good), int8 (a little worse)
 config = configure(globals())
 
 METRICS = ('perplexity', 'accuracy', 'generation', 'speed', 'instructions', 'infilling')

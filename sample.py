@@ -51,7 +51,7 @@ watch = False  # show the first sample step by step, in place
 html = ''  # a page on which it can be watched, with a slider, and the candidates of sdd
 device = 'auto'  # cpu, cuda, cuda:N, mps
 dtype = 'float32'  # bfloat16 and float16 are faster on a GPU
-weights = 'float32'  # on a CPU float16 writes faster and as well, int8 a little worse
+weights = 'float32'  # or bfloat16, float16 (faster, as good), int8 (a little worse)
 config = configure(globals())
 
 OPTIONS = 'temperature top_k top_p seed compile steps sampler block_length threshold eta k'.split()

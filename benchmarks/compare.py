@@ -34,6 +34,7 @@ from benchmarks.train import beside_nanogpt
 from lm import checkpoints, quantize, runtime
 from lm.configurator import ROOT, check_choice, check_range, configure, require
 from lm.folder import Folder
+from lm.kernels import has_bfloat16
 from lm.pretrained import gpt2_layout, load_state_dict
 from lm.tokenizer import Tokenizer
 from sampling import generate
@@ -187,7 +188,10 @@ def write_pretrained():
         'The history of the lighthouse begins with a fire on a hill. ' * 2
     )
     greedy = dict(max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
-    for weights, wanted in {'float32': 1.0, 'float16': 1.6, 'int8': 2.5}.items():
+    kinds = {'float32': 1.0, 'bfloat16': 1.6, 'float16': 1.6, 'int8': 2.5}
+    if not has_bfloat16(timing.CPU):
+        del kinds['bfloat16']
+    for weights, wanted in kinds.items():
         ours = checkpoints.load_model(state, 'cpu')
         quantize.pack(ours, weights)
         calls = {

@@ -1,4 +1,4 @@
-"""Linear layers in fewer bits per weight: frozen ones, int8 and NF4, to train adapters on; float16 and int8 to write with."""
+"""Linear layers in fewer bits per weight: frozen ones, int8 and NF4, to train adapters on; 16 bits and int8 to write with."""
 
 import warnings
 from functools import partial
@@ -8,6 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from lm.configurator import require
+from lm.kernels import ONEDNN, has_bfloat16
 
 NF4 = torch.tensor([  # quantiles of the normal distribution, one of them 0 (Dettmers et al. 2023, QLoRA)
     -1.0, -0.6961929, -0.52507305, -0.3949175, -0.28444135, -0.18477343, -0.09104999, 0.0,
@@ -72,14 +73,19 @@ class QuantizedLinear(nn.Module):
 
 @torch.no_grad()
 def pack(model, weights):
-    """Keep the weights of the blocks and the head of a model that only writes as float16 or int8, half or a quarter."""
-    engines, kinds = torch.backends.quantized.supported_engines, ('float32', 'float16', 'int8')
+    """Keep the weights of the blocks and the head of a model that only writes in 16 bits or as int8, half or a quarter."""
+    kinds, device = ('float32', 'bfloat16', 'float16', 'int8'), model.embedding.weight.device
     require(weights in kinds, f'weights is {weights!r}; choose {" or ".join(kinds)}.')
     if weights == 'float32':
         return
-    if model.embedding.weight.device.type != 'cpu':
-        return model.half() if weights == 'float16' else quantize(model, bits=8)
-    require('fbgemm' in engines, f'This processor keeps no weights as {weights}; leave --weights out.')
+    if device.type != 'cpu':
+        return quantize(model, bits=8) if weights == 'int8' else model.to(getattr(torch, weights))
+    can = 'fbgemm' in torch.backends.quantized.supported_engines
+    if weights == 'bfloat16':
+        can = ONEDNN and has_bfloat16(device)
+    require(
+        can, f'This processor does not compute with weights in {weights}; take another of {", ".join(kinds)}.'
+    )
     model.num_parameters = partial(int, model.num_parameters())  # packed ones are none any more
     for name, layer in linear_layers(model):
         model.set_submodule(name, PackedLinear(layer.weight, layer.bias, weights))
@@ -88,26 +94,32 @@ def pack(model, weights):
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose weight FBGEMM keeps as float16 or int8, for a CPU; it computes from and to float32.
+    """A linear layer of a CPU, whose weight oneDNN keeps as bfloat16, or FBGEMM as float16 or int8; from and to float32.
 
-    int8: with a scale per row of the weight; and each token's input in 7 bits, with a scale of its own.
+    bfloat16: of inputs and outputs too. int8: with a scale per row of the weight; and each token's input in 7 bits, with a
+    scale of its own.
     """
 
     def __init__(self, weight, bias, kind):
         super().__init__()
+        weight = weight.detach()
         self.kind, self.bias, ops = kind, None if bias is None else bias.detach(), torch.ops.quantized
         if kind == 'int8':
             scale = (weight.abs().amax(1).clamp(min=1e-30) / 127).double()
             zeros = torch.zeros(len(weight), dtype=torch.long)
             with warnings.catch_warnings():  # it goes with a later PyTorch than requirements.txt allows
                 warnings.simplefilter('ignore')
-                codes = torch.quantize_per_channel(weight.detach(), scale, zeros, 0, torch.qint8)
+                codes = torch.quantize_per_channel(weight, scale, zeros, 0, torch.qint8)
             self.packed = ops.linear_prepack(codes, None)
+        elif kind == 'float16':
+            self.packed = ops.linear_prepack_fp16(weight, None)
         else:
-            self.packed = ops.linear_prepack_fp16(weight.detach(), None)
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16(), None)
 
     def forward(self, x):
-        if self.kind == 'float16':
+        if self.kind == 'bfloat16':
+            y = ONEDNN(x.bfloat16(), self.packed, None, 'none', [], '').float()
+        elif self.kind == 'float16':
             y = torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
         elif x.numel() == x.size(-1):
             y = torch.ops.quantized.linear_dynamic(x, self.packed, True)

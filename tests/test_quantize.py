@@ -8,6 +8,7 @@ from conftest import random_model
 
 from lm import lora
 from lm.configurator import UserError
+from lm.kernels import has_bfloat16
 from lm.quantize import PackedLinear, QuantizedLinear, linear_layers, pack, quantize
 from sampling import generate
 
@@ -90,11 +91,18 @@ def packed(architecture, weights, **shape):
 needs_fbgemm = pytest.mark.skipif(
     'fbgemm' not in torch.backends.quantized.supported_engines, reason='this processor has no FBGEMM'
 )
+needs_bfloat16 = pytest.mark.skipif(
+    not has_bfloat16(torch.device('cpu')), reason='this processor does not multiply in bfloat16'
+)
+PACKED = [
+    pytest.param('bfloat16', 1e-2, marks=needs_bfloat16),
+    pytest.param('float16', 2e-3, marks=needs_fbgemm),
+    pytest.param('int8', 0.1, marks=needs_fbgemm),
+]
 
 
-@needs_fbgemm
 @pytest.mark.parametrize('architecture', ['ar', 'diffusion', 'sdd'])
-@pytest.mark.parametrize('weights, gap', [('float16', 2e-3), ('int8', 0.1)])
+@pytest.mark.parametrize('weights, gap', PACKED)
 def test_packed_weights_write_nearly_the_same(architecture, weights, gap):
     before, after, model = packed(architecture, weights, bias=True, qkv_bias=True)
     assert model.num_parameters() > sum(p.numel() for p in model.parameters())
@@ -126,5 +134,11 @@ def test_the_likelihood_of_packed_weights_is_of_what_is_written():
 
 
 def test_weights_of_another_kind_are_refused():
-    with pytest.raises(UserError, match="weights is 'int2'; choose float32 or float16 or int8"):
+    with pytest.raises(UserError, match="weights is 'int2'; choose float32 or bfloat16 or float16 or int8"):
         packed('ar', 'int2')
+
+
+def test_weights_in_bfloat16_are_refused_where_they_would_be_slow(monkeypatch):
+    monkeypatch.setattr('lm.quantize.has_bfloat16', lambda device: False)
+    with pytest.raises(UserError, match='does not compute with weights in bfloat16; take another of float32'):
+        packed('ar', 'bfloat16')
