@@ -41,7 +41,7 @@ seed = 0
 stop_at_end = True  # stop at <|endoftext|>
 compile = False  # ar: compile the decode step; for long texts on a GPU
 steps: int = None  # diffusion: forward passes; None: one per token
-sampler = ''  # diffusion: first_hitting, with steps ancestral; confidence blocks threshold entropy remdm ar
+sampler = ''  # diffusion: first_hitting, with steps ancestral; confidence blocks threshold entropy remdm speculative ar
 block_length: int = None  # of sampler=blocks, 32; of a model trained on blocks: one of its lengths
 threshold: float = None  # of sampler=threshold: a probability, 0.9; of entropy: nats, 0.3
 eta = 0.1  # of sampler=remdm: the largest probability to mask a token again
