@@ -106,8 +106,9 @@ def draw(generator, key, values):
     """Draw one of a list of values, or a number between two bounds, rounded to four digits."""
     if not isinstance(values, tuple):
         return generator.choice(listed(key, values))
-    (low, high), scale = values[:2], values[2:]
     wrong = f'sampled[{key!r}] is {values}; write [...], (low, high), or (low, high, "log") with low above 0.'
+    require(len(values) > 1 and all(isinstance(bound, (int, float)) for bound in values[:2]), wrong)
+    (low, high), scale = values[:2], values[2:]
     require(low < high and (scale == () or scale == ('log',) and low > 0), wrong)
     if scale:
         return float(f'{math.exp(generator.uniform(math.log(low), math.log(high))):.4g}')
@@ -158,22 +159,23 @@ def outcome(name, status):
     """Return 'done', 'stopped' or 'failed: ...' for a run that has ended; leave done.json where it is done."""
     folder = root / name
     if status:
-        return f'failed: {last_line(folder / "stdout.log")[:200]} ({folder / "stdout.log"})'
-    if last_line(folder / 'logs.log').startswith('stopped at'):  # it saved on a signal
+        *_, last = ['', *filter(str.strip, read_text(folder / 'stdout.log').split('\n'))]
+        return f'failed: {last[:200]} ({folder / "stdout.log"})'
+    if '\nstopped at step ' in read_text(folder / 'logs.log').rpartition('\n$ ')[2]:  # it saved on a signal
         return 'stopped'
     write_json(folder / 'done.json', {})
     return 'done'
 
 
-def last_line(path):
-    lines = path.read_text(errors='replace').split('\n') if path.exists() else []
-    return next(filter(str.strip, reversed(lines)), '')
+def read_text(path):
+    return path.read_text(errors='replace') if path.exists() else ''
 
 
 def run_here():
     """Run what is not finished, `jobs` at a time, and return whether all is done."""
     waiting, running, outcomes = [name for name in runs if not is_finished(name)], {}, []
-    total, free = len(waiting), gpus.split(',')[:jobs] if gpus else [''] * jobs
+    many = jobs if 'jobs' in config.given else None
+    total, free = len(waiting), gpus.split(',')[:many] if gpus else [''] * jobs
     stopping = threading.Event()
 
     def stop(number, frame):
@@ -216,11 +218,11 @@ def write_results():
         writer.writeheader()
         writer.writerows({**runs[name], **values, 'run': name} for name, values in figures.items())
 
-    groups = {}
+    groups, columns = {}, [key for key in keys if key not in ('seed', 'random_seed')]
     for name, values in figures.items():
-        group = tuple(str(runs[name].get(key, '')) for key in keys if key != 'seed')
+        group = tuple(str(runs[name].get(key, '')) for key in columns)
         groups.setdefault(group, []).append(values)
-    table = markdown_table([key for key in keys if key != 'seed'], groups, names)
+    table = markdown_table(columns, groups, names)
     (root / 'results.md').write_text(table + '\n')
     print(f'\n{table}\n\n{len(figures)} of {len(runs)} runs: {root}/results.csv, {root}/results.md')
 

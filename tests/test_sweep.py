@@ -25,7 +25,7 @@ if args.get('fails') == 'once' and not (out / 'tried').exists():
     (out / 'tried').touch()
     sys.exit('error: no luck')
 def stop(number, frame):
-    (out / 'logs.log').write_text('step 1\\nstopped at step 1 of 2\\n')
+    (out / 'logs.log').write_text('step 1\\nstopped at step 1 of 2\\n   a picture\\n')
     sys.exit(0)
 signal.signal(signal.SIGTERM, stop)
 (out / 'started').touch()
@@ -209,6 +209,8 @@ def test_languages_become_runs(place):
         (dict(grid={'out_dir': ['x']}), 'given by the sweep'),
         (dict(languages={'train': 'all'}), 'needs a task'),
         (dict(sampled={'lr': (2, 1)}, num_trials=1), 'write [...], (low, high)'),
+        (dict(sampled={'lr': (1e-3,)}, num_trials=1), 'write [...], (low, high)'),
+        (dict(sampled={'optimizer': ('adamw', 'muon')}, num_trials=1), 'write [...], (low, high)'),
     ],
 )
 def test_a_mistake_is_a_sentence(place, settings, part):
