@@ -70,7 +70,7 @@ config = configure(globals())
 
 METRICS = ('perplexity', 'accuracy', 'generation', 'speed', 'instructions', 'infilling')
 MAX_GAPS, TRIES = 4, 8  # of infilling
-OPTIONS = 'temperature top_k top_p steps sampler block_length threshold eta k fresh_beliefs'  # of generate()
+OPTIONS = 'temperature top_k top_p steps sampler block_length threshold eta k fresh_beliefs'  # the first three of ar
 paths, wanted = ([part.strip() for part in text.split(',') if part.strip()] for text in (checkpoint, metrics))
 
 check_range(config, 1, math.inf, 'batch_size', 'draws', 'exact_rows', 'num_samples')
@@ -208,11 +208,11 @@ def write_texts(model, heads, stop_tokens):
 
 def write_batch(model, heads, length, seed, stop_tokens=()):
     with dist.autocast(), user_errors():
-        return generate(model, heads, length, stop_tokens=stop_tokens, seed=seed, **options())
+        return generate(model, heads, length, stop_tokens=stop_tokens, seed=seed, **options(model))
 
 
-def options():
-    return {name: config[name] for name in OPTIONS.split()}
+def options(model):
+    return {name: config[name] for name in OPTIONS.split()[: 3 if model.causal else None]}
 
 
 def evaluate_generation(model, state):
@@ -341,7 +341,7 @@ def evaluate_infilling(model, state):
         fill = partial(generate, max_new_tokens=0)
     seeds = [rng.torch_seed(seed, i) for i in range(TRIES if model.causal else 1)]
     with dist.autocast(), user_errors():
-        tries = [fill(model, masked, seed=one, **options()) for one in seeds]
+        tries = [fill(model, masked, seed=one, **options(model)) for one in seeds]
     filled = {'': tries[0]}
     if model.causal:
         likeliest = np.argmin([nll_of(model, rows) for rows in tries], 0)  # (N,)
@@ -427,6 +427,8 @@ models, first = [], None
 for state in states:
     model = checkpoints.load_model(state, dist.device)
     quantize.pack(model, weights)
+    with user_errors():
+        generate(model, [], 0, **options(model))  # of no prompt: only to refuse wrong options
     name = state['name'] if names.count(state['name']) == 1 else str(state['path'])
     if dist.is_main:
         print(f'{name} …', flush=True)

@@ -105,7 +105,7 @@ class Printer:
     def __call__(self, new):
         self.ids += new[0]
         ends = [i for i, token in enumerate(self.ids) if token in options['stop_tokens']]
-        text = tokenizer.decode(self.ids[: ends[0]] if ends else self.ids).lstrip().removesuffix('\ufffd')
+        text = tokenizer.decode(self.ids[: ends[0]] if ends else self.ids).lstrip().rstrip('\ufffd')
         print(printable(text[len(self.text) :]), end='', flush=True)
         self.text = text
 
@@ -185,6 +185,7 @@ state = checkpoints.load(path, token, revision, tokenizer=own, architecture=arch
 tokenizer = Tokenizer(state['tokenizer'])
 if sampler == 'ar':
     state, sampler = checkpoints.as_ar(state, path), ''
+    config.given.discard('sampler')
 model = checkpoints.load_model(state, dist.device)
 quantize.pack(model, weights)
 require(

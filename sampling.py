@@ -240,7 +240,7 @@ class Sampler:
     def is_causal(self, prompts):
         """Say whether to write block after block: not what a model fills that was trained on whole rows as well."""
         infills = 0 in self.own_blocks and (prompts == self.mask_id).any()
-        return any(self.own_blocks) and self.block_length > 0 and not infills
+        return any(self.own_blocks) and 0 < self.block_length < self.model.config.block_size and not infills
 
     def bernoulli(self, where, probability):
         """Choose each position of `where` (B, L) with this probability."""
@@ -292,7 +292,9 @@ class Sampler:
         check_numbers(logits)
         if not self.draws:
             return F.one_hot(logits.argmax(-1), logits.size(-1)).double()
-        return restrict(logits.double(), *self.options)
+        logits = logits.cpu() if logits.device.type == 'mps' else logits  # which has no float64
+        p = restrict(logits.double(), *self.options)
+        return p / p.sum(-1, keepdim=True)
 
     def sample(self, model, hidden):
         uniform = uniform_numbers((len(hidden),), self.rng, hidden.device) if self.draws else None
@@ -337,6 +339,9 @@ def generate_by_blocks(model, rows, max_new_tokens, sampler):
     """
     length, prompt_length, block_size = sampler.block_length, rows.size(1), model.config.block_size
     size = prompt_length + max_new_tokens
+    problem = f'Of rows of {block_size} tokens, blocks of {length} leave no room for what comes before them'
+    fits = size <= block_size // length * length or 2 * length <= block_size
+    check(fits, f'{problem}; ask for at most {block_size // length * length - prompt_length} tokens.')
     rows = F.pad(rows, (0, -(-size // length) * length - prompt_length), value=sampler.mask_id)
     begins = [i for i in range(0, rows.size(1), length) if (rows[:, i : i + length] == sampler.mask_id).any()]
     lengths = [min(length, size - begin) for begin in begins]

@@ -4,6 +4,7 @@ python serve.py --checkpoint=out/demo-ar,out/demo-diffusion    # then open http:
 """
 
 import json
+import math
 import queue
 import re
 import select
@@ -17,7 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from os import _exit
 
 from lm import checkpoints, runtime
-from lm.configurator import UserError, configure, require
+from lm.configurator import UserError, check_range, configure, require
 from lm.files import first_line
 from lm.serving import FIELDS, Job, Limits, Model, Refused, Writer, as_error, load_page, read_fields
 
@@ -229,6 +230,9 @@ def stop(number, frame):
     threading.Thread(target=server.shutdown).start()
 
 
+check_range(config, 1, math.inf, 'max_tokens', 'batch_size')
+check_range(config, 0.001, math.inf, 'timeout')
+check_range(config, 0, 2**16, 'port')
 require(host not in ('', '0.0.0.0', '::'), f'host is {host!r}; give the one address or name that others use.')
 address = f'[{host}]' if ':' in host else host
 dist, stopping = runtime.Runtime(device, dtype), threading.Event()

@@ -127,15 +127,15 @@ class Model:
         return [start, *ids[1 - max(self.block_size // 2, self.block_size - new) :]]
 
     def ids_of_infill(self, text):
-        """Return the ids of a text with gaps, <mask:N>."""
+        """Return the ids of a text with gaps, <mask:N>, and how many stand before the text."""
         problem = f'{self.name} writes from left to right and sees nothing behind a gap'
         require(self.infills, f'{problem}; choose a diffusion model of whole rows.')
-        self.check_length(sum(int(gap[:9]) for gap in re.findall(r'<mask:(\d+)>', text)), self.block_size)
+        self.check_length(sum(int(gap[:9]) for gap in re.findall(r'<mask:0*(\d+)>', text)), self.block_size)
         with self.encoding:
             ids = prompts.encode_infill(self.tokenizer, text)
-        ids = prompts.before(ids, self.tokenizer, self.start) + ids
-        self.check_length(len(ids), self.block_size)
-        return ids
+        before = prompts.before(ids, self.tokenizer, self.start)
+        self.check_length(len(before + ids), self.block_size)
+        return before + ids, len(before)
 
 
 def turns_of(messages):
@@ -224,7 +224,8 @@ class Job:
         if self.is_chat:
             return [self.model.ids_of_chat(given, self.new)]
         if self.is_infill:
-            return [self.model.ids_of_infill(given)]
+            ids, self.added = self.model.ids_of_infill(given)
+            return [ids]
         return [self.model.ids_of_prompt(text) for text in texts_of(name, given, most)]
 
     def check(self, limits):
@@ -357,9 +358,12 @@ class Writer(threading.Thread):
         job, rows = jobs[0], [row for job in jobs for row in job.rows]
         seed = random.getrandbits(62) if job.seed is None else job.seed
         one_by_one = job.options.get('sampler') == 'speculative'
-        part_of = lambda row: row.index if one_by_one else 0 if job.model.module.causal else len(row.ids)
-        for i, part in enumerate(sorted(set(map(part_of, rows)))):
-            self.write_part(job, [row for row in rows if part_of(row) == part], seed + i)
+        parts = {}
+        for number, row in enumerate(rows):
+            part = number if one_by_one else 0 if job.model.module.causal else len(row.ids)
+            parts.setdefault(part, []).append(row)
+        for i, part in enumerate(sorted(parts)):
+            self.write_part(job, parts[part], seed + i)
 
     def write_part(self, job, rows, seed):
         """Write rows by one call of `generate`, which ends early when nobody waits for them any more."""
@@ -387,7 +391,7 @@ class Writer(threading.Thread):
         with suppress(Stopped), self.dist.autocast():
             written = generate(job.model.module, ids, job.new, stop_tokens=job.model.stops, **options)
             for row, tokens in zip(rows, written):
-                row.new = tokens if job.is_infill else row.new
+                row.new = tokens[job.added :] if job.is_infill else row.new
         for row in rows:
             row.tell('stop' if job.is_infill else 'length')
             row.job.close()

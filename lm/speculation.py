@@ -16,7 +16,7 @@ def speculate(model, prompt, max_new_tokens, sampler):
     device, start = model.embedding.weight.device, 0
     tokens, draft, q, cache = list(prompt), [], None, BlockCache(device)
     size = len(prompt) + max_new_tokens
-    while len(tokens) < size and not (len(tokens) > len(prompt) and tokens[-1] in sampler.stop_tokens):
+    while len(tokens) < size and (len(tokens) == len(prompt) or tokens[-1] not in sampler.stop_tokens):
         if len(tokens) - start > config.block_size:  # the last half is the context, as of an `ar` model
             start = len(tokens) - max(1, config.block_size // 2)
             draft, q, cache = [], None, BlockCache(device)
@@ -31,15 +31,16 @@ def speculate(model, prompt, max_new_tokens, sampler):
         accepted, token = check_draft(draft, q, p, sampler.rng)
         cache.keep(len(clean) - len(draft) + accepted)
         whole = accepted == len(draft)
-        new = torch.tensor([*draft[:accepted], token])
-        sampler.tell(len(tokens), new[None], p.cpu()[torch.arange(len(new)), new])
-        tokens += new.tolist()
+        new = [*draft[:accepted], token][: size - len(tokens)]
+        stops = [i for i, one in enumerate(new, 1) if one in sampler.stop_tokens]
+        new = new[: stops[0]] if stops else new
+        sampler.tell(len(tokens), torch.tensor([new]), p.cpu()[torch.arange(len(new)), new])
+        tokens += new
         draft, q = [], None
         if whole and len(known) + 1 < begin + len(noisy):  # what follows the token that was just drawn
             states = hidden[len(clean) + len(known) + 1 - begin :]
             draft, q = draw_draft(model, sampler, states)
-    stops = [i for i in range(len(prompt), len(tokens)) if tokens[i] in sampler.stop_tokens]
-    return tokens[: min([size, *(i + 1 for i in stops[:1])])]
+    return tokens
 
 
 def ar_probabilities(model, sampler, hidden):

@@ -31,6 +31,8 @@ class Frames:
     def __init__(self, tokenizer, show=None):
         """show: called with all cells and the positions that changed, after each step."""
         self.tokenizer, self.show, self.steps, self.cells = tokenizer, show, [], []
+        ids = range(tokenizer.vocab_size)  # behind some text a word keeps the space that it begins with
+        self.before = next(([i] for i in ids if tokenizer.decode([i]).strip()), [])
 
     def begin(self, ids):
         """Start with a prompt, a list of token ids."""
@@ -68,7 +70,8 @@ class Frames:
         return [position, '' if is_hidden else self.text_of(token), kind, round(probability, 3)]
 
     def text_of(self, token):
-        return self.tokenizer.decode([token])
+        decode = self.tokenizer.decode
+        return decode([*self.before, token])[len(decode(self.before)) :]
 
 
 class Terminal:

@@ -180,7 +180,10 @@ def test_a_step_that_masks_every_nth_block_has_the_same_expected_loss_and_next_t
         loss, count, metrics = model(*arguments)
         return loss - metrics['ar_loss'], metrics['ar_loss'], count
 
-    whole, parts = losses(1, 0), [losses(every, first) for first in range(min(every, 3))]  # of three blocks
+    whole, parts = (
+        losses(1, 0),
+        [losses(every, first / min(every, 3)) for first in range(min(every, 3))],
+    )  # of three blocks
     torch.testing.assert_close(sum(loss for loss, *_ in parts) / len(parts), whole[0])
     for _, *others in parts:
         torch.testing.assert_close(others, list(whole[1:]))
@@ -240,6 +243,9 @@ def test_its_decoders_write_and_are_evaluated_apart(trained, tmp_path, capsys):
     words = [f'--checkpoint={trained}', '--num_samples=2', '--device=cpu']
     for options in ([], ['--sampler=ar'], ['--sampler=confidence', '--steps=4'], ['--block_length=0']):
         run('sample.py', *words, '--max_new_tokens=10', '--stop_at_end=False', *options)
+    assert 'has no effect' not in capsys.readouterr().out
+    for options in (['--sampler=speculative'], ['--block_length=0']):  # which its ar model does not know
+        run('evaluate.py', *words, '--metrics=generation', '--sample_tokens=5', *options)
     run('sample.py', *words, '--infill=a <mask:3> b')
     run('evaluate.py', *words, '--max_tokens=60', '--draws=2', f'--output={tmp_path}/results.json')
     whole, ar = json.loads((tmp_path / 'results.json').read_text())['models']
@@ -294,12 +300,32 @@ def test_self_speculation_fills_no_gaps():
         generate(tiny(ar_weight=1.0), [[1, MASK, 2]], 4, sampler='speculative')
 
 
-@pytest.mark.parametrize('options', [{}, {'temperature': 0.7, 'top_k': 2}])
+@pytest.mark.faults
+def test_self_speculation_stops_and_tells_what_it_returns():
+    model, told = tiny(ar_weight=1.0, block_size=24), []
+    for seed in range(8):
+        told.clear()
+        options = dict(
+            sampler='speculative', seed=seed, stop_tokens=[5], stream=lambda new: told.extend(new[0])
+        )
+        (row,) = generate(model, [[1, 2]], 11, **options)
+        assert row[2:] == told and len(told) <= 11 and 5 not in told[:-1]
+
+
+@pytest.mark.faults
+def test_blocks_that_leave_no_room_for_what_is_before_them_are_refused_and_whole_rows_are_not():
+    with pytest.raises(ValueError, match='blocks of 16 leave no room .*; ask for at most 15 tokens'):
+        generate(tiny(block_length=(16,), block_size=24), [[1]], 20)
+    assert len(generate(tiny(block_length=(32,), block_size=24), [[1]], 30)[0]) == 31
+
+
+@pytest.mark.parametrize('options', [{}, {'temperature': 0.7, 'top_k': 2}, {'top_p': 0.6}])
 def test_self_speculation_draws_from_the_ar_model(options):
     shape = dict(vocab_size=LETTERS + 1, mask_id=LETTERS, ignore_id=None, block_size=LENGTH + 5, k=2)
     model = tiny('diffusion', (2,), ar_weight=1.0, **shape)
     rows = torch.tensor(generate(model, [[0]] * 400, LENGTH, sampler='speculative', **options))
     logits = ar_of(model).logits(ROWS[:, :-1]).double().flatten(0, 1)
-    q = restrict(logits, options.get('temperature', 1), options.get('top_k'), None).view(27, LENGTH, -1)
+    q = restrict(logits, options.get('temperature', 1), options.get('top_k'), options.get('top_p'))
+    q = (q / q.sum(-1, keepdim=True)).view(27, LENGTH, -1)
     p = q.gather(2, ROWS[:, 1:, None]).squeeze(-1).prod(1)
     assert_drawn_from(p, rows[:, 1:] @ torch.tensor([9, 3, 1]))

@@ -201,6 +201,36 @@ def test_those_that_go_together_are_written_at_once_and_a_failure_is_answered(tm
     assert calls == [3, 1, 2, 2] and all(len(row.new) for job in jobs[3:] for row in job.rows)
 
 
+@pytest.mark.faults
+def test_each_client_gets_the_text_that_was_drafted_for_it(tmp_path):
+    shape = dict(block_length=(4,), ar_weight=1.0)
+    path = write_small_checkpoint(tmp_path / 'ckpt.pt', 'diffusion', letter_tokenizer(ASCII), shape=shape)
+    model = serving.Model(path, 'cpu')
+    writer, limits = serving.Writer(runtime.Runtime('cpu', 'float32'), 4), serving.Limits(9, 4, 9.0)
+    fields = dict(prompt='ab', max_tokens=9, sampler='speculative', temperature=0.0)
+    jobs = [serving.Job('/v1/completions', fields, model, limits) for _ in range(3)]
+    writer.write(jobs)
+    texts = [row.text for job in jobs for row in job.rows]
+    assert texts == 3 * texts[:1] and texts[0]
+
+
+@pytest.mark.faults
+def test_a_text_that_begins_with_a_gap_begins_with_what_fills_it(tmp_path):
+    letters = letter_tokenizer(ASCII)
+    path = write_small_checkpoint(
+        tmp_path / 'ckpt.pt', 'diffusion', letters, start_token=letters.encode('x')[0]
+    )
+    writer, limits = serving.Writer(runtime.Runtime('cpu', 'float32'), 4), serving.Limits(9, 4, 9.0)
+    job = serving.Job('/v1/infill', dict(text='<mask:3> be'), serving.Model(path, 'cpu'), limits)
+    writer.write([job])
+    (row,) = job.rows
+    assert (
+        row.ids[:2] == [letters.encode('x')[0], letters.mask_id]
+        and row.text.endswith(' be')
+        and len(row.text) <= 6
+    )
+
+
 def test_gaps_are_filled_and_watched(port):
     text = 'the <mask:4> sat<mask:2>!'
     for model in ('diffusion', 'sdd'):

@@ -5,10 +5,11 @@ import json
 import re
 
 import pytest
+import tokenizers
 import torch
 from test_sampling import MASK, tiny
 
-from lm.tokenizer import build
+from lm.tokenizer import Tokenizer, build
 from lm.watch import DOT, Frames, Terminal, save_page, wrap
 from sampling import generate
 
@@ -87,6 +88,20 @@ def test_a_block_model_shows_the_text_so_far(letters):
     assert text_of(spoken.cells[: len(row)]) == letters.decode(row)
 
 
+@pytest.mark.faults
+def test_words_keep_the_spaces_that_they_begin_with():
+    inner = tokenizers.Tokenizer(
+        tokenizers.models.Unigram([('<unk>', 0), ('\u2581a', -1), ('\u2581bc', -1), ('d', -1)], 0)
+    )
+    inner.pre_tokenizer, inner.decoder = (
+        tokenizers.pre_tokenizers.Metaspace(),
+        tokenizers.decoders.Metaspace(),
+    )
+    frames = Frames(Tokenizer(inner.to_str()))
+    frames.begin(frames.tokenizer.encode('bc a bcd'))
+    assert text_of(frames.cells).strip() == 'bc a bcd'
+
+
 def test_watching_changes_no_text():
     for architecture in ('ar', 'diffusion', 'sdd'):
         model = tiny(architecture)
@@ -124,7 +139,7 @@ def test_a_text_cannot_leave_the_data_of_the_page(tmp_path):
 
 
 def test_a_terminal_is_not_steered_by_what_a_model_writes(letters, monkeypatch):
-    monkeypatch.setattr(letters, 'decode', lambda ids: '\033[2J')
+    monkeypatch.setattr(letters, 'decode', lambda ids: '\033[2J' * len(ids))
     screen = Screen()
     frames = Frames(letters, Terminal(screen))
     frames.begin([1])
