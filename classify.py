@@ -127,7 +127,9 @@ resumed = checkpoints.resume(globals(), config, FIXED)
 report_idle(config, *(('on texts', TASK_KEYS) if task else ('on an algorithmic task', TEXT_KEYS)))
 both = lora_rank and num_layers_to_finetune is not None
 require(not both, 'lora_rank and num_layers_to_finetune freeze different things; leave one of them out.')
-model_size = model if model in SIZES else model_size
+if model in SIZES:
+    model_size = config['model_size'] = model
+    config.given.add('model_size')
 if model in families.FINETUNED:
     init_from = init_from or families.FINETUNED[model]
     num_layers_to_finetune = 2 if num_layers_to_finetune is None and not lora_rank else num_layers_to_finetune
@@ -135,6 +137,8 @@ if model_prefix:
     init_from = init_from or str(Path(checkpoint_prefix, model_prefix, 'ckpt.pt'))
 init_from, tokenizer = (name.replace('{model_type}', model_type) for name in (init_from, tokenizer))
 initial = resumed.checkpoint
+clash = init_from and model in families.PUBLISHED
+require(not clash, f'{model} is a shape to train from scratch; leave --model or --init_from={init_from} out.')
 if init_from and not initial:
     given = languages.load_tokenizer(tokenizer) if 'tokenizer' in config.given else None
     initial = checkpoints.load(init_from, token, revision, tokenizer=given)
@@ -160,7 +164,8 @@ start_token = initial['start_token'] if initial else vocabulary.start_id
 
 if initial:
     architecture, shape = initial['architecture'], dict(initial['model_config'])
-    block_size = min(block_size, shape['block_size']) if 'block_size' in config.given else shape['block_size']
+    is_chosen = 'block_size' in config.given or resumed.checkpoint
+    block_size = min(block_size, shape['block_size']) if is_chosen else shape['block_size']
 else:
     published = model in families.PUBLISHED
     shape = families.published_config(model, block_size) if published else checkpoints.size_of(model_size)
@@ -186,7 +191,9 @@ else:
     for name, (rows, labels) in digits.items():
         if len(rows):
             sets[name] = classification.Examples(list(np.insert(ids[rows], 0, start_token, axis=1)), labels)
-if val_set_size and 'val' not in sets:
+if 'val' in sets and task:
+    report_idle(config, 'where the data have a val split', 'val_set_size')
+elif val_set_size and 'val' not in sets:
     sets['train'], sets['val'] = classification.hold_out(sets['train'], val_set_size, seed)
 test_sets = [name for name in sets if name not in ('train', 'val')]
 num_classes = num_classes or (num_labels if task else 1)
@@ -234,6 +241,7 @@ if resumed.checkpoint:
         best_score = best_score if math.isfinite(best.loss) else -math.inf  # reset with it
         history = {key: [number + 0 for number in initial['history'][key]] for key in history}
     finished = finished and max_steps == initial['train_config']['max_steps']
+    finished = finished and not any(key == 'early_stopping' for key, *_ in resumed.overrides)
     if finished and (resumed.run_dir / 'predictions.npz').exists():
         dist.exit(f'{resumed.path} is at step {step} of {max_steps}: the run is finished.')
 classifier = dist.wrap(raw_classifier, compile)

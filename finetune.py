@@ -112,6 +112,11 @@ store = checkpoints  # keeps weights and the state of training
 if fsdp:
     from lm import sharded as store  # slow to import
 dist = runtime.Runtime(device, dtype)
+for override in [*resumed.overrides]:
+    key, before, now = override
+    if key == 'dataset' and Folder(before).config.get('source') == now:  # prepared at the start of the run
+        dataset = config['dataset'] = before
+        resumed.overrides.remove(override)
 if not resumed.checkpoint:
     base = partial(checkpoints.tokenizer_of, init_from, token, revision)
     dataset = config['dataset'] = dist.from_main(lambda: prepared(dataset, field, block_size, base))
@@ -134,7 +139,7 @@ elif init_from == 'scratch':
 else:  # adapters go on from the weights that they were made for
     initial = checkpoints.load(init_from, token, revision, mmap=True, tokenizer=tokenizer)
     checkpoints.check_model(initial, init_from, config)
-    blocks = {key: config[key] for key in config.given.intersection(BLOCKS)}
+    blocks = {key: config[key] for key in BLOCKS if key in config.given or resumed.checkpoint}
     initial = checkpoints.convert(initial, init_from, architecture or initial['architecture'], **blocks)
 architecture = initial['architecture']
 checkpoints.check_fits(initial, init_from, architecture, tokenizer, folder.path)
@@ -186,7 +191,7 @@ trainable = {name: p for name, p in raw_model.named_parameters() if p.requires_g
 mode = 'packed examples' if packing else 'examples'
 kind = type(raw_model)
 batches = data.Batches(folder, kind, block_size, batch_size, gradient_accumulation_steps, seed, mode, dist)
-val_rows = data.EvaluationBatches(folder, 'val', kind, block_size, batch_size, mode, eval_tokens, dist, fsdp)
+val_rows = data.EvaluationBatches(folder, 'val', kind, block_size, batch_size, mode, eval_tokens, dist)
 max_steps, warmup = runtime.plan_steps(config, batches.rows.num_rows, batches.rows_per_step)
 anneal_steps = optim.default_anneal_steps(anneal_steps, raw_model, initial, max_steps)
 opt = optim.make_optimizer(raw_model, optimizer, learning_rate, beta1, beta2, weight_decay, dist.dtype)

@@ -136,8 +136,9 @@ def merge_adapter(source, base, out, token=None, revision=None):
     """Write a checkpoint with an adapter merged into its weights; return in words what it is."""
     checkpoint = checkpoints.load(base, token, revision)
     config = lora.read_config(source)
-    if architecture := config.get('architecture'):
-        checkpoint = checkpoints.convert(checkpoint, base, architecture)
+    blocks = {key: config[key] for key in lora.BLOCKS if key in config}
+    architecture = config.get('architecture', checkpoint['architecture'])
+    checkpoint = checkpoints.convert(checkpoint, base, architecture, **blocks)
     model = checkpoints.load_model(checkpoint, 'cpu')
     lora.load_adapter(model, source)
     lora.merge(model)
@@ -175,8 +176,10 @@ def main(words=None):
     name, out = args.pop('command'), args.get('out')
     if out:
         files.require_folder(out)
-        kind, file = ('exported model', out / 'config.json') if name == 'export' else ('checkpoint', out)
-        require(file.is_file() or not out.exists(), f'{out} is there and no {kind}; choose another --out.')
+        is_folder = name == 'export'
+        replaceable = checkpoints.is_pretrained(out) if is_folder else out.is_file()
+        kind = 'exported model' if is_folder else 'checkpoint'
+        require(replaceable or not out.exists(), f'{out} is there and no {kind}; choose another --out.')
         overwrite = args.pop('overwrite')
         require(overwrite or not out.exists(), f'{out} is already there; replace it with --overwrite.')
     if result := COMMANDS[name][0](**args):

@@ -121,10 +121,12 @@ if depth is not None and not resumed.checkpoint:
 
 initial = resumed.checkpoint
 if init_from and not initial:
-    given_size = block_size if 'block_size' in config.given else None
     initial = checkpoints.load(init_from, token, revision, mmap=True, tokenizer=tokenizer)
+    longest = initial['model_config']['block_size']
+    prepared_for = min(longest, folder.config.get('max_seq_len') or longest)
+    wanted_size = block_size if 'block_size' in config.given else prepared_for
     blocks = {key: config[key] for key in config.given.intersection(BLOCKS)}
-    initial = checkpoints.convert(initial, init_from, architecture, given_size, **blocks)
+    initial = checkpoints.convert(initial, init_from, architecture, wanted_size, **blocks)
     checkpoints.check_model(initial, init_from, config, SHAPE)
 
 # ---------------------------------------------------------------------------- model
@@ -152,7 +154,7 @@ block_size = raw_model.config.block_size
 
 kind = type(raw_model)
 batches = data.Batches(folder, kind, block_size, batch_size, gradient_accumulation_steps, seed, mode, dist)
-val_rows = data.EvaluationBatches(folder, 'val', kind, block_size, batch_size, mode, eval_tokens, dist, fsdp)
+val_rows = data.EvaluationBatches(folder, 'val', kind, block_size, batch_size, mode, eval_tokens, dist)
 max_steps, warmup = runtime.plan_steps(config, batches.rows.num_rows, batches.rows_per_step)
 anneal_steps = optim.default_anneal_steps(anneal_steps, raw_model, initial, max_steps)
 opt = optim.make_optimizer(raw_model, optimizer, learning_rate, beta1, beta2, weight_decay, dist.dtype)

@@ -164,7 +164,9 @@ def load_model(checkpoint, device, **changes):
 
 
 def as_ar(checkpoint, path):
-    """Return the `ar` model that the clean tokens of a diffusion model, trained with ar_weight, are."""
+    """Return the `ar` model that the clean tokens of a diffusion model, trained with ar_weight, are; an `ar` model as it is."""
+    if ARCHITECTURES[checkpoint['architecture']].causal:
+        return checkpoint
     config = checkpoint['model_config']
     remedy = 'train with --ar_weight, or choose another sampler'
     require(config.get('ar_weight'), f'{path} was not trained to predict the next token; {remedy}.')
@@ -202,13 +204,17 @@ def convert(checkpoint, path, architecture, block_size=None, **blocks):
         weights['positions.weight'] = weights['positions.weight'][:rows]
     config |= {'block_size': block_size, **blocks}
     source = checkpoint['architecture']
+    has_two_streams = any(config.get('block_length', ())) or config.get('ar_weight')
+    problem = f'{path} predicts a token from the position before it'
+    impossible = config.get('shift') and has_two_streams
+    require(not impossible, f'{problem}, so it is no start for blocks or an ar_weight; leave these out.')
     if source != architecture:
         before, after = ARCHITECTURES[source], ARCHITECTURES.get(architecture)
         possible = after and (before.causal and not after.causal or issubclass(after, before))
         remedy = f'use --architecture={source}'
         require(possible, f'{path} holds architecture={source!r}, no start for {architecture!r}; {remedy}.')
         if before.causal:
-            config['shift'] = not any(config.get('block_length', ()))
+            config['shift'] = not has_two_streams
             special = [i for i in (config['mask_id'], config['ignore_id']) if i is not None]
             others = [i for i in range(config['vocab_size']) if i not in special]
             for name in {'embedding.weight', 'unembedding.weight'} & set(weights):
@@ -308,7 +314,7 @@ def load_state(resumed, model, optimizer):
     """Load what the optimizer has gathered; its settings are this run's, but for the learning rate of the last step."""
     states = resumed.checkpoint['optimizer_state_dict']
     optimizer.load_state_dict(states)
-    optimizer.set_lr(states['adamw']['param_groups'][0]['lr'])
+    optimizer.set_lr(next(iter(states.values()))['param_groups'][0]['lr'])
     for weight, state in (pair for part in optimizer.parts.values() for pair in part.state.items()):
         if not {x.shape for x in state.values()} <= {weight.shape, torch.Size()}:
             raise ValueError('optimizer_state_dict is of other weights')
@@ -387,15 +393,17 @@ def continue_run(resumed, store, model, optimizer, scaler, inputs, config):
         if checkpoint['scaler_state_dict']:  # empty unless dtype was float16
             scaler.load_state_dict(checkpoint['scaler_state_dict'])
         step, best = checkpoint['global_step'], Best(checkpoint['best_step'], checkpoint['best_val_loss'])
-        if changed or {'dataset', 'eval_tokens', 'eval_examples'} & {key for key, *_ in resumed.overrides}:
-            best = Best(step)  # figures of another evaluation do not compare
+        compare = 'dataset', 'eval_tokens', 'eval_examples', 'best_by'
+        elsewhere = config['out_dir'] and Path(config['out_dir']).resolve() != resumed.run_dir
+        if changed or elsewhere or any(key in compare for key, *_ in resumed.overrides):
+            best = Best(step)  # figures of another evaluation do not compare; and best.pt stays where it is
         return step, best, checkpoint.get('pending')
 
 
 # ---------------------------------------------------------------------------- the run folder
 
 RESULTS = ['best.pt', 'eval_results.json', 'predictions.npz']  # that come after the first ckpt.pt
-RUN_FILES = ['config.json', 'ckpt.pt', 'metrics.csv', 'metrics.py', 'checkpoints', 'sharded', *RESULTS]
+RUN_FILES = [*'config.json ckpt.pt metrics.csv metrics.py checkpoints sharded adapter'.split(), *RESULTS]
 
 
 def run_of(checkpoint_path):

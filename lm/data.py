@@ -189,7 +189,11 @@ class MixedRows:
             self.num_rows = int(min(part.num_rows / weight for part, weight in zip(parts, weights)))
             while any(count > part.num_rows for count, part in zip(self.counts(self.num_rows), parts)):
                 self.num_rows -= 1
-            self.taken = self.counts(self.num_rows)
+            self.take(self.num_rows)
+
+    def take(self, num_rows):
+        """Evaluate only so many rows, in the same proportions."""
+        self.num_rows, self.taken = num_rows, self.counts(num_rows)
 
     def counts(self, num_rows):
         """Count how many of the first rows are of each part."""
@@ -327,19 +331,19 @@ class Batches:
 class EvaluationBatches:
     """Batches of a split's rows, this rank's share, with noise of their own: the same rows for any number of ranks.
 
-    max_tokens: of rows spread over the split, whatever the batch size; 0: the whole split. even: each rank gets as many
-    batches, if need be one without loss, as ranks have to whose forward passes wait for each other.
+    max_tokens: of rows spread over the split, whatever the batch size; 0: the whole split. Each rank gets as many batches,
+    if need be one without loss: sharded forward passes wait for each other, and all ranks have the same metrics.
     """
 
-    def __init__(
-        self, folder, split, architecture, block_size, batch_size, mode, max_tokens=0, dist=LOCAL, even=False
-    ):
+    def __init__(self, folder, split, architecture, block_size, batch_size, mode, max_tokens=0, dist=LOCAL):
         self.rows = make_rows(folder, split, architecture, block_size, mode, training=False)
-        self.folder, self.batch_size, self.dist, self.even = folder, batch_size, dist, even
+        self.folder, self.batch_size, self.dist = folder, batch_size, dist
         self.needs_noise = architecture.needs_noise
         most = max(1, max_tokens // block_size) if max_tokens else self.rows.num_rows
         self.size = min(self.rows.num_rows, most)
         folders = folder.folders if isinstance(folder, Mix) else [folder]
+        if isinstance(folder, Mix):  # every n-th row of a mix could be of one folder alone
+            self.rows.take(self.size)
         self.tokens_per_byte = [one.counted_tokens_per_byte(split) for one in folders]
         self.counts = np.zeros(len(folders))
 
@@ -358,14 +362,12 @@ class EvaluationBatches:
             if len(numbers):
                 batch = [self.rows.read(row, ()) for row in chosen[numbers]]
                 for row, read in zip(chosen[numbers], batch):
-                    part = self.rows.find(row)[0] if isinstance(self.folder, Mix) else 0
+                    part = self.rows.find(int(row))[0] if isinstance(self.folder, Mix) else 0
                     self.counts[part] += count_tokens(read, self.folder.tokenizer.ignore_id)
-            elif self.even:
+            else:
                 numbers = np.zeros(1, np.int64)
                 tokens, _, *doc_ids = self.rows.read(0, ())
                 batch = [(tokens, np.zeros(len(tokens), np.uint8), *doc_ids)]
-            else:
-                return
             noise = row_noise(numbers, self.size, self.rows.row_length, ()) if self.needs_noise else None
             yield collate(batch, noise).to(self.dist.device)
             self.folder.release()
@@ -374,9 +376,8 @@ class EvaluationBatches:
 def count_tokens(row, ignore_id):
     """Count the tokens of a row that the loss is divided by: in the loss, not its first, not padding."""
     tokens, loss_mask, *_ = row
-    if loss_mask is None:
-        return len(tokens) - 1
-    return int(np.count_nonzero(loss_mask[1:] * (tokens[1:] != ignore_id)))
+    is_text = tokens[1:] != ignore_id
+    return int(np.count_nonzero(is_text if loss_mask is None else loss_mask[1:] * is_text))
 
 
 def row_noise(numbers, num_rows, row_length, key):

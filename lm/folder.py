@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from lm.configurator import ROOT, UserError, require
+from lm.files import sha256_of
 from lm.tokenizer import Tokenizer
 
 
@@ -71,10 +72,14 @@ class Folder:
                 array.base.madvise(mmap.MADV_DONTNEED)
 
     def counted_tokens_per_byte(self, split):
-        """Compute tokens, <|endoftext|> included, per UTF-8 byte of text where the loss is; None for no text."""
+        """Compute tokens, <|endoftext|> included unless it is the padding, per UTF-8 byte of text where the loss is; None for
+        no text."""
+        sizes, padding = self.splits[split], self.tokenizer.ignore_id
         if self.masks[split] is None:
-            return self.splits[split]['tokens'] / max(1, self.splits[split]['bytes'])
+            ends = sizes['documents'] if padding == self.tokenizer.endoftext_id else 0
+            return (sizes['tokens'] - ends) / max(1, sizes['bytes'])
         counted = self.tokens[split][self.masks[split] == 1]
+        counted = counted[counted != padding]
         text = self.tokenizer.decode(counted)
         return len(counted) / len(text.encode()) if text else None
 
@@ -96,9 +101,10 @@ def prepared(source, field, max_seq_len, tokenizer):
         return source
     settings = dict(source=source, field=field, max_seq_len=max_seq_len, tokenizer=tokenizer())
     words = [f'--{key}={value}' for key, value in settings.items() if value]
-    target = ROOT / 'data' / f'{near.stem}-{hashlib.sha256(repr(words).encode()).hexdigest()[:8]}'
-    if is_hub_id and (target / 'config.json').is_file():
-        return str(target)  # files may have changed: their preparation says so
+    content = repr([*words, sha256_of(near) if near.is_file() else ''])
+    target = ROOT / 'data' / f'{near.stem}-{hashlib.sha256(content.encode()).hexdigest()[:8]}'
+    if (target / 'config.json').is_file():
+        return str(target)
     script = [sys.executable, ROOT / 'prepare' / 'instruct.py', f'--output_dir={target}', *words]
     done = subprocess.run(script).returncode == 0
     require(done, f'{source} could not be prepared as instruction data, as said above.')

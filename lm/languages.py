@@ -125,7 +125,7 @@ def read_sets(database, task, train_langs, eval_langs, model_type):
     train, test = entries_of(train_langs), entries_of(eval_langs or train_langs)
     counts = {language: len({*classes_of(entry).values()}) for language, entry in {**train, **test}.items()}
     problem = f'The data sets of a run need the same number of classes, but these are {counts}'
-    require(train and len(set(counts.values())) == 1, f'{problem}; choose other languages.')
+    require(train and test and len(set(counts.values())) == 1, f'{problem}; choose other languages.')
 
     splits = [('train', entry, entry['splits'][0]) for entry in train.values()]
     splits += [('val', entry, split) for entry in train.values() for split in entry['splits'][1:-1]]

@@ -228,7 +228,7 @@ class TwoStreams(AttentionMask):
 
     A noisy token attends to its own noisy block and to the clean blocks before it; a clean one to the clean tokens up
     to itself. Documents, doc_ids (B, T), attend to themselves alone and begin a block each; where there are none, `every`
-    leaves a noisy copy to each so-many-th block only, from number `first` on.
+    leaves a noisy copy to each so-many-th block only, from the one on that the number `first`, below 1, says.
     """
 
     def __init__(self, tokens, block_length, doc_ids=None, every=1, first=0, neighbours=0):
@@ -237,7 +237,7 @@ class TwoStreams(AttentionMask):
         self.block_length, self.every = block_length, 1
         if doc_ids is None:
             self.every = min(every, -(-length // block_length))
-        self.first = first % self.every
+        self.first = int(first * self.every)
         position = index if doc_ids is None else positions_of(doc_ids)  # (T,) or (B, T)
         self.number = position // block_length  # of each token's block
         self.start = index - position % block_length  # where it begins in the row

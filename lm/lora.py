@@ -146,6 +146,8 @@ SUPPORTED['init_lora_weights'] = [True, False, 'gaussian']
 READ = 'r lora_alpha lora_dropout use_rslora base_model_name_or_path prompt_format target_modules'.split()
 READ += 'exclude_modules layers_to_transform layers_pattern modules_to_save trainable_token_indices revision'.split()
 READ += 'task_type inference_mode peft_version auto_mapping fan_in_fan_out megatron_core qalora_group_size'.split()
+BLOCKS = ['block_length', 'ar_weight']  # keys of ours, where they are not those of a model of whole rows
+READ += BLOCKS
 
 
 def peft_name(name, family):
@@ -173,6 +175,8 @@ def save_adapter(model, folder, base_name, prompt_format=None, weights=None):
     config.update(lora_dropout=layer.dropout.p, target_modules=sorted(targets), bias='none')
     config.update(use_dora=False, use_rslora=False, inference_mode=True)
     config.update({'prompt_format': prompt_format} if prompt_format else {})
+    if any(model.config.block_length) or model.config.ar_weight:
+        config.update({key: getattr(model.config, key) for key in BLOCKS})
     if tables:
         new = [name.removesuffix('.weight') for name in model.new_weights(model.config)]
         ids = {name: table.ids.tolist() for name, table in tables.items()}

@@ -9,6 +9,7 @@ import torch
 from lm.configurator import require
 from lm.kernels import has_bfloat16
 from lm.rng import ANNEAL, BELIEF, BLOCKS, torch_seed, uniform
+from model import ARCHITECTURES
 
 # Passes that a step's beliefs come from: each further one with probability P_DEEPER, up to MAX_PASSES. With
 # probability P_STALE the first of them sees up to MAX_STALE more of a row masked.
@@ -67,7 +68,7 @@ def make_optimizer(model, optimizer, learning_rate, beta1, beta2, weight_decay, 
     ]
     groups = [group for group in groups if group['params']]
     betas = (beta1, beta2)
-    parts = {'adamw': torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)}
+    parts = {'adamw': torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)} if groups else {}
     if muon:
         options = {'weight_decay': weight_decay, 'momentum': 0.95, 'adjust_lr_fn': 'match_rms_adamw'}
         parts['muon'] = Muon(muon, lr=learning_rate, **options)
@@ -201,7 +202,7 @@ def check_beliefs(p_belief, k_schedule):
     positive = k_schedule and all(type(k) is int and k >= 1 for k in k_schedule)
     require(positive, f'k_schedule is {k_schedule}; give numbers of candidates, as (1, 2, 4, 8).')
     pairs = all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in p_belief)
-    fits = pairs and all(0 <= x <= 1 for pair in p_belief for x in pair)
+    fits = pairs and all(isinstance(x, (int, float)) and 0 <= x <= 1 for pair in p_belief for x in pair)
     fits = fits and list(p_belief) == sorted(p_belief)
     remedy = 'give (fraction of training, probability from there on) from 0 to 1 in order, as ((0.5, 0.5),)'
     require(fits, f'p_belief is {p_belief}; {remedy}.')
@@ -230,19 +231,21 @@ def draw_beliefs(model, step, max_steps, seed, p_belief, k_schedule, k_warmup_st
 def draw_blocks(model, step, seed, noisy_every=1):
     """Draw the block length of a step from those of the model's config, and which blocks have a noisy copy, every n-th.
 
-    Returns it and (n, the first of them): the same on all ranks.
+    Returns it and (n, a number below 1 that says which of n is the first): the same on all ranks.
     """
     length, first = (float(uniform(BLOCKS, seed, step, i)) for i in range(2))
     lengths = model.config.block_length
-    return lengths[int(length * len(lengths))], (noisy_every, int(first * noisy_every))
+    return lengths[int(length * len(lengths))], (noisy_every, first)
 
 
 def default_anneal_steps(anneal_steps, model, start, max_steps):
     """Return anneal_steps, or where it is None a tenth of max_steps for a model that starts from causal weights."""
-    causal_start = start and start.get('converted_from') and model.config.shift
-    anneal_steps = (max_steps // 10 if causal_start else 0) if anneal_steps is None else anneal_steps
-    useless = anneal_steps and model.causal
-    require(not useless, f'anneal_steps is {anneal_steps}, but the model stays causal; leave it out.')
+    source = start and ARCHITECTURES.get(start.get('converted_from'))
+    was_causal = source and source.causal and model.config.shift
+    anneal_steps = (max_steps // 10 if was_causal else 0) if anneal_steps is None else anneal_steps
+    has_own_mask = model.causal or any(model.config.block_length) or model.config.ar_weight
+    problem = f'anneal_steps is {anneal_steps}, but the attention of this model does not change'
+    require(not (anneal_steps and has_own_mask), f'{problem}; leave it out.')
     return anneal_steps
 
 

@@ -13,6 +13,7 @@ from html import escape
 from pathlib import Path
 
 from lm.configurator import printable, require
+from lm.files import require_folder
 from lm.tokenizer import ENDOFTEXT, settings_of
 
 # Key, format and title of each column, a group per line; a column that no model has is left out.
@@ -305,6 +306,7 @@ def new_figure(width, height):
 
 def draw(runs, metric, out):
     """Write the curves of a metric of several runs as SVG and PNG, with the entropy floor where all share one."""
+    require_folder(out)
     figure = new_figure(8, 4.5)
     axes = figure.subplots()
     for run in runs:

@@ -26,12 +26,13 @@ RANGES = [  # settings that are at least the first number and below the second
     (1, math.inf, 'eval_every log_every sample_tokens peft_lora_r num_classes noisy_every'),
     (0, math.inf, 'num_epochs learning_rate min_lr warmup_steps warmup_ratio decay_ratio weight_decay'),
     (0, math.inf, 'eval_tokens eval_examples early_stopping save_every save_total_limit sample_every'),
-    (0, math.inf, 'num_samples anneal_steps grad_clip'),
+    (0, math.inf, 'num_samples anneal_steps grad_clip k_warmup_steps'),
     (0, math.inf, 'lora_rank num_layers_to_finetune val_set_size'),
     (0, 1, 'beta1 beta2 ema_decay dropout token_dropout label_smoothing peft_lora_dropout lora_dropout'),
 ]
 NEEDS = {  # settings that have no effect where the first one is not set
     'save_every': 'save_total_limit',
+    'sample_every': 'num_samples sample_tokens',
     'use_peft': 'peft_lora_r peft_lora_alpha peft_lora_dropout peft_targets',
     'lora_rank': 'lora_alpha lora_dropout',
 }
@@ -58,6 +59,9 @@ def check_settings(config):
     for key, names in NEEDS.items():
         if key in config and not config[key] and not config['resume_from']:
             report_idle(config, f'without {key}', names)
+    if not config['resume_from']:
+        idle = {'wsd': '', 'constant': 'decay_ratio min_lr'}.get(config['schedule'], 'decay_ratio')
+        report_idle(config, f'with schedule={config["schedule"]}', idle)
     if 'p_belief' in config:
         optim.check_beliefs(config['p_belief'], config['k_schedule'])
     if 'mask_ratio' in config:
@@ -352,8 +356,7 @@ def means(split, sums):
 @torch.no_grad()
 def evaluate(model, batches, dist):
     """Compute the val/ metrics over the batches of all ranks, a data.EvaluationBatches."""
-    names = 'loss count correct predicted loss_without_padding ignore_correct ignore_targets ignore_guesses'.split()
-    sums, sums_k0 = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)  # a rank may have no batch
+    sums, sums_k0 = {}, {}
     model.eval()
     for batch in batches:
         with dist.autocast():

@@ -160,7 +160,8 @@ def check(task, length, sizes):
     is_whole = task != 'fn_h' or length % 4 == 0  # two bits per bracket, as many closed as opened
     require(is_whole, f'sequence_length is {length}; {task} needs a multiple of 4.')
     for key, size in sizes.items():
-        require(size in range(0, 2**62, 2), f'{key}_set_size is {size}; it must be even, half of each class.')
+        fits = size in range(0 if key == 'val' else 2, 2**62, 2)
+        require(fits, f'{key}_set_size is {size}; it must be even, half of each class.')
     total, base = sum(sizes.values()), len(digits_of(task))
     problem = f'The sets ask for {total:,} rows, and there are only {base}^{length} = {base**length:,}'
     require(total <= base**length, f'{problem}; choose smaller sets or a longer sequence_length.')

@@ -82,8 +82,8 @@ def check_settings(config):
         check_choice(config, 'on_error', ('stop', 'skip'))
     if kind == 'bpe':
         check_range(config, 256 + len(SPECIAL_TOKENS), math.inf, 'vocab_size')
-    is_used = kind == 'bpe' or 'vocab_size' not in config.given
-    require(is_used, f'vocab_size={config["vocab_size"]} has no effect with tokenizer={kind}; leave it out.')
+    for key in config.given & {'vocab_size', 'tokenizer_sample_mb'} if kind != 'bpe' else ():
+        raise UserError(f'{key}={config[key]} has no effect with tokenizer={kind}; leave it out.')
 
 
 def target_folder(config):

@@ -240,6 +240,17 @@ def test_a_converted_model_begins_as_the_ar_model_one_position_on(architecture, 
 
 
 @torch.no_grad()
+@pytest.mark.faults
+def test_two_streams_have_no_shift():
+    assert converted(make_checkpoint()[1], ar_weight=1.0).config.shift is False
+    shifted = checkpoints.convert(make_checkpoint()[1], 'ar.pt', 'diffusion')
+    for blocks in ({'block_length': (4,)}, {'ar_weight': 1.0}):
+        with pytest.raises(
+            UserError, match='a token from the position before it, so it is no start for blocks'
+        ):
+            checkpoints.convert(shifted, 'dream.pt', 'diffusion', **blocks)
+
+
 def test_loss_and_sampling_of_a_converted_model_see_the_same_shift():
     model, tokens = converted(make_checkpoint()[1]), some_tokens()
     masked = torch.zeros_like(tokens, dtype=torch.bool)

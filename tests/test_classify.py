@@ -218,6 +218,13 @@ def test_a_stopped_run_goes_on_bit_identical(place, case):
         assert a.files == b.files and all(np.array_equal(a[name], b[name]) for name in a.files)
 
 
+@pytest.mark.faults
+def test_a_start_with_a_shorter_block_size_goes_on_with_it(place):
+    write_base(place / 'base', 'ar')
+    classify(*COMMON, *TEXTS, '--init_from=base', '--block_size=12', '--max_steps=2', '--out_dir=run')
+    assert classify('--resume_from=run', '--max_steps=4')['block_size'] == 12
+
+
 def test_a_finished_run_is_left_alone_and_goes_on_where_it_is_made_longer(place):
     classify(*TINY, *TASK, '--max_steps=2', '--out_dir=run')
     with pytest.raises(SystemExit) as end:

@@ -162,6 +162,7 @@ def evaluated(folder, architecture, ranks=1, **settings):
         for number in range(ranks)
         for batch in evaluation_batches(folder, architecture, dist=rank(number, ranks), **settings)
         for row in range(len(batch.tokens))
+        if batch.loss_mask is None or batch.loss_mask[row].any()  # a rank may have none that counts
     ]
 
 
@@ -201,12 +202,11 @@ def test_evaluation_is_the_same_for_any_number_of_ranks(make_folder, architectur
     assert len(rows(1)) == 6 if max_tokens else len(rows(1)) > 12
 
 
-def test_ranks_that_wait_for_each_other_get_as_many_evaluation_batches(make_folder):
+def test_each_rank_gets_as_many_evaluation_batches(make_folder):
     folder = Folder(make_folder(val=['abcdefghi' * 4]))  # two rows, both in the first rank's batch
     kind = ARCHITECTURES['diffusion']
     first, second = (
-        list(data.EvaluationBatches(folder, 'val', kind, 16, 4, 'packed', dist=rank(i, 2), even=True))
-        for i in (0, 1)
+        list(data.EvaluationBatches(folder, 'val', kind, 16, 4, 'packed', dist=rank(i, 2))) for i in (0, 1)
     )
     assert len(first) == len(second) == 1 and len(first[0].tokens) > len(second[0].tokens)
     assert not second[0].loss_mask.any()
@@ -237,6 +237,28 @@ def test_bytes_of_a_mix_are_those_of_its_tokens(make_folder, tmp_path, mode):
         tokens = torch.cat([b.tokens[:, 1:].flatten() for b in batches])
     long, short = (sum(folder.tokenizer.decode([t]) == x for t in tokens.tolist()) for x in 'ab')
     assert batches.num_bytes == pytest.approx(long + short, rel=0.05) and long > short
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize('weights, share', [('0.5 0.5', 0.5), ('0.7 0.3', 0.7), ('0.9 0.1', 0.9)])
+def test_an_evaluation_of_a_part_of_a_mix_has_its_proportions(make_folder, tmp_path, weights, share):
+    for name in 'ab':
+        make_folder(name, val=[name * 16] * 600)
+    folder = open_dataset(','.join(f'{tmp_path}/{name}:{w}' for name, w in zip('ab', weights.split())))
+    rows = evaluated(folder, 'ar', max_tokens=100 * 16)
+    first = sum(bool((row[0] == folder.tokenizer.encode('a')[0]).any()) for row in rows)
+    assert len(rows) == 100 and first == pytest.approx(100 * share, abs=1)
+
+
+@pytest.mark.faults
+@pytest.mark.filterwarnings('error')
+def test_a_weight_of_many_digits_credits_bytes_to_the_right_folder(make_folder, tmp_path):
+    for name, val in (('a', ['a' * 16] * 600), ('b', ['b' * 16] * 600)):
+        make_folder(name, val=val)
+    folder = open_dataset(f'{tmp_path}/a:0.3333333333333333,{tmp_path}/b:0.6666666666666667')
+    batches = evaluation_batches(folder, 'ar', max_tokens=300 * 16)
+    list(batches)
+    assert batches.counts[1] == pytest.approx(2 * batches.counts[0], rel=0.02)
 
 
 def test_evaluation_of_a_few_batches_is_spread_over_the_split(make_folder):

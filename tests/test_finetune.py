@@ -210,7 +210,8 @@ CASES = {  # base, settings
     'ar': ('ar', ['--gradient_accumulation_steps=2', '--dropout=0.1', '--warmup_steps=4']),
     'diffusion': ('diffusion', ['--packing=False', '--optimizer=muon']),
     'sdd': ('sdd', ['--p_belief=((0.25,1.0),)', '--k_warmup_steps=6']),
-    'adapters': ('ar', ['--use_peft', '--peft_lora_r=4']),
+    'adapters': ('ar', ['--use_peft', '--peft_lora_r=4', '--optimizer=muon']),
+    'blocks': ('ar', ['--use_peft', '--peft_lora_r=4', '--architecture=diffusion', '--block_length=(4,)']),
     'converted': ('ar', ['--use_peft', '--peft_lora_r=4', '--architecture=sdd', '--p_belief=((0,1),)']),
 }
 
@@ -234,7 +235,7 @@ def test_a_stopped_run_goes_on_bit_identical(place, tmp_path, case):
     changed = (tuned['embedding.weight'] != base['embedding.weight']).any(1)
     if '--use_peft' in words:
         ids = special_ids(letter_tokenizer(ASCII))
-        new = [ids['mask_id'], ids['ignore_id']] if case == 'converted' else []
+        new = [ids['mask_id'], ids['ignore_id']] if case in ('converted', 'blocks') else []
         assert changed.nonzero().flatten().tolist() == new
         assert case != 'converted' or (tuned['belief_proj.weight'] != torch.eye(16)).any()
     else:
@@ -297,6 +298,40 @@ def test_adapters_are_trained_alone_and_the_checkpoint_has_them_merged(place, tm
     ]
     torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
     assert (tmp_path / 'run/adapter').is_dir()
+
+
+@pytest.mark.faults
+def test_an_adapter_is_merged_into_the_blocks_that_it_was_trained_with(place, tmp_path):
+    words = settings(
+        place, 'ar', '--use_peft', '--architecture=diffusion', '--block_length=(4,)', '--ar_weight=1'
+    )
+    tune(*words, f'--out_dir={tmp_path}/run')
+    hf.main(['merge', f'{tmp_path}/run/adapter', f'--base={place}/ar', f'--out={tmp_path}/merged.pt'])
+    merged, tuned = (
+        checkpoints.load_model(checkpoints.load(tmp_path / x), 'cpu') for x in ('merged.pt', 'run')
+    )
+    for key in ('block_length', 'ar_weight', 'shift'):
+        assert getattr(merged.config, key) == getattr(tuned.config, key)
+    assert same(merged.state_dict(), tuned.state_dict())
+
+
+@pytest.mark.faults
+def test_a_file_that_was_prepared_goes_on_by_its_own_name_and_one_that_changed_is_another(
+    place, tmp_path, monkeypatch
+):
+    monkeypatch.setattr('lm.folder.ROOT', tmp_path)
+    (tmp_path / 'data').mkdir()
+    (tmp_path / 'prepare').symlink_to(ROOT / 'prepare')
+    records, out = tmp_path / 'my.json', tmp_path / 'run'
+    records.write_text(json.dumps([{'instruction': f'Say {i}.', 'output': f'{i}'} for i in range(40)]))
+    words = [f'--dataset={records}', f'--init_from={place}/ar', f'--out_dir={out}', '--resume_from=auto']
+    tune(*words, '--max_steps=2')
+    first = load(out)['train_config']['dataset']
+    tune(*words, '--max_steps=4')
+    assert load(out)['global_step'] == 4 and load(out)['train_config']['dataset'] == first
+    records.write_text(records.read_text().replace('Say', 'Tell'))
+    tune(f'--dataset={records}', f'--init_from={place}/ar', f'--out_dir={tmp_path}/other', '--max_steps=1')
+    assert load(tmp_path / 'other')['train_config']['dataset'] != first
 
 
 @pytest.mark.faults
@@ -365,7 +400,7 @@ BAD = {
     '--init_from=nowhere.pt': 'nowhere.pt',
     '--init_from=PLACE/examples/config.json': 'config.json',
     '--architecture=nothing': "architecture='ar', no start for 'nothing'",
-    '--anneal_steps=5': 'anneal_steps is 5, but the model stays causal',
+    '--anneal_steps=5': 'anneal_steps is 5, but the attention of this model does not change',
     '--block_size=2000': 'block_size is 2000; .*takes 8 to 64 tokens',
     '--learning_rate=0': 'learning_rate is 0, so nothing would be trained',
     '--max_steps=-1 --num_epochs=0': 'max_steps is -1, num_epochs 0.0: nothing to do',

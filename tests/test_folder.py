@@ -24,6 +24,16 @@ def test_bytes_are_counted_of_the_text_in_the_loss(make_folder):
     assert Folder(make_folder('none', train_on='')).counted_tokens_per_byte('val') is None
 
 
+@pytest.mark.faults
+def test_ends_that_are_padding_are_no_tokens_of_the_text(make_folder):
+    for folder in (
+        Folder(make_folder(val=['abc', 'de'])),
+        Folder(make_folder('some', val=['abc', 'ad'], train_on='ad')),
+    ):
+        folder.tokenizer.ignore_id = folder.tokenizer.endoftext_id
+        assert folder.counted_tokens_per_byte('val') == 1
+
+
 @pytest.mark.parametrize('size, documents', [(3, [0, 3]), (4, [0, 4]), (6, [0, 4, 6])])
 def test_unique_tokens_are_the_first_of_the_training_split(make_folder, size, documents):
     path = make_folder(train=['abc', 'de', 'abc'], val=['abc'])

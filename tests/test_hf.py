@@ -347,18 +347,22 @@ def test_an_export_with_names_of_an_earlier_version_is_read(tmp_path):
         (['import', 'nobody/nothing', '--out=OUT/a.pt'], 'no checkpoint at nobody/nothing, and the hub'),
         (['export', 'OUT/there.pt', '--out=IN', '--overwrite'], 'there.pt is damaged'),
         (['export', 'OUT/there.pt', '--out=OUT', '--overwrite'], 'no exported model; choose another'),
+        (['export', 'OUT/there.pt', '--out=RUN', '--overwrite'], 'no exported model; choose another'),
     ],
 )
 def test_a_mistake_is_one_sentence_and_writes_nothing(words, said, tmp_path):
     (tmp_path / 'in').mkdir()
-    (tmp_path / 'in' / 'config.json').write_text('{}')
+    (tmp_path / 'in' / 'config.json').write_text('{"model_type": "llama"}')
     (tmp_path / 'out').mkdir()
     (tmp_path / 'out' / 'there.pt').write_text('mine')
-    words = [word.replace('IN', f'{tmp_path}/in').replace('OUT', f'{tmp_path}/out') for word in words]
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run' / 'config.json').write_text('{"max_steps": 5}')
+    for name in ('in', 'out', 'run'):
+        words = [word.replace(name.upper(), f'{tmp_path}/{name}') for word in words]
     with pytest.raises(UserError, match=said):
         run(*words)
     assert [path.name for path in (tmp_path / 'out').iterdir()] == ['there.pt']
-    assert (tmp_path / 'in' / 'config.json').is_file()
+    assert all((tmp_path / name / 'config.json').is_file() for name in ('in', 'run'))
 
 
 def test_a_checkpoint_with_its_adapter_beside_is_not_exported(tmp_path):

@@ -104,7 +104,7 @@ def beside_by_hand(streams, doc_ids, block_length, offset):
 )
 def test_a_noisy_token_stands_beside_its_block_and_the_clean_text_before_it(every, doc_ids, offset):
     tokens, several = torch.zeros(1, 10, dtype=torch.long), len(set(doc_ids)) > 1
-    streams = TwoStreams(tokens, 3, torch.tensor([doc_ids]) if several else None, every, 1, neighbours=4)
+    streams = TwoStreams(tokens, 3, torch.tensor([doc_ids]) if several else None, every, 0.5, neighbours=4)
     numbers = torch.cat([streams.noisy, torch.arange(10, 20)]) + 1.0  # of the positions of the streams
     (beside,) = streams.near(numbers[None, :, None], (offset,))
     found = 0 * numbers if beside is None else beside[0, :, 0]

@@ -9,6 +9,7 @@ from helpers import GPT2_SWITCHES
 
 from lm import optim, runtime
 from lm.configurator import UserError
+from lm.layers import TwoStreams
 from model import ARCHITECTURES, ModelConfig
 
 TINY = dict(vocab_size=30, block_size=16, n_layer=2, n_head=2, n_embd=16, mask_id=28, ignore_id=29)
@@ -40,6 +41,31 @@ def test_each_trainable_parameter_is_in_exactly_one_part(name, parts, shape):
     assert sorted(map(id, parameters_of(optimizer))) == sorted(map(id, trainable))
     for group in (group for part in optimizer.parts.values() for group in part.param_groups):
         assert {p.dim() > 1 for p in group['params']} == {group['weight_decay'] > 0}
+
+
+@pytest.mark.faults
+def test_muon_takes_a_model_that_trains_matrices_of_the_blocks_alone():
+    model = make_model().requires_grad_(False)
+    model.blocks[0].mlp.up.weight.requires_grad_(True)
+    assert set(make_optimizer(model, 'muon').parts) == {'muon'}
+
+
+@pytest.mark.faults
+def test_only_a_causal_start_is_annealed():
+    model = make_model('sdd', shift=True)
+    steps = [
+        optim.default_anneal_steps(None, model, {'converted_from': kind}, 1000)
+        for kind in ('ar', 'diffusion')
+    ]
+    assert steps == [100, 0]
+
+
+@pytest.mark.faults
+def test_which_blocks_are_noisy_is_even_where_there_are_fewer_than_every_nth():
+    model = make_model(block_length=(6,))
+    firsts = [optim.draw_blocks(model, step, 0, 4)[1][1] for step in range(300)]
+    first = [TwoStreams(torch.zeros(1, 16, dtype=torch.long), 6, None, 4, x).first for x in firsts]
+    assert min(first.count(i) for i in range(3)) > 80
 
 
 def test_muon_has_the_matrices_of_the_blocks_and_no_others():

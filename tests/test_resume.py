@@ -153,6 +153,14 @@ def test_the_best_of_another_evaluation_is_not_the_best_of_this_one(copied):
     assert 1 < load(copied)['best_val_loss'] < 9 and load(copied)['best_step'] == 12
 
 
+@pytest.mark.faults
+def test_a_run_that_goes_on_elsewhere_has_a_best_of_its_own(copied, tmp_path):
+    torch.save({**load(copied), 'best_val_loss': 0.1, 'best_step': 3}, copied / 'ckpt.pt')
+    run('train.py', f'--resume_from={copied}', '--max_steps=9', f'--out_dir={tmp_path}/elsewhere')
+    best = checkpoints.load(tmp_path / 'elsewhere/best.pt')
+    assert best['global_step'] == load(tmp_path / 'elsewhere')['best_step'] == 9
+
+
 def test_a_copy_under_checkpoints_goes_on_in_its_run(place, tmp_path):
     settings = [f'--dataset={place}/letters', '--save_every=2', '--save_total_limit=2', '--ema_decay=0.5']
     train(*settings, f'--out_dir={tmp_path}/run')

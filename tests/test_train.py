@@ -145,7 +145,7 @@ def test_a_tenth_of_the_steps_is_annealed_after_ar_and_none_from_scratch(place, 
     started = train(*diffusion, f'--init_from={place}/run/best.pt', f'--out_dir={tmp_path}/started')
     assert started['anneal_steps'] == 2 and started['raw_model'].attn_mask is None  # at the end
     assert train(*diffusion, f'--out_dir={tmp_path}/scratch')['anneal_steps'] == 0
-    with pytest.raises(UserError, match='anneal_steps is 3, but the model stays causal'):
+    with pytest.raises(UserError, match='anneal_steps is 3, but the attention of this model does not change'):
         train(*settings, '--anneal_steps=3', f'--out_dir={tmp_path}/no')
     assert not (tmp_path / 'no').exists()
 
@@ -173,6 +173,9 @@ def test_the_block_size_is_what_the_data_were_prepared_for_unless_given(place, t
     settings = [word for word in TRAIN if 'block_size' not in word] + [f'--dataset={folder}', '--max_steps=1']
     assert run('train.py', *settings, f'--out_dir={tmp_path}/1')['block_size'] == 24
     assert run('train.py', *settings, f'--out_dir={tmp_path}/2', '--block_size=16')['block_size'] == 16
+    run('train.py', *settings, f'--out_dir={tmp_path}/long', '--block_size=32')
+    tuned = run('train.py', *settings, f'--init_from={tmp_path}/long', f'--out_dir={tmp_path}/3')
+    assert tuned['block_size'] == 24
     resumed = run('train.py', f'--resume_from={tmp_path}/2', '--max_steps=2')
     assert resumed['block_size'] == resumed['config']['block_size'] == 16
 
