@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from lm import checkpoints, data, files, likelihood, prompts, quantize, report, rng, runtime, scoring
+from lm import checkpoints, data, files, likelihood, prompts, report, rng, runtime, scoring
 from lm.configurator import ROOT, check_range, configure, printable, require, user_errors
 from lm.folder import Folder
 from lm.tokenizer import ENDOFTEXT, Tokenizer
@@ -413,11 +413,8 @@ def evaluate_speed(model, start_token):
         _, *times = timeit.repeat(partial(write, rows), number=1, repeat=4)  # the first warms up
         seconds[rows] = statistics.median(times)
         hook.remove()
-    speeds = {
-        'tokens_per_sec': length / seconds[1],
-        'tokens_per_sec_batch': batch_size * length / seconds[batch_size],
-    }
-    return {**speeds, 'passes_per_token': len(passes) / 4 / length}
+    one, many = length / seconds[1], batch_size * length / seconds[batch_size]
+    return dict(tokens_per_sec=one, tokens_per_sec_batch=many, passes_per_token=len(passes) / 4 / length)
 
 
 # ---------------------------------------------------------------------------- the table
@@ -425,8 +422,7 @@ def evaluate_speed(model, start_token):
 names = [state['name'] for state in states]
 models, first = [], None
 for state in states:
-    model = checkpoints.load_model(state, dist.device)
-    quantize.pack(model, weights)
+    model = checkpoints.load_model(state, dist.device, weights)
     with user_errors():
         generate(model, [], 0, **options(model))  # of no prompt: only to refuse wrong options
     name = state['name'] if names.count(state['name']) == 1 else str(state['path'])

@@ -29,18 +29,17 @@ def import_model(source, out, token=None, revision=None):
     """Write a Hugging Face folder or hub id as a ckpt.pt; return in words what it is."""
     checkpoint = pretrained.load(source, token, revision)
     checkpoints.save(out, checkpoint)
-    c, size = ModelConfig(**checkpoint['model_config']), num_parameters(checkpoint)
+    c, size = (
+        ModelConfig(**checkpoint['model_config']),
+        sum(x.numel() for x in checkpoint['model_state_dict'].values()),
+    )
     shape = f'{c.n_layer} layers × {c.n_embd}, rows of up to {c.block_size}, {c.vocab_size} tokens'
     return f'{checkpoint["architecture"]}, {size:,} parameters, {shape}'
 
 
-def num_parameters(checkpoint):
-    return sum(tensor.numel() for tensor in checkpoint['model_state_dict'].values())
-
-
 def export(source, out):
     """Write a ckpt.pt, or the best weights of a run folder, to the folder `out`, complete or not; return who reads it."""
-    source = best_of(source)
+    source = Path(source, 'best.pt') if Path(source, 'best.pt').is_file() else source
     checkpoint = checkpoints.load(source, mmap=True)
     architecture, config = checkpoint['architecture'], ModelConfig(**checkpoint['model_config'])
     weights = checkpoints.weights_of(checkpoint)
@@ -74,11 +73,6 @@ def export(source, out):
         reader = 'transformers' if families.FAMILIES[family][0] == 'ar' else 'the code of its authors'
         readers = f'of the family {family!r}, for {reader}; {rows} tokens{left_out}'
     return f'{source}, {readers}.'
-
-
-def best_of(source):
-    """Return the best.pt of a run folder that has one; any other source as it is."""
-    return Path(source, 'best.pt') if Path(source, 'best.pt').is_file() else source
 
 
 def in_family(weights, family, rows):

@@ -52,7 +52,6 @@ class Transformer(nn.Module):
     a constant deviation a token's logit for itself would grow with the width: a new model would repeat its input.
     """
 
-    description = 'of its own kind'  # "a language model (autoregressive)"
     bound = 'none'  # 'exact': its loss is -log p(row); 'upper': an upper bound of that; 'none': neither
     order = 'in its own way'  # of writing: the sampler of which the loss is the nll or its bound
     causal = False  # each position attends to those before it only
@@ -281,7 +280,7 @@ def drop_tokens(tokens, share, mask_id):
 class Autoregressive(Transformer):
     """Predicts each token from those before it; its likelihood is exact."""
 
-    description, bound, order = 'autoregressive', 'exact', 'left to right'
+    bound, order = 'exact', 'left to right'
     causal, needs_noise, extra_tokens, trains_on_padding, family_of = True, False, 1, False, 'ar'
 
     def __init__(self, config):
@@ -311,7 +310,7 @@ class Diffusion(Transformer):
     diffuses within them (Arriola et al. 2025, BD3-LM); with ar_weight the clean tokens are an `ar` model as well.
     """
 
-    description, bound, order, family_of = 'masked diffusion', 'upper', 'in random order', 'diffusion'
+    bound, order, family_of = 'upper', 'in random order', 'diffusion'
 
     def __init__(self, config):
         check(config.mask_id is not None, 'mask_id is None; a diffusion model needs the id of <|mask|>.')
@@ -433,7 +432,7 @@ class SDD(Diffusion):
     before each token, without gradient. Related: Soft-Masked Diffusion (Hersche et al. 2025), LRD, LDDM, SCMDM.
     """
 
-    description, order = 'sparse distribution diffusion', f'{Diffusion.order}, two passes per token'
+    order = f'{Diffusion.order}, two passes per token'
     has_beliefs, family_of = True, ''
 
     def __init__(self, config):

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lm import checkpoints, prompts, quantize, runtime
+from lm import checkpoints, prompts, runtime
 from lm.configurator import UserError, configure, printable, report_idle, require, user_errors
 from lm.files import as_sentence, require_folder, write_json
 from lm.tokenizer import Tokenizer
@@ -164,9 +164,8 @@ def save_conversation(path, turns, system):
 
 require(chat or not (prompt and infill), 'A prompt and an infill are given; leave one out.')
 require(chat or not (input or system), 'input and system belong to --chat; add it, or leave them out.')
-require(
-    prompt or not (chat and infill), 'An infill of --chat is of an answer; give the --prompt that it answers.'
-)
+is_answer = chat and infill
+require(prompt or not is_answer, 'An infill of --chat is of an answer; give the --prompt that it answers.')
 require(prompt or not (chat and (watch or html)), 'A conversation is not watched; give --chat a --prompt.')
 require_folder(html)
 require(num_samples >= 1, f'num_samples is {num_samples}; it has to be at least 1.')
@@ -186,12 +185,9 @@ tokenizer = Tokenizer(state['tokenizer'])
 if sampler == 'ar':
     state, sampler = checkpoints.as_ar(state, path), ''
     config.given.discard('sampler')
-model = checkpoints.load_model(state, dist.device)
-quantize.pack(model, weights)
-require(
-    not (infill and model.causal and (watch or html)),
-    'Gaps that an ar model fills are not watched; leave --watch and --html out.',
-)
+model = checkpoints.load_model(state, dist.device, weights)
+is_watched = infill and model.causal and (watch or html)
+require(not is_watched, 'Gaps that an ar model fills are not watched; leave --watch and --html out.')
 runtime.report_idle_settings(config, model)
 report_idle(config, f'on {state["architecture"]}', '' if model.causal else 'compile')
 print(f'{path}: {state["architecture"]}, {model.num_parameters():,} parameters, step {state["global_step"]}')

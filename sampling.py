@@ -141,9 +141,7 @@ def fill_left_to_right(model, rows, seed=0, **options):
     rows, mask_id = [list(row) for row in rows], model.config.mask_id
     while left := [row for row in rows if mask_id in row]:
         starts = [row.index(mask_id) for row in left]
-        lengths = [
-            len(list(takewhile(lambda token: token == mask_id, row[i:]))) for row, i in zip(left, starts)
-        ]
+        lengths = [len([*takewhile(mask_id.__eq__, row[i:])]) for row, i in zip(left, starts)]
         heads = [row[:start] for row, start in zip(left, starts)]
         written = generate(model, heads, max(lengths), seed=seed, **options)
         for row, start, length, text in zip(left, starts, lengths, written):

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder, whose names are those of scripts
 from benchmarks import timing
 from benchmarks.train import beside_nanogpt
-from lm import checkpoints, quantize, runtime
+from lm import checkpoints, runtime
 from lm.configurator import ROOT, check_choice, check_range, configure, require
 from lm.folder import Folder
 from lm.kernels import has_bfloat16
@@ -184,25 +184,22 @@ def write_pretrained():
     theirs = transformers.AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32).eval()
     state, targets = checkpoints.load(pretrained), []
     runtime.Runtime('cpu', 'float32')
-    prompt = Tokenizer(state['tokenizer']).encode(
-        'The history of the lighthouse begins with a fire on a hill. ' * 2
-    )
+    text = 'The history of the lighthouse begins with a fire on a hill. ' * 2
+    prompt = Tokenizer(state['tokenizer']).encode(text)
     greedy = dict(max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
     kinds = {'float32': 1.0, 'bfloat16': 1.6, 'float16': 1.6, 'int8': 2.5}
     if not has_bfloat16(timing.CPU):
         del kinds['bfloat16']
     for weights, wanted in kinds.items():
-        ours = checkpoints.load_model(state, 'cpu')
-        quantize.pack(ours, weights)
+        ours = checkpoints.load_model(state, 'cpu', weights)
         calls = {
             'transformers': partial(theirs.generate, torch.tensor([prompt]), **greedy),
             'ours': partial(generate, ours, [prompt], new_tokens, temperature=0),
         }
         sides = {side: partial(runtime.seconds, call, timing.CPU) for side, call in calls.items()}
         ratio = timing.compare_rates(weights, sides, new_tokens, runs, warmup=1)
-        targets.append(
-            (f"--weights={weights}: our tokens/s / transformers', median of {runs}", ratio, '>=', wanted)
-        )
+        name = f"--weights={weights}: our tokens/s / transformers', median of {runs}"
+        targets.append((name, ratio, '>=', wanted))
     return targets
 
 

@@ -52,13 +52,11 @@ def xl(dist, peak, *settings, block_size):
     return [('MFU of xl', mfu, '>=', 0.45), ('GB of a step of xl, 8 rows', used[True], '<=', 12.0)]
 
 
-def others(dist, peak, *settings, block_size):
+def others(dist, peak, *settings, **shape):
     """Time steps in float16 beside those in bfloat16, and in a process group of one rank beside those without."""
     half = runtime.Runtime(device, 'float16' if dist.device.type == 'cuda' else 'bfloat16')
     kinds = {'bfloat16': dist, 'float16': half, 'one rank': dist}
-    trainees = {
-        name: Trainee('ar', kind, 'adamw', *settings, block_size=block_size) for name, kind in kinds.items()
-    }
+    trainees = {name: Trainee('ar', kind, 'adamw', *settings, **shape) for name, kind in kinds.items()}
     backend = 'nccl' if dist.device.type == 'cuda' else 'gloo'
     torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     ddp = torch.nn.parallel.DistributedDataParallel
@@ -67,10 +65,7 @@ def others(dist, peak, *settings, block_size):
     torch.distributed.destroy_process_group()
     breaks = sum(torch._dynamo.utils.counters['graph_break'].values())
     ratio = seconds['one rank'] / seconds['bfloat16']
-    return [
-        ('a step in a group of one rank / one without', ratio, '<=', 1.1),
-        ('graph breaks', breaks, '<=', 0),
-    ]
+    return [('a step in a group of one rank / without', ratio, '<=', 1.1), ('graph breaks', breaks, '<=', 0)]
 
 
 def decoding(dist, shape):

@@ -29,9 +29,8 @@ def read_run(text):
     found = {}
     for name, pattern in PARTS.items():
         matches = re.findall(f'^{pattern}', text, re.M)
-        require(
-            len(matches) == 1, f'A run of the log has {len(matches)} lines like {pattern!r}; it needs one.'
-        )
+        problem = f'A run of the log has {len(matches)} lines like {pattern!r}'
+        require(len(matches) == 1, f'{problem}; it needs one.')
         found[name] = matches[0]
     return found
 
@@ -65,9 +64,7 @@ def check(runs, data_sets):
 
 def read_table(text):
     """Return {version: name} of the data sets, and {(architecture, name): losses by seed} of the best records."""
-    data_sets = dict(
-        (version, name) for name, version in re.findall(r'^\| (\w+) \|.*`(\w{8})` \|$', text, re.M)
-    )
+    data_sets = {v: name for name, v in re.findall(r'^\| (\w+) \|.*`(\w{8})` \|$', text, re.M)}
     best = {}
     for kind, name, losses in re.findall(r'^\| (\w+) \| (\w+) \| [\d.]+ \(([\d., ]+)\)', text, re.M):
         losses = [float(x) for x in losses.split(', ')]

@@ -24,9 +24,8 @@ from lm.report import new_figure
 
 STUDY = ROOT / 'docs' / 'study.csv'
 COLUMNS = 'unique_tokens kind seed tokens tokens_per_sec loss'.split()
-PLAIN = dict(
-    dropout=0.0, weight_decay=0.1, token_dropout=0.0, block_length=[0], ar_weight=0.0, p_belief=[[0.5, 0.5]]
-)
+PLAIN = dict(dropout=0.0, weight_decay=0.1, token_dropout=0.0, block_length=[0], ar_weight=0.0)
+PLAIN |= dict(p_belief=[[0.5, 0.5]])
 AS_AR = ', as ar'  # of the name of the second line of a model of two kinds
 LOSS = itemgetter(2)  # of a point of a curve
 EXPONENTS = np.linspace(0.05, 2, 40)
@@ -34,10 +33,8 @@ EXPONENTS = np.linspace(0.05, 2, 40)
 
 def kind_of(settings):
     """Name the kind of a run by its architecture and by those settings of the sweep that differ from PLAIN."""
-    given = {key: settings[key] for key, value in PLAIN.items() if settings[key] != value}
-    return ' '.join(
-        [settings['architecture'], *(f'--{key}={value}'.replace(' ', '') for key, value in given.items())]
-    )
+    given = [f'--{key}={settings[key]}'.replace(' ', '') for key, x in PLAIN.items() if settings[key] != x]
+    return ' '.join([settings['architecture'], *given])
 
 
 def is_ar(kind):
@@ -89,9 +86,7 @@ def read_curves(lines):
 
 def table(kinds):
     """Yield a line per kind: by seed its lowest loss, after how many epochs, and when it is below the best `ar`."""
-    means = {
-        kind: statistics.mean(min(map(LOSS, x)) for x in seeds.values()) for kind, seeds in kinds.items()
-    }
+    means = {kind: statistics.mean(min(map(LOSS, x)) for x in kinds[kind].values()) for kind in kinds}
     goal = min((means[kind] for kind in kinds if kind.startswith('ar')), default=0)
     for kind in sorted(kinds, key=means.get):
         cells = []
@@ -127,25 +122,20 @@ def crossing(curve, goal, redraws=200):
 
     def epochs(a, b, c):
         reached = (goal > a) & (b > 0)
-        return np.where(
-            reached, (np.where(reached, goal - a, 1) / np.where(reached, b, 1)) ** (-1 / c), np.inf
-        )
+        gap, slope = np.where(reached, (goal - a, b), 1)
+        return np.where(reached, (gap / slope) ** (-1 / c), np.inf)
 
     a, b, c = fit(y[:, None])
     residuals = np.random.default_rng(0).choice(y - (a + b * x**-c), (len(x), redraws))
     low, high = np.quantile(epochs(*fit(y[:, None] + residuals)), [0.025, 0.975], method='nearest')
-    found, low, high = (
-        f'{value:.3g}' if value < np.inf else 'never' for value in (*epochs(a, b, c), low, high)
-    )
+    found, low, high = (f'{x:.3g}' if x < np.inf else 'never' for x in (*epochs(a, b, c), low, high))
     return found if found == low == high else f'{found} ({low} to {high})'
 
 
 def draw(curves, path):
     """Draw the lowest loss so far of each kind over minutes of training, a panel per number of unique tokens."""
     figure, lines = new_figure(max(10, 4.5 * len(curves)), 7), {}
-    models = sorted(
-        {kind.removesuffix(AS_AR) for kinds in curves.values() for kind in kinds}
-    )  # each has a color
+    models = sorted({kind.removesuffix(AS_AR) for kinds in curves.values() for kind in kinds})
     for axes, (unique, kinds) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items()):
         for kind, curve in [(kind, curve) for kind, seeds in kinds.items() for curve in seeds.values()]:
             minutes, _, losses = zip(*curve)
@@ -165,11 +155,8 @@ def main():
     require(curves, f'{STUDY} has no evaluations yet; name the folder of a sweep.')
     for unique, kinds in curves.items():
         print(f'\n{unique:,} tokens of books\n')
-        print(
-            '| | lowest val/loss | after epochs | below the best ar: minutes | epochs, by a fit |',
-            '|---' * 5 + '|',
-            sep='\n',
-        )
+        print('| | lowest val/loss | after epochs | below the best ar: minutes | epochs, by a fit |')
+        print('|---' * 5 + '|')
         print('\n'.join(table(kinds)))
     draw(curves, STUDY.with_suffix('.svg'))
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import distributed
 
-from lm import pretrained
+from lm import pretrained, quantize
 from lm.configurator import ROOT, require, restore, user_errors
 from lm.files import as_sentence, lock, save_atomically, write_json, writing
 from lm.optim import local
@@ -156,11 +156,13 @@ def weights_of(checkpoint):
     return checkpoint.get('ema_state_dict') or checkpoint['model_state_dict']
 
 
-def load_model(checkpoint, device, **changes):
-    """Make the checkpoint's model with its weights, ready to evaluate or sample."""
+def load_model(checkpoint, device, weights='float32', **changes):
+    """Make the checkpoint's model with its weights, ready to evaluate or sample; weights: how they are kept."""
     model = make_model(checkpoint['architecture'], **{**checkpoint['model_config'], **changes})
     model.load_state_dict(weights_of(checkpoint))
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    quantize.pack(model, weights)
+    return model
 
 
 def as_ar(checkpoint, path):

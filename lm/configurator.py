@@ -124,12 +124,8 @@ ALIASES = [
 ]
 REFUSED = dict(trust_remote_code="no model's code is ever run")
 REFUSED |= dict(gradient_checkpointing_kwargs='it gives no gradient to a block over frozen embeddings')
-ELSEWHERE = dict(
-    use_auth_token='HF_TOKEN or `hf auth login`',
-    push_to_hub='`hf upload`',
-    hub_model_id='`hf upload`',
-    num_processes='torchrun --nproc_per_node',
-)
+ELSEWHERE = dict(use_auth_token='HF_TOKEN or `hf auth login`', num_processes='torchrun --nproc_per_node')
+ELSEWHERE |= dict.fromkeys(['push_to_hub', 'hub_model_id'], '`hf upload`')
 ELSEWHERE |= dict(hf_cache='HF_HOME', wandb_entity='WANDB_ENTITY', tokenizers_prefix='--tokenizer')
 ELSEWHERE |= dict(checkpoints_training='--out_dir', checkpoints_is_medium='the checkpoint')  # published names
 COMPETING = dict(max_steps='num_epochs', num_epochs='max_steps')  # the later wins, unless it is 0 or -1

@@ -56,10 +56,8 @@ class Folder:
     def limit(self, size):
         """Leave out all training tokens but the first `size`."""
         tokens, index = self.tokens['train'], self.index['train']
-        require(
-            0 < size <= len(tokens),
-            f'unique_tokens is {size:,}; {self.path} has {len(tokens):,} for training.',
-        )
+        problem = f'unique_tokens is {size:,}; {self.path} has {len(tokens):,} for training'
+        require(0 < size <= len(tokens), f'{problem}.')
         self.tokens['train'] = np.asarray(tokens[:size])
         self.index['train'] = np.append(index[index < size], index.dtype.type(size))
         if self.masks['train'] is not None:

@@ -161,9 +161,8 @@ def around(folder, c, tokenizer):
     kept = {'add_bos_token': settings['add_bos_token']} if 'add_bos_token' in settings else {}
     ends = settings_of(folder, 'generation_config.json').get('eos_token_id', c.get('eos_token_id'))
     ends = [token for token in ends if isinstance(token, int)] if isinstance(ends, list) else []
-    ids = {
-        f'{kind}_token': known_id(tokenizer.inner, pretrained_token(folder, kind)) for kind in ('bos', 'pad')
-    }
+    known = lambda kind: known_id(tokenizer.inner, pretrained_token(folder, kind))
+    ids = {f'{kind}_token': known(kind) for kind in ('bos', 'pad')}
     return dict(end_tokens=ends, added_tokens=tokenizer.added, tokenizer_config=kept, **ids)
 
 

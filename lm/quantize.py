@@ -83,9 +83,8 @@ def pack(model, weights):
     can = 'fbgemm' in torch.backends.quantized.supported_engines
     if weights == 'bfloat16':
         can = ONEDNN and has_bfloat16(device)
-    require(
-        can, f'This processor does not compute with weights in {weights}; take another of {", ".join(kinds)}.'
-    )
+    problem = f'This processor does not compute with weights in {weights}'
+    require(can, f'{problem}; take another of {", ".join(kinds)}.')
     model.num_parameters = partial(int, model.num_parameters())  # packed ones are none any more
     for name, layer in linear_layers(model):
         model.set_submodule(name, PackedLinear(layer.weight, layer.bias, weights))

@@ -11,6 +11,7 @@ import textwrap
 import time
 from html import escape
 from pathlib import Path
+from string import Template
 
 from lm.configurator import printable, require
 from lm.files import require_folder
@@ -39,6 +40,7 @@ for group, columns in (line.split(': ', 1) for line in COLUMNS.replace('\n  |', 
 # The five first of these that there are make the table that fits a terminal.
 FIRST = 'nats_per_token difference valid_stories followed followed_new_words infilled.one infilled.several judge_nats '
 FIRST = (FIRST + 'entropy tokens_per_sec accuracy bpb rep_4 format_compliance passes_per_token').split()
+PAGE = Path(__file__).with_name('report.html')
 WIDTH, BOUNDS = 100, {'upper': '≤ ', 'none': '? '}
 SHORT_NOTES = """\
 ≤: an upper bound of the nll; ±: half a 95 % interval. All figures, and what they mean: --wide, or
@@ -122,10 +124,9 @@ def table(results, wide=False):
     for name, *texts in [titles, *rows]:
         name = name if len(name) <= widths[0] else name[: widths[0] - 1] + '…'
         lines.append('  '.join([name.ljust(widths[0]), *map(str.rjust, texts, widths[1:])]))
-    lines = [*right_stories(results['models']), lines[0], '-' * len(lines[0]), *lines[1:], '']
-    return '\n'.join(
-        lines + ([NOTES] if wide else [*map(sentence_of(results), results['models']), '', SHORT_NOTES])
-    )
+    notes = [NOTES] if wide else [*map(sentence_of(results), results['models']), '', SHORT_NOTES]
+    lines = [*right_stories(results['models']), lines[0], '-' * len(lines[0]), *lines[1:], '', *notes]
+    return '\n'.join(lines)
 
 
 def right_stories(models, shown=3):
@@ -165,22 +166,6 @@ def sentence_of(results):
 # ---------------------------------------------------------------------------- the page
 
 
-STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8881; --accent: #2a6fdb; --bad: #d33; }
-body { font: 16px/1.55 system-ui, sans-serif; margin: 0 auto; padding: 1.5rem; max-width: 75rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-figure { margin: 0; } .scroll { overflow-x: auto; } svg { min-width: 40rem; max-width: 100%; height: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .8rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: Canvas; }
-summary { cursor: pointer; font-weight: 600; padding: .5rem 0; }
-.samples { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); }
-pre { background: var(--soft); border-radius: .4rem; padding: .8rem; margin: .6rem 0; font: 14px/1.5 ui-monospace, monospace;
-  white-space: pre-wrap; overflow-wrap: anywhere; }
-mark { background: none; color: inherit; border-bottom: 2px solid var(--bad); } small, .note { opacity: .75; }
-"""
-
-
 def page(results, shown=10):
     """Return the whole report as one HTML page, with the first samples and answers of each model."""
     title = f'Models on {escape(results["dataset"])}'
@@ -190,20 +175,11 @@ def page(results, shown=10):
     texts = ''.join(
         f'<div><h3>{escape(model["name"])}</h3>{samples(model, shown)}</div>' for model in results['models']
     )
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><style>{STYLE}</style></head><body>
-<h1>{title}</h1>
-<ul>{''.join(f'<li>{escape(text)}</li>' for text in map(sentence_of(results), results['models']))}</ul>
-{chart(results)}
-<h2>Figures</h2>
-{''.join(folds)}
-<p class="note">{escape(NOTES)}</p>
-<h2>Texts</h2>
-<div class="samples">{texts}</div>
-<p class="note">Rows of {results['block_size']} tokens, {escape(results['mode'])}; {escape(versions)}.</p>
-</body></html>
-"""
+    sentences = map(sentence_of(results), results['models'])
+    parts = dict(title=title, chart=chart(results), tables=''.join(folds), notes=escape(NOTES), texts=texts)
+    parts['sentences'] = ''.join(f'<li>{escape(text)}</li>' for text in sentences)
+    parts['about'] = escape(f'Rows of {results["block_size"]} tokens, {results["mode"]}; {versions}.')
+    return Template(PAGE.read_text(encoding='utf-8')).substitute(parts)
 
 
 def html_table(name, results, columns):
@@ -224,16 +200,14 @@ def samples(model, shown):
         for fault in faults:
             start = min(fault['position'], len(text))
             stop = start + max(1, len(fault['said']))
-            expected = escape(
-                f'{fault["kind"] or "text"}; expected: {" or ".join(fault["expected"][:3]) or "the end"}'
-            )
-            marked += f'{escape(text[end:start])}<mark title="{expected}">'
+            expected = ' or '.join(fault['expected'][:3]) or 'the end'
+            title = escape(f'{fault["kind"] or "text"}; expected: {expected}')
+            marked += f'{escape(text[end:start])}<mark title="{title}">'
             marked += f'{escape(text[start:stop]) or "∅"}</mark>'
             end = stop
         texts.append(marked + escape(text[end:]))
-    texts += [
-        f'{escape(prompt)}<b>{escape(answer)}</b>' for prompt, answer, _ in model.get('answers', [])[:shown]
-    ]
+    answers = model.get('answers', [])[:shown]
+    texts += [f'{escape(prompt)}<b>{escape(answer)}</b>' for prompt, answer, _ in answers]
     return ''.join(f'<pre>{text}</pre>' for text in texts)
 
 

@@ -26,15 +26,6 @@ def settings(config, vocab_size, world_size):
     row_tokens = config['block_size'] * config['gradient_accumulation_steps'] * world_size
     batch_size = max(1, round(STEP_TOKENS * (tokens / TOKENS) ** GROWTH / row_tokens))
     max_steps = max_steps or round(tokens / (batch_size * row_tokens))
-    rate = RATE / depth / max_steps**0.2
-    return {
-        'n_layer': depth,
-        'n_head': depth,
-        'n_embd': width,
-        'batch_size': batch_size,
-        'max_steps': max_steps,
-        'optimizer': 'muon',
-        'learning_rate': float(f'{rate:.1e}'),
-        'weight_decay': 0.1,
-        'schedule': 'linear',
-    }
+    rate = float(f'{RATE / depth / max_steps**0.2:.1e}')
+    shape = dict(n_layer=depth, n_head=depth, n_embd=width, batch_size=batch_size, max_steps=max_steps)
+    return shape | dict(optimizer='muon', learning_rate=rate, weight_decay=0.1, schedule='linear')

@@ -13,7 +13,7 @@ from collections import deque
 from contextlib import suppress
 from typing import NamedTuple
 
-from lm import checkpoints, prompts, quantize
+from lm import checkpoints, prompts
 from lm.configurator import UserError, require, user_errors
 from lm.files import first_line
 from lm.tokenizer import Tokenizer
@@ -94,8 +94,7 @@ class Model:
         self.name = checkpoints.name_of(path)
         self.tokenizer, self.start = Tokenizer(state['tokenizer']), state['start_token']
         self.form, self.stops = state.get('prompt_format'), set(prompts.stop_tokens(state, self.tokenizer))
-        self.module = checkpoints.load_model(state, device)
-        quantize.pack(self.module, weights)
+        self.module = checkpoints.load_model(state, device, weights)
         own, self.block_size = self.module.config.block_length, self.module.config.block_size
         self.infills = not self.module.causal and (0 in own or not any(own))  # sees what stands behind a gap
         samplers = [] if self.module.causal else [name for name in SAMPLERS if name != 'speculative']

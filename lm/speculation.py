@@ -38,8 +38,8 @@ def speculate(model, prompt, max_new_tokens, sampler):
         tokens += new
         draft, q = [], None
         if whole and len(known) + 1 < begin + len(noisy):  # what follows the token that was just drawn
-            states = hidden[len(clean) + len(known) + 1 - begin :]
-            draft, q = draw_draft(model, sampler, states)
+            q = sampler.probabilities(model.head(hidden[len(clean) + len(known) + 1 - begin :]))
+            draft = torch.multinomial(q.cpu(), 1, generator=sampler.rng).squeeze(1).tolist()
     return tokens
 
 
@@ -49,12 +49,6 @@ def ar_probabilities(model, sampler, hidden):
     if model.config.ignore_id is not None:
         logits[:, model.config.ignore_id] = -torch.inf
     return sampler.probabilities(logits)
-
-
-def draw_draft(model, sampler, hidden):
-    """Draw a token for each hidden state (N, C); return them as a list, and what they were drawn with (N, V)."""
-    q = sampler.probabilities(model.head(hidden))
-    return torch.multinomial(q.cpu(), 1, generator=sampler.rng).squeeze(1).tolist(), q
 
 
 def check_draft(draft, q, p, rng):

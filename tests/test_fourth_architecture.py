@@ -19,7 +19,7 @@ from model import ARCHITECTURES, Diffusion, Transformer, reduced
 class Focal(Diffusion):
     """Masked diffusion whose loss is that of surely predicted tokens the least: no bound of -log p."""
 
-    description, bound = 'focal diffusion', 'none'
+    bound = 'none'
 
     def forward(self, tokens, loss_mask=None, noise=None, doc_ids=None, reduction='sum'):
         maskable, counted = self.loss_positions(tokens, loss_mask)
@@ -34,7 +34,7 @@ class Focal(Diffusion):
 class Smoothed(Transformer):
     """Predicts the next token with smoothed targets: a causal model whose loss is no likelihood."""
 
-    description, causal, extra_tokens = 'smoothed autoregressive', True, 1
+    causal, extra_tokens = True, 1
     needs_noise, trains_on_padding = False, False
 
     def forward(self, tokens, loss_mask=None, noise=None, doc_ids=None, reduction='sum'):

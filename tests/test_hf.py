@@ -300,7 +300,7 @@ def test_a_gpt2_of_our_own_training_is_one_for_transformers(tmp_path):
 
 
 class Fourth(models.Diffusion):
-    description, bound = 'a fourth kind', 'none'
+    bound = 'none'
 
 
 @pytest.mark.parametrize('architecture', ['ar', 'diffusion', 'sdd', 'fourth'])
