@@ -52,19 +52,22 @@ class Optimizer:
             part.load_state_dict({**part.state_dict(), 'state': states[name]['state']})
 
 
-def make_optimizer(model, optimizer, learning_rate, beta1, beta2, weight_decay, dtype='float32'):
+def make_optimizer(
+    model, optimizer, learning_rate, beta1, beta2, weight_decay, dtype='float32', decay_embedding=True
+):
     """Make the Optimizer of a model's trainable parameters, each of them in exactly one part.
 
     'adamw' alone; or 'muon' for the matrices of the blocks and AdamW for the rest. Muon (Jordan et al. 2024)
     orthogonalises a matrix's momentum; its update is scaled to the size of AdamW's (Liu et al. 2025), so that one
-    learning rate serves both. Weight decay is for matrices, not for gains and biases; and beside Muon, at its rates, not for
-    the embedding: decay would hold up the logits of what cannot come (docs/LOG.md). dtype: what the run computes in.
+    learning rate serves both. Weight decay is for matrices, not for gains and biases. dtype: what the run computes in.
+    decay_embedding: whether beside Muon it is for those outside the blocks too (docs/LOG.md).
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     muon = [p for name, p in named if optimizer == 'muon' and 'blocks.' in name and p.dim() == 2]
     others = [p for _, p in named if not any(p is matrix for matrix in muon)]
+    outside = weight_decay if decay_embedding or not muon else 0.0
     groups = [
-        {'params': [p for p in others if p.dim() >= 2], 'weight_decay': 0.0 if muon else weight_decay},
+        {'params': [p for p in others if p.dim() >= 2], 'weight_decay': outside},
         {'params': [p for p in others if p.dim() < 2], 'weight_decay': 0.0},
     ]
     groups = [group for group in groups if group['params']]

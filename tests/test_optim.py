@@ -32,15 +32,17 @@ def parameters_of(optimizer):
 
 @pytest.mark.parametrize('name, parts', [('adamw', {'adamw'}), ('muon', {'adamw', 'muon'})])
 @pytest.mark.parametrize('shape', [{}, GPT2_SWITCHES], ids=['native', 'gpt2'])
-def test_each_trainable_parameter_is_in_exactly_one_part(name, parts, shape):
+@pytest.mark.parametrize('decay_embedding', [True, False])
+def test_each_trainable_parameter_is_in_exactly_one_part(name, parts, shape, decay_embedding):
     model = make_model(**shape)
     model.blocks[0].mlp.up.weight.requires_grad_(False)
-    optimizer = make_optimizer(model, name)
+    optimizer = make_optimizer(model, name, decay_embedding=decay_embedding)
     assert set(optimizer.parts) == parts
     trainable = [p for p in model.parameters() if p.requires_grad]
     assert sorted(map(id, parameters_of(optimizer))) == sorted(map(id, trainable))
     matrices = [(part, p) for part, p in model.named_parameters() if p.dim() > 1]
-    decayed = {id(p) for part, p in matrices if name == 'adamw' or part.startswith('blocks.')}
+    everywhere = decay_embedding or name == 'adamw'
+    decayed = {id(p) for part, p in matrices if everywhere or part.startswith('blocks.')}
     for group in (group for part in optimizer.parts.values() for group in part.param_groups):
         assert {id(p) in decayed for p in group['params']} == {group['weight_decay'] > 0}
 
