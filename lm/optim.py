@@ -52,9 +52,7 @@ class Optimizer:
             part.load_state_dict({**part.state_dict(), 'state': states[name]['state']})
 
 
-def make_optimizer(
-    model, optimizer, learning_rate, beta1, beta2, weight_decay, dtype='float32', decay_embedding=True
-):
+def make_optimizer(model, optimizer, lr, beta1, beta2, weight_decay, dtype='float32', decay_embedding=True):
     """Make the Optimizer of a model's trainable parameters, each of them in exactly one part.
 
     'adamw' alone; or 'muon' for the matrices of the blocks and AdamW for the rest. Muon (Jordan et al. 2024)
@@ -72,10 +70,10 @@ def make_optimizer(
     ]
     groups = [group for group in groups if group['params']]
     betas = (beta1, beta2)
-    parts = {'adamw': torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)} if groups else {}
+    parts = {'adamw': torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)} if groups else {}
     if muon:
         options = {'weight_decay': weight_decay, 'momentum': 0.95, 'adjust_lr_fn': 'match_rms_adamw'}
-        parts['muon'] = Muon(muon, lr=learning_rate, **options)
+        parts['muon'] = Muon(muon, lr=lr, **options)
         if dtype == 'bfloat16' and has_bfloat16(muon[0].device):
             parts['muon'].dtype = torch.bfloat16
     return Optimizer(parts)
