@@ -137,7 +137,7 @@ if model_prefix:
     init_from = init_from or str(Path(checkpoint_prefix, model_prefix, 'ckpt.pt'))
 init_from, tokenizer = (name.replace('{model_type}', model_type) for name in (init_from, tokenizer))
 initial = resumed.checkpoint
-clash = init_from and model in families.PUBLISHED
+clash = init_from and not initial and model in families.PUBLISHED
 require(not clash, f'{model} is a shape to train from scratch; leave --model or --init_from={init_from} out.')
 if init_from and not initial:
     given = languages.load_tokenizer(tokenizer) if 'tokenizer' in config.given else None

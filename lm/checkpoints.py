@@ -206,7 +206,8 @@ def convert(checkpoint, path, architecture, block_size=None, **blocks):
         weights['positions.weight'] = weights['positions.weight'][:rows]
     config |= {'block_size': block_size, **blocks}
     source = checkpoint['architecture']
-    has_two_streams = any(config.get('block_length', ())) or config.get('ar_weight')
+    with user_errors():
+        has_two_streams = ModelConfig(**config).has_two_streams
     problem = f'{path} predicts a token from the position before it'
     impossible = config.get('shift') and has_two_streams
     require(not impossible, f'{problem}, so it is no start for blocks or an ar_weight; leave these out.')

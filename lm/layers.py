@@ -96,6 +96,11 @@ class ModelConfig:
             check(even, f'n_embd={self.n_embd} is no even multiple of {heads}; choose one that is.')
 
     @property
+    def has_two_streams(self):
+        """Whether the clean tokens of a row are read beside its noisy ones: for blocks, and for ar_weight."""
+        return any(self.block_length) or self.ar_weight > 0
+
+    @property
     def padded_vocab_size(self):
         """Rows of the embedding: a multiple of 64 keeps the head's matmul fast."""
         return -(-max(self.vocab_size, self.pretrained_rows or 0) // 64) * 64

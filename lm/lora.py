@@ -175,7 +175,7 @@ def save_adapter(model, folder, base_name, prompt_format=None, weights=None):
     config.update(lora_dropout=layer.dropout.p, target_modules=sorted(targets), bias='none')
     config.update(use_dora=False, use_rslora=False, inference_mode=True)
     config.update({'prompt_format': prompt_format} if prompt_format else {})
-    if any(model.config.block_length) or model.config.ar_weight:
+    if model.config.has_two_streams:
         config.update({key: getattr(model.config, key) for key in BLOCKS})
     if tables:
         new = [name.removesuffix('.weight') for name in model.new_weights(model.config)]

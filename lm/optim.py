@@ -245,9 +245,9 @@ def default_anneal_steps(anneal_steps, model, start, max_steps):
     source = start and ARCHITECTURES.get(start.get('converted_from'))
     was_causal = source and source.causal and model.config.shift
     anneal_steps = (max_steps // 10 if was_causal else 0) if anneal_steps is None else anneal_steps
-    has_own_mask = model.causal or any(model.config.block_length) or model.config.ar_weight
     problem = f'anneal_steps is {anneal_steps}, but the attention of this model does not change'
-    require(not (anneal_steps and has_own_mask), f'{problem}; leave it out.')
+    useless = anneal_steps and (model.causal or model.config.has_two_streams)
+    require(not useless, f'{problem}; leave it out.')
     return anneal_steps
 
 

@@ -219,6 +219,14 @@ def test_a_stopped_run_goes_on_bit_identical(place, case):
 
 
 @pytest.mark.faults
+@pytest.mark.parametrize('key', ['train_set_size', 'test_set_size'])
+def test_a_set_without_rows_is_a_sentence(place, key):
+    with pytest.raises(UserError, match=f'{key} is 0; it must be even'):
+        classify(*TINY, *TASK, f'--{key}=0', '--out_dir=run')
+    assert not (place / 'run').exists()
+
+
+@pytest.mark.faults
 def test_a_start_with_a_shorter_block_size_goes_on_with_it(place):
     write_base(place / 'base', 'ar')
     classify(*COMMON, *TEXTS, '--init_from=base', '--block_size=12', '--max_steps=2', '--out_dir=run')
