@@ -70,7 +70,8 @@ config = configure(globals())
 
 METRICS = ('perplexity', 'accuracy', 'generation', 'speed', 'instructions', 'infilling')
 MAX_GAPS, TRIES = 4, 8  # of infilling
-OPTIONS = 'temperature top_k top_p steps sampler block_length threshold eta k fresh_beliefs'  # the first three of ar
+OPTIONS = {True: 'temperature top_k top_p'}  # of generate(), for a causal model, and for another
+OPTIONS[False] = OPTIONS[True] + ' steps sampler block_length threshold eta k fresh_beliefs'
 paths, wanted = ([part.strip() for part in text.split(',') if part.strip()] for text in (checkpoint, metrics))
 
 check_range(config, 1, math.inf, 'batch_size', 'draws', 'exact_rows', 'num_samples')
@@ -212,7 +213,7 @@ def write_batch(model, heads, length, seed, stop_tokens=()):
 
 
 def options(model):
-    return {name: config[name] for name in OPTIONS.split()[: 3 if model.causal else None]}
+    return {name: config[name] for name in OPTIONS[model.causal].split()}
 
 
 def evaluate_generation(model, state):
@@ -419,12 +420,15 @@ def evaluate_speed(model, start_token):
 
 # ---------------------------------------------------------------------------- the table
 
+for state in states:  # wrong options are refused before anything is measured
+    with torch.device('meta'):
+        model = checkpoints.make_model(state['architecture'], **state['model_config'])
+    with user_errors():
+        generate(model, [], 0, **options(model))
 names = [state['name'] for state in states]
 models, first = [], None
 for state in states:
     model = checkpoints.load_model(state, dist.device, weights)
-    with user_errors():
-        generate(model, [], 0, **options(model))  # of no prompt: only to refuse wrong options
     name = state['name'] if names.count(state['name']) == 1 else str(state['path'])
     if dist.is_main:
         print(f'{name} …', flush=True)

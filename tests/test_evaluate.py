@@ -395,6 +395,14 @@ def test_a_bad_file_of_instructions_is_refused(place, tmp_path, text):
         evaluate(f'--checkpoint={place}/ar', '--metrics=instructions', f'--instructions={tmp_path}/bad.json')
 
 
+@pytest.mark.faults
+def test_a_wrong_option_of_any_model_is_refused_before_anything_is_measured(place, capsys):
+    for option, said in (('--top_p=2', 'top_p is 2'), ('--sampler=speculative', 'needs an ar model')):
+        with pytest.raises(UserError, match=said):
+            evaluate(f'--checkpoint={place}/ar,{place}/diffusion', option)
+        assert '…' not in capsys.readouterr().out
+
+
 def test_a_checkpoint_of_another_vocabulary_is_refused_and_as_a_judge_reads_the_text(place, tmp_path):
     write_folder(tmp_path / 'others', letters='etaoin shrdlubcfgjkmpqvwxyz')
     write_run(tmp_path / 'other', tmp_path / 'others', 'ar')
