@@ -64,9 +64,7 @@ warmup_ratio = 0.02
 schedule = 'cosine'  # cosine, linear, wsd, constant
 decay_ratio = 0.2  # of all steps: the decay of wsd
 weight_decay = 0.1
-decay_embedding = (
-    True  # with muon; False: fewer words that cannot come after a long run, more after a short one
-)
+decay_embedding = True  # with muon; False is better for long runs, worse for short ones
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0  # largest norm of the gradient; 0: not clipped
@@ -160,8 +158,8 @@ batches = data.Batches(folder, kind, block_size, batch_size, gradient_accumulati
 val_rows = data.EvaluationBatches(folder, 'val', kind, block_size, batch_size, mode, eval_tokens, dist)
 max_steps, warmup = runtime.plan_steps(config, batches.rows.num_rows, batches.rows_per_step)
 anneal_steps = optim.default_anneal_steps(anneal_steps, raw_model, initial, max_steps)
-rates = learning_rate, beta1, beta2, weight_decay
-opt = optim.make_optimizer(raw_model, optimizer, *rates, dist.dtype, decay_embedding)
+settings = beta1, beta2, weight_decay, dist.dtype, decay_embedding
+opt = optim.make_optimizer(raw_model, optimizer, learning_rate, *settings)
 scaler = dist.scaler()
 ema = opt.average = optim.WeightAverage(raw_model, ema_decay) if ema_decay else None
 inputs = {'rows_per_step': batches.rows_per_step, 'data': folder.fingerprint}

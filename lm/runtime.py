@@ -62,6 +62,8 @@ def check_settings(config):
     if not config['resume_from']:
         idle = {'wsd': '', 'constant': 'decay_ratio min_lr'}.get(config['schedule'], 'decay_ratio')
         report_idle(config, f'with schedule={config["schedule"]}', idle)
+        report_idle(config, 'beside out_dir', 'run_suffix' * bool(config['out_dir']))
+        report_idle(config, 'without muon', 'decay_embedding' * (config['optimizer'] != 'muon'))
     if 'p_belief' in config:
         optim.check_beliefs(config['p_belief'], config['k_schedule'])
     if 'mask_ratio' in config:

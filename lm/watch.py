@@ -70,8 +70,7 @@ class Frames:
         return [position, '' if is_hidden else self.text_of(token), kind, round(probability, 3)]
 
     def text_of(self, token):
-        decode = self.tokenizer.decode
-        return decode([*self.before, token])[len(decode(self.before)) :]
+        return self.tokenizer.decode([*self.before, token])[len(self.tokenizer.decode(self.before)) :]
 
 
 class Terminal:

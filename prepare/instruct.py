@@ -73,6 +73,8 @@ if __name__ == '__main__':
 
     path = HUB.get(source, source)
     if source == 'stories':
+        problem = 'val_fraction has no effect on stories, each of which says where it belongs'
+        require('val_fraction' not in config.given, f'{problem}; leave it out.')
         config['max_examples'] = max_examples = max_examples or 20_000
         records = Source(story_tasks.SOURCE, told, story_tasks.VERSION, max_examples, ' examples')
     elif Path(path).exists() or suffix_of(Path(path)) in READERS or path.count('/') != 1:

@@ -224,6 +224,13 @@ def test_a_folder_is_reused_for_the_same_command_and_refused_for_another(instruc
         instruct(alpaca())
 
 
+@pytest.mark.faults
+def test_a_share_for_validation_that_stories_do_not_take_is_refused(prepare, tmp_path):
+    with pytest.raises(UserError, match='val_fraction has no effect on stories'):
+        prepare('instruct.py', '--source=stories', '--val_fraction=0.3', output_dir=tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
+
+
 def test_a_bpe_learns_from_the_examples_and_a_checkpoint_gives_its_tokenizer(instruct, tmp_path):
     folder = instruct(alpaca(60), '--tokenizer=bpe', '--vocab_size=300', '--val_fraction=0.2')
     instruction = folder.tokenizer.encode('### Instruction:\n')

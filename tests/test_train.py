@@ -289,6 +289,7 @@ BAD_SETTINGS = {
     '--p_belief=0.5': r'p_belief is \(0.5,\)',
     '--mask_ratio=(0.8,0.2)': r'mask_ratio is \(0.8, 0.2\)',
     '--mask_ratio=0.5': r'mask_ratio is \(0.5,\)',
+    "--p_belief=((0.5,'x'),)": r'p_belief is \(\(0.5',
     '--noisy_every=0': 'noisy_every is 0',
     '--k_schedule=()': 'k_schedule is',
     '--max_steps=0': 'max_steps is 0, num_epochs 0.0: nothing to do; give one',
@@ -303,7 +304,7 @@ BAD_SETTINGS = {
     },
     **{
         f'--{key}=-1': f'{key} is -1.*; it must be at least 0'
-        for key in 'learning_rate weight_decay grad_clip eval_tokens save_every warmup_steps'.split()
+        for key in 'learning_rate weight_decay grad_clip eval_tokens save_every warmup_steps k_warmup_steps'.split()
     },
 }
 
@@ -314,6 +315,15 @@ def test_a_bad_setting_is_refused_before_anything_is_written(place, tmp_path, mo
     with pytest.raises(UserError, match=BAD_SETTINGS[setting]) as error:
         train(f'--dataset={place}/letters', *re.split(' (?=--)', setting))
     assert '\n' not in str(error.value) and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.faults
+def test_settings_without_effect_are_reported(place, tmp_path, capsys):
+    words = '--decay_ratio=0.3 --run_suffix=x --decay_embedding=False --num_samples=1'.split()
+    train(f'--dataset={place}/letters', f'--out_dir={tmp_path}/run', '--max_steps=1', *words)
+    said = capsys.readouterr().out
+    for note in ('schedule=cosine', 'beside out_dir', 'without muon', 'without sample_every'):
+        assert f'has no effect with {note}' in said or f'has no effect {note}' in said, note
 
 
 @pytest.mark.faults
