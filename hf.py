@@ -29,10 +29,8 @@ def import_model(source, out, token=None, revision=None):
     """Write a Hugging Face folder or hub id as a ckpt.pt; return in words what it is."""
     checkpoint = pretrained.load(source, token, revision)
     checkpoints.save(out, checkpoint)
-    c, size = (
-        ModelConfig(**checkpoint['model_config']),
-        sum(x.numel() for x in checkpoint['model_state_dict'].values()),
-    )
+    c = ModelConfig(**checkpoint['model_config'])
+    size = sum(tensor.numel() for tensor in checkpoint['model_state_dict'].values())
     shape = f'{c.n_layer} layers × {c.n_embd}, rows of up to {c.block_size}, {c.vocab_size} tokens'
     return f'{checkpoint["architecture"]}, {size:,} parameters, {shape}'
 

@@ -182,9 +182,8 @@ class Sampler:
     watch: object = None
     compile: bool = False  # causal: compile the decode step; the first text waits for that
     sampler: str = ''  # '': first_hitting, of which the NELBO is a bound; where steps are given, ancestral
-    steps: int = (
-        None  # for the masked positions of a window, or of all blocks, one per block at least; None: one each
-    )
+    # For the masked positions of a window, or of all blocks together, at least one per block; None: one per position.
+    steps: int = None
     block_length: int = None  # of `blocks`, 32; of a model trained on blocks: one of its own, 0 the whole row
     threshold: float = None  # of `threshold` a probability, 0.9; of `entropy` nats, 0.3
     eta: float = 0.1  # of `remdm`

@@ -30,9 +30,8 @@ def compiled(template):
     options = {'trim_blocks': True, 'lstrip_blocks': True, 'extensions': ['jinja2.ext.loopcontrols']}
     environment = ImmutableSandboxedEnvironment(**options)
     environment.filters['tojson'] = partial(json.dumps, ensure_ascii=False)
-    environment.globals.update(
-        raise_exception=refuse, strftime_now=lambda form: datetime.now().strftime(form)
-    )
+    now = lambda form: datetime.now().strftime(form)  # when it is rendered
+    environment.globals.update(raise_exception=refuse, strftime_now=now)
     return environment.from_string(NO_TAGS.sub('', template))
 
 

@@ -1,5 +1,6 @@
 """The kernels compute what PyTorch's plain operations compute."""
 
+import statistics
 import subprocess
 import sys
 
@@ -154,8 +155,10 @@ print(peak() - before)
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='the peak is read from /proc')
 def test_the_chunks_of_the_head_take_the_memory_of_a_few():
-    """Of logits there are 29 MB at a time; what stays of each chunk must not part the heap between them."""
-    output = subprocess.run(
-        [sys.executable, '-c', GROWTH], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    assert float(output) < 16 * 29
+    """Of logits there are 29 MB at a time; what stays of each chunk must not part the heap between them.
+
+    Where that lies is by chance: of 33 runs 31 took 154 to 383 MB, two 468 and 668; without huge pages 840 to 1,470.
+    """
+    command = [sys.executable, '-c', GROWTH]
+    outputs = [subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout for _ in range(5)]
+    assert statistics.median(map(float, outputs)) < 16 * 29

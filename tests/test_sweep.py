@@ -104,6 +104,18 @@ def test_a_killed_sweep_goes_on_and_no_run_is_done_twice(place):
     ] == '0.1'
 
 
+@pytest.mark.faults
+def test_each_gpu_that_is_named_has_a_run_unless_jobs_says_otherwise(place):
+    file = write(
+        place, 'two.py', base_args={'lr': 0.1, 'seconds': 1}, grid={'random_seed': [1, 2], 'seed': [1]}
+    )
+    assert sweep(place, file, '--gpus=6,7')[0] == 0
+    assert {path.read_text() for path in place.glob('try/*/gpu')} == {'6', '7'}
+    assert (
+        (place / 'try' / 'results.md').read_text().splitlines()[-1].startswith('| **2** |')
+    )  # both runs in a row
+
+
 def test_the_table_has_mean_and_deviation_over_seeds_and_the_best_row(place):
     file = write(place, 'six.py', base_args={'seconds': 0}, grid={'seed': [1, 2, 3], 'lr': [0.1, 0.2]})
     assert sweep(place, file, '--jobs=3', '--gpus=6,7')[0] == 0
