@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from lm import checkpoints, classification, families, languages, optim, runtime, tasks
-from lm.configurator import check_choice, configure, report_idle, require
+from lm.configurator import check_choice, check_range, configure, report_idle, require
 from lm.files import save_atomically, write_json
 from lm.log import start_run
-from lm.tokenizer import Tokenizer, build
+from lm.tokenizer import SPECIAL_TOKENS, Tokenizer, build
 from model import SIZES
 
 # --- an algorithmic task ---
@@ -127,6 +127,11 @@ resumed = checkpoints.resume(globals(), config, FIXED)
 report_idle(config, *(('on texts', TASK_KEYS) if task else ('on an algorithmic task', TEXT_KEYS)))
 both = lora_rank and num_layers_to_finetune is not None
 require(not both, 'lora_rank and num_layers_to_finetune freeze different things; leave one of them out.')
+top_only = num_layers_to_finetune is not None or model in families.FINETUNED
+report_idle(config, 'where more than the top blocks train', 'train_final_norm' * (not top_only))
+report_idle(config, f'beside model={model}', 'model_size' * bool(model))
+report_idle(config, 'without model_prefix', 'checkpoint_prefix' * (not model_prefix))
+report_idle(config, f'beside init_from={init_from}', 'model_prefix' * bool(init_from))
 if model in SIZES:
     model_size = config['model_size'] = model
     config.given.add('model_size')
@@ -151,6 +156,9 @@ dist = runtime.Runtime(device, dtype)
 if task:
     database = languages.load_database(language_database)
     texts, num_labels = languages.read_sets(database, task, train_langs, eval_langs, model_type)
+    if init_from or tokenizer != 'bpe':
+        report_idle(config, "without a bpe of the run's own", 'vocab_size')
+    check_range(config, 256 + len(SPECIAL_TOKENS), math.inf, 'vocab_size')
     vocabulary = None if initial else languages.make_tokenizer(tokenizer, texts, vocab_size)
 else:
     num_labels = 2
@@ -164,8 +172,10 @@ start_token = initial['start_token'] if initial else vocabulary.start_id
 
 if initial:
     architecture, shape = initial['architecture'], dict(initial['model_config'])
-    is_chosen = 'block_size' in config.given or resumed.checkpoint
-    block_size = min(block_size, shape['block_size']) if is_chosen else shape['block_size']
+    longest = shape['block_size']
+    block_size = block_size if 'block_size' in config.given or resumed.checkpoint else longest
+    fits = block_size <= longest or not task
+    require(fits, f'block_size is {block_size}, but {init_from} sees {longest} tokens; give at most so many.')
 else:
     published = model in families.PUBLISHED
     shape = families.published_config(model, block_size) if published else checkpoints.size_of(model_size)
@@ -195,6 +205,7 @@ if 'val' in sets and task:
     report_idle(config, 'where the data have a val split', 'val_set_size')
 elif val_set_size and 'val' not in sets:
     sets['train'], sets['val'] = classification.hold_out(sets['train'], val_set_size, seed)
+report_idle(config, 'without validation rows', 'best_by' * ('val' not in sets))
 test_sets = [name for name in sets if name not in ('train', 'val')]
 num_classes = num_classes or (num_labels if task else 1)
 enough = num_labels <= max(2, num_classes)
@@ -248,7 +259,9 @@ classifier = dist.wrap(raw_classifier, compile)
 
 subject = f'{task}-{train_langs.replace(",", "+").replace(":", "-")}' if task else target_func
 config.update({key: getattr(trunk.config, key) for key in SHAPE}, tokenizer=tokenizer, init_from=init_from)
-config.update(architecture=architecture, max_steps=max_steps, block_size=block_size, dtype=dist.dtype)
+config.update(architecture=architecture, max_steps=max_steps, dtype=dist.dtype)
+if task:
+    config['block_size'] = block_size
 config.update(num_classes=num_classes, pool=pool, num_layers_to_finetune=num_layers_to_finetune)
 out, log = start_run(dist, config, f'{architecture}-{subject}-{model or model_size}', resumed)
 stop = runtime.StopSignal()

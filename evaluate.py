@@ -91,7 +91,8 @@ for path in (output, html):
 def read_exercises():
     """Return [(instruction, input, checks)] of --instructions, or for requests for stories new ones of these."""
     if folder.config.get('source') == story_tasks.SOURCE:
-        return [(asked, '', wishes) for asked, wishes in story_tasks.exercises(num_samples)]
+        exercises = enumerate(story_tasks.exercises(num_samples))  # every second one in new words
+        return [(asked, '', (wishes, number % 2)) for number, (asked, wishes) in exercises]
     path = Path(instructions) if Path(instructions).exists() else ROOT / instructions
     with files.as_sentence(f'{path} is no list of instructions with checks', 'correct it'):
         entries = json.loads(path.read_bytes())
@@ -171,7 +172,8 @@ def evaluate_likelihood(model, first):
         sums['steps'] = measure(max_tokens, k=k, steps=bound_steps)
     figures = {name: likelihood.perplexity_figures(part, tokens_per_byte) for name, part in sums.items()}
     if 'steps' in sums:
-        figures['steps']['steps'] = bound_steps
+        length = model.config.block_length[0] or block_size
+        figures['steps']['steps'] = bound_steps * math.ceil(block_size / length)  # sample.py's, of all blocks
     for name, part in sums.items() if first else ():
         value, ci, _ = likelihood.interval(part, 'nll', 'count', first.get(name, first['']))
         figures[name] |= {'difference': value, 'difference_ci95': ci}
@@ -305,10 +307,11 @@ def evaluate_instructions(model, state):
 
 
 def request_figures(answers):
-    """Return the share of [(answer, wishes)] that are stories, and that are those asked for, in known words and new ones."""
-    judged = [story_tasks.follows(wishes, answer) for answer, wishes in answers]
-    valid, met = zip(*judged) if judged else ((), ())
-    shares = {'valid_stories': valid, 'followed': met[::2], 'followed_new_words': met[1::2]}
+    """Return the share of [(answer, (wishes, whether in new words))] that are stories, and that are those asked for."""
+    judged = [(*story_tasks.follows(wishes, answer), is_new) for answer, (wishes, is_new) in answers]
+    shares = {'valid_stories': [valid for valid, _, _ in judged]}
+    shares['followed'] = [met for _, met, is_new in judged if not is_new]
+    shares['followed_new_words'] = [met for _, met, is_new in judged if is_new]
     figures = {}
     for name, passed in shares.items():
         figures[name], figures[f'{name}_ci95'] = scoring.share_ci(passed)
@@ -336,6 +339,7 @@ def evaluate_infilling(model, state):
     A model that cannot look ahead writes each gap after what stands before it; best: of TRIES fillings the likeliest.
     """
     rows, gaps = hide_parts(state['start_token'])
+    require(rows, f'No held-out story fits into block_size={block_size}; give a larger one.')
     masked, fill = hidden(rows, gaps), fill_left_to_right
     if not model.causal:  # padded as in training
         masked = [row + [tokenizer.ignore_id] * (block_size - len(row)) for row in masked]
@@ -434,7 +438,7 @@ for state in states:
         print(f'{name} …', flush=True)
     figures = {'name': name, 'path': str(state['path']), 'architecture': state['architecture']}
     figures |= {'parameters': model.num_parameters(), 'step': state.get('global_step')}
-    figures |= {'bound': model.bound, 'order': model.order}
+    figures |= {'bound': model.bound, 'order': model.order.removesuffix(', two passes per token' * (k == 0))}
     if exact or bound_steps or {'perplexity', 'accuracy'} & set(wanted):
         more, sums = evaluate_likelihood(model, first)
         figures |= more

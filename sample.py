@@ -63,7 +63,7 @@ def write(ids, count):
     """Return `count` rows of token ids that begin with `ids`."""
     if infill and model.causal:
         return fill_gaps(ids, count)
-    frames = Frames(tokenizer, Terminal() if watch else None)
+    frames = Frames(tokenizer, Terminal() if watch else None, options['stop_tokens'])
     frames.begin(ids)
     num_steps = steps or (ids.count(tokenizer.mask_id) if infill else max_new_tokens)
     is_told = watch or options['stream'] is not None  # by the text itself
@@ -106,6 +106,7 @@ class Printer:
         self.ids += new[0]
         ends = [i for i, token in enumerate(self.ids) if token in options['stop_tokens']]
         text = tokenizer.decode(self.ids[: ends[0]] if ends else self.ids).lstrip().rstrip('\ufffd')
+        self.ids = self.ids[: ends[0] + 1] if ends else self.ids  # behind an end nothing is written
         print(printable(text[len(self.text) :]), end='', flush=True)
         self.text = text
 
@@ -189,6 +190,8 @@ model = checkpoints.load_model(state, dist.device, weights)
 is_watched = infill and model.causal and (watch or html)
 require(not is_watched, 'Gaps that an ar model fills are not watched; leave --watch and --html out.')
 runtime.report_idle_settings(config, model)
+report_idle(config, 'with infill', 'max_new_tokens' * bool(infill))
+report_idle(config, 'in a conversation', 'num_samples' * (chat and not prompt))
 report_idle(config, f'on {state["architecture"]}', '' if model.causal else 'compile')
 print(f'{path}: {state["architecture"]}, {model.num_parameters():,} parameters, step {state["global_step"]}')
 

@@ -31,10 +31,11 @@ def written(run, options):
     """Return the steps of a text that the model of a run writes."""
     state = checkpoints.load(ROOT / 'out' / run)
     model, tokenizer = checkpoints.load_model(state, 'cpu'), Tokenizer(state['tokenizer'])
-    frames, start = Frames(tokenizer), [state['start_token']]
+    stops, start = prompts.stop_tokens(state, tokenizer), [state['start_token']]
+    frames = Frames(tokenizer, stops=stops)
     frames.begin(start)
-    stops = prompts.stop_tokens(state, tokenizer)
-    generate(model, [start], TOKENS, TEMPERATURE, seed=SEED, stop_tokens=stops, watch=frames, **options)
+    options = {'temperature': TEMPERATURE, 'seed': SEED, 'stop_tokens': stops, 'watch': frames, **options}
+    generate(model, [start], TOKENS, **options)
     return frames.steps
 
 

@@ -61,6 +61,9 @@ class Checkpoint(TemplateLM):
         require(checkpoint, 'No checkpoint is given; name one: --model_args checkpoint=PATH.')
         is_number = isinstance(draws, int) and draws >= 1
         require(is_number, f'draws is {draws}; it has to be a number, at least 1.')
+        batch_size = '16' if batch_size == 'auto' else str(batch_size)
+        is_number = batch_size.isdecimal() and int(batch_size) >= 1
+        require(is_number, f'batch_size is {batch_size}; give a number, at least 1.')
         self.dist, self.path = runtime.Runtime(device, dtype), str(checkpoint)
         state = checkpoints.load(self.path, architecture=architecture)
         require(state['tokenizer'], f'{self.path} holds no tokenizer; the harness gives texts.')
@@ -167,7 +170,7 @@ class Checkpoint(TemplateLM):
             noise = noise_of(rows, batch.tokens.size(1), draw, draws, by_count).to(self.dist.device)
             with self.dist.autocast():
                 values, _, metrics = self.model(batch.tokens, batch.loss_mask, noise, reduction='none')
-            nll = nll + values.double().sum(1) / draws
+            nll = nll + values.cpu().double().sum(1) / draws
         if self.model.causal:
             is_greedy = metrics['correct'].sum(1) == batch.loss_mask.sum(1)
             return list(zip((-nll).tolist(), is_greedy.tolist()))

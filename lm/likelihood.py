@@ -5,8 +5,8 @@ diffusion model has a likelihood for each way to generate a row; each figure is 
 
     NELBO           a bound for sampler='first_hitting': random order, one token at a time; of `sdd` with k = 0 too
     two-pass NELBO  `sdd`: a bound for the same sampler, whose fresh_beliefs come from a first pass over each masked row
-    nested_bound    a bound for sampler='ancestral' with steps=S: random order, all tokens of a step at once, beliefs
-                    carried from step to step
+    nested_bound    a bound for sampler='ancestral' with steps=S, of a row or of each of its blocks: random order, all
+                    tokens of a step at once, beliefs carried from step to step
     chain_rule      exact for sampler='blocks' with block_length=1, from left to right; `sdd`: with fresh_beliefs=True,
                     or carried from token to token
 
@@ -173,7 +173,7 @@ def judge(rows, tokenizer, model, own_tokenizer, start_token, dist, batch_size):
         texts = [(part, np.ones(len(part))) for part in parts[start : start + batch_size]]
         batch = data.collate(texts, None).to(dist.device)  # a causal model does not see the padding
         with dist.autocast():
-            nll += model.nll(batch.tokens, batch.loss_mask).double().sum().cpu()
+            nll += model.nll(batch.tokens, batch.loss_mask).cpu().double().sum()
     nll, count = dist.sum(nll).item(), sum(len(part) - 1 for part in parts)
     per_byte = nll / size / math.log(2) if size else None
     return {'judge_nats': nll / count if count else None, 'judge_bpb': per_byte}

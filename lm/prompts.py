@@ -29,6 +29,7 @@ FORMATS = {
 }
 DEFAULT = FORMATS['default']
 MARKER = r'<\|\w+\|>'
+GAP = re.compile(r'<mask:(\d+)>')
 
 
 def prompt_of(form, instruction, given='', system=''):
@@ -170,8 +171,10 @@ def encode_infill(tokenizer, text):
     if tokenizer.joins_spaces:
         text = re.sub(r' <mask:', '<mask:', text)
     ids = []
-    for i, part in enumerate(re.split(r'<mask:(\d+)>', text)):
-        ids += [tokenizer.mask_id] * int(part) if i % 2 else tokenizer.encode(part)
+    for i, part in enumerate(GAP.split(text)):
+        size = part.lstrip('0') if i % 2 else ''
+        require(len(size) < 8, f'<mask:{part:.20}> is longer than any row; write a smaller number.')
+        ids += [tokenizer.mask_id] * int(size or 0) if i % 2 else tokenizer.encode(part)
     require(tokenizer.mask_id in ids, f'{text!r:.80} has no gap; write <mask:12> for 12 missing tokens.')
     return ids
 

@@ -50,8 +50,8 @@ NOTES = """\
 which is somewhat too narrow where neighbouring windows are alike. exact: the nll itself; upper: an upper bound
 of it, so that an upper figure below an exact one is better, and one above it leaves the question open; no bound:
 neither, so that it does not compare. Each is of texts written as the table says, at temperature 1: what sample.py
-does unless told otherwise. k = 0: the same without beliefs; in S steps: of sampler='ancestral' with steps=S, and
-of no other. Left to right: the exact nll of a diffusion model that samples in this order (sampler='blocks' of
+does unless told otherwise. k = 0: the same without beliefs; in S steps: of sampler='ancestral' with steps=S for a
+whole row, and of no other. Left to right: the exact nll of a diffusion model that samples in this order (sampler='blocks' of
 length 1, fresh_beliefs=True; beliefs carried: False), on fewer rows.
 Accuracy: of the next token for ar, of masked tokens for the others, so the two do not compare. Diversity is
 of the samples that are not empty; it depends on their number and length: compare it with that of held-out
@@ -219,7 +219,7 @@ def chart(results):
     floor = (results['floor'] or {}).get('nats_per_token')
     values = [model['nats_per_token'] for model in models] + [floor] * bool(floor)
     low, high, height = math.log(min(values) / 1.1), math.log(max(values) * 1.1), 34 * len(models)
-    x = lambda value: 260 + 620 * (math.log(value) - low) / (high - low)
+    x = lambda value: 260 + 620 * (math.log(max(value, min(values) / 1.1)) - low) / (high - low)
     steps = [digit * 10**power for power in range(-4, 4) for digit in (1, 1.5, 2, 3, 4, 5, 7)]
     blue, parts = 'stroke="#2a6fdb" stroke-width="2"', []
     for tick in [step for step in steps if low < math.log(step) < high]:

@@ -36,6 +36,7 @@ NEEDS = {  # settings that have no effect where the first one is not set
     'use_peft': 'peft_lora_r peft_lora_alpha peft_lora_dropout peft_targets',
     'lora_rank': 'lora_alpha lora_dropout',
 }
+SAMPLERS = {'threshold': 'threshold entropy', 'eta': 'remdm'}  # settings and the samplers that they are of
 
 
 def report_idle_settings(config, *kinds):
@@ -45,6 +46,14 @@ def report_idle_settings(config, *kinds):
         idle = 'k k_schedule k_warmup_steps p_belief fresh_beliefs'
     if not any(kind.causal for kind in kinds):
         idle += ' token_dropout'
+    if 'sampler' in config and not all(kind.causal for kind in kinds):
+        sampler = config['sampler']
+        unused = ' '.join(key for key, names in SAMPLERS.items() if sampler not in names.split())
+        report_idle(config, f'with sampler={sampler!r}', unused)
+    blocks = [kind.config.block_length for kind in kinds if hasattr(kind, 'config') and not kind.causal]
+    report_idle(config, 'on whole rows', 'noisy_every' * bool(blocks and not any(map(any, blocks))))
+    if config.get('temperature') == 0:
+        report_idle(config, 'at temperature=0', 'top_k top_p')
     if all(kind.causal for kind in kinds):
         idle += ' mask_ratio noisy_every draws bound_steps exact steps sampler block_length threshold eta'
     report_idle(config, 'on ' + ', '.join(sorted({architecture_name(kind) for kind in kinds})), idle)
@@ -63,7 +72,8 @@ def check_settings(config):
         idle = {'wsd': '', 'constant': 'decay_ratio min_lr'}.get(config['schedule'], 'decay_ratio')
         report_idle(config, f'with schedule={config["schedule"]}', idle)
         report_idle(config, 'beside out_dir', 'run_suffix' * bool(config['out_dir']))
-        report_idle(config, 'without muon', 'decay_embedding' * (config['optimizer'] != 'muon'))
+        is_adamw = config['optimizer'] != 'muon' and config.get('depth') is None
+        report_idle(config, 'without muon', 'decay_embedding' * is_adamw)
     if 'p_belief' in config:
         optim.check_beliefs(config['p_belief'], config['k_schedule'])
     if 'mask_ratio' in config:
@@ -130,6 +140,9 @@ class Runtime:
             model.compile()
         if self.world_size == 1 or fsdp:
             return model
+        model._ddp_params_and_buffers_to_ignore = [
+            name for name, _ in model.named_buffers()
+        ]  # the same anyway
         return torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def total(self, values):
@@ -187,7 +200,10 @@ def pick_device(name):
     require(is_there, f'device is {name!r}, but PyTorch finds none here; use --device=cpu or auto.')
     if device.type != 'cuda':
         return device
-    index, count = device.index, torch.cuda.device_count()
+    index, count, ranks = device.index, torch.cuda.device_count(), int(os.environ.get('WORLD_SIZE', 1))
+    require(
+        index is None or ranks == 1, f'device={name} is for one process, not {ranks}; write --device=cuda.'
+    )
     index = int(os.environ.get('LOCAL_RANK', 0)) if index is None else index
     require(index < count, f'There is no GPU {index}, only {count}; start at most one process per GPU.')
     return torch.device('cuda', index)
@@ -303,7 +319,9 @@ def memory_estimate(model, batch_size, length, dist):
     held = {x: optim.local(x).nbytes for x in (*parameters, *model.buffers())}
     weights, trained = sum(held.values()), sum(size for x, size in held.items() if x.requires_grad)
     size = 4 if dist.dtype == 'float32' else 2
-    looked_up = None if config.tied else model.embedding.weight  # never in a matmul
+    looked_up = (
+        None if config.tied else getattr(model.embedding, 'table', model.embedding).weight
+    )  # in no matmul
     cast = [p for p in parameters if p.dtype == torch.float32 and p is not looked_up]
     copies = sum(p.numel() for p in cast) * (0 if size == 4 else 2)
     if any(optim.local(p) is not p for p in parameters):  # sharded: what is gathered at a time

@@ -129,7 +129,8 @@ class Model:
         """Return the ids of a text with gaps, <mask:N>, and how many stand before the text."""
         problem = f'{self.name} writes from left to right and sees nothing behind a gap'
         require(self.infills, f'{problem}; choose a diffusion model of whole rows.')
-        self.check_length(sum(int(gap[:9]) for gap in re.findall(r'<mask:0*(\d+)>', text)), self.block_size)
+        gaps = prompts.GAP.findall(text)
+        self.check_length(sum(int(gap.lstrip('0')[:9] or 0) for gap in gaps), self.block_size)
         with self.encoding:
             ids = prompts.encode_infill(self.tokenizer, text)
         before = prompts.before(ids, self.tokenizer, self.start)
@@ -200,13 +201,16 @@ class Job:
         self.new, self.seed = 0 if self.is_infill else asked, fields.get('seed')
         self.stop = [text for text in texts_of('stop', fields.get('stop') or [''], 16) if text]
         self.options = {name: fields[name] for name in SAMPLING if name in fields}
+        idle = self.options.keys() - {'temperature', 'top_p', 'top_k'} if model.module.causal else ()
+        problem = f'{", ".join(sorted(idle))} has no effect on {model.name}, which writes from left to right'
+        require(not idle, f'{problem}; leave it out.')
         with user_errors():
             generate(model.module, [], 0, **self.options)  # of no prompt: only to refuse wrong options
         prompts, n = self.prompts(limits.batch_size), fields.get('n', 1)
         self.rows = [Row(self, i * n + j, ids) for i, ids in enumerate(prompts) for j in range(n)]
         self.prompt_tokens = sum(map(len, prompts))
         self.check(limits)
-        self.frames = Frames(model.tokenizer) if self.watch else None
+        self.frames = Frames(model.tokenizer, stops=model.stops) if self.watch else None
         self.events, self.cancelled, self.closed = queue.SimpleQueue(), False, False
         self.deadline = time.monotonic() + limits.timeout
         # Of diffusion only rows of one length run together.

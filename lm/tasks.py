@@ -163,8 +163,9 @@ def check(task, length, sizes):
         fits = size in range(0 if key == 'val' else 2, 2**62, 2)
         require(fits, f'{key}_set_size is {size}; it must be even, half of each class.')
     total, base = sum(sizes.values()), len(digits_of(task))
-    problem = f'The sets ask for {total:,} rows, and there are only {base}^{length} = {base**length:,}'
-    require(total <= base**length, f'{problem}; choose smaller sets or a longer sequence_length.')
+    rows = min(total, base**length)  # a longer number could not be printed
+    problem = f'The sets ask for {total:,} rows, and there are only {base}^{length} = {rows:,}'
+    require(rows == total, f'{problem}; choose smaller sets or a longer sequence_length.')
 
 
 def derived_seed(task, length, train, test, seed, compat=False):

@@ -28,9 +28,10 @@ class Frames:
     probability], ...] of what an `sdd` believes about a hidden position, left out otherwise.
     """
 
-    def __init__(self, tokenizer, show=None):
-        """show: called with all cells and the positions that changed, after each step."""
-        self.tokenizer, self.show, self.steps, self.cells = tokenizer, show, [], []
+    def __init__(self, tokenizer, show=None, stops=()):
+        """show: called with all cells and the positions that changed, after each step; stops: tokens that end a row."""
+        self.tokenizer, self.show, self.stops = tokenizer, show, {*stops}
+        self.steps, self.cells, self.start, self.ended = [], [], 0, False
         ids = range(tokenizer.vocab_size)  # behind some text a word keeps the space that it begins with
         self.before = next(([i] for i in ids if tokenizer.decode([i]).strip()), [])
 
@@ -41,7 +42,10 @@ class Frames:
 
     def __call__(self, start, x, confidence, belief):
         """Take a step: tokens x (B, L) from position `start` on, how sure the model is of new ones (B, L), a belief."""
-        row, sure = x[0].tolist(), confidence[0].tolist()
+        self.ended |= start < self.start  # a speculative sampler comes to the next row
+        if self.ended:
+            return
+        row, sure, self.start = x[0].tolist(), confidence[0].tolist(), start
         ids, probabilities = ([], []) if belief is None else (part[0].tolist() for part in belief)
         changed = []
         for i, token in enumerate(row):
@@ -60,6 +64,8 @@ class Frames:
             if cell != known:
                 self.cells[position : position + 1] = [cell]
                 changed.append(cell)
+        written = [token for i, token in enumerate(row, start) if self.cells[i][2] != GIVEN]
+        self.ended = not self.stops.isdisjoint(written) and self.tokenizer.mask_id not in row
         self.steps.append([list(cell) for cell in changed])
         if self.show:
             self.show(self.cells, {cell[0] for cell in changed})

@@ -247,8 +247,11 @@ def test_its_decoders_write_and_are_evaluated_apart(trained, tmp_path, capsys):
     for options in (['--sampler=speculative'], ['--block_length=0']):  # which its ar model does not know
         run('evaluate.py', *words, '--metrics=generation', '--sample_tokens=5', *options)
     run('sample.py', *words, '--infill=a <mask:3> b')
-    run('evaluate.py', *words, '--max_tokens=60', '--draws=2', f'--output={tmp_path}/results.json')
-    whole, ar = json.loads((tmp_path / 'results.json').read_text())['models']
+    words += ['--max_tokens=60', '--draws=2', '--bound_steps=2']
+    run('evaluate.py', *words, f'--output={tmp_path}/results.json')
+    results = json.loads((tmp_path / 'results.json').read_text())
+    whole, ar = results['models']
+    assert whole['steps']['steps'] == 2 * -(-results['block_size'] // 4)  # of all blocks, as sample.py counts
     assert (whole['bound'], ar['bound']) == ('upper', 'exact') and ar['name'].endswith(', as ar')
     assert whole['nats_per_token'] != ar['nats_per_token']
 

@@ -233,6 +233,16 @@ def test_a_start_with_a_shorter_block_size_goes_on_with_it(place):
     assert classify('--resume_from=run', '--max_steps=4')['block_size'] == 12
 
 
+@pytest.mark.faults
+def test_a_block_size_is_refused_that_the_start_does_not_see_and_kept_where_it_has_no_effect(place):
+    write_base(place / 'base', 'ar')
+    with pytest.raises(UserError, match='block_size is 900, but base sees'):
+        classify(*COMMON, *TEXTS, '--init_from=base', '--block_size=900', '--max_steps=2', '--out_dir=run')
+    words = [*TINY, *TASK, '--block_size=9', '--out_dir=other', '--resume_from=auto']
+    for steps in (1, 2):
+        assert classify(*words, f'--max_steps={steps}')['step'] == steps
+
+
 def test_a_finished_run_is_left_alone_and_goes_on_where_it_is_made_longer(place):
     classify(*TINY, *TASK, '--max_steps=2', '--out_dir=run')
     with pytest.raises(SystemExit) as end:
@@ -403,6 +413,8 @@ def test_a_setting_without_effect_is_reported(place, capsys):
         '--context_length=9',
         '--vocab_size=3',
         '--lora_alpha=2',
+        '--best_by=accuracy',
+        '--train_final_norm',
         '--max_steps=1',
         '--out_dir=run',
     )
@@ -411,6 +423,8 @@ def test_a_setting_without_effect_is_reported(place, capsys):
         'note: block_size=9 has no effect on an algorithmic task.',
         'note: vocab_size=3 has no effect on an algorithmic task.',
         'note: lora_alpha=2.0 has no effect without lora_rank.',
+        "note: best_by='accuracy' has no effect without validation rows.",
+        'note: train_final_norm=True has no effect where more than the top blocks train.',
     }
 
 

@@ -67,6 +67,9 @@ def test_bounds_of_sdd_are_told_apart_and_compared_with_their_own_kind(place):
         assert abs(one['difference'] - (one['nats_per_token'] - other['nats_per_token'])) < 1e-5
         assert one['difference_ci95'][0] <= one['difference'] <= one['difference_ci95'][1]
     (plain,) = models_of(f'--checkpoint={place}/sdd', '--k=0', *arguments)
+    assert (
+        two_pass['order'] == 'in random order, two passes per token' and plain['order'] == 'in random order'
+    )
     assert 'k0' not in plain and abs(plain['nats_per_token'] - k0['nats_per_token']) < 1e-6
 
 

@@ -8,6 +8,7 @@ from conftest import write_folder
 from helpers import evaluate, write_run
 
 from lm import report
+from lm.configurator import UserError
 from prepare import grammar
 from sampling import fill_left_to_right, generate
 
@@ -52,6 +53,8 @@ def test_infilling_changes_nothing_but_the_gaps_and_judges_what_is_written(tmp_p
         f'--checkpoint={tmp_path}/run', '--metrics=infilling', '--num_samples=4', '--temperature=0'
     )
 
+    with pytest.raises(UserError, match='No held-out story fits into block_size=20'):
+        evaluate(f'--checkpoint={tmp_path}/run', '--metrics=infilling', '--block_size=20')
     rows, gaps = script['hide_parts'](script['state']['start_token'])
     assert [len(spans) for spans in gaps] == [1, 2, 3, 4]
     mask_id, masked = script['tokenizer'].mask_id, script['hidden'](rows, gaps)
@@ -76,6 +79,12 @@ def test_requests_for_stories_are_judged_by_what_they_ask_for(prepare):
     assert model['followed'] == model['followed_new_words'] == model['valid_stories'] == 0
     found = [script['story_tasks'].choices(story) for story in grammar.stories(2, seed=3)]
     wishes = [{'hero': row['hero']['word']} for row in found]
-    answers = [*zip(grammar.stories(2, seed=3), wishes), ('One day.', wishes[0])]
+    asked = [
+        (wishes[0], 0),
+        (wishes[1], 1),
+        (wishes[0], 0),
+    ]  # without the ones that were too long, in no order
+    answers = [*zip((*grammar.stories(2, seed=3), 'One day.'), asked)]
+    assert script['request_figures'](answers[1:])['followed_new_words'] == 1
     figures = script['request_figures'](answers)
     assert (figures['valid_stories'], figures['followed'], figures['followed_new_words']) == (2 / 3, 0.5, 1)

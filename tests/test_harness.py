@@ -184,6 +184,7 @@ def test_a_conversation_is_encoded_as_a_chat_is(tmp_path):
         ({}, 'No checkpoint is given'),
         ({'checkpoint': 'CHECKPOINT', 'drawz': 3}, 'drawz, which is unknown'),
         ({'checkpoint': 'CHECKPOINT', 'draws': 0}, 'draws is 0'),
+        ({'checkpoint': 'CHECKPOINT', 'batch_size': '0'}, 'batch_size is 0'),
     ],
 )
 def test_a_mistake_in_model_args_is_one_sentence(options, said, checkpoint):
@@ -199,7 +200,7 @@ def test_a_task_of_local_files_says_which_bound_it_is(tmp_path, monkeypatch):
     (tmp_path / 'letters.yaml').write_text(TASK % (tmp_path / 'data.json'))
     monkeypatch.setenv('HF_HOME', str(tmp_path / 'cache'))
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
-    model = harness.Checkpoint(path, device='cpu', draws=2)
+    model = harness.Checkpoint(path, device='cpu', draws=2, batch_size='auto')
     results = simple_evaluate(model=model, tasks=['letters'], task_manager=manager, bootstrap_iters=0)
     assert results['results']['letters']['acc,none'] == 0.5  # the same two choices, each right twice
     assert results['config']['bound'] == 'upper' and results['config']['draws'] == 2

@@ -100,6 +100,15 @@ def test_a_cell_says_half_its_interval_and_what_a_loss_bounds():
     }
 
 
+@pytest.mark.faults
+def test_a_chart_is_drawn_of_an_interval_that_reaches_below_zero():
+    models = [
+        dict(name=name, bound='upper', nats_per_token=1.0, ci95=[low, 2.1])
+        for name, low in (('a', 0.9), ('b', -0.1))
+    ]
+    assert report.chart({'models': models, 'floor': None}).count('<circle') == 2
+
+
 def test_right_stories_are_shown_of_the_model_that_writes_most_of_them():
     few = {'name': 'a', 'valid_stories': 0.0, 'samples': ['no'], 'faults': [[{}]]}
     samples = ['One.\n<|endoftext|>\n', 'unfinished', 'wrong<|endoftext|>', 'Two.<|endoftext|>']

@@ -33,6 +33,10 @@ def test_a_name_that_cannot_be_is_refused(call, expected):
 
 
 def test_auto_is_a_device_and_a_precision_that_it_has(monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with monkeypatch.context() as patch, pytest.raises(UserError, match='device=cuda:0 is for one process'):
+        patch.setattr(torch.cuda, 'is_available', lambda: True)
+        runtime.pick_device('cuda:0')
     assert runtime.pick_device('auto').type in ('cpu', 'cuda', 'mps')
     monkeypatch.setattr(runtime, 'has_bfloat16', lambda device: True)
     assert runtime.pick_dtype('auto', CPU) == 'bfloat16'

@@ -178,6 +178,37 @@ def test_a_conversation_goes_on_until_ctrl_d(tmp_path, sample, monkeypatch):
     assert [one['content'] for one in saved['messages']] == ['say yes', answers[0], 'say no', answers[1]]
 
 
+@pytest.mark.faults
+def test_what_stands_behind_the_end_of_an_answer_is_not_counted(checkpoint_of, capsys):
+    script = run('sample.py', f'--checkpoint={checkpoint_of("ar")}', '--max_new_tokens=1', '--device=cpu')
+    (end, *_), printer = script['options']['stop_tokens'], script['Printer']()
+    for new in ([1, 2], [3, end, end, end]):
+        printer([new])
+    printer.end()
+    assert '[4 tokens, ' in capsys.readouterr().out
+
+
+@pytest.mark.faults
+def test_options_without_effect_are_reported(checkpoint_of, capsys):
+    words = [
+        '--threshold=0.5',
+        '--eta=0.2',
+        '--temperature=0',
+        '--top_k=3',
+        '--infill=a<mask:2>',
+        '--max_new_tokens=4',
+    ]
+    run(
+        'sample.py', f'--checkpoint={checkpoint_of("diffusion")}', *words, '--sampler=entropy', '--device=cpu'
+    )
+    output = capsys.readouterr().out
+    assert (
+        "note: eta=0.2 has no effect with sampler='entropy'." in output and 'threshold=0.5 has' not in output
+    )
+    for said in ('top_k=3 has no effect at temperature=0.', 'max_new_tokens=4 has no effect with infill.'):
+        assert f'note: {said}' in output
+
+
 def test_ctrl_c_ends_an_answer_and_keeps_what_was_said(tmp_path, sample, monkeypatch):
     tokenizer = letter_tokenizer(sorted(set('abcdefghijklmnopqrstuvwxyz ### Instruction:\n\nResponse')))
     checkpoint = write_small_checkpoint(tmp_path / 'ckpt.pt', 'ar', tokenizer, shape={'block_size': 128})
@@ -227,6 +258,7 @@ def test_a_stream_is_told_what_is_written(architecture, shape):
         (['--prompt=what?'], "'?'"),
         (['--prompt=FILE:nowhere.txt'], 'nowhere.txt'),
         (['--infill=the cat'], '<mask:12>'),
+        (['--infill=a <mask:1000000000000>'], '<mask:1000000000000> is longer than any row'),
         (['--infill=a<mask:1>', '--watch'], 'are not watched'),
         (['--infill=a<mask:1>', '--prompt=b'], 'leave one out'),
         (['--chat', '--infill=a<mask:1>'], 'give the --prompt'),

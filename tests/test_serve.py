@@ -152,7 +152,7 @@ def test_fifty_clients_at_once_each_get_their_own_text(client):
 
     def ask(one):
         model, prompt, stream = one
-        order = {'sampler': 'confidence'}  # the default's is random
+        order = {'sampler': 'confidence'} if model == 'diffusion' else {}  # the default's is random
         given = dict(
             model=model, prompt=prompt, max_tokens=12, temperature=0, stream=stream, extra_body=order
         )
@@ -253,6 +253,9 @@ def test_gaps_are_filled_and_watched(port):
         ('infill', dict(model='ar', text='a <mask:1>'), 'sees nothing behind a gap'),
         ('infill', dict(model='sdd', text='a'), '<mask:12>'),
         ('infill', dict(model='sdd', text='<mask:999999999999>'), 'shorten it'),
+        ('infill', dict(model='sdd', text='<mask:' + '0' * 900_000), '<mask:12>'),  # at once
+        ('infill', dict(model='sdd', text=f'<mask:{"0" * 6000}>'), '<mask:12>'),
+        ('completions', dict(model='ar', prompt='a', sampler='confidence'), 'sampler has no effect on ar'),
         ('completions', dict(model='ar', prompt='a' * 128), 'reads 127: shorten it'),
         ('completions', dict(model='ar', prompt='Zürich'), "'ü'"),
         ('completions', dict(model='ar', prompt=[1, 2]), 'give a text, or a list of'),

@@ -136,6 +136,11 @@ def test_a_mistake_is_named(settings, part):
     assert part in str(error.value)
 
 
+@pytest.mark.faults
+def test_more_rows_than_a_number_can_be_printed_of_are_enough():
+    tasks.check('fn_a', 15_000, {'train': 20, 'test': 80})
+
+
 def test_each_digit_is_one_token_and_the_start_is_another():
     for task, base in (('fn_a', 2), ('fn_i', 10)):
         tokenizer = build('char', tasks.digits_of(task))

@@ -89,6 +89,21 @@ def test_a_block_model_shows_the_text_so_far(letters):
 
 
 @pytest.mark.faults
+@pytest.mark.parametrize('sampler', ['', 'speculative', 'ar'])
+def test_what_is_shown_is_the_first_text_up_to_its_end(sampler, letters):
+    model = tiny('ar') if sampler == 'ar' else tiny('diffusion', block_length=(4,), ar_weight=1.0)
+    options = {'seed': 8} if sampler == 'ar' else {'seed': 8, 'sampler': sampler}
+    (plain, *_) = generate(model, [[1, 2]] * 3, 24, **options)
+    options['stop_tokens'] = stops = [plain[5]]
+    frames = Frames(letters, stops=stops)
+    frames.begin([1, 2])
+    first, *others = generate(model, [[1, 2]] * 3, 24, watch=frames, **options)
+    assert first == plain[: plain.index(stops[0], 2) + 1] and max(map(len, others)) > len(first)
+    assert text_of(frames.cells[: len(first)]) == letters.decode(first)
+    assert len(frames.cells) <= len(first) + 3  # to the end of its block
+
+
+@pytest.mark.faults
 def test_words_keep_the_spaces_that_they_begin_with():
     inner = tokenizers.Tokenizer(
         tokenizers.models.Unigram([('<unk>', 0), ('\u2581a', -1), ('\u2581bc', -1), ('d', -1)], 0)
