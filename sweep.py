@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 
 from lm.configurator import ROOT, UserError, check_arguments, check_range, configure, find, require
-from lm.files import write_json
+from lm.files import write_json, writing
 from lm.report import flat
 
 # --- what to run ---
@@ -46,7 +46,7 @@ jobs = 1  # runs at the same time
 gpus = ''  # 0,1: a run sees one of these; empty: all
 dry_run = False  # list the runs, or write the job scripts, and stop
 # --- results ---
-metric = 'test.accuracy'  # of eval_results.json, with dots between names: the best row has most of it, of a loss least
+metric = 'test.accuracy'  # of eval_results.json, with dots between names: the best row has most of it, of loss, perplexity or bpb least
 show = ''  # more of these for the table; empty: the accuracy of each set
 # --- slurm ---
 submit = ''  # slurm
@@ -135,6 +135,12 @@ def language_runs():
 def arguments(name):
     settings = [f'--{key}={value}' for key, value in runs[name].items() if value != '']
     return [*settings, f'--out_dir={root / name}', '--resume_from=auto']
+
+
+def make_folder(path):
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def is_finished(name):
@@ -244,7 +250,8 @@ def markdown_table(columns, groups, names):
     shown = list(dict.fromkeys(shown))
     complete = [group for group, rows in groups.items() if all(metric in figures for figures in rows)]
     mean = {group: statistics.mean(figures[metric] for figures in groups[group]) for group in complete}
-    best = (min if 'loss' in metric else max)(mean, key=mean.get, default=None)
+    is_lower_better = any(word in metric for word in ('loss', 'perplexity', 'bpb'))
+    best = (min if is_lower_better else max)(mean, key=mean.get, default=None)
 
     lines = [[*columns, 'runs', *shown], ['---'] * (len(columns) + 1 + len(shown))]
     for group, rows in groups.items():
@@ -278,10 +285,9 @@ def submit_jobs():
     texts = {name: job_text(f'{experiment_name}-{name}', name) for name in runs if not is_finished(name)}
     if not texts:
         return print('all runs are finished')
-    folder = Path(output_dir).absolute() if output_dir else root / 'jobs'
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(Path(output_dir).absolute() if output_dir else root / 'jobs')
     for name, text in texts.items():
-        (root / name).mkdir(parents=True, exist_ok=True)
+        make_folder(root / name)
         (folder / f'{name}.sh').write_text(text)
 
     head = [line for line in job_text(experiment_name, name).splitlines() if line.startswith('#SBATCH')]
@@ -308,6 +314,7 @@ elif dry_run:
         print('finished ' * is_finished(name) + shlex.join(['python', script, *arguments(name)]))
     print(f'{len(runs)} runs')
 else:
+    make_folder(root)
     complete = run_here()
     write_results()
     sys.exit(0 if complete else 1)

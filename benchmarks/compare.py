@@ -218,6 +218,7 @@ def main():
     check_range(config, 64, 1024, 'new_tokens')
     timing.describe_machine()
     if only == 'pretrained':
+        require(pretrained, 'There is no model to compare with: give --pretrained=FOLDER.')
         timing.finish(write_pretrained())
     timing.load_nanogpt(peer)
     parts = [part for part in (learn, work, write) if only in ('', part.__name__)]

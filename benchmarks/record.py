@@ -51,6 +51,8 @@ def check(runs, data_sets):
     for part in ('commit', 'run'):
         found = {run[part] for run in runs}
         require(len(found) == 1, f'The runs are of different commits, machines, models or data: {found}.')
+    is_fresh = not any('init_from' in word for word in words[0])
+    require(is_fresh, f'{shlex.join(words[0])} starts from weights; a record is from random ones.')
     require('--eval_tokens=0' in words[0], 'val/loss is over all of the split: add --eval_tokens=0.')
     (commit, machine), (_, data) = runs[0]['commit'], runs[0]['run']
     known = subprocess.run(['git', '-C', ROOT, 'cat-file', '-e', f'{commit}^{{commit}}'], capture_output=True)

@@ -47,6 +47,8 @@ def read_run(folder):
     settings = json.loads((folder / 'config.json').read_text())
     with open(folder / 'metrics.csv', newline='') as file:
         rows = [row for row in csv.DictReader(file) if int(row['step'])]  # a model that has learned something
+    if not rows:
+        return
     speed = round(statistics.median(float(x) for row in rows if (x := row['train/tokens_per_sec'])))
     unique, seed, kind = settings['unique_tokens'], settings['seed'], kind_of(settings)
     for row in rows:

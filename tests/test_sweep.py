@@ -240,6 +240,7 @@ def test_a_mistake_is_a_sentence(place, settings, part):
         (dict(experiment_name='a\nrm -rf b'), 'is no plain name'),
         (dict(experiment_name='../a'), 'is no plain name'),
         (dict(submit='slurm', timeout='1\necho b'), 'is no plain name'),
+        (dict(submit='slurm', output_dir='wrong.py'), 'wrong.py could not be written'),
     ],
 )
 def test_a_key_that_the_script_refuses_or_a_name_that_leads_out_writes_nothing(place, settings, part):
