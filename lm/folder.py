@@ -3,6 +3,7 @@
 import hashlib
 import json
 import mmap
+import os
 import subprocess
 import sys
 from fractions import Fraction
@@ -99,7 +100,10 @@ def prepared(source, field, max_seq_len, tokenizer):
         return source
     settings = dict(source=source, field=field, max_seq_len=max_seq_len, tokenizer=tokenizer())
     words = [f'--{key}={value}' for key, value in settings.items() if value]
-    content = repr([*words, sha256_of(near) if near.is_file() else ''])
+    base = Path(settings['tokenizer'] or os.devnull)  # trained again, it is another one
+    files = [base] if base.is_file() else sorted(base.glob('*'))
+    times = [(path.name, path.stat().st_mtime_ns) for path in files]
+    content = repr([*words, times, sha256_of(near) if near.is_file() else ''])
     target = ROOT / 'data' / f'{near.stem}-{hashlib.sha256(content.encode()).hexdigest()[:8]}'
     if (target / 'config.json').is_file():
         return str(target)
@@ -109,8 +113,14 @@ def prepared(source, field, max_seq_len, tokenizer):
     return str(target)
 
 
+def is_of(folder, source):
+    """Say whether the prepared folder at a path was made of this file, or of this data set of the hub."""
+    made_of = Folder(folder).config.get('source') or ''
+    return made_of.removeprefix('https://huggingface.co/datasets/') == source
+
+
 def find_folder(dataset):
-    is_mix = ',' in str(dataset) and not Path(dataset).exists()
+    is_mix = ',' in str(dataset) and not os.path.exists(dataset)
     require(not is_mix, f'{dataset!r} mixes folders, which is for train.py; name one of them with --dataset.')
     for path in (Path(dataset), ROOT / 'data' / dataset):
         if (path / 'config.json').is_file():
@@ -172,7 +182,7 @@ def parse_weight(part, dataset):
 def open_dataset(dataset, unique_tokens=0):
     """Open the Folder of a name or path, with its first unique_tokens training tokens, 0 all of them; or the Mix of
     several with their weights."""
-    is_folder = any(path.exists() for path in (Path(dataset), ROOT / 'data' / dataset))
+    is_folder = any(map(os.path.exists, (dataset, ROOT / 'data' / dataset)))  # of a name of any length
     is_mix = not is_folder and {':', ','} & set(str(dataset))
     require(not (is_mix and unique_tokens), f'unique_tokens={unique_tokens} is of one folder, not of a mix.')
     folder = Mix(dataset) if is_mix else Folder(dataset)

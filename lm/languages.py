@@ -58,6 +58,8 @@ def find_entry(database, language, task):
         names = ', '.join(f'{language}:{each}' for each in entry)
         require(name in entry, f'{where} has several data sets; choose one of {names}.')
         entry = entry[name]
+    else:
+        require(not name, f'{where} has one data set, none named {name!r}; leave :{name} out.')
     for key in REQUIRED:
         require(key in entry, f'{where} lacks {key}.')
     require(len(entry['splits']) in (2, 3), f'{where}: splits has to name train, perhaps val, and test.')

@@ -13,7 +13,7 @@ SHAPES = (  # fields that have to be there, and one that may: of the instruction
 )
 ASSISTANT = ('assistant', 'gpt', 'chatgpt', 'bot', 'model')
 ROLES = ('system', 'user', 'human', *ASSISTANT)
-OUTCOMES = ('whole', 'cut', 'too long', 'empty')  # of encoding an example; the last two are left out
+OUTCOMES = ('whole', 'cut', 'too long', 'empty', 'refused')  # of encoding; the last three are left out
 
 
 class Document(str):
@@ -79,8 +79,8 @@ def from_messages(messages, where, system=''):
 class Examples:
     """Encode conversations, as JSON text; each worker of the writer gets a copy."""
 
-    def __init__(self, form, max_seq_len):
-        self.form, self.max_seq_len = form, max_seq_len
+    def __init__(self, form, max_seq_len, on_error):
+        self.form, self.max_seq_len, self.on_error = form, max_seq_len, on_error
 
     def read(self, document):
         """Return (format, turns, system message) of a document."""
@@ -100,7 +100,12 @@ class Examples:
     def encode(self, tokenizer, document):
         """Return [(ids, loss mask)], several of a long plain text, and the outcome; [] where it is left out."""
         form, turns, system = self.read(document)
-        ids, loss_mask = prompts.encode(tokenizer, form, turns, system)
+        try:
+            ids, loss_mask = prompts.encode(tokenizer, form, turns, system)
+        except UserError as error:  # by a chat template
+            problem = f'{error} It begins {document[:80]!r}'
+            require(self.on_error == 'skip', f'{problem}; --on_error=skip leaves it out.')
+            return [], 'refused'
         if not turns[-1][2].strip() or 1 not in loss_mask:
             return [], 'empty'
         limit = self.max_seq_len - 1  # a row begins with a start token

@@ -67,20 +67,21 @@ if __name__ == '__main__':
     block_size, own_format = model_at(tokenizer)
     form = prompts.FORMATS.get(prompt_format) or own_format or prompts.DEFAULT
     config['prompt_format'] = next((name for name, known in prompts.FORMATS.items() if known == form), form)
-    config['max_seq_len'] = max_seq_len or block_size or 1024
+    config['max_seq_len'] = (block_size or 1024) if max_seq_len is None else max_seq_len
     check_range(config, 8, math.inf, 'max_seq_len')
     config['name'] = name or Path(source.partition(',')[0]).stem
 
     path = HUB.get(source, source)
     if source == 'stories':
-        problem = 'val_fraction has no effect on stories, each of which says where it belongs'
-        require('val_fraction' not in config.given, f'{problem}; leave it out.')
+        idle = sorted(config.given & {'val_fraction', 'field'})
+        problem = f'{" and ".join(idle)} has no effect on stories, of which all is known'
+        require(not idle, f'{problem}; leave it out.')
         config['max_examples'] = max_examples = max_examples or 20_000
         records = Source(story_tasks.SOURCE, told, story_tasks.VERSION, max_examples, ' examples')
-    elif Path(path).exists() or suffix_of(Path(path)) in READERS or path.count('/') != 1:
+    elif suffix_of(Path(path)) in READERS or path.count('/') != 1 or Path(path).exists():
         records = files(path, field, '', document)
     else:
         records = hub(path, None, field, document)
     records.limit = max_examples or None
-    records.examples = Examples(form, config['max_seq_len'])
+    records.examples = Examples(form, config['max_seq_len'], on_error)
     write(records, config)

@@ -77,6 +77,8 @@ def check_settings(config):
     kind = config['tokenizer']
     check_range(config, 0, math.inf, *{'num_workers', 'max_seq_len'} & set(config))
     check_range(config, 0, 1, 'val_fraction')
+    remedy = 'give the share of the text that is for validation'
+    require(config['val_fraction'], f'val_fraction is 0, so nothing could be evaluated; {remedy}.')
     check_range(config, 0.001, math.inf, 'tokenizer_sample_mb')
     if 'on_error' in config:
         check_choice(config, 'on_error', ('stop', 'skip'))
@@ -90,7 +92,7 @@ def target_folder(config):
     name = config['name']
     if config['output_dir']:
         return Path(config['output_dir']).expanduser().resolve()
-    is_plain = name and Path(name).name == name and not name.startswith('.')
+    is_plain = name and Path(name).name == name and name[0] != '.' and not set(name) & set('*?[]:,')
     require(is_plain, f'name={name} does not name a folder under data/; give a plain name, or output_dir.')
     return ROOT / 'data' / name
 
@@ -272,7 +274,7 @@ def describe(target, command, tokenizer, counts, corpus):
     """Return config.json but for what follows from the files."""
     ids = tokenizer.endoftext_id, tokenizer.mask_id, tokenizer.ignore_id
     start = command['arguments'].get('start_token', ids[0])
-    opening = tokenizer.encode(corpus.opening) if corpus.is_single else [start]
+    opening = tokenizer.encode(corpus.opening) if corpus.is_single and start == ids[0] else [start]
     config = {'format': FORMAT, 'name': target.name, 'source': corpus.source.name}
     config |= {key: command[key] for key in ('arguments', 'inputs')}
     config |= {'vocab_size': tokenizer.vocab_size, 'dtype': token_dtype(tokenizer).name}

@@ -97,7 +97,7 @@ SHAPES = {
 def test_records_of_each_shape_are_the_same_example(shape):
     record, instruction, given, answer = SHAPES[shape]
     example, _ = conversation(record, 'here')
-    text = Examples(prompts.DEFAULT, 100).text(json.dumps(example))
+    text = Examples(prompts.DEFAULT, 100, 'stop').text(json.dumps(example))
     assert text == prompts.prompt_of(prompts.DEFAULT, instruction, given) + answer
 
 
@@ -178,8 +178,8 @@ def test_long_prompts_are_cut_long_answers_and_empty_ones_left_out_and_counted(i
         {'instruction': 'Hm?', 'input': '', 'output': ' \n'},
     ]
     folder = instruct(records, '--max_seq_len=80')
-    assert folder.config['examples'] == {'whole': 10, 'cut': 1, 'too long': 1, 'empty': 1}
-    assert 'examples: 10 whole, 1 cut, 1 too long, 1 empty' in capsys.readouterr().out
+    assert folder.config['examples'] == {'whole': 10, 'cut': 1, 'too long': 1, 'empty': 1, 'refused': 0}
+    assert 'examples: 10 whole, 1 cut, 1 too long, 1 empty, 0 refused' in capsys.readouterr().out
     (cut,) = (prompt for prompt, answer in examples_of(folder) if answer.startswith('Short.'))
     assert (
         cut.endswith('long \n\n### Response:\n') and len(cut) + len('Short.') + 1 == 79
@@ -270,6 +270,30 @@ def test_the_hub_is_asked_for_a_data_set_by_name(instruct, monkeypatch):
         assert len(examples_of(folder)) == 20
 
 
+@pytest.mark.faults
+def test_conversations_that_a_chat_template_refuses_are_named_or_left_out_and_counted(instruct, tmp_path):
+    hf_model('llama', tmp_path / 'model', vocab_size=300, max_position_embeddings=480)
+    write_llama_tokenizer(tmp_path / 'model')
+    said = (
+        "{% for one in messages %}{% if one.role == 'system' %}{{ raise_exception('No system') }}{% endif %}"
+    )
+    (tmp_path / 'model/chat_template.jinja').write_text(
+        said
+        + '{{ one.role }}={{ one.content }};{% endfor %}{% if add_generation_prompt %}assistant={% endif %}'
+    )
+    roles = ('user', 'assistant')
+    told = [[{'role': role, 'content': f'{role} {i}'} for role in roles] for i in range(40)]
+    records = [
+        {'messages': [{'role': 'system', 'content': 'Be kind.'}] * (i == 9) + one}
+        for i, one in enumerate(told)
+    ]
+    words = [f'--tokenizer={tmp_path}/model']
+    with pytest.raises(UserError, match='refuses this conversation .No system.*Be kind.*--on_error=skip'):
+        instruct(records, *words)
+    folder = instruct(records, *words, '--on_error=skip')
+    assert folder.config['examples']['refused'] == 1 and folder.config['examples']['whole'] == 39
+
+
 # ---------------------------------------------------------------------------- bad input
 
 BAD_RECORDS = {
@@ -307,6 +331,8 @@ def test_bad_records_are_refused_with_their_place(instruct, tmp_path, case):
     [
         (['--prompt_format=vicuna'], "prompt_format is 'vicuna'; choose default or alpaca"),
         (['--max_seq_len=2'], 'max_seq_len is 2; it must be at least 8'),
+        (['--max_seq_len=0'], 'max_seq_len is 0; it must be at least 8'),
+        (['--source=stories', '--field=text'], 'field and val_fraction has no effect on stories'),
         (['--source='], 'There is nothing to read: give --source'),
         (['--source=nowhere.json'], 'No file matches nowhere.json'),
         (['--tokenizer=nowhere'], 'tokenizer=nowhere is none of'),

@@ -78,6 +78,8 @@ def test_a_json_database_may_hold_several_sets_of_a_task(tmp_path):
     assert languages.find_entry(database, 'rus:two', 'task')['dataset'] == 'y'
     with pytest.raises(UserError, match='choose one of rus:one, rus:two'):
         languages.find_entry(database, 'rus', 'task')
+    with pytest.raises(UserError, match="none named 'one'; leave :one out"):
+        languages.find_entry({'rus': {'task': entry}}, 'rus:one', 'task')
 
 
 def test_training_languages_are_joined_and_each_test_set_stands_alone(tmp_path):

@@ -172,6 +172,10 @@ def test_rows_of_text_begin_as_the_tokenizers_model_was_pretrained(says, prepare
         for rows in (documents, data.PackedRows(folder, 'train', 16, 15, training=True)):
             read = [rows.read(row, (0,))[0] for row in range(4)]
             assert all(row[0] == 256 and 256 not in row[1:] and len(row) == rows.row_length for row in read)
+    (tmp_path / 'one.txt').write_text('A single text,\nof two lines. ' * 40)
+    words = [f'--input={tmp_path}/one.txt', f'--tokenizer={tmp_path}/model']
+    single = Folder(prepare('text.py', *words, output_dir=tmp_path / 'single'))
+    assert single.config['start_token'] == 256
     inner = Folder(tmp_path / 'out').tokenizer.to_json()
     assert Tokenizer(inner).start_id == (256 if says == 'tokenizer.json' else 257)
     assert Tokenizer(inner, start=256).start_id == 256 and Tokenizer(inner, start=65).start_id != 65
@@ -281,6 +285,9 @@ def test_other_seeds_and_rules_are_not_reused(prepare):
 # ---------------------------------------------------------------------------- settings
 
 BAD_SETTINGS = {
+    '--val_fraction=0': 'val_fraction is 0, so nothing could be evaluated',
+    '--output_dir= --name=a,b': 'name=a,b does not name',
+    '--output_dir= --name=*': r'name=\* does not name',
     '--val_fraction=1.5': r'val_fraction is 1\.5; it must be',
     '--val_fraction=0.001': r'The val split is empty at val_fraction=0\.001',
     '--val_fraction=0.999': r'The train split is empty at val_fraction=0\.999',
