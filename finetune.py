@@ -15,7 +15,7 @@ import torch
 
 from lm import checkpoints, data, optim, prompts, runtime
 from lm.configurator import configure, require
-from lm.folder import Folder, prepared
+from lm.folder import Folder, is_of, prepared
 from lm.log import start_run
 from sampling import generate
 
@@ -114,7 +114,7 @@ if fsdp:
 dist = runtime.Runtime(device, dtype)
 for override in [*resumed.overrides]:
     key, before, now = override
-    if key == 'dataset' and Folder(before).config.get('source') == now:  # prepared at the start of the run
+    if key == 'dataset' and is_of(before, now):  # prepared at the start of the run
         dataset = config['dataset'] = before
         resumed.overrides.remove(override)
 if not resumed.checkpoint:
@@ -126,6 +126,7 @@ max_seq_len, answer_masks = folder.config.get('max_seq_len'), folder.masks['val'
 if train_on_prompt:
     folder.masks = {split: np.ones(len(tokens), np.uint8) for split, tokens in folder.tokens.items()}
 
+blocks = {key: config[key] for key in BLOCKS if key in config.given or resumed.checkpoint}
 if resumed.checkpoint and not use_peft:
     initial = resumed.checkpoint
 elif init_from == 'scratch':
@@ -134,12 +135,11 @@ elif init_from == 'scratch':
     shape = checkpoints.size_of(model_size)
     shape.update(block_size=block_size or max_seq_len or 256, vocab_size=tokenizer.vocab_size)
     shape.update(mask_id=tokenizer.mask_id, ignore_id=tokenizer.ignore_id)
-    shape.update({key: config[key] for key in config.given.intersection(BLOCKS)})
+    shape.update(blocks)
     initial = {'architecture': architecture or 'ar', 'tokenizer': tokenizer.to_json(), 'model_config': shape}
 else:  # adapters go on from the weights that they were made for
     initial = checkpoints.load(init_from, token, revision, mmap=True, tokenizer=tokenizer)
     checkpoints.check_model(initial, init_from, config)
-    blocks = {key: config[key] for key in BLOCKS if key in config.given or resumed.checkpoint}
     initial = checkpoints.convert(initial, init_from, architecture or initial['architecture'], **blocks)
 architecture = initial['architecture']
 checkpoints.check_fits(initial, init_from, architecture, tokenizer, folder.path)

@@ -70,7 +70,8 @@ def export(source, out):
         left_out = f', without the {size - rows} that were added ({MASK}, {IGNORE})' if size > rows else ''
         reader = 'transformers' if families.FAMILIES[family][0] == 'ar' else 'the code of its authors'
         readers = f'of the family {family!r}, for {reader}; {rows} tokens{left_out}'
-    return f'{source}, {readers}.'
+    lost = '; the head of the classifier is not in it' * ('head_state_dict' in checkpoint)
+    return f'{source}, {readers}{lost}.'
 
 
 def in_family(weights, family, rows):

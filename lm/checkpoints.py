@@ -359,6 +359,8 @@ def resume(namespace, config, fixed):
     require(can_go_on, f'{path} holds weights without the state of training; give a ckpt.pt, or {remedy}.')
     own = {'out_dir', 'resume_from', 'overwrite', 'changed_data'} | ({'init_from'} - set(fixed))
     saved = dict(checkpoint.get('train_config', {}))
+    other = {'mode', 'use_peft', 'target_func'} & saved.keys() - config.keys()  # which each script alone has
+    require(not other, f'The run of {path} is of another script; continue it with that one, or {remedy}.')
     saved.setdefault('noisy_every', 1)  # as runs of earlier versions were trained
     if 'eval_batches' in saved:
         saved['eval_tokens'] = saved['eval_batches'] * saved['batch_size'] * (saved['block_size'] or 0)
@@ -388,14 +390,18 @@ def continue_run(resumed, store, model, optimizer, scaler, inputs, config):
         if isinstance(held, str):  # of an earlier version: the hash of a file, or those of a mix
             held = {} if ':' in held else {'train_tokens.bin': held}
         changed = [name for name in held if held[name] != data.get(name)]
-        on_purpose = config['changed_data'] or any(key == 'dataset' for key, *_ in resumed.overrides)
+        refused = [] if config['changed_data'] else changed
+        if any(key == 'dataset' for key, *_ in resumed.overrides):  # on purpose, but for what adapters go on
+            refused = [name for name in refused if name.startswith('the weights of')]
         remedy = 'put it back, or go on all the same with --changed_data'
-        require(not changed or on_purpose, f'{", ".join(changed)} changed since the run of {path}; {remedy}.')
+        require(not refused, f'{", ".join(refused)} changed since the run of {path}; {remedy}.')
         resumed.overrides.extend((name, held[name], data.get(name)) for name in changed)
         store.load_state(resumed, model, optimizer)
         if checkpoint['scaler_state_dict']:  # empty unless dtype was float16
             scaler.load_state_dict(checkpoint['scaler_state_dict'])
         step, best = checkpoint['global_step'], Best(checkpoint['best_step'], checkpoint['best_val_loss'])
+        if path.parent != resumed.run_dir and (own := resumed.run_dir / 'best.pt').exists():  # a copy goes on
+            best = Best(*(load(own, mmap=True)[key] for key in ('best_step', 'best_val_loss')))
         compare = 'dataset', 'eval_tokens', 'eval_examples', 'best_by'
         elsewhere = config['out_dir'] and Path(config['out_dir']).resolve() != resumed.run_dir
         if changed or elsewhere or any(key in compare for key, *_ in resumed.overrides):
@@ -439,7 +445,8 @@ def newest_run():
 def name_of(path):
     """Return the name by which people know the checkpoint at a path: its run's, its folder's or its own."""
     path = Path(path)
-    return path.resolve().parent.name if path.name == 'ckpt.pt' else path.name.removesuffix('.pt')
+    run = path.resolve().parent.name
+    return {'ckpt.pt': run, 'best.pt': f'{run}-best'}.get(path.name, path.name.removesuffix('.pt'))
 
 
 def open_run_folder(out_dir, name, suffix='', run_dir=None, overwrite=False):

@@ -1,7 +1,7 @@
 """Linear layers in fewer bits per weight: frozen ones, int8 and NF4, to train adapters on; 16 bits and int8 to write with."""
 
 import warnings
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn as nn
@@ -28,6 +28,12 @@ def linear_layers(model):
     """Return [(name, layer)] of the linear layers of the blocks, quantized or not."""
     kinds = nn.Linear, QuantizedLinear
     return [(n, m) for n, m in model.named_modules() if n.startswith('blocks.') and isinstance(m, kinds)]
+
+
+@cache
+def levels(device):
+    """Return the 16 numbers of NF4 on a device: a GPU would wait for a copy at each product."""
+    return NF4.to(device)
 
 
 class QuantizedLinear(nn.Module):
@@ -63,7 +69,7 @@ class QuantizedLinear(nn.Module):
             return self.codes * scale
         codes = self.codes.to(torch.uint8)  # of which FSDP may have made bfloat16, as exact
         codes = torch.stack([codes >> 4, codes & 15], -1).flatten(1)  # (N, 64)
-        weight = (NF4.to(scale.device)[codes.int()] * scale).flatten()
+        weight = (levels(scale.device)[codes.int()] * scale).flatten()
         return weight[: self.out_features * self.in_features].view(self.out_features, -1)
 
     def forward(self, x):

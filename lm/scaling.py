@@ -20,12 +20,15 @@ def settings(config, vocab_size, world_size):
     width = WIDTH * depth
     parameters = 12 * depth * width**2 + vocab_size * width
     tokens, max_steps = RATIO * parameters, None
-    if 'max_steps' in config.given:  # steps grow with the tokens of a run: tokens = steps * tokens of a step
+    if (
+        'max_steps' in config.given and config['max_steps'] > 0
+    ):  # steps grow with the tokens of a run: tokens = steps * tokens of a step
         max_steps = config['max_steps']
         tokens = (max_steps * STEP_TOKENS / TOKENS**GROWTH) ** (1 / (1 - GROWTH))
     row_tokens = config['block_size'] * config['gradient_accumulation_steps'] * world_size
     batch_size = max(1, round(STEP_TOKENS * (tokens / TOKENS) ** GROWTH / row_tokens))
-    max_steps = max_steps or round(tokens / (batch_size * row_tokens))
+    batch_size = config['batch_size'] if 'batch_size' in config.given else batch_size
+    max_steps = max_steps or max(1, round(tokens / (batch_size * row_tokens)))
     rate = float(f'{RATE / depth / max_steps**0.2:.1e}')
     shape = dict(n_layer=depth, n_head=depth, n_embd=width, batch_size=batch_size, max_steps=max_steps)
     return shape | dict(optimizer='muon', learning_rate=rate, weight_decay=0.1, schedule='linear')

@@ -112,6 +112,11 @@ def test_an_edited_checkpoint_is_refused_in_one_sentence(tmp_path, key):
 
 
 @pytest.mark.faults
+def test_a_checkpoint_is_known_by_its_run():
+    names = ['out/a/ckpt.pt', 'out/a/best.pt', 'out/a', 'b.pt']
+    assert [checkpoints.name_of(name) for name in names] == ['a', 'a-best', 'a', 'b']
+
+
 def test_a_name_of_a_run_under_out_is_suggested_and_the_hub_not_asked(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import letter_tokenizer
+from conftest import letter_tokenizer, write_folder
 from helpers import (
     ASCII,
     FIRST_STEP,
@@ -39,7 +39,7 @@ from helpers import (
 import hf
 from lm import checkpoints, data
 from lm.configurator import ROOT, UserError
-from lm.folder import Folder
+from lm.folder import Folder, is_of, prepared
 from model import ARCHITECTURES
 
 
@@ -264,6 +264,24 @@ def test_the_gradient_is_the_same_for_any_number_of_micro_steps_and_ranks(place,
         assert same_loss == pytest.approx(loss, rel=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.faults
+def test_adapters_on_quantized_weights_train_on_several_ranks(place, tmp_path):
+    words = settings(place, 'ar', '--use_peft', '--load_in_4bit', f'--out_dir={tmp_path}/run')
+    finish(*start_ranks('finetune.py', *TUNE, *words, ranks=2))
+    assert load(tmp_path / 'run')['global_step'] == 6
+
+
+@pytest.mark.faults
+def test_adapters_on_random_weights_go_on_in_their_blocks_and_another_script_is_refused(place, tmp_path):
+    words = ['--init_from=scratch', '--use_peft', '--architecture=diffusion', '--block_length=4']
+    tune(*words, f'--dataset={place}/examples', f'--out_dir={tmp_path}/run')
+    tune(f'--resume_from={tmp_path}/run', '--max_steps=8')
+    assert load(tmp_path / 'run')['model_config']['block_length'] == (4,)
+    with pytest.raises(UserError, match='is of another script'):
+        run('train.py', f'--resume_from={place}/run', '--max_steps=9')
+
+
 def test_copies_are_kept_up_to_their_limit(place, tmp_path):
     tune(*settings(place, 'ar', f'--out_dir={tmp_path}/run', '--save_every=1', '--save_total_limit=2'))
     kept = {path.name for path in (tmp_path / 'run/checkpoints').iterdir()}
@@ -331,7 +349,20 @@ def test_a_file_that_was_prepared_goes_on_by_its_own_name_and_one_that_changed_i
     assert load(out)['global_step'] == 4 and load(out)['train_config']['dataset'] == first
     records.write_text(records.read_text().replace('Say', 'Tell'))
     tune(f'--dataset={records}', f'--init_from={place}/ar', f'--out_dir={tmp_path}/other', '--max_steps=1')
-    assert load(tmp_path / 'other')['train_config']['dataset'] != first
+    second = load(tmp_path / 'other')['train_config']['dataset']
+    base = shutil.copytree(place / 'ar', tmp_path / 'base')
+    words = ['', None, lambda: base]
+    third, again = prepared(str(records), *words), prepared(str(records), *words)
+    os.utime(base / 'ckpt.pt', (1, 1))  # trained again
+    assert third == again and len({first, second, third, prepared(str(records), *words)}) == 4
+
+
+@pytest.mark.faults
+def test_a_folder_says_which_file_or_data_set_of_the_hub_it_is_of(tmp_path):
+    folder, config = write_folder(tmp_path / 'some'), tmp_path / 'some/config.json'
+    for source, name in (('https://huggingface.co/datasets/a/b', 'a/b'), ('my.json', 'my.json')):
+        config.write_text(json.dumps({**json.loads(config.read_text()), 'source': source}))
+        assert is_of(folder, name) and not is_of(folder, 'a/c')
 
 
 @pytest.mark.faults
@@ -342,8 +373,12 @@ def test_adapters_go_on_with_another_base_only_on_purpose(place, tmp_path):
     state = load(base)
     state['model_state_dict']['blocks.0.mlp.up.weight'][0, 0] += 1e-3
     torch.save(state, base / 'ckpt.pt')
-    with pytest.raises(UserError, match=f'the weights of {base} changed since the run of .*--changed_data'):
-        tune(*words, '--max_steps=8', '--resume_from=auto')
+    others = shutil.copytree(place / 'examples', tmp_path / 'others')
+    for more in ([], [f'--dataset={others}']):
+        with pytest.raises(
+            UserError, match=f'the weights of {base} changed since the run of .*--changed_data'
+        ):
+            tune(*words, '--max_steps=8', '--resume_from=auto', *more)
     tune(*words, '--max_steps=8', '--resume_from=auto', '--changed_data')
     assert f'resumed with the weights of {base}=' in (out / 'logs.log').read_text()
 

@@ -173,6 +173,16 @@ def test_a_copy_under_checkpoints_goes_on_in_its_run(place, tmp_path):
 
 
 @pytest.mark.faults
+def test_the_best_weights_of_a_run_stay_until_they_are_beaten_where_a_copy_goes_on(place, tmp_path):
+    out, settings = tmp_path / 'run', ['--save_every=2', '--eval_every=2']
+    train(f'--dataset={place}/letters', *settings, f'--out_dir={out}')
+    before, best = (out / 'best.pt').read_bytes(), load(out, 'best.pt')['best_val_loss']
+    train(*settings, f'--resume_from={out}/checkpoints/checkpoint-2', '--learning_rate=1e-9')
+    assert (out / 'best.pt').read_bytes() == before
+    assert (load(out)['best_step'], load(out)['best_val_loss']) == (6, best)
+
+
+@pytest.mark.faults
 def test_a_run_that_dies_in_an_evaluation_loses_no_step(place, tmp_path, monkeypatch):
     settings = [f'--dataset={place}/letters', f'--out_dir={tmp_path}/run', '--ema_decay=0.5']
     for evaluations, step in ((1, 0), (2, 3), (2, 6)):

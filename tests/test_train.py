@@ -453,6 +453,21 @@ def test_longer_runs_have_more_tokens_in_a_step_and_lower_rates():
     short, long, deep = settings(1000), settings(100_000), settings(1000, depth=8)
     assert long['batch_size'] > short['batch_size'] and long['learning_rate'] < short['learning_rate']
     assert deep['learning_rate'] < short['learning_rate'] and deep['n_embd'] > short['n_embd']
+    assert settings(0)['max_steps'] == settings(-1)['max_steps'] > 100  # as the depth says
+
+
+@pytest.mark.faults
+def test_a_depth_has_its_number_of_tokens_whatever_the_rows_of_a_step(place, tmp_path, capsys):
+    def tokens(*words):
+        config = Config({})
+        config.update(depth=4, max_steps=0, block_size=32, gradient_accumulation_steps=1, batch_size=64)
+        config.given.update(words)
+        found = scaling.settings(config, vocab_size=1000, world_size=1)
+        return found['max_steps'] * (64 if words else found['batch_size'])
+
+    assert tokens('batch_size') == pytest.approx(tokens(), rel=0.02)
+    by_depth(place, tmp_path / 'run', *'--depth=1 --max_steps=1 --decay_embedding=False'.split())
+    assert 'no effect' not in capsys.readouterr().out
 
 
 def test_what_is_given_beside_a_depth_stays_and_so_does_all_of_it_on_resume(place, tmp_path):
