@@ -7,3 +7,4 @@ block_size = 128
 batch_size = 32
 learning_rate = 6e-3
 max_steps = 600
+decay_embedding = False

@@ -8,6 +8,7 @@ optimizer = 'muon'
 learning_rate = 1e-2
 schedule = 'linear'
 max_steps = 930
+decay_embedding = True  # of so few steps; False for longer runs
 eval_every = 500
 eval_tokens = 76_800
 log_every = 20

@@ -10,7 +10,7 @@ metric = 'best_val_loss'
 base_args = {'dataset': 'books', 'block_size': 128, 'batch_size': 16, 'n_layer': 3, 'n_head': 3, 'n_embd': 96}
 base_args |= {'optimizer': 'muon', 'learning_rate': 5e-3, 'schedule': 'constant', 'ema_decay': 0.998}
 base_args |= {'warmup_steps': 49, 'max_steps': 2440, 'eval_every': 122, 'eval_tokens': 150_000}
-base_args |= {'no_wandb': True}
+base_args |= {'decay_embedding': True, 'no_wandb': True}  # as the first runs of docs/study.csv
 zipped = {
     'architecture': ['ar', 'ar', 'ar', 'diffusion', 'diffusion', 'diffusion', 'diffusion', 'sdd'],
     'dropout': [0.0, 0.2, 0.0, 0.0, 0.0, 0.0, 0.2, 0.0],
