@@ -3,12 +3,15 @@
 import io
 import json
 import re
+import runpy
 
 import pytest
 import tokenizers
 import torch
+from conftest import letter_tokenizer, write_small_checkpoint
 from test_sampling import MASK, tiny
 
+from lm.configurator import ROOT
 from lm.tokenizer import Tokenizer, build
 from lm.watch import DOT, Frames, Terminal, save_page, wrap
 from sampling import generate
@@ -162,3 +165,16 @@ def test_a_terminal_is_not_steered_by_what_a_model_writes(letters, monkeypatch):
     assert '\033[2J' not in screen.getvalue() and r'\x1b[2J' in re.sub(
         r'\033\[[\d;]*m', '', screen.getvalue()
     )
+
+
+@pytest.mark.faults
+def test_the_picture_of_the_readme_is_drawn(tmp_path, monkeypatch):
+    figures = runpy.run_path(str(ROOT / 'docs/figures.py'))
+    monkeypatch.setitem(figures['written'].__globals__, 'ROOT', tmp_path)
+    for run, architecture in (('ar', 'ar'), ('blocks', 'diffusion'), ('diffusion', 'diffusion')):
+        path = tmp_path / 'out' / f'demo-{run}' / 'ckpt.pt'
+        path.parent.mkdir(parents=True)
+        write_small_checkpoint(path, architecture, letter_tokenizer())
+    figures['draw_writing'](tmp_path / 'writing.svg')
+    picture = (tmp_path / 'writing.svg').read_text()
+    assert all(title in picture for title in figures['MODELS']) and picture.count('<set ') > 100
