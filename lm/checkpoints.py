@@ -358,10 +358,10 @@ def resume(namespace, config, fixed):
     can_go_on, remedy = {'optimizer_state_dict', 'sharded'} & set(checkpoint), f'use it by --init_from={path}'
     require(can_go_on, f'{path} holds weights without the state of training; give a ckpt.pt, or {remedy}.')
     own = {'out_dir', 'resume_from', 'overwrite', 'changed_data'} | ({'init_from'} - set(fixed))
-    saved = dict(checkpoint.get('train_config', {}))
+    earlier = {'noisy_every': 1, 'decay_embedding': True}  # as runs of earlier versions were trained
+    saved = earlier | checkpoint.get('train_config', {})
     other = {'mode', 'use_peft', 'target_func'} & saved.keys() - config.keys()  # which each script alone has
     require(not other, f'The run of {path} is of another script; continue it with that one, or {remedy}.')
-    saved.setdefault('noisy_every', 1)  # as runs of earlier versions were trained
     if 'eval_batches' in saved:
         saved['eval_tokens'] = saved['eval_batches'] * saved['batch_size'] * (saved['block_size'] or 0)
         saved['eval_examples'] = saved['eval_batches'] * saved.get('eval_batch_size', 0)

@@ -333,6 +333,7 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_and_samples(place, tmp_path,
     assert new['global_step'] == 6 and [row['step'] for row in metrics(out)] == list('456')
     assert new['train_config']['eval_tokens'] == 2 * 4 * 16  # as many rows as its batches had
     assert new['train_config']['noisy_every'] == 1  # it was trained on all blocks
+    assert new['train_config']['decay_embedding']
     for name, weight in new['model_state_dict'].items():
         before = old['model_state_dict'][name.replace('belief_proj', 'believed')]
         assert 0 < (weight - before).abs().max() < 0.1, name
