@@ -178,7 +178,8 @@ class Sampler:
     seed: int = 0
     stream: object = None  # called with the new ids of each row, lists, as they are written left to right
     # Called after each step as watch(start, x (B, L), confidence (B, L), belief or None): the tokens of the window from
-    # position `start` of the first row on, and how sure the model is of those just written, else 0.
+    # position `start` of the first row on, and how sure the model is of those just written, else 0. Beliefs of an sdd
+    # that are not carried on cost a pass of the head: only where the call has the attribute shows_beliefs.
     watch: object = None
     compile: bool = False  # causal: compile the decode step; the first text waits for that
     sampler: str = ''  # '': first_hitting, of which the NELBO is a bound; where steps are given, ancestral
@@ -226,6 +227,7 @@ class Sampler:
         self.k = config.k if self.k is None else self.k
         self.fresh_beliefs = one_by_one if self.fresh_beliefs is None else self.fresh_beliefs
         self.carries_beliefs = self.model.has_beliefs and self.k > 0 and not self.fresh_beliefs
+        self.tells_beliefs = self.carries_beliefs or getattr(self.watch, 'shows_beliefs', False)
         self.ends = [token for token in (*self.stop_tokens, config.ignore_id) if token is not None]
 
     def tell(self, start, new, confidence=None):
@@ -423,7 +425,7 @@ def denoise_step(model, x, region, belief, steps_left, steps, sampler, cache=Non
         kept = sampler.to_keep(where, drawn, score, steps_left)
         x[kept] = drawn[kept]
         confidence = torch.where(kept, score.exp() if sampler.sampler == 'entropy' else score, 0)
-        if sampler.carries_beliefs or sampler.watch:
+        if sampler.tells_beliefs:
             new_belief = model.top_k_belief(hidden, x[rows] == mask_id, sampler.k)
             belief = update_belief(belief, new_belief, rows)
     if remasked is not None:

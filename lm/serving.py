@@ -35,7 +35,6 @@ NEUTRAL = dict(frequency_penalty=0, presence_penalty=0, logit_bias={}, echo=Fals
 NEUTRAL |= dict(
     logprobs=False, top_logprobs=0, tools=[], tool_choice='none', response_format={'type': 'text'}
 )
-WAITING = 128  # requests
 
 
 class Limits(NamedTuple):
@@ -329,8 +328,6 @@ class Writer(threading.Thread):
     def submit(self, job):
         with self.changed:
             self.waiting = deque(one for one in self.waiting if not one.cancelled)
-            if len(self.waiting) >= WAITING:
-                raise Refused(f'{WAITING} requests wait already; ask again later.', 503)
             self.waiting.append(job)
             self.changed.notify()
 
@@ -387,6 +384,7 @@ class Writer(threading.Thread):
 
         if job.frames:
             job.frames.begin(rows[0].ids)
+        check.shows_beliefs = job.watch
         options = {**job.options, 'seed': seed, 'stream': stream if job.new else None}
         if job.frames or not job.model.module.causal:  # which a stream tells of its windows only
             options['watch'] = check

@@ -28,6 +28,8 @@ class Frames:
     probability], ...] of what an `sdd` believes about a hidden position, left out otherwise.
     """
 
+    shows_beliefs = True
+
     def __init__(self, tokenizer, show=None, stops=()):
         """show: called with all cells and the positions that changed, after each step; stops: tokens that end a row."""
         self.tokenizer, self.show, self.stops = tokenizer, show, {*stops}

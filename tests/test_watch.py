@@ -127,6 +127,18 @@ def test_watching_changes_no_text():
         assert plain == watched
 
 
+@pytest.mark.faults
+def test_who_shows_no_beliefs_does_not_make_a_model_compute_them(monkeypatch):
+    model, calls = tiny('sdd'), []
+    compute = model.chunk_top_k
+    monkeypatch.setattr(model, 'chunk_top_k', lambda *args: calls.append(1) or compute(*args))
+    counts = []
+    for watch in (None, lambda *_: None):
+        generate(model, [[1, 2]], 6, watch=watch)
+        counts.append(len(calls))
+    assert counts[1] == 2 * counts[0]
+
+
 def step(frames, ids, sure):
     frames(0, torch.tensor([ids]), torch.tensor([sure]), None)
 
