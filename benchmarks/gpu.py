@@ -1,9 +1,9 @@
-"""How fast are training and decoding on one GPU? All figures in under ten minutes of an H200.
+"""How fast are training and decoding on one GPU? All figures in what should be ten minutes of an H200.
 
     python benchmarks/gpu.py --peer=nanoGPT
 
     nanoGPT    a 124M GPT-2 in bfloat16, compiled, trained there and here in turn on the same tokens
-    xl         335M parameters, block 1024, each block checkpointed: the share of the peak (MFU), and memory, without that too
+    xl         366M parameters, block 1024, each block checkpointed: the share of the peak (MFU), and memory, without that too
     ratios     a step of diffusion over one of ar, one of sdd over one of diffusion; diffusion in blocks of 8
     decoding   Llama 3.2 1B's shape, compiled, beside what reading the weights once per token takes
     others     a step in float16, one in a process group of one rank (NCCL), graph breaks of all that was compiled
@@ -36,7 +36,7 @@ LLAMA_1B |= dict(mlp='swiglu', norm='rms_gain', qk_norm=False, logit_softcap=0.0
 
 
 def xl(dist, peak, *settings, block_size):
-    """Train 335M parameters with each block checkpointed, and without for the memory of a step of 8 rows."""
+    """Train 366M parameters with each block checkpointed, and without for the memory of a step of 8 rows."""
     used = {}
     for checkpointing in (False, True):
         options = dict(block_size=block_size, gradient_checkpointing=checkpointing)

@@ -18,7 +18,7 @@ SECONDS, THREADS, SEEDS = 600, 2, 3
 PARTS = {  # of a run's log
     'command': r'\$ python train\.py (.*)',
     'commit': r'commit (\S+), (torch .*)',
-    'run': r'.*: (ar|diffusion|sdd), [\d,]+ parameters, float32 on 1 × cpu; .* of data (\w{8})',
+    'run': r'.*: (ar|diffusion|sdd), [\d,]+ parameters, \w+ on 1 × cpu; .* of data (\w{8})',
     'start': r'(step 0: val/loss .*)',
     'end': r'step [1-9]\d*: val/loss ([\d.]+).*\ndone in (\d+) s of training',
 }
