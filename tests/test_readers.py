@@ -204,7 +204,7 @@ def test_tables_keep_long_cells_and_name_a_quote_that_nothing_closes(tmp_path):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize('fraction, texts', [(0.004, 30), (0.999, 30), (0, 1)])
+@pytest.mark.parametrize('fraction, texts', [(0.004, 30), (0.999, 30), (0.999, 1)])
 def test_an_empty_split_is_told_what_fills_it(prepare, tmp_path, fraction, texts):
     words = [f'--input={write_jsonl(tmp_path / "a.jsonl", make_texts(texts))}', '--tokenizer=bytes']
     with pytest.raises(UserError, match=f'split is empty at val_fraction={fraction}') as error:
