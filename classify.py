@@ -127,8 +127,6 @@ resumed = checkpoints.resume(globals(), config, FIXED)
 report_idle(config, *(('on texts', TASK_KEYS) if task else ('on an algorithmic task', TEXT_KEYS)))
 both = lora_rank and num_layers_to_finetune is not None
 require(not both, 'lora_rank and num_layers_to_finetune freeze different things; leave one of them out.')
-top_only = num_layers_to_finetune is not None or model in families.FINETUNED
-report_idle(config, 'where more than the top blocks train', 'train_final_norm' * (not top_only))
 report_idle(config, f'beside model={model}', 'model_size' * bool(model))
 report_idle(config, 'without model_prefix', 'checkpoint_prefix' * (not model_prefix))
 report_idle(config, f'beside init_from={init_from}', 'model_prefix' * bool(init_from))
@@ -138,6 +136,8 @@ if model in SIZES:
 if model in families.FINETUNED:
     init_from = init_from or families.FINETUNED[model]
     num_layers_to_finetune = 2 if num_layers_to_finetune is None and not lora_rank else num_layers_to_finetune
+all_train = num_layers_to_finetune is None
+report_idle(config, 'where more than the top blocks train', 'train_final_norm' * all_train)
 if model_prefix:
     init_from = init_from or str(Path(checkpoint_prefix, model_prefix, 'ckpt.pt'))
 init_from, tokenizer = (name.replace('{model_type}', model_type) for name in (init_from, tokenizer))

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder
-from lm.configurator import ROOT, require
+from lm.configurator import PUBLISHED_NAMES, ROOT, require
 
 TABLE = ROOT / 'docs' / 'records.md'
 SECONDS, THREADS, SEEDS = 600, 2, 3
@@ -51,7 +51,8 @@ def check(runs, data_sets):
     for part in ('commit', 'run'):
         found = {run[part] for run in runs}
         require(len(found) == 1, f'The runs are of different commits, machines, models or data: {found}.')
-    is_fresh = not any('init_from' in word for word in words[0])
+    keys = {word.partition('=')[0].lstrip('-').replace('-', '_') for word in words[0]}
+    is_fresh = keys.isdisjoint(['init_from', *PUBLISHED_NAMES['init_from'].split()])
     require(is_fresh, f'{shlex.join(words[0])} starts from weights; a record is from random ones.')
     require('--eval_tokens=0' in words[0], 'val/loss is over all of the split: add --eval_tokens=0.')
     (commit, machine), (_, data) = runs[0]['commit'], runs[0]['run']

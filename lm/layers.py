@@ -97,7 +97,7 @@ class ModelConfig:
 
     @property
     def has_two_streams(self):
-        """Whether the clean tokens of a row are read beside its noisy ones: for blocks, and for ar_weight."""
+        """Say whether the clean tokens of a row are read beside its noisy ones: for blocks, and for ar_weight."""
         return any(self.block_length) or self.ar_weight > 0
 
     @property

@@ -51,8 +51,8 @@ which is somewhat too narrow where neighbouring windows are alike. exact: the nl
 of it, so that an upper figure below an exact one is better, and one above it leaves the question open; no bound:
 neither, so that it does not compare. Each is of texts written as the table says, at temperature 1: what sample.py
 does unless told otherwise. k = 0: the same without beliefs; in S steps: of sampler='ancestral' with steps=S for a
-whole row, and of no other. Left to right: the exact nll of a diffusion model that samples in this order (sampler='blocks' of
-length 1, fresh_beliefs=True; beliefs carried: False), on fewer rows.
+whole row, and of no other. Left to right: the exact nll of a diffusion model that samples in this order
+(sampler='blocks' of length 1, fresh_beliefs=True; beliefs carried: False), on fewer rows.
 Accuracy: of the next token for ar, of masked tokens for the others, so the two do not compare. Diversity is
 of the samples that are not empty; it depends on their number and length: compare it with that of held-out
 text. Stories: the share of samples that are stories of the grammar; right: the share of a sample's text before its

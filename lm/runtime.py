@@ -140,9 +140,8 @@ class Runtime:
             model.compile()
         if self.world_size == 1 or fsdp:
             return model
-        model._ddp_params_and_buffers_to_ignore = [
-            name for name, _ in model.named_buffers()
-        ]  # the same anyway
+        buffers = [name for name, _ in model.named_buffers()]  # alike on all ranks: none has to be sent
+        model._ddp_params_and_buffers_to_ignore = buffers
         return torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def total(self, values):

@@ -20,9 +20,8 @@ def settings(config, vocab_size, world_size):
     width = WIDTH * depth
     parameters = 12 * depth * width**2 + vocab_size * width
     tokens, max_steps = RATIO * parameters, None
-    if (
-        'max_steps' in config.given and config['max_steps'] > 0
-    ):  # steps grow with the tokens of a run: tokens = steps * tokens of a step
+    if 'max_steps' in config.given and config['max_steps'] > 0:
+        # Steps grow with the tokens of a run: tokens = steps * tokens of a step.
         max_steps = config['max_steps']
         tokens = (max_steps * STEP_TOKENS / TOKENS**GROWTH) ** (1 / (1 - GROWTH))
     row_tokens = config['block_size'] * config['gradient_accumulation_steps'] * world_size

@@ -217,7 +217,7 @@ def test_three_seeds_are_a_record_where_each_is_below_each_of_the_last(
         (r'done in \d+ s', 'done in 601 s', '601 s'),
         (f'commit {HEAD}', f'commit {HEAD}-dirty', 'not in this repository'),
         ('2 of 2 cores', '3 of 4 cores', '3 threads'),
-        ('--eval_tokens=0', '--eval_tokens=0 --init_from=out/a', 'starts from weights'),
+        ('--eval_tokens=0', '--eval_tokens=0 --base-model=out/a', 'starts from weights'),
         (r'of data \w+', 'of data 01234567', 'prepare'),
         ('step 0: .*', '', 'start|step 0'),
     ],
