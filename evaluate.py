@@ -70,6 +70,7 @@ config = configure(globals())
 
 METRICS = ('perplexity', 'accuracy', 'generation', 'speed', 'instructions', 'infilling')
 MAX_GAPS, TRIES = 4, 8  # of infilling
+WRITING = {'generation', 'speed', 'instructions', 'infilling'}  # metrics of texts that are sampled
 OPTIONS = {True: 'temperature top_k top_p'}  # of generate(), for a causal model, and for another
 OPTIONS[False] = OPTIONS[True] + ' steps sampler block_length threshold eta k fresh_beliefs'
 paths, wanted = ([part.strip() for part in text.split(',') if part.strip()] for text in (checkpoint, metrics))
@@ -216,6 +217,13 @@ def write_batch(model, heads, length, seed, stop_tokens=()):
 
 def options(model):
     return {name: config[name] for name in OPTIONS[model.causal].split()}
+
+
+def given_options(model):
+    """Return those that were given and have an effect, as text: the others are sample.py's own."""
+    idle = set() if model.has_beliefs else {'k', 'fresh_beliefs'}
+    given = [name for name in options(model) if name in config.given - idle]
+    return ', '.join(f'{name}={config[name]}' for name in given)
 
 
 def evaluate_generation(model, state):
@@ -439,6 +447,8 @@ for state in states:
     figures = {'name': name, 'path': str(state['path']), 'architecture': state['architecture']}
     figures |= {'parameters': model.num_parameters(), 'step': state.get('global_step')}
     figures |= {'bound': model.bound, 'order': model.order.removesuffix(', two passes per token' * (k == 0))}
+    if WRITING & {*wanted} and given_options(model):
+        figures['sampled_with'] = given_options(model)
     if exact or bound_steps or {'perplexity', 'accuracy'} & set(wanted):
         more, sums = evaluate_likelihood(model, first)
         figures |= more

@@ -19,12 +19,13 @@ from lm.tokenizer import ENDOFTEXT, settings_of
 
 # Key, format and title of each column, a group per line; a column that no model has is left out.
 COLUMNS = """
-Likelihood: nats_per_token .4f nats/token | ci_over s interval over | bound s bound | order s written
+Likelihood: nats_per_token .4f nats/token | ci_over s interval over | bound s bound | order s its order
   | difference +.4f minus the first | perplexity .2f perplexity | bpb .4f bits/byte
 Other bounds: k0.nats_per_token .4f k = 0 | k0.difference +.4f minus the first | steps.steps d S
   | steps.nats_per_token .4f in S steps | steps.difference +.4f minus the first
   | exact.nats_per_token .4f left to right | carried.nats_per_token .4f beliefs carried | exact.ci_over s interval over
 Predictions: accuracy .3f accuracy
+Sampling: sampled_with s sampled with
 Stories: valid_stories .3f stories | right_share .3f right | wrong_words.name .2f wrong names
   | wrong_words.pronoun .2f pronouns | wrong_words.place .2f places | wrong_words.thing .2f things
 Requests: followed .3f followed | followed_new_words .3f in new words | format_compliance .3f format | rouge_l .3f ROUGE-L
@@ -49,10 +50,11 @@ NOTES = """\
 ± is half a 95 % interval, over documents or, where there are fewer than 30 or several per window, over windows,
 which is somewhat too narrow where neighbouring windows are alike. exact: the nll itself; upper: an upper bound
 of it, so that an upper figure below an exact one is better, and one above it leaves the question open; no bound:
-neither, so that it does not compare. Each is of texts written as the table says, at temperature 1: what sample.py
-does unless told otherwise. k = 0: the same without beliefs; in S steps: of sampler='ancestral' with steps=S for a
-whole row, and of no other. Left to right: the exact nll of a diffusion model that samples in this order
-(sampler='blocks' of length 1, fresh_beliefs=True; beliefs carried: False), on fewer rows.
+neither, so that it does not compare. Each is of texts sampled in its order at temperature 1, as sample.py does
+unless told otherwise, and not of those that are sampled with other settings here. k = 0: the same without beliefs;
+in S steps: of sampler='ancestral' with steps=S for a whole row, and of no other. Left to right: the exact nll of a
+diffusion model that samples in this order (sampler='blocks' of length 1, fresh_beliefs=True; beliefs carried:
+False), on fewer rows.
 Accuracy: of the next token for ar, of masked tokens for the others, so the two do not compare. Diversity is
 of the samples that are not empty; it depends on their number and length: compare it with that of held-out
 text. Stories: the share of samples that are stories of the grammar; right: the share of a sample's text before its
@@ -158,7 +160,8 @@ def sentence_of(results):
             parts.append(f'{kind}{nll:.4f} nats per token{above}')
         shares = {what: model[key] for key, what in SAID.items() if model.get(key) is not None}
         parts += [f'{100 * share:.1f} % {what}' for what, share in shares.items()]
-        return f'{model["name"]}: {"; ".join(parts) or "see the table"}.'
+        settings = f' ({model["sampled_with"]})' if 'sampled_with' in model else ''
+        return f'{model["name"]}{settings}: {"; ".join(parts) or "see the table"}.'
 
     return sentence
 

@@ -106,6 +106,18 @@ def test_models_are_compared_on_the_same_tokens(finished):
 # ---------------------------------------------------------------------------- what is written
 
 
+@pytest.mark.faults
+def test_the_table_says_what_texts_were_sampled_with_where_it_is_not_as_the_bound(place):
+    arguments = [f'--checkpoint={place}/ar,{place}/diffusion', '--temperature=0', '--sampler=confidence', '--k=2']
+    results = evaluate(*arguments, '--metrics=perplexity,generation', '--num_samples=2', '--max_tokens=60')['results']
+    ar, diffusion = results['models']
+    assert ar['sampled_with'] == 'temperature=0.0'  # it has no sampler
+    assert diffusion['sampled_with'] == 'temperature=0.0, sampler=confidence'
+    for text in (report.table(results), report.table(results, wide=True), report.page(results)):
+        assert 'temperature=0.0, sampler=confidence' in text
+    assert 'sampled_with' not in models_of(*arguments, '--metrics=accuracy', '--max_tokens=60')[1]
+
+
 def test_json_has_every_figure_for_every_model(finished):
     results, _, _ = finished
     assert [model['name'] for model in results['models']] == ['ar', 'diffusion']
