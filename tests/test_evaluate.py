@@ -108,8 +108,15 @@ def test_models_are_compared_on_the_same_tokens(finished):
 
 @pytest.mark.faults
 def test_the_table_says_what_texts_were_sampled_with_where_it_is_not_as_the_bound(place):
-    arguments = [f'--checkpoint={place}/ar,{place}/diffusion', '--temperature=0', '--sampler=confidence', '--k=2']
-    results = evaluate(*arguments, '--metrics=perplexity,generation', '--num_samples=2', '--max_tokens=60')['results']
+    arguments = [
+        f'--checkpoint={place}/ar,{place}/diffusion',
+        '--temperature=0',
+        '--sampler=confidence',
+        '--k=2',
+    ]
+    results = evaluate(*arguments, '--metrics=perplexity,generation', '--num_samples=2', '--max_tokens=60')[
+        'results'
+    ]
     ar, diffusion = results['models']
     assert ar['sampled_with'] == 'temperature=0.0'  # it has no sampler
     assert diffusion['sampled_with'] == 'temperature=0.0, sampler=confidence'
