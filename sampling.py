@@ -5,6 +5,7 @@ wherever they are: a prompt is what is visible, so a continuation and an infilli
 """
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 
 import torch
@@ -347,10 +348,11 @@ def generate_by_blocks(model, rows, max_new_tokens, sampler):
     begins = [i for i in range(0, rows.size(1), length) if (rows[:, i : i + length] == sampler.mask_id).any()]
     lengths = [min(length, size - begin) for begin in begins]
     steps = share_steps(sampler.steps, lengths) if sampler.steps else [None] * len(begins)
-    start, cache = 0, BlockCache(rows.device)
+    new_cache = partial(BlockCache, min(rows.size(1), block_size), rows.device)
+    start, cache = 0, new_cache()
     for begin, block_steps in zip(begins, steps):
         if begin + length - start > block_size:
-            start, cache = begin - block_size // 2 // length * length, BlockCache(rows.device)
+            start, cache = begin - block_size // 2 // length * length, new_cache()
         if start + cache.length < begin:
             cache.store(model, rows[:, start + cache.length : begin])
         part, sampler.start = slice(begin, begin + length), begin

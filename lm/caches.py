@@ -84,9 +84,10 @@ class KVCache:
 class BlockCache:
     """Keys and values of clean tokens, `length` of them; a pass reads clean tokens that follow, a noisy block, or both."""
 
-    def __init__(self, device):
-        self.past, self.new = {}, {}  # by layer: keys and values, or the embeddings, (B, H, length, D) each
-        self.length, self.device = 0, device
+    def __init__(self, size, device):
+        """size: the most that it holds, the clean tokens and the noisy block of a pass included."""
+        self.buffers = {}  # by layer: keys and values, or the embeddings, (B, H, size, D) each
+        self.length, self.size, self.device = 0, size, device
 
     def plan(self, clean, begin, size):
         """Prepare for a pass over `clean` tokens and a noisy block of `size` that begins at position `begin`."""
@@ -105,17 +106,20 @@ class BlockCache:
         return self.index
 
     def extend(self, layer, k, v):
-        self.new[layer] = k, v
-        k, v = self.with_past(layer)
+        k, v = self.put(layer, k, v)
         return k, v, self.mask, False
 
-    def with_past(self, layer):
-        new = self.new[layer]
-        return [torch.cat(pair, 2) for pair in zip(self.past[layer], new)] if layer in self.past else new
+    def put(self, layer, *new):
+        """Store what a pass adds (B, H, T, D) behind what is kept, and return all of it so far."""
+        if layer not in self.buffers:
+            self.buffers[layer] = [x.new_empty(*x.shape[:2], self.size, x.size(3)) for x in new]
+        end = self.length + new[0].size(2)
+        for buffer, x in zip(self.buffers[layer], new):
+            buffer[:, :, self.length : end] = x
+        return [buffer[:, :, :end] for buffer in self.buffers[layer]]
 
     def near(self, x, offsets):
-        self.new['embeddings'] = (x.unsqueeze(1),)  # (B, 1, T, C): kept like keys and values
-        (all_x,) = self.with_past('embeddings')
+        (all_x,) = self.put('embeddings', x.unsqueeze(1))  # (B, 1, T, C): kept like keys and values
         x = F.pad(all_x.squeeze(1), (0, 0, 0, 1))  # 0 behind clean and noisy ones
         index = torch.tensor([self.beside(offset, *self.slots) for offset in offsets], device=self.device)
         return x[:, index].unbind(1)  # (B, N, T, C)
@@ -129,10 +133,7 @@ class BlockCache:
         return slots
 
     def keep(self, count):
-        """Keep the first `count` clean tokens of the last pass."""
-        for layer, new in self.new.items():
-            self.new[layer] = [x[:, :, :count] for x in new]
-            self.past[layer] = self.with_past(layer)
+        """Keep the first `count` clean tokens of the last pass; the next one overwrites the others."""
         self.length += count
 
     def store(self, model, tokens):

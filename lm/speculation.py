@@ -5,6 +5,8 @@ the next, and the masked block after it, which gives the next draft. What is acc
 as the `ar` model's own samples (Leviathan et al. 2023, Chen et al. 2023); at temperature 0 it is its own text.
 """
 
+from functools import partial
+
 import torch
 
 from lm.caches import BlockCache
@@ -14,12 +16,13 @@ def speculate(model, prompt, max_new_tokens, sampler):
     """Continue a list of token ids by max_new_tokens tokens, or to a stop token, as a list."""
     config, block = model.config, sampler.block_length
     device, start = model.embedding.weight.device, 0
-    tokens, draft, q, cache = list(prompt), [], None, BlockCache(device)
     size = len(prompt) + max_new_tokens
+    new_cache = partial(BlockCache, min(size, config.block_size) + 2 * block, device)
+    tokens, draft, q, cache = list(prompt), [], None, new_cache()
     while len(tokens) < size and (len(tokens) == len(prompt) or tokens[-1] not in sampler.stop_tokens):
         if len(tokens) - start > config.block_size:  # the last half is the context, as of an `ar` model
             start = len(tokens) - max(1, config.block_size // 2)
-            draft, q, cache = [], None, BlockCache(device)
+            draft, q, cache = [], None, new_cache()
         known = [*tokens[start:], *draft]
         begin, clean = len(known) // block * block, known[cache.length :]
         fits = begin + block <= config.block_size
@@ -36,7 +39,7 @@ def speculate(model, prompt, max_new_tokens, sampler):
         new = new[: stops[0]] if stops else new
         sampler.tell(len(tokens), torch.tensor([new]), p.cpu()[torch.arange(len(new)), new])
         tokens += new
-        draft, q = [], None
+        draft, q = draft[accepted + 1 :], None if q is None else q[accepted + 1 :]  # drawn apart, so still as q says
         if whole and len(known) + 1 < begin + len(noisy):  # what follows the token that was just drawn
             q = sampler.probabilities(model.head(hidden[len(clean) + len(known) + 1 - begin :]))
             draft = torch.multinomial(q.cpu(), 1, generator=sampler.rng).squeeze(1).tolist()

@@ -76,7 +76,7 @@ def test_cached_states_of_a_block_are_those_of_the_two_streams(architecture):
     x_t = tokens.masked_fill(masked, MASK)
     streams = model.two_streams(tokens)
     hidden, clean = model.denoiser(x_t, None, streams, tokens)
-    cache = BlockCache('cpu')
+    cache = BlockCache(12, 'cpu')
     for begin in (0, 4, 8):
         part = slice(begin, begin + 4)
         cache.plan(0, begin, 4)
@@ -197,7 +197,7 @@ def test_blocks_of_one_are_an_ar_over_masked_tokens(architecture):
     expected = torch.zeros(27)
     for i in range(1, LENGTH + 1):
         x = torch.cat([ROWS[:, :i], torch.full((27, 1), LETTERS)], 1)
-        cache = BlockCache('cpu')
+        cache = BlockCache(LENGTH + 1, 'cpu')
         cache.store(model, x[:, :i])
         cache.plan(0, i, 1)
         log_p = model.head(model.denoiser(x[:, i:], cache=cache)[0])[:, 0].log_softmax(-1)
@@ -335,10 +335,11 @@ def test_blocks_that_leave_no_room_for_what_is_before_them_are_refused_and_whole
     assert len(generate(tiny(block_length=(32,), block_size=24), [[1]], 30)[0]) == 31
 
 
+@pytest.mark.parametrize('block', [2, 4])  # of four: what is left of a rejected draft is checked as well
 @pytest.mark.parametrize('options', [{}, {'temperature': 0.7, 'top_k': 2}, {'top_p': 0.6}])
-def test_self_speculation_draws_from_the_ar_model(options):
+def test_self_speculation_draws_from_the_ar_model(options, block):
     shape = dict(vocab_size=LETTERS + 1, mask_id=LETTERS, ignore_id=None, block_size=LENGTH + 5, k=2)
-    model = tiny('diffusion', (2,), ar_weight=1.0, **shape)
+    model = tiny('diffusion', (block,), ar_weight=1.0, **shape)
     rows = torch.tensor(generate(model, [[0]] * 400, LENGTH, sampler='speculative', **options))
     logits = ar_of(model).logits(ROWS[:, :-1]).double().flatten(0, 1)
     q = restrict(logits, options.get('temperature', 1), options.get('top_k'), options.get('top_p'))
