@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lm import layers
+from lm.caches import BlockCache
 from lm.kernels import WeightedSum, linear, put, take
 from lm.layers import Linear, ModelConfig, TwoStreams, check  # noqa: F401
 
@@ -400,6 +401,8 @@ class Diffusion(Transformer):
 
     def predict(self, x_t, doc_ids=None, cache=None, clean=None, belief=None):
         """Compute what `denoiser` does, in one pass."""
+        if isinstance(cache, BlockCache):
+            return cache.read(self, x_t, belief), None
         if not isinstance(cache, TwoStreams):
             return self.hidden(x_t, doc_ids, cache, belief), None
         noisy, length = cache.noisy, x_t.size(1)  # (S,) positions that have a noisy copy

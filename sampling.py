@@ -353,8 +353,7 @@ def generate_by_blocks(model, rows, max_new_tokens, sampler):
     for begin, block_steps in zip(begins, steps):
         if begin + length - start > block_size:
             start, cache = begin - block_size // 2 // length * length, new_cache()
-        if start + cache.length < begin:
-            cache.store(model, rows[:, start + cache.length : begin])
+        cache.waiting = rows[:, start + cache.length : begin]
         part, sampler.start = slice(begin, begin + length), begin
         rows[:, part] = denoise(model, rows[:, part], sampler, block_steps, cache)
         first = max(begin, prompt_length)
@@ -374,8 +373,6 @@ def denoise(model, x, sampler, steps=None, cache=None):
         return x
     blocks = columns.split(sampler.block_length) if sampler.sampler == 'blocks' and not cache else [columns]
     steps = steps or sampler.steps or len(columns)
-    if cache:
-        cache.plan(0, cache.length, x.size(1))
     belief = None  # of all masked positions, also of those whose block comes later
     tail = masked.flip(1).cummin(1).values.flip(1)  # new text: nothing that is given follows
     for block, block_steps in zip(blocks, share_steps(steps, [len(block) for block in blocks])):

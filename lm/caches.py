@@ -87,6 +87,7 @@ class BlockCache:
     def __init__(self, size, device):
         """size: the most that it holds, the clean tokens and the noisy block of a pass included."""
         self.buffers = {}  # by layer: keys and values, or the embeddings, (B, H, size, D) each
+        self.waiting = None  # clean tokens (B, T) that follow what is kept, for the next `read`
         self.length, self.size, self.device = 0, size, device
 
     def plan(self, clean, begin, size):
@@ -136,8 +137,15 @@ class BlockCache:
         """Keep the first `count` clean tokens of the last pass; the next one overwrites the others."""
         self.length += count
 
-    def store(self, model, tokens):
-        """Read clean tokens (B, T) that follow what the cache holds."""
-        self.plan(tokens.size(1), 0, 0)
-        model.hidden(tokens, cache=self)
-        self.keep(tokens.size(1))
+    def read(self, model, x, belief=None):
+        """Compute the states (B, T, C) of a noisy block x (B, T) behind all clean tokens; those that wait are read in the
+        same pass, which is the first of a block and has no belief."""
+        if self.waiting is None:
+            return model.hidden(x, cache=self, belief=belief)
+        clean, self.waiting = self.waiting, None
+        count = clean.size(1)
+        self.plan(count, self.length + count, x.size(1))
+        hidden = model.hidden(torch.cat([clean, x], 1), cache=self)[:, count:]
+        self.keep(count)
+        self.plan(0, self.length, x.size(1))  # for the other passes of the block
+        return hidden

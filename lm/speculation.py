@@ -39,7 +39,10 @@ def speculate(model, prompt, max_new_tokens, sampler):
         new = new[: stops[0]] if stops else new
         sampler.tell(len(tokens), torch.tensor([new]), p.cpu()[torch.arange(len(new)), new])
         tokens += new
-        draft, q = draft[accepted + 1 :], None if q is None else q[accepted + 1 :]  # drawn apart, so still as q says
+        draft = draft[
+            accepted + 1 :
+        ]  # of a rejected one what follows: drawn apart from it, it is still as q says
+        q = q[accepted + 1 :] if draft else None
         if whole and len(known) + 1 < begin + len(noisy):  # what follows the token that was just drawn
             q = sampler.probabilities(model.head(hidden[len(clean) + len(known) + 1 - begin :]))
             draft = torch.multinomial(q.cpu(), 1, generator=sampler.rng).squeeze(1).tolist()

@@ -79,14 +79,20 @@ def test_cached_states_of_a_block_are_those_of_the_two_streams(architecture):
     cache = BlockCache(12, 'cpu')
     for begin in (0, 4, 8):
         part = slice(begin, begin + 4)
-        cache.plan(0, begin, 4)
+        cache.waiting = tokens[:, cache.length : begin]
         torch.testing.assert_close(
             model.denoiser(x_t[:, part], cache=cache)[0], hidden[:, part], atol=1e-5, rtol=1e-5
         )
-        cache.store(model, tokens[:, part])
     ar = Autoregressive(replace(model.config, block_length=(0,), ar_weight=0.0))
     ar.load_state_dict(model.state_dict(), strict=False)
     torch.testing.assert_close(ar.eval().hidden(tokens), clean, atol=1e-5, rtol=1e-5)
+
+
+def test_a_block_is_read_in_the_first_pass_of_the_next_one():
+    model, seen = tiny(block_length=(4,)), []
+    model.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].size(1)))
+    generate(model, [[1]], 11)  # one token per pass
+    assert seen == [4] * 3 + [8, 4, 4, 4] * 2
 
 
 @KINDS
@@ -198,8 +204,7 @@ def test_blocks_of_one_are_an_ar_over_masked_tokens(architecture):
     for i in range(1, LENGTH + 1):
         x = torch.cat([ROWS[:, :i], torch.full((27, 1), LETTERS)], 1)
         cache = BlockCache(LENGTH + 1, 'cpu')
-        cache.store(model, x[:, :i])
-        cache.plan(0, i, 1)
+        cache.waiting = x[:, :i]
         log_p = model.head(model.denoiser(x[:, i:], cache=cache)[0])[:, 0].log_softmax(-1)
         expected -= log_p.gather(1, ROWS[:, i : i + 1]).squeeze(1)
     torch.testing.assert_close(nll, expected, atol=1e-5, rtol=1e-5)
