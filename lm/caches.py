@@ -94,7 +94,7 @@ class BlockCache:
         """Prepare for a pass over `clean` tokens and a noisy block of `size` that begins at position `begin`."""
         position = torch.arange(self.length + clean, device=self.device)  # of clean keys
         noisy = torch.arange(begin, begin + size, device=self.device)
-        self.clean, self.index = clean, torch.cat([position[self.length :], noisy])
+        self.index = torch.cat([position[self.length :], noisy])
         causal = position <= position[self.length :, None]
         before = (position < begin).expand(size, -1)
         see_noisy = torch.zeros(clean + size, size, dtype=torch.bool, device=self.device)

@@ -39,9 +39,7 @@ def speculate(model, prompt, max_new_tokens, sampler):
         new = new[: stops[0]] if stops else new
         sampler.tell(len(tokens), torch.tensor([new]), p.cpu()[torch.arange(len(new)), new])
         tokens += new
-        draft = draft[
-            accepted + 1 :
-        ]  # of a rejected one what follows: drawn apart from it, it is still as q says
+        draft = draft[accepted + 1 :]  # behind a rejected token: drawn apart from it, so still as q says
         q = q[accepted + 1 :] if draft else None
         if whole and len(known) + 1 < begin + len(noisy):  # what follows the token that was just drawn
             q = sampler.probabilities(model.head(hidden[len(clean) + len(known) + 1 - begin :]))
