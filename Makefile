@@ -2,6 +2,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 RUN_OPTIONS := --overwrite --no_wandb
+ASKED := config/stories_instruct.py --learning_rate=1e-2 --decay_embedding $(RUN_OPTIONS)
 WHOLE_ROWS := config/stories.py --mask_ratio='(0.2,0.8)' $(RUN_OPTIONS)
 REQUESTS := --source=stories --name=story_requests --vocab_size=1536 --tokenizer_sample_mb=2 --overwrite
 ASK := Tell a story about a shy mouse named Pip who loses a green drum.
@@ -12,7 +13,7 @@ INFILL := --infill='Bruno was a little bear. He loved to sing. One rainy day, Br
 # Five minutes on two cores: a model that tells the stories that it is asked for, and fills a gap in one; two pages.
 demo: .venv/installed
 	$(RUN) prepare/instruct.py $(REQUESTS) --max_examples=12000
-	$(RUN) train.py config/stories_instruct.py $(RUN_OPTIONS) --max_steps=560 --out_dir=out/demo
+	$(RUN) train.py $(ASKED) --max_steps=560 --out_dir=out/demo
 	$(RUN) sample.py --checkpoint=out/demo $(ONE) --prompt="$(ASK)" --html=out/demo-watch.html
 	$(RUN) sample.py --checkpoint=out/demo $(ONE) --prompt="Tell a story about Lily at the beach. A crab comes along."
 	$(RUN) sample.py --checkpoint=out/demo $(ONE) --prompt="Tell a story about Bruno the bear."
@@ -28,7 +29,7 @@ tour: .venv/installed
 	$(RUN) train.py $(WHOLE_ROWS) --out_dir=out/demo-diffusion --architecture=diffusion --max_steps=820
 	$(RUN) train.py $(WHOLE_ROWS) --out_dir=out/demo-sdd --architecture=sdd --max_steps=820
 	$(RUN) prepare/instruct.py $(REQUESTS)
-	$(RUN) train.py config/stories_instruct.py $(RUN_OPTIONS) --out_dir=out/demo-requests
+	$(RUN) train.py $(ASKED) --max_steps=1000 --out_dir=out/demo-requests
 	$(RUN) evaluate.py --checkpoint=out/demo-ar,out/demo-blocks,out/demo-diffusion,out/demo-sdd --num_samples=32 --max_tokens=32000 --html=out/demo.html
 	$(RUN) sample.py --checkpoint=out/demo-blocks --num_samples=1 --sampler=confidence
 	$(RUN) sample.py --checkpoint=out/demo-diffusion --num_samples=1 --sampler=confidence --temperature=0 $(INFILL)
