@@ -447,8 +447,8 @@ for state in states:
     figures = {'name': name, 'path': str(state['path']), 'architecture': state['architecture']}
     figures |= {'parameters': model.num_parameters(), 'step': state.get('global_step')}
     figures |= {'bound': model.bound, 'order': model.order.removesuffix(', two passes per token' * (k == 0))}
-    if WRITING & {*wanted} and given_options(model):
-        figures['sampled_with'] = given_options(model)
+    if WRITING & {*wanted} and (given := given_options(model)):
+        figures['sampled_with'] = given
     if exact or bound_steps or {'perplexity', 'accuracy'} & set(wanted):
         more, sums = evaluate_likelihood(model, first)
         figures |= more

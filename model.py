@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lm import layers
-from lm.caches import BlockCache
 from lm.kernels import WeightedSum, linear, put, take
 from lm.layers import Linear, ModelConfig, TwoStreams, check  # noqa: F401
 
@@ -395,22 +394,15 @@ class Diffusion(Transformer):
     def denoiser(self, x_t, doc_ids=None, cache=None, clean=None, k=None):
         """Compute the hidden states (B, T, C) that predict the masked tokens of x_t (B, T), and those of clean (B, T).
 
-        cache: TwoStreams, or a cache of the blocks before, or None: x_t is the whole row, and clean has no states.
+        cache: TwoStreams, or a BlockCache of the tokens before, or None: x_t is the whole row, and clean has no states.
         """
         return self.predict(x_t, doc_ids, cache, clean)
 
     def predict(self, x_t, doc_ids=None, cache=None, clean=None, belief=None):
         """Compute what `denoiser` does, in one pass."""
-        if isinstance(cache, BlockCache):
-            return cache.read(self, x_t, belief), None
-        if not isinstance(cache, TwoStreams):
-            return self.hidden(x_t, doc_ids, cache, belief), None
-        noisy, length = cache.noisy, x_t.size(1)  # (S,) positions that have a noisy copy
-        if belief is not None:  # of the noisy tokens
-            belief = Belief(*(F.pad(x[:, noisy], (0, 0, 0, length)) for x in belief))
-        h = self.hidden(torch.cat([x_t[:, noisy], clean], 1), None, cache, belief)
-        h, clean = h.split([len(noisy), length], 1)
-        return torch.zeros_like(clean).index_copy(1, noisy, h), clean
+        if cache is None:
+            return self.hidden(x_t, doc_ids, belief=belief), None
+        return cache.read(self, x_t, clean, belief)
 
     def top_k_belief(self, hidden, where, k):
         """Return what a sampler keeps of a prediction for the next step; see `SDD`. Here: nothing."""

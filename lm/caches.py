@@ -137,15 +137,17 @@ class BlockCache:
         """Keep the first `count` clean tokens of the last pass; the next one overwrites the others."""
         self.length += count
 
-    def read(self, model, x, belief=None):
-        """Compute the states (B, T, C) of a noisy block x (B, T) behind all clean tokens; those that wait are read in the
-        same pass, which is the first of a block and has no belief."""
+    def read(self, model, x_t, clean=None, belief=None):
+        """Compute the states (B, T, C) of a noisy block x_t (B, T) behind all clean tokens, and those of `clean`: none.
+
+        Clean tokens that wait are read in the same pass, which is the first of a block and has no belief.
+        """
         if self.waiting is None:
-            return model.hidden(x, cache=self, belief=belief)
-        clean, self.waiting = self.waiting, None
-        count = clean.size(1)
-        self.plan(count, self.length + count, x.size(1))
-        hidden = model.hidden(torch.cat([clean, x], 1), cache=self)[:, count:]
+            return model.hidden(x_t, cache=self, belief=belief), None
+        waiting, self.waiting = self.waiting, None
+        count = waiting.size(1)
+        self.plan(count, self.length + count, x_t.size(1))
+        hidden = model.hidden(torch.cat([waiting, x_t], 1), cache=self)[:, count:]
         self.keep(count)
-        self.plan(0, self.length, x.size(1))  # for the other passes of the block
-        return hidden
+        self.plan(0, self.length, x_t.size(1))  # for the other passes of the block
+        return hidden, None

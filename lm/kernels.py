@@ -14,7 +14,7 @@ import torch.nn.functional as F
 # decoding twice as fast. Without AVX-512 the two are equal, and PyTorch's own is taken.
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
 ONEDNN = getattr(torch.ops.mkldnn, '_linear_pointwise', None) if HAS_ONEDNN else None
-CPU = getattr(torch.cpu, 'get_capabilities', dict)()
+CPU = getattr(torch.cpu, 'get_capabilities', dict)()  # unknown to older PyTorch
 LEAVES_AVX512 = 'AVX512' in torch.backends.cpu.get_cpu_capability() and 'Intel' not in CPU.get('cpu_name', '')
 MIN_ONEDNN_SIZE = 1 << 20 if LEAVES_AVX512 else math.inf  # products; for fewer a call costs more
 

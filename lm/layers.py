@@ -269,6 +269,15 @@ class TwoStreams(AttentionMask):
     def positions(self, length):
         return self.index
 
+    def read(self, model, x_t, clean, belief):
+        """Compute the states (B, T, C) of noisy tokens x_t (B, T), 0 where they have no copy, and of clean ones (B, T)."""
+        length = clean.size(1)
+        if belief is not None:  # of the noisy tokens
+            belief = type(belief)(*(F.pad(x[:, self.noisy], (0, 0, 0, length)) for x in belief))
+        h = model.hidden(torch.cat([x_t[:, self.noisy], clean], 1), cache=self, belief=belief)
+        h, clean = h.split([len(self.noisy), length], 1)
+        return torch.zeros_like(clean).index_copy(1, self.noisy, h), clean
+
     def beside(self, position, kept, offset):
         """Return the index, of the streams with a zero behind them, of what stands beside each of their positions.
 

@@ -2,17 +2,18 @@
 
 import json
 from dataclasses import replace
-from itertools import permutations, product
+from itertools import pairwise, permutations, product
 
 import pytest
 import torch
 from conftest import assert_drawn_from, random_model, write_folder
 from helpers import TRAIN, assert_same_run, finish, load, losses, metrics, run, start_ranks, train
 
-from lm import likelihood
+from lm import likelihood, speculation
 from lm.caches import BlockCache
 from lm.configurator import UserError
 from lm.draw import restrict
+from lm.speculation import check_draft
 from model import Autoregressive
 from sampling import generate
 
@@ -292,6 +293,23 @@ def ar_of(model):
     ar = Autoregressive(replace(model.config, block_length=(0,), ar_weight=0.0))
     ar.load_state_dict(model.state_dict(), strict=False)
     return ar.eval()
+
+
+def test_what_follows_a_rejected_token_is_checked_in_the_next_pass(monkeypatch):
+    checks, left = [], []
+
+    def watched(draft, *inputs):
+        accepted, token = check_draft(draft, *inputs)
+        checks.append((draft, draft[accepted + 1 :]))
+        return accepted, token
+
+    monkeypatch.setattr(speculation, 'check_draft', watched)
+    generate(tiny(block_length=(8,), ar_weight=1.0, block_size=24), [[1]], 22, sampler='speculative')
+    for (_, rest), (draft, _) in pairwise(checks):
+        if rest:
+            left.append(rest)
+            assert draft == rest
+    assert left
 
 
 @KINDS

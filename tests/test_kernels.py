@@ -1,5 +1,7 @@
 """The kernels compute what PyTorch's plain operations compute."""
 
+import math
+import runpy
 import statistics
 import subprocess
 import sys
@@ -31,6 +33,18 @@ def test_float32_linear_layers_agree_with_pytorchs(bias, monkeypatch):
     upstream = random(3, 70, 96, seed=3).detach()
     for got, wanted in zip(*(torch.autograd.grad(out, inputs, upstream) for out in (y, expected))):
         torch.testing.assert_close(got, wanted, atol=2e-4, rtol=1e-5)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    'name, avx, uses_onednn',
+    [('AMD EPYC', 'AVX512', True), ('Intel Xeon', 'AVX512', False), ('AMD EPYC', 'AVX2', False)],
+)
+def test_onednn_multiplies_only_where_pytorchs_own_leaves_avx512_unused(name, avx, uses_onednn, monkeypatch):
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: {'cpu_name': name}, raising=False)
+    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: avx)
+    found = runpy.run_path(kernels.__file__)  # a copy: what other tests use stays
+    assert (found['MIN_ONEDNN_SIZE'] < math.inf) == uses_onednn
 
 
 @pytest.mark.skipif(kernels.ONEDNN is None, reason='this PyTorch has no oneDNN')
