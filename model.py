@@ -401,7 +401,7 @@ class Diffusion(Transformer):
     def predict(self, x_t, doc_ids=None, cache=None, clean=None, belief=None):
         """Compute what `denoiser` does, in one pass."""
         if cache is None:
-            return self.hidden(x_t, doc_ids, belief=belief), None
+            return self.hidden(x_t, doc_ids, None, belief), None
         return cache.read(self, x_t, clean, belief)
 
     def top_k_belief(self, hidden, where, k):
