@@ -346,52 +346,45 @@ def evaluate_infilling(model, state):
 
     A model that cannot look ahead writes each gap after what stands before it; best: of TRIES fillings the likeliest.
     """
-    rows, gaps = hide_parts(state['start_token'])
-    require(rows, f'No held-out story fits into block_size={block_size}; give a larger one.')
-    masked, fill = hidden(rows, gaps), fill_left_to_right
+    masked, fill = hide_parts(state['start_token']), fill_left_to_right
+    require(masked, f'No held-out story fits into block_size={block_size}; give a larger one.')
     if not model.causal:  # padded as in training
         masked = [row + [tokenizer.ignore_id] * (block_size - len(row)) for row in masked]
         fill = partial(generate, max_new_tokens=0)
-    seeds = [rng.torch_seed(seed, i) for i in range(TRIES if model.causal else 1)]
-    with dist.autocast(), user_errors():
-        tries = [fill(model, masked, seed=one, **options(model)) for one in seeds]
+    tries = [[] for _ in range(TRIES if model.causal else 1)]
+    for start in range(0, len(masked), batch_size):
+        batch = masked[start : start + batch_size]
+        with dist.autocast(), user_errors():
+            for i, filled in enumerate(tries):
+                filled += fill(model, batch, seed=rng.torch_seed(seed, start, i), **options(model))
     filled = {'': tries[0]}
     if model.causal:
-        likeliest = np.argmin([nll_of(model, rows) for rows in tries], 0)  # (N,)
-        filled['best_'] = [tries[best][i] for i, best in enumerate(likeliest)]
+        filled['best_'] = [of_one[nll_of(model, of_one).argmin()] for of_one in zip(*tries)]
     figures = {}
     for name, rows in filled.items():
         valid = [not grammar.faults(tokenizer.decode(row)) for row in rows]
-        for count in ('one', 'several'):
-            part = [whole for whole, spans in zip(valid, gaps) if (len(spans) == 1) == (count == 'one')]
+        several = [whole for i, whole in enumerate(valid) if i % MAX_GAPS]
+        for count, part in {'one': valid[::MAX_GAPS], 'several': several}.items():
             figures[name + count], figures[f'{name}{count}_ci95'] = scoring.share_ci(part)
     texts = [tokenizer.decode(row) for row in filled['']]
     return {'infilled': figures, 'infilled_texts': texts}
 
 
 def hide_parts(start_token):
-    """Return up to num_samples held-out stories as token ids, and the gaps of each, [(start, end), ...]: 1 to MAX_GAPS."""
-    index, rows, gaps = folder.index['val'].astype(np.int64), [], []
+    """Return up to num_samples held-out stories as token ids, with <|mask|> in 1 to MAX_GAPS gaps, in turn."""
+    index, rows = folder.index['val'].astype(np.int64), []
     count = min(num_samples, len(index) - 1)
     for document in np.arange(count) * (len(index) - 1) // count:
-        ids = folder.tokens['val'][index[document] : index[document + 1]].tolist()
-        text = tokenizer.decode(ids)
+        ids = folder.tokens['val'][index[document] : index[document + 1]]
+        text = tokenizer.decode(ids.tolist())
         offsets = tokenizer.inner.encode(text, add_special_tokens=False).offsets
         spans = story_tasks.gaps(text, random.Random(int(document)), 1 + len(rows) % MAX_GAPS)
         if len(offsets) == len(ids) - 1 < block_size - 1:
-            rows.append([start_token, *ids])
             starts, ends = np.array(offsets).T
-            touched = [1 + np.flatnonzero((starts < end) & (start < ends)) for start, end in spans]
-            gaps.append([(int(tokens[0]), int(tokens[-1]) + 1) for tokens in touched])
-    return rows, gaps
-
-
-def hidden(rows, gaps):
-    """Return the rows with <|mask|> in their gaps."""
-    rows = [list(row) for row in rows]
-    for row, spans in zip(rows, gaps):
-        for start, end in spans:
-            row[start:end] = [tokenizer.mask_id] * (end - start)
+            row = np.array([start_token, *ids])
+            for start, end in spans:
+                row[1:-1][(starts < end) & (start < ends)] = tokenizer.mask_id
+            rows.append(row.tolist())
     return rows
 
 

@@ -245,7 +245,7 @@ def read_results(path):
 
 def markdown_table(columns, groups, names):
     """Return a table with a line for each of groups {values of columns: [figures]}, the best one in bold."""
-    accuracies = [n for n in names if n.endswith('accuracy') and not n.startswith('compare_to')]
+    accuracies = [n for n in names if n.endswith('accuracy')]
     shown = (show.split(',') if show else accuracies) + [metric] * (metric in names)
     shown = list(dict.fromkeys(shown))
     complete = [group for group, rows in groups.items() if all(metric in figures for figures in rows)]

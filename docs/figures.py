@@ -94,12 +94,8 @@ def shoot_page(path, browser='/usr/bin/chromium'):
     """Take a picture of the page with two models side by side, in the middle of what they write."""
     from playwright.sync_api import sync_playwright
 
-    command = [
-        sys.executable,
-        ROOT / 'serve.py',
-        f'--checkpoint={",".join(map(str, runs()[:2]))}',
-        '--port=0',
-    ]
+    checkpoints = ','.join(map(str, runs()[:2]))
+    command = [sys.executable, ROOT / 'serve.py', f'--checkpoint={checkpoints}', '--port=0']
     with (
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server,
         sync_playwright() as playwright,

@@ -156,9 +156,9 @@ def weights_of(checkpoint):
     return checkpoint.get('ema_state_dict') or checkpoint['model_state_dict']
 
 
-def load_model(checkpoint, device, weights='float32', **changes):
+def load_model(checkpoint, device, weights='float32'):
     """Make the checkpoint's model with its weights, ready to evaluate or sample; weights: how they are kept."""
-    model = make_model(checkpoint['architecture'], **{**checkpoint['model_config'], **changes})
+    model = make_model(checkpoint['architecture'], **checkpoint['model_config'])
     model.load_state_dict(weights_of(checkpoint))
     model = model.to(device).eval()
     quantize.pack(model, weights)

@@ -7,7 +7,6 @@ python -m lm.report out/a out/b --metric=val/loss --out=curves # curves.svg, cur
 import csv
 import math
 import sys
-import textwrap
 import time
 from html import escape
 from pathlib import Path
@@ -15,7 +14,7 @@ from string import Template
 
 from lm.configurator import printable, require
 from lm.files import require_folder
-from lm.tokenizer import ENDOFTEXT, settings_of
+from lm.tokenizer import settings_of
 
 # Key, format and title of each column, a group per line; a column that no model has is left out.
 COLUMNS = """
@@ -127,22 +126,7 @@ def table(results, wide=False):
         name = name if len(name) <= widths[0] else name[: widths[0] - 1] + '…'
         lines.append('  '.join([name.ljust(widths[0]), *map(str.rjust, texts, widths[1:])]))
     notes = [NOTES] if wide else [*map(sentence_of(results), results['models']), '', SHORT_NOTES]
-    lines = [*right_stories(results['models']), lines[0], '-' * len(lines[0]), *lines[1:], '', *notes]
-    return '\n'.join(lines)
-
-
-def right_stories(models, shown=3):
-    """Return lines with the first texts that the grammar finds no fault with, of the model that writes the most of them."""
-    best = max(models, key=lambda model: model.get('valid_stories') or 0)
-    texts = [text.partition(ENDOFTEXT) for text in best.get('samples', ())]
-    judged = zip(texts, best.get('faults', ()))
-    right = [text.strip() for (text, end, _), found in judged if end and not found]
-    if not right:
-        return []
-    lines = [f'{len(right)} of {len(texts)} texts of {best["name"]} are right stories, such as:']
-    for text in right[:shown]:
-        lines += ['', *textwrap.wrap(text, WIDTH)]
-    return [*lines, '']
+    return '\n'.join([lines[0], '-' * len(lines[0]), *lines[1:], '', *notes])
 
 
 SAID = {'valid_stories': 'of its texts are whole stories', 'followed': 'of the requests are followed'}
@@ -175,9 +159,8 @@ def page(results, shown=10):
     versions = ', '.join(f'{name} {version}' for name, version in results['versions'].items())
     groups = [(name, present(results, columns)) for name, columns in GROUPS.items()]
     folds = [html_table(name, results, columns) for name, columns in groups if columns]
-    texts = ''.join(
-        f'<div><h3>{escape(model["name"])}</h3>{samples(model, shown)}</div>' for model in results['models']
-    )
+    named = [(escape(model['name']), samples(model, shown)) for model in results['models']]
+    texts = ''.join(f'<div><h3>{name}</h3>{parts}</div>' for name, parts in named)
     sentences = map(sentence_of(results), results['models'])
     parts = dict(title=title, chart=chart(results), tables=''.join(folds), notes=escape(NOTES), texts=texts)
     parts['sentences'] = ''.join(f'<li>{escape(text)}</li>' for text in sentences)
@@ -290,10 +273,7 @@ def draw(runs, metric, out):
         curve = [(step, value) for step, value in read_metric(run, metric) if step > 0]
         require(curve, f'{run} has no {metric}; its metrics.csv says what there is.')
         axes.plot(*zip(*curve), marker='.', label=Path(run).name)
-    floors = {
-        (settings_of(folder, 'config.json').get('floor') or {}).get('nats_per_token')
-        for folder in map(dataset_of, runs)
-    }
+    floors = {floor_of(run) for run in runs}
     if metric == 'val/loss' and len(floors) == 1 and None not in floors:
         axes.axhline(floors.pop(), color='gray', linestyle='--', label='true entropy')
     unit = ' (nats per token)' * metric.endswith('loss')
@@ -308,10 +288,11 @@ def draw(runs, metric, out):
     print(f'{out}.svg, {out}.png: {metric} of {len(runs)} runs')
 
 
-def dataset_of(run):
-    """Return the folder of the data that a run was trained on."""
+def floor_of(run):
+    """Return the entropy in nats per token of the data that a run was trained on, where it is known."""
     name = settings_of(Path(run), 'config.json').get('dataset') or ''
-    return Path(name) if Path(name).is_dir() else Path(run).parent.parent / 'data' / name
+    folder = Path(name) if Path(name).is_dir() else Path(run).parent.parent / 'data' / name
+    return (settings_of(folder, 'config.json').get('floor') or {}).get('nats_per_token')
 
 
 def list_runs(folder):

@@ -200,9 +200,8 @@ def pick_device(name):
     if device.type != 'cuda':
         return device
     index, count, ranks = device.index, torch.cuda.device_count(), int(os.environ.get('WORLD_SIZE', 1))
-    require(
-        index is None or ranks == 1, f'device={name} is for one process, not {ranks}; write --device=cuda.'
-    )
+    fits = index is None or ranks == 1
+    require(fits, f'device={name} is for one process, not {ranks}; write --device=cuda.')
     index = int(os.environ.get('LOCAL_RANK', 0)) if index is None else index
     require(index < count, f'There is no GPU {index}, only {count}; start at most one process per GPU.')
     return torch.device('cuda', index)
@@ -318,9 +317,8 @@ def memory_estimate(model, batch_size, length, dist):
     held = {x: optim.local(x).nbytes for x in (*parameters, *model.buffers())}
     weights, trained = sum(held.values()), sum(size for x, size in held.items() if x.requires_grad)
     size = 4 if dist.dtype == 'float32' else 2
-    looked_up = (
-        None if config.tied else getattr(model.embedding, 'table', model.embedding).weight
-    )  # in no matmul
+    embedding = getattr(model.embedding, 'table', model.embedding)
+    looked_up = None if config.tied else embedding.weight  # in no matmul
     cast = [p for p in parameters if p.dtype == torch.float32 and p is not looked_up]
     copies = sum(p.numel() for p in cast) * (0 if size == 4 else 2)
     if any(optim.local(p) is not p for p in parameters):  # sharded: what is gathered at a time

@@ -237,10 +237,8 @@ class Job:
         fits = rows == 1 and self.new <= 512 and not self.stream
         problem = 'watch shows one text, of at most 512 tokens, as a whole'
         require(fits or not self.watch, f'{problem}; leave out stream and n, or watch.')
-        require(
-            max(map(len, self.stop), default=0) <= 100,
-            'A stop text is longer than 100 characters; shorten it.',
-        )
+        fits = max(map(len, self.stop), default=0) <= 100
+        require(fits, 'A stop text is longer than 100 characters; shorten it.')
         fills = not (self.is_infill and self.options.get('sampler') == 'speculative')
         require(fills, "sampler='speculative' fills no gap; choose another.")
 

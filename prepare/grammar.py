@@ -131,10 +131,6 @@ class Fault(NamedTuple):
     said: str
     expected: tuple
 
-    def __str__(self):
-        expected = ' or '.join(map(repr, self.expected[:3])) + ' …' * (len(self.expected) > 3)
-        return f'{self.kind or "text"} at {self.position}: {self.said!r}, expected {expected or "the end"}'
-
 
 class Grammar:
     """A distribution over stories, from texts like RULES and TABLES.

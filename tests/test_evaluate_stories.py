@@ -55,18 +55,21 @@ def test_infilling_changes_nothing_but_the_gaps_and_judges_what_is_written(tmp_p
 
     with pytest.raises(UserError, match='No held-out story fits into block_size=20'):
         evaluate(f'--checkpoint={tmp_path}/run', '--metrics=infilling', '--block_size=20')
-    rows, gaps = script['hide_parts'](script['state']['start_token'])
-    assert [len(spans) for spans in gaps] == [1, 2, 3, 4]
-    mask_id, masked = script['tokenizer'].mask_id, script['hidden'](rows, gaps)
+    mask_id, start = script['tokenizer'].mask_id, script['state']['start_token']
+    masked, tokens = script['hide_parts'](start), script['folder'].tokens['val']
+    index = script['folder'].index['val'].astype(int)
+    rows = [[start, *tokens[index[i] : index[i + 1]].tolist()] for i in (0, 2, 4, 6)]
+    for count, row in enumerate(masked, 1):
+        starts = [i for i in range(len(row)) if row[i] == mask_id != row[i - 1]]
+        assert len(starts) == count
     fill = fill_left_to_right if architecture == 'ar' else partial(generate, max_new_tokens=0)
-    for row, spans, filled in zip(rows, gaps, fill(script['model'], masked, temperature=0)):
-        hidden = {i for start, end in spans for i in range(start, end)}
-        assert all(filled[i] == row[i] for i in range(len(row)) if i not in hidden)
-        assert mask_id not in filled and any(filled[i] != row[i] for i in hidden)
+    for row, hidden, filled in zip(rows, masked, fill(script['model'], masked, temperature=0), strict=True):
+        assert all(filled[i] == row[i] == hidden[i] for i in range(len(row)) if hidden[i] != mask_id)
+        assert mask_id not in filled and filled != row
     figures = script['models'][0]['infilled']
     assert figures['one'] == figures['several'] == 0 and ('best_one' in figures) == (architecture == 'ar')
     judge = script['evaluate_infilling']
-    judge.__globals__.update(hidden=lambda rows, gaps: rows)
+    judge.__globals__.update(hide_parts=lambda start_token: rows)
     figures = judge(script['model'], script['state'])['infilled']
     assert figures['one'] == figures['several'] == 1 and figures.get('best_several', 1) == 1
 

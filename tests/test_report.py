@@ -109,15 +109,6 @@ def test_a_chart_is_drawn_of_an_interval_that_reaches_below_zero():
     assert report.chart({'models': models, 'floor': None}).count('<circle') == 2
 
 
-def test_right_stories_are_shown_of_the_model_that_writes_most_of_them():
-    few = {'name': 'a', 'valid_stories': 0.0, 'samples': ['no'], 'faults': [[{}]]}
-    samples = ['One.\n<|endoftext|>\n', 'unfinished', 'wrong<|endoftext|>', 'Two.<|endoftext|>']
-    many = {'name': 'b', 'valid_stories': 0.5, 'samples': samples, 'faults': [[], [], [{}], []]}
-    lines = report.right_stories([few, many])
-    assert lines == ['2 of 4 texts of b are right stories, such as:', '', 'One.', '', 'Two.', '']
-    assert report.right_stories([few]) == report.right_stories([{'name': 'c'}]) == []
-
-
 def test_what_the_grammar_objects_to_is_marked_in_the_page():
     fault = {'position': 5, 'kind': 'pronoun', 'said': 'his', 'expected': ['her']}
     html = report.samples({'samples': ['took his <hat>'], 'faults': [[fault]]}, 1)
