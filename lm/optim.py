@@ -152,7 +152,7 @@ class WeightAverage:
     """
 
     def __init__(self, model, decay):
-        self.weights, self.decay = dict(model.named_parameters()), decay
+        self.model, self.weights, self.decay = model, dict(model.named_parameters()), decay
         self.ema = {name: weight.detach().clone() for name, weight in self.weights.items()}
 
     @torch.no_grad()
@@ -182,6 +182,8 @@ class WeightAverage:
             kept = weight.clone()
             weight.copy_(ema)
             ema.copy_(kept)
+        if hasattr(self.model, 'reshard'):  # FSDP keeps the root gathered, as it was before
+            self.model.reshard()
 
 
 def learning_rate_at(step, max_steps, learning_rate, min_lr, warmup_steps, schedule, decay_ratio):

@@ -49,7 +49,7 @@ CASES = {
         *TRAIN,
         *GPT2,
         *'--optimizer=muon --ema_decay=0.9 --n_layer=3 --gradient_accumulation_steps=2'.split(),
-        *'--sample_every=3 --sample_tokens=4'.split(),
+        *'--sample_every=3 --sample_tokens=4 --eval_every=1 --dataset=PLACE/rare'.split(),  # val/loss rises
     ],
     'nf4': [
         *TUNE,
@@ -113,6 +113,7 @@ def test_two_ranks_are_one_process_and_their_state_resumes_on_one(tmp_path):
     write_checkpoint(tmp_path / 'base' / 'ckpt.pt', random_model('ar', 0.1, **ids, **SHAPE), tokenizer)
     val = ['the cat sees a dog in its tree and sings']  # one batch: none for rank 1
     write_folder(tmp_path / 'letters', val=val)
+    write_folder(tmp_path / 'rare', val=['zz qqq xx jjjj vv zqx'])
     write_folder(tmp_path / 'answers', val=val, train_on='aeiou')
 
     commands = {
@@ -148,6 +149,7 @@ def test_two_ranks_are_one_process_and_their_state_resumes_on_one(tmp_path):
         for values, wanted in zip(losses(two), losses(one), strict=True):
             assert values == pytest.approx(wanted, abs=1e-5)
     assert {'ema_state_dict'} < load(tmp_path / 'ar-two').keys()
+    assert load(tmp_path / 'ar-two')['best_step'] < 4  # the average of step 4 was not saved
     paths = (tmp_path / f'nf4-{run}/adapter/adapter_model.safetensors' for run in ('one', 'two'))
     tensors = map(safetensors.torch.load_file, paths)
     torch.testing.assert_close(*tensors, atol=1e-6, rtol=0)
