@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from lm import checkpoints, data, files, likelihood, prompts, report, rng, runtime, scoring
-from lm.configurator import ROOT, check_range, configure, printable, require, user_errors
+from lm.configurator import ROOT, check_range, configure, printable, report_idle, require, user_errors
 from lm.folder import Folder
 from lm.tokenizer import ENDOFTEXT, Tokenizer
 from model import ARCHITECTURES
@@ -77,6 +77,8 @@ paths, wanted = ([part.strip() for part in text.split(',') if part.strip()] for 
 
 check_range(config, 1, math.inf, 'batch_size', 'draws', 'exact_rows', 'num_samples')
 check_range(config, 0, math.inf, 'block_size', 'max_tokens', 'sample_tokens', 'bound_steps', 'k')
+report_idle(config, 'without exact', 'exact_rows' * (not exact))
+report_idle(config, 'without that metric', 'instructions' * ('instructions' not in wanted))
 require(paths, 'No checkpoint is given; name some: --checkpoint=out/run-a,out/run-b.')
 for name in wanted:
     require(name in METRICS, f'metrics has {name!r}, which is none; choose from {", ".join(METRICS)}.')
@@ -127,7 +129,8 @@ folder = Folder(dataset_name)
 tokenizer = folder.tokenizer
 for state in states:
     problem = f'{state["path"]} has another vocabulary than {folder.path}'
-    remedy = f'give its own --dataset, or prepare this one with --tokenizer={state["path"].parent}'
+    own = state['path'].parent if state['path'].name in ('ckpt.pt', 'best.pt') else state['path']
+    remedy = f'give its own --dataset, or prepare this one with --tokenizer={own}'
     require(state['tokenizer'].to_json() == tokenizer.to_json(), f'{problem}; {remedy}.')
 exercises = read_exercises() if 'instructions' in wanted else []
 has_answers = folder.masks['val'] is not None

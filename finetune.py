@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from lm import checkpoints, data, optim, prompts, runtime
-from lm.configurator import configure, require
+from lm.configurator import configure, report_idle, require
 from lm.folder import Folder, is_of, prepared
 from lm.log import start_run
 from sampling import generate
@@ -118,8 +118,9 @@ for override in [*resumed.overrides]:
         dataset = config['dataset'] = before
         resumed.overrides.remove(override)
 if not resumed.checkpoint:
-    base = partial(checkpoints.tokenizer_of, init_from, token, revision)
-    dataset = config['dataset'] = dist.from_main(lambda: prepared(dataset, field, block_size, base))
+    base, source = partial(checkpoints.tokenizer_of, init_from, token, revision), dataset
+    dataset = config['dataset'] = dist.from_main(lambda: prepared(source, field, block_size, base))
+    report_idle(config, 'on data that are prepared', 'field' * (dataset == source))
 folder = Folder(dataset)
 tokenizer, prompt_format = folder.tokenizer, folder.config['prompt_format'] or prompts.DEFAULT
 max_seq_len, answer_masks = folder.config.get('max_seq_len'), folder.masks['val']
@@ -148,6 +149,7 @@ checkpoints.check_fits(initial, init_from, architecture, tokenizer, folder.path)
 
 shape = {**initial['model_config'], 'k': max(k_schedule), 'dropout': dropout}
 shape['gradient_checkpointing'] = gradient_checkpointing
+checkpoints.check_padding(shape, tokenizer)
 longest = shape['block_size']
 block_size = block_size or min(max_seq_len or longest, longest)
 require(8 <= block_size <= longest, f'block_size is {block_size}; {init_from} takes 8 to {longest} tokens.')
@@ -157,6 +159,7 @@ in_parts = fsdp and not use_peft  # a rank makes, or reads, only its part; but f
 where = torch.device('meta' if in_parts else 'cpu')
 with where if has_weights or not in_parts else store.DrawnInParts(dist):
     raw_model = checkpoints.make_model(architecture, **shape)
+num_parameters = raw_model.num_parameters()  # before some are quantized, and adapters are added
 is_whole = 'model_state_dict' in initial and not (resumed.checkpoint and in_parts)  # or it comes in shards
 weights = checkpoints.weights_of(initial) if is_whole else None
 if use_peft:
@@ -241,9 +244,8 @@ print_example()
 parts = ', '.join(f'{name} {size / 1e9:.2f}' for name, size in estimate.items())
 log.print(f'memory, about: {parts}; {sum(estimate.values()) / 1e9:.2f} GB in all')
 num_trained = sum(p.numel() for p in trainable.values())
-num_parameters = sum(p.numel() for p in raw_model.parameters())
 log.print(
-    f'{out}: {architecture} from {init_from}, {num_trained:,} of {num_parameters:,} parameters trained, {dist.dtype} on '
+    f'{out}: {architecture} from {init_from}, {num_parameters:,} parameters, {num_trained:,} trained, {dist.dtype} on '
     f'{dist.world_size} × {dist.device.type}; {max_steps} steps are {batches.epoch(max_steps):.2f} epochs',
     f'val/loss: nats per token, {runtime.describe_loss(raw_model)}',
 )

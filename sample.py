@@ -182,6 +182,8 @@ dist = runtime.Runtime(device, dtype)
 path = checkpoint or checkpoints.newest_run()
 own = tokenizer and Tokenizer.load(tokenizer)
 state = checkpoints.load(path, token, revision, tokenizer=own, architecture=architecture)
+is_other = own and own.to_json() != state['tokenizer']
+report_idle(config, 'on a checkpoint that has one', 'tokenizer' * bool(is_other))
 tokenizer = Tokenizer(state['tokenizer'])
 if sampler == 'ar':
     state, sampler = checkpoints.as_ar(state, path), ''
@@ -189,6 +191,10 @@ if sampler == 'ar':
 model = checkpoints.load_model(state, dist.device, weights)
 is_watched = infill and model.causal and (watch or html)
 require(not is_watched, 'Gaps that an ar model fills are not watched; leave --watch and --html out.')
+sees_gaps = model.causal or 0 in model.config.block_length
+problem = f'{path} writes in blocks and sees nothing behind a gap'
+remedy = 'choose --sampler=ar, the likeliest of several, or a model of whole rows (0 in block_length)'
+require(not infill or sees_gaps, f'{problem}; {remedy}.')
 runtime.report_idle_settings(config, model)
 report_idle(config, 'with infill', 'max_new_tokens' * bool(infill))
 report_idle(config, 'in a conversation', 'num_samples' * (chat and not prompt))

@@ -216,8 +216,10 @@ class Sampler:
         fits = self.block_length in own if any(own) else self.block_length >= 1
         trained = f'one that this model was trained on, {", ".join(map(str, own))}'
         check_setting(self, 'block_length', fits, trained if any(own) else 'at least 1')
-        useless = f"sampler='first_hitting' writes one token per pass, so steps={self.steps} has no effect"
-        check(not (one_by_one and self.steps), f"{useless}; leave it out, or choose 'ancestral'.")
+        of_itself = {'first_hitting': ['steps'], 'speculative': ['steps', 'k', 'fresh_beliefs']}
+        for name in of_itself.get(self.sampler, ()):
+            useless = f'with sampler={self.sampler!r}, {name}={getattr(self, name)} has no effect'
+            check(getattr(self, name) is None, f'{useless}; leave it out, or choose another sampler.')
         has_ar, remedy = config.ar_weight and self.block_length, 'train with --ar_weight and --block_length'
         check(self.sampler != 'speculative' or has_ar, f"sampler='speculative' needs an ar model; {remedy}.")
 
@@ -292,9 +294,9 @@ class Sampler:
     def probabilities(self, logits):
         """Compute what tokens are drawn with (N, V) from logits (N, V); at temperature 0 all is on the likeliest."""
         check_numbers(logits)
+        logits = logits.cpu() if logits.device.type == 'mps' else logits  # which has no float64
         if not self.draws:
             return F.one_hot(logits.argmax(-1), logits.size(-1)).double()
-        logits = logits.cpu() if logits.device.type == 'mps' else logits  # which has no float64
         p = restrict(logits.double(), *self.options)
         return p / p.sum(-1, keepdim=True)
 

@@ -140,6 +140,7 @@ else:
     shape.update({key: config[key] for key in SHAPE + BLOCKS if config[key] is not None})
 shape.update({key: config[key] for key in FREE_SHAPE}, k=max(k_schedule), vocab_size=tokenizer.vocab_size)
 shape.update(mask_id=tokenizer.mask_id, ignore_id=tokenizer.ignore_id)
+checkpoints.check_padding(shape, tokenizer)
 torch.manual_seed(seed)
 in_parts = store.DrawnInParts(dist) if fsdp and not initial else torch.device('meta' if fsdp else 'cpu')
 with in_parts:  # a rank makes, or reads, only its part of a sharded model

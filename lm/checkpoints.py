@@ -97,7 +97,7 @@ def require_architecture(checkpoint, path, architecture):
 def tokenizer_of(path, token, revision):
     """Return what `--tokenizer` takes for a run that starts from `path`: a model of the hub is fetched."""
     if path == 'scratch' or Path(path).exists() or not is_pretrained(path):
-        return path.replace('scratch', '')
+        return '' if path == 'scratch' else path
     return str(pretrained.download(path, token, revision))
 
 
@@ -188,6 +188,15 @@ def check_fits(checkpoint, path, architecture, tokenizer, dataset):
     remedy = "prepare the data with the checkpoint's tokenizer, or start from scratch"
     same, here = checkpoint['tokenizer'] == tokenizer.to_json(), tokenizer.vocab_size
     require(same, f'{path} has another vocabulary ({size} tokens) than {dataset} ({here}); {remedy}.')
+
+
+def check_padding(shape, tokenizer):
+    """Raise a UserError for blocks or an ar_weight where texts are padded with their end, as LLaDA's are: what is padding is
+    neither a token of the `ar` model nor the beginning of a block."""
+    has_blocks = any(shape.get('block_length', ())) or shape.get('ar_weight')
+    pads_with_end = tokenizer.ignore_id == tokenizer.endoftext_id
+    problem = 'This tokenizer pads texts with their end, so blocks would not learn where one ends'
+    require(not (has_blocks and pads_with_end), f'{problem}; leave block_length and ar_weight out.')
 
 
 def convert(checkpoint, path, architecture, block_size=None, **blocks):
@@ -402,7 +411,10 @@ def continue_run(resumed, store, model, optimizer, scaler, inputs, config):
         step, best = checkpoint['global_step'], Best(checkpoint['best_step'], checkpoint['best_val_loss'])
         if path.parent != resumed.run_dir and (own := resumed.run_dir / 'best.pt').exists():  # a copy goes on
             best = Best(*(load(own, mmap=True)[key] for key in ('best_step', 'best_val_loss')))
-        compare = 'dataset', 'eval_tokens', 'eval_examples', 'best_by'
+        compare = {'eval_tokens', 'eval_examples', 'best_by'}
+        compare |= (
+            {'dataset'} if ':' in config.get('dataset', '') else set()
+        )  # a mix, whose weights may be others
         elsewhere = config['out_dir'] and Path(config['out_dir']).resolve() != resumed.run_dir
         if changed or elsewhere or any(key in compare for key, *_ in resumed.overrides):
             best = Best(step)  # figures of another evaluation do not compare; and best.pt stays where it is

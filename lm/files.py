@@ -63,14 +63,15 @@ def write_json(path, value):
     save_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + '\n').encode()))
 
 
-def lock(folder, name='logs.log', busy=''):
+def lock(folder, name='logs.log', busy='', wait=False):
     """Make this process the only one that writes a folder until it closes the file that it gets, or ends: the
-    lock is the kernel's, on a file that is never replaced, so that no way to end leaves one behind."""
+    lock is the kernel's, on a file that is never replaced, so that no way to end leaves one behind. Where another
+    process has it, wait for that one, or raise a UserError."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / name, 'a', buffering=1, encoding='utf-8')
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:  # some file systems have no locks
         is_locked = error.errno in (errno.EAGAIN, errno.EACCES)
         default = f'Another process writes {folder}; let it end, or choose another out_dir.'

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from lm.configurator import ROOT, UserError, require
-from lm.files import sha256_of
+from lm.files import lock, sha256_of
 from lm.tokenizer import Tokenizer
 
 
@@ -105,17 +105,21 @@ def prepared(source, field, max_seq_len, tokenizer):
     times = [(path.name, path.stat().st_mtime_ns) for path in files]
     content = repr([*words, times, sha256_of(near) if near.is_file() else ''])
     target = ROOT / 'data' / f'{near.stem}-{hashlib.sha256(content.encode()).hexdigest()[:8]}'
-    if (target / 'config.json').is_file():
-        return str(target)
-    script = [sys.executable, ROOT / 'prepare' / 'instruct.py', f'--output_dir={target}', *words]
-    done = subprocess.run(script).returncode == 0
-    require(done, f'{source} could not be prepared as instruction data, as said above.')
+    finished = target / 'config.json'
+    if not finished.is_file():
+        script = [sys.executable, ROOT / 'prepare' / 'instruct.py', f'--output_dir={target}', *words]
+        with lock(target.parent, f'.{target.name}.lock', wait=True):  # of a sweep's runs the first prepares
+            done = finished.is_file() or subprocess.run(script).returncode == 0
+        require(done, f'{source} could not be prepared as instruction data, as said above.')
     return str(target)
 
 
 def is_of(folder, source):
     """Say whether the prepared folder at a path was made of this file, or of this data set of the hub."""
-    made_of = Folder(folder).config.get('source') or ''
+    try:
+        made_of = Folder(folder).config.get('source') or ''
+    except UserError:  # it was moved
+        return False
     return made_of.removeprefix('https://huggingface.co/datasets/') == source
 
 

@@ -116,9 +116,15 @@ def rows_of(entry, split):
     return (row for row, _ in rows)
 
 
+def names_of(entry):
+    """Return the names of the classes in lower case, in their order; [] where there is just a number of them."""
+    return [] if isinstance(entry['classes'], int) else [str(name).casefold() for name in entry['classes']]
+
+
 def read_sets(database, task, train_langs, eval_langs, model_type):
     """Return {'train', perhaps 'val', each language of eval_langs: [(entry, rows)]}, and the number of
-    classes. The val rows are of the training languages: a test set never selects a checkpoint."""
+    classes, which are in the order of the first set that names them. The val rows are of the training languages: a test
+    set never selects a checkpoint."""
 
     def entries_of(languages):
         names = filter(None, map(str.strip, languages.split(',')))
@@ -128,13 +134,20 @@ def read_sets(database, task, train_langs, eval_langs, model_type):
     counts = {language: len({*classes_of(entry).values()}) for language, entry in {**train, **test}.items()}
     problem = f'The data sets of a run need the same number of classes, but these are {counts}'
     require(train and test and len(set(counts.values())) == 1, f'{problem}; choose other languages.')
+    names = {language: names_of(entry) for language, entry in {**train, **test}.items()}
+    order = next(filter(None, names.values()), [])
+    others = {language: own for language, own in names.items() if own and {*own} != {*order}}
+    remedy = f'name them as {", ".join(order)}, or say how many there are'
+    require(not others, f'The classes have other names in {others}; {remedy}.')
 
     splits = [('train', entry, entry['splits'][0]) for entry in train.values()]
     splits += [('val', entry, split) for entry in train.values() for split in entry['splits'][1:-1]]
     splits += [(language, entry, entry['splits'][-1]) for language, entry in test.items()]
     sets = {name: [] for name, _, _ in splits}
     for name, entry, split in splits:
-        sets[name].append((entry, read_split(entry, split, model_type)))
+        rows, own = read_split(entry, split, model_type), names_of(entry)
+        rows = [(texts, order.index(own[number]) if own else number) for texts, number in rows]
+        sets[name].append((entry, rows))
     return sets, counts.popitem()[1]
 
 

@@ -84,6 +84,7 @@ def pack(model, weights):
     require(weights in kinds, f'weights is {weights!r}; choose {" or ".join(kinds)}.')
     if weights == 'float32':
         return
+    model.num_parameters = partial(int, model.num_parameters())  # what packs them makes no parameters
     if device.type != 'cpu':
         return quantize(model, bits=8) if weights == 'int8' else model.to(getattr(torch, weights))
     can = 'fbgemm' in torch.backends.quantized.supported_engines
@@ -91,7 +92,6 @@ def pack(model, weights):
         can = ONEDNN and has_bfloat16(device)
     problem = f'This processor does not compute with weights in {weights}'
     require(can, f'{problem}; take another of {", ".join(kinds)}.')
-    model.num_parameters = partial(int, model.num_parameters())  # packed ones are none any more
     for name, layer in linear_layers(model):
         model.set_submodule(name, PackedLinear(layer.weight, layer.bias, weights))
     head = PackedLinear(model.head_weight(), None, weights)

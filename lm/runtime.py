@@ -51,7 +51,9 @@ def report_idle_settings(config, *kinds):
         unused = ' '.join(key for key, names in SAMPLERS.items() if sampler not in names.split())
         report_idle(config, f'with sampler={sampler!r}', unused)
     blocks = [kind.config.block_length for kind in kinds if hasattr(kind, 'config') and not kind.causal]
-    report_idle(config, 'on whole rows', 'noisy_every' * bool(blocks and not any(map(any, blocks))))
+    if blocks and not any(map(any, blocks)):
+        of_blocks = 'block_length' * (config.get('sampler', 'blocks') != 'blocks')
+        report_idle(config, 'on whole rows', f'noisy_every {of_blocks}')
     if config.get('temperature') == 0:
         report_idle(config, 'at temperature=0', 'top_k top_p')
     if all(kind.causal for kind in kinds):
@@ -137,6 +139,7 @@ class Runtime:
         """Return the model whose backward pass sums gradients over the ranks; compile=None: on CUDA only,
         without FSDP."""
         if compile or compile is None and self.device.type == 'cuda' and not fsdp:
+            torch._dynamo.config.recompile_limit = 64  # a graph for each kind of pass; the default is 8
             model.compile()
         if self.world_size == 1 or fsdp:
             return model
@@ -339,7 +342,10 @@ def check_memory(estimate, dist):
     """Raise a UserError where training would not fit even if half as much again as there is were enough."""
     on_host = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
     room = torch.cuda.mem_get_info(dist.device)[1] if dist.device.type == 'cuda' else on_host
-    needed, remedy = sum(estimate.values()), 'lower batch_size or block_size, or add --use_peft'
+    needed = sum(estimate.values())
+    remedy = (
+        'lower batch_size or block_size, or train adapters only: --use_peft, with --load_in_4bit for less'
+    )
     problem = f'Training takes about {needed / 1e9:.0f} GB, and there are {room / 1e9:.0f}'
     require(needed <= 1.5 * room, f'{problem}; {remedy}.')
 

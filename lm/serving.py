@@ -390,7 +390,7 @@ class Writer(threading.Thread):
         with suppress(Stopped), self.dist.autocast():
             written = generate(job.model.module, ids, job.new, stop_tokens=job.model.stops, **options)
             for row, tokens in zip(rows, written):
-                row.new = tokens[job.added :] if job.is_infill else row.new
+                row.new = tokens[row.job.added :] if job.is_infill else row.new
         for row in rows:
             row.tell('stop' if job.is_infill else 'length')
             row.job.close()

@@ -1,12 +1,14 @@
 """Check what finetune.py promises: runs of the script on a few letters, without network."""
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -363,6 +365,27 @@ def test_a_folder_says_which_file_or_data_set_of_the_hub_it_is_of(tmp_path):
     for source, name in (('https://huggingface.co/datasets/a/b', 'a/b'), ('my.json', 'my.json')):
         config.write_text(json.dumps({**json.loads(config.read_text()), 'source': source}))
         assert is_of(folder, name) and not is_of(folder, 'a/c')
+    assert not is_of(tmp_path / 'moved', 'my.json')
+
+
+@pytest.mark.faults
+def test_runs_that_start_together_prepare_a_file_once(place, tmp_path, monkeypatch):
+    monkeypatch.setattr('lm.folder.ROOT', tmp_path)
+    (tmp_path / 'prepare').symlink_to(ROOT / 'prepare')
+    records = tmp_path / 'my.json'
+    records.write_text(json.dumps([{'instruction': f'Say {i}.', 'output': f'{i}'} for i in range(40)]))
+    context = multiprocessing.get_context('fork')
+    with context.Pool(2) as pool:
+        args = str(records), '', None, partial(str, place / 'ar')
+        first, second = pool.starmap(prepared, [args, args], chunksize=1)
+    assert first == second and is_of(first, str(records))
+
+
+@pytest.mark.parametrize('path, wanted', [('scratch', ''), ('DIR/from-scratch', 'DIR/from-scratch')])
+def test_data_are_prepared_with_the_tokenizer_of_the_start(path, wanted, tmp_path):
+    (tmp_path / 'from-scratch').mkdir()
+    path, wanted = (text.replace('DIR', str(tmp_path)) for text in (path, wanted))
+    assert checkpoints.tokenizer_of(path, None, None) == wanted
 
 
 @pytest.mark.faults

@@ -96,6 +96,27 @@ def test_training_languages_are_joined_and_each_test_set_stands_alone(tmp_path):
         languages.read_sets(entries, 'task', 'rus,pol', '', 'normal')
 
 
+def test_classes_are_joined_by_their_names_whatever_their_order(tmp_path):
+    entries = {}
+    for language, classes in {'eng': ['no', 'yes'], 'pol': ['YES', 'NO'], 'ukr': ['tak', 'ni']}.items():
+        rows = '\n'.join(json.dumps({'a': name, 'b': 'x', 'label': name}) for name in classes)
+        (tmp_path / language).mkdir()
+        for split in ('train', 'test'):
+            (tmp_path / language / f'{split}.jsonl').write_text(rows)
+        entry = {
+            **ENTRY,
+            'dataset': str(tmp_path / language),
+            'classes': classes,
+            'splits': ['train', 'test'],
+        }
+        entries[language] = {'task': entry}
+    sets, _ = languages.read_sets(entries, 'task', 'eng,pol', 'pol', 'normal')
+    for _, rows in (*sets['train'], *sets['pol']):
+        assert {texts[0].lower(): number for texts, number in rows} == {'no': 0, 'yes': 1}
+    with pytest.raises(UserError, match='other names in {.ukr.: .*; name them as no, yes, or say how many'):
+        languages.read_sets(entries, 'task', 'eng', 'ukr', 'normal')
+
+
 def test_the_hub_is_asked_for_what_is_no_folder(monkeypatch):
     monkeypatch.setattr(datasets, 'load_dataset', lambda name, config, split: ROWS)
     assert len(languages.read_split({**ENTRY, 'dataset': 'some/set'}, 'test')) == 6

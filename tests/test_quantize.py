@@ -113,6 +113,13 @@ def test_packed_weights_write_nearly_the_same(architecture, weights, gap):
     assert all(len(row) == 7 for row in rows)
 
 
+def test_weights_in_int8_on_another_device_are_counted():
+    model = random_model('ar', 0.3, **SHAPE).to('meta')
+    before = model.num_parameters()
+    pack(model, 'int8')
+    assert model.num_parameters() == before
+
+
 @needs_fbgemm
 def test_a_tokens_int8_does_not_depend_on_the_tokens_beside_it():
     layer = torch.nn.Linear(32, 16)

@@ -202,6 +202,20 @@ def test_what_a_config_says_that_is_not_known_is_refused(name, changes, said, tm
         checkpoints.load(tmp_path)
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize('blocks', [{'block_length': (4,)}, {'ar_weight': 1.0}])
+def test_blocks_are_refused_where_the_padding_is_the_end_of_texts(blocks, tmp_path):
+    write_released('llada', tmp_path)
+    start = checkpoints.load(tmp_path)
+    tokenizer = Tokenizer(start['tokenizer'])
+    whole, parts = (
+        checkpoints.convert(start, tmp_path, 'diffusion', **x)['model_config'] for x in ({}, blocks)
+    )
+    checkpoints.check_padding(whole, tokenizer)
+    with pytest.raises(UserError, match='pads texts with their end'):
+        checkpoints.check_padding(parts, tokenizer)
+
+
 def test_a_switch_of_llada_that_is_left_out_is_refused(tmp_path):
     write_released('llada', tmp_path)
     write_json(tmp_path / 'config.json', {**LLADA, 'model_type': 'llada', 'block_type': None})

@@ -154,6 +154,13 @@ def test_the_best_of_another_evaluation_is_not_the_best_of_this_one(copied):
 
 
 @pytest.mark.faults
+def test_the_same_data_by_another_path_keep_the_best(copied, place):
+    torch.save({**load(copied), 'best_val_loss': 0.1, 'best_step': 3}, copied / 'ckpt.pt')
+    run('train.py', f'--resume_from={copied}', '--max_steps=9', f'--dataset={place}/../{place.name}/letters')
+    assert load(copied)['best_val_loss'] == 0.1
+
+
+@pytest.mark.faults
 def test_a_run_that_goes_on_elsewhere_has_a_best_of_its_own(copied, tmp_path):
     torch.save({**load(copied), 'best_val_loss': 0.1, 'best_step': 3}, copied / 'ckpt.pt')
     run('train.py', f'--resume_from={copied}', '--max_steps=9', f'--out_dir={tmp_path}/elsewhere')

@@ -189,6 +189,16 @@ def test_what_stands_behind_the_end_of_an_answer_is_not_counted(checkpoint_of, c
 
 
 @pytest.mark.faults
+def test_gaps_are_refused_by_a_model_that_sees_nothing_behind_them(tmp_path):
+    shape = dict(block_length=(4,), ar_weight=1.0)
+    path = write_small_checkpoint(tmp_path / 'ckpt.pt', 'diffusion', letter_tokenizer(), shape=shape)
+    words = [f'--checkpoint={path}', '--infill=a<mask:2>b', '--device=cpu']
+    with pytest.raises(UserError, match='sees nothing behind a gap; choose --sampler=ar'):
+        run('sample.py', *words)
+    run('sample.py', *words, '--sampler=ar')
+
+
+@pytest.mark.faults
 def test_options_without_effect_are_reported(checkpoint_of, capsys):
     words = [
         '--threshold=0.5',
@@ -197,6 +207,7 @@ def test_options_without_effect_are_reported(checkpoint_of, capsys):
         '--top_k=3',
         '--infill=a<mask:2>',
         '--max_new_tokens=4',
+        '--block_length=2',
     ]
     run(
         'sample.py', f'--checkpoint={checkpoint_of("diffusion")}', *words, '--sampler=entropy', '--device=cpu'
@@ -205,7 +216,11 @@ def test_options_without_effect_are_reported(checkpoint_of, capsys):
     assert (
         "note: eta=0.2 has no effect with sampler='entropy'." in output and 'threshold=0.5 has' not in output
     )
-    for said in ('top_k=3 has no effect at temperature=0.', 'max_new_tokens=4 has no effect with infill.'):
+    for said in (
+        'top_k=3 has no effect at temperature=0.',
+        'max_new_tokens=4 has no effect with infill.',
+        'block_length=2 has no effect on whole rows.',
+    ):
         assert f'note: {said}' in output
 
 

@@ -231,6 +231,24 @@ def test_a_text_that_begins_with_a_gap_begins_with_what_fills_it(tmp_path):
     )
 
 
+@pytest.mark.faults
+def test_gaps_of_two_clients_that_are_filled_together_keep_their_texts(tmp_path):
+    letters = letter_tokenizer(ASCII)
+    path = write_small_checkpoint(
+        tmp_path / 'ckpt.pt', 'diffusion', letters, start_token=letters.encode('x')[0]
+    )
+    model, limits = serving.Model(path, 'cpu'), serving.Limits(9, 4, 9.0)
+    fields = [
+        dict(text='<mask:3> be'),
+        dict(text='so <mask:4>'),
+    ]  # seven tokens each; the first needs a start
+    jobs = [serving.Job('/v1/infill', one, model, limits) for one in fields]
+    serving.Writer(runtime.Runtime('cpu', 'float32'), 4).write(jobs)
+    (one,), (other,) = (job.rows for job in jobs)
+    assert len(one.ids) == len(other.ids) and len(one.new) == 6 and len(other.new) == 7
+    assert one.text.endswith(' be') and other.text.startswith('so ')
+
+
 def test_gaps_are_filled_and_watched(port):
     text = 'the <mask:4> sat<mask:2>!'
     for model in ('diffusion', 'sdd'):
