@@ -44,7 +44,7 @@ gradient_accumulation_steps = 1
 eval_batch_size = 256
 group_by_length = True  # the rows of a step are of like length: less padding
 # --- model ---
-model = ''  # llama3, deepseek, qwen0.6B, qwen1.7B; one of them with _finetune; or a model_size
+model = ''  # llama3, deepseek, qwen0.6B, qwen1.7B; llama3_finetune, deepseek_finetune, qwen3_finetune; or a model_size
 architecture = 'ar'  # from scratch: ar, diffusion or sdd
 model_size = 'tiny'  # tiny, small, medium, large, xl: sets the next three
 n_layer: int = None

@@ -157,7 +157,8 @@ def save_conversation(path, turns, system):
     """Write a conversation as messages, which prepare/instruct.py reads."""
     require(not path.exists(), f'{path} is there already; choose another name.')
     messages = [{'role': 'system', 'content': system}] * bool(system)
-    for asked, _, output in turns:
+    for asked, given, output in turns:
+        asked = f'{asked}\n\n{given}' if given else asked
         messages += [{'role': 'user', 'content': asked}, {'role': 'assistant', 'content': output}]
     write_json(path, [{'messages': messages}])
     print(f'{path}: {len(turns)} turns')
@@ -184,7 +185,7 @@ own = tokenizer and Tokenizer.load(tokenizer)
 state = checkpoints.load(path, token, revision, tokenizer=own, architecture=architecture)
 is_other = own and own.to_json() != state['tokenizer']
 report_idle(config, 'on a checkpoint that has one', 'tokenizer' * bool(is_other))
-tokenizer = Tokenizer(state['tokenizer'])
+tokenizer = Tokenizer(state['tokenizer'], start=state['start_token'])
 if sampler == 'ar':
     state, sampler = checkpoints.as_ar(state, path), ''
     config.given.discard('sampler')

@@ -115,6 +115,8 @@ def sampled_runs():
 
 def draw(generator, key, values):
     """Draw one of a list of values, or a number between two bounds, rounded to four digits."""
+    if isinstance(values, list) and values[-1:] == ['log']:  # YAML and JSON have no tuples
+        values = tuple(values)
     if not isinstance(values, tuple):
         return generator.choice(listed(key, values))
     wrong = f'sampled[{key!r}] is {values}; write [...], (low, high), or (low, high, "log") with low above 0.'
@@ -165,8 +167,10 @@ def start(name, gpu):
     with open(folder / '.lock', 'w') as lock, open(folder / 'stdout.log', 'a') as log:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             return None
+        except OSError:  # some file systems have no locks
+            pass
         options = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **environment})
         options |= dict(pass_fds=[lock.fileno()], start_new_session=True)  # Ctrl-C is for the sweep alone
         return subprocess.Popen([sys.executable, script_path, *arguments(name)], **options)

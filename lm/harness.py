@@ -80,7 +80,7 @@ class Checkpoint(TemplateLM):
     def take_tokenizer(self, state, add_bos):
         """Take the tokenizer of a checkpoint, and decide what stands before a text."""
         came_with, start = state.get('came_with') or {}, state['start_token']
-        exported = 'start_token' in settings_of(Path(self.path), 'config.json')
+        exported = settings_of(Path(self.path), 'config.json').get('trained_here')
         self.is_ours = bool(not came_with or state.get('train_config') or exported)
         begin = None if self.is_ours else came_with.get('bos_token')
         self.prefix = start if begin is None else begin

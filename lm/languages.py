@@ -29,7 +29,7 @@ import tokenizers
 from lm.classification import Examples
 from lm.configurator import ROOT, UserError, find, require
 from lm.files import as_sentence
-from lm.records import READERS, TABLES, read_records, refusals_named, text_of, value_of
+from lm.records import READERS, TABLES, on_the_hub, read_records, refusals_named, text_of, value_of
 from lm.tokenizer import KINDS, Tokenizer, build
 
 REQUIRED = ('dataset', 'train_features', 'eval_feature', 'splits', 'classes')
@@ -109,7 +109,7 @@ def rows_of(entry, split):
         import datasets  # takes a second to import
 
         with refusals_named(f'{name}, which is no folder here or under data/,'):
-            return datasets.load_dataset(name, entry.get('config'), split=split)
+            return datasets.load_dataset(**on_the_hub(name, entry.get('config')), split=split)
     path = next(filter(Path.is_file, (folder / (split + suffix) for suffix in SUFFIXES)), None)
     require(path, f'{folder} has no file for the split {split!r}, such as {", ".join(SUFFIXES)}.')
     rows = read_records(path, lambda record, where: record, entry.get('columns'))

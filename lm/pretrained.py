@@ -103,6 +103,8 @@ def load_state_dict(tensors, family, architecture, config, source):
         hf_name, qkv_index, transposed = families.hf_name(name, family)
         used.add(without_prefix(hf_name))
         tensor = found = tensors.get(without_prefix(hf_name))
+        if found is None and name == 'embedding.weight' and config.tied:  # a file may keep either name
+            tensor = found = tensors.get(without_prefix(head))
         if found is None:
             faults.append(f'missing: {hf_name}')
             continue
@@ -159,8 +161,10 @@ def around(folder, c, tokenizer):
     """Return what a folder with the config.json `c` says of texts beside its model, which an export says again."""
     settings = settings_of(folder, 'tokenizer_config.json')
     kept = {'add_bos_token': settings['add_bos_token']} if 'add_bos_token' in settings else {}
-    ends = settings_of(folder, 'generation_config.json').get('eos_token_id', c.get('eos_token_id'))
-    ends = [token for token in ends if isinstance(token, int)] if isinstance(ends, list) else []
+    ends, several = settings_of(folder, 'generation_config.json').get('eos_token_id'), c.get('eos_token_id')
+    if ends is None and isinstance(several, list):  # a single one in config.json is often what no one set
+        ends = several
+    ends = [token for token in (ends if isinstance(ends, list) else [ends]) if isinstance(token, int)]
     known = lambda kind: known_id(tokenizer.inner, pretrained_token(folder, kind))
     ids = {f'{kind}_token': known(kind) for kind in ('bos', 'pad')}
     return dict(end_tokens=ends, added_tokens=tokenizer.added, tokenizer_config=kept, **ids)

@@ -14,7 +14,7 @@ from itertools import chain
 import pyarrow
 import pyarrow.parquet
 
-from lm.configurator import UserError, require
+from lm.configurator import UserError, note, require
 from lm.files import as_sentence, first_line
 
 TABLES = {'.tsv': dict(delimiter='\t', quoting=csv.QUOTE_NONE), '.csv': {}}
@@ -116,6 +116,22 @@ def refusals_named(path):
     """Return a context in which the hub's errors, of many kinds and from four libraries, are UserErrors."""
     problem = f'The data set {path} could not be read from the hub'
     return as_sentence(problem, 'correct the name, try again, or give files of your own')
+
+
+PARQUET = 'refs/convert/parquet'  # the branch of a data set in which the hub keeps its own copy
+
+
+def on_the_hub(path, subset=None):
+    """Return what `load_dataset` takes for a data set of the hub and its subset, at its newest revision; of one that is a
+    script, which `datasets` does not run any more, the hub's own copy in parquet."""
+    from huggingface_hub import HfApi
+
+    info, part = HfApi().dataset_info(path), {'name': subset}
+    if f'{path.split("/")[-1]}.py' in [file.rfilename for file in info.siblings or ()]:
+        info, part = HfApi().dataset_info(path, revision=PARQUET), {'data_dir': subset}
+        is_part = any('/partial-' in file.rfilename for file in info.siblings or ())
+        note(f'{path} is a script; its copy in parquet{", of which the hub has a part," * is_part} is read.')
+    return {'path': path, 'revision': info.sha, **part}
 
 
 def attempt(make, row, where):

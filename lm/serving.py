@@ -91,7 +91,8 @@ class Model:
     def __init__(self, path, device, token=None, revision=None, weights='float32'):
         state = checkpoints.load(path, token, revision)
         self.name = checkpoints.name_of(path)
-        self.tokenizer, self.start = Tokenizer(state['tokenizer']), state['start_token']
+        self.tokenizer = Tokenizer(state['tokenizer'], start=state['start_token'])
+        self.start = state['start_token']
         self.form, self.stops = state.get('prompt_format'), set(prompts.stop_tokens(state, self.tokenizer))
         self.module = checkpoints.load_model(state, device, weights)
         own, self.block_size = self.module.config.block_length, self.module.config.block_size

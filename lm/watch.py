@@ -9,6 +9,7 @@ save_page('watch.html', 'a title', frames.steps)
 import json
 import shutil
 import sys
+from functools import cache
 from pathlib import Path
 
 from lm.configurator import printable
@@ -33,13 +34,15 @@ class Frames:
     def __init__(self, tokenizer, show=None, stops=()):
         """show: called with all cells and the positions that changed, after each step; stops: tokens that end a row."""
         self.tokenizer, self.show, self.stops = tokenizer, show, {*stops}
-        self.steps, self.cells, self.start, self.ended = [], [], 0, False
+        self.steps, self.cells, self.tokens, self.start, self.ended = [], [], [], 0, False
+        self.text_of = cache(self.text_of)
         ids = range(tokenizer.vocab_size)  # behind some text a word keeps the space that it begins with
         self.before = next(([i] for i in ids if tokenizer.decode([i]).strip()), [])
 
     def begin(self, ids):
         """Start with a prompt, a list of token ids."""
-        self.cells = [self.cell(i, token, GIVEN) for i, token in enumerate(ids)]
+        self.cells, self.tokens = [self.cell(i, token, GIVEN) for i, token in enumerate(ids)], list(ids)
+        self.join_parts()
         self.steps = [[list(cell) for cell in self.cells]]
 
     def __call__(self, start, x, confidence, belief):
@@ -49,7 +52,7 @@ class Frames:
             return
         row, sure, self.start = x[0].tolist(), confidence[0].tolist(), start
         ids, probabilities = ([], []) if belief is None else (part[0].tolist() for part in belief)
-        changed = []
+        changed = {}  # by position
         for i, token in enumerate(row):
             position = start + i
             known = self.cells[position] if position < len(self.cells) else None
@@ -64,21 +67,38 @@ class Frames:
                 pairs = ((self.text_of(t), round(p, 3)) for t, p in zip(ids[i], probabilities[i]) if p > 0)
                 cell += [[list(pair) for pair in pairs]]
             if cell != known:
-                self.cells[position : position + 1] = [cell]
-                changed.append(cell)
+                self.cells[position : position + 1], changed[position] = [cell], cell
+                self.tokens[position : position + 1] = [token]
+        changed |= self.join_parts()
         written = [token for i, token in enumerate(row, start) if self.cells[i][2] != GIVEN]
         self.ended = not self.stops.isdisjoint(written) and self.tokenizer.mask_id not in row
-        self.steps.append([list(cell) for cell in changed])
+        self.steps.append([list(changed[position]) for position in sorted(changed)])
         if self.show:
-            self.show(self.cells, {cell[0] for cell in changed})
+            self.show(self.cells, changed)
 
     def cell(self, position, token, kind, probability=0.0):
         is_hidden = token == self.tokenizer.mask_id
         kind = HIDDEN if is_hidden and kind == GIVEN else kind
         return [position, '' if is_hidden else self.text_of(token), kind, round(probability, 3)]
 
-    def text_of(self, token):
-        return self.tokenizer.decode([*self.before, token])[len(self.tokenizer.decode(self.before)) :]
+    def text_of(self, *tokens):
+        return self.tokenizer.decode([*self.before, *tokens])[len(self.tokenizer.decode(self.before)) :]
+
+    def join_parts(self):
+        """Give a character that several tokens spell to the last of them; return the cells whose text changes, by position."""
+        texts, parts = [], []
+        for cell, token in zip(self.cells, self.tokens):
+            texts.append(self.text_of(token) if cell[2] in (GIVEN, WRITTEN) else '')
+            parts = [*parts[-3:], token] if '\ufffd' in texts[-1] else []
+            for size in range(2, len(parts) + 1):
+                text = self.text_of(*parts[-size:])
+                if '\ufffd' not in text:
+                    texts[-size:], parts = [''] * (size - 1) + [text], []
+                    break
+        changed = {cell[0]: cell for cell, text in zip(self.cells, texts) if cell[1] != text}
+        for position, cell in changed.items():
+            cell[1] = texts[position]
+        return changed
 
 
 class Terminal:

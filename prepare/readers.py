@@ -13,7 +13,16 @@ from tqdm import tqdm
 
 from lm.configurator import UserError, printable, require
 from lm.files import sha256_of
-from lm.records import READERS, attempt, damage_named, read_records, refusals_named, suffix_of, text_of
+from lm.records import (
+    READERS,
+    attempt,
+    damage_named,
+    on_the_hub,
+    read_records,
+    refusals_named,
+    suffix_of,
+    text_of,
+)
 
 
 @dataclass
@@ -58,16 +67,15 @@ def hub(path, subset=None, field='text', document=None):
     """Return the Source of the training split of a data set on the hub, streamed, at its newest revision; the
     rest is as in `files`. A restart goes on within the file where it was."""
     import datasets  # it takes seconds, and files do not need it
-    from huggingface_hub import HfApi
 
     with refusals_named(path):
-        revision = HfApi().dataset_info(path).sha
+        where = on_the_hub(path, subset)
     make, stream = document or partial(text_of, field), None
 
     def documents(done=0, state=None):
         nonlocal stream
         with refusals_named(path):
-            stream = datasets.load_dataset(path, subset, split='train', streaming=True, revision=revision)
+            stream = datasets.load_dataset(**where, split='train', streaming=True)
             if state:
                 stream.load_state_dict(state)
             for number, row in enumerate(stream, done + 1):
@@ -75,7 +83,9 @@ def hub(path, subset=None, field='text', document=None):
 
     name = f'{path}/{subset}' if subset else path
     url = f'https://huggingface.co/datasets/{name}'
-    return Source(url, documents, {name: revision}, None, ' documents', state=lambda: stream.state_dict())
+    return Source(
+        url, documents, {name: where['revision']}, None, ' documents', state=lambda: stream.state_dict()
+    )
 
 
 class Corpus:
@@ -109,7 +119,7 @@ class Corpus:
 
     def skip(self, error):
         if self.on_error == 'stop':
-            raise error
+            raise UserError(f'{error} --on_error=skip leaves it out.') from error
         self.read['skipped'] += 1
         if len(self.warnings) < 10 and str(error) not in self.warnings:  # the source is read several times
             self.warnings.append(str(error))

@@ -51,7 +51,8 @@ def write(source, config, log_prob=None):
         if not journal.state:
             json_text = make_tokenizer(corpus, config).to_json()
             save_atomically(path, lambda file: file.write(json_text.encode()))
-        tokenizer = Tokenizer.load(path)
+        start = command['arguments'].get('start_token')
+        tokenizer = Tokenizer(path.read_text(encoding='utf-8'), path, start=start)
         counts = encode_corpus(corpus, tokenizer, config, journal)
         finished = describe(target, command, tokenizer, counts, corpus)
         if empty := [split for split in SPLITS if not counts[split]['tokens']]:
@@ -161,7 +162,7 @@ def encode_corpus(corpus, tokenizer, config, journal):
 
     in_pieces = config['tokenizer'] in KINDS and not source.examples
     texts = corpus.texts(state['source'])
-    setup = config['tokenizer'], tokenizer.to_json(), corpus.is_single, source.examples
+    setup = config['tokenizer'], tokenizer.to_json(), tokenizer.start_id, corpus.is_single, source.examples
     bar = tqdm(total=source.total, unit=source.unit, unit_scale=True, disable=None)  # on a terminal only
     with bar, ProcessPoolExecutor(num_workers, initializer=start_worker, initargs=setup) as pool:
         try:
@@ -232,8 +233,8 @@ def encode(batch):
 class Encoder:
     """Encode texts with one tokenizer; a document ends with <|endoftext|>, unless it is the only one."""
 
-    def __init__(self, kind, tokenizer_json, is_single, examples):
-        self.tokenizer, self.examples = Tokenizer(tokenizer_json), examples
+    def __init__(self, kind, tokenizer_json, start_id, is_single, examples):
+        self.tokenizer, self.examples = Tokenizer(tokenizer_json, start=start_id), examples
         self.encode_batch = fast_gpt2(self.tokenizer) if kind == 'gpt2' else self.tokenizer.encode_batch
         self.dtype = token_dtype(self.tokenizer)
         self.end = np.array([] if is_single else [self.tokenizer.endoftext_id], self.dtype)

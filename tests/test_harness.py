@@ -155,6 +155,16 @@ def test_an_export_gets_what_its_checkpoint_gets(checkpoint, tmp_path):
     assert exported.loglikelihood(pair, True)[0] == pytest.approx(ours.loglikelihood(pair, True)[0], abs=1e-4)
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize('is_ours', [True, False])
+def test_an_export_says_whether_it_was_trained_here(tmp_path, is_ours):
+    saved = dict(came_with={'added_tokens': []}, train_config={'dataset': 'own'} if is_ours else {})
+    path = write_small_checkpoint(tmp_path / 'ckpt.pt', 'ar', letter_tokenizer(), **saved)
+    hf.main(['export', str(path), f'--out={tmp_path / "exported"}'])
+    for source in (path, tmp_path / 'exported'):
+        assert harness.Checkpoint(source, device='cpu').is_ours == is_ours
+
+
 def test_greedy_means_the_text_that_is_written_at_temperature_0(checkpoint):
     model = harness.Checkpoint(checkpoint, device='cpu', draws=1, sampler='confidence')
     written = model.generate_until(requests(('abc', {'max_gen_toks': 2})), True)[0]

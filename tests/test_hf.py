@@ -136,13 +136,14 @@ def test_a_tokenizer_comes_and_goes_with_its_model(rows, tmp_path, capsys):
 CHATML = FORMATS['chatml']
 
 
-def chat_tokenizer(folder, **settings):
-    """The bytes, <s>, </s> and ChatML's markers; of several post-processors one puts <s> before a text."""
+def chat_tokenizer(folder, adds_start=True, **settings):
+    """The bytes, <s>, </s> and ChatML's markers; of several post-processors one puts <s> before a text, if any."""
     tokenizer = byte_level({character: byte for byte, character in CHARACTERS.items()}, [])
     tokenizer.add_special_tokens(['<s>', '</s>', '<|im_start|>', '<|im_end|>', '<|mask|>', '<pad>'])
     template = tokenizers.processors.TemplateProcessing('<s> $A', '<s> $A $B', [('<s>', 256)])
     byte_level_last = tokenizers.processors.ByteLevel(trim_offsets=False)
-    tokenizer.post_processor = tokenizers.processors.Sequence([byte_level_last, template])
+    parts = [byte_level_last, template] if adds_start else [byte_level_last]
+    tokenizer.post_processor = tokenizers.processors.Sequence(parts)
     tokenizer.save(str(folder / 'tokenizer.json'))
     settings = {'bos_token': '<s>', 'eos_token': '</s>', 'pad_token': '<pad>', **settings}
     (folder / 'tokenizer_config.json').write_text(json.dumps(settings))
@@ -157,10 +158,11 @@ TEMPLATES = {
 }
 
 
+@pytest.mark.parametrize('adds_start', [True, False])  # in tokenizer.json, or as tokenizer_config.json says
 @pytest.mark.parametrize('template', TEMPLATES.values(), ids=TEMPLATES)
-def test_a_folder_is_asked_by_its_own_chat_template(template, tmp_path, capsys, monkeypatch):
+def test_a_folder_is_asked_by_its_own_chat_template(template, adds_start, tmp_path, capsys, monkeypatch):
     theirs = hf_model('llama', tmp_path, vocab_size=300)
-    chat_tokenizer(tmp_path)
+    chat_tokenizer(tmp_path, adds_start, add_bos_token=True)
     (tmp_path / 'chat_template.jinja').write_text(template)
     reader = transformers.AutoTokenizer.from_pretrained(tmp_path)
     messages = [dict(role='system', content='Be brief.'), dict(role='user', content='the cat?')]
@@ -168,7 +170,8 @@ def test_a_folder_is_asked_by_its_own_chat_template(template, tmp_path, capsys, 
         messages, add_generation_prompt=True, return_tensors='pt', return_dict=False
     )
     checkpoint = checkpoints.load(tmp_path)
-    tokenizer, form = Tokenizer(checkpoint['tokenizer']), checkpoint['prompt_format']
+    tokenizer = Tokenizer(checkpoint['tokenizer'], start=checkpoint['start_token'])
+    form = checkpoint['prompt_format']
     start = prompts.start_of(form, tokenizer, checkpoint['start_token'])
     asked = [start] + prompts.encode(tokenizer, form, [('the cat?', '', None)], 'Be brief.')[0]
     assert asked == ids[0].tolist()
@@ -202,6 +205,8 @@ def test_what_a_folder_says_beside_its_model_goes_out_as_it_came(tmp_path):
     assert (ends.eos_token_id, ends.pad_token_id, ends.bos_token_id) == ([257, 259], 261, 256)
     again = checkpoints.load(tmp_path / 'out')
     assert all(again[key] == checkpoint[key] for key in ('tokenizer', 'start_token', 'came_with'))
+    (tmp_path / 'in' / 'generation_config.json').write_text('{"eos_token_id": 259}')
+    assert checkpoints.load(tmp_path / 'in')['came_with']['end_tokens'] == [259]
 
 
 @pytest.mark.parametrize(

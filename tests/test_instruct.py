@@ -259,7 +259,7 @@ def test_examples_begin_as_the_model_was_pretrained_whichever_way_it_is_given(sa
 
 def test_the_hub_is_asked_for_a_data_set_by_name(instruct, monkeypatch):
     asked = []
-    info = type('Info', (), {'sha': 'abc'})
+    info = type('Info', (), {'sha': 'abc', 'siblings': None})
     monkeypatch.setattr(huggingface_hub.HfApi, 'dataset_info', lambda api, name: asked.append(name) or info)
     monkeypatch.setattr(
         datasets, 'load_dataset', lambda *_, **__: datasets.Dataset.from_list(alpaca()).to_iterable_dataset()

@@ -5,6 +5,7 @@ import datetime
 import json
 
 import datasets
+import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -118,7 +119,9 @@ def test_classes_are_joined_by_their_names_whatever_their_order(tmp_path):
 
 
 def test_the_hub_is_asked_for_what_is_no_folder(monkeypatch):
-    monkeypatch.setattr(datasets, 'load_dataset', lambda name, config, split: ROWS)
+    info = type('Info', (), {'sha': 'abc', 'siblings': None})
+    monkeypatch.setattr(huggingface_hub.HfApi, 'dataset_info', lambda api, name: info)
+    monkeypatch.setattr(datasets, 'load_dataset', lambda path, name, split, revision: ROWS)
     assert len(languages.read_split({**ENTRY, 'dataset': 'some/set'}, 'test')) == 6
 
     def fail(*_, **__):

@@ -264,6 +264,17 @@ def test_a_window_of_some_layers_limits_the_block(tmp_path):
 # ---------------------------------------------------------------------------- tokenizers
 
 
+@pytest.mark.faults
+def test_a_tied_embedding_may_stand_in_the_file_as_the_head(tmp_path):
+    theirs = hf_model('llama', tmp_path, tie_word_embeddings=True)
+    path = tmp_path / 'model.safetensors'
+    tensors = safetensors.torch.load_file(path)
+    tensors['lm_head.weight'] = tensors.pop('model.embed_tokens.weight')
+    safetensors.torch.save_file(tensors, path)
+    held = checkpoints.load(tmp_path)['model_state_dict']['embedding.weight']
+    assert torch.equal(held[: len(tensors['lm_head.weight'])], theirs.lm_head.weight)
+
+
 @pytest.mark.parametrize(
     'settings, end',
     [

@@ -234,12 +234,12 @@ def hub(monkeypatch):
     """Stands for the hub: sets what `load_dataset` gives; returns what was asked for."""
 
     def serve(load):
-        info = type('Info', (), {'sha': 'abc'})
+        info = type('Info', (), {'sha': 'abc', 'siblings': None})
         asked = []
 
-        def load_dataset(path, subset, split, streaming, revision):
+        def load_dataset(path, name, split, streaming, revision):
             assert (split, streaming, revision) == ('train', True, 'abc')
-            asked.append((path, subset))
+            asked.append((path, name))
             return load()
 
         monkeypatch.setattr(huggingface_hub.HfApi, 'dataset_info', lambda api, name: info)
@@ -247,6 +247,22 @@ def hub(monkeypatch):
         return asked
 
     return serve
+
+
+def test_of_a_data_set_that_is_a_script_the_copy_of_the_hub_is_read(monkeypatch, capsys):
+    def dataset_info(api, name, revision='main'):
+        files = {
+            'main': ['openwebtext.py'],
+            'refs/convert/parquet': ['plain_text/partial-train/0000.parquet'],
+        }
+        siblings = [type('File', (), {'rfilename': file}) for file in files[revision]]
+        return type('Info', (), {'sha': f'of {revision}', 'siblings': siblings})
+
+    monkeypatch.setattr(huggingface_hub.HfApi, 'dataset_info', dataset_info)
+    where = records.on_the_hub('some/openwebtext', 'plain_text')
+    assert where == dict(path='some/openwebtext', revision='of refs/convert/parquet', data_dir='plain_text')
+    assert 'in parquet, of which the hub has a part, is read' in capsys.readouterr().out
+    assert records.on_the_hub('some/data', 'part') == dict(path='some/data', revision='of main', name='part')
 
 
 def test_a_stream_goes_on_from_its_state(hub, tmp_path):

@@ -174,6 +174,14 @@ def test_grids_lists_and_draws_multiply_and_equal_runs_are_one(place):
     assert not (place / 'try').exists()
 
 
+def test_a_range_is_drawn_from_in_yaml_too(place):
+    (place / 'one.yaml').write_text(
+        'script: worker.py\nexperiment_name: try\nsampled:\n  lr: [1e-5, 1e-1, log]\nnum_trials: 4\n'
+    )
+    commands, _ = lines(place, 'one.yaml')
+    assert len({line.split('--lr=')[1].split()[0] for line in commands}) == 4
+
+
 def test_yaml_and_json_of_other_systems_mean_the_same_runs(place):
     (place / 'one.yaml').write_text(
         'experiment_name: try\nresults_root: elsewhere\nbase_args:\n  lr: 1e-5\n'

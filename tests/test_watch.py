@@ -36,6 +36,24 @@ def text_of(cells):
     return ''.join(cell[1] for cell in cells)
 
 
+def test_a_character_of_several_tokens_is_shown_when_all_are_there():
+    tokenizer = build('bytes')
+    text, mask = 'Zoë’s', tokenizer.mask_id
+    ids = tokenizer.encode(text)
+    frames = Frames(tokenizer)
+    frames.begin(ids)
+    assert text_of(frames.cells) == text_of(frames.steps[0]) == text and len(ids) == 8
+
+    frames.begin([ids[0], *[mask] * 7])
+    steps = {(3, 5): 'Zo\ufffd\ufffd\ufffds', (5,): 'Zoë\ufffd\ufffds', (): text, (3,): 'Zo\ufffd’s'}
+    for hidden, shown in steps.items():
+        row = [mask if i in hidden else token for i, token in enumerate(ids)]
+        frames(0, torch.tensor([row]), torch.ones(1, 8), None)
+        assert text_of(frames.cells) == shown
+    cells = {cell[0]: cell for step in frames.steps for cell in step}
+    assert [cells[i] for i in range(8)] == frames.cells  # the page has what the terminal has
+
+
 @pytest.mark.parametrize(
     'architecture, options, length',
     [
