@@ -436,6 +436,7 @@ for state in states:  # wrong options are refused before anything is measured
 names = [state['name'] for state in states]
 models, first = [], None
 for state in states:
+    model = None  # not two at a time
     model = checkpoints.load_model(state, dist.device, weights)
     name = state['name'] if names.count(state['name']) == 1 else str(state['path'])
     if dist.is_main:

@@ -308,7 +308,7 @@ def print_answers():
     if not questions:
         return
     stop_tokens = [prompts.end_of(prompt_format, tokenizer)[0]]
-    with dist.autocast(), checkpoints.gathered(raw_model):
+    with dist.autocast(), checkpoints.gathered(raw_model), dist.eager():
         rows = generate(raw_model, questions, sample_tokens, seed=seed, stop_tokens=stop_tokens)
     for question, row in zip(questions, rows):
         answer = tokenizer.decode(row[len(question) :]).strip()

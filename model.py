@@ -148,8 +148,10 @@ class Transformer(nn.Module):
         """
         c, length = self.config, tokens.size(1)
         if cache is None:
-            fits = length <= c.block_size
-            check(fits, f'A row of {length} tokens is longer than block_size={c.block_size}.')
+            if (
+                length > c.block_size
+            ):  # not by `check`: with a length in its message each would be compiled anew
+                raise ValueError(f'A row of {length} tokens is longer than block_size={c.block_size}.')
             annealing = self.training and self.attn_mask is not None
             attn_mask = self.attn_mask[:length, :length] if annealing else self.causal
             cache = layers.AttentionMask(attn_mask)

@@ -43,8 +43,7 @@ class Trainee:
         shape |= dict(vocab_size=vocab_size, mask_id=vocab_size - 2, ignore_id=vocab_size - 1)
         with dist.device:
             self.model = checkpoints.make_model(architecture, **checkpoints.size_of(model_size), **shape)
-        if dist.device.type == 'cuda':
-            self.model.compile()
+        dist.wrap(self.model)  # compiled on a GPU, as a run is
         self.dist, self.scaler, self.rows, self.forward = dist, dist.scaler(), rows, self.model
         self.optimizer = optim.make_optimizer(self.model, optimizer, 1e-3, 0.9, 0.95, 0.1, dist.dtype)
         self.tokens = rows * self.model.config.block_size

@@ -160,9 +160,8 @@ def load_model(checkpoint, device, weights='float32'):
     """Make the checkpoint's model with its weights, ready to evaluate or sample; weights: how they are kept."""
     model = make_model(checkpoint['architecture'], **checkpoint['model_config'])
     model.load_state_dict(weights_of(checkpoint))
-    model = model.to(device).eval()
-    quantize.pack(model, weights)
-    return model
+    quantize.pack(model.eval(), weights, torch.device(device))
+    return model.to(device)
 
 
 def as_ar(checkpoint, path):

@@ -246,7 +246,10 @@ class Batch(NamedTuple):
     doc_ids: torch.Tensor = None  # (B, T): examples that do not attend to each other
 
     def to(self, device):
-        return Batch(*(None if x is None else x.to(device, non_blocking=True) for x in self))
+        waits = (
+            torch.device(device).type == 'cuda'
+        )  # for what it reads; on a Mac older versions of torch do not
+        return Batch(*(None if x is None else x.to(device, non_blocking=waits) for x in self))
 
     def pin_memory(self):
         return Batch(*(None if x is None else x.pin_memory() for x in self))

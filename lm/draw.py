@@ -11,6 +11,8 @@ def sample_tokens(model, hidden, uniform, options, score=None):
     uniform: (N,) numbers, None at temperature 0; options: temperature, top_k, top_p.
     """
     rows, tokens, scores = model.head_rows(hidden), [], []
+    if uniform is not None and not hidden.is_cpu:
+        rows = max(1, rows // 8)  # in float64, several times
     for i in range(0, max(1, len(hidden)), rows):
         logits = model.head(hidden[i : i + rows])  # (n, V)
         check_numbers(logits)

@@ -60,6 +60,11 @@ def attend(q, k, v, mask, is_causal, dropout):
         with torch.autocast('cpu', enabled=False):
             return attend(q.float(), k.float(), v.float(), mask, is_causal, dropout).bfloat16()
     grouped = q.size(1) != k.size(1)
+    if (
+        grouped and not q.is_cpu and (mask is not None or q.dtype == torch.float32)
+    ):  # else a GPU keeps all scores
+        k, v = (x.repeat_interleave(q.size(1) // x.size(1), 1) for x in (k, v))
+        grouped = False
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=grouped)
 
 
@@ -73,6 +78,8 @@ class WeightedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head_weight, weights, targets, chunk_nll, rows):
         """hidden: (N, C); head_weight: (V, C); weights, targets: (N,); rows: positions per chunk."""
+        kind = hidden.device.type
+        is_half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
         head_weight = head_weight.detach().requires_grad_(ctx.needs_input_grad[1])
         hidden_grad = torch.zeros_like(hidden)
         head_grad = head_weight.new_zeros(head_weight.shape if head_weight.requires_grad else ())
@@ -82,7 +89,11 @@ class WeightedSum(torch.autograd.Function):
                 h = h.detach().requires_grad_()
                 nll, pred = chunk_nll(h, y, head_weight)
                 inputs = [h, head_weight] if head_weight.requires_grad else [h]
-                grads = torch.autograd.grad((nll * w).sum(), inputs)
+                # In float16 sums over a chunk would overflow, for which the scale of the loss comes too late.
+                scale = (2**12 / w.sum()).clamp(max=1.0) if is_half else None
+                total = (nll * w).sum()
+                grads = torch.autograd.grad(total * scale if is_half else total, inputs)
+                grads = [x / scale for x in grads] if is_half else grads
             h_grad.copy_(grads[0])
             if len(grads) > 1:
                 head_grad += grads[1]

@@ -78,9 +78,10 @@ class QuantizedLinear(nn.Module):
 
 
 @torch.no_grad()
-def pack(model, weights):
-    """Keep the weights of the blocks and the head of a model that only writes in 16 bits or as int8, half or a quarter."""
-    kinds, device = ('float32', 'bfloat16', 'float16', 'int8'), model.embedding.weight.device
+def pack(model, weights, device):
+    """Keep the weights of the blocks and the head of a model that only writes in 16 bits or as int8, half or a quarter,
+    before it goes to its device."""
+    kinds = ('float32', 'bfloat16', 'float16', 'int8')
     require(weights in kinds, f'weights is {weights!r}; choose {" or ".join(kinds)}.')
     if weights == 'float32':
         return

@@ -108,7 +108,8 @@ class Runtime:
         self.dtype = pick_dtype(dtype, self.device)
         if self.device.type == 'cuda':
             torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision('high')  # TF32 for float32 matmuls
+            # TF32 for what autocast leaves in float32; who asks for float32 gets it.
+            torch.set_float32_matmul_precision('highest' if self.dtype == 'float32' else 'high')
         if self.device.type == 'cpu':
             keep_freed_memory()
         if self.world_size > 1:  # gloo for what the ranks agree on, from the CPU, beside nccl's gradients
@@ -138,7 +139,8 @@ class Runtime:
     def wrap(self, model, compile=None, fsdp=False):
         """Return the model whose backward pass sums gradients over the ranks; compile=None: on CUDA only,
         without FSDP."""
-        if compile or compile is None and self.device.type == 'cuda' and not fsdp:
+        self.compiles = bool(compile or compile is None and self.device.type == 'cuda' and not fsdp)
+        if self.compiles:
             torch._dynamo.config.recompile_limit = 64  # a graph for each kind of pass; the default is 8
             model.compile()
         if self.world_size == 1 or fsdp:
@@ -146,6 +148,10 @@ class Runtime:
         buffers = [name for name, _ in model.named_buffers()]  # alike on all ranks: none has to be sent
         model._ddp_params_and_buffers_to_ignore = buffers
         return torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+    def eager(self):
+        """Return a context in which nothing is compiled: samples have a length in each pass."""
+        return torch.compiler.set_stance('force_eager') if self.compiles else contextlib.nullcontext()
 
     def total(self, values):
         """Sum a dict of numbers or 0-d tensors over all ranks, as floats."""

@@ -35,6 +35,17 @@ def evaluate(model, folder, mode):
     runtime.evaluate(model, rows, runtime.Runtime('cpu', 'float32'))
 
 
+@pytest.mark.faults
+def test_rows_of_other_lengths_are_not_compiled_anew():
+    torch._dynamo.reset()
+    counters.clear()
+    model = random_model('ar', 0.4, block_size=32, n_layer=1, n_head=2, n_embd=16, vocab_size=40)
+    model.compile(backend='eager')
+    for length in range(20, 32):
+        model(torch.ones(2, length, dtype=torch.long))[0].backward()
+    assert counters['stats']['unique_graphs'] <= 6, counters['stats']
+
+
 @pytest.mark.parametrize(
     'architecture, mode', [('ar', 'packed'), ('diffusion', 'documents'), ('sdd', 'packed')]
 )

@@ -95,7 +95,47 @@ def test_attention_in_bfloat16_on_a_cpu_rounds_its_inputs_and_its_output_alone(m
     torch.testing.assert_close(y, exact.bfloat16(), atol=0, rtol=0)
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize('masking, dtype', [('documents', torch.bfloat16), ('none', torch.float32)])
+def test_shared_heads_are_repeated_where_a_gpu_would_keep_all_scores(masking, dtype, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        F, 'scaled_dot_product_attention', lambda q, k, v, *_, enable_gqa: asked.append((k, enable_gqa))
+    )
+    q, k = (torch.empty(2, heads, 5, 8, dtype=dtype, device='meta') for heads in (4, 2))
+    kernels.attend(
+        q, k, k, torch.empty(2, 1, 5, 5, device='meta') if masking == 'documents' else None, False, 0.0
+    )
+    assert asked[0][0].shape == q.shape and not asked[0][1]
+    kernels.attend(q.bfloat16(), k.bfloat16(), k.bfloat16(), None, True, 0.0)
+    assert asked[1][0].shape == k.shape and asked[1][1]  # the fused kernel takes these as they are
+
+
 # ---------------------------------------------------------------------------- the sum of token losses
+
+
+@pytest.mark.faults
+def test_gradients_of_many_like_tokens_do_not_overflow_in_float16():
+    hidden = 4 * torch.ones(2**14, 8)
+    hidden += random(2**14, 8).detach() / 100
+    weight, targets, weights = (
+        random(32, 8).detach(),
+        torch.zeros(2**14, dtype=torch.long),
+        8 * torch.ones(2**14),
+    )
+    inputs = [hidden.requires_grad_(), weight.requires_grad_()]
+
+    def chunk_nll(h, y, w):
+        logits = F.linear(h, w).float()
+        return F.cross_entropy(logits, y, reduction='none'), logits.argmax(-1)
+
+    def gradients(**half):
+        with torch.autocast('cpu', torch.float16, enabled=bool(half)):
+            loss, *_ = kernels.WeightedSum.apply(*inputs, weights, targets, chunk_nll, 2**14)
+        return torch.autograd.grad(loss, inputs)
+
+    for got, wanted in zip(gradients(half=True), gradients()):
+        torch.testing.assert_close(got, wanted, rtol=0.05, atol=0.01 * wanted.abs().max().item())
 
 
 def nll_and_pred(hidden, targets, head_weight):

@@ -84,7 +84,7 @@ def packed(architecture, weights, **shape):
     model = random_model(architecture, 0.3, **{**SHAPE, **shape})
     with torch.inference_mode():
         before = model.logits(some_tokens()[:1])
-        pack(model, weights)
+        pack(model, weights, torch.device('cpu'))
         return before, model.logits(some_tokens()[:1]), model
 
 
@@ -114,9 +114,9 @@ def test_packed_weights_write_nearly_the_same(architecture, weights, gap):
 
 
 def test_weights_in_int8_on_another_device_are_counted():
-    model = random_model('ar', 0.3, **SHAPE).to('meta')
+    model = random_model('ar', 0.3, **SHAPE)
     before = model.num_parameters()
-    pack(model, 'int8')
+    pack(model, 'int8', torch.device('cuda'))
     assert model.num_parameters() == before
 
 
