@@ -126,10 +126,16 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, gain, self.eps)
 
 
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x):
+        gain, bias = (None if part is None else part.type_as(x) for part in (self.weight, self.bias))
+        return F.layer_norm(x, self.normalized_shape, gain, bias, self.eps)
+
+
 def make_norm(config, head_dim=None):
     """Make the norm of a block, or the RMSNorm of queries and keys of a width."""
     if config.norm == 'layer' and not head_dim:
-        return nn.LayerNorm(config.n_embd, config.norm_eps or 1e-5, bias=config.bias)
+        return LayerNorm(config.n_embd, config.norm_eps or 1e-5, bias=config.bias)
     return RMSNorm(head_dim or config.n_embd, config.norm_eps, elementwise_affine=config.norm == 'rms_gain')
 
 

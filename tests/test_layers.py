@@ -7,7 +7,7 @@ import torch
 from conftest import random_model
 
 from lm import optim
-from lm.layers import AttentionMask, DocumentMask, TwoStreams, rope_table
+from lm.layers import AttentionMask, DocumentMask, ModelConfig, TwoStreams, make_norm, rope_table
 
 SHAPE = dict(vocab_size=30, block_size=16, n_layer=1, n_head=2, n_embd=16, mask_id=28, ignore_id=29)
 CAUSAL = torch.ones(16, 16, dtype=torch.bool).tril()
@@ -80,6 +80,15 @@ def test_positions_stay_in_float32_where_weights_are_bfloat16():
     model = random_model('ar', 0.1, **SHAPE)
     before = model.rope.clone()
     assert torch.equal(model.bfloat16().rope, before)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize('norm', ['layer', 'rms_gain'])
+def test_norms_keep_the_precision_of_the_residual_stream(norm):
+    config = ModelConfig(vocab_size=9, n_head=2, n_embd=8, norm=norm, bias=True)
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    whole, half = make_norm(config), make_norm(config).bfloat16()  # as a sharded model gathers its own
+    assert torch.equal(half(x), whole(x)) and half(x.bfloat16()).dtype == torch.bfloat16
 
 
 def beside_by_hand(streams, doc_ids, block_length, offset):
