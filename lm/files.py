@@ -27,9 +27,6 @@ def save_atomically(path, write):
     """`write(file)` into a file beside `path`, then puts it in its place: a crash leaves the old or the new."""
     path = Path(path)
     beside = path.with_name(f'{path.name}.{os.getpid()}.tmp')  # no other process writes that one
-    for left in path.parent.glob(f'{path.name}.*.tmp'):  # by processes that were killed
-        if left != beside and not is_running(left.name.split('.')[-2]):
-            left.unlink(missing_ok=True)
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,16 +44,6 @@ def require_folder(path):
     """Raise a UserError where the folder that a file is to be written to is not there."""
     exists = Path(path).absolute().parent.is_dir()
     require(exists, f'{path} lies in a folder that does not exist; make it, or choose another path.')
-
-
-def is_running(pid):
-    try:
-        os.kill(int(pid), 0)
-    except (ProcessLookupError, ValueError):
-        return False
-    except PermissionError:
-        pass  # another user's
-    return True
 
 
 def write_json(path, value):
