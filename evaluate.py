@@ -23,7 +23,6 @@ from lm import checkpoints, data, files, likelihood, prompts, report, rng, runti
 from lm.configurator import ROOT, check_range, configure, printable, report_idle, require, user_errors
 from lm.folder import Folder
 from lm.tokenizer import ENDOFTEXT, Tokenizer
-from model import ARCHITECTURES
 from prepare import grammar, story_tasks
 from sampling import fill_left_to_right, generate
 
@@ -78,7 +77,7 @@ paths, wanted = ([part.strip() for part in text.split(',') if part.strip()] for 
 check_range(config, 1, math.inf, 'batch_size', 'draws', 'exact_rows', 'num_samples')
 check_range(config, 0, math.inf, 'block_size', 'max_tokens', 'sample_tokens', 'bound_steps', 'k')
 report_idle(config, 'without exact', 'exact_rows' * (not exact))
-report_idle(config, 'without that metric', 'instructions' * ('instructions' not in wanted))
+report_idle(config, 'without metrics=instructions', 'instructions' * ('instructions' not in wanted))
 require(paths, 'No checkpoint is given; name some: --checkpoint=out/run-a,out/run-b.')
 for name in wanted:
     require(name in METRICS, f'metrics has {name!r}, which is none; choose from {", ".join(METRICS)}.')
@@ -122,7 +121,6 @@ for state in (load(path, architecture) for path in paths):
     if state['model_config'].get('ar_weight'):  # two models in one
         own = {'name': f'{state["name"]}, as ar', 'path': Path(f'{state["path"]}, as ar')}
         states.append({**checkpoints.as_ar(state, state['path']), **own})
-runtime.report_idle_settings(config, *(ARCHITECTURES[state['architecture']] for state in states))
 dataset_name = dataset or states[0]['train_config'].get('dataset')
 require(dataset_name, f'{states[0]["path"]} does not say what it was trained on; give --dataset=NAME.')
 folder = Folder(dataset_name)
@@ -219,7 +217,8 @@ def write_batch(model, heads, length, seed, stop_tokens=()):
 
 
 def options(model):
-    return {name: config[name] for name in OPTIONS[model.causal].split()}
+    names = [name for name in OPTIONS[model.causal].split() if name != 'k' or sampler != 'speculative']
+    return {name: config[name] for name in names}  # drafts have no beliefs, whatever k the bound has
 
 
 def given_options(model):
@@ -292,9 +291,9 @@ def grammar_figures(rows):
 def evaluate_instructions(model, state):
     """Return overlap with the reference and form of answers to held-out prompts; how many pass their checks."""
     form = state.get('prompt_format') or folder.config['prompt_format'] or prompts.DEFAULT
-    end, _ = prompts.end_of(form, tokenizer)
+    ends = prompts.stop_tokens({**state, 'prompt_format': form}, tokenizer)
     examples = heldout_examples()
-    rows = write_texts(model, [head for head, _ in examples], [end])
+    rows = write_texts(model, [head for head, _ in examples], ends)
     texts = [tokenizer.decode(head[1:], show_special=True) for head, _ in examples]
     answers = [tokenizer.decode(row).strip() for row in rows]
     references = [tokenizer.decode(reference).strip() for _, reference in examples]
@@ -303,12 +302,12 @@ def evaluate_instructions(model, state):
     overlaps = [scoring.rouge_l(*pair) for pair in zip(answers, references)]
     ci = scoring.mean_ci([overlap for overlap in overlaps if overlap is not None])
     figures['rouge_l'], figures['rouge_l_ci95'] = ci
-    ended, markers = [end in row for row in rows], prompts.markers_of(form)
+    ended, markers = [not {*ends}.isdisjoint(row) for row in rows], prompts.markers_of(form)
     kept = [scoring.format_compliance(*one, markers) for one in zip(answers, references, ended)]
     for name in kept[0] if kept else ():
         figures[name] = statistics.mean(one[name] for one in kept)
 
-    answers = answer_exercises(model, state, form, end)
+    answers = answer_exercises(model, state, form, ends)
     figures['followed_of'] = len(answers)
     if folder.config.get('source') == story_tasks.SOURCE:
         return figures | request_figures(answers)
@@ -398,14 +397,14 @@ def nll_of(model, rows):
         return model.nll(batch.tokens, batch.loss_mask).cpu().numpy()
 
 
-def answer_exercises(model, state, form, end):
+def answer_exercises(model, state, form, ends):
     """Return [(answer, checks)] for each exercise that leaves half the block for an answer, in their order."""
     asked, start = [], prompts.start_of(form, tokenizer, state['start_token'])
     for instruction, given, checks in exercises:
         ids = [start] + prompts.encode(tokenizer, form, [(instruction, given, None)])[0]
         if len(ids) <= block_size // 2:
             asked.append((ids, checks))
-    rows = write_texts(model, [ids for ids, _ in asked], [end])
+    rows = write_texts(model, [ids for ids, _ in asked], ends)
     return [(tokenizer.decode(row).strip(), checks) for row, (_, checks) in zip(rows, asked)]
 
 
@@ -428,9 +427,10 @@ def evaluate_speed(model, start_token):
 
 # ---------------------------------------------------------------------------- the table
 
-for state in states:  # wrong options are refused before anything is measured
-    with torch.device('meta'):
-        model = checkpoints.make_model(state['architecture'], **state['model_config'])
+with torch.device('meta'):
+    shapes = [checkpoints.make_model(state['architecture'], **state['model_config']) for state in states]
+runtime.report_idle_settings(config, *shapes)
+for model in shapes:  # wrong options are refused before anything is measured
     with user_errors():
         generate(model, [], 0, **options(model))
 names = [state['name'] for state in states]

@@ -58,7 +58,7 @@ def export(source, out):
         shutil.rmtree(folder)  # half of it would keep the disk full
         raise
     c.update(start_token=checkpoint.get('start_token'), prompt_format=checkpoint.get('prompt_format'))
-    c['trained_here'] = bool(not checkpoint.get('came_with') or checkpoint.get('train_config'))
+    c['trained_here'] = pretrained.is_ours(checkpoint)
     if checkpoint['tokenizer'] is not None:
         c.update(write_tokenizer(checkpoint, folder, rows if family else None))
     c['torch_dtype'] = str(next(iter(weights.values())).dtype).removeprefix('torch.')

@@ -71,7 +71,7 @@ require(submit in ('', 'slurm'), f'submit is {submit!r}; the only cluster is slu
 check_range(config, 1, math.inf, 'jobs', 'cpus')
 check_range(config, 0, math.inf, 'num_trials', 'gpus_per_job')
 of_jobs = 'template output_dir timeout cpus gpus_per_job fields'
-report_idle(config, 'with submit' if submit else 'without submit', 'jobs gpus' if submit else of_jobs)
+report_idle(config, 'with submit' if submit else 'without submit', 'gpus' if submit else of_jobs)
 lines = [experiment_name, timeout, *map(str, fields.values())]  # of shell scripts
 plain = re.fullmatch(r'\w[\w.+=-]*', experiment_name) and '\n' not in ''.join(lines)
 require(plain, f'experiment_name, timeout or a field in {lines} is no plain name; write letters and digits.')

@@ -224,7 +224,7 @@ def evaluate_and_save():
 
 def print_samples():
     prompts, length = [[folder.config['start_token']]] * num_samples, min(sample_tokens, block_size - 1)
-    with checkpoints.gathered(raw_model), dist.eager():
+    with dist.autocast(), checkpoints.gathered(raw_model), dist.eager():
         rows = generate(raw_model, prompts, length, seed=seed, stop_tokens=[tokenizer.endoftext_id])
     for row in rows:
         log.print(f'--- a sample at step {step}', tokenizer.decode(row[1:]).strip())

@@ -246,10 +246,9 @@ class Batch(NamedTuple):
     doc_ids: torch.Tensor = None  # (B, T): examples that do not attend to each other
 
     def to(self, device):
-        waits = (
-            torch.device(device).type == 'cuda'
-        )  # for what it reads; on a Mac older versions of torch do not
-        return Batch(*(None if x is None else x.to(device, non_blocking=waits) for x in self))
+        # Only CUDA reads after the copy; a Mac with torch before 2.13 may read before it.
+        in_order = torch.device(device).type == 'cuda'
+        return Batch(*(None if x is None else x.to(device, non_blocking=in_order) for x in self))
 
     def pin_memory(self):
         return Batch(*(None if x is None else x.pin_memory() for x in self))

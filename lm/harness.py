@@ -15,16 +15,15 @@ depend on a request's tokens alone, not on its batch. "Greedy" is then the text 
 import sys
 import zlib
 from collections import defaultdict
-from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from lm import chat, checkpoints, data, prompts, runtime
+from lm import chat, checkpoints, data, pretrained, prompts, runtime
 from lm.configurator import note, require, user_errors
 from lm.files import as_sentence
-from lm.tokenizer import Tokenizer, settings_of
+from lm.tokenizer import Tokenizer
 from model import T_MIN, architecture_name
 from sampling import generate
 
@@ -80,8 +79,7 @@ class Checkpoint(TemplateLM):
     def take_tokenizer(self, state, add_bos):
         """Take the tokenizer of a checkpoint, and decide what stands before a text."""
         came_with, start = state.get('came_with') or {}, state['start_token']
-        exported = settings_of(Path(self.path), 'config.json').get('trained_here')
-        self.is_ours = bool(not came_with or state.get('train_config') or exported)
+        self.is_ours = pretrained.is_ours(state)
         begin = None if self.is_ours else came_with.get('bos_token')
         self.prefix = start if begin is None else begin
         self.text = Tokenizer(state['tokenizer'], start=self.prefix)  # as what chat templates write it

@@ -82,7 +82,8 @@ class WeightedSum(torch.autograd.Function):
         is_half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
         head_weight = head_weight.detach().requires_grad_(ctx.needs_input_grad[1])
         hidden_grad = torch.zeros_like(hidden)
-        head_grad = head_weight.new_zeros(head_weight.shape if head_weight.requires_grad else ())
+        shape = head_weight.shape if head_weight.requires_grad else ()
+        head_grad = torch.zeros(shape, device=hidden.device)  # in float32, whatever the weight is in
         nlls, preds = [], []
         for h, w, y, h_grad in zip(*(x.split(rows) for x in (hidden, weights, targets, hidden_grad))):
             with torch.enable_grad():

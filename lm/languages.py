@@ -109,7 +109,10 @@ def rows_of(entry, split):
         import datasets  # takes a second to import
 
         with refusals_named(f'{name}, which is no folder here or under data/,'):
-            return datasets.load_dataset(**on_the_hub(name, entry.get('config')), split=split)
+            try:  # its cache needs no network
+                return datasets.load_dataset(name, entry.get('config'), split=split)
+            except (RuntimeError, ValueError):  # a script
+                return datasets.load_dataset(**on_the_hub(name, entry.get('config')), split=split)
     path = next(filter(Path.is_file, (folder / (split + suffix) for suffix in SUFFIXES)), None)
     require(path, f'{folder} has no file for the split {split!r}, such as {", ".join(SUFFIXES)}.')
     rows = read_records(path, lambda record, where: record, entry.get('columns'))

@@ -167,7 +167,14 @@ def around(folder, c, tokenizer):
     ends = [token for token in (ends if isinstance(ends, list) else [ends]) if isinstance(token, int)]
     known = lambda kind: known_id(tokenizer.inner, pretrained_token(folder, kind))
     ids = {f'{kind}_token': known(kind) for kind in ('bos', 'pad')}
-    return dict(end_tokens=ends, added_tokens=tokenizer.added, tokenizer_config=kept, **ids)
+    kept = dict(end_tokens=ends, added_tokens=tokenizer.added, tokenizer_config=kept, **ids)
+    return {**kept, 'trained_here': bool(c.get('trained_here'))}
+
+
+def is_ours(checkpoint):
+    """Say whether a checkpoint was trained here, if it went through a folder of Hugging Face's or not."""
+    came_with = checkpoint.get('came_with')
+    return bool(not came_with or came_with.get('trained_here') or checkpoint.get('train_config'))
 
 
 def download(name, token=None, revision=None):

@@ -129,7 +129,11 @@ def on_the_hub(path, subset=None):
     info, part = HfApi().dataset_info(path), {'name': subset}
     if f'{path.split("/")[-1]}.py' in [file.rfilename for file in info.siblings or ()]:
         info, part = HfApi().dataset_info(path, revision=PARQUET), {'data_dir': subset}
-        is_part = any('/partial-' in file.rfilename for file in info.siblings or ())
+        names = [file.rfilename for file in info.siblings or () if file.rfilename.endswith('.parquet')]
+        subsets = sorted({name.split('/')[0] for name in names})
+        problem = f'{path} has several parts, {", ".join(subsets)}'
+        require(subset or len(subsets) < 2, f'{problem}; choose one: {path}:{subsets[0] if subsets else ""}.')
+        is_part = any('/partial-' in name for name in names)
         note(f'{path} is a script; its copy in parquet{", of which the hub has a part," * is_part} is read.')
     return {'path': path, 'revision': info.sha, **part}
 

@@ -52,7 +52,7 @@ def report_idle_settings(config, *kinds):
         report_idle(config, f'with sampler={sampler!r}', unused)
     blocks = [kind.config.block_length for kind in kinds if hasattr(kind, 'config') and not kind.causal]
     if blocks and not any(map(any, blocks)):
-        of_blocks = 'block_length' * (config.get('sampler', 'blocks') != 'blocks')
+        of_blocks = 'block_length' * (config.get('sampler', 'blocks') not in ('blocks', 'speculative'))
         report_idle(config, 'on whole rows', f'noisy_every {of_blocks}')
     if config.get('temperature') == 0:
         report_idle(config, 'at temperature=0', 'top_k top_p')

@@ -74,7 +74,8 @@ def place(model, weights, dist):
         for module in (*model.blocks, model):
             fully_shard(module, mesh=mesh, mp_policy=policy)
         if dist.dtype == 'bfloat16':  # weights are gathered in it; the residual stream stays in float32
-            model.embedding.register_forward_hook(lambda module, args, x: x.float())
+            for part in filter(None, (model.embedding, model.project_in)):
+                part.register_forward_hook(lambda module, args, x: x.float())
     if not on_meta:
         return model.to(dist.device)
     model._apply(lambda x: torch.empty_like(x, device=dist.device) if x.is_meta else x.to(dist.device))

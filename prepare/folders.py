@@ -72,7 +72,7 @@ def unfinished_folder(target, command, overwrite):
                     shutil.rmtree(folder, ignore_errors=True)
                 raise
     except OSError as error:
-        remedy = 'make room, or get the right to, or change the path'
+        remedy = 'make room, get write permission, or change the path'
         raise UserError(f'{target} could not be written ({error}); {remedy}.') from error
 
 

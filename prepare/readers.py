@@ -118,8 +118,9 @@ class Corpus:
                 yield text
 
     def skip(self, error):
-        if self.on_error == 'stop':
-            raise UserError(f'{error} --on_error=skip leaves it out.') from error
+        if self.on_error != 'skip':
+            remedy = ' --on_error=skip leaves it out.' if self.on_error else ''
+            raise UserError(f'{error}{remedy}') from error
         self.read['skipped'] += 1
         if len(self.warnings) < 10 and str(error) not in self.warnings:  # the source is read several times
             self.warnings.append(str(error))

@@ -46,7 +46,7 @@ def write(source, config, log_prob=None):
         return finished
 
     with unfinished_folder(target, command, config['overwrite']) as journal:
-        corpus = Corpus(source, config['val_fraction'], config.get('on_error', 'stop'))
+        corpus = Corpus(source, config['val_fraction'], config.get('on_error'))
         path = journal.folder / 'tokenizer.json'
         if not journal.state:
             json_text = make_tokenizer(corpus, config).to_json()

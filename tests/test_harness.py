@@ -161,7 +161,8 @@ def test_an_export_says_whether_it_was_trained_here(tmp_path, is_ours):
     saved = dict(came_with={'added_tokens': []}, train_config={'dataset': 'own'} if is_ours else {})
     path = write_small_checkpoint(tmp_path / 'ckpt.pt', 'ar', letter_tokenizer(), **saved)
     hf.main(['export', str(path), f'--out={tmp_path / "exported"}'])
-    for source in (path, tmp_path / 'exported'):
+    hf.main(['import', str(tmp_path / 'exported'), f'--out={tmp_path / "again.pt"}'])
+    for source in (path, tmp_path / 'exported', tmp_path / 'again.pt'):
         assert harness.Checkpoint(source, device='cpu').is_ours == is_ours
 
 

@@ -119,10 +119,16 @@ def test_classes_are_joined_by_their_names_whatever_their_order(tmp_path):
 
 
 def test_the_hub_is_asked_for_what_is_no_folder(monkeypatch):
+    def load_dataset(path, name, split, revision=None):
+        if revision is None and path == 'some/script':
+            raise RuntimeError('Dataset scripts are no longer supported, but found script.py')
+        return ROWS
+
     info = type('Info', (), {'sha': 'abc', 'siblings': None})
-    monkeypatch.setattr(huggingface_hub.HfApi, 'dataset_info', lambda api, name: info)
-    monkeypatch.setattr(datasets, 'load_dataset', lambda path, name, split, revision: ROWS)
+    monkeypatch.setattr(datasets, 'load_dataset', load_dataset)  # which has a cache
     assert len(languages.read_split({**ENTRY, 'dataset': 'some/set'}, 'test')) == 6
+    monkeypatch.setattr(huggingface_hub.HfApi, 'dataset_info', lambda api, name: info)
+    assert len(languages.read_split({**ENTRY, 'dataset': 'some/script'}, 'test')) == 6
 
     def fail(*_, **__):
         raise ConnectionError('no network\nat all')

@@ -251,10 +251,8 @@ def hub(monkeypatch):
 
 def test_of_a_data_set_that_is_a_script_the_copy_of_the_hub_is_read(monkeypatch, capsys):
     def dataset_info(api, name, revision='main'):
-        files = {
-            'main': ['openwebtext.py'],
-            'refs/convert/parquet': ['plain_text/partial-train/0000.parquet'],
-        }
+        parquet = [f'{part}/partial-train/0000.parquet' for part in ('large', 'plain_text')]
+        files = {'main': ['openwebtext.py'], 'refs/convert/parquet': parquet}
         siblings = [type('File', (), {'rfilename': file}) for file in files[revision]]
         return type('Info', (), {'sha': f'of {revision}', 'siblings': siblings})
 
@@ -262,6 +260,10 @@ def test_of_a_data_set_that_is_a_script_the_copy_of_the_hub_is_read(monkeypatch,
     where = records.on_the_hub('some/openwebtext', 'plain_text')
     assert where == dict(path='some/openwebtext', revision='of refs/convert/parquet', data_dir='plain_text')
     assert 'in parquet, of which the hub has a part, is read' in capsys.readouterr().out
+    with pytest.raises(
+        UserError, match='several parts, large, plain_text; choose one: some/openwebtext:large'
+    ):
+        records.on_the_hub('some/openwebtext')
     assert records.on_the_hub('some/data', 'part') == dict(path='some/data', revision='of main', name='part')
 
 

@@ -306,6 +306,7 @@ def test_jobs_are_written_checked_by_bash_and_submitted_as_an_array(place):
         '--timeout=02:00:00',
         '--cpus=3',
         '--gpus_per_job=2',
+        '--jobs=2',
         shipped_template(place),
     ]
     assert sweep(place, file, '--dry_run', '--output_dir=scripts', *options)[0] == 0
@@ -319,7 +320,7 @@ def test_jobs_are_written_checked_by_bash_and_submitted_as_an_array(place):
         '--time=02:00:00',
         '--cpus-per-task=3',
         '--gres=gpu:2',
-        '--array=0-2\n',
+        '--array=0-2%2\n',
         '--requeue',
     ):
         assert f'#SBATCH {line}' in array
