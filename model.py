@@ -148,9 +148,7 @@ class Transformer(nn.Module):
         """
         c, length = self.config, tokens.size(1)
         if cache is None:
-            if (
-                length > c.block_size
-            ):  # not by `check`: with a length in its message each would be compiled anew
+            if length > c.block_size:  # `check` would put each length into its message, and compile it in
                 raise ValueError(f'A row of {length} tokens is longer than block_size={c.block_size}.')
             annealing = self.training and self.attn_mask is not None
             attn_mask = self.attn_mask[:length, :length] if annealing else self.causal

@@ -191,18 +191,15 @@ if sampler == 'ar':
     config.given.discard('sampler')
 model = checkpoints.load_model(state, dist.device, weights)
 fills_as_ar = infill and model.causal
-require(
-    not (fills_as_ar and (watch or html)),
-    'Gaps that an ar model fills are not watched; leave --watch and --html out.',
-)
+is_watched = fills_as_ar and (watch or html)
+require(not is_watched, 'Gaps that an ar model fills are not watched; leave --watch and --html out.')
 sees_gaps = model.causal or 0 in model.config.block_length
 problem = f'{path} writes in blocks and sees nothing behind a gap'
 remedy = 'choose --sampler=ar, the likeliest of several, or a model of whole rows (0 in block_length)'
 require(not infill or sees_gaps, f'{problem}; {remedy}.')
 runtime.report_idle_settings(config, model)
-report_idle(
-    config, 'with infill', 'max_new_tokens' * bool(infill) + ' compile stop_at_end' * bool(fills_as_ar)
-)
+idle = 'max_new_tokens compile stop_at_end' if fills_as_ar else 'max_new_tokens'
+report_idle(config, 'with infill', idle * bool(infill))
 report_idle(config, 'in a conversation', 'num_samples' * (chat and not prompt))
 report_idle(config, f'on {state["architecture"]}', '' if model.causal else 'compile')
 print(f'{path}: {state["architecture"]}, {model.num_parameters():,} parameters, step {state["global_step"]}')

@@ -411,9 +411,8 @@ def continue_run(resumed, store, model, optimizer, scaler, inputs, config):
         if path.parent != resumed.run_dir and (own := resumed.run_dir / 'best.pt').exists():  # a copy goes on
             best = Best(*(load(own, mmap=True)[key] for key in ('best_step', 'best_val_loss')))
         compare = {'eval_tokens', 'eval_examples', 'best_by'}
-        compare |= (
-            {'dataset'} if ':' in config.get('dataset', '') else set()
-        )  # a mix, whose weights may be others
+        if ':' in config.get('dataset', ''):  # a mix, whose weights may be others
+            compare.add('dataset')
         elsewhere = config['out_dir'] and Path(config['out_dir']).resolve() != resumed.run_dir
         if changed or elsewhere or any(key in compare for key, *_ in resumed.overrides):
             best = Best(step)  # figures of another evaluation do not compare; and best.pt stays where it is

@@ -110,9 +110,7 @@ def prepared(source, field, max_seq_len, tokenizer):
         script = [sys.executable, ROOT / 'prepare' / 'instruct.py', f'--output_dir={target}', *words]
         with lock(target.parent, f'.{target.name}.lock', wait=True):  # of a sweep's runs the first prepares
             done = finished.is_file() or subprocess.run(script).returncode == 0
-        remedy = (
-            f'prepare it by prepare/instruct.py --source={source} with what it asks for, and give that folder'
-        )
+        remedy = f'do it by prepare/instruct.py --source={source} with what it asks for, and give that folder'
         require(done, f'{source} could not be prepared, as said above; {remedy}.')
     return str(target)
 

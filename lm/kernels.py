@@ -60,9 +60,8 @@ def attend(q, k, v, mask, is_causal, dropout):
         with torch.autocast('cpu', enabled=False):
             return attend(q.float(), k.float(), v.float(), mask, is_causal, dropout).bfloat16()
     grouped = q.size(1) != k.size(1)
-    if (
-        grouped and not q.is_cpu and (mask is not None or q.dtype == torch.float32)
-    ):  # else a GPU keeps all scores
+    if grouped and not q.is_cpu and (mask is not None or q.dtype == torch.float32):
+        # PyTorch's kernels for these would keep all scores.
         k, v = (x.repeat_interleave(q.size(1) // x.size(1), 1) for x in (k, v))
         grouped = False
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=grouped)

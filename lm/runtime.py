@@ -349,9 +349,7 @@ def check_memory(estimate, dist):
     on_host = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
     room = torch.cuda.mem_get_info(dist.device)[1] if dist.device.type == 'cuda' else on_host
     needed = sum(estimate.values())
-    remedy = (
-        'lower batch_size or block_size, or train adapters only: --use_peft, with --load_in_4bit for less'
-    )
+    remedy = 'lower batch_size or block_size, or train adapters: --use_peft, with --load_in_4bit for less'
     problem = f'Training takes about {needed / 1e9:.0f} GB, and there are {room / 1e9:.0f}'
     require(needed <= 1.5 * room, f'{problem}; {remedy}.')
 

@@ -83,9 +83,8 @@ def hub(path, subset=None, field='text', document=None):
 
     name = f'{path}/{subset}' if subset else path
     url = f'https://huggingface.co/datasets/{name}'
-    return Source(
-        url, documents, {name: where['revision']}, None, ' documents', state=lambda: stream.state_dict()
-    )
+    inputs = {name: where['revision']}
+    return Source(url, documents, inputs, None, ' documents', state=lambda: stream.state_dict())
 
 
 class Corpus:
