@@ -2,9 +2,11 @@
 
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
+import socket
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -26,7 +28,11 @@ def writing(path):
 def save_atomically(path, write):
     """`write(file)` into a file beside `path`, then puts it in its place: a crash leaves the old or the new."""
     path = Path(path)
-    beside = path.with_name(f'{path.name}.{os.getpid()}.tmp')  # no other process writes that one
+    own = f'{path.name}.{socket.gethostname()}.'
+    beside = path.with_name(f'{own}{os.getpid()}.tmp')  # no other process writes that one
+    for left in path.parent.glob(f'{glob.escape(own)}*.tmp'):  # by processes of this machine that were killed
+        if left != beside and not is_running(left.name.split('.')[-2]):
+            left.unlink(missing_ok=True)
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,6 +50,16 @@ def require_folder(path):
     """Raise a UserError where the folder that a file is to be written to is not there."""
     exists = Path(path).absolute().parent.is_dir()
     require(exists, f'{path} lies in a folder that does not exist; make it, or choose another path.')
+
+
+def is_running(pid):
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
 
 
 def write_json(path, value):

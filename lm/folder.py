@@ -104,7 +104,9 @@ def prepared(source, field, max_seq_len, tokenizer):
     files = [base] if base.is_file() else sorted(base.glob('*'))
     times = [(path.name, path.stat().st_mtime_ns) for path in files]
     content = repr([*words, times, sha256_of(near) if near.is_file() else ''])
-    target = ROOT / 'data' / f'{near.stem}-{hashlib.sha256(content.encode()).hexdigest()[:8]}'
+    target = (
+        ROOT / 'data' / f'{near.stem.partition(":")[0]}-{hashlib.sha256(content.encode()).hexdigest()[:8]}'
+    )
     finished = target / 'config.json'
     if not finished.is_file():
         script = [sys.executable, ROOT / 'prepare' / 'instruct.py', f'--output_dir={target}', *words]
@@ -121,7 +123,7 @@ def is_of(folder, source):
         made_of = Folder(folder).config.get('source') or ''
     except UserError:  # it was moved
         return False
-    return made_of.removeprefix('https://huggingface.co/datasets/') == source
+    return made_of.removeprefix('https://huggingface.co/datasets/') in (source, source.replace(':', '/'))
 
 
 def find_folder(dataset):

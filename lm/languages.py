@@ -111,7 +111,9 @@ def rows_of(entry, split):
         with refusals_named(f'{name}, which is no folder here or under data/,'):
             try:  # its cache needs no network
                 return datasets.load_dataset(name, entry.get('config'), split=split)
-            except (RuntimeError, ValueError):  # a script
+            except (RuntimeError, ValueError) as error:
+                if 'script' not in str(error):
+                    raise
                 return datasets.load_dataset(**on_the_hub(name, entry.get('config')), split=split)
     path = next(filter(Path.is_file, (folder / (split + suffix) for suffix in SUFFIXES)), None)
     require(path, f'{folder} has no file for the split {split!r}, such as {", ".join(SUFFIXES)}.')

@@ -168,7 +168,7 @@ def around(folder, c, tokenizer):
     known = lambda kind: known_id(tokenizer.inner, pretrained_token(folder, kind))
     ids = {f'{kind}_token': known(kind) for kind in ('bos', 'pad')}
     kept = dict(end_tokens=ends, added_tokens=tokenizer.added, tokenizer_config=kept, **ids)
-    return {**kept, 'trained_here': bool(c.get('trained_here'))}
+    return {**kept, 'trained_here': c.get('trained_here', c.get('model_type') == families.NATIVE)}
 
 
 def is_ours(checkpoint):

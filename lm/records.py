@@ -132,7 +132,8 @@ def on_the_hub(path, subset=None):
         names = [file.rfilename for file in info.siblings or () if file.rfilename.endswith('.parquet')]
         subsets = sorted({name.split('/')[0] for name in names})
         problem = f'{path} has several parts, {", ".join(subsets)}'
-        require(subset or len(subsets) < 2, f'{problem}; choose one: {path}:{subsets[0] if subsets else ""}.')
+        remedy = f'name one, as {path}:{(subsets or [""])[0]} or, in a database, as its config'
+        require(subset or len(subsets) < 2, f'{problem}; {remedy}.')
         is_part = any('/partial-' in name for name in names)
         note(f'{path} is a script; its copy in parquet{", of which the hub has a part," * is_part} is read.')
     return {'path': path, 'revision': info.sha, **part}

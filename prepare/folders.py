@@ -57,8 +57,6 @@ def unfinished_folder(target, command, overwrite):
     try:
         busy = f'Another process is preparing {target}; wait, or change --name.'
         with lock(folder / 'work', 'lock', busy):  # work/ is no part of the result
-            for path in folder.glob('**/*.[0-9]*.tmp'):  # what a killed process had begun to write
-                path.unlink()
             journal = Journal(folder, command, overwrite)
             try:
                 yield journal

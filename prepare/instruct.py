@@ -69,7 +69,7 @@ if __name__ == '__main__':
     config['prompt_format'] = next((name for name, known in prompts.FORMATS.items() if known == form), form)
     config['max_seq_len'] = (block_size or 1024) if max_seq_len is None else max_seq_len
     check_range(config, 8, math.inf, 'max_seq_len')
-    config['name'] = name or Path(source.partition(',')[0]).stem
+    config['name'] = name or Path(source.partition(',')[0]).stem.partition(':')[0]
 
     path = HUB.get(source, source)
     if source == 'stories':
@@ -81,7 +81,8 @@ if __name__ == '__main__':
     elif suffix_of(Path(path)) in READERS or path.count('/') != 1 or Path(path).exists():
         records = files(path, field, '', document)
     else:
-        records = hub(path, None, field, document)
+        path, _, subset = path.partition(':')
+        records = hub(path, subset or None, field, document)
     records.limit = max_examples or None
     records.examples = Examples(form, config['max_seq_len'], on_error)
     write(records, config)

@@ -362,7 +362,8 @@ def test_a_file_that_was_prepared_goes_on_by_its_own_name_and_one_that_changed_i
 @pytest.mark.faults
 def test_a_folder_says_which_file_or_data_set_of_the_hub_it_is_of(tmp_path):
     folder, config = write_folder(tmp_path / 'some'), tmp_path / 'some/config.json'
-    for source, name in (('https://huggingface.co/datasets/a/b', 'a/b'), ('my.json', 'my.json')):
+    hub = 'https://huggingface.co/datasets/a/b'
+    for source, name in ((hub, 'a/b'), (f'{hub}/part', 'a/b:part'), ('my.json', 'my.json')):
         config.write_text(json.dumps({**json.loads(config.read_text()), 'source': source}))
         assert is_of(folder, name) and not is_of(folder, 'a/c')
     assert not is_of(tmp_path / 'moved', 'my.json')

@@ -264,9 +264,11 @@ def test_the_hub_is_asked_for_a_data_set_by_name(instruct, monkeypatch):
     monkeypatch.setattr(
         datasets, 'load_dataset', lambda *_, **__: datasets.Dataset.from_list(alpaca()).to_iterable_dataset()
     )
-    for source, repository in (('dolly', 'databricks/databricks-dolly-15k'), ('some/data', 'some/data')):
+    dolly = 'databricks/databricks-dolly-15k'
+    for source, repository in (('dolly', dolly), ('some/data', 'some/data'), ('some/data:part', 'some/data')):
         folder = instruct(None, f'--source={source}', '--overwrite')
-        assert asked[-1] == repository and folder.config['inputs'] == {repository: 'abc'}
+        part = '/part' * source.endswith(':part')
+        assert asked[-1] == repository and folder.config['inputs'] == {repository + part: 'abc'}
         assert len(examples_of(folder)) == 20
 
 

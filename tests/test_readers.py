@@ -261,7 +261,7 @@ def test_of_a_data_set_that_is_a_script_the_copy_of_the_hub_is_read(monkeypatch,
     assert where == dict(path='some/openwebtext', revision='of refs/convert/parquet', data_dir='plain_text')
     assert 'in parquet, of which the hub has a part, is read' in capsys.readouterr().out
     with pytest.raises(
-        UserError, match='several parts, large, plain_text; choose one: some/openwebtext:large'
+        UserError, match='several parts, large, plain_text; name one, as some/openwebtext:large'
     ):
         records.on_the_hub('some/openwebtext')
     assert records.on_the_hub('some/data', 'part') == dict(path='some/data', revision='of main', name='part')
