@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lm import checkpoints, data, optim, prompts, runtime
+from lm import checkpoints, data, optim, prompts, run_folder, runtime
 from lm.configurator import configure, report_idle, require
 from lm.folder import Folder, is_of, prepared
 from lm.log import start_run
@@ -149,7 +149,6 @@ checkpoints.check_fits(initial, init_from, architecture, tokenizer, folder.path)
 
 shape = {**initial['model_config'], 'k': max(k_schedule), 'dropout': dropout}
 shape['gradient_checkpointing'] = gradient_checkpointing
-checkpoints.check_padding(shape, tokenizer)
 longest = shape['block_size']
 block_size = block_size or min(max_seq_len or longest, longest)
 require(8 <= block_size <= longest, f'block_size is {block_size}; {init_from} takes 8 to {longest} tokens.')
@@ -159,6 +158,7 @@ in_parts = fsdp and not use_peft  # a rank makes, or reads, only its part; but f
 where = torch.device('meta' if in_parts else 'cpu')
 with where if has_weights or not in_parts else store.DrawnInParts(dist):
     raw_model = checkpoints.make_model(architecture, **shape)
+checkpoints.check_padding(raw_model.config, tokenizer)
 num_parameters = raw_model.num_parameters()  # before some are quantized, and adapters are added
 is_whole = 'model_state_dict' in initial and not (resumed.checkpoint and in_parts)  # or it comes in shards
 weights = checkpoints.weights_of(initial) if is_whole else None
@@ -279,7 +279,7 @@ def save(is_last=False):
     """Write ckpt.pt with all that it takes to go on, and its copy where one is due."""
     state = {**checkpoint(), **checkpoints.state_of_run(inputs, pending, scaler, log)}
     store.save_state(out / 'ckpt.pt', raw_model, opt, dist, state, whole_weights, is_last)
-    checkpoints.copy_if_due(out, step, best.step, config, dist)
+    run_folder.copy_if_due(out, step, best.step, config, dist)
 
 
 def evaluate_and_save():

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lm import checkpoints, prompts, runtime
+from lm import checkpoints, prompts, run_folder, runtime
 from lm.configurator import UserError, configure, printable, report_idle, require, user_errors
 from lm.files import as_sentence, require_folder, write_json
 from lm.tokenizer import Tokenizer
@@ -72,7 +72,7 @@ def write(ids, count):
         with dist.autocast(), user_errors():
             rows = generate(model, [ids] * count, 0 if infill else max_new_tokens, watch=shown, **options)
     if html:
-        save_page(html, f'{checkpoints.name_of(path)}: {state["architecture"]}', frames.steps)
+        save_page(html, f'{run_folder.name_of(path)}: {state["architecture"]}', frames.steps)
         print(f'{html}: the first text, step by step')
     return rows
 
@@ -180,7 +180,7 @@ for key, text in {'prompt': prompt, 'infill': infill, 'input': input, 'system': 
     require(is_text, f'--{key} is no valid UTF-8; convert it as by iconv.')
 
 dist = runtime.Runtime(device, dtype)
-path = checkpoint or checkpoints.newest_run()
+path = checkpoint or run_folder.newest_run()
 own = tokenizer and Tokenizer.load(tokenizer)
 state = checkpoints.load(path, token, revision, tokenizer=own, architecture=architecture)
 is_other = own and own.to_json() != state['tokenizer']

@@ -17,7 +17,7 @@ from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from os import _exit
 
-from lm import checkpoints, runtime
+from lm import run_folder, runtime
 from lm.configurator import UserError, check_range, configure, require
 from lm.files import first_line
 from lm.serving import FIELDS, Job, Limits, Model, Refused, Writer, as_error, load_page, read_fields
@@ -237,7 +237,7 @@ require(host not in ('', '0.0.0.0', '::'), f'host is {host!r}; give the one addr
 address = f'[{host}]' if ':' in host else host
 dist, stopping = runtime.Runtime(device, dtype), threading.Event()
 models, limits = {}, Limits(max_tokens, batch_size, timeout)
-for path in (checkpoint or str(checkpoints.newest_run())).split(','):
+for path in (checkpoint or str(run_folder.newest_run())).split(','):
     model = Model(path.strip(), dist.device, token, revision, weights)
     require(model.name not in models, f'Two checkpoints are named {model.name}; rename a folder.')
     models[model.name] = model

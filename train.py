@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from lm import checkpoints, data, optim, runtime, scaling
+from lm import checkpoints, data, optim, run_folder, runtime, scaling
 from lm.configurator import configure, restore
 from lm.folder import open_dataset, version_of
 from lm.log import start_run
@@ -140,11 +140,11 @@ else:
     shape.update({key: config[key] for key in SHAPE + BLOCKS if config[key] is not None})
 shape.update({key: config[key] for key in FREE_SHAPE}, k=max(k_schedule), vocab_size=tokenizer.vocab_size)
 shape.update(mask_id=tokenizer.mask_id, ignore_id=tokenizer.ignore_id)
-checkpoints.check_padding(shape, tokenizer)
 torch.manual_seed(seed)
 in_parts = store.DrawnInParts(dist) if fsdp and not initial else torch.device('meta' if fsdp else 'cpu')
 with in_parts:  # a rank makes, or reads, only its part of a sharded model
     raw_model = checkpoints.make_model(architecture, **shape)
+checkpoints.check_padding(raw_model.config, tokenizer)
 weights = None
 if initial:
     weights = initial.get('model_state_dict') if resumed.checkpoint else checkpoints.weights_of(initial)
@@ -204,7 +204,7 @@ def save(is_last=False):
     """Write ckpt.pt with all that it takes to go on, and its copy where one is due."""
     state = {**checkpoint(), **checkpoints.state_of_run(inputs, pending, scaler, log)}
     store.save_state(out / 'ckpt.pt', raw_model, opt, dist, state, whole_weights, is_last)
-    checkpoints.copy_if_due(out, step, best.step, config, dist)
+    run_folder.copy_if_due(out, step, best.step, config, dist)
 
 
 def evaluate_and_save():

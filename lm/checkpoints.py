@@ -1,10 +1,7 @@
-"""Checkpoints, what continues from them, and the run folder that they stand in."""
+"""Checkpoints: what they hold, the models that are made of them, and the runs that go on from them."""
 
 import contextlib
 import math
-import os
-import re
-import shutil
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +12,9 @@ from torch import distributed
 
 from lm import pretrained, quantize
 from lm.configurator import ROOT, require, restore, user_errors
-from lm.files import as_sentence, lock, save_atomically, write_json, writing
+from lm.files import as_sentence, save_atomically, write_json
 from lm.optim import local
-from lm.tokenizer import settings_of
+from lm.run_folder import RESULTS, newest_checkpoint, run_of
 from model import ARCHITECTURES, SIZES, Autoregressive, ModelConfig, architecture_name
 
 CHECKPOINT_FORMAT = 1
@@ -189,13 +186,13 @@ def check_fits(checkpoint, path, architecture, tokenizer, dataset):
     require(same, f'{path} has another vocabulary ({size} tokens) than {dataset} ({here}); {remedy}.')
 
 
-def check_padding(shape, tokenizer):
+def check_padding(config, tokenizer):
     """Raise a UserError for blocks or an ar_weight where texts are padded with their end, as LLaDA's are: what is padding is
-    neither a token of the `ar` model nor the beginning of a block."""
-    has_blocks = any(shape.get('block_length', ())) or shape.get('ar_weight')
+    neither a token of the `ar` model nor the beginning of a block. config: a ModelConfig."""
     pads_with_end = tokenizer.ignore_id == tokenizer.endoftext_id
     problem = 'This tokenizer pads texts with their end, so blocks would not learn where one ends'
-    require(not (has_blocks and pads_with_end), f'{problem}; leave block_length and ar_weight out.')
+    fits = not (config.has_two_streams and pads_with_end)
+    require(fits, f'{problem}; leave block_length and ar_weight out.')
 
 
 def convert(checkpoint, path, architecture, block_size=None, **blocks):
@@ -417,92 +414,3 @@ def continue_run(resumed, store, model, optimizer, scaler, inputs, config):
         if changed or elsewhere or any(key in compare for key, *_ in resumed.overrides):
             best = Best(step)  # figures of another evaluation do not compare; and best.pt stays where it is
         return step, best, checkpoint.get('pending')
-
-
-# ---------------------------------------------------------------------------- the run folder
-
-RESULTS = ['best.pt', 'eval_results.json', 'predictions.npz']  # that come after the first ckpt.pt
-RUN_FILES = [*'config.json ckpt.pt metrics.csv metrics.py checkpoints sharded adapter'.split(), *RESULTS]
-
-
-def run_of(checkpoint_path):
-    """Return the run folder that a checkpoint stands in: beside it, or above checkpoints/checkpoint-N/."""
-    folder = Path(checkpoint_path).resolve().parent
-    return folder.parent.parent if folder.parent.name == 'checkpoints' else folder
-
-
-def copies_of(folder):
-    """Return {step: path} of the complete copies of ckpt.pt under checkpoints/, by their steps."""
-    paths = Path(folder).glob('checkpoints/checkpoint-*/ckpt.pt')
-    steps = {path.parent.name.removeprefix('checkpoint-'): path for path in paths}
-    return {int(step): path for step, path in steps.items() if step.isdigit()}
-
-
-def newest_checkpoint(folder):
-    """Return the path of a run's ckpt.pt, or where it is lost of its newest copy."""
-    path, copies = Path(folder) / 'ckpt.pt', copies_of(folder)
-    return copies[max(copies)] if copies and not path.exists() else path
-
-
-def newest_run():
-    """Return the ckpt.pt under out/ that was written last, of a language model: a classifier writes no text."""
-    runs = sorted((ROOT / 'out').glob('*/ckpt.pt'), key=lambda path: path.stat().st_mtime)
-    runs = [run for run in runs if 'num_classes' not in settings_of(run.parent, 'config.json')]
-    require(runs, 'There is no language model under out/; train one, or give --checkpoint=PATH.')
-    return runs[-1]
-
-
-def name_of(path):
-    """Return the name by which people know the checkpoint at a path: its run's, its folder's or its own."""
-    path = Path(path)
-    run = path.resolve().parent.name
-    return {'ckpt.pt': run, 'best.pt': f'{run}-best'}.get(path.name, path.name.removesuffix('.pt'))
-
-
-def open_run_folder(out_dir, name, suffix='', run_dir=None, overwrite=False):
-    """Return the run's folder, empty but for a run to continue: `out_dir`, or out/{name}-v{n} with the next free n.
-
-    A folder that holds a run is refused, unless it is the `run_dir` to continue, or `overwrite` deletes it.
-    """
-    n = 0
-    while not out_dir:
-        n += 1
-        numbered = f'{name}-v{n}' + (f'-{suffix}' if suffix else '')
-        folder = ROOT / 'out' / re.sub(r'[^\w.+=-]', '-', numbered)  # a name of data leads nowhere else
-        with writing(folder), contextlib.suppress(FileExistsError):  # another run may take it just now
-            folder.mkdir(parents=True)
-            return folder
-    folder = Path(out_dir)
-    is_data = (folder / 'tokenizer.json').exists()
-    require(not is_data, f'{folder} is a prepared data folder, no place for a run; choose another out_dir.')
-    if folder.resolve() != run_dir and any((folder / name).exists() for name in [*RUN_FILES, 'logs.log']):
-        remedy = 'continue it with --resume_from=auto, delete it with --overwrite, or choose another out_dir'
-        require(overwrite, f'{folder} already holds a run; {remedy}.')
-        with lock(folder) as log:
-            for path in (folder / file for file in RUN_FILES):
-                is_folder = path.is_dir() and not path.is_symlink()
-                shutil.rmtree(path) if is_folder else path.unlink(missing_ok=True)
-            log.truncate(0)
-    return folder
-
-
-def copy_if_due(folder, step, best_step, config, dist):
-    """Copy ckpt.pt, and a sharded state, to checkpoints/checkpoint-{step}/ on rank 0 where save_every says
-    so; the newest save_total_limit copies stay (None: all), and the best. Later steps, which the run has gone
-    back behind, go first."""
-    every, limit = config['save_every'], config['save_total_limit']
-    if not (dist.is_main and step and every) or step % every or limit == 0:
-        return
-    copy, state = folder / 'checkpoints' / f'checkpoint-{step}', Path('sharded', f'step-{step}')
-    if (folder / state).is_dir():  # its files are written once and never changed
-        shutil.rmtree(copy / state, ignore_errors=True)
-        with writing(copy):
-            shutil.copytree(folder / state, copy / state, copy_function=os.link)
-    with open(folder / 'ckpt.pt', 'rb') as source:
-        save_atomically(copy / 'ckpt.pt', lambda file: shutil.copyfileobj(source, file))
-    copies = copies_of(folder)
-    earlier = sorted(s for s in copies if s <= step)
-    too_many = max(0, len(earlier) - (limit or len(earlier)))
-    surplus = [s for s in earlier if s not in (step, best_step)][:too_many]
-    for old in [s for s in copies if s > step] + surplus:
-        shutil.rmtree(copies[old].parent)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from lm import checkpoints, report
+from lm import report, run_folder
 from lm.configurator import ROOT, output_is_cut, printable
 from lm.files import lock, save_atomically, write_json
 
@@ -31,7 +31,7 @@ def start_run(dist, config, name, resumed):
     """Make the run folder, write its config.json and open its log; returns both."""
     out_dir = config['out_dir'] or resumed.run_dir
     options = config['run_suffix'], resumed.run_dir, config['overwrite']
-    out = Path(dist.from_main(lambda: checkpoints.open_run_folder(out_dir, name, *options)))
+    out = Path(dist.from_main(lambda: run_folder.open_run_folder(out_dir, name, *options)))
     checkpoint = resumed.checkpoint or {'global_step': -1}
     again = checkpoint.get('pending') is not None  # its step is still to be evaluated and logged
     log = Logger(out, dist.is_main, checkpoint['global_step'] - again)

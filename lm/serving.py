@@ -13,7 +13,7 @@ from collections import deque
 from contextlib import suppress
 from typing import NamedTuple
 
-from lm import checkpoints, prompts
+from lm import checkpoints, prompts, run_folder
 from lm.configurator import UserError, require, user_errors
 from lm.files import first_line
 from lm.tokenizer import Tokenizer
@@ -90,7 +90,7 @@ class Model:
 
     def __init__(self, path, device, token=None, revision=None, weights='float32'):
         state = checkpoints.load(path, token, revision)
-        self.name = checkpoints.name_of(path)
+        self.name = run_folder.name_of(path)
         self.tokenizer = Tokenizer(state['tokenizer'], start=state['start_token'])
         self.start = state['start_token']
         self.form, self.stops = state.get('prompt_format'), set(prompts.stop_tokens(state, self.tokenizer))

@@ -3,14 +3,13 @@
 import os
 import shutil
 import signal
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import largest_file, letter_tokenizer, random_model
 from helpers import same
 
-from lm import checkpoints, files
+from lm import checkpoints, files, run_folder
 from lm.configurator import Config, Key, UserError
 
 SHAPE = dict(vocab_size=30, block_size=16, n_layer=2, n_head=2, n_embd=16, mask_id=28, ignore_id=29)
@@ -114,7 +113,7 @@ def test_an_edited_checkpoint_is_refused_in_one_sentence(tmp_path, key):
 @pytest.mark.faults
 def test_a_checkpoint_is_known_by_its_run():
     names = ['out/a/ckpt.pt', 'out/a/best.pt', 'out/a', 'b.pt']
-    assert [checkpoints.name_of(name) for name in names] == ['a', 'a-best', 'a', 'b']
+    assert [run_folder.name_of(name) for name in names] == ['a', 'a-best', 'a', 'b']
 
 
 def test_a_name_of_a_run_under_out_is_suggested_and_the_hub_not_asked(tmp_path, monkeypatch):
@@ -159,8 +158,8 @@ def test_a_run_folder_stands_for_its_checkpoint(tmp_path, mmap):
     loaded = checkpoints.load(tmp_path, mmap=mmap)
     assert loaded['format'] == checkpoints.CHECKPOINT_FORMAT
     assert same(loaded['model_state_dict'], dict(model.state_dict()))
-    assert checkpoints.run_of(tmp_path / 'ckpt.pt') == tmp_path
-    assert checkpoints.run_of(tmp_path / 'checkpoints/checkpoint-5/ckpt.pt') == tmp_path
+    assert run_folder.run_of(tmp_path / 'ckpt.pt') == tmp_path
+    assert run_folder.run_of(tmp_path / 'checkpoints/checkpoint-5/ckpt.pt') == tmp_path
 
 
 def test_old_names_of_parameters_are_renamed_when_a_checkpoint_is_loaded(tmp_path):
@@ -277,7 +276,7 @@ def test_auto_without_a_checkpoint_goes_on_with_the_newest_copy_or_leaves_the_ru
     ):
         checkpoints.resume(*settings(**words), [])
     resumed = checkpoints.resume(*settings(**words, overwrite=True), [])
-    assert checkpoints.open_run_folder(run, 'a', run_dir=resumed.run_dir, overwrite=True) == run
+    assert run_folder.open_run_folder(run, 'a', run_dir=resumed.run_dir, overwrite=True) == run
     assert not (run / 'best.pt').exists()
 
 
@@ -285,121 +284,6 @@ def test_weights_alone_cannot_be_continued(tmp_path):
     checkpoints.save(tmp_path / 'best.pt', {**make_checkpoint()[1], 'train_config': {}})
     with pytest.raises(UserError, match='best.pt holds weights without.*--init_from=.*best.pt'):
         checkpoints.resume(*settings(resume_from=str(tmp_path / 'best.pt')), [])
-
-
-def test_the_newest_copies_and_the_best_are_kept(tmp_path):
-    (tmp_path / 'ckpt.pt').write_text('state')
-
-    def copy(step, limit, best_step):
-        options = {'save_every': 1, 'save_total_limit': limit}
-        checkpoints.copy_if_due(tmp_path, step, best_step, options, SimpleNamespace(is_main=True))
-
-    def kept():
-        return {
-            int(path.parent.name.removeprefix('checkpoint-')): path.read_text()
-            for path in (tmp_path / 'checkpoints').glob('*/ckpt.pt')
-        }
-
-    for step in (2, 4, 6, 8, 10):
-        copy(step, 3, best_step=4)
-    assert kept() == {4: 'state', 8: 'state', 10: 'state'}
-    copy(12, 2, best_step=12)
-    assert set(kept()) == {10, 12}
-    (tmp_path / 'checkpoints/checkpoint-11').mkdir()  # a process was killed before it wrote it
-    (tmp_path / 'checkpoints/checkpoint-mine').mkdir()
-    copy(14, 3, best_step=0)
-    assert set(kept()) == {10, 12, 14}
-    copy(11, 3, best_step=0)  # of a run that went back
-    assert set(kept()) == {10, 11}
-
-
-# ---------------------------------------------------------------------------- the run folder
-
-
-def test_run_folders_are_numbered_and_the_suffix_comes_last(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, 'ROOT', tmp_path)
-    for name, suffix, expected in (
-        ('a', '', 'a-v1'),
-        ('a', '', 'a-v2'),
-        ('b', '', 'b-v1'),
-        ('a', '', 'a-v3'),
-        ('a', 'fixed-k8', 'a-v1-fixed-k8'),
-        ('a', 'fixed-k8', 'a-v2-fixed-k8'),
-    ):
-        assert checkpoints.open_run_folder('', name, suffix) == tmp_path / 'out' / expected
-    (tmp_path / 'out/a-v2').rmdir()
-    assert checkpoints.open_run_folder('', 'a').name == 'a-v2'
-
-
-@pytest.mark.faults
-@pytest.mark.parametrize('where', ['file', 'file/run', '/proc/run'])
-def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch, where):
-    (tmp_path / 'file').touch()
-    with pytest.raises(UserError, match=f'{where} could not be written'):
-        files.lock(tmp_path / where)
-    monkeypatch.setattr(checkpoints, 'ROOT', tmp_path / where)
-    with pytest.raises(UserError, match=f'{where}/out/a-v1 could not be written'):
-        checkpoints.open_run_folder('', 'a')
-
-
-@pytest.mark.faults
-def test_a_run_folder_has_one_writer_at_a_time_and_a_killed_one_leaves_no_lock(tmp_path):
-    ready, done = os.pipe()
-    child = os.fork()
-    if child == 0:
-        held = files.lock(tmp_path)
-        os.write(done, b'locked')
-        signal.pause()
-        held.close()
-    assert os.read(ready, 6) == b'locked'
-    (tmp_path / 'best.pt').write_text('precious')
-    for call in (files.lock, lambda run: checkpoints.open_run_folder(run, 'a', overwrite=True)):
-        with pytest.raises(UserError, match=f'Another process writes {tmp_path}; let it end, or choose'):
-            call(tmp_path)
-    assert (tmp_path / 'best.pt').exists()
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    files.lock(tmp_path).close()
-
-
-def test_a_folder_that_holds_a_run_is_refused_unless_it_continues_or_is_overwritten(tmp_path):
-    run = tmp_path / 'run'
-    assert checkpoints.open_run_folder(run, 'a') == run
-    run.mkdir()
-    assert checkpoints.open_run_folder(run, 'a') == run  # an empty folder holds none
-    for name in ('metrics.csv', 'notes.txt'):
-        (run / name).write_text('precious')
-    for run_dir in (None, tmp_path / 'another'):
-        with pytest.raises(UserError, match=f'{run} already holds a run; .*--resume_from=auto.*--overwrite'):
-            checkpoints.open_run_folder(run, 'a', run_dir=run_dir)
-    assert checkpoints.open_run_folder(run, 'a', run_dir=run.resolve()) == run
-    assert (run / 'metrics.csv').read_text() == 'precious'
-    checkpoints.open_run_folder(run, 'a', overwrite=True)
-    assert {path.name for path in run.iterdir()} == {'notes.txt', 'logs.log'}  # what is not the run's stays
-
-
-@pytest.mark.faults
-def test_names_of_data_lead_to_no_other_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, 'ROOT', tmp_path)
-    folder = checkpoints.open_run_folder('', 'ar-../../evil-tiny', '/../b')
-    assert folder.parent == tmp_path / 'out' and folder.name == 'ar-..-..-evil-tiny-v1--..-b'
-
-
-@pytest.mark.faults
-def test_a_copy_has_the_sharded_state_of_its_step(tmp_path):
-    (tmp_path / 'ckpt.pt').write_bytes(b'x')
-    for step in (50, 100):
-        (tmp_path / f'sharded/step-{step}').mkdir(parents=True)
-        (tmp_path / f'sharded/step-{step}/__0_0.distcp').write_text(str(step))
-        options = {'save_every': 50, 'save_total_limit': None}
-        checkpoints.copy_if_due(tmp_path, step, 0, options, SimpleNamespace(is_main=True))
-    states = sorted((tmp_path / 'checkpoints').glob('*/sharded/*/__0_0.distcp'))
-    assert [path.read_text() for path in states] == ['100', '50']
-
-
-def test_a_data_folder_is_no_place_for_a_run(make_folder):
-    with pytest.raises(UserError, match='is a prepared data folder, no place for a run'):
-        checkpoints.open_run_folder(make_folder(), 'a', overwrite=True)
 
 
 @pytest.mark.parametrize('form, expected', [(None, '{{ messages }}'), ('{output}', '{output}')])

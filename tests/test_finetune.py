@@ -1,19 +1,17 @@
 """Check what finetune.py promises: runs of the script on a few letters, without network."""
 
 import json
-import multiprocessing
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import letter_tokenizer, write_folder
+from conftest import letter_tokenizer
 from helpers import (
     ASCII,
     FIRST_STEP,
@@ -41,7 +39,7 @@ from helpers import (
 import hf
 from lm import checkpoints, data
 from lm.configurator import ROOT, UserError
-from lm.folder import Folder, is_of, prepared
+from lm.folder import Folder, prepared
 from model import ARCHITECTURES
 
 
@@ -360,36 +358,6 @@ def test_a_file_that_was_prepared_goes_on_by_its_own_name_and_one_that_changed_i
 
 
 @pytest.mark.faults
-def test_a_folder_says_which_file_or_data_set_of_the_hub_it_is_of(tmp_path):
-    folder, config = write_folder(tmp_path / 'some'), tmp_path / 'some/config.json'
-    hub = 'https://huggingface.co/datasets/a/b'
-    for source, name in ((hub, 'a/b'), (f'{hub}/part', 'a/b:part'), ('my.json', 'my.json')):
-        config.write_text(json.dumps({**json.loads(config.read_text()), 'source': source}))
-        assert is_of(folder, name) and not is_of(folder, 'a/c')
-    assert not is_of(tmp_path / 'moved', 'my.json')
-
-
-@pytest.mark.faults
-def test_runs_that_start_together_prepare_a_file_once(place, tmp_path, monkeypatch):
-    monkeypatch.setattr('lm.folder.ROOT', tmp_path)
-    (tmp_path / 'prepare').symlink_to(ROOT / 'prepare')
-    records = tmp_path / 'my.json'
-    records.write_text(json.dumps([{'instruction': f'Say {i}.', 'output': f'{i}'} for i in range(40)]))
-    context = multiprocessing.get_context('fork')
-    with context.Pool(2) as pool:
-        args = str(records), '', None, partial(str, place / 'ar')
-        first, second = pool.starmap(prepared, [args, args], chunksize=1)
-    assert first == second and is_of(first, str(records))
-
-
-@pytest.mark.parametrize('path, wanted', [('scratch', ''), ('DIR/from-scratch', 'DIR/from-scratch')])
-def test_data_are_prepared_with_the_tokenizer_of_the_start(path, wanted, tmp_path):
-    (tmp_path / 'from-scratch').mkdir()
-    path, wanted = (text.replace('DIR', str(tmp_path)) for text in (path, wanted))
-    assert checkpoints.tokenizer_of(path, None, None) == wanted
-
-
-@pytest.mark.faults
 def test_adapters_go_on_with_another_base_only_on_purpose(place, tmp_path):
     base, out = shutil.copytree(place / 'ar', tmp_path / 'base'), tmp_path / 'run'
     words = ['--use_peft', f'--init_from={base}', f'--dataset={place}/examples', f'--out_dir={out}']
@@ -487,7 +455,7 @@ def damaged(place):
 
 @pytest.mark.parametrize('arguments', BAD)
 def test_a_bad_setting_is_refused_before_anything_is_written(damaged, tmp_path, monkeypatch, arguments):
-    monkeypatch.setattr('lm.checkpoints.ROOT', tmp_path)
+    monkeypatch.setattr('lm.run_folder.ROOT', tmp_path)
     with pytest.raises(UserError, match=fill_in(BAD[arguments], PLACE=damaged)) as error:
         tune(*settings(damaged), *fill_in(arguments, PLACE=damaged).split())
     assert '\n' not in str(error.value) and list(tmp_path.iterdir()) == []

@@ -1,12 +1,15 @@
 """Prepared folders: damage is named in one sentence, and mixes know their weights."""
 
 import json
+import multiprocessing
+from functools import partial
 
 import pytest
-from conftest import letter_tokenizer
+from conftest import letter_tokenizer, write_folder
 
-from lm.configurator import UserError
-from lm.folder import Folder, open_dataset
+from lm import checkpoints
+from lm.configurator import ROOT, UserError
+from lm.folder import Folder, is_of, open_dataset, prepared
 
 
 def test_an_opened_folder_has_its_texts_by_document(make_folder):
@@ -138,3 +141,33 @@ def test_the_format_of_a_mix_is_that_of_the_folder_that_has_one(mix, tmp_path):
     config = open_dataset(f'{tmp_path}/a:1,{tmp_path}/b:2').config
     assert (config['prompt_format'], config['max_seq_len']) == ('{instruction}{output}', 24)
     assert config['name'] == 'a+b'
+
+
+@pytest.mark.faults
+def test_a_folder_says_which_file_or_data_set_of_the_hub_it_is_of(tmp_path):
+    folder, config = write_folder(tmp_path / 'some'), tmp_path / 'some/config.json'
+    hub = 'https://huggingface.co/datasets/a/b'
+    for source, name in ((hub, 'a/b'), (f'{hub}/part', 'a/b:part'), ('my.json', 'my.json')):
+        config.write_text(json.dumps({**json.loads(config.read_text()), 'source': source}))
+        assert is_of(folder, name) and not is_of(folder, 'a/c')
+    assert not is_of(tmp_path / 'moved', 'my.json')
+
+
+@pytest.mark.faults
+def test_runs_that_start_together_prepare_a_file_once(tmp_path, monkeypatch):
+    monkeypatch.setattr('lm.folder.ROOT', tmp_path)
+    (tmp_path / 'prepare').symlink_to(ROOT / 'prepare')
+    records = tmp_path / 'my.json'
+    records.write_text(json.dumps([{'instruction': f'Say {i}.', 'output': f'{i}'} for i in range(40)]))
+    context = multiprocessing.get_context('fork')
+    with context.Pool(2) as pool:
+        args = str(records), '', 64, partial(str, 'bytes')
+        first, second = pool.starmap(prepared, [args, args], chunksize=1)
+    assert first == second and is_of(first, str(records))
+
+
+@pytest.mark.parametrize('path, wanted', [('scratch', ''), ('DIR/from-scratch', 'DIR/from-scratch')])
+def test_data_are_prepared_with_the_tokenizer_of_the_start(path, wanted, tmp_path):
+    (tmp_path / 'from-scratch').mkdir()
+    path, wanted = (text.replace('DIR', str(tmp_path)) for text in (path, wanted))
+    assert checkpoints.tokenizer_of(path, None, None) == wanted

@@ -208,9 +208,8 @@ def test_blocks_are_refused_where_the_padding_is_the_end_of_texts(blocks, tmp_pa
     write_released('llada', tmp_path)
     start = checkpoints.load(tmp_path)
     tokenizer = Tokenizer(start['tokenizer'])
-    whole, parts = (
-        checkpoints.convert(start, tmp_path, 'diffusion', **x)['model_config'] for x in ({}, blocks)
-    )
+    starts = (checkpoints.convert(start, tmp_path, 'diffusion', **x) for x in ({}, blocks))
+    whole, parts = (ModelConfig(**one['model_config']) for one in starts)
     checkpoints.check_padding(whole, tokenizer)
     with pytest.raises(UserError, match='pads texts with their end'):
         checkpoints.check_padding(parts, tokenizer)

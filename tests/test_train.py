@@ -311,7 +311,7 @@ BAD_SETTINGS = {
 
 @pytest.mark.parametrize('setting', BAD_SETTINGS)
 def test_a_bad_setting_is_refused_before_anything_is_written(place, tmp_path, monkeypatch, setting):
-    monkeypatch.setattr('lm.checkpoints.ROOT', tmp_path)
+    monkeypatch.setattr('lm.run_folder.ROOT', tmp_path)
     with pytest.raises(UserError, match=BAD_SETTINGS[setting]) as error:
         train(f'--dataset={place}/letters', *re.split(' (?=--)', setting))
     assert '\n' not in str(error.value) and list(tmp_path.iterdir()) == []
