@@ -44,7 +44,7 @@ batch_size = 32
 draws = 8  # diffusion: mask ratios per row
 k: int = None  # sdd: candidates per masked position; None: the model's own number
 bound_steps = 0  # diffusion: the bound of sampling in so many steps as well, slow
-exact = False  # diffusion: the exact likelihood from left to right as well; sdd: with fresh beliefs and carried ones; slow
+exact = False  # diffusion: the exact likelihood from left to right as well; sdd: with fresh and carried beliefs; slow
 exact_rows = 16  # rows for that
 # --- generation ---
 num_samples = 100
@@ -55,7 +55,9 @@ temperature = 1.0
 top_k: int = None
 top_p: float = None
 steps: int = None  # diffusion: forward passes; None: one per token
-sampler = ''  # diffusion: first_hitting, with steps ancestral; confidence, blocks, threshold, entropy, remdm, speculative
+sampler = (
+    ''  # first_hitting, with steps ancestral; confidence, blocks, threshold, entropy, remdm, speculative
+)
 block_length: int = None  # of sampler=blocks, 32; of a model trained on blocks: one of its lengths
 threshold: float = None  # of sampler=threshold: a probability, 0.9; of entropy: nats, 0.3
 eta = 0.1  # of sampler=remdm

@@ -36,7 +36,7 @@ def import_model(source, out, token=None, revision=None):
 
 
 def export(source, out):
-    """Write a ckpt.pt, or the best weights of a run folder, to the folder `out`, complete or not; return who reads it."""
+    """Write a ckpt.pt, or the best weights of a run, to the folder `out`, complete or not; return who reads it."""
     source = Path(source, 'best.pt') if Path(source, 'best.pt').is_file() else source
     checkpoint = checkpoints.load(source, mmap=True)
     architecture, config = checkpoint['architecture'], ModelConfig(**checkpoint['model_config'])

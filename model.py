@@ -5,8 +5,8 @@
     SDD(Diffusion)   the same, with weighted candidates at masked positions (sparse distribution diffusion)
 
 `model(tokens, loss_mask, noise)` returns sums, so that uneven micro-batches and ranks add up exactly: of the loss in
-nats, of the tokens that it is divided by, and of metrics. The first token of a row is context, never predicted and never counted.
-"""
+nats, of the tokens that it is divided by, and of metrics. The first token of a row is context, never predicted and
+never counted."""
 
 import math
 from functools import partial
@@ -441,7 +441,7 @@ class SDD(Diffusion):
         return super().new_weights(config) | {'belief_proj.weight': torch.eye(config.embedding_width)}
 
     def earlier_passes(self, corrupt, t, k=None, passes=1, stale=0.0):
-        """Return k, the number of candidates (None: config.k), and the views (B, T) of so many passes that give beliefs.
+        """Return k, the number of candidates (None: config.k), and the views (B, T) of the passes to beliefs.
 
         stale: how much more of a row the first of these passes sees masked, the next ones steadily less, as in
         sampling. In training `optim.draw_beliefs` chooses the three for each step.
@@ -449,8 +449,8 @@ class SDD(Diffusion):
         return {'k': k, 'views': [corrupt(t + stale * i / passes)[0] for i in range(passes, 0, -1)]}
 
     def denoiser(self, x_t, doc_ids=None, cache=None, clean=None, k=None, views=None):
-        """Compute what `Diffusion.denoiser` does, after a pass over each view (B, T) of the tokens, by default x_t itself,
-        that gives the next pass its belief."""
+        """Compute what `Diffusion.denoiser` does, after a pass over each view (B, T) of the tokens, by default x_t
+        itself, that gives the next pass its belief."""
         k, belief = self.config.k if k is None else k, None
         masked = x_t == self.config.mask_id
         with torch.no_grad():

@@ -25,10 +25,10 @@ CHECK_EVERY = 16  # tokens between questions to a GPU whether all rows have stop
 def generate(model, prompts, max_new_tokens, **options):
     """Continue each of `prompts` (lists of token ids, not empty) by max_new_tokens tokens.
 
-    Returns lists of ids: the prompt, what follows, and the stop token if one ended it early. A prompt holds at most block_size
-    tokens; a longer text continues with the last half of the block as its context. Diffusion also fills each <|mask|> within
-    a prompt; with max_new_tokens=0 it does only that. options: the fields of `Sampler`. Raises ValueError for wrong ones.
-    """
+    Returns lists of ids: the prompt, what follows, and the stop token if one ended it early. A prompt holds at most
+    block_size tokens; a longer text continues with the last half of the block as its context. Diffusion also fills each
+    <|mask|> within a prompt; with max_new_tokens=0 it does only that. options: the fields of `Sampler`. Raises
+    ValueError for wrong ones."""
     check_prompts(model, prompts)
     check(max_new_tokens >= 0, f'max_new_tokens is {max_new_tokens}; it must be at least 0.')
     sampler = Sampler(model, **options)
@@ -162,7 +162,7 @@ class Sampler:
     ancestral             each with the same probability, so that the order is random (MDLM)
     confidence, blocks    the most confident, an equal share of them in each step (LLaDA); within blocks of block_length
     threshold             all that are more confident than the threshold, one at least (Fast-dLLM)
-    entropy               the least uncertain while their entropies but the largest add up to no more than the threshold, in
+    entropy               the least uncertain while their entropies but the largest add up to at most the threshold, in
                           nats: what it costs to sample them independently is less (Ben-Hamu et al. 2025, EB-Sampler)
     remdm                 like ancestral, and written tokens are masked again with probability eta at most (ReMDM)
     speculative           blocks drafted in a pass and checked by the ar model in a model with ar_weight: its samples
@@ -190,8 +190,8 @@ class Sampler:
     threshold: float = None  # of `threshold` a probability, 0.9; of `entropy` nats, 0.3
     eta: float = 0.1  # of `remdm`
     k: int = None  # candidates of `SDD` per masked position, 0: none; None: the model's own number
-    # `SDD`: a pass before each step gives its beliefs, at twice the cost; False: the step before gives them; None: a pass
-    # where one token is written at a time, as the two-pass NELBO assumes.
+    # `SDD`: a pass before each step gives its beliefs, at twice the cost; False: the step before gives them; None: a
+    # pass where one token is written at a time, as the two-pass NELBO assumes.
     fresh_beliefs: bool = None
 
     def __post_init__(self):
@@ -234,7 +234,7 @@ class Sampler:
         self.ends = [token for token in (*self.stop_tokens, config.ignore_id) if token is not None]
 
     def tell(self, start, new, confidence=None):
-        """Hand on new tokens (B, T) or (B,) from position `start` on, and how sure the model is of them, where it wrote one."""
+        """Hand on new tokens (B, T) or (B,) from position `start` on, and how sure the model is of its own."""
         new = new.view(len(new), -1)
         if self.stream:
             self.stream(new.tolist())
@@ -285,7 +285,7 @@ class Sampler:
         return where & (rank < -(-where.sum(1, keepdim=True) // steps_left))
 
     def fill_after_end(self, x, tail):
-        """Write the padding of rows x (B, L) that have ended: their tail has a stop token, before which nothing is masked."""
+        """Write the padding of rows x (B, L) that have ended: a stop token in their tail has no mask before it."""
         for token in () if self.sampler == 'remdm' else self.stop_tokens:  # remdm may mask it again
             masked = x == self.mask_id
             ended = (tail & (x == token) & (masked.cumsum(1) == 0)).cummax(1).values

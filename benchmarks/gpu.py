@@ -3,7 +3,7 @@
     python benchmarks/gpu.py --peer=nanoGPT
 
     nanoGPT    a 124M GPT-2 in bfloat16, compiled, trained there and here in turn on the same tokens
-    xl         366M parameters, block 1024, each block checkpointed: the share of the peak (MFU), and memory, without that too
+    xl         366M parameters, block 1024, each block checkpointed: share of the peak, and memory, without that too
     ratios     a step of diffusion over one of ar, one of sdd over one of diffusion; diffusion in blocks of 8
     decoding   Llama 3.2 1B's shape, compiled, beside what reading the weights once per token takes
     others     a step in float16, one in a process group of one rank (NCCL), graph breaks of all that was compiled

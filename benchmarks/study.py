@@ -1,9 +1,10 @@
-"""Gather the runs of config/sweep_repeats.py, and say when repeating text pays: python benchmarks/study.py out/sweeps/repeats
+"""Gather the runs of config/sweep_repeats.py, and say when repeating text pays: python benchmarks/study.py
+out/sweeps/repeats
 
-Their evaluations are added to docs/study.csv, a line each, so that parts of the sweep can be run on other days or machines;
-without a folder the file is taken as it is. Then, per kind: its lowest val/loss and where it was; when a diffusion model is below
-the best that `ar` ever reaches, in minutes of training at the median speed of its kind, and in epochs by a fit. Curves:
-docs/study.svg, with matplotlib.
+Their evaluations are added to docs/study.csv, a line each, so that parts of the sweep can be run on other days or
+machines; without a folder the file is taken as it is. Then, per kind: its lowest val/loss and where it was; when a
+diffusion model is below the best that `ar` ever reaches, in minutes of training at the median speed of its kind, and in
+epochs by a fit. Curves: docs/study.svg, with matplotlib.
 """
 
 import csv
@@ -105,8 +106,8 @@ def table(kinds):
 def crossing(curve, goal, redraws=200):
     """Say after how many epochs a + b epochs^-c is at a goal, with its 95 % interval, or why there is no saying.
 
-    curve: [(minutes, epoch, loss)], fitted from an eighth of the way to its lowest loss on. The interval is of fits to redrawn
-    residuals, as if these were independent, so it is somewhat narrow.
+    curve: [(minutes, epoch, loss)], fitted from an eighth of the way to its lowest loss on. The interval is of fits to
+    redrawn residuals, as if these were independent, so it is somewhat narrow.
     """
     last = min(range(len(curve)), key=lambda i: LOSS(curve[i]))
     _, x, y = np.array(curve[last // 8 : last + 1]).T

@@ -73,7 +73,7 @@ class Trainee:
 
 
 def beside_nanogpt(module, steps, dist, *settings, block_size):
-    """Train a GPT-2 of ours and nanoGPT's, each with its own AdamW, clipped at 1, on the same tokens in the same precision.
+    """Train a GPT-2 of ours and nanoGPT's, each with its own AdamW, clipped at 1, on the same tokens in one precision.
 
     settings: of `Trainee`. Returns our Trainee, and the median of our rate over nanoGPT's.
     """
@@ -122,7 +122,8 @@ def compare_steps(trainees, steps, peak):
 
 
 def compare_architectures(peak, steps, *settings, **shape):
-    """Compare steps of all architectures, and of diffusion in blocks of 8 with an ar model in it, and return the targets; settings, shape: of `Trainee`."""
+    """Compare steps of all architectures, and of diffusion in blocks of 8 with an ar model in it, and return the
+    targets; settings, shape: of `Trainee`."""
     trainees = {name: Trainee(name, *settings, **shape) for name in ARCHITECTURES}
     trainees['blocks'] = Trainee('diffusion', *settings, **shape, block_length=(8,), ar_weight=1.0)
     typical = compare_steps(trainees, steps, peak)

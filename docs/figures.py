@@ -40,8 +40,8 @@ def written(run, options):
 
 
 def places(cells):
-    """Return {position: (column, line)} of the first letter of each cell, of a text that is wrapped between words, and the number
-    of its lines."""
+    """Return {position: (column, line)} of the first letter of each cell, of a text that is wrapped between words, and
+    the number of its lines."""
     lines = wrap([(cell[1], '') for cell in cells], COLUMNS)
     spots = iter([(column, row) for row, line in enumerate(lines) for column in range(len(line))])
     of_cells = {cell[0]: [next(spots) for _ in cell[1]] for cell in cells}
@@ -66,7 +66,8 @@ def animate(title, steps, top):
         parts.append(
             f'<text x="{x:.1f}" y="{y:.1f}" visibility="hidden">{escape(text.strip())}'
             f'<set attributeName="visibility" to="visible" begin="loop.begin+{begin}s" end="loop.end"/>'
-            f'<animate attributeName="fill" from="hsl({hue},90%,38%)" to="#777" begin="loop.begin+{begin}s" dur="1.5s"/></text>'
+            f'<animate attributeName="fill" from="hsl({hue},90%,38%)" to="#777" begin="loop.begin+{begin}s"'
+            ' dur="1.5s"/></text>'
         )
         if position in shown:
             parts.append(
@@ -81,7 +82,10 @@ def draw_writing(path):
     for title, (run, options) in MODELS.items():
         more, lines = animate(title, written(run, options), top)
         parts, top = parts + more, top + LINE * (lines + 2.4)
-    loop = f'<rect width="0" height="0"><animate id="loop" attributeName="x" from="0" to="1" begin="0s;loop.end" dur="{SECONDS + REST}s"/></rect>'
+    loop = (
+        f'<animate id="loop" attributeName="x" from="0" to="1" begin="0s;loop.end" dur="{SECONDS + REST}s"/>'
+    )
+    loop = f'<rect width="0" height="0">{loop}</rect>'
     style = 'text{font:14px ui-monospace,monospace;fill:#777}.title{font-weight:700;fill:#2a6fdb}.dot{opacity:.45}'
     size = f'width="{COLUMNS * WIDTH + 10:.0f}" height="{top:.0f}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{style}</style>'

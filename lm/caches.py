@@ -82,7 +82,7 @@ class KVCache:
 
 
 class BlockCache:
-    """Keys and values of clean tokens, `length` of them; a pass reads clean tokens that follow, a noisy block, or both."""
+    """Keys and values of `length` clean tokens; a pass reads clean tokens that follow, a noisy block, or both."""
 
     def __init__(self, size, device):
         """size: the most that it holds, the clean tokens and the noisy block of a pass included."""

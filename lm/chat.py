@@ -84,5 +84,6 @@ def check_prefix(template, tokenizer, turns, system):
         asked = [*turns[:number], (*turns[number][:2], None)]
         prompt = ''.join(text for text, _ in pieces(template, tokenizer, asked, system))
         before = ''.join(text for text, _ in parts[:end])
-        problem = f'The chat template ends a prompt with {prompt[-40:]!r}, but writes {before[-40:]!r} before its answer'
+        ends, writes = prompt[-40:], before[-40:]
+        problem = f'The chat template ends a prompt with {ends!r}, but writes {writes!r} before its answer'
         require(prompt == before, f'{problem}; take another --prompt_format.')

@@ -162,7 +162,7 @@ def load_model(checkpoint, device, weights='float32'):
 
 
 def as_ar(checkpoint, path):
-    """Return the `ar` model that the clean tokens of a diffusion model, trained with ar_weight, are; an `ar` model as it is."""
+    """Return an `ar` model as it is; of a diffusion model trained with ar_weight the one that its clean tokens are."""
     if ARCHITECTURES[checkpoint['architecture']].causal:
         return checkpoint
     config = checkpoint['model_config']
@@ -187,8 +187,8 @@ def check_fits(checkpoint, path, architecture, tokenizer, dataset):
 
 
 def check_padding(config, tokenizer):
-    """Raise a UserError for blocks or an ar_weight where texts are padded with their end, as LLaDA's are: what is padding is
-    neither a token of the `ar` model nor the beginning of a block. config: a ModelConfig."""
+    """Raise a UserError for blocks or an ar_weight where texts are padded with their end, as LLaDA's are: what is
+    padding is neither a token of the `ar` model nor the beginning of a block. config: a ModelConfig."""
     pads_with_end = tokenizer.ignore_id == tokenizer.endoftext_id
     problem = 'This tokenizer pads texts with their end, so blocks would not learn where one ends'
     fits = not (config.has_two_streams and pads_with_end)
@@ -199,7 +199,8 @@ def convert(checkpoint, path, architecture, block_size=None, **blocks):
     """Turn the checkpoint at `path` into the start of a run of `architecture`, rows of at most `block_size` tokens.
 
     Weights of a causal model start the bidirectional ones: a hidden state of a whole row goes on predicting the token
-    after it (`shift`), and the rows of <|mask|> and <|ignore|>, which it never learned, become the mean of the embedding.
+    after it (`shift`), and the rows of <|mask|> and <|ignore|>, which it never learned, become the mean of the
+    embedding.
     blocks: a block_length and ar_weight other than the checkpoint's.
     """
     config, weights = dict(checkpoint['model_config']), dict(weights_of(checkpoint))
@@ -283,7 +284,7 @@ def save_if_best(out, step, values, best, checkpoint, weights, dist):
 
 
 def whole(tensors):
-    """Gather {name: tensor} on the CPU of rank 0, one after the other, and nothing elsewhere; every rank has to call it."""
+    """Gather {name: tensor} on the CPU of rank 0, one after the other, and nothing elsewhere. All ranks call it."""
     found, is_main = {}, not distributed.is_initialized() or distributed.get_rank() == 0
     for name, x in tensors.items():
         x = x.detach().full_tensor() if hasattr(x, 'full_tensor') else x.detach()  # of a sharded model

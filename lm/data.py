@@ -333,9 +333,9 @@ class Batches:
 class EvaluationBatches:
     """Batches of a split's rows, this rank's share, with noise of their own: the same rows for any number of ranks.
 
-    max_tokens: of rows spread over the split, whatever the batch size; 0: the whole split. Each rank gets as many batches,
-    if need be one without loss: sharded forward passes wait for each other, and all ranks have the same metrics.
-    """
+    max_tokens: of rows spread over the split, whatever the batch size; 0: the whole split. Each rank gets as many
+    batches, if need be one without loss: sharded forward passes wait for each other, and all ranks have the same
+    metrics."""
 
     def __init__(self, folder, split, architecture, block_size, batch_size, mode, max_tokens=0, dist=LOCAL):
         self.rows = make_rows(folder, split, architecture, block_size, mode, training=False)

@@ -6,7 +6,7 @@ from lm.layers import check
 
 
 def sample_tokens(model, hidden, uniform, options, score=None):
-    """Sample a token (N,) for each hidden state (N, C); return them and their score(logits, token) (N,), None without one.
+    """Sample a token (N,) for each hidden state (N, C); return them and their score(logits, token) (N,) or None.
 
     uniform: (N,) numbers, None at temperature 0; options: temperature, top_k, top_p.
     """

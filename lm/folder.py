@@ -71,8 +71,8 @@ class Folder:
                 array.base.madvise(mmap.MADV_DONTNEED)
 
     def counted_tokens_per_byte(self, split):
-        """Compute tokens, <|endoftext|> included unless it is the padding, per UTF-8 byte of text where the loss is; None for
-        no text."""
+        """Compute tokens, <|endoftext|> included unless it is the padding, per UTF-8 byte of text where the loss is;
+        None for no text."""
         sizes, padding = self.splits[split], self.tokenizer.ignore_id
         if self.masks[split] is None:
             ends = sizes['documents'] if padding == self.tokenizer.endoftext_id else 0

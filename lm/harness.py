@@ -1,4 +1,4 @@
-"""Run the tasks of lm-evaluation-harness on any checkpoint: python -m lm.harness --model_args checkpoint=PATH --tasks NAME
+"""Run tasks of lm-evaluation-harness on any checkpoint: python -m lm.harness --model_args checkpoint=PATH --tasks NAME
 
     python -m lm.harness --model_args checkpoint=out/ar-books-tiny-v1 --tasks lambada_openai --limit 200
     python -m lm.harness --model_args checkpoint=GSAI-ML/LLaDA-8B-Base,draws=32,dtype=bfloat16 --tasks arc_easy
@@ -37,8 +37,8 @@ with as_sentence('lm-evaluation-harness cannot be imported', 'pip install lm_eva
 class Checkpoint(TemplateLM):
     """A checkpoint as the harness sees a model.
 
-    draws: mask ratios per request, for what is not exact; add_bos: whether a context begins with the start token, None: as
-    its own tokenizer does it, and always for checkpoints that were trained here. sampler, steps: of `generate`.
+    draws: mask ratios per request, for what is not exact; add_bos: whether a context begins with the start token, None:
+    as its own tokenizer does it, and always for checkpoints that were trained here. sampler, steps: of `generate`.
     """
 
     def __init__(
@@ -196,7 +196,7 @@ class Checkpoint(TemplateLM):
         return texts
 
     def read_settings(self, settings):
-        """Return the length, the texts that end a text, and the options of `generate` for a task's generation settings."""
+        """Return a task's length, the texts that end a text, and the options of `generate` for its settings."""
         until = settings.get('until') or []
         until = [end for end in ([until] if isinstance(until, str) else until) if end]
         names = ('max_gen_toks', 'max_new_tokens', 'max_tokens', 'max_completion_tokens')

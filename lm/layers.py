@@ -191,8 +191,8 @@ class AttentionMask:
         return k, v, self.mask, self.is_causal
 
     def near(self, x, offsets):
-        """Return for each offset what stands so many positions after, or before, each of x (B, T, C): 0 where that is not
-        attended to, None where it never is."""
+        """Return for each offset what stands so many positions after, or before, each of x (B, T, C): 0 where that is
+        not attended to, None where it never is."""
         return [self.moved(x, offset) for offset in offsets]
 
     def moved(self, x, offset):
@@ -238,8 +238,8 @@ class TwoStreams(AttentionMask):
     """A row twice, noisy and then clean (B, 2T), in blocks of block_length (Arriola et al. 2025, BD3-LM).
 
     A noisy token attends to its own noisy block and to the clean blocks before it; a clean one to the clean tokens up
-    to itself. Documents, doc_ids (B, T), attend to themselves alone and begin a block each; where there are none, `every`
-    leaves a noisy copy to each so-many-th block only, from the one on that the number `first`, below 1, says.
+    to itself. Documents, doc_ids (B, T), attend to themselves alone and begin a block each; where there are none,
+    `every` leaves a noisy copy to each so-many-th block only, from the one on that the number `first`, below 1, says.
     """
 
     def __init__(self, tokens, block_length, doc_ids=None, every=1, first=0, neighbours=0):
@@ -276,7 +276,7 @@ class TwoStreams(AttentionMask):
         return self.index
 
     def read(self, model, x_t, clean, belief):
-        """Compute the states (B, T, C) of noisy tokens x_t (B, T), 0 where they have no copy, and of clean ones (B, T)."""
+        """Compute the states (B, T, C) of noisy tokens x_t (B, T), 0 without a copy, and of clean ones (B, T)."""
         length = clean.size(1)
         if belief is not None:  # of the noisy tokens
             belief = type(belief)(*(F.pad(x[:, self.noisy], (0, 0, 0, length)) for x in belief))
@@ -287,8 +287,8 @@ class TwoStreams(AttentionMask):
     def beside(self, position, kept, offset):
         """Return the index, of the streams with a zero behind them, of what stands beside each of their positions.
 
-        A noisy token stands beside those of its block, after the clean ones of the block before; a clean one after clean ones.
-        """
+        A noisy token stands beside those of its block, after the clean ones of the block before; a clean one after
+        clean ones."""
         index = torch.arange(position.size(-1), device=kept.device)
         length, nothing, there = len(index), 2 * len(index), index + offset
         beside = there.clamp(0, length - 1)
@@ -307,9 +307,9 @@ class TwoStreams(AttentionMask):
     def whole_tokens(self, t, noise, maskable):
         """Return mask ratios and noise that mask a whole number of the maskable tokens (B, T) of each block.
 
-        Of L tokens, ⌈t L⌉ are masked, those of the least noise, with the weight L / ⌈t L⌉. For uniform t each number from 1
-        to L is as likely, and the loss has the expectation that it has where each token is masked by itself, with less
-        variance: no block is without a mask. t: (B, T); noise: (B, 1 + T).
+        Of L tokens, ⌈t L⌉ are masked, those of the least noise, with the weight L / ⌈t L⌉. For uniform t each number
+        from 1 to L is as likely, and the loss has the expectation that it has where each token is masked by itself,
+        with less variance: no block is without a mask. t: (B, T); noise: (B, 1 + T).
         """
         if self.block_length >= noise.size(1) - 1:  # of a whole row it makes no difference
             return t, noise
@@ -405,7 +405,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, x0, rope, cache):
-        """x, and the embedding x0: (B, T, C); with gradient_checkpointing the backward pass computes what is between anew."""
+        """x and the embedding x0: (B, T, C); with gradient_checkpointing the backward pass computes the rest anew."""
         if not (self.config.gradient_checkpointing and torch.is_grad_enabled()):
             return self.run(x, x0, rope, cache)
         return checkpoint(self.run, x, x0, rope, cache, use_reentrant=False)

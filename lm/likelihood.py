@@ -65,8 +65,8 @@ def measure(model, rows, dist, batch_size, draws=8, max_tokens=0, **bound):
 def token_values(model, tokens, loss_mask, noise, exact='', steps=0, k=None):
     """Return {quantity: (B, T)} of one pass with noise (B, 1 + T).
 
-    exact: 'exact' or 'carried', the chain rule with fresh or carried beliefs instead of the model's loss; steps: the bound of sampling in
-    so many steps; neither has 'correct' and 'predicted'. k: of an `sdd`, if not its own.
+    exact: 'exact' or 'carried', the chain rule with fresh or carried beliefs instead of the model's loss; steps: the
+    bound of sampling in so many steps; neither has 'correct' and 'predicted'. k: of an `sdd`, if not its own.
     """
     noise = torch.from_numpy(noise).to(tokens.device) if model.needs_noise else None
     if exact:
@@ -106,7 +106,7 @@ def nested_bound(model, tokens, loss_mask, noise, steps, k=None):
 
 @torch.inference_mode()
 def chain_rule(model, tokens, loss_mask=None, turn=None, k=None, carried=False):
-    """Return the exact nll (B, T) of a diffusion model that fills one position of a row, or of each block, after the other.
+    """Return the exact nll (B, T) of a diffusion model that fills a row, or each block, position by position.
 
     turn: (T,), when each position's turn comes; None: from left to right. Each token is predicted while its own
     position and all later ones are masked, with fresh beliefs or `carried` ones. -log p(row) of the model that samples

@@ -88,7 +88,7 @@ class Logger:
             self.write(self.log_file, line + '\n')
 
     def write(self, file, text):
-        """Write to one of the log's files; the run goes on where that is not possible, but saves and ends in `| head`."""
+        """Write to one of the log's files; the run goes on where it cannot, but saves and ends in `| head`."""
         try:
             file.write(text)
             file.flush()

@@ -160,9 +160,9 @@ def peft_name(name, family):
 def save_adapter(model, folder, base_name, prompt_format=None, weights=None):
     """Write adapter_model.safetensors and adapter_config.json for PEFT; base_name: what they are for.
 
-    weights: the trained ones of a model that has only parts of them; prompt_format: that of the answers it was trained on, a
-    key of ours that goes with it into its base. Layers have the names of the model's family; our own without one and
-    for gpt2, where q, k, v are one.
+    weights: the trained ones of a model that has only parts of them; prompt_format: that of the answers it was trained
+    on, a key of ours that goes with it into its base. Layers have the names of the model's family; our own without one
+    and for gpt2, where q, k, v are one.
     """
     folder, tables, (_, layer) = Path(folder), trained_tables(model), adapted_layers(model)[0]
     family, _ = families.family_of(type(model), model.config)

@@ -17,7 +17,7 @@ P_DEEPER, MAX_PASSES, P_STALE, MAX_STALE = 0.7, 4, 0.75, 0.3
 
 
 class Optimizer:
-    """One or two torch optimizers, by name, that step together, and perhaps a WeightAverage; state_dict() has no average."""
+    """One or two torch optimizers, by name, that step together, perhaps with a WeightAverage, not in state_dict()."""
 
     def __init__(self, parts):
         self.parts, self.average = parts, None
@@ -83,8 +83,8 @@ class Muon(torch.optim.Muon):
     """PyTorch's Muon with 'match_rms_adamw', for all matrices of one shape, or its transpose, at once.
 
     Many small matmuls take twice the time of one batched one. And PyTorch's computes in bfloat16, which a CPU without
-    instructions for it emulates, a hundred times slower than float32. Of sharded matrices, each rank orthogonalises some.
-    """
+    instructions for it emulates, a hundred times slower than float32. Of sharded matrices, each rank orthogonalises
+    some."""
 
     dtype = torch.float32  # of the iterations
 
@@ -128,7 +128,7 @@ def orthogonalise(x, group):
 
 def orthogonalise_parts(parts, dim, matrix, group):
     """Orthogonalise n matrices, of each of which a rank has a part along dim of (n, shorter, longer), as FSDP splits
-    `matrix`: each rank gets n / ranks of them whole, and gives back the parts of the others. dim=None: all are whole."""
+    `matrix`: each rank gets n / ranks of them whole, and gives back the others' parts. dim=None: all are whole."""
     if dim is None:
         return orthogonalise(parts, group)
     from torch.distributed.tensor import DTensor, Shard  # slow to import
@@ -213,7 +213,7 @@ def check_beliefs(p_belief, k_schedule):
 
 
 def draw_beliefs(model, step, max_steps, seed, p_belief, k_schedule, k_warmup_steps):
-    """Draw how a step comes to its beliefs: k, passes and stale of `SDD.earlier_passes`, the same on all ranks; else {}.
+    """Draw how a step gets its beliefs: k, passes and stale of `SDD.earlier_passes`, alike on all ranks; else {}.
 
     p_belief: ((fraction of training, probability that a step uses beliefs from there on), ...). k is drawn from
     k_schedule; or, over the first k_warmup_steps, goes through it in equal parts and stays at its last. Sampling

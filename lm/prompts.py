@@ -1,9 +1,9 @@
 """Prompt formats: how an instruction, its input and the answer become one text, and that text tokens.
 
-A format is a template of one turn, or a chat template of transformers (lm/chat.py). What {#input}…{/input} encloses is left
-out where the input is empty. The prompt is what stands before {output}; what follows it ends the answer: the first marker,
-such as <|im_end|>, if it is a special token of the tokenizer, or else <|endoftext|>. The same characters within a user's
-text are never a special token.
+A format is a template of one turn, or a chat template of transformers (lm/chat.py). What {#input}…{/input} encloses is
+left out where the input is empty. The prompt is what stands before {output}; what follows it ends the answer: the first
+marker, such as <|im_end|>, if it is a special token of the tokenizer, or else <|endoftext|>. The same characters within
+a user's text are never a special token.
 """
 
 import json
@@ -180,7 +180,7 @@ def encode_infill(tokenizer, text):
 
 
 def before(ids, tokenizer, start_token):
-    """Return the ids that stand before a text: a start token, which the first token of a row is never predicted without.
+    """Return the ids that stand before a text: a start token, as the first token of a row is never predicted.
 
     Where the data was one long text, its start token is text itself, and only a text that is empty or begins with a gap
     needs it.
@@ -198,7 +198,7 @@ def start_of(form, tokenizer, start_token):
 
 
 def encode_parts(tokenizer, parts):
-    """Return the token ids of [(text, whether special tokens count)]; what stands between two of them is encoded as one text."""
+    """Return the token ids of [(text, whether special tokens count)]; all between two of these is one text."""
     ids, text = [], ''
     for part, has_markers in parts:
         for piece in markers(tokenizer).split(part) if has_markers else [part]:
@@ -217,7 +217,7 @@ def markers(tokenizer):
 
 
 def windows(loss_mask, limit):
-    """Return the (start, end) of each part of an example: one that is all in the loss, a plain text, may have several."""
+    """Return the (start, end) of each part of an example: a plain text, all in the loss, may have several."""
     length = len(loss_mask)
     size = limit if all(loss_mask) else length
     return [(start, min(start + size, length)) for start in range(0, length, size)]

@@ -1,4 +1,4 @@
-"""Linear layers in fewer bits per weight: frozen ones, int8 and NF4, to train adapters on; 16 bits and int8 to write with."""
+"""Linear layers of few bits per weight: frozen, int8 and NF4, to train adapters on; 16 bits and int8 to write with."""
 
 import warnings
 from functools import cache, partial
@@ -39,8 +39,8 @@ def levels(device):
 class QuantizedLinear(nn.Module):
     """A frozen linear layer whose weight is stored in 8 or 4 bits and dequantized for each matmul.
 
-    8 bits: int8 with a scale per row. 4 bits: NF4 with a scale for each 64 weights, 4.25 bits in all. Scales are bfloat16,
-    stored as int16, so that model.to(float16) does not round them.
+    8 bits: int8 with a scale per row. 4 bits: NF4 with a scale for each 64 weights, 4.25 bits in all. Scales are
+    bfloat16, stored as int16, so that model.to(float16) does not round them.
     """
 
     def __init__(self, linear, bits):
@@ -100,10 +100,10 @@ def pack(model, weights, device):
 
 
 class PackedLinear(nn.Module):
-    """A linear layer of a CPU, whose weight oneDNN keeps as bfloat16, or FBGEMM as float16 or int8; from and to float32.
+    """A linear layer of a CPU, whose weight oneDNN has as bfloat16, FBGEMM as float16 or int8; from and to float32.
 
-    bfloat16: of inputs and outputs too. int8: with a scale per row of the weight; and each token's input in 7 bits, with a
-    scale of its own.
+    bfloat16: of inputs and outputs too. int8: with a scale per row of the weight; and each token's input in 7 bits,
+    with a scale of its own.
     """
 
     def __init__(self, weight, bias, kind):

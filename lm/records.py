@@ -122,8 +122,8 @@ PARQUET = 'refs/convert/parquet'  # the branch of a data set in which the hub ke
 
 
 def on_the_hub(path, subset=None):
-    """Return what `load_dataset` takes for a data set of the hub and its subset, at its newest revision; of one that is a
-    script, which `datasets` does not run any more, the hub's own copy in parquet."""
+    """Return what `load_dataset` takes for a data set of the hub and its subset, at its newest revision; of one that is
+    a script, which `datasets` does not run any more, the hub's own copy in parquet."""
     from huggingface_hub import HfApi
 
     info, part = HfApi().dataset_info(path), {'name': subset}

@@ -27,7 +27,8 @@ Predictions: accuracy .3f accuracy
 Sampling: sampled_with s sampled with
 Stories: valid_stories .3f stories | right_share .3f right | wrong_words.name .2f wrong names
   | wrong_words.pronoun .2f pronouns | wrong_words.place .2f places | wrong_words.thing .2f things
-Requests: followed .3f followed | followed_new_words .3f in new words | format_compliance .3f format | rouge_l .3f ROUGE-L
+Requests: followed .3f followed | followed_new_words .3f in new words | format_compliance .3f format
+  | rouge_l .3f ROUGE-L
 Infilling: infilled.one .3f one gap | infilled.several .3f several
   | infilled.best_one .3f best of 8: one | infilled.best_several .3f best: several
 Samples: judge_nats .3f judge nats | entropy .3f entropy | distinct_1 .3f distinct-1 | distinct_4 .3f distinct-4
@@ -174,7 +175,8 @@ def html_table(name, results, columns):
     head = ''.join(f'<th>{escape(title)}</th>' for title in titles)
     body = ''.join('<tr>' + ''.join(f'<td>{escape(text)}</td>' for text in row) + '</tr>' for row in rows)
     opened = ' open' if name in ('Likelihood', 'Stories', 'Requests', 'Infilling') else ''
-    return f'<details{opened}><summary>{name}</summary><div class="scroll"><table><tr>{head}</tr>{body}</table></div></details>'
+    rows = f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+    return f'<details{opened}><summary>{name}</summary>{rows}</details>'
 
 
 def samples(model, shown):

@@ -196,7 +196,7 @@ class Runtime:
 
 
 def pick_device(name):
-    """Return the torch.device of a name; 'auto': cuda, else mps, else cpu. Each rank takes the GPU of its local rank."""
+    """Return the torch.device of a name; 'auto': cuda, else mps, else cpu. Ranks take the GPU of their local rank."""
     available = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
     if name == 'auto':
         name = next(kind for kind, is_there in available.items() if is_there)
@@ -217,7 +217,7 @@ def pick_device(name):
 
 
 def pick_dtype(name, device):
-    """Return a name of DTYPES; 'auto': bfloat16 where the device multiplies in it, float16 on older GPUs, else float32."""
+    """Return a name of DTYPES; 'auto': bfloat16 where the device has it, float16 on older GPUs, else float32."""
     if name == 'auto':
         fallback = 'float16' if device.type == 'cuda' else 'float32'
         return 'bfloat16' if has_bfloat16(device) else fallback
@@ -228,8 +228,8 @@ def pick_dtype(name, device):
 def keep_freed_memory():
     """Tell glibc to keep freed memory instead of handing it back to the kernel.
 
-    Each step allocates the same megabytes; page faults for them cost a tenth to a half of a step. The heap is then about
-    twice what is in use; with MALLOC_MMAP_THRESHOLD_=65536 in the environment it is not.
+    Each step allocates the same megabytes; page faults for them cost a tenth to a half of a step. The heap is then
+    about twice what is in use; with MALLOC_MMAP_THRESHOLD_=65536 in the environment it is not.
     """
     if 'MALLOC_MMAP_THRESHOLD_' in os.environ:
         return
@@ -293,8 +293,8 @@ def flops_per_token(model, length=None, predicted=1.0, passes=0.0):
 
     A weight of a matmul takes 2 in the forward pass, 2 for the gradient of its input and, if it is trained, 2 for its
     own; a position of a row of `length` 12 per layer and channel. predicted: the share of tokens that get logits;
-    passes: of `SDD`, those that give beliefs: forward only. Two streams (blocks, ar_weight) are a longer row, of which the
-    clean part has logits for ar_weight.
+    passes: of `SDD`, those that give beliefs: forward only. Two streams (blocks, ar_weight) are a longer row, of which
+    the clean part has logits for ar_weight.
     """
     c, tables = model.config, ('embedding', 'unembedding', 'positions')
     matrices = {name: p for name, p in model.named_parameters() if p.dim() == 2 and p.is_floating_point()}

@@ -10,7 +10,7 @@ RATE = 0.15  # of a model of one layer in one step; falls as 1 / depth, as in mu
 
 
 def settings(config, vocab_size, world_size):
-    """Return {setting: value} of a model of config['depth'] layers; where max_steps are given, as fits a run of so many.
+    """Return {setting: value} of a model of config['depth'] layers; as fits a run of max_steps, where they are given.
 
     Raises UserError for a depth that is none, and beside what it would set.
     """

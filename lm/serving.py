@@ -353,7 +353,7 @@ class Writer(threading.Thread):
                     job.events.put(Refused(f'The model failed: {first_line(error)[:200]}.', 500))
 
     def write(self, jobs):
-        """Write the rows of jobs of one key; of diffusion those of one length at a time, so that its stream has no gaps."""
+        """Write the rows of jobs of one key; of diffusion those of one length at once: its stream has no gaps."""
         job, rows = jobs[0], [row for job in jobs for row in job.rows]
         seed = random.getrandbits(62) if job.seed is None else job.seed
         one_by_one = job.options.get('sampler') == 'speculative'

@@ -59,8 +59,8 @@ def place(model, weights, dist):
     """Shard a model in place, so that no device ever holds it whole, and return it.
 
     Nor does a rank if the model is on 'meta': each copies its part of `weights`, one tensor after the other, or what
-    was drawn of it; where a state has them, `load_state` is to follow. The embedding, which is the head as well, belongs to the
-    root, so the loss is computed in the root's forward.
+    was drawn of it; where a state has them, `load_state` is to follow. The embedding, which is the head as well,
+    belongs to the root, so the loss is computed in the root's forward.
     """
     on_meta = model.embedding.weight.is_meta
     drawn = {name: x.part for name, x in model.named_parameters() if hasattr(x, 'part')}

@@ -99,7 +99,8 @@ class Tokenizer:
 
 PIECE = 2**16  # characters that are encoded at once
 LONGEST = 2**20  # characters without a BOUNDARY that stay together
-QWEN_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+QWEN_WORDS += r'|\s*[\r\n]+|\s+(?!\S)|\s+'
 BOUNDARY = re.compile(r'(?<=\S)[ \n]')
 GPT2_FILES = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/'
 
@@ -237,7 +238,7 @@ def pretrained_token(folder, kind):
 
 
 def pretrained_start(folder):
-    """Return the name or id of what a folder of ours says is before a text, or what Hugging Face's adds there, or None."""
+    """Return the name or id of what, as a folder of ours or Hugging Face's says, is before a text, or None."""
     recorded = settings_of(folder, 'config.json').get('start_token')
     adds_bos = settings_of(folder, 'tokenizer_config.json').get('add_bos_token')
     adds_bos = adds_bos or pretrained_mask(folder) is not None  # as diffusion models are trained
@@ -245,7 +246,7 @@ def pretrained_start(folder):
 
 
 def pretrained_mask(folder):
-    """Return the name or id of the mask of a released diffusion model; what an `ar` model has by that name is no mask."""
+    """Return the name or id of the mask of a released diffusion model; what an `ar` model calls so is no mask."""
     is_diffusion = settings_of(folder, 'config.json').get('model_type') in DIFFUSION_FAMILIES
     return pretrained_token(folder, 'mask') if is_diffusion else None
 

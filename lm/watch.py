@@ -85,7 +85,7 @@ class Frames:
         return self.tokenizer.decode([*self.before, *tokens])[len(self.tokenizer.decode(self.before)) :]
 
     def join_parts(self):
-        """Give a character that several tokens spell to the last of them; return the cells whose text changes, by position."""
+        """Give a character of several tokens to the last of them; return the cells whose text changes."""
         texts, parts = [], []
         for cell, token in zip(self.cells, self.tokens):
             texts.append(self.text_of(token) if cell[2] in (GIVEN, WRITTEN) else '')

@@ -168,7 +168,7 @@ class Grammar:
         return Node(piece, [then])
 
     def rows_of(self, source, cell):
-        """Return [(probability, row), ...] of the table `source`, or of those that a cell of a column `source` names."""
+        """Return [(probability, row), ...] of the table `source`, or of those that a cell of that column names."""
         table = self.tables.get(source)  # none of that name: the words of the cell are all there is
         words = cell.split(', ') if cell else self.tables[source]
         return zipf([table[word] if table else make_row(word) for word in words])
@@ -186,7 +186,7 @@ class Grammar:
         return ''.join(text for _, text, _ in self.walk(rng))
 
     def derivations(self, text=None):
-        """Yield (log-probability in nats, text, bindings) of each way to tell just this text; without one, of all stories."""
+        """Yield (log-probability in nats, text, bindings) of each way to tell a text; without one, of all stories."""
         agenda = [(0.0, '', self.start, {})]
         while agenda:
             log_p, prefix, node, bindings = agenda.pop()
@@ -209,8 +209,8 @@ class Grammar:
     def faults(self, text):
         """Return the Faults of a text, as few as there can be, in its order; [] if it is a story.
 
-        A word that does not agree is a fault, after which the text may go on as if it did; what no story says, the last.
-        """
+        A word that does not agree is a fault, after which the text may go on as if it did; what no story says, the
+        last."""
         agenda, number, seen = [(0, 0, 0, (), self.start, {})], itertools.count(1), set()
         # Where the text stops being a story, the faults up to there, and what had to follow.
         furthest, told, expected = -1, (), []

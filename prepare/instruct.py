@@ -5,8 +5,8 @@
     $ python prepare/instruct.py --source=stories --name=story_requests --vocab_size=1536
 
 Records of Alpaca (instruction, input, output), Dolly (context, response), prompt and completion, `messages`,
-ShareGPT's `conversations`, or plain text (--field=text). Fields that were not read are counted and named. Or requests for
-stories of prepare/grammar.py, and these; the validation split has pairs of choices that training has not.
+ShareGPT's `conversations`, or plain text (--field=text). Fields that were not read are counted and named. Or requests
+for stories of prepare/grammar.py, and these; the validation split has pairs of choices that training has not.
 """
 
 import json

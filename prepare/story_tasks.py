@@ -88,7 +88,7 @@ def request_for(story, seed):
 
 
 def exercises(number):
-    """Return [(request, {choice: word})] for pairs that were never trained, every second in words that were not either."""
+    """Return [(request, {choice: word})] for pairs that were never trained, every second in words that were not."""
     asked, stories = [], grammar.stories(sys.maxsize, 'requests')
     while len(asked) < number:
         found = choices(next(stories))
@@ -109,8 +109,8 @@ def fill(phrase, found):
 
 
 def gaps(story, rng, number):
-    """Return `number` parts of a story, [(start, end), ...] in characters, to be hidden: whole sentences; names and things
-    where they are first told, so that what follows says what they are."""
+    """Return `number` parts of a story, [(start, end), ...] in characters, to be hidden: whole sentences; names and
+    things where they are first told, so that what follows says what they are."""
     found = choices(story)
     possible = {'sentence': [part.span() for part in re.finditer(SENTENCE, story)]}
     for kind, names in GAPS.items():

@@ -1,4 +1,4 @@
-"""Feed mutated data files to prepare/text.py, prepare/instruct.py and classify.py: each is read or refused in a sentence.
+"""Feed mutated data files to prepare/text.py, prepare/instruct.py and classify.py: each is read or refused.
 
 $ python tests/fuzz_data.py            # 300 files, two minutes
 $ python tests/fuzz_data.py 5000 7     # so many, by another seed

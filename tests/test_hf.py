@@ -151,7 +151,8 @@ def chat_tokenizer(folder, adds_start=True, **settings):
 
 
 TEMPLATES = {
-    'with a start token': '{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content | trim }}{{ eos_token }}{% endfor %}'
+    'with a start token': '{{ bos_token }}'
+    '{% for m in messages %}[{{ m.role }}] {{ m.content | trim }}{{ eos_token }}{% endfor %}'
     '{% if add_generation_prompt %}[assistant] {% endif %}',
     'without': "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",

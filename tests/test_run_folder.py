@@ -1,4 +1,4 @@
-"""The folder of a run: numbered, refused where it holds another run, written by one process, with the copies that are kept."""
+"""The folder of a run: numbered, refused where it holds another run, written by one process, with copies."""
 
 import os
 import signal

@@ -266,7 +266,8 @@ def test_published_grids_run_as_written_and_numpy_counts(place):
     status, output = sweep(place, 'grid.json', '--dry_run')
     assert status == 0 and output.count('--epochs=3') == 2
     (place / 'numpy.py').write_text(
-        "import numpy as np\ngrid = {'seed': np.arange(2), 'learning_rate': [np.float64(0.5)], 'batch_size': range(2, 4)}"
+        'import numpy as np\n'
+        "grid = {'seed': np.arange(2), 'learning_rate': [np.float64(0.5)], 'batch_size': range(2, 4)}"
     )
     commands, output = lines(place, 'numpy.py', '--script=train.py')
     assert len(commands) == 4 and '--seed=1 --learning_rate=0.5 --batch_size=3' in output

@@ -1,4 +1,4 @@
-"""Check what `python -m lm.verify data/NAME` promises: any damage is found and named, and a card where there is none."""
+"""Check what `python -m lm.verify data/NAME` promises: any damage is found and named, or a card is written."""
 
 import re
 import subprocess
