@@ -80,6 +80,8 @@ check_range(config, 1, math.inf, 'batch_size', 'draws', 'exact_rows', 'num_sampl
 check_range(config, 0, math.inf, 'block_size', 'max_tokens', 'sample_tokens', 'bound_steps', 'k')
 report_idle(config, 'without exact', 'exact_rows' * (not exact))
 report_idle(config, 'without metrics=instructions', 'instructions' * ('instructions' not in wanted))
+of_texts = {'num_samples', 'sample_tokens', *OPTIONS[False].split()} - {'k'}  # which a bound has too
+report_idle(config, 'without metrics of texts', ' '.join(of_texts) * WRITING.isdisjoint(wanted))
 require(paths, 'No checkpoint is given; name some: --checkpoint=out/run-a,out/run-b.')
 for name in wanted:
     require(name in METRICS, f'metrics has {name!r}, which is none; choose from {", ".join(METRICS)}.')

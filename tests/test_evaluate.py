@@ -107,6 +107,14 @@ def test_models_are_compared_on_the_same_tokens(finished):
 
 
 @pytest.mark.faults
+def test_settings_of_texts_have_no_effect_on_a_bound(place, capsys):
+    models_of(f'--checkpoint={place}/sdd', '--metrics=perplexity', '--k=1', '--temperature=0.5', '--num_samples=3')
+    notes = re.findall('note: (.*)', capsys.readouterr().out)
+    idle = ('temperature=0.5', 'num_samples=3')
+    assert sorted(notes) == sorted(f'{setting} has no effect without metrics of texts.' for setting in idle)
+
+
+@pytest.mark.faults
 def test_the_table_says_what_texts_were_sampled_with_where_it_is_not_as_the_bound(place):
     arguments = [
         f'--checkpoint={place}/ar,{place}/diffusion',
