@@ -49,7 +49,7 @@ new_tokens = 512  # tokens generated
 config = configure(globals())
 
 BLOCK_SIZE = 64
-PEER_STEPS, SHORT_STEPS = 2000, 240
+PEER_STEPS, SHORT_STEPS = 2000, 150
 WARMUP = 50  # steps at the start of a run that no rate includes
 # What nanoGPT's README gives for a CPU; --max_iters and --lr_decay_iters follow.
 PEER_RECIPE = f"""config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1
