@@ -55,7 +55,7 @@ WARMUP = 50  # steps at the start of a run that no rate includes
 PEER_RECIPE = f"""config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1
     --block_size={BLOCK_SIZE} --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --dropout=0.0"""
 OUR_RECIPE = f"""config/shakespeare_char.py --device=cpu --no_wandb --overwrite --eval_every=1000000000
-    --block_size={BLOCK_SIZE} --batch_size=32"""
+    --block_size={BLOCK_SIZE} --batch_size=32 --decay_embedding=False"""
 VOCAB_SIZE = 65  # characters of Shakespeare
 WORK = {'tiny': (12, 64), 'small': (4, 256)}  # rows and block; the second with fewer rows than on a GPU
 WRITE_BLOCK = 1024

@@ -108,7 +108,9 @@ def test_models_are_compared_on_the_same_tokens(finished):
 
 @pytest.mark.faults
 def test_settings_of_texts_have_no_effect_on_a_bound(place, capsys):
-    models_of(f'--checkpoint={place}/sdd', '--metrics=perplexity', '--k=1', '--temperature=0.5', '--num_samples=3')
+    models_of(
+        f'--checkpoint={place}/sdd', '--metrics=perplexity', '--k=1', '--temperature=0.5', '--num_samples=3'
+    )
     notes = re.findall('note: (.*)', capsys.readouterr().out)
     idle = ('temperature=0.5', 'num_samples=3')
     assert sorted(notes) == sorted(f'{setting} has no effect without metrics of texts.' for setting in idle)
