@@ -55,9 +55,7 @@ temperature = 1.0
 top_k: int = None
 top_p: float = None
 steps: int = None  # diffusion: forward passes; None: one per token
-sampler = (
-    ''  # first_hitting, with steps ancestral; confidence, blocks, threshold, entropy, remdm, speculative
-)
+sampler = ''  # first_hitting, with steps ancestral; confidence blocks threshold entropy remdm speculative
 block_length: int = None  # of sampler=blocks, 32; of a model trained on blocks: one of its lengths
 threshold: float = None  # of sampler=threshold: a probability, 0.9; of entropy: nats, 0.3
 eta = 0.1  # of sampler=remdm

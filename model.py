@@ -6,7 +6,8 @@
 
 `model(tokens, loss_mask, noise)` returns sums, so that uneven micro-batches and ranks add up exactly: of the loss in
 nats, of the tokens that it is divided by, and of metrics. The first token of a row is context, never predicted and
-never counted."""
+never counted.
+"""
 
 import math
 from functools import partial

@@ -28,7 +28,8 @@ def generate(model, prompts, max_new_tokens, **options):
     Returns lists of ids: the prompt, what follows, and the stop token if one ended it early. A prompt holds at most
     block_size tokens; a longer text continues with the last half of the block as its context. Diffusion also fills each
     <|mask|> within a prompt; with max_new_tokens=0 it does only that. options: the fields of `Sampler`. Raises
-    ValueError for wrong ones."""
+    ValueError for wrong ones.
+    """
     check_prompts(model, prompts)
     check(max_new_tokens >= 0, f'max_new_tokens is {max_new_tokens}; it must be at least 0.')
     sampler = Sampler(model, **options)

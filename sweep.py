@@ -55,9 +55,7 @@ jobs = 1  # runs at the same time
 gpus = ''  # 0,1: a run sees one of these; empty: all
 dry_run = False  # list the runs, or write the job scripts, and stop
 # --- results ---
-metric = (
-    'test.accuracy'  # of eval_results.json; the best row has most of it, of loss, perplexity or bpb least
-)
+metric = 'test.accuracy'  # of eval_results.json; the best row has most of it, of losses and bpb least
 show = ''  # more of these for the table; empty: the accuracy of each set
 # --- slurm ---
 submit = ''  # slurm

@@ -82,10 +82,8 @@ def draw_writing(path):
     for title, (run, options) in MODELS.items():
         more, lines = animate(title, written(run, options), top)
         parts, top = parts + more, top + LINE * (lines + 2.4)
-    loop = (
-        f'<animate id="loop" attributeName="x" from="0" to="1" begin="0s;loop.end" dur="{SECONDS + REST}s"/>'
-    )
-    loop = f'<rect width="0" height="0">{loop}</rect>'
+    loop = f'<animate id="loop" attributeName="x" from="0" to="1" begin="0s;loop.end" dur="{SECONDS + REST}s"'
+    loop = f'<rect width="0" height="0">{loop}/></rect>'
     style = 'text{font:14px ui-monospace,monospace;fill:#777}.title{font-weight:700;fill:#2a6fdb}.dot{opacity:.45}'
     size = f'width="{COLUMNS * WIDTH + 10:.0f}" height="{top:.0f}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{style}</style>'

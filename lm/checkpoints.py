@@ -199,8 +199,7 @@ def convert(checkpoint, path, architecture, block_size=None, **blocks):
     """Turn the checkpoint at `path` into the start of a run of `architecture`, rows of at most `block_size` tokens.
 
     Weights of a causal model start the bidirectional ones: a hidden state of a whole row goes on predicting the token
-    after it (`shift`), and the rows of <|mask|> and <|ignore|>, which it never learned, become the mean of the
-    embedding.
+    after it (`shift`), and the rows of <|mask|> and <|ignore|>, which it never learned, become the embedding's mean.
     blocks: a block_length and ar_weight other than the checkpoint's.
     """
     config, weights = dict(checkpoint['model_config']), dict(weights_of(checkpoint))

@@ -423,7 +423,9 @@ def keys_of(source, namespace):
         last_line = node.end_lineno
         targets = getattr(node, 'targets', [getattr(node, 'target', None)])
         names = [target.id for target in targets if isinstance(target, ast.Name) and target.id[0] != '_']
-        rest = lines[last_line - 1].encode()[node.end_col_offset :].decode().strip()  # ast counts bytes
+        end = value or node  # ruff puts a value into brackets, with its comment, where the line is long
+        rest = lines[end.end_lineno - 1].encode()[end.end_col_offset :].decode()  # ast counts bytes
+        rest = rest.lstrip(' )').rstrip()
         comment = rest.lstrip('# ') if rest.startswith('#') else ''
         annotation = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else ''
         declared = TYPES.get(annotation.removesuffix(' | None'))

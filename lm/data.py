@@ -335,7 +335,8 @@ class EvaluationBatches:
 
     max_tokens: of rows spread over the split, whatever the batch size; 0: the whole split. Each rank gets as many
     batches, if need be one without loss: sharded forward passes wait for each other, and all ranks have the same
-    metrics."""
+    metrics.
+    """
 
     def __init__(self, folder, split, architecture, block_size, batch_size, mode, max_tokens=0, dist=LOCAL):
         self.rows = make_rows(folder, split, architecture, block_size, mode, training=False)

@@ -104,9 +104,8 @@ def prepared(source, field, max_seq_len, tokenizer):
     files = [base] if base.is_file() else sorted(base.glob('*'))
     times = [(path.name, path.stat().st_mtime_ns) for path in files]
     content = repr([*words, times, sha256_of(near) if near.is_file() else ''])
-    target = (
-        ROOT / 'data' / f'{near.stem.partition(":")[0]}-{hashlib.sha256(content.encode()).hexdigest()[:8]}'
-    )
+    version = hashlib.sha256(content.encode()).hexdigest()[:8]
+    target = ROOT / 'data' / f'{near.stem.partition(":")[0]}-{version}'
     finished = target / 'config.json'
     if not finished.is_file():
         script = [sys.executable, ROOT / 'prepare' / 'instruct.py', f'--output_dir={target}', *words]

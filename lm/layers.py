@@ -288,7 +288,8 @@ class TwoStreams(AttentionMask):
         """Return the index, of the streams with a zero behind them, of what stands beside each of their positions.
 
         A noisy token stands beside those of its block, after the clean ones of the block before; a clean one after
-        clean ones."""
+        clean ones.
+        """
         index = torch.arange(position.size(-1), device=kept.device)
         length, nothing, there = len(index), 2 * len(index), index + offset
         beside = there.clamp(0, length - 1)

@@ -84,7 +84,8 @@ class Muon(torch.optim.Muon):
 
     Many small matmuls take twice the time of one batched one. And PyTorch's computes in bfloat16, which a CPU without
     instructions for it emulates, a hundred times slower than float32. Of sharded matrices, each rank orthogonalises
-    some."""
+    some.
+    """
 
     dtype = torch.float32  # of the iterations
 

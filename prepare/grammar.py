@@ -210,7 +210,8 @@ class Grammar:
         """Return the Faults of a text, as few as there can be, in its order; [] if it is a story.
 
         A word that does not agree is a fault, after which the text may go on as if it did; what no story says, the
-        last."""
+        last.
+        """
         agenda, number, seen = [(0, 0, 0, (), self.start, {})], itertools.count(1), set()
         # Where the text stops being a story, the faults up to there, and what had to follow.
         furthest, told, expected = -1, (), []

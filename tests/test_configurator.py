@@ -27,6 +27,9 @@ batch_size = 12                # rows in C#
 k_schedule = (1, 2,
               4)  # how many candidates
 stop_words = []
+window = (
+    'all'  # as a formatter (ruff) wraps it
+)
 
 # ------------------------------------------------ model and run
 block_size = 256               # tokens
@@ -431,6 +434,7 @@ def test_help_prints_keys_defaults_and_comments_of_the_source(run, capsys, words
         ('--batch_size=12', 'rows in C#'),
         ('--k_schedule=(1, 2, 4)', 'how many candidates'),
         ('--init_from=None', 'weights to start from'),
+        ("--window='all'", 'as a formatter (ruff) wraps it'),
     ]:
         assert f'  {setting}'.ljust(column) + comment in lines
     assert '  --stop_words=[]' in lines and 'data' in lines and 'model and run' in lines
