@@ -24,8 +24,8 @@ from model import SIZES
 # --- an algorithmic task ---
 target_func = 'fn_c'  # fn_a to fn_l; lm/tasks.py says what each is
 sequence_length = 50  # digits per row
-train_set_size = 200
-test_set_size = 10000
+train_set_size = 200  # rows
+test_set_size = 10000  # rows
 compat: bool = None  # fn_g and fn_h as published at L = 20: rows repeat; None: where there are too few
 # --- or texts ---
 task = ''  # of the database, e.g. sentiment; instead of target_func
@@ -40,16 +40,16 @@ model_prefix = ''  # {model_type} in this, in tokenizer or in init_from stands f
 # --- both ---
 val_set_size = 0  # rows held out of training to choose the best weights by; 0: the database's val split
 batch_size = 20  # rows per micro-step and rank
-gradient_accumulation_steps = 1
-eval_batch_size = 256
+gradient_accumulation_steps = 1  # micro-steps per step and rank
+eval_batch_size = 256  # rows that are evaluated at once
 group_by_length = True  # the rows of a step are of like length: less padding
 # --- model ---
 model = ''  # llama3, deepseek, qwen0.6B, qwen1.7B; llama3_finetune, deepseek_finetune, qwen3_finetune; or a model_size
 architecture = 'ar'  # from scratch: ar, diffusion or sdd
-model_size = 'tiny'  # tiny, small, medium, large, xl: sets the next three
-n_layer: int = None
-n_head: int = None
-n_embd: int = None
+model_size = 'tiny'  # tiny, small, medium, large, xl: sets n_layer, n_head and n_embd
+n_layer: int = None  # blocks
+n_head: int = None  # attention heads
+n_embd: int = None  # width of the trunk
 n_kv_head: int = None  # fewer than n_head: grouped-query attention
 block_size = 128  # most tokens of a text; an algorithmic task sets its own
 dropout = 0.0  # in the trunk and before the head
@@ -61,26 +61,26 @@ revision = ''  # a branch, tag or commit of the hub
 num_layers_to_finetune: int = None  # only so many top blocks and the head train; None: all, of *_finetune 2
 train_final_norm = False  # with them, the norm above the blocks
 lora_rank = 0  # train low-rank adapters and the head only; 0: none
-lora_alpha = 32.0
-lora_dropout = 0.0
+lora_alpha = 32.0  # over the rank: what their product is multiplied by
+lora_dropout = 0.0  # of their inputs
 pool = ''  # last, mean; empty: last for ar, mean for the bidirectional ones
 num_classes: int = None  # outputs of the head; 1: a single logit. None: 1 for a task, else the database's
 # --- optimization ---
-num_epochs = 200.0
+num_epochs = 200.0  # passes over the training rows
 max_steps: int = None  # in place of num_epochs; the later of the two counts
 optimizer = 'adamw'  # adamw or muon
-learning_rate = 3e-4
-min_lr = 0.0
+learning_rate = 3e-4  # at its highest
+min_lr = 0.0  # at the end of the schedule
 warmup_steps: int = None  # in place of warmup_ratio; the later of the two counts
-warmup_ratio = 0.0
+warmup_ratio = 0.0  # of all steps, in which the learning rate rises
 schedule = 'cosine'  # cosine, linear, wsd, constant
 decay_ratio = 0.2  # of all steps: the decay of wsd
-weight_decay = 1e-5
-beta1 = 0.9
-beta2 = 0.999
+weight_decay = 1e-5  # of matrices, times the learning rate
+beta1 = 0.9  # of the moving average of gradients
+beta2 = 0.999  # of the moving average of their squares
 grad_clip = 1.0  # largest norm of the gradient; 0: not clipped
 class_weights = ''  # weight of a row by class: balanced, or numbers as in 1,2.5; empty: the same
-label_smoothing = 0.0
+label_smoothing = 0.0  # probability that goes to all classes alike
 early_stopping = 0  # evaluations on validation rows without a better one before it stops; 0: none
 best_by = 'loss'  # which weights are best on them: loss, accuracy, macro_f1
 # --- evaluation and log ---
@@ -94,9 +94,9 @@ overwrite = False  # delete the existing run in out_dir
 resume_from = ''  # a ckpt.pt or run folder; auto: out_dir's, if it has one
 changed_data = False  # resume although rows or labels are others than those that the run began with
 save_every = 0  # steps between checkpoints beside those at evaluations; 0: none
-seed = 42
-no_wandb = False
-wandb_project = 'diffusion-lm-classify'
+seed = 42  # of weights, batches and dropout
+no_wandb = False  # log to the run folder only
+wandb_project = 'diffusion-lm'  # of Weights & Biases
 wandb_run_name = ''  # empty: the run folder's name
 # --- the machine ---
 device = 'auto'  # cpu, cuda, cuda:N, mps
@@ -107,6 +107,7 @@ config = configure(globals())
 # A run keeps what is FIXED; everything else may change when it is resumed, and the change is printed.
 FIXED = (
     'target_func sequence_length train_set_size test_set_size compat task train_langs eval_langs model_type '
+    'tokenizer vocab_size checkpoint_prefix model_prefix init_from '
     'val_set_size model architecture model_size n_layer n_head n_embd n_kv_head block_size num_layers_to_finetune '
     'train_final_norm lora_rank lora_alpha pool num_classes optimizer group_by_length seed'
 ).split()
@@ -258,8 +259,8 @@ if resumed.checkpoint:
 classifier = dist.wrap(raw_classifier, compile)
 
 subject = f'{task}-{train_langs.replace(",", "+").replace(":", "-")}' if task else target_func
-config.update({key: getattr(trunk.config, key) for key in SHAPE}, tokenizer=tokenizer, init_from=init_from)
-config.update(architecture=architecture, max_steps=max_steps, dtype=dist.dtype)
+config.update({key: getattr(trunk.config, key) for key in SHAPE}, architecture=architecture)
+config.update(max_steps=max_steps, dtype=dist.dtype)
 if task:
     config['block_size'] = block_size
 config.update(num_classes=num_classes, pool=pool, num_layers_to_finetune=num_layers_to_finetune)
@@ -278,7 +279,8 @@ for name, examples in sets.items():
 
 def checkpoint():
     """Return the trunk as all scripts know it, adapters merged, and the head."""
-    state = checkpoints.contents(trunk, step, best, config, initial, vocabulary, start_token, None)
+    texts = vocabulary, start_token, None
+    state = checkpoints.contents(trunk, step, best, config, initial, *texts, trained=raw_classifier)
     state.update(model_state_dict=trunk.state_dict(), head_state_dict=raw_classifier.head.state_dict())
     if lora_rank:
         merged = copy.deepcopy(trunk)
@@ -401,6 +403,7 @@ while step < max_steps and not stopping and not finished:
     if saving or step % log_every == 0:
         sums = dist.total(sums)
         metrics = {'train/loss': sums['loss'] / weight, 'train/accuracy': sums['correct'] / sums['predicted']}
+        metrics['train/perplexity'] = math.exp(min(metrics['train/loss'], 700))
         runtime.check_finite(metrics['train/loss'], step, learning_rate)
         epoch = step * rows_per_step / num_rows
         metrics |= {'train/lr': lr, 'train/grad_norm': grad_norm.item(), 'train/epoch': epoch}

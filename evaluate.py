@@ -40,27 +40,27 @@ wide = False  # print all columns, and what they mean
 mode = ''  # packed or documents; empty: documents for instructions and where all were trained so
 block_size = 0  # tokens per row; 0: the smallest of the checkpoints'
 max_tokens = 0  # of the validation split; 0: all of it
-batch_size = 32
+batch_size = 32  # rows that are measured or written at once
 draws = 8  # diffusion: mask ratios per row
 k: int = None  # sdd: candidates per masked position; None: the model's own number
 bound_steps = 0  # diffusion: the bound of sampling in so many steps as well, slow
 exact = False  # diffusion: the exact likelihood from left to right as well; sdd: with fresh and carried beliefs; slow
 exact_rows = 16  # rows for that
 # --- generation ---
-num_samples = 100
+num_samples = 100  # texts, held-out prompts, or stories with gaps
 sample_tokens = 0  # tokens per sample; 0: to the block's end
 judge = ''  # a ckpt.pt or run folder of an ar model, which judges the samples
 instructions = 'config/instructions.json'  # prompts with checks, of the metric `instructions`
-temperature = 1.0
-top_k: int = None
-top_p: float = None
+temperature = 1.0  # 0: always the likeliest token
+top_k: int = None  # draw among the k likeliest tokens
+top_p: float = None  # draw among the fewest tokens that have this probability together
 steps: int = None  # diffusion: forward passes; None: one per token
 sampler = ''  # first_hitting, with steps ancestral; confidence blocks threshold entropy remdm speculative
 block_length: int = None  # of sampler=blocks, 32; of a model trained on blocks: one of its lengths
 threshold: float = None  # of sampler=threshold: a probability, 0.9; of entropy: nats, 0.3
 eta = 0.1  # of sampler=remdm
 fresh_beliefs: bool = None  # sdd: from a pass before each step; None: where one token is written at a time
-seed = 0
+seed = 0  # of the draws
 # --- the machine ---
 device = 'auto'  # cpu, cuda, cuda:N, mps
 dtype = 'float32'  # bfloat16 and float16 are faster on a GPU
@@ -75,11 +75,14 @@ OPTIONS[False] = OPTIONS[True] + ' steps sampler block_length threshold eta k fr
 paths, wanted = ([part.strip() for part in text.split(',') if part.strip()] for text in (checkpoint, metrics))
 
 check_range(config, 1, math.inf, 'batch_size', 'draws', 'exact_rows', 'num_samples')
+check_range(config, 0, 2**63, 'seed')
 check_range(config, 0, math.inf, 'block_size', 'max_tokens', 'sample_tokens', 'bound_steps', 'k')
 report_idle(config, 'without exact', 'exact_rows' * (not exact))
 report_idle(config, 'without metrics=instructions', 'instructions' * ('instructions' not in wanted))
 of_texts = {'num_samples', 'sample_tokens', *OPTIONS[False].split()} - {'k'}  # which a bound has too
 report_idle(config, 'without metrics of texts', ' '.join(of_texts) * WRITING.isdisjoint(wanted))
+is_measured = bool(exact or bound_steps or {'perplexity', 'accuracy'} & {*wanted})
+report_idle(config, 'without perplexity or accuracy', 'max_tokens draws' * (not is_measured))
 require(paths, 'No checkpoint is given; name some: --checkpoint=out/run-a,out/run-b.')
 for name in wanted:
     require(name in METRICS, f'metrics has {name!r}, which is none; choose from {", ".join(METRICS)}.')
@@ -448,7 +451,7 @@ for state in states:
     figures |= {'bound': model.bound, 'order': model.order.removesuffix(', two passes per token' * (k == 0))}
     if WRITING & {*wanted} and (given := given_options(model)):
         figures['sampled_with'] = given
-    if exact or bound_steps or {'perplexity', 'accuracy'} & set(wanted):
+    if is_measured:
         more, sums = evaluate_likelihood(model, first)
         figures |= more
         first = first or sums

@@ -30,7 +30,7 @@ train_on_prompt = False  # the loss is on the prompt as well
 init_from = ''  # a ckpt.pt, run folder, Hugging Face folder or hub id; scratch: random weights
 architecture = ''  # ar, diffusion or sdd; empty: that of the checkpoint
 block_size: int = None  # tokens per row; None: the data's max_seq_len, or as many as the model sees
-dropout = 0.0
+dropout = 0.0  # in the trunk
 mask_ratio = (0.0, 1.0)  # diffusion: the lowest and the highest in training; evaluation integrates over all
 block_length: tuple = None  # diffusion: tokens per block, of several one per step; None: as the base
 ar_weight: float = None  # diffusion: of the next-token loss of the clean tokens; None: as the base
@@ -44,25 +44,25 @@ token = ''  # of the Hugging Face hub, for private models
 revision = ''  # a branch, tag or commit of the hub
 # --- adapters ---
 use_peft = False  # train LoRA adapters, the model's own weights stay as they are
-peft_lora_r = 64
-peft_lora_alpha = 16.0
-peft_lora_dropout = 0.0
+peft_lora_r = 64  # rank of the adapters
+peft_lora_alpha = 16.0  # over the rank: what their product is multiplied by
+peft_lora_dropout = 0.0  # of their inputs
 peft_targets = ''  # names of linear layers, with commas between them; empty: all within the blocks
 load_in_8bit = False  # the frozen weights as int8
 load_in_4bit = False  # the frozen weights as NF4
 # --- optimization ---
 max_steps = 0  # in place of num_epochs; the later of the two counts
-num_epochs = 3.0
+num_epochs = 3.0  # passes over the training examples
 optimizer = 'adamw'  # adamw or muon
-learning_rate = 2e-5
-min_lr = 0.0
+learning_rate = 2e-5  # at its highest
+min_lr = 0.0  # at the end of the schedule
 warmup_steps: int = None  # None: warmup_ratio of all steps, or else 100, at most a tenth of all
 warmup_ratio: float = None  # the later of the two counts
 schedule = 'cosine'  # cosine, linear, wsd, constant
 decay_ratio = 0.2  # of all steps: the decay of wsd
-weight_decay = 0.01
-beta1 = 0.9
-beta2 = 0.95
+weight_decay = 0.01  # of matrices, times the learning rate
+beta1 = 0.9  # of the moving average of gradients
+beta2 = 0.95  # of the moving average of their squares
 grad_clip = 1.0  # largest norm of the gradient; 0: not clipped
 early_stopping = 0  # evaluations without a better val/loss after which the run ends; 0: none
 # --- evaluation and log ---
@@ -79,9 +79,9 @@ resume_from = ''  # a ckpt.pt or run folder; auto: out_dir's, if it has one
 changed_data = False  # resume although data or base weights are others than those that the run began with
 save_every = 0  # steps between checkpoints beside those at evaluations; 0: none
 save_total_limit: int = None  # copies kept under checkpoints/, one per save_every; None: all; 0: none
-seed = 0
-no_wandb = False
-wandb_project = 'diffusion-lm-finetune'
+seed = 0  # of weights, batches, masks and dropout
+no_wandb = False  # log to the run folder only
+wandb_project = 'diffusion-lm-finetune'  # of Weights & Biases
 wandb_run_name = ''  # empty: the run folder's name
 # --- the machine ---
 device = 'auto'  # cpu, cuda, cuda:N, mps
@@ -309,7 +309,10 @@ def print_answers():
         return
     stop_tokens = [prompts.end_of(prompt_format, tokenizer)[0]]
     with dist.autocast(), checkpoints.gathered(raw_model), dist.eager():
-        rows = generate(raw_model, questions, sample_tokens, seed=seed, stop_tokens=stop_tokens)
+        try:
+            rows = generate(raw_model, questions, sample_tokens, seed=seed, stop_tokens=stop_tokens)
+        except ValueError as error:  # blocks that leave no room; the training goes on
+            return log.print(f'no answers: {error}')
     for question, row in zip(questions, rows):
         answer = tokenizer.decode(row[len(question) :]).strip()
         log.print(f'--- a held-out prompt and its answer at step {step}', tokenizer.decode(question) + answer)

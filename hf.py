@@ -12,6 +12,7 @@ The families that it knows are in lm/families.py; others export as 'diffusion-lm
 import argparse
 import json
 import shutil
+from os.path import expanduser
 from pathlib import Path
 
 import torch
@@ -149,9 +150,9 @@ COMMANDS = {  # function, its source, options
     'consolidate': (sharded.consolidate, 'the folder of a stopped run with fsdp=True', ''),
 }
 OPTIONS = {
-    'out': dict(type=Path, required=True, help='what to write'),
+    'out': dict(type=lambda text: Path(text).expanduser(), required=True, help='what to write'),
     'overwrite': dict(action='store_true', help='replace what is there'),
-    'base': dict(required=True, help='what the adapter was trained on'),
+    'base': dict(type=expanduser, required=True, help='what the adapter was trained on'),
     'token': dict(help='of the hub; without it, what `hf auth login` keeps'),
     'revision': dict(help='a branch, tag or commit of the hub'),
 }
@@ -163,7 +164,7 @@ def main(words=None):
     commands = parser.add_subparsers(dest='command', required=True)
     for name, (_, source, options) in COMMANDS.items():
         command = commands.add_parser(name)
-        command.add_argument('source', help=source)
+        command.add_argument('source', type=expanduser, help=source)
         for option in options.split():
             command.add_argument(f'--{option}', **OPTIONS[option])
     args = vars(parser.parse_args(words))

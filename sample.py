@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from lm import checkpoints, prompts, run_folder, runtime
-from lm.configurator import UserError, configure, printable, report_idle, require, user_errors
+from lm.configurator import UserError, check_range, configure, printable, report_idle, require, user_errors
 from lm.files import as_sentence, require_folder, write_json
 from lm.tokenizer import Tokenizer
 from lm.watch import Frames, Terminal, save_page
@@ -32,12 +32,12 @@ infill = ''  # a text with gaps, <mask:12> for 12 tokens, in place of a prompt; 
 chat = False  # the prompt is an instruction, in the checkpoint's format; without one: a conversation
 input = ''  # of --chat: what the instruction is about
 system = ''  # of --chat: the system message
-num_samples = 3
-max_new_tokens = 200
+num_samples = 3  # texts
+max_new_tokens = 200  # of a text, at most
 temperature = 1.0  # 0: always the likeliest token
 top_k: int = None  # draw among the k likeliest tokens
 top_p: float = None  # draw among the fewest tokens that have this probability together
-seed = 0
+seed = 0  # of the draws
 stop_at_end = True  # stop at <|endoftext|>
 compile = False  # ar: compile the decode step; for long texts on a GPU
 steps: int = None  # diffusion: forward passes; None: one per token
@@ -171,6 +171,7 @@ require(prompt or not is_answer, 'An infill of --chat is of an answer; give the 
 require(prompt or not (chat and (watch or html)), 'A conversation is not watched; give --chat a --prompt.')
 require_folder(html)
 require(num_samples >= 1, f'num_samples is {num_samples}; it has to be at least 1.')
+check_range(config, 0, 2**63, 'seed')
 if prompt.startswith('FILE:'):
     path = Path(prompt.removeprefix('FILE:')).expanduser()
     with as_sentence(f'The prompt file {path} cannot be read', 'give a text in UTF-8'):

@@ -39,15 +39,15 @@ from lm.files import write_json, writing
 from lm.report import flat
 
 # --- what to run ---
-script = 'classify.py'
-experiment_name = 'sweep'
+script = 'classify.py'  # what is run
+experiment_name = 'sweep'  # of the folder, and of the jobs
 results_root = 'out/sweeps'  # the runs are in results_root/experiment_name/
 base_args = {}  # the settings of every run; None: not given
 grid = {}  # key: values; every combination is run; a single value needs no list
 parameters = {}  # another name of grid, which published JSON files use
 zipped = {}  # key: values, as many for each key; the first of each, the second of each, ...
 sampled = {}  # key: values, or (low, high), or (low, high, 'log'); num_trials random draws
-num_trials = 0
+num_trials = 0  # random draws
 sample_seed = 0  # of these draws
 languages = {}  # train: all, a language or a list, one after the other; eval: the same, together
 # --- where ---
@@ -59,11 +59,11 @@ metric = 'test.accuracy'  # of eval_results.json; the best row has most of it, o
 show = ''  # more of these for the table; empty: the accuracy of each set
 # --- slurm ---
 submit = ''  # slurm
-template = 'config/slurm.sh'
+template = 'config/slurm.sh'  # of a job script
 output_dir = ''  # of the job scripts; empty: results_root/experiment_name/jobs
-timeout = '04:00:00'
-cpus = 16
-gpus_per_job = 1
+timeout = '04:00:00'  # of a job
+cpus = 16  # of a job
+gpus_per_job = 1  # of a job
 fields = {}  # what further {names} in the template stand for
 config = configure(globals())
 

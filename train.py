@@ -24,14 +24,14 @@ batch_size = 32  # rows per micro-step and rank
 gradient_accumulation_steps = 1  # micro-steps per step and rank
 # --- model ---
 architecture = 'ar'  # ar, diffusion or sdd
-model_size = 'tiny'  # tiny, small, medium, large, xl: sets the next three
+model_size = 'tiny'  # tiny, small, medium, large, xl: sets n_layer, n_head and n_embd
 depth: int = None  # instead: shape, batch, steps and rates by lm/scaling.py; what is given stays
-n_layer: int = None
-n_head: int = None
-n_embd: int = None
+n_layer: int = None  # blocks
+n_head: int = None  # attention heads
+n_embd: int = None  # width of the trunk
 n_kv_head: int = None  # fewer than n_head: grouped-query attention
 block_size = 256  # tokens per row; if not given, the max_seq_len that the data were prepared with, if any
-dropout = 0.0
+dropout = 0.0  # in the trunk
 norm = 'rms'  # rms, rms_gain or layer
 position = 'rope'  # rope or learned
 mlp = 'relu2'  # relu2, relu, gelu, gelu_tanh or swiglu
@@ -54,19 +54,19 @@ anneal_steps: int = None  # from ar weights: steps from causal to full attention
 token = ''  # of the Hugging Face hub, for private models
 revision = ''  # a branch, tag or commit of the hub
 # --- optimization ---
-max_steps = 2000
+max_steps = 2000  # of the optimizer
 num_epochs = 0.0  # in place of max_steps; the later of the two counts
 optimizer = 'adamw'  # adamw or muon
-learning_rate = 1e-3
-min_lr = 0.0
+learning_rate = 1e-3  # at its highest
+min_lr = 0.0  # at the end of the schedule
 warmup_steps: int = None  # in place of warmup_ratio; the later of the two counts
-warmup_ratio = 0.02
+warmup_ratio = 0.02  # of all steps, in which the learning rate rises
 schedule = 'cosine'  # cosine, linear, wsd, constant
 decay_ratio = 0.2  # of all steps: the decay of wsd
-weight_decay = 0.1
+weight_decay = 0.1  # of matrices, times the learning rate
 decay_embedding = False  # with muon: weight decay of the embedding too; better for some short runs
-beta1 = 0.9
-beta2 = 0.95
+beta1 = 0.9  # of the moving average of gradients
+beta2 = 0.95  # of the moving average of their squares
 grad_clip = 1.0  # largest norm of the gradient; 0: not clipped
 ema_decay = 0.0  # moving average of the weights, e.g. 0.999, evaluated and sampled instead; 0: none
 # --- evaluation and log ---
@@ -74,8 +74,8 @@ eval_every = 250  # steps
 eval_tokens = 0  # of the validation split; 0: all of it
 log_every = 10  # steps
 sample_every = 0  # steps between samples, printed at evaluations; 0: none
-num_samples = 2
-sample_tokens = 200
+num_samples = 2  # of them each time
+sample_tokens = 200  # of a sample, at most
 # --- the run ---
 out_dir = ''  # empty: out/{architecture}-{dataset}-{size}-v{n}
 run_suffix = ''  # appended to that name
@@ -84,9 +84,9 @@ resume_from = ''  # a ckpt.pt or run folder; auto: out_dir's, if it has one
 changed_data = False  # resume although the data are others than those that the run began with
 save_every = 0  # steps between checkpoints beside those at evaluations; 0: none
 save_total_limit: int = None  # copies kept under checkpoints/, one per save_every; None: all; 0: none
-seed = 0
-no_wandb = False
-wandb_project = 'diffusion-lm'
+seed = 0  # of weights, batches, masks and dropout
+no_wandb = False  # log to the run folder only
+wandb_project = 'diffusion-lm'  # of Weights & Biases
 wandb_run_name = ''  # empty: the run folder's name
 # --- the machine ---
 device = 'auto'  # cpu, cuda, cuda:N, mps
@@ -101,7 +101,7 @@ SHAPE = 'n_layer n_head n_embd n_kv_head block_size norm position mlp bias qk_no
 SHAPE += ['embedding_shortcuts', 'neighbours']
 BLOCKS = ['block_length', 'ar_weight']  # may be others than those of the weights that a run starts from
 FREE_SHAPE = ['dropout', 'gradient_checkpointing']
-FIXED = 'architecture mode unique_tokens model_size depth optimizer fsdp seed anneal_steps'.split()
+FIXED = 'architecture mode unique_tokens model_size depth init_from optimizer fsdp seed anneal_steps'.split()
 FIXED += SHAPE + BLOCKS
 
 runtime.check_settings(config)
@@ -225,7 +225,10 @@ def evaluate_and_save():
 def print_samples():
     prompts, length = [[folder.config['start_token']]] * num_samples, min(sample_tokens, block_size - 1)
     with dist.autocast(), checkpoints.gathered(raw_model), dist.eager():
-        rows = generate(raw_model, prompts, length, seed=seed, stop_tokens=[tokenizer.endoftext_id])
+        try:
+            rows = generate(raw_model, prompts, length, seed=seed, stop_tokens=[tokenizer.endoftext_id])
+        except ValueError as error:  # blocks that leave no room; the training goes on
+            return log.print(f'no sample: {error}')
     for row in rows:
         log.print(f'--- a sample at step {step}', tokenizer.decode(row[1:]).strip())
     log.print('---')

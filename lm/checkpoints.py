@@ -245,10 +245,11 @@ class Best:
     loss: float = math.inf
 
 
-def contents(model, step, best, config, initial, tokenizer, start_token, prompt_format):
+def contents(model, step, best, config, initial, tokenizer, start_token, prompt_format, trained=None):
     """Return what the other scripts need to use a model, but for its weights; UserError where one of these is
-    not finite: nothing is saved over a checkpoint that can be used."""
-    broken = next((name for name, x in model.named_parameters() if not local(x).isfinite().all()), None)
+    not finite, or of the module `trained` that it is a part of: nothing is saved over a checkpoint that can be used."""
+    weights = (trained or model).named_parameters()
+    broken = next((name for name, x in weights if not local(x).isfinite().all()), None)
     remedy = f'the last checkpoint is kept; try a lower learning_rate than {config["learning_rate"]}'
     require(not broken, f'{broken} is not finite after step {step}; {remedy}.')
     state = {'architecture': architecture_name(model), 'seed': config['seed'], 'train_config': dict(config)}
@@ -362,7 +363,7 @@ def resume(namespace, config, fixed):
     checkpoint = load(path, mmap=config.get('fsdp', False), sharded=True)
     can_go_on, remedy = {'optimizer_state_dict', 'sharded'} & set(checkpoint), f'use it by --init_from={path}'
     require(can_go_on, f'{path} holds weights without the state of training; give a ckpt.pt, or {remedy}.')
-    own = {'out_dir', 'resume_from', 'overwrite', 'changed_data'} | ({'init_from'} - set(fixed))
+    own = {'out_dir', 'resume_from', 'overwrite', 'changed_data'}
     earlier = {'noisy_every': 1, 'decay_embedding': True}  # as runs of earlier versions were trained
     saved = earlier | checkpoint.get('train_config', {})
     other = {'mode', 'use_peft', 'target_func'} & saved.keys() - config.keys()  # which each script alone has
@@ -373,7 +374,10 @@ def resume(namespace, config, fixed):
     overrides = restore(namespace, config, {key: value for key, value in saved.items() if key not in own})
     for key, before, now in overrides:
         remedy = f'leave --{key} out, or start a new run'
-        require(key not in fixed, f'The run of {path} has {key}={before!r}, not {now!r}; {remedy}.')
+        require(
+            key not in [*fixed, 'run_suffix'],
+            f'The run of {path} has {key}={before!r}, not {now!r}; {remedy}.',
+        )
     return Resumed(checkpoint, path, run_of(path), overrides)
 
 

@@ -116,6 +116,8 @@ ALIASES = [
     ('bf16', 'dtype', {True: 'bfloat16', False: 'float32'}),
     ('wandb', 'no_wandb', {True: False, False: True}),
     *((alias, 'eval_tokens', 32 * 256) for alias in ('eval_batches', 'eval_iters')),
+    *((alias, 'max_tokens', 32 * 256) for alias in ('eval_batches', 'eval_iters')),  # of evaluate.py
+    ('eval_tokens', 'max_tokens', None),
     *((alias, 'eval_examples', 256) for alias in ('eval_batches', 'eval_iters')),
     ('cpu_only', 'device', {True: 'cpu', False: 'auto'}),
     ('training_method', 'use_peft', {'full': False, 'lora': True}),
@@ -130,6 +132,7 @@ ELSEWHERE |= dict(hf_cache='HF_HOME', wandb_entity='WANDB_ENTITY', tokenizers_pr
 ELSEWHERE |= dict(checkpoints_training='--out_dir', checkpoints_is_medium='the checkpoint')  # published names
 COMPETING = dict(max_steps='num_epochs', num_epochs='max_steps')  # the later wins, unless it is 0 or -1
 COMPETING |= dict(warmup_steps='warmup_ratio', warmup_ratio='warmup_steps')
+YES_OR_NO = {'true': 'True', 'yes': 'True', 'false': 'False', 'no': 'False'}
 TEXTS = ('prompt', 'infill', 'input', 'system')  # which may be empty, and ~ in them is a character
 LISTS = 'train_langs eval_langs checkpoint metrics peft_targets'.split()  # also words without commas
 
@@ -246,6 +249,8 @@ def apply_values(config, values, word, section=''):
     known = {**config.known, **aliases_in(config.known)}
     for name, value in values.items():
         name, source = str(name).replace('-', '_'), f'{name}={value!r} in {word}'
+        if name.startswith('_'):  # the file's own business
+            continue
         name = name if name in known or not section else f'{section}_{name}'
         takes_dict = name in known and resolve(config.known, name, source)[1].type is dict
         if name in ELSEWHERE:
@@ -319,7 +324,8 @@ def apply_option(config, option, words):
     name = name.replace('-', '_')
     target, key, _ = resolve(config.known, name, f'--{option}')
     if not equals and key.type is bool:
-        text = words.pop(0) if words and words[0] in ('True', 'False', 'true', 'false') else 'True'
+        said = {*YES_OR_NO, 'True', 'False'} | ({'None'} if key.default is None else set())
+        text = words.pop(0) if words and words[0] in said else 'True'
     elif not equals:
         follows = words and not words[0].startswith('--')
         require(follows, f'--{name} is missing its value; write --{name}=VALUE ({key.type.__name__}).')
@@ -336,7 +342,7 @@ def parse(text, key):
     if key.type is str:
         return None if key.default is None and text == 'None' else text
     if key.type is bool:
-        text = {'true': 'True', 'yes': 'True', 'false': 'False', 'no': 'False'}.get(text, text)
+        text = YES_OR_NO.get(text, text)
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError):
@@ -359,7 +365,7 @@ def assign(config, name, value, source):
         require(value in conversion, f'{source} is not understood; choose from {choices}.')
         value = conversion[value]
     if isinstance(value, str) and target not in TEXTS:
-        value = re.sub('(?:^|(?<=,))~(?=/|$)', lambda _: os.path.expanduser('~'), value)
+        value = re.sub(r'(^|, *)~(?=/|$)', lambda match: match[1] + os.path.expanduser('~'), value)
     config[target] = value
     config.given.add(target)
     config.displaced.discard(target)

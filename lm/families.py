@@ -137,6 +137,10 @@ def config_from_hf(c, path):
     defaults['activation_function'] = 'relu' if layout == 'opt' else 'gelu_new'
     defaults |= dict.fromkeys(LLADA, None) | {'rms_norm_eps': 1e-5} if layout == 'llada' else {}
     c = {**defaults, **c}
+    scaling = (c.get('rope_scaling') or c.get('rope_parameters')) if layout != 'llama' else None
+    require(
+        not scaling, f'{path} has rope_scaling={scaling!r}; of {family} only None can be taken over exactly.'
+    )
     try:
         c = with_rope_and_length(c) if layout == 'llama' else c
         found = {field: c[key] for field, key in column(KEYS, layout).items()}
@@ -147,7 +151,7 @@ def config_from_hf(c, path):
     except KeyError as error:
         raise UserError(f'{path}/config.json lacks {error}; download it again.') from error
     check_config(c, path)
-    found.update(mlp=ACTIVATIONS[c['activation_function']], norm_after=not c['do_layer_norm_before'])
+    found.update(mlp=ACTIVATIONS[c['activation_function']], norm_after=not found.get('norm_after', True))
     return {key: value for key, value in {**found, **FIELDS[layout], **fields}.items() if value is not None}
 
 

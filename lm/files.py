@@ -26,7 +26,7 @@ def writing(path):
 
 
 def save_atomically(path, write):
-    """`write(file)` into a file beside `path`, then puts it in its place: a crash leaves the old or the new."""
+    """Call `write(file)` with a file beside `path`, then put it in its place: a crash leaves the old or the new."""
     path = Path(path)
     own = f'{path.name}.{socket.gethostname()}.'
     beside = path.with_name(f'{own}{os.getpid()}.tmp')  # no other process writes that one
@@ -88,7 +88,7 @@ def sha256_of(path):
 
 
 def checksum(config):
-    """The sha256 of what config.json says, apart from itself."""
+    """Return the sha256 of what config.json says, apart from itself."""
     rest = {key: value for key, value in config.items() if key != 'checksum'}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 

@@ -208,7 +208,7 @@ def check_beliefs(p_belief, k_schedule):
     require(positive, f'k_schedule is {k_schedule}; give numbers of candidates, as (1, 2, 4, 8).')
     pairs = all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in p_belief)
     fits = pairs and all(isinstance(x, (int, float)) and 0 <= x <= 1 for pair in p_belief for x in pair)
-    fits = fits and list(p_belief) == sorted(p_belief)
+    fits = fits and list(p_belief) == sorted(p_belief, key=tuple)
     remedy = 'give (fraction of training, probability from there on) from 0 to 1 in order, as ((0.5, 0.5),)'
     require(fits, f'p_belief is {p_belief}; {remedy}.')
 

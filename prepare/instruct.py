@@ -82,6 +82,7 @@ if __name__ == '__main__':
         records = files(path, field, '', document)
     else:
         path, _, subset = path.partition(':')
+        config['hub'] = subset and source  # recorded, because the parts of a data set share its revision
         records = hub(path, subset or None, field, document)
     records.limit = max_examples or None
     records.examples = Examples(form, config['max_seq_len'], on_error)

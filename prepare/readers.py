@@ -78,13 +78,16 @@ def hub(path, subset=None, field='text', document=None):
             stream = datasets.load_dataset(**where, split='train', streaming=True)
             if state:
                 stream.load_state_dict(state)
+            known = (stream.info.splits or {}).get('train')
+            source.total = source.limit or (known and known.num_examples) or None
             for number, row in enumerate(stream, done + 1):
                 yield attempt(make, row, f'{path}, row {number}'), 1
 
     name = f'{path}/{subset}' if subset else path
     url = f'https://huggingface.co/datasets/{name}'
     inputs = {name: where['revision']}
-    return Source(url, documents, inputs, None, ' documents', state=lambda: stream.state_dict())
+    source = Source(url, documents, inputs, None, ' documents', state=lambda: stream.state_dict())
+    return source
 
 
 class Corpus:

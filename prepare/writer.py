@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lm import prompts
-from lm.configurator import ROOT, UserError, check_choice, check_range, printable, require
+from lm.configurator import ROOT, UserError, check_choice, check_range, printable, report_idle, require
 from lm.files import checksum, save_atomically, sha256_of, write_json
 from lm.tokenizer import KINDS, SPECIAL_TOKENS, Tokenizer, build, fast_gpt2, pieces, settings_of
 from prepare.folders import FORMAT, finished_folder, shown, unfinished_folder
@@ -92,6 +92,7 @@ def check_settings(config):
 def target_folder(config):
     name = config['name']
     if config['output_dir']:
+        report_idle(config, 'beside output_dir', 'name')
         return Path(config['output_dir']).expanduser().resolve()
     is_plain = name and Path(name).name == name and name[0] != '.' and not set(name) & set('*?[]:,')
     require(is_plain, f'name={name} does not name a folder under data/; give a plain name, or output_dir.')

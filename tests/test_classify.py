@@ -251,6 +251,7 @@ def test_a_finished_run_is_left_alone_and_goes_on_where_it_is_made_longer(place)
     for words, said in (
         ([*TASK, '--out_dir=run'], 'already holds a run'),
         (['--target_func=fn_b', '--resume_from=run'], "has target_func='fn_a', not 'fn_b'"),
+        (['--tokenizer=char', '--resume_from=run'], "has tokenizer='bpe', not 'char'"),
         (['--batch_size=5', '--max_steps=4', '--resume_from=run'], 'has 6 rows per step, not 5'),
     ):
         with pytest.raises(UserError, match=said):

@@ -157,6 +157,7 @@ def test_a_string_key_takes_its_text_verbatim(run, text):
         (['--compile', 'true'], True),
         (['--compile', 'False'], False),
         (['--compile', '--compile=false'], False),
+        (['--compile', 'no'], False),
     ],
 )
 def test_booleans_are_bare_flags_or_literals(run, words, value):
@@ -307,8 +308,11 @@ def test_a_file_includes_another_that_stands_beside_it(run):
 @pytest.mark.parametrize(
     'name, text',
     [
-        ('a.json', '{"batch-size": 3, // rows\n "prompt": "http://x", "top_k": null, "k_schedule": [1, 2]}'),
-        ('a.yaml', 'batch-size: 3  # rows\nprompt: http://x\ntop_k: null\nk_schedule: [1, 2]\n'),
+        (
+            'a.json',
+            '{"batch-size": 3, // rows\n "_note": 1, "prompt": "http://x", "top_k": null, "k_schedule": [1, 2]}',
+        ),
+        ('a.yaml', 'batch-size: 3  # rows\n_note: mine\nprompt: http://x\ntop_k: null\nk_schedule: [1, 2]\n'),
     ],
 )
 def test_json_and_yaml_are_read_as_python_files_are(run, name, text):
@@ -345,9 +349,9 @@ def test_yaml_texts_stay_texts_and_numpy_numbers_are_numbers(run):
 @pytest.mark.faults
 def test_paths_are_not_empty_and_know_the_home_folder(run, monkeypatch):
     monkeypatch.setenv('HOME', '/home/me')
-    variables = run('--init_from=~/a', '--dataset=~/b:1,~/c:2', '--prompt=~/d')
+    variables = run('--init_from=~/a', '--dataset=~/b:1, ~/c:2', '--prompt=~/d')
     assert [variables[key] for key in ('init_from', 'dataset', 'prompt')] == [
-        '/home/me/a', '/home/me/b:1,/home/me/c:2', '~/d'
+        '/home/me/a', '/home/me/b:1, /home/me/c:2', '~/d'
     ]  # fmt: skip
     for key in ('init_from', 'out_dir', 'dataset'):
         assert fails(run, f'--{key}=') == f'--{key}= is empty; give a value, or leave it out.'

@@ -114,6 +114,8 @@ def test_settings_of_texts_have_no_effect_on_a_bound(place, capsys):
     notes = re.findall('note: (.*)', capsys.readouterr().out)
     idle = ('temperature=0.5', 'num_samples=3')
     assert sorted(notes) == sorted(f'{setting} has no effect without metrics of texts.' for setting in idle)
+    models_of(f'--checkpoint={place}/sdd', '--metrics=generation', '--num_samples=1', '--eval_tokens=99')
+    assert 'note: max_tokens=99 has no effect without perplexity or accuracy.' in capsys.readouterr().out
 
 
 @pytest.mark.faults

@@ -350,6 +350,7 @@ def test_an_export_with_names_of_an_earlier_version_is_read(tmp_path):
         (['import', 'IN', '--out=OUT/there.pt'], 'already there; replace it with --overwrite'),
         (['import', 'IN', '--out=OUT', '--overwrite'], 'is there and no checkpoint; choose another'),
         (['import', 'IN', '--out=OUT/no/ckpt.pt'], 'a folder that does not exist'),
+        (['import', '~/nothing', '--out=OUT/a.pt'], f'no checkpoint at {Path.home()}/nothing'),
         (['import', 'nobody/nothing', '--out=OUT/a.pt'], 'no checkpoint at nobody/nothing, and the hub'),
         (['export', 'OUT/there.pt', '--out=IN', '--overwrite'], 'there.pt is damaged'),
         (['export', 'OUT/there.pt', '--out=OUT', '--overwrite'], 'no exported model; choose another'),

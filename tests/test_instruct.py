@@ -270,6 +270,8 @@ def test_the_hub_is_asked_for_a_data_set_by_name(instruct, monkeypatch):
         part = '/part' * source.endswith(':part')
         assert asked[-1] == repository and folder.config['inputs'] == {repository + part: 'abc'}
         assert len(examples_of(folder)) == 20
+    with pytest.raises(UserError, match='hub was some/data:part and is some/data:rest'):
+        instruct(None, '--source=some/data:rest')
 
 
 @pytest.mark.faults

@@ -282,6 +282,15 @@ def test_a_stream_goes_on_from_its_state(hub, tmp_path):
         assert begun + [text for text, _ in source.documents(done, state)] == whole
 
 
+def test_the_bar_of_a_stream_knows_how_many_documents_are_left(hub):
+    stream = datasets.Dataset.from_list([{'text': 'a'}] * 3).to_iterable_dataset()
+    stream.info.splits = {'train': datasets.SplitInfo(num_examples=3)}
+    hub(lambda: stream)
+    source = readers.hub('some/data')
+    next(source.documents())
+    assert source.total == 3
+
+
 ON_THE_HUB = {  # script and setting: what is asked for
     'tinystories.py': ('roneneldan/TinyStories', None),
     'openwebtext.py': ('Skylion007/openwebtext', None),
@@ -321,6 +330,7 @@ def test_a_hub_that_fails_is_one_sentence_and_the_same_command_goes_on(prepare, 
             yield {'text': text}
 
     class Stream(list):
+        info = datasets.DatasetInfo()
         state_dict, __iter__ = (lambda self: {}), (lambda self: rows())
 
     hub(Stream)

@@ -71,11 +71,8 @@ def test_the_xl_recipe_checkpoints_and_accumulates():
 
 
 def test_each_alias_leads_to_a_key():
-    assert {key for _, key, _ in ALIASES} <= {
-        *config_of('train.py'),
-        *config_of('finetune.py'),
-        *config_of('classify.py'),
-    }
+    scripts = 'train.py finetune.py classify.py evaluate.py'.split()
+    assert {key for _, key, _ in ALIASES} <= {key for script in scripts for key in config_of(script)}
 
 
 def test_the_readme_speaks_of_files_and_settings_that_exist(capsys, monkeypatch):

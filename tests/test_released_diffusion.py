@@ -189,6 +189,7 @@ def test_what_comes_in_goes_out_as_it_was(name, tmp_path, capsys):
     'name, changes, said',
     [
         ('llada', {'rope': False}, 'rope=False; only True can be taken over exactly'),
+        ('llada', {'rope_scaling': {'type': 'linear', 'factor': 4.0}}, 'of llada only None can be taken'),
         ('llada', {'activation_type': 'swiglu'}, "activation_type='swiglu'; only silu"),
         ('llada', {'alibi': True}, 'alibi=True; only None'),
         ('llada', {'attention_layer_norm': True}, 'attention_layer_norm=True; only None'),

@@ -417,6 +417,7 @@ def test_two_ranks_of_torchrun_see_the_rows_of_one_and_stop_together(tmp_path):
 RESUME = ['--resume_from=RUN', '--max_steps=9']
 BAD_RESUMES = {
     'another shape': ([*RESUME, '--n_layer=3'], 'RUN.* has n_layer=1, not 3'),
+    'another start': ([*RESUME, '--init_from=PLACE/run'], "has init_from='', not 'PLACE/run'; leave"),
     'another seed': ([*RESUME, '--seed=1'], 'has seed=0, not 1; leave --seed out'),
     'other rows per step': ([*RESUME, '--batch_size=8'], '4 rows per step, not 8.*keep the product'),
     'weights alone': (
@@ -482,6 +483,8 @@ def test_annealing_is_fixed_for_a_run(place, tmp_path):
     assert json.loads((tmp_path / 'run/config.json').read_text())['anneal_steps'] == 70
     with pytest.raises(UserError, match='anneal_steps=70, not 2'):
         run('train.py', f'--resume_from={tmp_path}/run', '--max_steps=9', '--anneal_steps=2')
+    run('train.py', f'--resume_from={tmp_path}/run', '--max_steps=3')
+    assert load(tmp_path / 'run')['train_config']['init_from'] == f'{place}/run'
 
 
 def test_a_rank_that_hangs_ends_the_others_with_a_sentence_in_the_time_that_is_set(place, tmp_path):

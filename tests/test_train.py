@@ -317,12 +317,20 @@ def test_a_bad_setting_is_refused_before_anything_is_written(place, tmp_path, mo
     assert '\n' not in str(error.value) and list(tmp_path.iterdir()) == []
 
 
+def test_a_run_goes_on_where_a_sample_has_no_room(place, tmp_path, capsys):
+    words = '--architecture=diffusion --block_length=(12,) --sample_every=3 --sample_tokens=15'.split()
+    train(f'--dataset={place}/letters', f'--out_dir={tmp_path}/run', *words)
+    assert capsys.readouterr().out.count('no sample: Of rows of 16 tokens, blocks of 12 leave no room') == 3
+
+
 @pytest.mark.faults
 def test_settings_without_effect_are_reported(place, tmp_path, capsys):
-    words = '--decay_ratio=0.3 --run_suffix=x --decay_embedding=False --num_samples=1'.split()
+    words = '--decay_ratio=0.3 --run_suffix=x --decay_embedding=False --num_samples=1 --revision=main'.split()
+    words += ['--changed_data', '--wandb_run_name=x']
     train(f'--dataset={place}/letters', f'--out_dir={tmp_path}/run', '--max_steps=1', *words)
     said = capsys.readouterr().out
-    for note in ('schedule=cosine', 'beside out_dir', 'without muon', 'without sample_every'):
+    without = [f'without {name}' for name in ('muon', 'sample_every', 'init_from', 'resume_from')]
+    for note in ('schedule=cosine', 'beside out_dir', 'beside no_wandb', *without):
         assert f'has no effect with {note}' in said or f'has no effect {note}' in said, note
 
 
