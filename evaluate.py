@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from lm import checkpoints, data, files, likelihood, prompts, report, rng, runtime, scoring
+from lm import checkpoints, data, files, likelihood, prompts, report, rng, run_folder, runtime, scoring
 from lm.configurator import ROOT, check_range, configure, printable, report_idle, require, user_errors
 from lm.folder import Folder
 from lm.tokenizer import ENDOFTEXT, Tokenizer
@@ -89,7 +89,8 @@ for name in wanted:
 require(not judge or 'generation' in wanted, f'--judge={judge} needs generation in --metrics={metrics}.')
 require(mode in ('', 'packed', 'documents'), f"mode is {mode!r}; choose 'packed' or 'documents'.")
 for path in (output, html):
-    files.require_folder(path)
+    files.require_file_path(path)
+require(not output or output != html, f'output and html are both {output}; choose another for one of them.')
 
 
 # ---------------------------------------------------------------------------- load
@@ -98,13 +99,15 @@ for path in (output, html):
 def read_exercises():
     """Return [(instruction, input, checks)] of --instructions, or for requests for stories new ones of these."""
     if folder.config.get('source') == story_tasks.SOURCE:
+        report_idle(config, 'on requests for stories', 'instructions')
         exercises = enumerate(story_tasks.exercises(num_samples))  # every second one in new words
         return [(asked, '', (wishes, number % 2)) for number, (asked, wishes) in exercises]
     path = Path(instructions) if Path(instructions).exists() else ROOT / instructions
     with files.as_sentence(f'{path} is no list of instructions with checks', 'correct it'):
         entries = json.loads(path.read_bytes())
         exercises = [(one['instruction'], one.get('input', ''), list(one['checks'])) for one in entries]
-    for *_, checks in exercises:
+    for asked, _, checks in exercises:
+        require(checks, f'{path} has no checks for {asked!r}; give it some, or leave it out.')
         scoring.check('', checks)  # raises for what is not a check
     return exercises
 
@@ -115,9 +118,8 @@ def load(path, architecture=''):
     state = checkpoints.load(path, token, revision, tokenizer=own, architecture=architecture)
     state.pop('optimizer_state_dict', None)
     path = Path(path) / 'ckpt.pt' if (Path(path) / 'ckpt.pt').is_file() else Path(path)
-    name = path.resolve().parent.name if path.name == 'ckpt.pt' else str(path)
     text = Tokenizer(state['tokenizer'])
-    return {'train_config': {}, **state, 'tokenizer': text, 'path': path, 'name': name}
+    return {'train_config': {}, **state, 'tokenizer': text, 'path': path, 'name': run_folder.name_of(path)}
 
 
 states = []
@@ -166,9 +168,10 @@ def evaluate_likelihood(model, first):
 
     first: the first model's sums, which each bound is compared with; None for that model itself.
     """
-    rows = data.PackedRows(folder, 'val', block_size, block_size, training=False)  # the same for all models
     if mode == 'documents':
         rows = data.DocumentRows(folder, 'val', block_size, model.trains_on_padding)
+    else:  # the same for all models
+        rows = data.PackedRows(folder, 'val', block_size, block_size, training=False)
     tokens_per_byte = folder.counted_tokens_per_byte('val')
     measure = partial(likelihood.measure, model, rows, dist, batch_size, draws)
 

@@ -49,14 +49,14 @@ def export(source, out):
         added = 2 if {config.mask_id, config.ignore_id} == {size - 2, size - 1} else 0
         rows = c['vocab_size'] = config.pretrained_rows or size - added
 
-    folder = out.with_name(out.name + '.tmp')
+    folder = out.with_name(f'.{out.name}.partial')
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
     try:
         with files.writing(out):
+            folder.mkdir()
             save_torch_state_dict(in_family(weights, family, rows), folder, max_shard_size=SHARD_BYTES)
     except UserError:
-        shutil.rmtree(folder)  # half of it would keep the disk full
+        shutil.rmtree(folder, ignore_errors=True)  # half of it would keep the disk full
         raise
     c.update(start_token=checkpoint.get('start_token'), prompt_format=checkpoint.get('prompt_format'))
     c['trained_here'] = pretrained.is_ours(checkpoint)
@@ -64,6 +64,9 @@ def export(source, out):
         c.update(write_tokenizer(checkpoint, folder, rows if family else None))
     c['torch_dtype'] = str(next(iter(weights.values())).dtype).removeprefix('torch.')
     files.write_json(folder / 'config.json', c)
+    for path in folder.glob('*.safetensors'):
+        shutil.copymode(folder / 'config.json', path)  # safetensors keeps others from reading
+    files.keep_others(out, folder, 'model*.safetensors*')
     shutil.rmtree(out, ignore_errors=True)  # with --overwrite
     folder.rename(out)
 
@@ -170,6 +173,7 @@ def main(words=None):
     args = vars(parser.parse_args(words))
     name, out = args.pop('command'), args.get('out')
     if out:
+        out = args['out'] = out.resolve()  # what a link leads to
         files.require_folder(out)
         is_folder = name == 'export'
         replaceable = checkpoints.is_pretrained(out) if is_folder else out.is_file()

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from lm import checkpoints, prompts, run_folder, runtime
 from lm.configurator import UserError, check_range, configure, printable, report_idle, require, user_errors
-from lm.files import as_sentence, require_folder, write_json
+from lm.files import as_sentence, require_file_path, write_json
 from lm.tokenizer import Tokenizer
 from lm.watch import Frames, Terminal, save_page
 from sampling import fill_left_to_right, generate
@@ -91,6 +91,8 @@ def answer(turns, count, system=system):
     ids, _ = prompts.encode(tokenizer, form, turns, system)
     block_size = model.config.block_size
     room = max(block_size // 2, block_size - max_new_tokens)
+    if prompt and len(ids) >= room:
+        print(f'note: the prompt has {len(ids):,} tokens, of which the model reads the last {room - 1:,}.')
     ids = [prompts.start_of(form, tokenizer, *start)] + ids[1 - room :]
     given = prompts.encode_infill(tokenizer, infill) if infill else []
     return [tokenizer.decode(row[len(ids) :]).strip() for row in write(ids + given, count)]
@@ -169,7 +171,7 @@ require(chat or not (input or system), 'input and system belong to --chat; add i
 is_answer = chat and infill
 require(prompt or not is_answer, 'An infill of --chat is of an answer; give the --prompt that it answers.')
 require(prompt or not (chat and (watch or html)), 'A conversation is not watched; give --chat a --prompt.')
-require_folder(html)
+require_file_path(html)
 require(num_samples >= 1, f'num_samples is {num_samples}; it has to be at least 1.')
 check_range(config, 0, 2**63, 'seed')
 if prompt.startswith('FILE:'):

@@ -237,8 +237,8 @@ require(host not in ('', '0.0.0.0', '::'), f'host is {host!r}; give the one addr
 address = f'[{host}]' if ':' in host else host
 dist, stopping = runtime.Runtime(device, dtype), threading.Event()
 models, limits = {}, Limits(max_tokens, batch_size, timeout)
-for path in (checkpoint or str(run_folder.newest_run())).split(','):
-    model = Model(path.strip(), dist.device, token, revision, weights)
+for path in filter(None, map(str.strip, (checkpoint or str(run_folder.newest_run())).split(','))):
+    model = Model(path, dist.device, token, revision, weights)
     require(model.name not in models, f'Two checkpoints are named {model.name}; rename a folder.')
     models[model.name] = model
     print(f'{model.name}: {model.about["architecture"]}, {model.about["parameters"]:,} parameters')
@@ -246,7 +246,7 @@ writer, (page, HEADERS['Content-Security-Policy']) = Writer(dist, batch_size), l
 try:
     server = Server()
 except OSError as error:
-    raise UserError(f'{host}:{port} cannot be used ({error}); choose another --port.') from error
+    raise UserError(f'{host}:{port} cannot be used ({error}); choose another --host or --port.') from error
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, stop)
 writer.start()

@@ -140,6 +140,7 @@ def language_runs():
 
     database = load_database(base_args.get('language_database', 'config/languages.json'))
     everyone = [name for name, tasks in database.items() if base_args['task'] in tasks]
+    require(everyone, f'No language has the task {base_args["task"]!r}; correct base_args.')
     chosen = {side: languages.get(side, 'all') for side in ('train', 'eval')}
     train, test = (everyone if names == 'all' else listed(side, names) for side, names in chosen.items())
     return [{'train_langs': name, 'eval_langs': ','.join(test)} for name in train]
@@ -195,8 +196,9 @@ def read_text(path):
 def run_here():
     """Run what is not finished, `jobs` at a time, and return whether all is done."""
     waiting, running, outcomes = [name for name in runs if not is_finished(name)], {}, []
-    many = jobs if 'jobs' in config.given else None
-    total, free = len(waiting), gpus.split(',')[:many] if gpus else [''] * jobs
+    total, sees = len(waiting), gpus.split(',')
+    many = jobs if 'jobs' in config.given or not gpus else len(sees)
+    free = [sees[i % len(sees)] for i in range(many)]  # a GPU is shared where there are more jobs
     stopping = threading.Event()
 
     def stop(number, frame):
@@ -234,6 +236,10 @@ def write_results():
     found = [name for name in paths if paths[name].exists()]
     figures = {name: read_results(paths[name]) for name in found}
     names = list(dict.fromkeys(key for values in figures.values() for key in values))
+    if not figures:  # the table of another grid stays
+        return print(f'\nnone of {len(runs)} runs has results')
+    if unknown := [name for name in (metric, *filter(None, show.split(','))) if name not in names]:
+        print(f'note: no run has {", ".join(unknown)} among its results: {", ".join(names)}')
     with open(root / 'results.csv', 'w', newline='') as file:
         writer = csv.DictWriter(file, ['run', *keys, *names], extrasaction='ignore', lineterminator='\n')
         writer.writeheader()
@@ -263,9 +269,11 @@ def markdown_table(columns, groups, names):
     accuracies = [n for n in names if n.endswith('accuracy')]
     shown = (show.split(',') if show else accuracies) + [metric] * (metric in names)
     shown = list(dict.fromkeys(shown))
-    complete = [group for group, rows in groups.items() if all(metric in figures for figures in rows)]
-    mean = {group: statistics.mean(figures[metric] for figures in groups[group]) for group in complete}
-    is_lower_better = any(word in metric for word in ('loss', 'perplexity', 'bpb'))
+    mean = {
+        group: statistics.mean(row.get(metric, math.nan) for row in rows) for group, rows in groups.items()
+    }
+    mean = {group: value for group, value in mean.items() if math.isfinite(value)}
+    is_lower_better = any(word in metric for word in ('loss', 'nll', 'nats', 'perplexity', 'bpb'))
     best = (min if is_lower_better else max)(mean, key=mean.get, default=None)
 
     lines = [[*columns, 'runs', *shown], ['---'] * (len(columns) + 1 + len(shown))]

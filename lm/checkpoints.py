@@ -60,6 +60,8 @@ def load(path, token=None, revision=None, mmap=False, sharded=False, tokenizer=N
         return checkpoint
     path = newest_checkpoint(path) if Path(path).is_dir() else Path(path)
     require(path.is_file(), f'There is no checkpoint at {path}; correct the path, or train one.')
+    is_ours = zipfile.is_zipfile(path)  # PyTorch's advice for other files is unsafe
+    require(is_ours, f'{path} is damaged or no checkpoint of ours (no file of torch.save); {OTHERS}.')
     with as_sentence(f'{path} is damaged or no checkpoint of ours', OTHERS):
         checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
         with zipfile.ZipFile(path) as file:  # torch.load never looks at the checksums

@@ -52,6 +52,19 @@ def require_folder(path):
     require(exists, f'{path} lies in a folder that does not exist; make it, or choose another path.')
 
 
+def require_file_path(path):
+    """Raise a UserError where no file can be written to a path that was given."""
+    require_folder(path)
+    require(not path or not Path(path).is_dir(), f'{path} is a folder; give the path of a file.')
+
+
+def keep_others(old, new, own):
+    """Move to the folder `new`, which takes the place of `old`, what neither has a file for nor is like `own`."""
+    for path in old.iterdir() if old.is_dir() else ():
+        if not path.match(own) and not (new / path.name).exists():
+            path.rename(new / path.name)
+
+
 def is_running(pid):
     try:
         os.kill(int(pid), 0)

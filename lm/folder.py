@@ -33,7 +33,8 @@ class Folder:
             self.splits = {split: {unit: sizes[split][unit] for unit in units} for split in ('train', 'val')}
             self.fingerprint = dict(self.config.get('sha256') or {})  # {file: hash} when it was prepared
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f'{self.path}/config.json is damaged ({error!r}); prepare it again.') from error
+            problem = f'{self.path}/config.json is damaged ({error!r})'
+            raise UserError(f'{problem}; move the folder away, and prepare it again.') from error
         self.tokenizer = Tokenizer.load(self.path)
         size = self.tokenizer.vocab_size
         fits = f'tokenizer.json has {size} tokens, config.json says {vocab_size}'
@@ -132,7 +133,7 @@ def find_folder(dataset):
         if (path / 'config.json').is_file():
             return path
         unfinished = path.is_dir() and any(path.glob('*_tokens.bin'))
-        require(not unfinished, f'{path} has no config.json: its preparation was cut off; prepare it again.')
+        require(not unfinished, f'{path} has no config.json: move it away, and prepare it again.')
     remedy = 'make it first, for example with: python prepare/stories.py'
     places = f'{dataset!r} in {Path.cwd()} or at {ROOT / "data" / dataset}'
     raise UserError(f'There is no prepared data at {places}; {remedy}')

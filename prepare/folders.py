@@ -11,7 +11,7 @@ import shutil
 import sys
 
 from lm.configurator import ROOT, UserError, require
-from lm.files import as_sentence, lock, write_json
+from lm.files import as_sentence, keep_others, lock, write_json
 from lm.folder import Folder
 
 FORMAT = 1
@@ -61,6 +61,7 @@ def unfinished_folder(target, command, overwrite):
             try:
                 yield journal
                 if target.exists():
+                    keep_others(target, folder, '*.bin')
                     target.rename(folder / 'work/replaced')
                 folder.rename(target)
                 shutil.rmtree(target / 'work')

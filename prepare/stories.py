@@ -31,7 +31,7 @@ def documents(done=0, state=None):
 
 
 if __name__ == '__main__':
-    check_range(config, 1, math.inf, 'num_stories')
+    check_range(config, 2, math.inf, 'num_stories')
     source = Source('prepare/grammar.py', documents, grammar.VERSION, num_stories, ' stories')
     floor = write(source, config, grammar.log_prob)['floor']
     figures = ', '.join(f'{nats:.4f} {unit.replace("_", " ")}' for unit, nats in floor.items())

@@ -8,6 +8,7 @@ import hashlib
 import math
 import multiprocessing
 import os
+import shlex
 import signal
 import threading
 from collections import Counter, defaultdict
@@ -302,4 +303,5 @@ def report(target, finished):
         unread = Counter(finished.get('unread')).most_common(20)
         fields = ', '.join(f'{printable(name)} ({count:,})' for name, count in unread)
         print('fields that were not read:', fields or 'none')
-    print(f'next: python {script} --dataset={target.name if target.parent == ROOT / "data" else target}')
+    dataset = target.name if target.parent == ROOT / 'data' else shlex.quote(str(target))
+    print(f'next: python {script} --dataset={dataset}')

@@ -403,6 +403,8 @@ def test_examples_end_with_their_first_response_and_fit_the_block(tmp_path, taug
         (['--checkpoint={place}/ar', '--judge={place}/ar', '--metrics=accuracy'], 'generation'),
         (['--checkpoint={place}/ar', '--metrics=instructions'], 'val_masks.bin'),
         (['--checkpoint={place}/ar', '--output={place}/no/where.json'], 'where.json'),
+        (['--checkpoint={place}/ar', '--html={place}'], 'is a folder'),
+        (['--checkpoint={place}/ar', '--html=a.json', '--output=a.json'], 'both a.json'),
         (['--checkpoint={place}/diffusion', '--metrics=generation', '--sampler=magic'], 'magic'),
     ],
 )
@@ -419,6 +421,7 @@ def test_mistakes_are_one_sentence(place, arguments, named):
         '{"a": 1}',
         '[1]',
         '[{"instruction": "a"}]',
+        '[{"instruction": "a", "checks": []}]',
         '[{"instruction": "a", "checks": [{"word": 1}]}]',
         '5',
     ],

@@ -51,7 +51,7 @@ def test_unique_tokens_are_the_first_of_the_training_split(make_folder, size, do
 # ---------------------------------------------------------------------------- what cannot be read
 
 DAMAGE = {  # the file, what it becomes, what the error says
-    'no config': ('config.json', None, 'was cut off'),
+    'no config': ('config.json', None, 'has no config.json: move it away'),
     'cut config': ('config.json', lambda old: old[:-2], 'config.json is damaged'),
     'empty config': ('config.json', lambda old: b'', 'config.json is damaged'),
     'config of another kind': ('config.json', lambda old: b'[1]', 'config.json is damaged'),

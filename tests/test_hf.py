@@ -286,6 +286,21 @@ def test_the_best_weights_of_a_run_are_exported(run_folder, tmp_path, capsys):
     assert 'best.pt, of the family' in capsys.readouterr().out
 
 
+def test_a_folder_that_is_exported_again_keeps_what_others_put_there(run_folder, tmp_path):
+    for name in ('out.tmp', 'target'):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'README.md').write_text('mine')
+    (tmp_path / 'out').symlink_to(tmp_path / 'target')
+    (tmp_path / 'target/config.json').write_text('{"model_type": "gpt2"}')
+    (tmp_path / 'target/model-00001-of-00002.safetensors').write_text('of a larger one')
+    run('export', run_folder, '--out', tmp_path / 'out', '--overwrite')
+    names = sorted(path.name for path in (tmp_path / 'out').iterdir())
+    assert (tmp_path / 'out').is_symlink() and 'README.md' in names and len(names) == 6
+    assert (tmp_path / 'out.tmp/README.md').read_text() == 'mine'
+    weights = tmp_path / 'out/model.safetensors'
+    assert weights.stat().st_mode == (tmp_path / 'out/config.json').stat().st_mode
+
+
 def test_sample_reads_a_folder(tmp_path, capsys, monkeypatch):
     hf_model('llama', tmp_path, vocab_size=300)
     write_llama_tokenizer(tmp_path)

@@ -240,8 +240,9 @@ def test_finished_folder_is_reused_refused_or_replaced(prepare, corpus, tmp_path
     with pytest.raises(UserError, match='the input is not the same.*copy.jsonl'):
         prepare('text.py', f'--input={copy}', '--tokenizer=bytes')
     assert contents(folder) == before
+    (folder / 'notes.txt').write_text('mine')
     prepare('text.py', f'--input={copy}', '--tokenizer=bytes', '--overwrite')
-    assert config_of(folder)['inputs'].keys() == {str(copy)}
+    assert config_of(folder)['inputs'].keys() == {str(copy)} and (folder / 'notes.txt').read_text() == 'mine'
     assert not [path for path in tmp_path.iterdir() if path.name.startswith('.')]
 
 

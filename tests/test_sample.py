@@ -141,7 +141,7 @@ def test_a_gap_in_an_answer_is_filled_after_its_prompt(tmp_path, sample):
     assert whole.removeprefix(prompt) == text and re.fullmatch('y.{3}s', text)
 
 
-def test_an_instruction_is_answered_in_the_prompt_format(tmp_path, sample):
+def test_an_instruction_is_answered_in_the_prompt_format(tmp_path, sample, capsys):
     tokenizer = letter_tokenizer(sorted(set('abcdefghijklmnopqrstuvwxyz ### Instruction:\n\nResponse')))
     checkpoint = write_small_checkpoint(tmp_path / 'ckpt.pt', 'ar', tokenizer, shape={'block_size': 128})
     options = [f'--checkpoint={checkpoint}', '--max_new_tokens=5', '--seed=3', '--num_samples=1']
@@ -149,6 +149,8 @@ def test_an_instruction_is_answered_in_the_prompt_format(tmp_path, sample):
     prompt = '### Instruction:\nsay yes\n\n### Response:\n'
     (whole,) = sample(*options, f'--prompt={prompt}')
     assert whole.removeprefix(prompt).strip() == text != ''
+    run('sample.py', *options, '--chat', f'--prompt={"say yes " * 20}', '--device=cpu')
+    assert 'tokens, of which the model reads the last' in capsys.readouterr().out
 
 
 def test_a_conversation_goes_on_until_ctrl_d(tmp_path, sample, monkeypatch):

@@ -127,6 +127,10 @@ def test_the_table_has_mean_and_deviation_over_seeds_and_the_best_row(place):
     assert '| 0.1 | 3 | 0.2000 ± 0.1000 |' in table and '| **0.2** | **3** | **0.4000 ± 0.2000** |' in table
     assert sweep(place, file, '--metric=test.loss', '--show=test.loss')[0] == 0  # of which the best has least
     assert '| **0.1** | **3** |' in (place / 'try' / 'results.md').read_text()
+    path = next(place.glob('try/*/eval_results.json'))
+    path.write_text(path.read_text().replace('0.1', 'NaN').replace('0.2', 'NaN'))
+    output = sweep(place, file, '--metric=test.acuracy')[1]
+    assert 'note: no run has test.acuracy among its results' in output and '**' not in output
 
 
 def test_what_failed_is_named_and_tried_again(place):
@@ -228,6 +232,7 @@ def test_languages_become_runs(place):
         (dict(script='nothing.py'), "no script 'nothing.py'"),
         (dict(grid={'out_dir': ['x']}), 'given by the sweep'),
         (dict(languages={'train': 'all'}), 'needs a task'),
+        (dict(languages={'train': 'all'}, base_args={'task': 'sentimnt'}), "has the task 'sentimnt'"),
         (dict(sampled={'lr': (2, 1)}, num_trials=1), 'write [...], (low, high)'),
         (dict(sampled={'lr': (1e-3,)}, num_trials=1), 'write [...], (low, high)'),
         (dict(sampled={'optimizer': ('adamw', 'muon')}, num_trials=1), 'write [...], (low, high)'),
