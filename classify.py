@@ -18,7 +18,7 @@ from lm import checkpoints, classification, families, languages, optim, runtime,
 from lm.configurator import check_choice, check_range, configure, report_idle, require
 from lm.files import save_atomically, write_json
 from lm.log import start_run
-from lm.tokenizer import SPECIAL_TOKENS, Tokenizer, build
+from lm.tokenizer import KINDS, SPECIAL_TOKENS, Tokenizer, build
 from model import SIZES
 
 # --- an algorithmic task ---
@@ -146,6 +146,8 @@ initial = resumed.checkpoint
 clash = init_from and not initial and model in families.PUBLISHED
 require(not clash, f'{model} is a shape to train from scratch; leave --model or --init_from={init_from} out.')
 if init_from and not initial:
+    is_kind = 'tokenizer' in config.given and tokenizer in KINDS
+    require(not is_kind, f'{init_from} has a tokenizer of its own, not {tokenizer}; leave --tokenizer out.')
     given = languages.load_tokenizer(tokenizer) if 'tokenizer' in config.given else None
     initial = checkpoints.load(init_from, token, revision, tokenizer=given)
     is_its_own = given is None or initial['tokenizer'] == given.to_json()
@@ -265,6 +267,8 @@ if task:
     config['block_size'] = block_size
 config.update(num_classes=num_classes, pool=pool, num_layers_to_finetune=num_layers_to_finetune)
 out, log = start_run(dist, config, f'{architecture}-{subject}-{model or model_size}', resumed)
+if dist.is_main:
+    (out / 'predictions.npz').unlink(missing_ok=True)  # of a run that was shorter
 stop = runtime.StopSignal()
 trained = sum(p.numel() for p in raw_classifier.parameters() if p.requires_grad)
 log.print(
@@ -273,6 +277,10 @@ log.print(
 )
 for name, examples in sets.items():
     log.print(f'{name}: {len(examples)} rows' + (f' ({notes[name]})' if notes.get(name) else ''))
+if 'val' not in sets:
+    log.print(
+        'val/loss and val/accuracy are of the test rows: there are no others; --val_set_size holds some out'
+    )
 
 # ---------------------------------------------------------------------------- evaluation and checkpoints
 

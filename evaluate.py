@@ -13,6 +13,7 @@ import random
 import statistics
 import timeit
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -168,8 +169,11 @@ def evaluate_likelihood(model, first):
 
     first: the first model's sums, which each bound is compared with; None for that model itself.
     """
-    if mode == 'documents':
-        rows = data.DocumentRows(folder, 'val', block_size, model.trains_on_padding)
+    padding = model.trains_on_padding
+    if mode == 'documents' and has_answers:
+        rows = data.ExampleRows(folder, 'val', block_size, padding, False, training=False, by_answer=True)
+    elif mode == 'documents':
+        rows = data.DocumentRows(folder, 'val', block_size, padding)
     else:  # the same for all models
         rows = data.PackedRows(folder, 'val', block_size, block_size, training=False)
     tokens_per_byte = folder.counted_tokens_per_byte('val')
@@ -204,14 +208,17 @@ def evaluate_likelihood(model, first):
 
 def write_texts(model, heads, stop_tokens):
     """Return a continuation per head (token ids); each batch has its own seed, so that ranks can share them."""
-    rows, by_length = {}, sorted(range(len(heads)), key=lambda i: len(heads[i]))  # so that batches have room
-    starts = range(dist.rank * batch_size, len(heads), dist.world_size * batch_size)
-    for start in tqdm(starts, 'texts', leave=False, disable=dist.rank > 0 or None):
-        numbers = by_length[start : start + batch_size]
-        batch = [heads[i] for i in numbers]
-        length = sample_tokens or block_size - max(map(len, batch))
-        texts = write_batch(model, batch, length, rng.torch_seed(seed, start // batch_size), stop_tokens)
-        rows |= {i: text[len(heads[i]) :] for i, text in zip(numbers, texts)}
+    rows, order = {}, sorted(range(len(heads)), key=lambda i: len(heads[i]))
+    of_one_length = groupby(order, lambda i: len(heads[i]))  # another model than ar writes those together
+    groups = [order] if model.causal else [[*group] for _, group in of_one_length]
+    batches = [group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
+    mine = range(dist.rank, len(batches), dist.world_size)
+    for number in tqdm(mine, 'texts', leave=False, disable=dist.rank > 0 or None):
+        batch = [heads[i] for i in batches[number]]
+        length = sample_tokens or block_size - len(batch[0])  # the shortest; of the others less is kept
+        texts = write_batch(model, batch, length, rng.torch_seed(seed, number), stop_tokens)
+        end = None if sample_tokens else block_size
+        rows |= {i: text[len(heads[i]) : end] for i, text in zip(batches[number], texts)}
     if dist.world_size > 1:
         shares = [None] * dist.world_size
         torch.distributed.all_gather_object(shares, rows)
@@ -439,6 +446,8 @@ with torch.device('meta'):
     shapes = [checkpoints.make_model(state['architecture'], **state['model_config']) for state in states]
 runtime.report_idle_settings(config, *shapes)
 for model in shapes:  # wrong options are refused before anything is measured
+    if is_measured:
+        runtime.check_blocks(model.config, block_size)
     with user_errors():
         generate(model, [], 0, **options(model))
 names = [state['name'] for state in states]

@@ -309,10 +309,7 @@ def print_answers():
         return
     stop_tokens = [prompts.end_of(prompt_format, tokenizer)[0]]
     with dist.autocast(), checkpoints.gathered(raw_model), dist.eager():
-        try:
-            rows = generate(raw_model, questions, sample_tokens, seed=seed, stop_tokens=stop_tokens)
-        except ValueError as error:  # blocks that leave no room; the training goes on
-            return log.print(f'no answers: {error}')
+        rows = generate(raw_model, questions, sample_tokens, seed=seed, stop_tokens=stop_tokens)
     for question, row in zip(questions, rows):
         answer = tokenizer.decode(row[len(question) :]).strip()
         log.print(f'--- a held-out prompt and its answer at step {step}', tokenizer.decode(question) + answer)

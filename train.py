@@ -145,6 +145,8 @@ in_parts = store.DrawnInParts(dist) if fsdp and not initial else torch.device('m
 with in_parts:  # a rank makes, or reads, only its part of a sharded model
     raw_model = checkpoints.make_model(architecture, **shape)
 checkpoints.check_padding(raw_model.config, tokenizer)
+if not resumed.checkpoint:
+    runtime.check_blocks(raw_model.config, raw_model.config.block_size)
 weights = None
 if initial:
     weights = initial.get('model_state_dict') if resumed.checkpoint else checkpoints.weights_of(initial)
@@ -225,10 +227,7 @@ def evaluate_and_save():
 def print_samples():
     prompts, length = [[folder.config['start_token']]] * num_samples, min(sample_tokens, block_size - 1)
     with dist.autocast(), checkpoints.gathered(raw_model), dist.eager():
-        try:
-            rows = generate(raw_model, prompts, length, seed=seed, stop_tokens=[tokenizer.endoftext_id])
-        except ValueError as error:  # blocks that leave no room; the training goes on
-            return log.print(f'no sample: {error}')
+        rows = generate(raw_model, prompts, length, seed=seed, stop_tokens=[tokenizer.endoftext_id])
     for row in rows:
         log.print(f'--- a sample at step {step}', tokenizer.decode(row[1:]).strip())
     log.print('---')

@@ -411,7 +411,9 @@ def continue_run(resumed, store, model, optimizer, scaler, inputs, config):
         if checkpoint['scaler_state_dict']:  # empty unless dtype was float16
             scaler.load_state_dict(checkpoint['scaler_state_dict'])
         step, best = checkpoint['global_step'], Best(checkpoint['best_step'], checkpoint['best_val_loss'])
-        if path.parent != resumed.run_dir and (own := resumed.run_dir / 'best.pt').exists():  # a copy goes on
+        if (
+            path.resolve().parent != resumed.run_dir and (own := resumed.run_dir / 'best.pt').exists()
+        ):  # a copy goes on
             best = Best(*(load(own, mmap=True)[key] for key in ('best_step', 'best_val_loss')))
         compare = {'eval_tokens', 'eval_examples', 'best_by'}
         if ':' in config.get('dataset', ''):  # a mix, whose weights may be others

@@ -76,6 +76,12 @@ class DocumentRows:
         self.row_length, self.train_on_padding = row_length, train_on_padding
         self.tokenizer = folder.tokenizer
         self.start_token = folder.config['start_token']
+        if self.masks is not None and train_on_padding:
+            answers_end = 1 + np.flatnonzero(np.diff(np.asarray(self.masks, np.int8)) < 0)
+            problem = (
+                f'{folder.path} has texts that go on after an answer, which a bidirectional model would see'
+            )
+            require(np.isin(answers_end, self.index).all(), f'{problem}; train it by finetune.py.')
         rows = -(-np.diff(self.index).astype(np.int64) // (row_length - 1))  # of each document
         self.row_ends = np.cumsum(rows)  # the row after the last of each document
         self.num_rows = int(self.row_ends[-1]) if len(rows) else 0
@@ -104,30 +110,34 @@ class DocumentRows:
 class ExampleRows:
     """Instruction examples, one per row or, packed, as many as fit: a start token, the prompt, the answer.
 
-    Of an example that is too long the prompt is truncated on the left; one whose answer does not fit is dropped. For
-    a bidirectional model <|ignore|> follows the answer, and it is trained on that too, so that it can tell where an
-    answer ends in whatever room it is given: u² of what the row has left, u uniform by the example. In evaluation it
-    is given the whole row, because a room that depends on the answer would tell its length.
+    Of an example that is too long the prompt is truncated on the left; one whose answer does not fit is dropped.
+    by_answer: each answer of a conversation is an example of its own, which ends with it; None: for a bidirectional
+    model, which would see what comes later. <|ignore|> follows, and it is trained on that too, so that it can tell
+    where an answer ends in whatever room it is given: u² of what the row has left, u uniform by the example. In
+    evaluation it is given the whole row, because a room that depends on the answer would tell its length.
     """
 
     has_loss_mask = True
 
-    def __init__(self, folder, split, row_length, train_on_padding, packed, training=True):
+    def __init__(self, folder, split, row_length, train_on_padding, packed, training=True, by_answer=None):
         self.folder, self.split, self.row_length = folder, split, row_length
         self.train_on_padding = train_on_padding
+        self.by_answer = train_on_padding if by_answer is None else by_answer
         index = folder.index[split].astype(np.int64)
         masks = f'{split}_masks.bin, which says where the answers are'
         require(folder.masks[split] is not None, f'{folder.path} has no {masks}; use prepare/instruct.py.')
-        spans = []  # one that is all answer, a plain text, becomes several
-        for start, end in zip(index, index[1:]):
-            windows = prompts.windows(folder.masks[split][start:end], row_length - 1)
+        spans, document_of = [], []  # one that is all answer, a plain text, becomes several
+        for document, (start, end) in enumerate(zip(index, index[1:])):
+            windows = prompts.windows(folder.masks[split][start:end], row_length - 1, self.by_answer)
             spans += [(start + first, start + last) for first, last in windows]
+            document_of += [document] * len(windows)
         fitted = [self.fit(*span) for span in spans]
         kept = [number for number, example in enumerate(fitted) if example]
         short = f'answer of at most {row_length - 2} tokens'
         require(kept, f'The {split} split of {folder.path} has no {short}; choose a larger block_size.')
         lengths = np.array([1 + len(fitted[number][0]) for number in kept], np.int64)
         self.starts, self.ends = np.array(spans, np.int64)[kept].T
+        self.document_of = np.array(document_of)[kept]
         self.dropped, self.cut = len(fitted) - len(kept), int((lengths <= self.ends - self.starts).sum())
         self.num_tokens, self.num_trained = int(lengths.sum()), sum(sum(fitted[number][1]) for number in kept)
         room = row_length - lengths
@@ -140,6 +150,7 @@ class ExampleRows:
 
     def fit(self, start, end):
         ids, mask = (x[self.split][start:end].tolist() for x in (self.folder.tokens, self.folder.masks))
+        mask = prompts.last_answer(mask) if self.by_answer else mask
         return prompts.fit(ids, mask, self.row_length - 1) if 1 in mask else None
 
     def read(self, row, key=None):
@@ -153,6 +164,9 @@ class ExampleRows:
             doc_ids += [number] * (len(tokens) - len(doc_ids))
         doc_ids = np.array(doc_ids) if self.has_doc_ids else None
         return np.array(tokens), np.array(loss_mask, np.uint8), doc_ids
+
+    def documents(self, row):
+        return np.full(self.row_length, self.document_of[self.members[int(row)][0]])
 
 
 def best_fit(sizes, room):
@@ -297,8 +311,9 @@ class Batches:
         numbers = np.arange(self.rows_per_step).reshape(self.micro_steps, self.dist.world_size, -1)
         mine = numbers[:, self.dist.rank]  # (micro_steps, batch_size)
         # The count is over the rows of all ranks, so where it depends on them they are all read.
-        rows = self.read_rows(step, (numbers if self.rows.has_loss_mask else mine).ravel().tolist())
-        if self.rows.has_loss_mask:
+        depends = self.rows.has_loss_mask or self.ignore_id == self.folder.tokenizer.endoftext_id
+        rows = self.read_rows(step, (numbers if depends else mine).ravel().tolist())
+        if depends:
             count = max(1, sum(count_tokens(row, self.ignore_id) for row in rows.values()))
         else:
             count = numbers.size * (self.rows.row_length - 1)

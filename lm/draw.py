@@ -64,8 +64,8 @@ def restrict(logits, temperature, top_k, top_p):
     """Compute probabilities (N, V) at a temperature, within the top k and the nucleus p (Holtzman et al. 2020)."""
     logits = logits / temperature
     if top_k is not None and top_k < logits.size(-1):
-        kth = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
+        top = logits.topk(top_k)
+        logits = torch.full_like(logits, -torch.inf).scatter(1, top.indices, top.values)
     probabilities = logits.softmax(-1)
     if top_p is not None and top_p < 1:
         ordered, order = probabilities.sort(-1, descending=True)

@@ -47,7 +47,9 @@ def measure(model, rows, dist, batch_size, draws=8, max_tokens=0, **bound):
         windows = np.arange(start, min(start + batch_size, size))
         numbers = chosen[windows]
         batch = data.collate([rows.read(number, ()) for number in numbers], None).to(dist.device)
-        documents = np.stack([rows.documents(number) for number in numbers])  # (B, T)
+        documents = np.stack([rows.documents(number) for number in numbers])[
+            :, : batch.tokens.size(1)
+        ]  # (B, T)
         for draw in range(passes):
             noise = ratio_noise(numbers, draw, draws, rows.row_length)
             with dist.autocast():
@@ -134,7 +136,10 @@ def nll_along(model, tokens, loss_mask, path, carried, k=None):
         x_t = tokens.masked_fill(masked, model.config.mask_id)
         if carried:
             hidden, _ = model.predict(x_t, None, streams, tokens, belief)
-            belief = model.top_k_belief(hidden, masked & written_in(masked & predicted, streams), k)
+            written, before = written_in(masked & predicted, streams), belief
+            belief = model.top_k_belief(hidden, masked & written, k)
+            if before is not None:  # where no pass is made it stays
+                belief = type(belief)(*(torch.where(written[..., None], *x) for x in zip(belief, before)))
         else:
             hidden, _ = model.denoiser(x_t, None, streams, tokens, k)
         nll += weight * model.token_nll(hidden, tokens, masked & predicted)[0]

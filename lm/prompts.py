@@ -9,6 +9,7 @@ a user's text are never a special token.
 import json
 import re
 from contextlib import suppress
+from itertools import pairwise
 
 from lm import chat
 from lm.configurator import UserError, require
@@ -216,11 +217,22 @@ def markers(tokenizer):
     return re.compile(f'({"|".join(map(re.escape, names))})')
 
 
-def windows(loss_mask, limit):
-    """Return the (start, end) of each part of an example: a plain text, all in the loss, may have several."""
+def windows(loss_mask, limit, by_answer=False):
+    """Return the (start, end) of each part of an example: a plain text, all in the loss, may have several.
+
+    by_answer: one for each answer that is in the loss, from the start of the conversation to the answer's end.
+    """
     length = len(loss_mask)
+    if by_answer and not all(loss_mask):
+        return [(0, i) for i, pair in enumerate(pairwise([*loss_mask, 0]), 1) if pair[0] > pair[1]]
     size = limit if all(loss_mask) else length
     return [(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def last_answer(loss_mask):
+    """Return the loss mask of an example with its last answer alone in the loss."""
+    before = len(loss_mask) - next((i for i, x in enumerate(reversed(loss_mask)) if not x), len(loss_mask))
+    return [0] * before + loss_mask[before:]
 
 
 def fit(ids, loss_mask, limit):

@@ -43,18 +43,19 @@ FIRST = 'nats_per_token difference valid_stories followed followed_new_words inf
 FIRST = (FIRST + 'entropy tokens_per_sec accuracy bpb rep_4 format_compliance passes_per_token').split()
 PAGE = Path(__file__).with_name('report.html')
 WIDTH, BOUNDS = 100, {'upper': '≤ ', 'none': '? '}
+OF_BOUND = 'nats_per_token perplexity bpb k0.nats_per_token steps.nats_per_token'.split()
 SHORT_NOTES = """\
-≤: an upper bound of the nll; ±: half a 95 % interval. All figures, and what they mean: --wide, or
---html=FILE as a page, --output=FILE as JSON."""
+≤: an upper bound of the nll; ±: to the farther end of a 95 % interval. All figures, and what they
+mean: --wide, or --html=FILE as a page, --output=FILE as JSON."""
 NOTES = """\
-± is half a 95 % interval, over documents or, where there are fewer than 30 or several per window, over windows,
-which is somewhat too narrow where neighbouring windows are alike. exact: the nll itself; upper: an upper bound
-of it, so that an upper figure below an exact one is better, and one above it leaves the question open; no bound:
-neither, so that it does not compare. Each is of texts sampled in its order at temperature 1, as sample.py does
-unless told otherwise, and not of those that are sampled with other settings here. k = 0: the same without beliefs;
-in S steps: of sampler='ancestral' with steps=S for a whole row, and of no other. Left to right: the exact nll of a
-diffusion model that samples in this order (sampler='blocks' of length 1, fresh_beliefs=True; beliefs carried:
-False), on fewer rows.
+± goes to the farther end of a 95 % interval, over documents or, where there are fewer than 30 or several per
+window, over windows, which is somewhat too narrow where neighbouring windows are alike. exact: the nll itself;
+upper: an upper bound of it, so that an upper figure below an exact one is better, and one above it leaves the
+question open; no bound: neither, so that it does not compare. Each is of texts sampled in its order at
+temperature 1, as sample.py does unless told otherwise, and not of those that are sampled with other settings
+here. k = 0: the same without beliefs; in S steps: of sampler='ancestral' with steps=S for a whole row, and of
+no other. Left to right: the exact nll of a diffusion model that samples in this order (of whole rows:
+sampler='blocks' of length 1, fresh_beliefs=True; beliefs carried: False), on fewer rows.
 Accuracy: of the next token for ar, of masked tokens for the others, so the two do not compare. Diversity is
 of the samples that are not empty; it depends on their number and length: compare it with that of held-out
 text. Stories: the share of samples that are stories of the grammar; right: the share of a sample's text before its
@@ -101,15 +102,16 @@ def cells(results, columns):
 
 
 def cell(row, key, form):
-    """Return a value, and half its interval, as text."""
+    """Return a value, and how far its interval goes from it, as text."""
     value = row.get(key, '')
     ci = row.get(key.replace('nats_per_token', 'ci95') if 'nats_per_token' in key else key + '_ci95')
     if value is None:
         return 'n/a'
     if isinstance(value, str):
         return value.replace('none', 'no bound')
-    sign = BOUNDS.get(row.get('bound'), '') if key == 'nats_per_token' else ''
-    return sign + format(value, form) + (f' ± {format((ci[1] - ci[0]) / 2, form.lstrip("+"))}' if ci else '')
+    sign = BOUNDS.get(row.get('bound'), '') if key in OF_BOUND else ''
+    far = ci and max(ci[1] - value, value - ci[0])
+    return sign + format(value, form) + (f' ± {format(far, form.lstrip("+"))}' if ci else '')
 
 
 def table(results, wide=False):

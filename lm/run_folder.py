@@ -48,10 +48,11 @@ def name_of(path):
     return {'ckpt.pt': run, 'best.pt': f'{run}-best'}.get(path.name, path.name.removesuffix('.pt'))
 
 
-def open_run_folder(out_dir, name, suffix='', run_dir=None, overwrite=False):
+def open_run_folder(out_dir, name, suffix='', run_dir=None, overwrite=False, init_from=''):
     """Return the run's folder, empty but for a run to continue: `out_dir`, or out/{name}-v{n} with the next free n.
 
-    A folder that holds a run is refused, unless it is the `run_dir` to continue, or `overwrite` deletes it.
+    A folder that holds a run is refused, unless it is the `run_dir` to continue, or `overwrite` deletes it; but
+    not where the new run starts from it, `init_from`.
     """
     n = 0
     while not out_dir:
@@ -67,6 +68,9 @@ def open_run_folder(out_dir, name, suffix='', run_dir=None, overwrite=False):
     if folder.resolve() != run_dir and any((folder / name).exists() for name in [*RUN_FILES, 'logs.log']):
         remedy = 'continue it with --resume_from=auto, delete it with --overwrite, or choose another out_dir'
         require(overwrite, f'{folder} already holds a run; {remedy}.')
+        base = Path(init_from or os.devnull).resolve()
+        is_base = folder.resolve() in (base, *base.parents)
+        require(not is_base, f'{folder} holds what the run starts from, {init_from}; choose another out_dir.')
         with lock(folder) as log:
             for path in (folder / file for file in RUN_FILES):
                 is_folder = path.is_dir() and not path.is_symlink()

@@ -93,6 +93,15 @@ def check_settings(config):
     require(not is_odd, 'fsdp does not go with dtype=float16; leave one of them out.')
 
 
+def check_blocks(config, block_size):
+    """Raise a UserError for blocks that a row is no multiple of: the bound of the last one is not of what is written,
+    in a whole block after a moved window."""
+    for length in config.block_length:
+        fits = not length or length >= block_size or block_size % length == 0
+        remedy = f'choose block_size={block_size // max(1, length) * length}, or another length'
+        require(fits, f'Blocks of {length} do not fill rows of block_size={block_size}; {remedy}.')
+
+
 def plan_steps(config, num_rows, rows_per_step):
     """Return the number of steps and how many of them warm up, by those of the competing settings that came last."""
     max_steps, num_epochs, warmup = config['max_steps'], config['num_epochs'], config['warmup_steps']

@@ -16,6 +16,8 @@ def settings(config, vocab_size, world_size):
     """
     depth, given = config['depth'], config.given & {'model_size', 'init_from'}
     require(depth >= 1, f'depth is {depth}; give a number of layers.')
+    by_epochs = 'num_epochs' in config.given
+    require(not by_epochs, f'depth={depth} sets the steps by itself; give --max_steps instead of num_epochs.')
     require(not given, f'depth={depth} makes a new model by itself; leave out {" and ".join(given)}.')
     width = WIDTH * depth
     parameters = 12 * depth * width**2 + vocab_size * width

@@ -57,7 +57,7 @@ def mean_ci(values, weights=1):
     """Return Σ values / Σ weights over independent documents and its 95 % interval [low, high].
 
     values: (N,), a document's total, such as its nll; weights: (N,), such as its number of tokens.
-    The interval is None for fewer than 2 documents with weight. It is that of a linearised ratio, mean ± t · se. A
+    The interval is None for fewer than 4 documents with weight. It is that of a linearised ratio, mean ± t · se. A
     few long documents may carry most of the weight, so each squared residual is divided by 1 - h, h the document's
     share of the weight, and t has Satterthwaite's degrees of freedom (Bell & McCaffrey 2002): in simulations of 30
     to 1000 documents of log-normal or Pareto length it covers 95 to 96 %, where a normal quantile covers 90 to 94.
@@ -68,7 +68,7 @@ def mean_ci(values, weights=1):
         return None, None
 
     mean, h = float(values.sum() / weights.sum()), weights / weights.sum()  # h: (N,)
-    if h.max() == 1:
+    if len(values) < 4:
         return mean, None
     se = math.sqrt(((values / weights.sum() - mean * h) ** 2 / (1 - h)).sum())
     freedom = max(3, (h**2).sum() ** 2 / (h**4).sum() - 1)

@@ -260,6 +260,18 @@ def test_a_finished_run_is_left_alone_and_goes_on_where_it_is_made_longer(place)
 
 
 @pytest.mark.faults
+def test_a_run_that_dies_in_its_last_evaluation_is_not_finished(place, monkeypatch):
+    classify(*TINY, *TASK, '--max_steps=2', '--out_dir=run')
+    with monkeypatch.context() as patch:
+        patch.setattr(np, 'savez_compressed', lambda *_, **__: (_ for _ in ()).throw(InterruptedError))
+        with pytest.raises(UserError, match='could not be written'):
+            classify('--resume_from=run', '--max_steps=4')
+    assert not (place / 'run/predictions.npz').exists()  # those of the shorter run
+    classify('--resume_from=run')
+    assert (place / 'run/predictions.npz').exists()
+
+
+@pytest.mark.faults
 def test_a_run_goes_on_with_other_labels_only_on_purpose(place):
     settings = [*TINY, *TEXTS, *BYTES, '--out_dir=run']
     classify(*settings, '--max_steps=2')

@@ -333,6 +333,20 @@ def taught(tmp_path_factory):
     return path
 
 
+def test_an_interval_goes_to_its_farther_end_and_what_follows_from_a_bound_is_one():
+    row = {'bound': 'upper', 'perplexity': 2.0, 'valid_stories': 1.0, 'valid_stories_ci95': [0.722, 1.0]}
+    assert report.cell(row, 'valid_stories', '.3f') == '1.000 ± 0.278'
+    assert report.cell(row, 'perplexity', '.2f') == '≤ 2.00'
+
+
+@pytest.mark.faults
+def test_answers_do_not_depend_on_what_else_is_in_a_batch(taught):
+    arguments = [f'--checkpoint={taught}/ar,{taught}/diffusion', '--metrics=instructions', '--temperature=0']
+    arguments += [f'--instructions={taught}/checks.json', '--sampler=confidence', '--block_size=64']
+    one, many = (models_of(*arguments, f'--batch_size={size}') for size in (1, 32))
+    assert [model['answers'] for model in one] == [model['answers'] for model in many]
+
+
 def test_instruction_models_are_measured_on_responses(taught):
     arguments = ['--metrics=perplexity,instructions', f'--instructions={taught}/checks.json', '--draws=2']
     for model in models_of(f'--checkpoint={taught}/ar,{taught}/diffusion', '--sample_tokens=9', *arguments):

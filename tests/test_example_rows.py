@@ -1,5 +1,7 @@
 """Rows of instruction examples: each example once, only answers in the loss, none sees another."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from conftest import random_model
 from helpers import FORM, GPT2_SWITCHES, special_ids, turns, write_examples
 
 from lm import data, prompts, rng
+from lm.configurator import UserError
 from lm.folder import Folder
 from model import ARCHITECTURES
 
@@ -42,6 +45,28 @@ def test_each_example_comes_once_whole_and_only_answers_are_in_the_loss(examples
     expected = [prompts.encode(examples.tokenizer, FORM, [turn]) for turn in turns(60)]
     assert sorted(seen) == sorted(expected)
     assert rows.num_rows == 60 if mode == 'examples' else rows.num_rows < 35
+
+
+@pytest.mark.faults
+def test_a_bidirectional_model_sees_nothing_behind_an_answer(examples):
+    parts = dict(
+        index=[0, 9], tokens=[*range(9)], masks=[0, 1, 1, 0, 0, 1, 1, 1, 0]
+    )  # two answers, and a newline
+    parts = {name: {'train': np.array(array)} for name, array in parts.items()}
+    folder = SimpleNamespace(**parts, config=examples.config, tokenizer=examples.tokenizer, path='here')
+    start = folder.config['start_token']
+    read = lambda architecture: [
+        x[:2] for x in map(rows_of[architecture].read, range(rows_of[architecture].num_rows))
+    ]
+    rows_of = {name: make_rows(folder, name, 9, 'examples') for name in ('ar', 'diffusion')}
+    ((tokens, loss_mask),) = read('ar')
+    assert tokens.tolist() == [start, *range(9)] and loss_mask.tolist() == [0, 0, 1, 1, 0, 0, 1, 1, 1, 0]
+    (first, first_mask), (second, second_mask) = read('diffusion')
+    assert first[:4].tolist() == [start, 0, 1, 2] and first_mask[:4].tolist() == [0, 0, 1, 1]
+    assert {*first[4:].tolist()} <= {folder.tokenizer.ignore_id}
+    assert second.tolist() == [start, *range(8)] and second_mask.tolist() == [0] * 6 + [1] * 3
+    with pytest.raises(UserError, match='here has texts that go on after an answer'):
+        make_rows(folder, 'diffusion', 9, 'documents')
 
 
 @pytest.mark.faults

@@ -234,6 +234,21 @@ def test_neither_batch_size_nor_ranks_change_the_other_bounds(folder, bound):
     assert measured(folder, 'sdd', **bound)['windows']['nll'].sum() != own['windows']['nll'].sum()
 
 
+@pytest.mark.faults
+@torch.no_grad()
+def test_carried_beliefs_stay_where_a_token_is_given(folder):
+    model, loss_mask = model_for(folder, 'sdd'), torch.tensor([[0, 1, 1, 0, 1, 1]])
+    tokens = torch.tensor([folder.tokenizer.encode('a cats')])
+    nll, belief = torch.zeros(1, 6), None
+    for i in (1, 2, 4, 5):  # as `generate` makes its passes
+        masked = loss_mask.bool() & (torch.arange(6) >= i)
+        hidden, _ = model.predict(tokens.masked_fill(masked, model.config.mask_id), belief=belief)
+        belief = model.top_k_belief(hidden, masked, model.config.k)
+        nll[0, i] = model.token_nll(hidden, tokens, masked & (torch.arange(6) == i))[0].sum()
+    found = likelihood.chain_rule(model, tokens, loss_mask, carried=True)
+    torch.testing.assert_close(found, nll, atol=1e-5, rtol=1e-5)
+
+
 # ---------------------------------------------------------------------------- texts
 
 

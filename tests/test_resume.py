@@ -144,13 +144,14 @@ def test_changed_settings_are_honoured_and_reported(copied, capsys):
 
 
 @pytest.mark.faults
-def test_the_best_of_another_evaluation_is_not_the_best_of_this_one(copied, place):
+def test_the_best_of_another_evaluation_is_not_the_best_of_this_one(copied, place, monkeypatch):
     checkpoint = load(copied)
     torch.save({**checkpoint, 'best_val_loss': 0.1, 'best_step': 3}, copied / 'ckpt.pt')
     same_data = f'--dataset={place}/../{place.name}/letters'  # by another path
     run('train.py', f'--resume_from={copied}', '--max_steps=9', same_data)
     assert load(copied)['best_val_loss'] == 0.1
-    run('train.py', f'--resume_from={copied}', '--max_steps=12', '--eval_tokens=60')
+    monkeypatch.chdir(copied.parent)
+    run('train.py', f'--resume_from={copied.name}', '--max_steps=12', '--eval_tokens=60')
     assert 1 < load(copied)['best_val_loss'] < 9 and load(copied)['best_step'] == 12
 
 

@@ -36,6 +36,17 @@ def test_the_newest_copies_and_the_best_are_kept(tmp_path):
     assert set(kept()) == {10, 11}
 
 
+@pytest.mark.faults
+def test_overwrite_never_deletes_what_the_new_run_starts_from(tmp_path):
+    (tmp_path / 'ckpt.pt').write_text('weights')
+    for base in (tmp_path, tmp_path / 'ckpt.pt', tmp_path / 'checkpoints/checkpoint-1/ckpt.pt'):
+        with pytest.raises(UserError, match='holds what the run starts from'):
+            run_folder.open_run_folder(tmp_path, 'a', overwrite=True, init_from=str(base))
+    assert (tmp_path / 'ckpt.pt').read_text() == 'weights'
+    run_folder.open_run_folder(tmp_path, 'a', overwrite=True, init_from=f'{tmp_path}-other')
+    assert not (tmp_path / 'ckpt.pt').exists()
+
+
 def test_run_folders_are_numbered_and_the_suffix_comes_last(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, 'ROOT', tmp_path)
     for name, suffix, expected in (

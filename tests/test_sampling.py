@@ -142,6 +142,10 @@ def test_top_k_and_the_smallest_nucleus_by_hand(options, expected):
     torch.testing.assert_close(kept / kept.sum(), torch.tensor([expected], dtype=torch.float64))
 
 
+def test_of_equal_logits_no_more_than_k_are_kept():
+    assert restrict(torch.tensor([[1.0, 1.0, 0.0]]), 1.0, 1, None).count_nonzero() == 1
+
+
 def states_of(model, rows):
     with torch.no_grad():
         return model.hidden(torch.tensor([[1, 2, 3]]))[0, -1].expand(rows, -1)

@@ -77,10 +77,15 @@ def test_equal_weights_give_students_interval(n, quantile):
     assert (high - low) / 2 == pytest.approx(half, rel=0.02 if n < 30 else 0.003)
 
 
+def test_three_documents_have_no_interval():
+    assert mean_ci([1, 2, 3]) == (2, None)  # of 95 % it would cover 89
+
+
 def test_the_weighted_interval_by_hand():
-    # Mean 12/4 = 3; residuals 1, -1, 0 (of 4, 2, 6 with weights 1, 1, 2), shares 1/4, 1/4, 1/2; t with 3 degrees.
-    half = (1.96 + (1.96**3 + 1.96) / 12) * math.sqrt((1 / 16 + 1 / 16) / (3 / 4))
-    mean, ci = mean_ci([4, 2, 6], [1, 1, 2])
+    # Mean 15/5 = 3; residuals 1, -1, 0, 0 (of 4, 2, 6, 3 with weights 1, 1, 2, 1), shares 1/5, 1/5, 2/5, 1/5; t with 3
+    # degrees.
+    half = (1.96 + (1.96**3 + 1.96) / 12) * math.sqrt((1 / 25 + 1 / 25) / (4 / 5))
+    mean, ci = mean_ci([4, 2, 6, 3], [1, 1, 2, 1])
     assert mean == 3 and ci == pytest.approx([3 - half, 3 + half], rel=1e-4)
 
 
