@@ -166,7 +166,7 @@ if use_peft:
     from lm import lora, quantize  # only where it is wanted
 
     def add_adapters(model):
-        targets = tuple(name.strip() for name in peft_targets.split(',')) if peft_targets else ()
+        targets = tuple(filter(None, map(str.strip, peft_targets.split(','))))
         if is_quantized:
             quantize.quantize(model, bits=8 if load_in_8bit else 4)
         lora.add_lora(model, peft_lora_r, peft_lora_alpha, peft_lora_dropout, targets)

@@ -15,7 +15,7 @@ from lm.configurator import UserError, require
 from lm.files import as_sentence
 
 SAID = re.compile('\ue000(\\d+)\ue001(.*?)\ue002', re.S)  # the number of a message, and its content
-NO_TAGS = re.compile(r'{%-?\s*(end)?generation\s*-?%}')  # transformers' own: what the assistant says
+GENERATION = re.compile(r'{%(-?)\s*(end)?generation\s*(-?)%}')  # transformers' own: what the assistant says
 
 
 def is_chat_template(form):
@@ -32,7 +32,10 @@ def compiled(template):
     environment.filters['tojson'] = partial(json.dumps, ensure_ascii=False)
     now = lambda form: datetime.now().strftime(form)  # when it is rendered
     environment.globals.update(raise_exception=refuse, strftime_now=now)
-    return environment.from_string(NO_TAGS.sub('', template))
+    tag = lambda found: (
+        f'{{%{found[1]} {"endif" if found[2] else "if true"} {found[3]}%}}'
+    )  # strips spaces as it does
+    return environment.from_string(GENERATION.sub(tag, template))
 
 
 def render(template, tokenizer, messages, add_generation_prompt):

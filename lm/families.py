@@ -175,6 +175,8 @@ def with_rope_and_length(c):
     kind = rope.get('rope_type', rope.get('type', 'default'))
     scaling = {'rope_type': kind, **{key: rope[key] for key in ROPE_NUMBERS if key in rope}}
     length, window = c['max_position_embeddings'], c.get('sliding_window')
+    if kind == 'llama3':  # as transformers has it where it is missing
+        scaling.setdefault(ROPE_NUMBERS[-1], c.get(ROPE_NUMBERS[-1]) or length)
     slides = c['model_type'] == 'mistral' or 'sliding_attention' in (c.get('layer_types') or ())
     if window and (slides or c.get('use_sliding_window')):
         length = min(length, window)  # up to there a window changes nothing

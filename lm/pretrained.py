@@ -2,6 +2,7 @@
 
 import json
 import re
+import zipfile
 from pathlib import Path
 
 import safetensors.torch
@@ -96,6 +97,10 @@ def load_state_dict(tensors, family, architecture, config, source):
     tensors = {without_prefix(name): tensor for name, tensor in tensors.items()}
     head = families.hf_name('unembedding.weight', family)[0]
     used = {without_prefix(head)} if config.tied else set()  # a copy of the embedding
+    table = tensors.get(without_prefix(families.hf_name('embedding.weight', family)[0]))
+    own = tensors.get(without_prefix(head)) if config.tied else None
+    is_copy = table is None or own is None or torch.equal(table, own)
+    require(is_copy, f'{source} has a head of its own; set tie_word_embeddings to false in its config.json.')
     state_dict, faults = {}, []
     with torch.device('meta'):  # names and shapes alone
         expected = architecture(config).state_dict()
@@ -133,7 +138,7 @@ def open_tensors(folder):
     """Return {name: tensor} of a folder; its files are mapped into memory and read when they are used."""
     for file in ('model.safetensors', 'pytorch_model.bin'):
         index, names = folder / f'{file}.index.json', {file}
-        if index.is_file():
+        if index.is_file() and not (folder / file).is_file():  # or it is of an earlier model
             names = set(read_json(index).get('weight_map', {}).values())
         if index.is_file() or (folder / file).is_file():
             outside = [name for name in names if Path(name).name != name]
@@ -148,7 +153,7 @@ def read_tensors(path):
     with as_sentence(f'{path} cannot be read as weights'):
         if path.suffix == '.safetensors':
             return safetensors.torch.load_file(path)
-        return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+        return torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
 
 
 def read_json(path):

@@ -135,7 +135,7 @@ def encode(tokenizer, form, turns, system=''):
         head, values = head_and_values(form, instruction, given, '' if number else system)
         parts = re.split(r'{(\w+)}', between + head if number else head)  # text, slot, text, ...
         parts = [(values[part], False) if i % 2 else (part, True) for i, part in enumerate(parts)]
-        prompt = encode_parts(tokenizer, parts)
+        prompt = encode_parts(tokenizer, parts, bool(ids))
         answer = [] if output is None else tokenizer.encode(output) + [end]
         ids += prompt + answer
         loss_mask += [0] * len(prompt) + [int(all(learnt))] * len(answer)
@@ -151,18 +151,18 @@ def encode_chat(tokenizer, template, turns, system=''):
         if answering:  # until the first marker after it
             end = markers(tokenizer).search(text)
             before, text = (text[: end.end()], text[end.end() :]) if end else ('', text)
-            ids += encode_parts(tokenizer, [(before, True)]) or [tokenizer.endoftext_id]
+            ids += encode_parts(tokenizer, [(before, True)], True) or [tokenizer.endoftext_id]
             loss_mask += [next(learnt)] * (len(ids) - len(loss_mask))
         answering = role == 'assistant'
         if answering:
-            ids, prompt = ids + encode_parts(tokenizer, prompt), []
+            ids, prompt = ids + encode_parts(tokenizer, prompt, bool(ids)), []
             loss_mask += [0] * (len(ids) - len(loss_mask))
-            ids += tokenizer.encode(text)
+            ids += tokenizer.encode_behind(text)
         else:
             prompt.append((text, role == 'template'))
     is_header = any(markers(tokenizer).search(text) for text, _ in prompt)
     if turns[-1][2] is None or not is_header:  # some templates always write that of one more answer
-        ids += encode_parts(tokenizer, prompt)
+        ids += encode_parts(tokenizer, prompt, bool(ids))
     return ids, loss_mask + [0] * (len(ids) - len(loss_mask))
 
 
@@ -175,7 +175,8 @@ def encode_infill(tokenizer, text):
     for i, part in enumerate(GAP.split(text)):
         size = part.lstrip('0') if i % 2 else ''
         require(len(size) < 8, f'<mask:{part:.20}> is longer than any row; write a smaller number.')
-        ids += [tokenizer.mask_id] * int(size or 0) if i % 2 else tokenizer.encode(part)
+        encode = tokenizer.encode_behind if i else tokenizer.encode
+        ids += [tokenizer.mask_id] * int(size or 0) if i % 2 else encode(part)
     require(tokenizer.mask_id in ids, f'{text!r:.80} has no gap; write <mask:12> for 12 missing tokens.')
     return ids
 
@@ -198,17 +199,24 @@ def start_of(form, tokenizer, start_token):
     return first[0] if first and first[0] in tokenizer.special_ids.values() else start_token
 
 
-def encode_parts(tokenizer, parts):
-    """Return the token ids of [(text, whether special tokens count)]; all between two of these is one text."""
+def encode_parts(tokenizer, parts, is_behind=False):
+    """Return the token ids of [(text, whether special tokens count)]; all between two of these is one text.
+
+    is_behind: they stand behind others, the last of which is a special token.
+    """
     ids, text = [], ''
+
+    def encoded():
+        return tokenizer.encode_behind(text, is_text=False) if ids or is_behind else tokenizer.encode(text)
+
     for part, has_markers in parts:
         for piece in markers(tokenizer).split(part) if has_markers else [part]:
             if has_markers and piece in tokenizer.special_ids:
-                ids += tokenizer.encode(text) + [tokenizer.special_ids[piece]]
+                ids += encoded() + [tokenizer.special_ids[piece]]
                 text = ''
             else:
                 text += piece
-    return ids + tokenizer.encode(text)
+    return ids + encoded()
 
 
 def markers(tokenizer):

@@ -21,7 +21,8 @@ BLOCK = 64  # weights that share a scale
 def quantize(model, bits):
     """Replace the blocks' linear layers by frozen ones of 8 or 4 bits; embedding, head and norms stay."""
     for name, layer in linear_layers(model):
-        model.set_submodule(name, QuantizedLinear(layer, bits).requires_grad_(False))
+        frozen = QuantizedLinear(layer, bits).requires_grad_(False)
+        model.set_submodule(name, frozen.train(layer.training))
 
 
 def linear_layers(model):
@@ -123,6 +124,7 @@ class PackedLinear(nn.Module):
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16(), None)
 
     def forward(self, x):
+        x = x.float()  # also under autocast
         if self.kind == 'bfloat16':
             y = ONEDNN(x.bfloat16(), self.packed, None, 'none', [], '').float()
         elif self.kind == 'float16':

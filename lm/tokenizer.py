@@ -2,7 +2,7 @@
 
 import json
 import re
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 
@@ -87,10 +87,38 @@ class Tokenizer:
             require(not unknown, f'{problem}; leave it out, or prepare data with --tokenizer=bytes or bpe.')
         return [row.ids for row in self.inner.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def encode_behind(self, text, is_text=True):
+        """Return the token ids of a text that stands behind another, or (is_text=False) behind a special token: without
+        what some tokenizers, as SentencePiece's, put before the first word of a text."""
+        if self._characters is not None or not (is_text or self.unprefixed[1]):
+            return self.encode(text)
+        return self.unprefixed[0].encode(text, add_special_tokens=False).ids
+
+    @cached_property
+    def unprefixed(self):
+        """The tokenizers.Tokenizer that puts nothing there, and whether this one does so behind a special token too."""
+        parts = json.loads(self.inner.to_str())
+        schemes = []
+
+        def strip(part):
+            for name in {'normalizers', 'pretokenizers'} & part.keys():
+                part[name] = [one for one in map(strip, part[name]) if one]
+            if 'prepend_scheme' in part:
+                schemes.append(part['prepend_scheme'])
+                part['prepend_scheme'] = 'never'
+            if part.get('type') == 'ByteLevel':
+                part['add_prefix_space'] = False
+            return None if part.get('type') == 'Prepend' else part
+
+        parts |= {name: strip(parts[name]) for name in ('normalizer', 'pre_tokenizer') if parts[name]}
+        inner = tokenizers.Tokenizer.from_str(json.dumps(parts))
+        inner.encode_special_tokens = True
+        return inner, 'first' in schemes
+
     @property
     def joins_spaces(self):
         """True where a word's token begins with the space before it."""
-        return self._characters is None and len(self.encode(' a')) == 1
+        return self._characters is None and len(self.encode_behind(' a')) == 1
 
     def decode(self, ids, show_special=False):
         """Return the text of `ids`; special tokens decode to nothing, or to their names."""
@@ -196,11 +224,13 @@ def json_of_pair(folder):
         parts = [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
         tokenizer.pre_tokenizer, tokenizer.normalizer = pre_tokenizers.Sequence(parts), normalizers.NFC()
     with as_sentence(f'tokenizer_config.json of {folder} could not be read', 'download it again'):
-        added = settings.get('added_tokens_decoder', {})
-        for i in sorted(added, key=int):
+        names = settings_of(folder, 'added_tokens.json')  # the older form
+        added = {i: {'content': token, 'special': True} for token, i in names.items()}
+        added = {**added, **{int(i): token for i, token in settings.get('added_tokens_decoder', {}).items()}}
+        for i in sorted(added):
             token = added[i]['content']
             tokenizer.add_tokens([AddedToken(token, special=added[i]['special'], normalized=False)])
-            require(tokenizer.token_to_id(token) == int(i), f'{token} of {folder} cannot be token {i}.')
+            require(tokenizer.token_to_id(token) == i, f'{token} of {folder} cannot be token {i}.')
     return tokenizer.to_str()
 
 

@@ -81,6 +81,24 @@ def test_old_and_new_keys_of_rotary_positions_say_the_same(name, old, tmp_path):
     assert not torch.equal(checkpoints.make_model('ar', **shape).rope, new.rope)
 
 
+@pytest.mark.faults
+def test_what_transformers_takes_for_granted_is_taken_or_refused(tmp_path):
+    hf_model('llama-3.2', tmp_path)
+    config = json.loads((tmp_path / 'config.json').read_text())
+    del config['rope_parameters']['original_max_position_embeddings']
+    fields = families.config_from_hf(config, 'here')
+    assert fields['rope_scaling']['original_max_position_embeddings'] == config['max_position_embeddings']
+    (tmp_path / 'model.safetensors.index.json').write_text(
+        '{"weight_map": {"a": "b"}}'
+    )  # of an earlier model
+    load(tmp_path)
+    tensors = safetensors.torch.load_file(tmp_path / 'model.safetensors')
+    tensors['lm_head.weight'] = tensors['model.embed_tokens.weight'] + 1
+    safetensors.torch.save_file(tensors, tmp_path / 'model.safetensors', metadata={'format': 'pt'})
+    with pytest.raises(UserError, match='has a head of its own; set tie_word_embeddings to false'):
+        load(tmp_path)
+
+
 def test_rotary_positions_stay_exact_in_bfloat16(tmp_path):
     hf_model('llama', tmp_path)
     model = load(tmp_path)
@@ -204,8 +222,9 @@ MISTAKES = {
     'a key that is missing': (lambda f: edit_config(f, hidden_size=None), "config.json lacks 'hidden_size'"),
     'a config cut short': (lambda f: (f / 'config.json').write_text('{"model_type": '), 'cannot be read'),
     'a shard that is missing': (
-        lambda f: (f / 'model.safetensors.index.json').write_text(
-            '{"weight_map": {"a": "part-1.safetensors"}}'
+        lambda f: (
+            (f / 'model.safetensors').rename(f / 'other')
+            and (f / 'model.safetensors.index.json').write_text('{"weight_map": {"a": "part-1.safetensors"}}')
         ),
         'part-1.safetensors cannot be read as weights',
     ),
@@ -303,6 +322,9 @@ def test_the_older_pair_of_tokenizer_files_is_read(tmp_path):
     assert tokenizer.encode('the cat') == [vocab[token] for token in ('the', 'Ġ', 'c', 'a', 't')]
     assert tokenizer.decode(tokenizer.encode('the cat') + [2]) == 'the cat'
     assert tokenizer.endoftext_id == tokenizer.start_id == 2
+    (tmp_path / 'added_tokens.json').write_text('{"<|im_end|>": 12, "<|im_start|>": 11}')
+    (tmp_path / 'tokenizer_config.json').write_text('{"eos_token": "<|im_end|>"}')
+    assert Tokenizer.load(tmp_path).endoftext_id == 12 and Tokenizer.load(tmp_path).mask_id == 13
 
 
 def test_a_model_without_a_tokenizer_says_so_when_it_needs_one(tmp_path):

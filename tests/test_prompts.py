@@ -123,6 +123,46 @@ def test_a_chat_template_gives_the_tokens_of_our_own_format():
     assert prompts.end_of(CHATML_JINJA, tokenizer)[0] == tokenizer.special_ids['<|im_end|>']
 
 
+def sentencepiece(scheme):
+    """A BPE that writes spaces as ▁, with the markers of zephyr; scheme: where ▁ stands before a word without one."""
+    pieces = ['▁', *ASCII, '▁h', '▁hi', 'th', '▁th', '▁the']
+    merges = [('▁', 'h'), ('▁h', 'i'), ('t', 'h'), ('▁', 'th'), ('▁th', 'e')]
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE({piece: i for i, piece in enumerate(pieces)}, merges))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    inner.add_special_tokens(['<s>', '</s>', '<|user|>', '<|assistant|>'])
+    return inner
+
+
+@pytest.mark.parametrize('scheme', ['first', 'always', 'never'])
+def test_a_conversation_has_the_tokens_that_transformers_gives_it(scheme, tmp_path):
+    transformers = pytest.importorskip('transformers', reason='transformers is not installed')
+    inner, (user, model) = sentencepiece(scheme), (('user', 'assistant'))
+    zephyr = '{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}'
+    zephyr += (
+        '{%- if add_generation_prompt %}\n<|assistant|>\n{% generation %}{%- endgeneration %}{% endif %}'
+    )
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token='<s>', eos_token='</s>', chat_template=zephyr
+    )
+    said = [
+        {'role': role, 'content': text} for role, text in ((user, 'hi the'), (model, 'the'), (user, 'hi'))
+    ]
+    expected = theirs.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
+    ours = Tokenizer(inner.to_str(), end='</s>')
+    found, loss_mask = prompts.encode(ours, zephyr, [('hi the', '', 'the'), ('hi', '', None)])
+    assert [inner.token_to_id('<|user|>'), *found] == expected
+    assert sum(loss_mask) == 3  # th, e and </s>
+
+
+@pytest.mark.parametrize('scheme', ['first', 'always', 'never'])
+def test_what_stands_behind_a_gap_stays_as_it_is(scheme):
+    tokenizer = Tokenizer(sentencepiece(scheme).to_str(), end='</s>')
+    names = [
+        tokenizer.inner.id_to_token(i) for i in prompts.encode_infill(tokenizer, 'hi th<mask:1>e<mask:2> the')
+    ]
+    assert names[-4:] == ['e', '<|mask|>', '<|mask|>', '▁the'] and names[-5] == '<|mask|>'
+
+
 def test_what_is_said_is_no_marker_of_a_chat_template():
     tokenizer, nasty = with_markers(), 'a<|im_end|>\ue000b'
     ids, loss_mask = prompts.encode(tokenizer, CHATML_JINJA, [(nasty, '', nasty)])

@@ -65,6 +65,14 @@ def test_only_the_linear_layers_of_blocks_are_quantized(bits):
 
 @pytest.mark.parametrize('bits', [8, 4])
 @torch.no_grad()
+def test_a_quantized_layer_drops_nothing_where_its_model_does_not(bits):
+    model = random_model('ar', 0.3, **SHAPE).eval()
+    quantize(model, bits)
+    assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize('bits', [8, 4])
+@torch.no_grad()
 def test_merging_into_few_bits_gives_plain_layers(bits):
     model = random_model('ar', 0.3, **SHAPE)
     quantize(model, bits)
@@ -138,6 +146,14 @@ def test_the_likelihood_of_packed_weights_is_of_what_is_written():
         nll = model.nll(some_tokens()[:1])
     expected = F.cross_entropy(after[0, :-1], some_tokens()[:1][0, 1:], reduction='sum')
     assert nll.item() == pytest.approx(expected.item(), rel=0.005)
+
+
+@pytest.mark.parametrize('kind', ['int8', 'float16'])
+def test_packed_weights_take_what_autocast_gives_them(kind):
+    layer = torch.nn.Linear(16, 8)
+    x = torch.randn(3, 16).bfloat16()
+    y = PackedLinear(layer.weight, layer.bias, kind)(x)
+    torch.testing.assert_close(y, layer(x.float()), atol=0.05, rtol=0.05)
 
 
 def test_weights_of_another_kind_are_refused():
