@@ -21,7 +21,7 @@ from huggingface_hub import save_torch_state_dict
 from lm import chat, checkpoints, families, files, lora, pretrained, prompts, sharded
 from lm.configurator import UserError, require
 from lm.tokenizer import IGNORE, MASK, Tokenizer, recorded_in
-from model import ModelConfig
+from model import ARCHITECTURES, ModelConfig
 
 SHARD_BYTES = 5 * 10**9  # of an exported file, at most
 
@@ -73,7 +73,8 @@ def export(source, out):
     readers = f'for these scripts ({families.NATIVE!r}, {architecture}); transformers cannot read it'
     if family:
         left_out = f', without the {size - rows} that were added ({MASK}, {IGNORE})' if size > rows else ''
-        reader = 'transformers' if families.FAMILIES[family][0] == 'ar' else 'the code of its authors'
+        is_known = ARCHITECTURES[architecture].causal
+        reader = 'transformers' if is_known else 'the code of its authors'
         readers = f'of the family {family!r}, for {reader}; {rows} tokens{left_out}'
     lost = '; the head of the classifier is not in it' * ('head_state_dict' in checkpoint)
     return f'{source}, {readers}{lost}.'

@@ -496,4 +496,5 @@ ARCHITECTURES = {'ar': Autoregressive, 'diffusion': Diffusion, 'sdd': SDD}
 
 def architecture_name(model):
     """Return the name in ARCHITECTURES of a model, which FSDP2 may have made a subclass of, or of its class."""
-    return next(name for name, c in reversed(ARCHITECTURES.items()) if isinstance(model, c) or model is c)
+    kinds = (model if isinstance(model, type) else type(model)).__mro__
+    return next(name for kind in kinds for name, c in ARCHITECTURES.items() if c is kind)

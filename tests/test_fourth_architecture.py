@@ -73,10 +73,12 @@ class Wandb(SimpleNamespace):
 
 @pytest.fixture(scope='module', params=KINDS)
 def name(request):
-    """The name of an architecture that was added."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ARCHITECTURES, request.param, KINDS[request.param])
-        yield request.param
+    """The name of an architecture that was added, before the class that it is made from."""
+    others = dict(ARCHITECTURES)
+    ARCHITECTURES.clear()
+    ARCHITECTURES.update({request.param: KINDS[request.param], **others})
+    yield request.param
+    del ARCHITECTURES[request.param]
 
 
 @pytest.fixture(scope='module')
