@@ -270,7 +270,9 @@ def pretrained_token(folder, kind):
 def pretrained_start(folder):
     """Return the name or id of what, as a folder of ours or Hugging Face's says, is before a text, or None."""
     recorded = settings_of(folder, 'config.json').get('start_token')
-    adds_bos = settings_of(folder, 'tokenizer_config.json').get('add_bos_token')
+    settings, jinja = settings_of(folder, 'tokenizer_config.json'), folder / 'chat_template.jinja'
+    template = jinja.read_text(errors='replace') if jinja.is_file() else str(settings.get('chat_template'))
+    adds_bos = settings.get('add_bos_token') or 'bos_token' in template
     adds_bos = adds_bos or pretrained_mask(folder) is not None  # as diffusion models are trained
     return pretrained_token(folder, 'bos') if recorded is None and adds_bos else recorded
 

@@ -189,6 +189,19 @@ def test_a_folder_is_asked_by_its_own_chat_template(template, adds_start, tmp_pa
 
 
 @pytest.mark.faults
+@pytest.mark.faults
+def test_a_template_that_writes_the_start_token_writes_the_folders_own(tmp_path):
+    hf_model('llama', tmp_path, vocab_size=300)
+    write_llama_tokenizer(tmp_path, says='nothing')
+    template = '{{ bos_token }}{% for m in messages %}{{ m.role }}:{{ m.content }}{% endfor %}'
+    settings = {'bos_token': '<s>', 'eos_token': '</s>', 'add_bos_token': False, 'chat_template': template}
+    (tmp_path / 'tokenizer_config.json').write_text(json.dumps(settings))
+    state = checkpoints.load(tmp_path)
+    assert Tokenizer.load(tmp_path).start_id == state['start_token'] == 256  # <s>
+    tokenizer = Tokenizer(state['tokenizer'], start=state['start_token'])
+    assert prompts.start_of(state['prompt_format'], tokenizer, tokenizer.endoftext_id) == 256
+
+
 def test_what_a_folder_says_beside_its_model_goes_out_as_it_came(tmp_path):
     hf_model('llama', tmp_path / 'in', vocab_size=300)
     before = chat_tokenizer(tmp_path / 'in', chat_template='{{ messages[0].content }}')
