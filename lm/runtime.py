@@ -81,7 +81,7 @@ def check_settings(config):
         report_idle(config, 'without init_from', 'revision anneal_steps' * (not starts))
         is_adamw = config['optimizer'] != 'muon' and config.get('depth') is None
         report_idle(config, 'without muon', 'decay_embedding' * is_adamw)
-    report_idle(config, 'beside no_wandb', 'wandb_project wandb_run_name' * config['no_wandb'])
+    report_idle(config, 'beside no_wandb', 'wandb_project wandb_run_name' * config.get('no_wandb', False))
     if 'p_belief' in config:
         optim.check_beliefs(config['p_belief'], config['k_schedule'])
     if 'mask_ratio' in config:
