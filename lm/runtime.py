@@ -76,12 +76,12 @@ def check_settings(config):
         idle = {'wsd': '', 'constant': 'decay_ratio min_lr'}.get(config['schedule'], 'decay_ratio')
         report_idle(config, f'with schedule={config["schedule"]}', idle)
         report_idle(config, 'beside out_dir', 'run_suffix' * bool(config['out_dir']))
+        report_idle(config, 'beside no_wandb', 'wandb_project wandb_run_name' * config['no_wandb'])
         report_idle(config, 'without resume_from', 'changed_data')
         starts = any(config.get(key) for key in ('init_from', 'model', 'model_prefix'))
         report_idle(config, 'without init_from', 'revision anneal_steps' * (not starts))
         is_adamw = config['optimizer'] != 'muon' and config.get('depth') is None
         report_idle(config, 'without muon', 'decay_embedding' * is_adamw)
-    report_idle(config, 'beside no_wandb', 'wandb_project wandb_run_name' * config.get('no_wandb', False))
     if 'p_belief' in config:
         optim.check_beliefs(config['p_belief'], config['k_schedule'])
     if 'mask_ratio' in config:
