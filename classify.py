@@ -266,7 +266,7 @@ config.update(max_steps=max_steps, dtype=dist.dtype)
 if task:
     config['block_size'] = block_size
 config.update(num_classes=num_classes, pool=pool, num_layers_to_finetune=num_layers_to_finetune)
-out, log = start_run(dist, config, f'{architecture}-{subject}-{model or model_size}', resumed)
+out, log = start_run(dist, config, f'{architecture}-{subject}-{model or model_size}', resumed, init_from)
 if dist.is_main:
     (out / 'predictions.npz').unlink(missing_ok=True)  # of a run that was shorter
 stop = runtime.StopSignal()

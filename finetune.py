@@ -219,7 +219,7 @@ base = model_size if init_from == 'scratch' else Path(init_from).resolve().name.
 config.update(architecture=architecture, block_size=block_size, max_steps=max_steps)
 config.update(warmup_steps=warmup, dtype=dist.dtype, anneal_steps=anneal_steps)
 config.update({key: getattr(raw_model.config, key) for key in BLOCKS})
-out, log = start_run(dist, config, f'{architecture}-{folder.config["name"]}-{base}', resumed)
+out, log = start_run(dist, config, f'{architecture}-{folder.config["name"]}-{base}', resumed, init_from)
 stop = runtime.StopSignal()
 
 

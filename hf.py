@@ -24,6 +24,9 @@ from lm.tokenizer import IGNORE, MASK, Tokenizer, recorded_in
 from model import ARCHITECTURES, ModelConfig
 
 SHARD_BYTES = 5 * 10**9  # of an exported file, at most
+READ_WITH_A_MODEL = (
+    '*.json *.jinja *.safetensors *.bin *.model merges.txt'  # of another model they would be wrong
+)
 
 
 def import_model(source, out, token=None, revision=None):
@@ -66,7 +69,7 @@ def export(source, out):
     files.write_json(folder / 'config.json', c)
     for path in folder.glob('*.safetensors'):
         shutil.copymode(folder / 'config.json', path)  # safetensors keeps others from reading
-    files.keep_others(out, folder, 'model*.safetensors*')
+    files.keep_others(out, folder, READ_WITH_A_MODEL)
     shutil.rmtree(out, ignore_errors=True)  # with --overwrite
     folder.rename(out)
 

@@ -269,10 +269,8 @@ def markdown_table(columns, groups, names):
     accuracies = [n for n in names if n.endswith('accuracy')]
     shown = (show.split(',') if show else accuracies) + [metric] * (metric in names)
     shown = list(dict.fromkeys(shown))
-    mean = {
-        group: statistics.mean(row.get(metric, math.nan) for row in rows) for group, rows in groups.items()
-    }
-    mean = {group: value for group, value in mean.items() if math.isfinite(value)}
+    means = {g: statistics.mean(row.get(metric, math.nan) for row in rows) for g, rows in groups.items()}
+    mean = {group: value for group, value in means.items() if math.isfinite(value)}
     is_lower_better = any(word in metric for word in ('loss', 'nll', 'nats', 'perplexity', 'bpb'))
     best = (min if is_lower_better else max)(mean, key=mean.get, default=None)
 

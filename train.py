@@ -178,7 +178,7 @@ config.update({key: getattr(raw_model.config, key) for key in SHAPE + FREE_SHAPE
 config.update(max_steps=max_steps, dtype=dist.dtype, anneal_steps=anneal_steps)
 base = model_size if depth is None else f'd{depth}'
 base = Path(init_from).resolve().name.removesuffix('.pt') if init_from else base
-out, log = start_run(dist, config, f'{architecture}-{folder.config["name"]}-{base}', resumed)
+out, log = start_run(dist, config, f'{architecture}-{folder.config["name"]}-{base}', resumed, init_from)
 stop = runtime.StopSignal()
 log.print(
     f'{out}: {architecture}, {raw_model.num_parameters():,} parameters, {dist.dtype} on {dist.world_size} × '

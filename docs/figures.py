@@ -123,10 +123,7 @@ def runs():
 
 
 def main():
-    require(
-        len(sys.argv) == 1,
-        f'{sys.argv[1]} has no meaning here: it draws all pictures, of the runs of make tour.',
-    )
+    require(not sys.argv[1:], f'{sys.argv[1:]} has no meaning here: all pictures are drawn, of make tour.')
     for run in runs():
         require((run / 'ckpt.pt').is_file(), f'{run} is not there; `make tour` makes it.')
     draw_writing(ROOT / 'docs' / 'writing.svg')

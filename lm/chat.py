@@ -32,9 +32,8 @@ def compiled(template):
     environment.filters['tojson'] = partial(json.dumps, ensure_ascii=False)
     now = lambda form: datetime.now().strftime(form)  # when it is rendered
     environment.globals.update(raise_exception=refuse, strftime_now=now)
-    tag = lambda found: (
-        f'{{%{found[1]} {"endif" if found[2] else "if true"} {found[3]}%}}'
-    )  # strips spaces as it does
+    # Another tag in its place strips the same spaces.
+    tag = lambda found: f'{{%{found[1]} {"endif" if found[2] else "if true"} {found[3]}%}}'
     return environment.from_string(GENERATION.sub(tag, template))
 
 

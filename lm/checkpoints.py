@@ -376,10 +376,8 @@ def resume(namespace, config, fixed):
     overrides = restore(namespace, config, {key: value for key, value in saved.items() if key not in own})
     for key, before, now in overrides:
         remedy = f'leave --{key} out, or start a new run'
-        require(
-            key not in [*fixed, 'run_suffix'],
-            f'The run of {path} has {key}={before!r}, not {now!r}; {remedy}.',
-        )
+        changes = key not in [*fixed, 'run_suffix']
+        require(changes, f'The run of {path} has {key}={before!r}, not {now!r}; {remedy}.')
     return Resumed(checkpoint, path, run_of(path), overrides)
 
 
@@ -411,9 +409,8 @@ def continue_run(resumed, store, model, optimizer, scaler, inputs, config):
         if checkpoint['scaler_state_dict']:  # empty unless dtype was float16
             scaler.load_state_dict(checkpoint['scaler_state_dict'])
         step, best = checkpoint['global_step'], Best(checkpoint['best_step'], checkpoint['best_val_loss'])
-        if (
-            path.resolve().parent != resumed.run_dir and (own := resumed.run_dir / 'best.pt').exists()
-        ):  # a copy goes on
+        own, is_copy = resumed.run_dir / 'best.pt', path.resolve().parent != resumed.run_dir
+        if is_copy and own.exists():
             best = Best(*(load(own, mmap=True)[key] for key in ('best_step', 'best_val_loss')))
         compare = {'eval_tokens', 'eval_examples', 'best_by'}
         if ':' in config.get('dataset', ''):  # a mix, whose weights may be others

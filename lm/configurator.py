@@ -115,10 +115,9 @@ ALIASES = [
     ('precision', 'dtype', DTYPES),
     ('bf16', 'dtype', {True: 'bfloat16', False: 'float32'}),
     ('wandb', 'no_wandb', {True: False, False: True}),
-    *((alias, 'eval_tokens', 32 * 256) for alias in ('eval_batches', 'eval_iters')),
-    *((alias, 'max_tokens', 32 * 256) for alias in ('eval_batches', 'eval_iters')),  # of evaluate.py
-    ('eval_tokens', 'max_tokens', None),
-    *((alias, 'eval_examples', 256) for alias in ('eval_batches', 'eval_iters')),
+    *((f'eval_{x}', key, 32 * 256) for x in ('batches', 'iters') for key in ('eval_tokens', 'max_tokens')),
+    *((f'eval_{x}', 'eval_examples', 256) for x in ('batches', 'iters')),
+    ('eval_tokens', 'max_tokens', None),  # of evaluate.py
     ('cpu_only', 'device', {True: 'cpu', False: 'auto'}),
     ('training_method', 'use_peft', {'full': False, 'lora': True}),
     ('gradient_checkpointing_kwargs', 'gradient_checkpointing', [{}, {'use_reentrant': False}]),

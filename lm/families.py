@@ -138,9 +138,8 @@ def config_from_hf(c, path):
     defaults |= dict.fromkeys(LLADA, None) | {'rms_norm_eps': 1e-5} if layout == 'llada' else {}
     c = {**defaults, **c}
     scaling = (c.get('rope_scaling') or c.get('rope_parameters')) if layout != 'llama' else None
-    require(
-        not scaling, f'{path} has rope_scaling={scaling!r}; of {family} only None can be taken over exactly.'
-    )
+    only = f'of {family} only None can be taken over exactly'
+    require(not scaling, f'{path} has rope_scaling={scaling!r}; {only}.')
     try:
         c = with_rope_and_length(c) if layout == 'llama' else c
         found = {field: c[key] for field, key in column(KEYS, layout).items()}

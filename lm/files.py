@@ -59,9 +59,9 @@ def require_file_path(path):
 
 
 def keep_others(old, new, own):
-    """Move to the folder `new`, which takes the place of `old`, what neither has a file for nor is like `own`."""
+    """Move to the folder `new`, which takes the place of `old`, what is not there and has no name of `own`."""
     for path in old.iterdir() if old.is_dir() else ():
-        if not path.match(own) and not (new / path.name).exists():
+        if not any(map(path.match, own.split())) and not (new / path.name).exists():
             path.rename(new / path.name)
 
 

@@ -47,9 +47,8 @@ def measure(model, rows, dist, batch_size, draws=8, max_tokens=0, **bound):
         windows = np.arange(start, min(start + batch_size, size))
         numbers = chosen[windows]
         batch = data.collate([rows.read(number, ()) for number in numbers], None).to(dist.device)
-        documents = np.stack([rows.documents(number) for number in numbers])[
-            :, : batch.tokens.size(1)
-        ]  # (B, T)
+        length = batch.tokens.size(1)  # of the longest example
+        documents = np.stack([rows.documents(number)[:length] for number in numbers])  # (B, T)
         for draw in range(passes):
             noise = ratio_noise(numbers, draw, draws, rows.row_length)
             with dist.autocast():

@@ -27,10 +27,10 @@ METRICS = (
 ).split()
 
 
-def start_run(dist, config, name, resumed):
-    """Make the run folder, write its config.json and open its log; returns both."""
+def start_run(dist, config, name, resumed, init_from):
+    """Make the run folder, write its config.json and open its log; returns both. init_from: what it starts from."""
     out_dir = config['out_dir'] or resumed.run_dir
-    options = config['run_suffix'], resumed.run_dir, config['overwrite'], config.get('init_from')
+    options = config['run_suffix'], resumed.run_dir, config['overwrite'], init_from
     out = Path(dist.from_main(lambda: run_folder.open_run_folder(out_dir, name, *options)))
     checkpoint = resumed.checkpoint or {'global_step': -1}
     again = checkpoint.get('pending') is not None  # its step is still to be evaluated and logged

@@ -305,7 +305,13 @@ def test_a_folder_that_is_exported_again_keeps_what_others_put_there(run_folder,
         (tmp_path / name / 'README.md').write_text('mine')
     (tmp_path / 'out').symlink_to(tmp_path / 'target')
     (tmp_path / 'target/config.json').write_text('{"model_type": "gpt2"}')
-    (tmp_path / 'target/model-00001-of-00002.safetensors').write_text('of a larger one')
+    for name in (
+        'model-00001-of-00002.safetensors',
+        'chat_template.jinja',
+        'added_tokens.json',
+        'merges.txt',
+    ):
+        (tmp_path / 'target' / name).write_text('of another model')
     run('export', run_folder, '--out', tmp_path / 'out', '--overwrite')
     names = sorted(path.name for path in (tmp_path / 'out').iterdir())
     assert (tmp_path / 'out').is_symlink() and 'README.md' in names and len(names) == 6

@@ -319,6 +319,19 @@ def test_a_bad_setting_is_refused_before_anything_is_written(place, tmp_path, mo
 
 
 @pytest.mark.faults
+def test_a_run_does_not_overwrite_what_it_starts_from(place, tmp_path):
+    shutil.copytree(place / 'run', tmp_path / 'run')
+    with pytest.raises(UserError, match='holds what the run starts from'):
+        train(
+            f'--dataset={place}/letters',
+            f'--init_from={tmp_path}/run',
+            f'--out_dir={tmp_path}/run',
+            '--overwrite',
+        )
+    assert (tmp_path / 'run/ckpt.pt').exists()
+
+
+@pytest.mark.faults
 def test_settings_without_effect_are_reported(place, tmp_path, capsys):
     words = '--decay_ratio=0.3 --run_suffix=x --decay_embedding=False --num_samples=1 --revision=main'.split()
     words += ['--changed_data', '--wandb_run_name=x']
