@@ -133,6 +133,17 @@ def test_the_table_has_mean_and_deviation_over_seeds_and_the_best_row(place):
     assert 'note: no run has test.acuracy among its results' in output and '**' not in output
 
 
+@pytest.mark.faults
+def test_a_grid_without_results_leaves_the_table_of_another(place):
+    assert (
+        sweep(place, write(place, 'good.py', base_args={'seconds': 0, 'lr': 0.5}, grid={'seed': [1]}))[0] == 0
+    )
+    table = (place / 'try/results.md').read_text()
+    status, output = sweep(place, write(place, 'bad.py', base_args={'seconds': 0}, grid={'fails': ['once']}))
+    assert status == 1 and 'none of 1 runs has results' in output
+    assert (place / 'try/results.md').read_text() == table
+
+
 def test_what_failed_is_named_and_tried_again(place):
     file = write(
         place, 'two.py', base_args={'lr': 1, 'seconds': 0}, zipped={'seed': [1, 2], 'fails': ['once', 'no']}
