@@ -138,6 +138,15 @@ def test_evaluations_take_some_rows_and_the_last_one_all_that_are_held_out(place
     assert {name: results[name]['rows'] for name in ('train', 'test')} == {'train': 7, 'test': 40}
 
 
+def test_a_head_that_is_not_finite_replaces_no_checkpoint(place):
+    settings = '--num_layers_to_finetune=0 --max_steps=1 --warmup_steps=0 --learning_rate=1e39 --out_dir=run'
+    with pytest.raises(UserError, match=r'head\.\S+ is not finite after step 1; the last checkpoint is kept'):
+        classify(*TINY, *TASK, *settings.split())
+    checkpoint = load(place / 'run')
+    assert checkpoint['global_step'] == 0
+    assert all(weight.isfinite().all() for weight in checkpoint['head_state_dict'].values())
+
+
 # ---------------------------------------------------------------------------- texts
 
 

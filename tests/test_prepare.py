@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import random
+import shlex
 import subprocess
 import sys
 import urllib.error
@@ -221,6 +222,20 @@ def test_stories_record_the_loss_that_no_model_can_beat(prepare, capsys):
         }
     )
     assert f'{config["floor"]["nats_per_token"]:.4f} nats per token' in capsys.readouterr().out
+
+
+def test_one_story_has_no_other_to_be_validated_on(prepare, tmp_path):
+    with pytest.raises(UserError, match='num_stories is 1; it must be at least 2'):
+        prepare('stories.py', '--num_stories=1')
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_to_run_next_is_one_that_a_shell_takes(prepare, corpus, tmp_path, capsys):
+    folder = prepare('text.py', f'--input={corpus}', '--name=other', output_dir=tmp_path / 'my data')
+    output = capsys.readouterr().out
+    assert "note: name='other' has no effect beside output_dir." in output
+    command = next(line for line in output.splitlines() if line.startswith('next: '))
+    assert shlex.split(command)[1:] == ['python', 'train.py', f'--dataset={folder}']
 
 
 # ---------------------------------------------------------------------------- finished folders
