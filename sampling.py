@@ -42,9 +42,9 @@ def generate(model, prompts, max_new_tokens, **options):
             fills = any(model.config.mask_id in prompt for prompt in prompts)
             check(not fills, "sampler='speculative' fills no <|mask|>; choose another.")
             return [speculate(model, prompt, max_new_tokens, sampler) for prompt in prompts]
-        rows = [None] * len(prompts)
-        for length in sorted(set(map(len, prompts))):  # rows of one length share their forward passes
-            same = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
+        rows, shapes = [None] * len(prompts), [sampler.shape(prompt) for prompt in prompts]
+        for shape in sorted(set(shapes)):  # rows of one shape share their forward passes
+            same = [i for i, other in enumerate(shapes) if other == shape]
             batch = torch.tensor([prompts[i] for i in same], device=model.embedding.weight.device)
             write = generate_by_blocks if sampler.is_causal(batch) else generate_by_denoising
             for i, row in zip(same, write(model, batch, max_new_tokens, sampler)):
@@ -205,6 +205,8 @@ class Sampler:
             self.threshold = 0.3 if by_entropy else 0.9
         if self.block_length is None:
             self.block_length = own[0] if any(own) else 32
+            if self.sampler == 'speculative' and any(own):
+                self.block_length = next(filter(None, own))
         fits = self.temperature == 0 or 1e-3 <= self.temperature <= 1e3
         check_setting(self, 'temperature', fits, '0, or between 0.001 and 1000')
         check_setting(self, 'top_k', self.top_k is None or self.top_k >= 1, 'at least 1, or None')
@@ -221,8 +223,10 @@ class Sampler:
         for name in of_itself.get(self.sampler, ()):
             useless = f'with sampler={self.sampler!r}, {name}={getattr(self, name)} has no effect'
             check(getattr(self, name) is None, f'{useless}; leave it out, or choose another sampler.')
-        has_ar, remedy = config.ar_weight and self.block_length, 'train with --ar_weight and --block_length'
-        check(self.sampler != 'speculative' or has_ar, f"sampler='speculative' needs an ar model; {remedy}.")
+        if self.sampler == 'speculative':
+            remedy = 'train with --ar_weight and --block_length'
+            check(config.ar_weight, f"sampler='speculative' needs an ar model; {remedy}.")
+            check(self.block_length, "sampler='speculative' drafts blocks; block_length=0 is the whole row.")
 
         self.rng, self.start = torch.Generator().manual_seed(self.seed), 0
         self.stop_tokens = set(self.stop_tokens)
@@ -241,6 +245,14 @@ class Sampler:
             self.stream(new.tolist())
         if self.watch and confidence is not None:
             self.watch(start, new, confidence.view_as(new), None)
+
+    def shape(self, prompt):
+        """Return what prompts that are written together have in common: their length and, where steps or blocks are
+        shared out among all masked positions, these. So a text does not depend on those beside it."""
+        has_blocks = any(self.own_blocks)
+        by_gaps = self.sampler in ('blocks', 'remdm') or (has_blocks and self.steps)
+        gaps = [i for i, token in enumerate(prompt) if token == self.mask_id]
+        return len(prompt), has_blocks and len(gaps) > 0, *(gaps if by_gaps else [])
 
     def is_causal(self, prompts):
         """Say whether to write block after block: not what a model fills that was trained on whole rows as well."""
@@ -374,7 +386,8 @@ def denoise(model, x, sampler, steps=None, cache=None):
     columns = masked.any(0).nonzero().squeeze(1)  # where any row has a mask
     if len(columns) == 0:
         return x
-    blocks = columns.split(sampler.block_length) if sampler.sampler == 'blocks' and not cache else [columns]
+    by_blocks = sampler.sampler == 'blocks' and not cache and sampler.block_length
+    blocks = columns.split(sampler.block_length) if by_blocks else [columns]
     steps = steps or sampler.steps or len(columns)
     belief = None  # of all masked positions, also of those whose block comes later
     tail = masked.flip(1).cummin(1).values.flip(1)  # new text: nothing that is given follows

@@ -7,8 +7,8 @@ diffusion model has a likelihood for each way to generate a row; each figure is 
     two-pass NELBO  `sdd`: a bound for the same sampler, whose fresh_beliefs come from a first pass over each masked row
     nested_bound    a bound for sampler='ancestral' with steps=S, of a row or of each of its blocks: random order, all
                     tokens of a step at once, beliefs carried from step to step
-    chain_rule      exact for sampler='blocks' with block_length=1, from left to right; `sdd`: with fresh_beliefs=True,
-                    or carried from token to token
+    chain_rule      exact for sampler='blocks' with block_length=1, from left to right, of models of whole rows; `sdd`:
+                    with fresh_beliefs=True, or carried from token to token
 
 All of them at temperature 1 without top_k or top_p. No bound holds for samples by confidence, longer blocks, threshold
 or ReMDM. It would be void if a belief came from a less masked row or from the text itself, overrode a visible token, or

@@ -332,6 +332,14 @@ def test_weights_that_give_nan_are_a_sentence_in_self_speculation():
         generate(model, [[1, 2]], 4, sampler='speculative')
 
 
+def test_self_speculation_drafts_the_first_blocks_that_are_none_of_a_whole_row():
+    model = tiny(block_length=(0, 4), ar_weight=1.0)
+    text = generate(model, [[1, 2]], 6, temperature=0, sampler='speculative', block_length=4)
+    assert generate(model, [[1, 2]], 6, temperature=0, sampler='speculative') == text
+    with pytest.raises(ValueError, match='block_length=0 is the whole row'):
+        generate(model, [[1, 2]], 6, sampler='speculative', block_length=0)
+
+
 def test_self_speculation_fills_no_gaps():
     with pytest.raises(ValueError, match='fills no <|mask|>; choose another'):
         generate(tiny(ar_weight=1.0), [[1, MASK, 2]], 4, sampler='speculative')

@@ -185,11 +185,20 @@ def test_diffusion_goes_on_past_the_block():
         assert window == row[start : start + known] + [MASK] * (min(45, start + BLOCK) - start - known)
 
 
-def test_rows_of_a_diffusion_batch_are_what_they_are_alone():
-    model = tiny('diffusion')
-    together = generate(model, MASKED, 10, temperature=0, sampler='confidence', steps=4)
-    for prompt, row in zip(MASKED, together):
-        assert generate(model, [prompt], 10, temperature=0, sampler='confidence', steps=4) == [row]
+ALONE = {'confidence': [None, 4], 'blocks': [None, 4], 'threshold': [None, 4], 'entropy': [None]}
+
+
+@pytest.mark.parametrize('blocks', [(0,), (3,), (3, 0), (0, 3)], ids=str)
+@pytest.mark.parametrize('architecture', ['diffusion', 'sdd'])
+def test_a_row_is_what_it_is_alone_whatever_gaps_stand_beside_it(architecture, blocks):
+    model = tiny(architecture, block_length=blocks)
+    rows = [[1, MASK, 3, MASK, MASK, 2], [MASK] * 6, [2, 1, 2, 1, 2, 1], [5, MASK, 3, 1, 2, MASK], *MASKED]
+    for sampler, choices in ALONE.items():
+        for steps, fresh in product(choices, [False, True]):
+            options = dict(temperature=0, sampler=sampler, steps=steps, fresh_beliefs=fresh)
+            options |= dict(block_length=2) if sampler == 'blocks' and not any(blocks) else {}
+            together = generate(model, rows, 6, **options)
+            assert together == [generate(model, [row], 6, **options)[0] for row in rows], options
 
 
 def test_stop_token_cuts_a_diffusion_row_after_the_prompt():
