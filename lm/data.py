@@ -37,6 +37,7 @@ class PackedRows:
         size, remedy = len(self.tokens), 'choose a smaller block_size or prepare more data'
         require(room >= 0, f'{folder.path} has {size:,} {split} tokens, a row {row_length}; {remedy}.')
         self.num_rows = max(1, room // stride) if training else 1 + -(-room // stride)
+        self.text_per_row = row_length  # tokens without padding
         self.max_move = room - (self.num_rows - 1) * stride
 
     def read(self, row, key):
@@ -86,6 +87,7 @@ class DocumentRows:
         self.row_ends = np.cumsum(rows)  # the row after the last of each document
         self.num_rows = int(self.row_ends[-1]) if len(rows) else 0
         require(self.num_rows, f'The {split} split of {folder.path} holds no document; prepare more data.')
+        self.text_per_row = len(self.tokens) / self.num_rows
 
     def find(self, row):
         """Return the document that a row belongs to, and which of its rows it is."""
@@ -146,6 +148,7 @@ class ExampleRows:
         self.sizes = lengths + room * train_on_padding
         self.members = best_fit(self.sizes, row_length) if packed else [[i] for i in range(len(kept))]
         self.num_rows = len(self.members)
+        self.text_per_row = self.num_tokens / self.num_rows
         self.has_doc_ids = packed or train_on_padding  # whether some tokens must not be attended to
 
     def fit(self, start, end):
@@ -197,6 +200,8 @@ class MixedRows:
         self.has_loss_mask = any(part.has_loss_mask for part in parts)
         # Of what earlier parts leave.
         self.shares = [weight / sum(weights[i:]) for i, weight in enumerate(weights)]
+        text = sum(weight * part.text_per_row for part, weight in zip(parts, map(float, weights)))
+        self.text_per_row = text / float(sum(weights))
         if training:
             self.num_rows = sum(part.num_rows for part in parts)
         else:  # as many as there are in these proportions, none of them twice
@@ -227,6 +232,13 @@ class MixedRows:
         part, count = self.find(int(row))
         rows = self.parts[part]
         return rows.read(count * rows.num_rows // self.taken[part], ())
+
+
+def num_evaluated(rows, max_tokens, most):
+    """Say how many rows hold max_tokens tokens of text, of which a full one has `most`; 0: all rows."""
+    if not max_tokens:
+        return rows.num_rows
+    return min(rows.num_rows, max(1, int(max_tokens / min(most, rows.text_per_row))))
 
 
 def make_rows(folder, split, architecture, block_size, mode, training):
@@ -357,8 +369,7 @@ class EvaluationBatches:
         self.rows = make_rows(folder, split, architecture, block_size, mode, training=False)
         self.folder, self.batch_size, self.dist = folder, batch_size, dist
         self.needs_noise = architecture.needs_noise
-        most = max(1, max_tokens // block_size) if max_tokens else self.rows.num_rows
-        self.size = min(self.rows.num_rows, most)
+        self.size = num_evaluated(self.rows, max_tokens, block_size)
         folders = folder.folders if isinstance(folder, Mix) else [folder]
         if isinstance(folder, Mix):  # every n-th row of a mix could be of one folder alone
             self.rows.take(self.size)

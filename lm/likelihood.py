@@ -36,7 +36,7 @@ def measure(model, rows, dist, batch_size, draws=8, max_tokens=0, **bound):
     those 'predicted'. draws: mask ratios per row, where the model needs them, over which all quantities are means.
     max_tokens: of rows spread over the split; 0: all. bound: see `token_values`.
     """
-    size = min(rows.num_rows, max(1, max_tokens // (rows.row_length - 1))) if max_tokens else rows.num_rows
+    size = data.num_evaluated(rows, max_tokens, rows.row_length - 1)
     chosen = np.arange(size) * rows.num_rows // size
     sizes = {'documents': 1 + int(rows.documents(rows.num_rows - 1)[-1]), 'windows': size}
     sums = {unit: {name: np.zeros(length) for name in QUANTITIES} for unit, length in sizes.items()}

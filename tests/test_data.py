@@ -199,7 +199,15 @@ def test_evaluation_is_the_same_for_any_number_of_ranks(make_folder, architectur
         return sorted(repr([x if x is None else x.tolist() for x in row]) for row in found)
 
     assert rows(1) == rows(2) == rows(5)
-    assert len(rows(1)) == 6 if max_tokens else len(rows(1)) > 12
+    assert len(rows(1)) == {'packed': 6, 'documents': 7}[mode] if max_tokens else len(rows(1)) > 12
+
+
+@pytest.mark.parametrize('mode', ['packed', 'documents'])
+def test_more_tokens_to_evaluate_than_there_are_is_the_whole_split(make_folder, mode):
+    folder = Folder(make_folder())
+    for architecture in ('ar', 'diffusion'):
+        rows = evaluated(folder, architecture, mode=mode, max_tokens=1 + len(folder.tokens['val']))
+        assert len(rows) == len(evaluated(folder, architecture, mode=mode))
 
 
 def test_each_rank_gets_as_many_evaluation_batches(make_folder):
@@ -367,7 +375,7 @@ def mix(make_folder, tmp_path):
     'weights', [['0.7', '0.3'], ['1/3', '1/3', '1/3'], ['0.5', '0.3', '0.19', '0.01'], ['1']]
 )
 def test_of_any_number_of_rows_each_folder_has_its_share(weights):
-    part = SimpleNamespace(num_rows=10**9, row_length=9, has_loss_mask=False)
+    part = SimpleNamespace(num_rows=10**9, row_length=9, text_per_row=9, has_loss_mask=False)
     weights = [Fraction(weight) for weight in weights]
     rows = data.MixedRows([part] * len(weights), weights, training=True)
     seen = [0] * len(weights)
