@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from lm import checkpoints, data, files, likelihood, prompts, report, rng, run_folder, runtime, scoring
-from lm.configurator import ROOT, check_range, configure, printable, report_idle, require, user_errors
+from lm.configurator import ROOT, check_range, configure, note, printable, report_idle, require, user_errors
 from lm.folder import Folder
 from lm.tokenizer import ENDOFTEXT, Tokenizer
 from prepare import grammar, story_tasks
@@ -39,7 +39,7 @@ html = ''  # the same as a page
 wide = False  # print all columns, and what they mean
 # --- likelihood ---
 mode = ''  # packed or documents; empty: documents for instructions and where all were trained so
-block_size = 0  # tokens per row; 0: the smallest of the checkpoints'
+block_size = 0  # tokens per row; 0: the smallest that the checkpoints were trained at
 max_tokens = 0  # of the validation split; 0: all of it
 batch_size = 32  # rows that are measured or written at once
 draws = 8  # diffusion: mask ratios per row
@@ -147,7 +147,10 @@ problem = f'{folder.path} holds no stories of prepare/grammar.py'
 require(is_stories or 'infilling' not in wanted, f'{problem}; leave infilling out of --metrics.')
 
 smallest = min(state['model_config']['block_size'] for state in states)
-block_size = block_size or smallest
+trained_at = [
+    state['train_config'].get('block_size') or smallest for state in states
+]  # tuned at less, perhaps
+block_size = block_size or min(smallest, *trained_at)
 check_range({'block_size': block_size}, 2, smallest + 1, 'block_size')
 if not mode:
     by_documents = all(state['train_config'].get('mode') == 'documents' for state in states)
@@ -419,6 +422,9 @@ def answer_exercises(model, state, form, ends):
         ids = [start] + prompts.encode(tokenizer, form, [(instruction, given, None)])[0]
         if len(ids) <= block_size // 2:
             asked.append((ids, checks))
+    if len(asked) < len(exercises):
+        left = f'{len(exercises) - len(asked)} of {len(exercises)} requests do not fit into half'
+        note(f'{left} of block_size={block_size}; give a larger one.')
     rows = write_texts(model, [ids for ids, _ in asked], ends)
     return [(tokenizer.decode(row).strip(), checks) for row, (_, checks) in zip(rows, asked)]
 

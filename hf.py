@@ -31,6 +31,11 @@ READ_WITH_A_MODEL = (
 
 def import_model(source, out, token=None, revision=None):
     """Write a Hugging Face folder or hub id as a ckpt.pt; return in words what it is."""
+    is_ours = Path(source).exists() and not checkpoints.is_pretrained(source)
+    require(
+        not is_ours,
+        f'{source} is no Hugging Face folder; a checkpoint of ours is used as it is, or exported.',
+    )
     checkpoint = pretrained.load(source, token, revision)
     checkpoints.save(out, checkpoint)
     c = ModelConfig(**checkpoint['model_config'])
@@ -137,7 +142,10 @@ def without_own_tokens(text, rows, added):
 def merge_adapter(source, base, out, token=None, revision=None):
     """Write a checkpoint with an adapter merged into its weights; return in words what it is."""
     checkpoint = checkpoints.load(base, token, revision)
-    config = lora.read_config(source)
+    config, path = lora.read_config(source), Path(base).resolve()
+    has_it = 'adapter_state_dict' in checkpoint and Path(source).resolve().parent in (path, path.parent)
+    problem = f'{base} has {source} merged in already'
+    require(not has_it, f'{problem}; export it, or give the base {config.get("base_model_name_or_path")}.')
     blocks = {key: config[key] for key in lora.BLOCKS if key in config}
     architecture = config.get('architecture', checkpoint['architecture'])
     checkpoint = checkpoints.convert(checkpoint, base, architecture, **blocks)

@@ -386,6 +386,21 @@ def test_perfect_answers_score_one(tmp_path):
     assert [model[name] for name in figures] == [1] * 4, model['answers']
 
 
+def test_a_model_is_measured_in_rows_of_the_length_that_it_was_trained_at(taught, tmp_path, capsys):
+    state = checkpoints.load(taught / 'ar')  # of a block of 128, tuned in rows of 90
+    checkpoints.save(
+        tmp_path / 'ckpt.pt', {**state, 'train_config': {**state['train_config'], 'block_size': 90}}
+    )
+    words = ['--metrics=instructions', f'--instructions={taught}/checks.json', '--sample_tokens=2']
+    results = evaluate(f'--checkpoint={tmp_path}', *words)['results']
+    assert results['block_size'] == 90 and results['models'][0]['followed_of'] == 1
+    assert (
+        '1 of 2 requests do not fit into half of block_size=90; give a larger one' in capsys.readouterr().out
+    )
+    results = evaluate(f'--checkpoint={tmp_path}', '--block_size=128', *words)['results']
+    assert results['models'][0]['followed_of'] == 2
+
+
 def test_examples_end_with_their_first_response_and_fit_the_block(tmp_path, taught):
     texts = ['Wabba', 'ccccccccaa', 'ddd', 'Wcab']  # with its first response; too long; without any; fits
     folder = write_folder(tmp_path / 'some', train=texts, val=texts, train_on='ab', letters=LETTERS)
