@@ -204,7 +204,7 @@ step, best, pending = checkpoints.continue_run(resumed, store, raw_model, opt, s
 
 
 def is_finished():
-    stops_early = early_stopping and step - best.step >= early_stopping * eval_every
+    stops_early = early_stopping and best.later >= early_stopping
     return pending is None and (step >= max_steps or stops_early)
 
 
@@ -318,7 +318,7 @@ def print_answers():
 
 # ---------------------------------------------------------------------------- the loop
 
-if not (fsdp and resumed.checkpoint):  # where a copy goes on, ckpt.pt becomes that
+if not (fsdp and resumed.goes_on_in(out)):  # where a copy goes on, ckpt.pt becomes that
     save()
 if pending is not None:
     evaluate_and_save()

@@ -235,7 +235,7 @@ def print_samples():
 
 # ---------------------------------------------------------------------------- the loop
 
-if not (fsdp and resumed.checkpoint):  # where a copy goes on, ckpt.pt becomes that
+if not (fsdp and resumed.goes_on_in(out)):  # where a copy goes on, ckpt.pt becomes that
     save()
 if pending is not None:
     evaluate_and_save()

@@ -241,10 +241,11 @@ def convert(checkpoint, path, architecture, block_size=None, **blocks):
 
 @dataclass
 class Best:
-    """The evaluation with the lowest validation loss so far."""
+    """The evaluation with the lowest validation loss so far, and how many came after it."""
 
     step: int = 0
     loss: float = math.inf
+    later: int = 0
 
 
 def contents(model, step, best, config, initial, tokenizer, start_token, prompt_format, trained=None):
@@ -255,7 +256,7 @@ def contents(model, step, best, config, initial, tokenizer, start_token, prompt_
     remedy = f'the last checkpoint is kept; try a lower learning_rate than {config["learning_rate"]}'
     require(not broken, f'{broken} is not finite after step {step}; {remedy}.')
     state = {'architecture': architecture_name(model), 'seed': config['seed'], 'train_config': dict(config)}
-    state |= {'global_step': step, 'best_step': best.step, 'best_val_loss': best.loss}
+    state |= {'global_step': step, 'best_step': best.step, 'best_val_loss': best.loss, 'later': best.later}
     state |= {'model_config': vars(model.config), 'tokenizer': tokenizer.to_json()}
     kept = initial or {}  # a model that was taught to answer goes on knowing how it was asked
     state |= {'start_token': start_token, 'prompt_format': prompt_format or kept.get('prompt_format')}
@@ -274,8 +275,9 @@ def save_if_best(out, step, values, best, checkpoint, weights, dist):
     checkpoint, weights: calls that return the contents and {name: state dict} of the weights, which all ranks make.
     """
     is_best = values['val/loss'] < best.loss
+    best.later += 1
     if is_best:
-        best.step, best.loss = step, values['val/loss']
+        best.step, best.loss, best.later = step, values['val/loss'], 0
         state = {**checkpoint(), **weights()}
         if dist.is_main:
             save(out / 'best.pt', state)
@@ -344,6 +346,14 @@ class Resumed(NamedTuple):
     run_dir: Path = None  # the run folder that it stands in, or that --resume_from=auto names
     overrides: tuple = ()  # [(key, value before, value now)] of the settings that differ
 
+    def is_copy(self):
+        """Say whether the checkpoint is none that stands in the run folder itself."""
+        return self.path.resolve().parent != self.run_dir
+
+    def goes_on_in(self, out):
+        """Say whether the checkpoint is the run's own state, which need not be written again."""
+        return self.checkpoint is not None and self.path.resolve() == (out / 'ckpt.pt').resolve()
+
 
 def resume(namespace, config, fixed):
     """Return the Resumed that --resume_from asks for; every setting that was not given becomes the run's own.
@@ -408,10 +418,10 @@ def continue_run(resumed, store, model, optimizer, scaler, inputs, config):
         store.load_state(resumed, model, optimizer)
         if checkpoint['scaler_state_dict']:  # empty unless dtype was float16
             scaler.load_state_dict(checkpoint['scaler_state_dict'])
-        step, best = checkpoint['global_step'], Best(checkpoint['best_step'], checkpoint['best_val_loss'])
-        own, is_copy = resumed.run_dir / 'best.pt', path.resolve().parent != resumed.run_dir
-        if is_copy and own.exists():
-            best = Best(*(load(own, mmap=True)[key] for key in ('best_step', 'best_val_loss')))
+        step, every = checkpoint['global_step'], checkpoint['train_config'].get('eval_every') or 1
+        best, own = best_of(checkpoint, step, every), resumed.run_dir / 'best.pt'
+        if resumed.is_copy() and own.exists():
+            best = best_of(load(own, mmap=True), step, every)
         compare = {'eval_tokens', 'eval_examples', 'best_by'}
         if ':' in config.get('dataset', ''):  # a mix, whose weights may be others
             compare.add('dataset')
@@ -419,3 +429,11 @@ def continue_run(resumed, store, model, optimizer, scaler, inputs, config):
         if changed or elsewhere or any(key in compare for key, *_ in resumed.overrides):
             best = Best(step)  # figures of another evaluation do not compare; and best.pt stays where it is
         return step, best, checkpoint.get('pending')
+
+
+def best_of(checkpoint, step, eval_every):
+    """Return the Best of a checkpoint for a run at a step."""
+    best = Best(checkpoint['best_step'], checkpoint['best_val_loss'])
+    same = checkpoint['global_step'] == step and 'later' in checkpoint
+    best.later = checkpoint['later'] if same else max(0, step - best.step) // eval_every
+    return best

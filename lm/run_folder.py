@@ -86,11 +86,11 @@ def copy_if_due(folder, step, best_step, config, dist):
     every, limit = config['save_every'], config['save_total_limit']
     if not (dist.is_main and step and every) or step % every or limit == 0:
         return
-    copy, state = folder / 'checkpoints' / f'checkpoint-{step}', Path('sharded', f'step-{step}')
-    if (folder / state).is_dir():  # its files are written once and never changed
-        shutil.rmtree(copy / state, ignore_errors=True)
+    copy, sharded = folder / 'checkpoints' / f'checkpoint-{step}', folder / 'sharded'
+    if sharded.is_dir():  # holds one state, whose files are written once and never changed
+        shutil.rmtree(copy / 'sharded', ignore_errors=True)
         with writing(copy):
-            shutil.copytree(folder / state, copy / state, copy_function=os.link)
+            shutil.copytree(sharded, copy / 'sharded', copy_function=os.link)
     with open(folder / 'ckpt.pt', 'rb') as source:
         save_atomically(copy / 'ckpt.pt', lambda file: shutil.copyfileobj(source, file))
     copies = copies_of(folder)

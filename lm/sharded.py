@@ -5,10 +5,11 @@ which any number of ranks can read. ckpt.pt names it, and gets the weights at th
 `consolidate`. The functions are those of lm/checkpoints.py for runs that are not sharded.
 """
 
+import itertools
 import pickle
 import shutil
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -118,9 +119,11 @@ def failures_named(folder, problem):
 
 def save_state(path, model, optimizer, dist, checkpoint, weights, is_last):
     """Write the state of all ranks, then ckpt.pt; delete older states. is_last: only ckpt.pt, with weights()."""
-    folder = path.parent / 'sharded' / f'step-{checkpoint["global_step"]}'
-    whole = weights() if is_last else {}
-    if not is_last:
+    folder, whole = path.parent / 'sharded', weights() if is_last else {}
+    if is_last:  # the state is there
+        folder /= dist.from_main(lambda: checkpoints.load(path, mmap=True, sharded=True)['sharded'])
+    else:
+        folder /= dist.from_main(lambda: new_name(folder, f'step-{checkpoint["global_step"]}'))
         state = state_of(model, optimizer)
         with failures_named(folder, 'could not be written'):
             dcp.save(state, checkpoint_id=folder)
@@ -128,6 +131,12 @@ def save_state(path, model, optimizer, dist, checkpoint, weights, is_last):
         checkpoints.save(path, {**checkpoint, **whole, 'sharded': folder.name})
         for old in set(folder.parent.iterdir()) - {folder}:
             shutil.rmtree(old)
+
+
+def new_name(parent, name):
+    """Name a state that replaces no whole one: ckpt.pt may need that, and copies share its files."""
+    names = itertools.chain([name], (f'{name}-{n}' for n in itertools.count(2)))
+    return next(name for name in names if not (parent / name / '.metadata').exists())
 
 
 # What DCP's .metadata is made of; anything else that it names would be code to run.
@@ -180,6 +189,11 @@ def load_state(resumed, model, optimizer):
 def consolidate(source):
     """Add the weights of a sharded run to its ckpt.pt, from which every other script reads them."""
     path = Path(source) / 'ckpt.pt' if Path(source).is_dir() else Path(source)
+    with lock(path.parent) if path.is_file() else nullcontext():
+        add_weights(path)
+
+
+def add_weights(path):
     checkpoint = checkpoints.load(path, sharded=True)
     require('sharded' in checkpoint, f'{path} is no checkpoint of a sharded run; it can be used as it is.')
     remedy = f'let the run finish, or merge {path.parent / "adapter"} into its base'
@@ -189,5 +203,4 @@ def consolidate(source):
     if checkpoint['train_config'].get('ema_decay'):
         states['ema'] = {name: torch.empty_like(x) for name, x in states['model'].items()}
     read(states, path, checkpoint)
-    with lock(path.parent):
-        checkpoints.save(path, {**checkpoint, **{f'{name}_state_dict': x for name, x in states.items()}})
+    checkpoints.save(path, {**checkpoint, **{f'{name}_state_dict': x for name, x in states.items()}})

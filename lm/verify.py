@@ -23,7 +23,7 @@ def main(arguments):
 
 def check_hashes(folder):
     """Yield a sentence for each file that is not the one that was written."""
-    recorded = folder.config.get('sha256', {})
+    recorded = folder.config.get('sha256') or {}
     if folder.config.get('checksum') not in (None, checksum(folder.config)):
         yield f'{folder.path / "config.json"} was changed after it was written.'
     for name in sorted({'tokenizer.json', *recorded, *(path.name for path in folder.path.glob('*.bin'))}):

@@ -180,6 +180,15 @@ def test_early_stopping_ends_the_run_and_best_is_kept(place, tmp_path, capsys):
     assert stop.value.code == 0 and '--early_stopping=0 more patient' in capsys.readouterr().out
 
 
+def test_early_stopping_counts_evaluations_though_eval_every_changes(place, tmp_path):
+    words = ['--learning_rate=3', '--warmup_steps=0', '--schedule=constant', f'--out_dir={tmp_path}/run']
+    arguments = settings(place, 'ar', *words, '--early_stopping=3')
+    tune(*arguments, '--max_steps=4', '--eval_every=4')  # one evaluation is not better than the first
+    variables = tune(*arguments, '--max_steps=40', '--eval_every=1', '--resume_from=auto')
+    best = variables['best']
+    assert best.later == 3 and variables['step'] == (6 if best.step == 0 else best.step + 3)
+
+
 def test_scratch_is_allowed_with_a_warning(place, tmp_path, capsys):
     words = ['--init_from=scratch', '--architecture=diffusion', '--block_size=64', '--max_steps=1']
     tune(f'--dataset={place}/examples', *words, f'--out_dir={tmp_path}/run')

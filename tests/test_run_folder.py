@@ -1,6 +1,7 @@
 """The folder of a run: numbered, refused where it holds another run, written by one process, with copies."""
 
 import os
+import shutil
 import signal
 from types import SimpleNamespace
 
@@ -120,6 +121,7 @@ def test_names_of_data_lead_to_no_other_folder(tmp_path, monkeypatch):
 def test_a_copy_has_the_sharded_state_of_its_step(tmp_path):
     (tmp_path / 'ckpt.pt').write_bytes(b'x')
     for step in (50, 100):
+        shutil.rmtree(tmp_path / 'sharded', ignore_errors=True)  # a run holds one state
         (tmp_path / f'sharded/step-{step}').mkdir(parents=True)
         (tmp_path / f'sharded/step-{step}/__0_0.distcp').write_text(str(step))
         options = {'save_every': 50, 'save_total_limit': None}

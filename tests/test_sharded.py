@@ -1,11 +1,13 @@
 """fsdp=True on two gloo ranks: the run of one process, and states for any number of ranks."""
 
 import csv
+import itertools
 import os
 import pickle
 import runpy
 import shutil
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -23,6 +25,7 @@ from conftest import (
     write_checkpoint,
     write_folder,
 )
+from helpers import DeadError
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 import hf
@@ -205,6 +208,10 @@ def test_a_stopped_run_is_consolidated(tmp_path):
         script(*command, f'--max_steps={steps + 1}', '--resume_from=auto')
 
 
+def dies(*_, **__):
+    raise DeadError
+
+
 class Evil:
     def __init__(self, path):
         self.path = path
@@ -266,6 +273,74 @@ def test_a_sharded_state_that_a_full_disk_cuts_leaves_the_one_before(stopped, tm
     assert [path.name for path in (out / 'sharded').iterdir()] == ['step-3']
     script('train.py', '--fsdp', f'--resume_from={out}', '--max_steps=5')
     assert load(out)['global_step'] == 5 and 'model_state_dict' in load(out)
+
+
+@pytest.fixture
+def copied(stopped, tmp_path):
+    """A sharded run of four steps with a copy of each second one, and the words that go on from the first copy."""
+    out, command = tmp_path / 'run', [word.replace('PLACE', str(stopped)) for word in TRAIN]
+    script(*command, '--fsdp', f'--out_dir={out}', '--max_steps=4', '--eval_every=2', '--save_every=2')
+    return out, ['train.py', '--fsdp', f'--resume_from={out}/checkpoints/checkpoint-2']
+
+
+def test_a_sharded_run_that_went_back_begins_there_though_killed_at_once(copied):
+    out, words = copied
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(DeadError):
+        patch.setattr('lm.optim.learning_rate_at', dies)
+        script(*words, '--max_steps=6')
+    assert load(out)['global_step'] == 2
+    script('train.py', '--fsdp', f'--out_dir={out}', '--resume_from=auto', '--max_steps=6')
+    with open(out / 'metrics.csv', newline='') as file:
+        assert [int(row['step']) for row in csv.DictReader(file)] == [0, *range(1, 7)]
+
+
+@pytest.mark.parametrize('copy, saves', [(2, 1), (2, 2), (4, 1)])
+def test_a_save_that_is_cut_after_going_back_damages_no_state(copied, monkeypatch, copy, saves):
+    def cut(state, checkpoint_id):
+        if next(calls) < saves:
+            return save(state, checkpoint_id=checkpoint_id)
+        checkpoint_id.mkdir(exist_ok=True)
+        (checkpoint_id / '__0_0.distcp').write_bytes(b'half')
+        raise DeadError
+
+    (out, words), calls, save = copied, itertools.count(1), torch.distributed.checkpoint.save
+    words[2] = f'--resume_from={out}/checkpoints/checkpoint-{copy}'
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(DeadError):
+        patch.setattr('torch.distributed.checkpoint.save', cut)
+        script(*words, '--max_steps=6')
+    for place in [out, *(out / 'checkpoints').iterdir()]:
+        script('train.py', '--fsdp', f'--resume_from={place}', '--max_steps=6', f'--out_dir={place}-more')
+
+
+def test_a_sharded_copy_that_is_at_its_end_can_be_made_longer(copied):
+    out, words = copied
+    script(*words, '--max_steps=2')
+    script('train.py', '--fsdp', f'--out_dir={out}', '--resume_from=auto', '--max_steps=3')
+    assert load(out)['global_step'] == 3
+
+
+def test_a_sharded_run_that_goes_on_elsewhere_has_a_checkpoint_at_once(copied, tmp_path):
+    out, _ = copied
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(DeadError):
+        patch.setattr('lm.optim.learning_rate_at', dies)
+        script('train.py', '--fsdp', f'--resume_from={out}', f'--out_dir={tmp_path}/other', '--max_steps=6')
+    script('train.py', '--fsdp', f'--out_dir={tmp_path}/other', '--resume_from=auto', '--max_steps=6')
+    assert load(tmp_path / 'other')['global_step'] == 6 and load(out)['global_step'] == 4
+
+
+def test_a_run_that_is_being_written_is_not_consolidated(stopped, monkeypatch):
+    read = []
+    monkeypatch.setattr('lm.checkpoints.load', lambda *_, **__: read.append(1))
+    code = 'import pathlib, sys, time; from lm.files import lock; held = lock(pathlib.Path(sys.argv[1]))\n'
+    code += 'print("locked", flush=True); time.sleep(60)'
+    with subprocess.Popen(
+        [sys.executable, '-c', code, stopped / 'run'], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == 'locked\n'
+        with pytest.raises(UserError, match='Another process writes'):
+            hf.main(['consolidate', f'{stopped}/run'])
+        process.kill()
+    assert not read
 
 
 def test_what_does_not_go_with_fsdp_is_refused():
