@@ -158,13 +158,13 @@ dist = runtime.Runtime(device, dtype)
 
 if task:
     database = languages.load_database(language_database)
-    texts, num_labels = languages.read_sets(database, task, train_langs, eval_langs, model_type)
+    texts, num_labels, classes = languages.read_sets(database, task, train_langs, eval_langs, model_type)
     if init_from or tokenizer != 'bpe':
         report_idle(config, "without a bpe of the run's own", 'vocab_size')
     check_range(config, 256 + len(SPECIAL_TOKENS), math.inf, 'vocab_size')
     vocabulary = None if initial else languages.make_tokenizer(tokenizer, texts, vocab_size)
 else:
-    num_labels = 2
+    num_labels, classes = 2, []
     sizes = train_set_size, test_set_size, val_set_size
     digits = tasks.splits(target_func, sequence_length, *sizes, seed, compat)
     vocabulary = None if initial else build('char', tasks.digits_of(target_func))
@@ -275,6 +275,8 @@ log.print(
     f'{out}: {architecture}, {trunk.num_parameters():,} parameters, {trained:,} of them and the head train, '
     f'{dist.dtype} on {dist.world_size} × {dist.device.type}; {max_steps} steps of {rows_per_step} rows'
 )
+if classes:
+    log.print('classes: ' + ', '.join(f'{number} {name}' for number, name in enumerate(classes)))
 for name, examples in sets.items():
     log.print(f'{name}: {len(examples)} rows' + (f' ({notes[name]})' if notes.get(name) else ''))
 if 'val' not in sets:
@@ -370,7 +372,8 @@ def final_eval():
             arrays |= {f'{name}_labels': examples.labels, f'{name}_preds': judged[:, 1].astype(np.int64)}
             arrays[f'{name}_logits'] = judged[:, 3:]
     if dist.is_main:
-        write_json(out / 'eval_results.json', results)
+        names = {'classes': classes} if classes else {}
+        write_json(out / 'eval_results.json', results | names)
         save_atomically(out / 'predictions.npz', lambda file: np.savez_compressed(file, **arrays))
     for name in test_sets:
         numbers = {key: value for key, value in results[name].items() if isinstance(value, float)}

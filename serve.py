@@ -14,8 +14,10 @@ import threading
 import time
 import traceback
 from contextlib import suppress
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from os import _exit
+from urllib.parse import quote
 
 from lm import run_folder, runtime
 from lm.configurator import UserError, check_range, configure, require
@@ -91,7 +93,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         listed = lambda: self.send_json({'object': 'list', 'data': [one.about for one in models.values()]})
-        self.route({'/': lambda: self.send(200, 'text/html; charset=utf-8', page), '/v1/models': listed})
+        paths = {'/': lambda: self.send(200, 'text/html; charset=utf-8', page), '/v1/models': listed}
+        for name, one in models.items():
+            paths[f'/v1/models/{quote(name)}'] = partial(self.send_json, one.about)
+        self.route(paths)
 
     def do_POST(self):
         self.route(dict.fromkeys(FIELDS, self.post))
@@ -100,10 +105,11 @@ class Handler(BaseHTTPRequestHandler):
         """Answer by one of the paths; whatever goes wrong is a sentence."""
         try:
             self.check_origin()
-            if self.path not in paths:
-                status = 405 if self.path in (*FIELDS, '/', '/v1/models') else 404
-                raise Refused(f'{self.path[:80]!r} is not here, or not for {self.command}.', status)
-            paths[self.path]()
+            path = self.path.partition('?')[0]
+            if path not in paths:
+                status = 405 if path in (*FIELDS, '/', '/v1/models') else 404
+                raise Refused(f'{path[:80]!r} is not here, or not for {self.command}.', status)
+            paths[path]()
         except UserError as error:
             self.send_error(getattr(error, 'status', 400), str(error))
         except RecursionError:

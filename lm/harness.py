@@ -48,7 +48,7 @@ class Checkpoint(TemplateLM):
         device='auto',
         dtype='float32',
         architecture='',
-        draws=128,
+        draws=None,  # 128
         add_bos=None,
         sampler='',
         steps=None,
@@ -58,6 +58,7 @@ class Checkpoint(TemplateLM):
         super().__init__()
         require(not unknown, f'model_args has {", ".join(unknown)}, which is unknown; correct the name.')
         require(checkpoint, 'No checkpoint is given; name one: --model_args checkpoint=PATH.')
+        given, draws = draws, 128 if draws is None else draws
         is_number = isinstance(draws, int) and draws >= 1
         require(is_number, f'draws is {draws}; it has to be a number, at least 1.')
         batch_size = '16' if batch_size == 'auto' else str(batch_size)
@@ -70,8 +71,11 @@ class Checkpoint(TemplateLM):
             state, sampler = checkpoints.as_ar(state, self.path), ''
         self.model = checkpoints.load_model(state, self.dist.device)
         self.max_length = self.model.config.block_size
-        self.batch_size, self.draws = int(batch_size), draws
+        self.batch_size, self.draws, self.said = int(batch_size), draws, set()
         self.options = {} if self.model.causal else {'sampler': sampler, 'steps': steps}
+        idle = {'draws': given, 'sampler': sampler, 'steps': steps} if self.model.causal else {}
+        if idle := [name for name, value in idle.items() if value]:
+            note(f'{", ".join(idle)} has no effect on {architecture_name(self.model)}.')
         self.take_tokenizer(state, add_bos)
         draws_said = f', {draws} draws each' if self.model.needs_noise else ''
         note(f'{self.path}: log-likelihoods are minus {runtime.describe_loss(self.model)}{draws_said}')
@@ -206,9 +210,16 @@ class Checkpoint(TemplateLM):
         draws = settings.get('do_sample', settings.get('temperature', 0) > 0)
         options = {name: settings[name] for name in ('top_k', 'top_p') if draws and settings.get(name)}
         options['temperature'] = settings.get('temperature', 1.0) if draws else 0
+        own = dict(self.options)
+        if own and not draws:  # one answer to a request, whatever stands beside it
+            own['sampler'] = own['sampler'] or 'confidence'
+        unread = settings.keys() - {'until', 'do_sample', 'temperature', 'top_k', 'top_p', *names}
+        if unread := sorted(unread - self.said):
+            self.said.update(unread)
+            note(f'{", ".join(unread)} of a task has no effect here.')
         known = ((self.text.decode([i], show_special=True), i) for i in range(self.text.vocab_size) if until)
         stops = [i for text, i in known if any(end in text for end in until)]  # no text goes on after these
-        return length, until, {**options, **self.options, 'stop_tokens': {*self.ends, *stops}}
+        return length, until, {**options, **own, 'stop_tokens': {*self.ends, *stops}}
 
     def write(self, contexts, length, until, options, seed):
         """Return what is written after each context, up to the first text of `until`."""

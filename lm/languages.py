@@ -27,7 +27,7 @@ import numpy as np
 import tokenizers
 
 from lm.classification import Examples
-from lm.configurator import ROOT, UserError, find, require
+from lm.configurator import ROOT, UserError, find, note, require
 from lm.files import as_sentence
 from lm.records import READERS, TABLES, on_the_hub, read_records, refusals_named, text_of, value_of
 from lm.tokenizer import KINDS, Tokenizer, build
@@ -127,9 +127,9 @@ def names_of(entry):
 
 
 def read_sets(database, task, train_langs, eval_langs, model_type):
-    """Return {'train', perhaps 'val', each language of eval_langs: [(entry, rows)]}, and the number of
-    classes, which are in the order of the first set that names them. The val rows are of the training languages: a test
-    set never selects a checkpoint."""
+    """Return {'train', perhaps 'val', each language of eval_langs: [(entry, rows)]}, the number of classes, and
+    their names, in the order of the first set that names them. The val rows are of the training languages: a test set
+    never selects a checkpoint."""
 
     def entries_of(languages):
         names = filter(None, map(str.strip, languages.split(',')))
@@ -145,6 +145,9 @@ def read_sets(database, task, train_langs, eval_langs, model_type):
     remedy = f'name them as {", ".join(order)}, or say how many there are'
     require(not others, f'The classes have other names in {others}; {remedy}.')
 
+    without = [language for language, entry in train.items() if len(entry['splits']) == 2]
+    if 0 < len(without) < len(train):
+        note(f'{", ".join(without)} has no val split: the best weights are chosen by the rows of the others.')
     splits = [('train', entry, entry['splits'][0]) for entry in train.values()]
     splits += [('val', entry, split) for entry in train.values() for split in entry['splits'][1:-1]]
     splits += [(language, entry, entry['splits'][-1]) for language, entry in test.items()]
@@ -153,29 +156,39 @@ def read_sets(database, task, train_langs, eval_langs, model_type):
         rows, own = read_split(entry, split, model_type), names_of(entry)
         rows = [(texts, order.index(own[number]) if own else number) for texts, number in rows]
         sets[name].append((entry, rows))
-    return sets, counts.popitem()[1]
+    return sets, counts.popitem()[1], order
 
 
 def encode_sets(sets, tokenizer, start_token, block_size):
     """Return {name: Examples} of `read_sets`: rows of the start token and the features with <|endoftext|>
-    between them; and {name: how many were too long, in words}: these lose their end, or are left out as
-    filter_length says."""
+    between them; and {name: how many were too long, in words}: the longest of their texts lose their ends, or they are
+    left out as filter_length says."""
     examples, notes = {}, {}
     for name, parts in sets.items():
         rows, labels, too_long = [], [], 0
         for entry, labelled in parts:
             texts, classes = zip(*labelled)
             features = [tokenizer.encode_batch(column) for column in zip(*texts)]
-            for label, (first, *others) in zip(classes, zip(*features)):
-                row = sum(([tokenizer.endoftext_id, *ids] for ids in others), [start_token, *first])
-                too_long += len(row) > block_size
-                if len(row) <= block_size or not entry.get('filter_length'):
+            for label, parts in zip(classes, zip(*features)):
+                is_long = len(parts) + sum(map(len, parts)) > block_size  # with what stands before each
+                too_long += is_long
+                if not (is_long and entry.get('filter_length')):
+                    first, *others = cut_longest(parts, block_size - len(parts))
+                    row = sum(([tokenizer.endoftext_id, *ids] for ids in others), [start_token, *first])
                     rows.append(np.array(row[:block_size]))
                     labels.append(label)
         require(rows, f'All rows of {name} are longer than block_size={block_size}; choose a larger one.')
         examples[name] = Examples(rows, np.array(labels, np.int64))
         notes[name] = f'{too_long} too long for {block_size} tokens' if too_long else ''
     return examples, notes
+
+
+def cut_longest(parts, room):
+    """Cut texts, lists of token ids, to `room` tokens in all, the longest first: each keeps what it can."""
+    sizes = [*map(len, parts)]
+    while sum(sizes) > max(0, room):
+        sizes[sizes.index(max(sizes))] -= 1
+    return [part[:size] for part, size in zip(parts, sizes)]
 
 
 def make_tokenizer(tokenizer, sets, vocab_size):

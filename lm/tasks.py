@@ -182,6 +182,7 @@ def splits(task, length, train, test, val=0, seed=42, compat=False):
     """
     sizes = {'train': train, 'val': val, 'test': test}
     check(task, length, sizes)
+    require(not compat or task in RARE, f'compat is for {" and ".join(RARE)}, not for {task}; leave it out.')
     if compat is None and length == 20 and sum(sizes.values()) // 2 > RARE.get(task, 2**62):
         compat = True
         note(f'{task} has {RARE[task]} positives of 20 digits: rows of the test set repeat.')
@@ -208,7 +209,13 @@ def digits_of(task):
 
 def digit_ids(tokenizer, task):
     """Return the ids of the task's digits in any tokenizer, each encoded alone: it would group a text of digits."""
-    ids = [tokenizer.encode(digit) for digit in digits_of(task)]
-    is_single = all(len(one) == 1 for one in ids)
+    for encode in (
+        tokenizer.encode,
+        tokenizer.encode_behind,
+    ):  # SentencePiece puts a mark before the first word
+        ids = [encode(digit) for digit in digits_of(task)]
+        is_single = all(len(one) == 1 for one in ids)
+        if is_single:
+            break
     require(is_single, 'This tokenizer has no token for each digit; start from another checkpoint.')
     return np.array(ids)[:, 0]

@@ -217,7 +217,7 @@ def read(target, path, number, draw):
     entry |= {'splits': ['train', 'train'], 'classes': ['neg', 'pos']}
     database = {'eng': {'sentiment': entry}}
     if number % 20:
-        sets, _ = languages.read_sets(database, 'sentiment', 'eng', '', 'normal')
+        sets, *_ = languages.read_sets(database, 'sentiment', 'eng', '', 'normal')
         tokenizer = languages.make_tokenizer('bytes', sets, 0)
         return languages.encode_sets(sets, tokenizer, tokenizer.endoftext_id, 64)
     (path.parent / 'db.json').write_text(json.dumps(database))

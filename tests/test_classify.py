@@ -170,6 +170,7 @@ def test_texts_in_two_languages_are_joined_and_judged_apart(place):
     variables = classify(*TINY, *TEXTS, *BYTES, *languages, *settings, '--n_embd=32', '--out_dir=run')
     results = results_of(place / 'run')
     assert results['train']['rows'] == 48 and {'pol', 'rus'} < set(results)
+    assert results['classes'] == ['neg', 'pos']
     assert results['pol']['macro_f1'] > 0.9 and len(results['rus']['confusion']) == 2
     assert 0 <= results['rus']['auroc'] <= 1
     assert variables['raw_classifier'].pool == 'mean'

@@ -107,6 +107,21 @@ def test_an_answer_depends_on_its_request_alone_and_not_on_its_batch(checkpoint)
     assert together.get_model_info()['draws'] == (4 if together.model.needs_noise else None)
 
 
+def test_a_greedy_text_depends_on_its_request_alone(checkpoint):
+    asked = [('abc', {'max_gen_toks': 9, 'until': []}), ('ab', {'max_gen_toks': 9, 'until': []})] * 2
+    together, alone = (harness.Checkpoint(checkpoint, batch_size=n, device='cpu') for n in (3, 1))
+    texts = together.generate_until(requests(*asked), True)
+    assert texts[:2] == texts[2:] and texts == alone.generate_until(requests(*asked), True)
+
+
+def test_settings_of_the_harness_without_effect_are_reported(checkpoint, capsys):
+    model = harness.Checkpoint(checkpoint, device='cpu', draws=7, steps=3)
+    assert ('draws, steps has no effect on ar' in capsys.readouterr().out) == model.model.causal
+    asked = {'max_gen_toks': 4, 'until': [], 'num_beams': 4, 'do_sample': False}
+    model.generate_until(requests(('abc', asked), ('ab', asked)), True)
+    assert capsys.readouterr().out.count('note: num_beams of a task has no effect here.') == 1
+
+
 @pytest.mark.parametrize('checkpoint', OF_WHOLE_ROWS, indirect=True)
 def test_the_bound_of_a_continuation_is_the_mean_over_orders(checkpoint):
     """Of two tokens: -(nll of one, both hidden, + nll of the other then), over which of them comes first."""

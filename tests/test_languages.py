@@ -83,13 +83,18 @@ def test_a_json_database_may_hold_several_sets_of_a_task(tmp_path):
         languages.find_entry({'rus': {'task': entry}}, 'rus:one', 'task')
 
 
-def test_training_languages_are_joined_and_each_test_set_stands_alone(tmp_path):
+def test_training_languages_are_joined_and_each_test_set_stands_alone(tmp_path, capsys):
     entries = {}
     for language, splits in (('rus', ['train', 'test']), ('pol', ['train', 'dev', 'test'])):
         for split in splits:
             write_rows(tmp_path / language / f'{split}.jsonl')
         entries[language] = {'task': {**ENTRY, 'dataset': str(tmp_path / language), 'splits': splits}}
-    sets, num_classes = languages.read_sets(entries, 'task', 'rus, pol', 'pol', 'normal')
+    sets, num_classes, names = languages.read_sets(entries, 'task', 'rus, pol', 'pol', 'normal')
+    assert (
+        'note: rus has no val split: the best weights are chosen by the rows of the others'
+        in capsys.readouterr().out
+    )
+    assert names == [*map(str, ENTRY['classes'])]
     assert {name: len(parts) for name, parts in sets.items()} == {'train': 2, 'val': 1, 'pol': 1}
     assert num_classes == 2
     entries['pol']['task']['classes'] = 3
@@ -111,7 +116,7 @@ def test_classes_are_joined_by_their_names_whatever_their_order(tmp_path):
             'splits': ['train', 'test'],
         }
         entries[language] = {'task': entry}
-    sets, _ = languages.read_sets(entries, 'task', 'eng,pol', 'pol', 'normal')
+    sets, *_ = languages.read_sets(entries, 'task', 'eng,pol', 'pol', 'normal')
     for _, rows in (*sets['train'], *sets['pol']):
         assert {texts[0].lower(): number for texts, number in rows} == {'no': 0, 'yes': 1}
     with pytest.raises(UserError, match='other names in {.ukr.: .*; name them as no, yes, or say how many'):
@@ -197,6 +202,18 @@ def test_texts_that_are_too_long_are_cut_or_left_out():
         assert notes == {'test': '1 too long for 5 tokens'}
     end = tokenizer.endoftext_id
     assert examples['test'].rows[0].tolist() == [end, 0, end, 1] and examples['test'].labels.tolist() == [0]
+
+
+def test_a_long_text_leaves_room_for_the_one_behind_it():
+    tokenizer = letter_tokenizer()
+    for texts, kept in (
+        (('a' * 30, 'bc'), 'aaaaabc'),
+        (('ab', 'c' * 30), 'abccccc'),
+        (('a' * 9, 'b' * 9), 'aaabbbb'),
+    ):
+        sets = {'test': [({}, [(texts, 0)])]}
+        examples, _ = languages.encode_sets(sets, tokenizer, tokenizer.endoftext_id, block_size=9)
+        assert tokenizer.decode(examples['test'].rows[0]) == kept
 
 
 def test_the_shipped_database_is_complete():

@@ -96,6 +96,7 @@ def post(port, path, **body):
 
 def test_the_models_are_listed(client):
     assert [model.id for model in client.models.list()] == list(ARCHITECTURES)
+    assert client.models.retrieve('sdd').id == 'sdd'
 
 
 @pytest.mark.parametrize('model', ARCHITECTURES)
@@ -304,7 +305,6 @@ HOSTILE = {  # name: the statuses that may answer it, and what is sent
     'the same, encoded': (404, HEAD.format('GET', '/%2e%2e/%2e%2e/etc/passwd', '')),
     'two slashes': (404, HEAD.format('GET', '//etc/passwd', '')),
     'a file of ours': (404, HEAD.format('GET', '/lm/page.html', '')),
-    'a question': (404, HEAD.format('GET', '/?x=<script>', '')),
     'another site by proxy': (404, HEAD.format('GET', 'http://example.com/', '')),
     'a null byte': (404, HEAD.format('GET', '/\0', '')),
     'a wrong method': (405, HEAD.format('GET', '/v1/completions', '')),

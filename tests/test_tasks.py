@@ -6,10 +6,11 @@ import itertools
 import numpy as np
 import pytest
 import sympy
+import tokenizers
 
 from lm import tasks
 from lm.configurator import UserError
-from lm.tokenizer import build
+from lm.tokenizer import Tokenizer, build
 
 # The positions of fn_e (the first 3) and fn_f, by length, as published.
 POSITIONS = {
@@ -139,6 +140,19 @@ def test_a_mistake_is_named(settings, part):
 @pytest.mark.faults
 def test_more_rows_than_a_number_can_be_printed_of_are_enough():
     tasks.check('fn_a', 15_000, {'train': 20, 'test': 80})
+
+
+def test_compat_is_for_the_tasks_that_were_published_with_repeated_rows():
+    with pytest.raises(UserError, match='compat is for fn_g and fn_h, not for fn_a; leave it out'):
+        tasks.splits('fn_a', 20, 20, 80, compat=True)
+
+
+def test_digits_of_a_tokenizer_that_marks_the_first_word_are_single_tokens():
+    vocabulary = {token: i for i, token in enumerate(['<unk>', '▁', *'0123456789'])}
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], unk_token='<unk>'))
+    marks = [tokenizers.normalizers.Prepend('▁'), tokenizers.normalizers.Replace(' ', '▁')]
+    inner.normalizer = tokenizers.normalizers.Sequence(marks)
+    assert tasks.digit_ids(Tokenizer(inner.to_str()), 'fn_i').tolist() == [*range(2, 12)]
 
 
 def test_each_digit_is_one_token_and_the_start_is_another():
