@@ -261,10 +261,18 @@ def apply_values(config, values, word, section=''):
             assign(config, name, parse(value, key) if isinstance(value, str) else value, source)
 
 
+class Assigned(dict):
+    """The globals of a config file, in the order of their last assignments: of settings that compete the later wins."""
+
+    def __setitem__(self, name, value):
+        self.pop(name, None)
+        super().__setitem__(name, value)
+
+
 def run_file(path, word, config):
     """Return what a Python file assigns, but for names that start with _, modules and functions. The values
     so far are its builtins, so that it can read them and its globals hold only what it assigned."""
-    assigned = {'__file__': str(path)}
+    assigned = Assigned(__file__=str(path))
 
     def include(name):
         """Run a file that stands beside this one, as if its lines stood here."""
@@ -312,8 +320,9 @@ class CoreLoader(yaml.SafeLoader):  # of YAML 1.2, where 1e-5 is a number, and n
 def find(kind, name):
     """Return the path of a file, relative to the working directory or else to the repository."""
     for folder in (Path.cwd(), ROOT):
-        if (folder / name).is_file():
-            return folder / name
+        path = folder / Path(name).expanduser()
+        if path.is_file():
+            return path
     raise UserError(f'There is no {kind} {str(name)!r} in {Path.cwd()} or {ROOT}; correct the path.')
 
 

@@ -75,6 +75,15 @@ class Tokenizer:
     def to_json(self):
         return self.inner.to_str()
 
+    @cached_property
+    def takes_pieces(self):
+        """Say whether the `pieces` of a text have the ids of the whole: of characters, and of GPT-2's word pattern."""
+        parts, own = json.loads(self.to_json()), json.loads(byte_level({}, []).to_str())['pre_tokenizer']
+        splits = parts['pre_tokenizer'] or {}
+        splits = [one for one in splits.get('pretokenizers', [splits]) if one.get('type') != 'Digits']
+        is_plain = not parts['normalizer'] and all(token['special'] for token in parts['added_tokens'])
+        return self._characters is not None or is_plain and splits == [own]
+
     def encode(self, text):
         """Return the token ids of `text`, with nothing added before or after it."""
         return self.encode_batch([text])[0]
@@ -83,7 +92,9 @@ class Tokenizer:
         """Return the token ids of each text; raise UserError for a character that the vocabulary lacks."""
         if self._characters is not None:
             unknown = ''.join(sorted(set().union(*texts) - self._characters))
-            problem = f'The character {unknown[:1]!r} is not in the vocabulary of this tokenizer'
+            place = next((text.index(unknown[0]) for text in texts if unknown and unknown[0] in text), 0)
+            near = next((text[max(0, place - 20) : place + 20] for text in texts if unknown[:1] in text), '')
+            problem = f'The character {unknown[:1]!r} of {near!r} is not in the vocabulary of this tokenizer'
             require(not unknown, f'{problem}; leave it out, or prepare data with --tokenizer=bytes or bpe.')
         return [row.ids for row in self.inner.encode_batch_fast(texts, add_special_tokens=False)]
 
@@ -196,7 +207,7 @@ def fast_gpt2(tokenizer):
 
 
 def pieces(text):
-    """Cut a long text into pieces that, encoded one by one with any of KINDS, give the ids of the whole.
+    """Cut a long text into pieces that, encoded one by one where `takes_pieces`, give the ids of the whole.
 
     In GPT-2's pattern no token continues at a BOUNDARY. Where none comes for LONGEST characters, the text is cut all
     the same, because encoding a word takes a hundred times its length in memory; the ids around that cut may differ.

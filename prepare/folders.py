@@ -1,7 +1,7 @@
 """The folders of a preparation: finished ones are reused or refused, unfinished ones continued.
 
 The hidden folder `.NAME.partial` takes the name of the target beside it when it is complete. After each shard of the
-source its work/journal.json says how many documents are done and how large each file was: a restart truncates the
+source its .work/journal.json says how many documents are done and how large each file was: a restart truncates the
 files to these sizes and goes on after these documents.
 """
 
@@ -9,12 +9,14 @@ import contextlib
 import json
 import shutil
 import sys
+from pathlib import Path
 
 from lm.configurator import ROOT, UserError, require
 from lm.files import as_sentence, keep_others, lock, write_json
 from lm.folder import Folder
 
 FORMAT = 1
+WORK = '.work'  # a folder within the unfinished one, which no user's folder is named as
 
 
 def finished_folder(target, command, overwrite):
@@ -31,7 +33,7 @@ def finished_folder(target, command, overwrite):
         return None
     require(not words, f'{shown(target)} was prepared otherwise: {words}. Give --overwrite, or another name.')
     Folder(target)  # checks the sizes of its files
-    shutil.rmtree(target / 'work', ignore_errors=True)  # a run was killed right after it had finished
+    shutil.rmtree(target / WORK, ignore_errors=True)  # a run was killed right after it had finished
     return recorded
 
 
@@ -56,15 +58,15 @@ def unfinished_folder(target, command, overwrite):
     folder = target.with_name(f'.{target.name}.partial')
     try:
         busy = f'Another process is preparing {target}; wait, or change --name.'
-        with lock(folder / 'work', 'lock', busy):  # work/ is no part of the result
+        with lock(folder / WORK, 'lock', busy):  # which is no part of the result
             journal = Journal(folder, command, overwrite)
             try:
                 yield journal
                 if target.exists():
                     keep_others(target, folder, '*.bin')
-                    target.rename(folder / 'work/replaced')
+                    target.rename(folder / WORK / 'replaced')
                 folder.rename(target)
-                shutil.rmtree(target / 'work')
+                shutil.rmtree(target / WORK)
             except BaseException:  # a keyboard interrupt too
                 if journal.state:
                     kept = f'{journal.documents()}, is kept in {shown(folder)}; the same command goes on from there.'
@@ -84,7 +86,7 @@ class Journal:
 
     def __init__(self, folder, command, overwrite):
         self.folder, self.command = folder, command
-        self.path, self.state = folder / 'work/journal.json', None
+        self.path, self.state = folder / WORK / 'journal.json', None
         recorded = json.loads(self.path.read_text(encoding='utf-8')) if self.path.exists() else None
         words = differences(recorded, command) if recorded else ''
         problem = f'The unfinished preparation of {shown(folder)} was begun otherwise: {words}'
@@ -93,7 +95,7 @@ class Journal:
             self.state = recorded['state']
             print(f'going on where an unfinished preparation stopped, {self.documents()} in')
         else:
-            for path in (*folder.glob('*.*'), self.path):
+            for path in (*filter(Path.is_file, folder.iterdir()), self.path):
                 path.unlink(missing_ok=True)
 
     def save(self, state):

@@ -73,7 +73,7 @@ if __name__ == '__main__':
 
     path = HUB.get(source, source)
     if source == 'stories':
-        idle = sorted(config.given & {'val_fraction', 'field'})
+        idle = sorted(config.given & {'val_fraction', 'field', 'on_error'})
         problem = f'{" and ".join(idle)} has no effect on stories, of which all is known'
         require(not idle, f'{problem}; leave it out.')
         config['max_examples'] = max_examples = max_examples or 20_000

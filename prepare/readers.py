@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lm.configurator import UserError, printable, require
+from lm.configurator import UserError, note, printable, require
 from lm.files import sha256_of
 from lm.records import (
     READERS,
@@ -34,6 +35,7 @@ class Source:
     inputs: dict  # name -> sha256 of what the documents are read from or made by
     total: float  # amount of the whole source, in `unit`s; None where nobody knows
     unit: str = 'B'
+    has_fields: bool = True  # of which a setting names the one with the text
     state: Callable = lambda: None  # () -> JSON that spares `documents` to read what is done once more
     limit: int = None  # of documents, where only the first are wanted
     examples: object = None  # prepare.examples.Examples, where documents are records and no plain text
@@ -60,7 +62,8 @@ def files(patterns, field, separator='', document=None):
     def documents(done=0, state=None):
         return islice(chain.from_iterable(map(read, paths)), done, None)
 
-    return Source(patterns, documents, inputs, total=sum(path.stat().st_size for path in paths))
+    total, has_fields = sum(path.stat().st_size for path in paths), {*map(suffix_of, paths)} != {'.txt'}
+    return Source(patterns, documents, inputs, total, has_fields=has_fields)
 
 
 def hub(path, subset=None, field='text', document=None):
@@ -162,12 +165,22 @@ def expand(patterns, suffixes):
         matches = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
         require(matches, f'No file matches {path} in {Path.cwd()}; check the path.')
         for path in matches:
-            below = (file for file in path.rglob('*') if file.is_file() and suffix_of(file) in suffixes)
-            paths += sorted(below) if path.is_dir() else [path]
+            paths += sorted(files_below(path, suffixes)) if path.is_dir() else [path]
     require(paths, f'There is nothing to read: give files, folders or globs, between commas, of {endings}.')
     for path in paths:
         require(suffix_of(path) in suffixes, f'{path} ends in none of {endings}; convert or rename it.')
-    return list(dict.fromkeys(paths))
+    return [*{path.resolve(): path for path in reversed(paths)}.values()][::-1]  # by its first name
+
+
+def files_below(folder, suffixes):
+    """Yield the files of a folder, and of those that its links lead to, but for empty ones."""
+    found = (Path(place, name) for place, _, names in os.walk(folder, followlinks=True) for name in names)
+    for path in found:
+        if path.is_file() and suffix_of(path) in suffixes:
+            if path.stat().st_size:
+                yield path
+            else:
+                note(f'{path} is empty; it is left out.')
 
 
 def read_txt(path, separator):

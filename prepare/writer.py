@@ -39,11 +39,14 @@ def write(source, config, log_prob=None):
     `log_prob(text)`, in nats, is given where the true distribution of the documents is known: then the loss
     that no model can beat is recorded too. After a UserError a folder that was there is as it was."""
     check_settings(config)
+    if not source.has_fields:
+        report_idle(config, 'on .txt files', 'field')
+        config['field'] = 'text'  # as where none is given
     target = target_folder(config)
     command = {'format': FORMAT, 'arguments': content_arguments(config), 'inputs': source.inputs}
     if finished := finished_folder(target, command, config['overwrite']):
         print(f'{shown(target)} is prepared already, with the same settings from the same input.')
-        report(target, finished)
+        report(target, finished, config)
         return finished
 
     with unfinished_folder(target, command, config['overwrite']) as journal:
@@ -71,7 +74,7 @@ def write(source, config, log_prob=None):
         finished['sha256'] = {path.name: sha256_of(path) for path in paths}
         finished['checksum'] = checksum(finished)
         write_json(journal.folder / 'config.json', finished)
-    report(target, finished)
+    report(target, finished, config)
     return finished
 
 
@@ -97,7 +100,7 @@ def target_folder(config):
         return Path(config['output_dir']).expanduser().resolve()
     is_plain = name and Path(name).name == name and name[0] != '.' and not set(name) & set('*?[]:,')
     require(is_plain, f'name={name} does not name a folder under data/; give a plain name, or output_dir.')
-    return ROOT / 'data' / name
+    return (ROOT / 'data' / name).resolve()  # where a link leads to
 
 
 def content_arguments(config):
@@ -162,7 +165,7 @@ def encode_corpus(corpus, tokenizer, config, journal):
         # What was written after the last finished shard goes; a new index holds the start of document 0.
         os.truncate(path, sizes.get(path.name, 8 if kind == 'index' else 0))
 
-    in_pieces = config['tokenizer'] in KINDS and not source.examples
+    in_pieces = tokenizer.takes_pieces and not source.examples
     texts = corpus.texts(state['source'])
     setup = config['tokenizer'], tokenizer.to_json(), tokenizer.start_id, corpus.is_single, source.examples
     bar = tqdm(total=source.total, unit=source.unit, unit_scale=True, disable=None)  # on a terminal only
@@ -181,7 +184,10 @@ def encode_corpus(corpus, tokenizer, config, journal):
                 bar.update(corpus.read['amount'] - bar.n)
         except BrokenProcessPool as error:
             problem = 'A worker process was killed, as when memory runs out'
-            raise UserError(f'{problem}; give fewer than num_workers={num_workers}.') from error
+            remedy = (
+                f'give fewer than num_workers={num_workers}' if num_workers > 1 else 'split long documents'
+            )
+            raise UserError(f'{problem}; {remedy}.') from error
         finally:
             pool.shutdown(cancel_futures=True)
     return counts
@@ -201,9 +207,10 @@ def one_shard(corpus, texts, room, in_pieces):
     batches, sizes = defaultdict(list), Counter()
     for text in texts:
         for split, part in corpus.parts(text):
-            parts = list(pieces(part)) if in_pieces else [part]
-            for number, piece in enumerate(parts, 1):
-                batches[split].append((piece, number == len(parts)))
+            left = len(part)
+            for piece in pieces(part) if in_pieces else [part]:
+                left -= len(piece)
+                batches[split].append((piece, left == 0))
                 sizes[split] += len(piece)
                 if sizes[split] >= BATCH:
                     yield split, batches.pop(split)
@@ -263,10 +270,8 @@ class Encoder:
         for document, _ in batch:
             parts, outcome = self.examples.encode(self.tokenizer, document)
             counts[outcome] += 1
-            text = self.examples.text(document)
             for ids, loss_mask in parts:
-                yield ids, loss_mask, text, True
-                text = ''  # its bytes count once
+                yield ids, loss_mask, self.tokenizer.decode(ids), True
 
 
 def token_dtype(tokenizer):
@@ -290,7 +295,7 @@ def describe(target, command, tokenizer, counts, corpus):
     return config | (examples.describe(counts['train'] + counts['val'], tokenizer, start) if examples else {})
 
 
-def report(target, finished):
+def report(target, finished, config):
     """Print what the folder holds, and the command that comes next."""
     train, val = finished['splits']['train'], finished['splits']['val']
     sizes = ', '.join(f'{train[unit]:,} + {val[unit]:,} {unit}' for unit in UNITS)
@@ -303,5 +308,5 @@ def report(target, finished):
         unread = Counter(finished.get('unread')).most_common(20)
         fields = ', '.join(f'{printable(name)} ({count:,})' for name, count in unread)
         print('fields that were not read:', fields or 'none')
-    dataset = target.name if target.parent == ROOT / 'data' else shlex.quote(str(target))
-    print(f'next: python {script} --dataset={dataset}')
+    dataset = str(target) if config['output_dir'] else config['name']
+    print(f'next: python {script} --dataset={shlex.quote(dataset)}')

@@ -301,6 +301,12 @@ def test_a_file_includes_another_that_stands_beside_it(run):
     config = run('config/a.py')['config']
     assert (config['max_steps'], config['batch_size']) == (20, 11)
     assert config.given == {'max_steps', 'batch_size'}
+    write('config/c.py', "num_epochs = 3\ninclude('a.py')")
+    write('config/d.py', "include('c.py')\nnum_epochs = 7")  # of two that compete the later assignment counts
+    assert run('config/c.py')['config'].given == {'max_steps', 'batch_size'}
+    assert run('config/d.py')['config'].given == {'num_epochs', 'batch_size'}
+    write('config/e.py', 'lr = 1.0\nlearning_rate = 2.0\nlr = 3.0')
+    assert run('config/e.py')['learning_rate'] == 3
     write('config/b.py', "include('none.py')")
     assert 'config/b.py, line 1: FileNotFoundError' in fails(run, 'config/b.py')
 
@@ -353,6 +359,9 @@ def test_paths_are_not_empty_and_know_the_home_folder(run, monkeypatch):
     assert [variables[key] for key in ('init_from', 'dataset', 'prompt')] == [
         '/home/me/a', '/home/me/b:1, /home/me/c:2', '~/d'
     ]  # fmt: skip
+    monkeypatch.setenv('HOME', str(Path.cwd()))
+    write('own/exp.py', 'max_steps = 7')
+    assert run('~/own/exp.py')['max_steps'] == 7
     for key in ('init_from', 'out_dir', 'dataset'):
         assert fails(run, f'--{key}=') == f'--{key}= is empty; give a value, or leave it out.'
 

@@ -185,6 +185,8 @@ def test_long_prompts_are_cut_long_answers_and_empty_ones_left_out_and_counted(i
         cut.endswith('long \n\n### Response:\n') and len(cut) + len('Short.') + 1 == 79
     )  # and the start token
     assert all(np.diff(folder.index[split].astype(int)).max() <= 79 for split in ('train', 'val'))
+    for split, counts in folder.splits.items():  # each token a byte, but for what is no text
+        assert counts['bytes'] == int((folder.tokens[split] < folder.tokenizer.endoftext_id).sum())
 
 
 def test_max_examples_are_the_first(instruct):

@@ -24,12 +24,13 @@ from conftest import (
     write_jsonl,
     write_llama_tokenizer,
 )
+from tokenizers import pre_tokenizers, trainers
 
 from lm import data
 from lm import tokenizer as tokenizers
 from lm.configurator import UserError
 from lm.folder import Folder
-from lm.tokenizer import ENDOFTEXT, IGNORE, MASK, Tokenizer, byte_level
+from lm.tokenizer import CHARACTERS, ENDOFTEXT, IGNORE, MASK, Tokenizer, byte_level
 from prepare import grammar, writer
 
 NASTY = "Äh… naïve  \r\n\t“日本語”\u200d👩‍🚀\x00 1234567 don't  \n\n\n stop!! <|endoftext|> <|mask|>   \n"
@@ -238,6 +239,53 @@ def test_the_command_to_run_next_is_one_that_a_shell_takes(prepare, corpus, tmp_
     assert shlex.split(command)[1:] == ['python', 'train.py', f'--dataset={folder}']
 
 
+def test_a_link_under_data_is_followed_and_stays(prepare, corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(writer, 'ROOT', tmp_path / 'here')
+    (tmp_path / 'here' / 'data').mkdir(parents=True)
+    (tmp_path / 'disk').mkdir()
+    link = tmp_path / 'here' / 'data' / 'my words'
+    link.symlink_to(tmp_path / 'disk' / 'words')  # which is not there yet
+    for more in ([], ['--overwrite', '--val_fraction=0.2']):
+        prepare(
+            'text.py', f'--input={corpus}', '--tokenizer=bytes', '--output_dir=', '--name=my words', *more
+        )
+        assert link.is_symlink() and config_of(tmp_path / 'disk' / 'words')['splits']['val']['tokens']
+    assert "next: python train.py --dataset='my words'" in capsys.readouterr().out
+
+
+def test_a_field_of_txt_files_is_reported_and_not_recorded(prepare, tmp_path, capsys):
+    (tmp_path / 'a.txt').write_text('\n'.join(make_texts(30)))
+    prepare('text.py', f'--input={tmp_path}/a.txt', '--tokenizer=char', '--field=content')
+    assert "note: field='content' has no effect on .txt files" in capsys.readouterr().out
+    prepare('text.py', f'--input={tmp_path}/a.txt', '--tokenizer=char')
+    assert 'is prepared already' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('kind', ['bpe', 'bytes', 'digits'])
+def test_a_tokenizer_given_by_path_encodes_a_long_document_in_pieces(prepare, tmp_path, monkeypatch, kind):
+    text = ' '.join(make_texts(400))
+    (tmp_path / 'a.txt').write_text(text)
+    inner = byte_level({character: byte for byte, character in CHARACTERS.items()}, [])
+    if kind == 'digits':  # as SmolLM2's
+        parts = [pre_tokenizers.Digits(individual_digits=True), inner.pre_tokenizer]
+        inner.pre_tokenizer = pre_tokenizers.Sequence(parts)
+    if kind == 'bpe':
+        inner.train_from_iterator(
+            [text], trainers.BpeTrainer(vocab_size=400, initial_alphabet=[*CHARACTERS.values()])
+        )
+    inner.save(str(tmp_path / 'tokenizer.json'))
+    monkeypatch.setattr(tokenizers, 'PIECE', 1000)
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.takes_pieces and len([*tokenizers.pieces(text)]) > 9
+    whole = tokenizer.encode(text)
+    assert [i for piece in tokenizers.pieces(text) for i in tokenizer.encode(piece)] == whole
+    folder = prepare('text.py', f'--input={tmp_path}/a.txt', f'--tokenizer={tmp_path}/tokenizer.json')
+    found = Folder(folder).tokens
+    cut = int(len(text) * 0.9)
+    assert [*found['train']] == tokenizer.encode(text[:cut])
+    assert [*found['val']] == tokenizer.encode(text[cut:])
+
+
 # ---------------------------------------------------------------------------- finished folders
 
 
@@ -256,7 +304,10 @@ def test_finished_folder_is_reused_refused_or_replaced(prepare, corpus, tmp_path
         prepare('text.py', f'--input={copy}', '--tokenizer=bytes')
     assert contents(folder) == before
     (folder / 'notes.txt').write_text('mine')
+    (folder / 'work').mkdir()  # of the user
+    prepare('text.py', f'--input={corpus}', '--tokenizer=bytes')
     prepare('text.py', f'--input={copy}', '--tokenizer=bytes', '--overwrite')
+    assert (folder / 'work').is_dir()
     assert config_of(folder)['inputs'].keys() == {str(copy)} and (folder / 'notes.txt').read_text() == 'mine'
     assert not [path for path in tmp_path.iterdir() if path.name.startswith('.')]
 

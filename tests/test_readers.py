@@ -68,6 +68,20 @@ def test_files_folders_and_globs_are_read_in_order(tmp_path):
     assert [text for text, _ in source.documents()] == texts
 
 
+def test_a_folder_is_read_through_its_links_and_each_file_once(tmp_path, monkeypatch, capsys):
+    texts = make_texts(3)
+    (tmp_path / 'corpus').mkdir()
+    (tmp_path / 'disk').mkdir()
+    write_jsonl(tmp_path / 'corpus' / 'a.jsonl', texts[:2])
+    write_jsonl(tmp_path / 'disk' / 'b.jsonl', texts[2:])
+    (tmp_path / 'corpus' / 'empty.txt').touch()
+    (tmp_path / 'corpus' / 'part').symlink_to(tmp_path / 'disk')
+    monkeypatch.chdir(tmp_path)
+    source = readers.files(f'{tmp_path}/corpus/a.jsonl, corpus, disk/b.jsonl', 'text')
+    assert [text for text, _ in source.documents()] == texts
+    assert 'empty.txt is empty; it is left out' in capsys.readouterr().out
+
+
 def test_a_file_cut_short_always_raises(tmp_path):
     texts = make_texts(3000)
     content = write_jsonl(tmp_path / 'a', texts).read_bytes()

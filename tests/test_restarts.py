@@ -133,7 +133,7 @@ def test_another_input_or_setting_between_restarts_is_refused(prepare, tmp_path,
         UserError, match=f'unfinished preparation of .* was begun otherwise: .*{words}.*--overwrite'
     ):
         prepare('text.py', *again)
-    assert (tmp_path / '.out.partial' / 'work' / 'journal.json').exists()
+    assert (tmp_path / '.out.partial' / '.work' / 'journal.json').exists()
     assert config_of(prepare('text.py', *again, '--on_error=skip', '--overwrite'))['skipped'] == 1
 
 
@@ -142,7 +142,7 @@ def test_a_killed_run_leaves_no_worker_and_nothing_that_looks_finished(prepare, 
     words = ['text.py', f'--input={path}', '--tokenizer=bytes', '--num_workers=2']
     target, journal, kills, draw = (
         tmp_path / 'x',
-        tmp_path / '.x.partial' / 'work' / 'journal.json',
+        tmp_path / '.x.partial' / '.work' / 'journal.json',
         0,
         random.Random(0),
     )

@@ -64,7 +64,7 @@ def test_gpt2_without_its_vocabulary_says_what_to_do(monkeypatch):
 
 
 def test_a_character_that_is_unknown_is_named():
-    with pytest.raises(UserError, match="'z' is not in the vocabulary"):
+    with pytest.raises(UserError, match="'z' of 'az' is not in the vocabulary"):
         build('char', ['abc']).encode('az')
 
 
