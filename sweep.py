@@ -25,16 +25,7 @@ import threading
 import time
 from pathlib import Path
 
-from lm.configurator import (
-    ROOT,
-    UserError,
-    check_arguments,
-    check_range,
-    configure,
-    find,
-    report_idle,
-    require,
-)
+from lm.configurator import ROOT, UserError, check_range, configs_of, configure, find, report_idle, require
 from lm.files import write_json, writing
 from lm.report import flat
 
@@ -325,7 +316,7 @@ def submit_jobs():
 
 
 script_path, runs = find('script', script), all_runs()
-check_arguments(script_path, map(arguments, runs))
+configs_of(script_path, map(arguments, runs))
 keys = dict.fromkeys(key for run in runs.values() for key in run)
 keys = [key for key in keys if len({str(run.get(key)) for run in runs.values()}) > 1]  # those that vary
 if submit:

@@ -11,14 +11,15 @@ import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder
-from lm.configurator import PUBLISHED_NAMES, ROOT, require
+from lm.configurator import ROOT, configs_of, require
+from model import ARCHITECTURES
 
 TABLE = ROOT / 'docs' / 'records.md'
 SECONDS, THREADS, SEEDS = 600, 2, 3
 PARTS = {  # of a run's log
     'command': r'\$ python train\.py (.*)',
     'commit': r'commit (\S+), (torch .*)',
-    'run': r'.*: (ar|diffusion|sdd), [\d,]+ parameters, \w+ on 1 × cpu; .* of data (\w{8})',
+    'run': rf'.*: ({"|".join(ARCHITECTURES)}), [\d,]+ parameters, \w+ on 1 × cpu; .* of data (\w{{8}})',
     'start': r'(step 0: val/loss .*)',
     'end': r'step [1-9]\d*: val/loss ([\d.]+).*\ndone in (\d+) s of training',
 }
@@ -36,28 +37,38 @@ def read_run(text):
 
 
 def settings_of(command):
-    """Split a command into its words without seed and folder, and its seed."""
+    """Return the words of a command without seed and folder, its seed, and all other settings of train.py."""
     words = shlex.split(command)
-    seeds = [word.partition('=')[2] for word in words if word.startswith('--seed=')]
-    return [word for word in words if not word.startswith(('--seed', '--out_dir'))], ''.join(seeds) or '0'
+    (config,) = configs_of(ROOT / 'train.py', [words])
+    rest = {key: value for key, value in config.items() if key not in ('seed', 'out_dir')}
+    text = re.sub(r' --(seed|random.seed|out.dir)[ =]\S+', '', f' {shlex.join(words)}')
+    return shlex.split(text), config['seed'], rest
+
+
+def is_committed(commit, path=''):
+    """Say whether the repository has a commit, and with it a file."""
+    name = f'{commit}:{path}' if path else f'{commit}^{{commit}}'
+    return not subprocess.run(['git', '-C', ROOT, 'cat-file', '-e', name], capture_output=True).returncode
 
 
 def check(runs, data_sets):
     """Raise a UserError for runs that are no record by the rules of docs/records.md."""
-    words, seeds = zip(*(settings_of(run['command']) for run in runs))
     require(len(runs) == SEEDS, f'The log has {len(runs)} runs; a record is of {SEEDS}.')
-    require(len(set(seeds)) == SEEDS, f'The seeds are {", ".join(seeds)}; give {SEEDS} that differ.')
-    require(all(x == words[0] for x in words), f'The commands differ in more than the seed: {words}.')
+    words, seeds, settings = zip(*(settings_of(run['command']) for run in runs))
+    require(
+        len(set(seeds)) == SEEDS, f'The seeds are {", ".join(map(str, seeds))}; give {SEEDS} that differ.'
+    )
+    require(all(x == settings[0] for x in settings), f'The commands differ in more than the seed: {words}.')
     for part in ('commit', 'run'):
         found = {run[part] for run in runs}
         require(len(found) == 1, f'The runs are of different commits, machines, models or data: {found}.')
-    keys = {word.partition('=')[0].lstrip('-').replace('-', '_') for word in words[0]}
-    is_fresh = keys.isdisjoint(['init_from', *PUBLISHED_NAMES['init_from'].split()])
+    is_fresh = not settings[0]['init_from']
     require(is_fresh, f'{shlex.join(words[0])} starts from weights; a record is from random ones.')
-    require('--eval_tokens=0' in words[0], 'val/loss is over all of the split: add --eval_tokens=0.')
+    require(not settings[0]['eval_tokens'], 'val/loss is over all of the split: add --eval_tokens=0.')
     (commit, machine), (_, data) = runs[0]['commit'], runs[0]['run']
-    known = subprocess.run(['git', '-C', ROOT, 'cat-file', '-e', f'{commit}^{{commit}}'], capture_output=True)
-    require(known.returncode == 0, f'Commit {commit} is not in this repository; commit what was run.')
+    require(is_committed(commit), f'Commit {commit} is not in this repository; commit what was run.')
+    for path in (word for word in words[0] if not word.startswith('--')):
+        require(is_committed(commit, path), f'Commit {commit} has no {path}; commit what was run.')
     threads = int(re.search(r'(\d+) of \d+ cores', machine)[1])
     require(threads <= THREADS, f'{threads} threads were used; OMP_NUM_THREADS={THREADS}.')
     require(data in data_sets, f'Data {data} is none of {data_sets}; prepare it as docs/records.md says.')
@@ -79,7 +90,7 @@ def main():
     require(len(sys.argv) == 2, 'python benchmarks/record.py LOG')
     path = Path(sys.argv[1])
     require(path.is_file(), f'There is no file {path}; cat out/record-*/logs.log > {path}')
-    text = path.read_text(encoding='utf-8')
+    text = path.read_text(encoding='utf-8', errors='replace')
     runs = [read_run('$ python' + part) for part in re.split(r'^\$ python', text, flags=re.M)[1:]]
     data_sets, best = read_table(TABLE.read_text(encoding='utf-8'))
     check(runs, data_sets)

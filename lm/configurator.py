@@ -180,15 +180,15 @@ def configure(namespace, argv=None):
     return config
 
 
-def check_arguments(path, runs):
-    """Raise a UserError for the first of `runs`, lists of words, that a script would refuse, by its source alone."""
+def configs_of(path, runs):
+    """Return the Config that a script would make of each of `runs`, lists of words, by its source alone; none for a
+    script of another kind. Raises UserError for the first that it would refuse."""
     source, defaults = Path(path).read_text(encoding='utf-8'), {'__file__': path}
     for node in ast.parse(source).body:
         with suppress(ValueError, AttributeError):  # no assignment, or none of a literal: no setting
             target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
             defaults[ast.unparse(target)] = ast.literal_eval(node.value)
-    for words in runs if 'configure(' in source else ():  # or it is a script of another kind
-        configure(dict(defaults), words)
+    return [configure(dict(defaults), words) for words in (runs if 'configure(' in source else ())]
 
 
 def note(text):

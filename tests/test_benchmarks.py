@@ -201,6 +201,8 @@ def test_three_seeds_are_a_record_where_each_is_below_each_of_the_last(
     tools = bench, monkeypatch, capsys, tmp_path
     row, verdict = judge(*tools, logs, table).splitlines()
     assert verdict == 'the first of its kind' and row.startswith('| ar | letters | ') and HEAD in row
+    other = [log.replace('--seed=', '--random_seed=') for log in logs]  # by another name, the same
+    assert judge(*tools, other, table).splitlines()[0] == row
     losses = [float(re.search(r'step 6: val/loss (\S+),', log)[1]) for log in logs]
     assert f'({", ".join(f"{loss:.4f}" for loss in sorted(losses))})' in row
     assert 'a record' in judge(*tools, logs, table + row.replace('(', '(9').replace(', ', ', 9', 2) + '\n')
@@ -220,10 +222,17 @@ def test_three_seeds_are_a_record_where_each_is_below_each_of_the_last(
         ('--eval_tokens=0', '--eval_tokens=0 --base-model=out/a', 'starts from weights'),
         (r'of data \w+', 'of data 01234567', 'prepare'),
         ('step 0: .*', '', 'start|step 0'),
+        ('--eval_tokens=0', '--eval_tokens=0 config/stories.py', 'add --eval_tokens=0'),
+        ('--eval_tokens=0', '--eval_tokens=0 --eval_batches=1', 'add --eval_tokens=0'),
+        ('--eval_tokens=0', 'OWN/warm.py --eval_tokens=0', 'starts from weights'),
+        ('--eval_tokens=0', 'OWN/mine.py --eval_tokens=0', 'has no .*/mine.py; commit what was run'),
+        ('(?s).*', '', 'The log has 0 runs'),
     ],
 )
 def test_what_breaks_a_rule_is_no_record(bench, monkeypatch, capsys, tmp_path, runs, before, after, says):
-    logs = [re.sub(before, after, log) for log in runs[0]]
+    (tmp_path / 'warm.py').write_text("init_from = 'out/a'")
+    (tmp_path / 'mine.py').write_text('beta1 = 0.8')
+    logs = [re.sub(before, after.replace('OWN', str(tmp_path)), log) for log in runs[0]]
     with pytest.raises(UserError, match=says):
         judge(bench, monkeypatch, capsys, tmp_path, logs, runs[1])
 

@@ -66,7 +66,7 @@ def settings_of(script, *words):
         patch.setattr(
             configurator, 'configure', lambda *call, real=configurator.configure: found.append(real(*call))
         )
-        configurator.check_arguments(configurator.ROOT / script, [list(words)])
+        configurator.configs_of(configurator.ROOT / script, [list(words)])
     return found[0]
 
 
