@@ -324,7 +324,7 @@ if pending is not None:
     evaluate_and_save()
 raw_model.train()
 raw_model.mask_window = mask_ratio
-tokens_per_step = batches.rows_per_step * batches.rows.num_tokens / batches.rows.num_rows  # without padding
+tokens_per_step = batches.rows_per_step * batches.rows.text_per_row  # without padding
 speed = runtime.Speed(raw_model, dist, tokens_per_step, step, block_size)
 stopping = False
 while not stopping and not is_finished():

@@ -241,7 +241,8 @@ if pending is not None:
     evaluate_and_save()
 raw_model.train()
 raw_model.mask_window, raw_model.token_dropout = mask_ratio, token_dropout
-speed = runtime.Speed(raw_model, dist, batches.rows_per_step * block_size, step, block_size)
+tokens_per_step = batches.rows_per_step * min(block_size, batches.rows.text_per_row)  # without padding
+speed = runtime.Speed(raw_model, dist, tokens_per_step, step, block_size)
 stopping = False
 while step < max_steps and not stopping:
     lr = optim.learning_rate_at(step, max_steps, learning_rate, min_lr, warmup, schedule, decay_ratio)
@@ -291,7 +292,10 @@ if step < max_steps or pending is not None:
 else:
     save(is_last=True)
     sample = f'python sample.py --checkpoint={out / "ckpt.pt"}'
-    done = f'done in {speed.seconds:.0f} s of training: best val/loss {best.loss:.4f} at step {best.step}'
+    since = ' since it was resumed' if resumed.checkpoint else ''
+    done = (
+        f'done in {speed.seconds:.0f} s of training{since}: best val/loss {best.loss:.4f} at step {best.step}'
+    )
     log.print(f'{done}; look at what it writes: {sample}')
 log.close()
 dist.close()

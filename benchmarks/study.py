@@ -38,6 +38,15 @@ def kind_of(settings):
     return ' '.join([settings['architecture'], *given])
 
 
+def shared_of(folder):
+    """Return the settings of a run that all runs of a study share."""
+    settings = json.loads((folder / 'config.json').read_text())
+    require('unique_tokens' in settings, f'{folder} is no run of train.py; name the folder of a sweep.')
+    own = {'architecture', 'unique_tokens', 'seed', 'max_steps', 'warmup_steps', 'eval_every', *PLAIN}
+    own |= {'out_dir', 'resume_from', 'save_every', 'log_every', 'device', 'dtype', 'compile'}
+    return {key: value for key, value in settings.items() if key not in own}
+
+
 def is_ar(kind):
     """Say whether the losses of a kind are exact: those of an `ar` model, or of the one in another."""
     return kind.startswith('ar') or kind.endswith(AS_AR)
@@ -51,9 +60,11 @@ def read_run(folder):
     if not rows:
         return
     speed = round(statistics.median(float(x) for row in rows if (x := row['train/tokens_per_sec'])))
-    unique, seed, kind = settings['unique_tokens'], settings['seed'], kind_of(settings)
+    unique, seed, kind = settings.get('unique_tokens'), settings['seed'], kind_of(settings)
+    require(unique, f'{folder} went through all of its data; the study is of runs with --unique_tokens.')
+    rows_per_step = settings['batch_size'] * settings['gradient_accumulation_steps']
     for row in rows:
-        tokens = int(row['step']) * settings['batch_size'] * settings['block_size']
+        tokens = int(row['step']) * rows_per_step * settings['block_size']
         for name, metric in ((kind, 'val/loss'), (kind + AS_AR, 'val/ar_loss')):
             if row.get(metric):
                 yield [unique, name, seed, tokens, speed, float(row[metric])]
@@ -64,6 +75,10 @@ def gather(folder):
     runs = [path.parent for path in Path(folder).glob('*/metrics.csv')] if folder else []
     remedy = '`python sweep.py config/sweep_repeats.py` makes some'
     require(runs or not folder, f'{folder} has no runs; {remedy}.')
+    for run in runs[1:]:
+        first, now = shared_of(runs[0]), shared_of(run)
+        other = {key: (value, now.get(key)) for key, value in first.items() if value != now.get(key)}
+        require(not other, f'{runs[0]} and {run} differ in {other}; one study has one size, rate and data.')
     lines = list(csv.reader(STUDY.open(newline='')))[1:] if STUDY.exists() else []
     lines = [[int(u), kind, *map(int, numbers), float(loss)] for u, kind, *numbers, loss in lines]
     lines += [line for run in runs for line in read_run(run)]

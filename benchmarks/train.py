@@ -32,6 +32,7 @@ dtype = 'auto'
 config = configure(globals(), None if __name__ == '__main__' else [])
 
 GPT2 = dict(norm='layer', position='learned', mlp='gelu', qk_norm=False, logit_softcap=0.0)
+NOISY_BLOCKS = (2, 0.0)  # every second one, as noisy_every says by default
 SCHEDULE = 10**4  # steps of the training run whose beliefs are timed, with the defaults of train.py
 
 
@@ -46,7 +47,9 @@ class Trainee:
         dist.wrap(self.model)  # compiled on a GPU, as a run is
         self.dist, self.scaler, self.rows, self.forward = dist, dist.scaler(), rows, self.model
         self.optimizer = optim.make_optimizer(self.model, optimizer, 1e-3, 0.9, 0.95, 0.1, dist.dtype)
-        self.tokens = rows * self.model.config.block_size
+        self.tokens, self.passes = rows * self.model.config.block_size, 0.0
+        if any(self.model.config.block_length):
+            self.model.noisy_blocks = NOISY_BLOCKS
 
     def batch(self):
         length = self.model.config.block_size + self.model.extra_tokens
@@ -69,7 +72,8 @@ class Trainee:
 
     def mfu(self, seconds, peak):
         predicted = 0.5 if self.model.needs_noise else 1.0  # the mean mask ratio
-        return runtime.flops_per_token(self.model, predicted=predicted) * self.tokens / seconds / peak
+        flops = runtime.flops_per_token(self.model, predicted=predicted, passes=self.passes)
+        return flops * self.tokens / seconds / peak
 
 
 def beside_nanogpt(module, steps, dist, *settings, block_size):
@@ -105,6 +109,8 @@ def beside_nanogpt(module, steps, dist, *settings, block_size):
 def compare_steps(trainees, steps, peak):
     """Print the times of steps of `trainees`, {name: Trainee}, in turn; return {name: seconds}."""
     plans = {}  # {(name, passes before a step): the beliefs of those steps of the schedule that have as many}
+    for trainee in trainees.values():
+        trainee.passes = 0.0  # before a step, on average
     for step, (name, trainee) in itertools.product(range(SCHEDULE), trainees.items()):
         beliefs = optim.draw_beliefs(trainee.model, step, SCHEDULE, 0, ((0.5, 0.5),), (1, 2, 4, 8), 0)
         plans.setdefault((name, beliefs.get('passes', 0)), []).append(beliefs)
@@ -115,6 +121,7 @@ def compare_steps(trainees, steps, peak):
         share, spread = len(plans[name, passes]) / SCHEDULE, timing.spread([1000 * time for time in times])
         timing.say(f'  {name}, {passes} passes before, {share:.0%} of the steps: {spread} ms')
         typical[name] += share * statistics.median(times)
+        trainees[name].passes += share * passes
     for name, seconds in typical.items():
         rate, mfu = trainees[name].tokens / seconds, trainees[name].mfu(seconds, peak)
         timing.say(f'  {name}: {1000 * seconds:.1f} ms per step, {rate:,.0f} tokens/s, MFU {mfu:.3f}')

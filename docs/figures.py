@@ -42,7 +42,8 @@ def written(run, options):
 def places(cells):
     """Return {position: (column, line)} of the first letter of each cell, of a text that is wrapped between words, and
     the number of its lines."""
-    lines = wrap([(cell[1], '') for cell in cells], COLUMNS)
+    cells = [(cell[0], cell[1].replace('\n', ' ')) for cell in cells]
+    lines = wrap([(text, '') for _, text in cells], COLUMNS)
     spots = iter([(column, row) for row, line in enumerate(lines) for column in range(len(line))])
     of_cells = {cell[0]: [next(spots) for _ in cell[1]] for cell in cells}
     words = {cell[0]: len(cell[1]) - len(cell[1].lstrip()) for cell in cells if cell[1].strip()}

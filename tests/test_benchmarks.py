@@ -21,6 +21,7 @@ from benchmarks import timing
 from lm import checkpoints, data
 from lm.configurator import ROOT, UserError
 from lm.folder import Folder, version_of
+from lm.runtime import Runtime
 from model import ARCHITECTURES
 
 NANOGPT = Path(__file__).parent / 'nanogpt'  # a stand-in for a clone
@@ -260,6 +261,35 @@ def test_a_study_gathers_runs_once_and_says_what_each_kind_reached(bench, monkey
     study.main()
     assert (tmp_path / 'study.csv').read_text() == lines and lines.count('\n') == 1 + 3 * 3
     assert (tmp_path / 'study.svg').stat().st_size > 5000
+
+
+def test_a_study_counts_every_micro_step_and_refuses_what_does_not_compare(bench, monkeypatch, tmp_path):
+    write_folder(tmp_path / 'letters')
+    study = bench('study')
+    monkeypatch.setattr(study, 'STUDY', tmp_path / 'study.csv')
+    words = [f'--dataset={tmp_path}/letters', '--gradient_accumulation_steps=2']
+    train(*words, '--unique_tokens=100', f'--out_dir={tmp_path}/runs/a')
+    settings = json.loads((tmp_path / 'runs/a/config.json').read_text())
+    tokens = 2 * settings['batch_size'] * settings['block_size'] * settings['max_steps']
+    (*_, last) = study.gather(tmp_path / 'runs')
+    assert last[3] == tokens
+    before = (tmp_path / 'study.csv').read_text()
+    train(*words, '--unique_tokens=100', '--learning_rate=0.5', f'--out_dir={tmp_path}/runs/b')
+    with pytest.raises(
+        UserError, match="differ in {'learning_rate': .*; one study has one size, rate and data"
+    ):
+        study.gather(tmp_path / 'runs')
+    train(*words, f'--out_dir={tmp_path}/all/a')
+    with pytest.raises(UserError, match='all/a went through all of its data'):
+        study.gather(tmp_path / 'all')
+    assert (tmp_path / 'study.csv').read_text() == before
+
+
+def test_blocks_are_timed_as_train_py_trains_them(bench):
+    steps, dist = bench('train'), Runtime('cpu', 'float32')
+    shape = dict(block_size=16, block_length=(4,), ar_weight=1.0)
+    trainee = steps.Trainee('diffusion', dist, 'adamw', 'tiny', 64, 2, **shape)
+    assert trainee.model.noisy_blocks[0] == config_of('train.py')['noisy_every']
 
 
 def test_a_study_says_when_a_kind_passes_the_best_of_ar(bench):

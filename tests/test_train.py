@@ -187,6 +187,16 @@ def test_a_step_without_a_token_in_the_loss_has_no_loss(make_folder, tmp_path, m
     assert {row['train/loss'] for row in metrics(out)[1:]} == {'0.0'}
 
 
+def test_padding_is_no_token_per_second(place, tmp_path):
+    words = [f'--dataset={place}/letters', '--mode=documents', '--max_steps=1']
+    rates = []
+    for block_size in (32, 256):  # of the same texts, more of the longer rows is padding
+        variables = train(*words, f'--block_size={block_size}', f'--out_dir={tmp_path}/{block_size}')
+        rows, folder = variables['batches'], variables['folder']
+        rates.append(variables['speed'].tokens * rows.rows.num_rows / rows.rows_per_step)
+        assert rates[-1] == pytest.approx(len(folder.tokens['train']))
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_the_checkpoint_before_it_is_kept(place, tmp_path):
     settings = [*GPT2, '--learning_rate=1e30', '--warmup_steps=0', '--max_steps=9']
     with pytest.raises(UserError, match=r'The loss is nan at step \d; .*learning_rate than 1e\+30'):
