@@ -270,7 +270,8 @@ out, log = start_run(dist, config, f'{architecture}-{subject}-{model or model_si
 if dist.is_main:
     (out / 'predictions.npz').unlink(missing_ok=True)  # of a run that was shorter
 stop = runtime.StopSignal()
-trained = sum(p.numel() for p in raw_classifier.parameters() if p.requires_grad)
+trained = sum(p.numel() for p in trunk.parameters() if p.requires_grad)
+trained = min(trained, trunk.num_parameters())  # padding is not counted
 log.print(
     f'{out}: {architecture}, {trunk.num_parameters():,} parameters, {trained:,} of them and the head train, '
     f'{dist.dtype} on {dist.world_size} × {dist.device.type}; {max_steps} steps of {rows_per_step} rows'

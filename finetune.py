@@ -31,7 +31,7 @@ init_from = ''  # a ckpt.pt, run folder, Hugging Face folder or hub id; scratch:
 architecture = ''  # ar, diffusion or sdd; empty: that of the checkpoint
 block_size: int = None  # tokens per row; None: the data's max_seq_len, or as many as the model sees
 dropout = 0.0  # in the trunk
-mask_ratio = (0.0, 1.0)  # diffusion: the lowest and the highest in training; evaluation integrates over all
+mask_ratio = (0.0, 1.0)  # diffusion: lowest and highest in training, in blocks rounded up to whole tokens
 block_length: tuple = None  # diffusion: tokens per block, of several one per step; None: as the base
 ar_weight: float = None  # diffusion: of the next-token loss of the clean tokens; None: as the base
 k_schedule = (1, 2, 4, 8)  # sdd: candidates per masked position, one of these drawn for each step
@@ -243,7 +243,7 @@ def print_example():
 print_example()
 parts = ', '.join(f'{name} {size / 1e9:.2f}' for name, size in estimate.items())
 log.print(f'memory, about: {parts}; {sum(estimate.values()) / 1e9:.2f} GB in all')
-num_trained = sum(p.numel() for p in trainable.values())
+num_trained = min(num_parameters, sum(p.numel() for p in trainable.values()))  # padding is not counted
 log.print(
     f'{out}: {architecture} from {init_from}, {num_parameters:,} parameters, {num_trained:,} trained, {dist.dtype} on '
     f'{dist.world_size} × {dist.device.type}; {max_steps} steps are {batches.epoch(max_steps):.2f} epochs',

@@ -71,6 +71,8 @@ def write(ids, count):
         shown = frames if watch or html else None if bar.disable else lambda *_: bar.update()
         with dist.autocast(), user_errors():
             rows = generate(model, [ids] * count, 0 if infill else max_new_tokens, watch=shown, **options)
+    if watch or html:
+        frames.end(len(rows[0]))
     if html:
         save_page(html, f'{run_folder.name_of(path)}: {state["architecture"]}', frames.steps)
         print(f'{html}: the first text, step by step')

@@ -171,6 +171,8 @@ def start(name, gpu):
 def outcome(name, status):
     """Return 'done', 'stopped' or 'failed: ...' for a run that has ended; leave done.json where it is done."""
     folder = root / name
+    if status == -signal.SIGTERM:  # before it could answer
+        return 'stopped'
     if status:
         *_, last = ['', *filter(str.strip, read_text(folder / 'stdout.log').split('\n'))]
         return f'failed: {last[:200]} ({folder / "stdout.log"})'

@@ -41,7 +41,7 @@ embedding_shortcuts: bool = None  # each layer reads the embedding again; None: 
 neighbours: int = None  # each layer reads so many embeddings on each side; None: 8 where norm=rms, else 0
 logit_softcap = 15.0  # 0: none
 token_dropout = 0.0  # ar: share of the tokens that it reads masked in training, against learning by heart
-mask_ratio = (0.0, 1.0)  # diffusion: the lowest and the highest in training; evaluation integrates over all
+mask_ratio = (0.0, 1.0)  # diffusion: lowest and highest in training, in blocks rounded up to whole tokens
 block_length = (0,)  # diffusion: tokens per block, several: one is drawn for each step; 0: the whole row
 noisy_every = 2  # diffusion: a step masks every n-th block only, for less time; all clean tokens are there
 ar_weight = 0.0  # diffusion: of the next-token loss of the clean tokens, which makes it an ar model as well

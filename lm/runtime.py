@@ -56,6 +56,10 @@ def report_idle_settings(config, *kinds):
     if blocks and not any(map(any, blocks)):
         of_blocks = 'block_length' * (config.get('sampler', 'blocks') not in ('blocks', 'speculative'))
         report_idle(config, 'on whole rows', f'noisy_every {of_blocks}')
+    if blocks and all(set(lengths) == {1} for lengths in blocks):  # each is masked
+        report_idle(config, 'on blocks of 1', 'mask_ratio')
+    if config.get('k') == 0:
+        report_idle(config, 'at k=0', 'fresh_beliefs')
     if config.get('temperature') == 0:
         report_idle(config, 'at temperature=0', 'top_k top_p')
     if all(kind.causal for kind in kinds):

@@ -252,7 +252,11 @@ class Job:
     def answer(self):
         """Return the response to a request that was not streamed."""
         choices = [self.choice(row.index, row.text, row.finish) for row in self.rows]
-        return self.envelope(choices, self.counts()) | ({'frames': self.frames.steps} if self.watch else {})
+        if not self.watch:
+            return self.envelope(choices, self.counts())
+        if not self.is_infill:
+            self.frames.end(len(self.rows[0].ids) + len(self.rows[0].new))
+        return self.envelope(choices, self.counts()) | {'frames': self.frames.steps}
 
     def chunk(self, index, text, finish):
         """Return a part of a response that is streamed."""

@@ -76,6 +76,16 @@ class Frames:
         if self.show:
             self.show(self.cells, changed)
 
+    def end(self, length):
+        """Take away what stands behind the `length` tokens of the text, as to the end of a block."""
+        behind = [cell for cell in self.cells[length:] if cell[1] or cell[2] != WRITTEN]
+        if behind:
+            for cell in behind:
+                cell[1:] = ['', WRITTEN, 0.0]
+            self.steps.append([list(cell) for cell in behind])
+            if self.show:
+                self.show(self.cells, {cell[0]: cell for cell in behind})
+
     def cell(self, position, token, kind, probability=0.0):
         is_hidden = token == self.tokenizer.mask_id
         kind = HIDDEN if is_hidden and kind == GIVEN else kind

@@ -172,7 +172,7 @@ def test_what_the_server_refuses_is_shown_as_its_sentence(page):
     page.fill('#text', 'Zürich')
     run(page)
     errors = page.locator('.error').all_inner_texts()
-    assert len(errors) == 2 and "The character 'ü' is not in the vocabulary" in errors[0]
+    assert len(errors) == 2 and "The character 'ü' of 'Zürich' is not in" in errors[0]
 
 
 def test_a_saved_page_shows_its_steps_and_asks_for_nothing(open_page, tmp_path):

@@ -122,6 +122,9 @@ def test_what_is_shown_is_the_first_text_up_to_its_end(sampler, letters):
     assert first == plain[: plain.index(stops[0], 2) + 1] and max(map(len, others)) > len(first)
     assert text_of(frames.cells[: len(first)]) == letters.decode(first)
     assert len(frames.cells) <= len(first) + 3  # to the end of its block
+    frames.end(len(first))
+    shown = {cell[0]: cell[1] for step in frames.steps for cell in step}
+    assert text_of(frames.cells) == letters.decode(first) == ''.join(shown[i] for i in sorted(shown))
 
 
 @pytest.mark.faults
