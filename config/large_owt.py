@@ -1,4 +1,4 @@
-# A large model on OpenWebText, 113.0M parameters at a 32k vocabulary.
+# A large model on OpenWebText, 113.1M parameters at a 32k vocabulary.
 include('owt.py')
 model_size = 'large'
 batch_size, gradient_accumulation_steps = 16, 8

@@ -1,4 +1,4 @@
-# A large model on TinyStories, 113.0M parameters at a 32k vocabulary.
+# A large model on TinyStories, 113.1M parameters at a 32k vocabulary.
 include('tinystories.py')
 model_size = 'large'
 batch_size, gradient_accumulation_steps = 32, 2

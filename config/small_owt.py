@@ -1,4 +1,4 @@
-# A small model on OpenWebText, 23.3M parameters at a 32k vocabulary.
+# A small model on OpenWebText, 23.4M parameters at a 32k vocabulary.
 include('owt.py')
 model_size = 'small'
 batch_size, gradient_accumulation_steps = 32, 2

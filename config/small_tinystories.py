@@ -1,4 +1,4 @@
-# A small model on TinyStories, 23.3M parameters at a 32k vocabulary.
+# A small model on TinyStories, 23.4M parameters at a 32k vocabulary.
 include('tinystories.py')
 model_size = 'small'
 batch_size = 64

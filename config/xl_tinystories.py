@@ -1,4 +1,4 @@
-# An xl model on TinyStories, 347.3M parameters at a 32k vocabulary.
+# An xl model on TinyStories, 347.5M parameters at a 32k vocabulary.
 include('tinystories.py')
 model_size = 'xl'
 batch_size, gradient_accumulation_steps = 16, 4
