@@ -278,20 +278,27 @@ def seconds(call, device):
     return time.perf_counter() - start
 
 
+TOGETHER = 0.3  # seconds in which signals come from one cause
+
+
 class StopSignal:
     """Set by the first SIGTERM, SIGINT, SIGUSR1 or SIGHUP; a second one ends the process at once, but for SIGHUP, of
-    which a terminal that is closed sends two."""
+    which a terminal that is closed sends two, and for one that comes with the first, as Slurm and torchrun forward it.
+    """
 
     def __init__(self):
-        self.received = None
+        self.received, self.time = None, 0.0
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self.receive)
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
             signal.signal(signal.SIGHUP, self.receive)
 
     def receive(self, number, frame):
-        if self.received is not None and number != signal.SIGHUP:
+        if self.received is not None:
+            if number == signal.SIGHUP or time.monotonic() < self.time + TOGETHER:
+                return
             os._exit(128 + number)
+        self.time = time.monotonic()
         self.received = signal.Signals(number).name
         with contextlib.suppress(OSError):  # the terminal is gone
             os.write(2, f'\n{self.received}: saving at the next step; once more to quit at once\n'.encode())
