@@ -24,18 +24,16 @@ from lm.tokenizer import IGNORE, MASK, Tokenizer, recorded_in
 from model import ARCHITECTURES, ModelConfig
 
 SHARD_BYTES = 5 * 10**9  # of an exported file, at most
-READ_WITH_A_MODEL = (
-    '*.json *.jinja *.safetensors *.bin *.model merges.txt'  # of another model they would be wrong
-)
+READ_WITH_A_MODEL = '*.json *.jinja *.safetensors *.bin *.model merges.txt'  # wrong beside another one
 
 
 def import_model(source, out, token=None, revision=None):
     """Write a Hugging Face folder or hub id as a ckpt.pt; return in words what it is."""
-    is_ours = Path(source).exists() and not checkpoints.is_pretrained(source)
-    require(
-        not is_ours,
-        f'{source} is no Hugging Face folder; a checkpoint of ours is used as it is, or exported.',
+    is_ours, remedy = (
+        Path(source).exists() and not checkpoints.is_pretrained(source),
+        'use it as it is, or export',
     )
+    require(not is_ours, f'{source} is no Hugging Face folder; {remedy} a checkpoint of ours.')
     checkpoint = pretrained.load(source, token, revision)
     checkpoints.save(out, checkpoint)
     c = ModelConfig(**checkpoint['model_config'])

@@ -293,9 +293,7 @@ else:
     save(is_last=True)
     sample = f'python sample.py --checkpoint={out / "ckpt.pt"}'
     since = ' since it was resumed' if resumed.checkpoint else ''
-    done = (
-        f'done in {speed.seconds:.0f} s of training{since}: best val/loss {best.loss:.4f} at step {best.step}'
-    )
-    log.print(f'{done}; look at what it writes: {sample}')
+    found = f'best val/loss {best.loss:.4f} at step {best.step}'
+    log.print(f'done in {speed.seconds:.0f} s of training{since}: {found}; look at what it writes: {sample}')
 log.close()
 dist.close()

@@ -386,7 +386,7 @@ def test_an_export_with_names_of_an_earlier_version_is_read(tmp_path):
         (['import', 'IN', '--out=OUT/no/ckpt.pt'], 'a folder that does not exist'),
         (['import', '~/nothing', '--out=OUT/a.pt'], f'no checkpoint at {Path.home()}/nothing'),
         (['import', 'nobody/nothing', '--out=OUT/a.pt'], 'no checkpoint at nobody/nothing, and the hub'),
-        (['import', 'OUT/there.pt', '--out=OUT/a.pt'], 'a checkpoint of ours is used as it is, or exported'),
+        (['import', 'OUT/there.pt', '--out=OUT/a.pt'], 'use it as it is, or export a checkpoint of ours'),
         (['import', 'RUN', '--out=OUT/a.pt'], 'run is no Hugging Face folder'),
         (['export', 'OUT/there.pt', '--out=IN', '--overwrite'], 'there.pt is damaged'),
         (['export', 'OUT/there.pt', '--out=OUT', '--overwrite'], 'no exported model; choose another'),
