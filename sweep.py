@@ -46,7 +46,9 @@ jobs = 1  # runs at the same time
 gpus = ''  # 0,1: a run sees one of these; empty: all
 dry_run = False  # list the runs, or write the job scripts, and stop
 # --- results ---
-metric = 'test.accuracy'  # of eval_results.json; the best row has most of it, of losses and bpb least
+metric = (
+    ''  # of eval_results.json, for the best row: most of it, of losses least; empty: by validation, else test
+)
 show = ''  # more of these for the table; empty: the accuracy of each set
 # --- slurm ---
 submit = ''  # slurm
@@ -67,6 +69,7 @@ lines = [experiment_name, timeout, *map(str, fields.values())]  # of shell scrip
 plain = re.fullmatch(r'\w[\w.+=-]*', experiment_name) and '\n' not in ''.join(lines)
 require(plain, f'experiment_name, timeout or a field in {lines} is no plain name; write letters and digits.')
 root = (Path(results_root) / experiment_name).absolute()
+METRICS = 'val.accuracy', 'best_val_loss', 'test.accuracy'
 OUR_OWN = {'out_dir', 'results_path', 'output_dir', 'resume_from'}  # settings that the sweep gives
 
 
@@ -231,7 +234,12 @@ def write_results():
     names = list(dict.fromkeys(key for values in figures.values() for key in values))
     if not figures:  # the table of another grid stays
         return print(f'\nnone of {len(runs)} runs has results')
-    if unknown := [name for name in (metric, *filter(None, show.split(','))) if name not in names]:
+    best_by = metric or next(filter(names.__contains__, METRICS), METRICS[0])
+    if best_by == 'test.accuracy' and not metric:
+        print(
+            'note: there are no validation rows, so the best row is chosen on the test rows, which flatters it.'
+        )
+    if unknown := [name for name in (best_by, *filter(None, show.split(','))) if name not in names]:
         print(f'note: no run has {", ".join(unknown)} among its results: {", ".join(names)}')
     with open(root / 'results.csv', 'w', newline='') as file:
         writer = csv.DictWriter(file, ['run', *keys, *names], extrasaction='ignore', lineterminator='\n')
@@ -242,7 +250,7 @@ def write_results():
     for name, values in figures.items():
         group = tuple(str(runs[name].get(key, '')) for key in columns)
         groups.setdefault(group, []).append(values)
-    table = markdown_table(columns, groups, names)
+    table = markdown_table(columns, groups, names, best_by)
     (root / 'results.md').write_text(table + '\n')
     print(f'\n{table}\n\n{len(figures)} of {len(runs)} runs: {root}/results.csv, {root}/results.md')
 
@@ -257,7 +265,7 @@ def read_results(path):
         return {}
 
 
-def markdown_table(columns, groups, names):
+def markdown_table(columns, groups, names, metric):
     """Return a table with a line for each of groups {values of columns: [figures]}, the best one in bold."""
     accuracies = [n for n in names if n.endswith('accuracy')]
     shown = (show.split(',') if show else accuracies) + [metric] * (metric in names)

@@ -118,7 +118,10 @@ def test_each_gpu_that_is_named_has_a_run_unless_jobs_says_otherwise(place):
 
 def test_the_table_has_mean_and_deviation_over_seeds_and_the_best_row(place):
     file = write(place, 'six.py', base_args={'seconds': 0}, grid={'seed': [1, 2, 3], 'lr': [0.1, 0.2]})
-    assert sweep(place, file, '--jobs=3', '--gpus=6,7')[0] == 0
+    status, output = sweep(place, file, '--jobs=3', '--gpus=6,7')
+    assert (
+        status == 0 and 'note: there are no validation rows, so the best row is chosen on the test' in output
+    )
     assert {path.read_text() for path in place.glob('try/*/gpu')} == {
         '6',
         '7',
@@ -127,6 +130,11 @@ def test_the_table_has_mean_and_deviation_over_seeds_and_the_best_row(place):
     assert '| 0.1 | 3 | 0.2000 ± 0.1000 |' in table and '| **0.2** | **3** | **0.4000 ± 0.2000** |' in table
     assert sweep(place, file, '--metric=test.loss', '--show=test.loss')[0] == 0  # of which the best has least
     assert '| **0.1** | **3** |' in (place / 'try' / 'results.md').read_text()
+    for path in place.glob('try/*/eval_results.json'):  # with validation rows, which choose
+        results = json.loads(path.read_text())
+        path.write_text(json.dumps({**results, 'val': {'accuracy': -results['test']['accuracy']}}))
+    output = sweep(place, file)[1]
+    assert '| **0.1** | **3** |' in output and 'on the test rows' not in output
     path = next(place.glob('try/*/eval_results.json'))
     path.write_text(path.read_text().replace('0.1', 'NaN').replace('0.2', 'NaN'))
     output = sweep(place, file, '--metric=test.acuracy')[1]
