@@ -147,8 +147,11 @@ problem = f'{folder.path} holds no stories of prepare/grammar.py'
 require(is_stories or 'infilling' not in wanted, f'{problem}; leave infilling out of --metrics.')
 
 smallest = min(state['model_config']['block_size'] for state in states)
-trained_at = [state['train_config'].get('block_size') or smallest for state in states]
-block_size = block_size or min(smallest, *trained_at)  # a model may have been tuned in shorter rows
+trained_at = min(state['train_config'].get('block_size') or smallest for state in states)
+lengths = {length for state in states for length in state['model_config'].get('block_length', ()) if length}
+if trained_at < smallest and all(trained_at % length == 0 for length in lengths):  # tuned in shorter rows
+    block_size = block_size or trained_at
+block_size = block_size or smallest
 check_range({'block_size': block_size}, 2, smallest + 1, 'block_size')
 if not mode:
     by_documents = all(state['train_config'].get('mode') == 'documents' for state in states)

@@ -250,7 +250,8 @@ class Sampler:
         """Return what prompts that are written together have in common: their length and, where steps or blocks are
         shared out among all masked positions, these. So a text does not depend on those beside it."""
         has_blocks = any(self.own_blocks)
-        by_gaps = self.sampler in ('blocks', 'remdm') or (has_blocks and self.steps)
+        own_steps = self.sampler in ('ancestral', 'remdm') and not self.steps  # as many as there are gaps
+        by_gaps = self.sampler == 'blocks' or own_steps or (has_blocks and self.steps)
         gaps = [i for i, token in enumerate(prompt) if token == self.mask_id]
         return len(prompt), has_blocks and len(gaps) > 0, *(gaps if by_gaps else [])
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder
-from lm.configurator import ROOT, configs_of, require
+from lm.configurator import ROOT, SUFFIXES, configs_of, require
 from model import ARCHITECTURES
 
 TABLE = ROOT / 'docs' / 'records.md'
@@ -41,8 +41,10 @@ def settings_of(command):
     words = shlex.split(command)
     (config,) = configs_of(ROOT / 'train.py', [words])
     rest = {key: value for key, value in config.items() if key not in ('seed', 'out_dir')}
-    text = re.sub(r' --(seed|random.seed|out.dir)[ =]\S+', '', f' {shlex.join(words)}')
-    return shlex.split(text), config['seed'], rest
+    own = [re.fullmatch(r'--(seed|random.seed|out.dir)(=.*)?', word) for word in words]
+    takes_next = [False, *(found and not found[2] for found in own)]
+    kept = [word for word, found, is_value in zip(words, own, takes_next) if not (found or is_value)]
+    return kept, config['seed'], rest
 
 
 def is_committed(commit, path=''):
@@ -67,7 +69,7 @@ def check(runs, data_sets):
     require(not settings[0]['eval_tokens'], 'val/loss is over all of the split: add --eval_tokens=0.')
     (commit, machine), (_, data) = runs[0]['commit'], runs[0]['run']
     require(is_committed(commit), f'Commit {commit} is not in this repository; commit what was run.')
-    for path in (word for word in words[0] if not word.startswith('--')):
+    for path in (word for word in words[0] if word.endswith(SUFFIXES) and not word.startswith('--')):
         require(is_committed(commit, path), f'Commit {commit} has no {path}; commit what was run.')
     threads = int(re.search(r'(\d+) of \d+ cores', machine)[1])
     require(threads <= THREADS, f'{threads} threads were used; OMP_NUM_THREADS={THREADS}.')

@@ -77,7 +77,8 @@ def gather(folder):
     require(runs or not folder, f'{folder} has no runs; {remedy}.')
     for run in runs[1:]:
         first, now = shared_of(runs[0]), shared_of(run)
-        other = {key: (value, now.get(key)) for key, value in first.items() if value != now.get(key)}
+        keys = first.keys() & now.keys()  # versions may have others
+        other = {key: (first[key], now[key]) for key in sorted(keys) if first[key] != now[key]}
         require(not other, f'{runs[0]} and {run} differ in {other}; one study has one size, rate and data.')
     lines = list(csv.reader(STUDY.open(newline='')))[1:] if STUDY.exists() else []
     lines = [[int(u), kind, *map(int, numbers), float(loss)] for u, kind, *numbers, loss in lines]

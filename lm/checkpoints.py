@@ -418,10 +418,15 @@ def continue_run(resumed, store, model, optimizer, scaler, inputs, config):
         store.load_state(resumed, model, optimizer)
         if checkpoint['scaler_state_dict']:  # empty unless dtype was float16
             scaler.load_state_dict(checkpoint['scaler_state_dict'])
-        step, every = checkpoint['global_step'], checkpoint['train_config'].get('eval_every') or 1
-        best, own = best_of(checkpoint, step, every), resumed.run_dir / 'best.pt'
-        if resumed.is_copy() and own.exists():
-            best = best_of(load(own, mmap=True), step, every)
+        step, own = checkpoint['global_step'], resumed.run_dir / 'best.pt'
+        of = load(own, mmap=True) if resumed.is_copy() and own.exists() else checkpoint
+        best = Best(of['best_step'], of['best_val_loss'], checkpoint.get('later', 0))
+        if 'later' not in checkpoint or best.step != checkpoint['best_step']:
+            every, waits = (
+                checkpoint['train_config'].get('eval_every') or 1,
+                checkpoint.get('pending') is not None,
+            )
+            best.later = (step - best.step) // every - waits  # below 0 until the run is there again
         compare = {'eval_tokens', 'eval_examples', 'best_by'}
         if ':' in config.get('dataset', ''):  # a mix, whose weights may be others
             compare.add('dataset')
@@ -429,11 +434,3 @@ def continue_run(resumed, store, model, optimizer, scaler, inputs, config):
         if changed or elsewhere or any(key in compare for key, *_ in resumed.overrides):
             best = Best(step)  # figures of another evaluation do not compare; and best.pt stays where it is
         return step, best, checkpoint.get('pending')
-
-
-def best_of(checkpoint, step, eval_every):
-    """Return the Best of a checkpoint for a run at a step."""
-    best = Best(checkpoint['best_step'], checkpoint['best_val_loss'])
-    same = checkpoint['global_step'] == step and 'later' in checkpoint
-    best.later = checkpoint['later'] if same else max(0, step - best.step) // eval_every
-    return best

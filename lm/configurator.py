@@ -320,7 +320,7 @@ class CoreLoader(yaml.SafeLoader):  # of YAML 1.2, where 1e-5 is a number, and n
 def find(kind, name):
     """Return the path of a file, relative to the working directory or else to the repository."""
     for folder in (Path.cwd(), ROOT):
-        path = folder / Path(name).expanduser()
+        path = folder / os.path.expanduser(name)
         if path.is_file():
             return path
     raise UserError(f'There is no {kind} {str(name)!r} in {Path.cwd()} or {ROOT}; correct the path.')

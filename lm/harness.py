@@ -38,7 +38,8 @@ class Checkpoint(TemplateLM):
     """A checkpoint as the harness sees a model.
 
     draws: mask ratios per request, for what is not exact; add_bos: whether a context begins with the start token, None:
-    as its own tokenizer does it, and always for checkpoints that were trained here. sampler, steps: of `generate`.
+    as its own tokenizer does it, and always for checkpoints that were trained here. sampler, steps: of `generate`;
+    without a sampler greedy texts are written surest token first.
     """
 
     def __init__(

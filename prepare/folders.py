@@ -56,6 +56,8 @@ def unfinished_folder(target, command, overwrite):
     """Give the Journal of a hidden folder beside `target`, which takes its place if the block succeeds; if it
     fails, the folder vanishes, unless a shard is done: then the same command goes on from there."""
     folder = target.with_name(f'.{target.name}.partial')
+    if (folder / 'work' / 'journal.json').exists() and not (folder / WORK).exists():  # of an earlier version
+        (folder / 'work').rename(folder / WORK)
     try:
         busy = f'Another process is preparing {target}; wait, or change --name.'
         with lock(folder / WORK, 'lock', busy):  # which is no part of the result

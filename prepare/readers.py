@@ -169,7 +169,10 @@ def expand(patterns, suffixes):
     require(paths, f'There is nothing to read: give files, folders or globs, between commas, of {endings}.')
     for path in paths:
         require(suffix_of(path) in suffixes, f'{path} ends in none of {endings}; convert or rename it.')
-    return [*{path.resolve(): path for path in reversed(paths)}.values()][::-1]  # by its first name
+    found = {}
+    for path in paths:
+        found.setdefault(path.resolve(), path)  # by its first name, in its first place
+    return [*found.values()]
 
 
 def files_below(folder, suffixes):

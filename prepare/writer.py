@@ -39,7 +39,7 @@ def write(source, config, log_prob=None):
     `log_prob(text)`, in nats, is given where the true distribution of the documents is known: then the loss
     that no model can beat is recorded too. After a UserError a folder that was there is as it was."""
     check_settings(config)
-    if not source.has_fields:
+    if not source.has_fields and 'field' in config:
         report_idle(config, 'on .txt files', 'field')
         config['field'] = 'text'  # as where none is given
     target = target_folder(config)

@@ -202,8 +202,11 @@ def test_three_seeds_are_a_record_where_each_is_below_each_of_the_last(
     tools = bench, monkeypatch, capsys, tmp_path
     row, verdict = judge(*tools, logs, table).splitlines()
     assert verdict == 'the first of its kind' and row.startswith('| ar | letters | ') and HEAD in row
-    other = [log.replace('--seed=', '--random_seed=') for log in logs]  # by another name, the same
-    assert judge(*tools, other, table).splitlines()[0] == row
+    for before, after in (('--seed=', '--random_seed='), ('--seed=', "--out_dir='a b' --seed ")):
+        other = [log.replace(before, after) for log in logs]  # in other words, the same
+        assert judge(*tools, other, table).splitlines()[0] == row
+    other = [log.replace('--eval_tokens=0', '--eval_tokens 0') for log in logs]
+    assert 'the first of its kind' in judge(*tools, other, table)
     losses = [float(re.search(r'step 6: val/loss (\S+),', log)[1]) for log in logs]
     assert f'({", ".join(f"{loss:.4f}" for loss in sorted(losses))})' in row
     assert 'a record' in judge(*tools, logs, table + row.replace('(', '(9').replace(', ', ', 9', 2) + '\n')

@@ -201,6 +201,14 @@ def test_a_row_is_what_it_is_alone_whatever_gaps_stand_beside_it(architecture, b
             assert together == [generate(model, [row], 6, **options)[0] for row in rows], options
 
 
+def test_ancestral_steps_are_as_many_as_a_row_has_gaps_whatever_stands_beside_it():
+    model, short, long = tiny('diffusion'), [1, MASK, 3, 1, MASK, 2], [MASK] * 6
+    seen = watch(model)
+    generate(model, [short, long], 0, sampler='ancestral')
+    ours = [x for x in seen if any(row.tolist()[2:4] == [3, 1] for row in x)]
+    assert 1 <= len(ours) <= 2 and all(len(x) == 1 for x in seen)
+
+
 def test_stop_token_cuts_a_diffusion_row_after_the_prompt():
     model, prompts = tiny('diffusion'), [[1, 2, 3], [4, 5, 6], [7, 8, 1]]
     stop = generate(model, [prompts[0]], 9)[0][6]

@@ -189,6 +189,25 @@ def test_early_stopping_counts_evaluations_though_eval_every_changes(place, tmp_
     assert best.later == 3 and variables['step'] == (6 if best.step == 0 else best.step + 3)
 
 
+def test_a_run_that_goes_back_to_a_copy_stops_early_where_it_did_before(place, tmp_path, monkeypatch):
+    losses = dict(enumerate([9.0, 8.0, 7.5, 7.6, 7.7, 7.0, 7.1, 7.2, 7.3]))
+    words = settings(place, 'ar', '--max_steps=40', '--eval_every=1', '--save_every=1', '--early_stopping=3')
+    steps = []  # of the evaluations of a run
+
+    def evaluate(*_):
+        steps.append(steps[-1] + 1 if steps else 0)
+        return {'val/loss': losses[steps[-1]]}
+
+    monkeypatch.setattr('lm.runtime.evaluate', evaluate)
+    assert tune(*words, f'--out_dir={tmp_path}/run')['step'] == 8
+    for copy in (7, 6, 4, 2):
+        shutil.copytree(tmp_path / 'run', tmp_path / f'back-{copy}')
+        steps[:] = [copy - 1]
+        assert (
+            tune(*words, f'--resume_from={tmp_path}/back-{copy}/checkpoints/checkpoint-{copy}')['step'] == 8
+        )
+
+
 def test_scratch_is_allowed_with_a_warning(place, tmp_path, capsys):
     words = ['--init_from=scratch', '--architecture=diffusion', '--block_size=64', '--max_steps=1']
     tune(f'--dataset={place}/examples', *words, f'--out_dir={tmp_path}/run')

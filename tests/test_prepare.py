@@ -257,8 +257,12 @@ def test_a_field_of_txt_files_is_reported_and_not_recorded(prepare, tmp_path, ca
     (tmp_path / 'a.txt').write_text('\n'.join(make_texts(30)))
     prepare('text.py', f'--input={tmp_path}/a.txt', '--tokenizer=char', '--field=content')
     assert "note: field='content' has no effect on .txt files" in capsys.readouterr().out
-    prepare('text.py', f'--input={tmp_path}/a.txt', '--tokenizer=char')
-    assert 'is prepared already' in capsys.readouterr().out
+    folder = prepare('text.py', f'--input={tmp_path}/a.txt', '--tokenizer=char')
+    assert (
+        'is prepared already' in capsys.readouterr().out and config_of(folder)['arguments']['field'] == 'text'
+    )
+    folder = prepare('shakespeare.py', f'--input={tmp_path}/a.txt', output_dir=tmp_path / 'plays')
+    assert 'field' not in config_of(folder)['arguments']  # it has none
 
 
 @pytest.mark.parametrize('kind', ['bpe', 'bytes', 'digits'])

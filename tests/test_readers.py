@@ -79,6 +79,10 @@ def test_a_folder_is_read_through_its_links_and_each_file_once(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     source = readers.files(f'{tmp_path}/corpus/a.jsonl, corpus, disk/b.jsonl', 'text')
     assert [text for text, _ in source.documents()] == texts
+    again = readers.files(
+        'disk/b.jsonl, corpus/a.jsonl, corpus', 'text'
+    )  # in the order in which they come first
+    assert [text for text, _ in again.documents()] == [texts[2], *texts[:2]]
     assert 'empty.txt is empty; it is left out' in capsys.readouterr().out
 
 
