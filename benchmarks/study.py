@@ -94,12 +94,12 @@ def gather(folder):
 def read_curves(lines):
     """Return {unique tokens: {kind: {seed: [(minutes of training, epoch, loss)]}}}."""
     speeds, curves = {}, {}
-    for _, kind, _, _, speed, _ in lines:
-        speeds.setdefault(kind, []).append(speed)
-    seconds = {kind: 1 / statistics.median(values) for kind, values in speeds.items()}  # per token
+    for unique, kind, _, _, speed, _ in lines:  # those of one number of tokens are of one machine
+        speeds.setdefault((unique, kind), []).append(speed)
+    seconds = {key: 1 / statistics.median(values) for key, values in speeds.items()}  # per token
     for unique, kind, seed, tokens, _, loss in lines:
         seeds = curves.setdefault(unique, {}).setdefault(kind, {})
-        seeds.setdefault(seed, []).append((tokens * seconds[kind] / 60, tokens / unique, loss))
+        seeds.setdefault(seed, []).append((tokens * seconds[unique, kind] / 60, tokens / unique, loss))
     return curves
 
 
