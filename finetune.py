@@ -10,7 +10,6 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from lm import checkpoints, data, optim, prompts, run_folder, runtime
@@ -25,7 +24,7 @@ field = ''  # of a source that is plain text: the field that holds it
 batch_size = 8  # rows per micro-step and rank
 gradient_accumulation_steps = 1  # micro-steps per step and rank
 packing = True  # several examples per row, none of which sees another; False: one example per row
-train_on_prompt = False  # the loss is on the prompt as well
+train_on_prompt = False  # the loss is on the prompt as well, and on answers that were not to be learned
 # --- model ---
 init_from = ''  # a ckpt.pt, run folder, Hugging Face folder or hub id; scratch: random weights
 architecture = ''  # ar, diffusion or sdd; empty: that of the checkpoint
@@ -124,10 +123,10 @@ if not resumed.checkpoint:
 folder = Folder(dataset)
 tokenizer, prompt_format = folder.tokenizer, folder.config['prompt_format'] or prompts.DEFAULT
 max_seq_len, answer_masks = folder.config.get('max_seq_len'), folder.masks['val']
-if train_on_prompt:
-    folder.masks = {split: np.ones(len(tokens), np.uint8) for split, tokens in folder.tokens.items()}
+folder.train_on_prompt = train_on_prompt
 
-blocks = {key: config[key] for key in BLOCKS if key in config.given or resumed.checkpoint}
+said = BLOCKS if resumed.checkpoint else config.given.intersection(BLOCKS)
+blocks = {key: config[key] for key in said if config[key] is not None}
 if resumed.checkpoint and not use_peft:
     initial = resumed.checkpoint
 elif init_from == 'scratch':
@@ -181,7 +180,12 @@ if use_peft:
     if dist.dtype == 'bfloat16':
         lora.round_frozen(raw_model)
     if resumed.checkpoint:
-        raw_model.load_state_dict(resumed.checkpoint['adapter_state_dict'], strict=False)
+        held, now = resumed.checkpoint['adapter_state_dict'], dict(raw_model.named_parameters())
+        fits = all(name in now and now[name].shape == x.shape for name, x in held.items())
+        require(
+            fits, f'{init_from} has another shape than in the run of {resumed.path}; put its weights back.'
+        )
+        raw_model.load_state_dict(held, strict=False)
 runtime.report_idle_settings(config, raw_model)
 raw_model = store.place(raw_model, weights, dist)
 weights = None  # not kept beside the model
@@ -236,14 +240,16 @@ def print_example():
     log.print(
         f'{len(rows.starts):,} examples of {rows.num_tokens:,} tokens, {rows.num_trained:,} of them trained, in '
         f'{rows.num_rows:,} rows of {block_size}; the prompt of {rows.cut:,} is cut on the left, {rows.dropped:,} left '
-        'out because the answer does not fit'
+        'out because the answer does not fit; of the validation split '
+        f'{val_rows.rows.cut:,} and {val_rows.rows.dropped:,}'
     )
 
 
 print_example()
 parts = ', '.join(f'{name} {size / 1e9:.2f}' for name, size in estimate.items())
 log.print(f'memory, about: {parts}; {sum(estimate.values()) / 1e9:.2f} GB in all')
-num_trained = min(num_parameters, sum(p.numel() for p in trainable.values()))  # padding is not counted
+num_trained = sum(p.numel() for p in trainable.values())
+num_trained = num_trained if use_peft else min(num_trained, num_parameters)  # which leaves padding out
 log.print(
     f'{out}: {architecture} from {init_from}, {num_parameters:,} parameters, {num_trained:,} trained, {dist.dtype} on '
     f'{dist.world_size} × {dist.device.type}; {max_steps} steps are {batches.epoch(max_steps):.2f} epochs',
@@ -293,7 +299,8 @@ def evaluate_and_save():
     is_best = checkpoints.save_if_best(out, step, values, best, checkpoint, whole_weights, dist)
     adapter = checkpoints.whole(trainable) if is_best and use_peft else None
     if adapter and dist.is_main:
-        lora.save_adapter(raw_model, out / 'adapter', init_from, prompt_format, adapter)
+        asked = {'prompt_format': prompt_format, 'start_token': folder.config['start_token']}
+        lora.save_adapter(raw_model, out / 'adapter', init_from, adapter, **asked)
     log.metrics(step, pending | values)
     pending = None
 
@@ -306,6 +313,10 @@ def print_answers():
         if 0 < len(ids) < block_size - sample_tokens and len(questions) < num_samples:
             questions.append([folder.config['start_token'], *ids])
     if not questions:
+        if step == 0 and answer_masks is not None:
+            log.print(
+                f'no held-out prompt leaves room for sample_tokens={sample_tokens} in rows of {block_size}'
+            )
         return
     stop_tokens = [prompts.end_of(prompt_format, tokenizer)[0]]
     with dist.autocast(), checkpoints.gathered(raw_model), dist.eager():

@@ -152,6 +152,7 @@ def merge_adapter(source, base, out, token=None, revision=None):
     lora.merge(model)
     kept = {key: value for key, value in checkpoint.items() if not key.endswith('_state_dict')}
     kept['prompt_format'] = config.get('prompt_format') or checkpoint.get('prompt_format')
+    kept['start_token'] = config.get('start_token', checkpoint['start_token'])
     checkpoints.save(out, {**kept, 'model_state_dict': model.state_dict()})
     return f'{base} with {source} merged in float32.'
 

@@ -124,7 +124,7 @@ class ExampleRows:
     def __init__(self, folder, split, row_length, train_on_padding, packed, training=True, by_answer=None):
         self.folder, self.split, self.row_length = folder, split, row_length
         self.train_on_padding = train_on_padding
-        self.by_answer = train_on_padding if by_answer is None else by_answer
+        self.by_answer = train_on_padding and not folder.train_on_prompt if by_answer is None else by_answer
         index = folder.index[split].astype(np.int64)
         masks = f'{split}_masks.bin, which says where the answers are'
         require(folder.masks[split] is not None, f'{folder.path} has no {masks}; use prepare/instruct.py.')
@@ -154,7 +154,8 @@ class ExampleRows:
     def fit(self, start, end):
         ids, mask = (x[self.split][start:end].tolist() for x in (self.folder.tokens, self.folder.masks))
         mask = prompts.last_answer(mask) if self.by_answer else mask
-        return prompts.fit(ids, mask, self.row_length - 1) if 1 in mask else None
+        found = prompts.fit(ids, mask, self.row_length - 1) if 1 in mask else None
+        return (found[0], [1] * len(found[0])) if found and self.folder.train_on_prompt else found
 
     def read(self, row, key=None):
         """Read tokens (T,), their loss mask (T,), and which example each belongs to (T,), or None."""

@@ -22,6 +22,8 @@ class Folder:
     dataset: a path, or a name under the repository's data/.
     """
 
+    train_on_prompt = False  # of instructions: whether the loss is on all of an example, as finetune.py says
+
     def __init__(self, dataset):
         self.path = find_folder(dataset)
         try:
@@ -78,7 +80,7 @@ class Folder:
         if self.masks[split] is None:
             ends = sizes['documents'] if padding == self.tokenizer.endoftext_id else 0
             return (sizes['tokens'] - ends) / max(1, sizes['bytes'])
-        counted = self.tokens[split][self.masks[split] == 1]
+        counted = self.tokens[split][(self.masks[split] == 1) | self.train_on_prompt]
         counted = counted[counted != padding]
         text = self.tokenizer.decode(counted)
         return len(counted) / len(text.encode()) if text else None

@@ -143,9 +143,12 @@ SUPPORTED = dict(peft_type=['LORA'], bias=['none'], use_dora=[False])
 SUPPORTED['init_lora_weights'] = [True, False, 'gaussian']
 # Other keys of adapter_config.json that are read, say nothing of the weights, or what the tensors say as well; any
 # further one (of PiSSA, activated LoRA, ...) has to be empty.
-READ = 'r lora_alpha lora_dropout use_rslora base_model_name_or_path prompt_format target_modules'.split()
-READ += 'exclude_modules layers_to_transform layers_pattern modules_to_save trainable_token_indices revision'.split()
-READ += 'task_type inference_mode peft_version auto_mapping fan_in_fan_out megatron_core qalora_group_size'.split()
+READ = (
+    'r lora_alpha lora_dropout use_rslora base_model_name_or_path prompt_format start_token revision'.split()
+)
+READ += 'target_modules exclude_modules layers_to_transform layers_pattern modules_to_save'.split()
+READ += 'trainable_token_indices task_type inference_mode peft_version auto_mapping fan_in_fan_out'.split()
+READ += 'megatron_core qalora_group_size'.split()
 BLOCKS = ['block_length', 'ar_weight']  # keys of ours, where they are not those of a model of whole rows
 READ += BLOCKS
 
@@ -157,12 +160,12 @@ def peft_name(name, family):
     return f'{module}.{PEFT_NAMES.get(kind, kind)}', None if kind == 'lora_A' else qkv_index
 
 
-def save_adapter(model, folder, base_name, prompt_format=None, weights=None):
+def save_adapter(model, folder, base_name, weights=None, **asked):
     """Write adapter_model.safetensors and adapter_config.json for PEFT; base_name: what they are for.
 
-    weights: the trained ones of a model that has only parts of them; prompt_format: that of the answers it was trained
-    on, a key of ours that goes with it into its base. Layers have the names of the model's family; our own without one
-    and for gpt2, where q, k, v are one.
+    weights: the trained ones of a model that has only parts of them; asked: prompt_format and start_token of the
+    answers it was trained on, keys of ours that go with it into its base. Layers have the names of the model's family;
+    our own without one and for gpt2, where q, k, v are one.
     """
     folder, tables, (_, layer) = Path(folder), trained_tables(model), adapted_layers(model)[0]
     family, _ = families.family_of(type(model), model.config)
@@ -174,7 +177,7 @@ def save_adapter(model, folder, base_name, prompt_format=None, weights=None):
     config.update(base_model_name_or_path=str(base_name), r=layer.rank, lora_alpha=layer.alpha)
     config.update(lora_dropout=layer.dropout.p, target_modules=sorted(targets), bias='none')
     config.update(use_dora=False, use_rslora=False, inference_mode=True)
-    config.update({'prompt_format': prompt_format} if prompt_format else {})
+    config.update({key: value for key, value in asked.items() if value is not None})
     if model.config.has_two_streams:
         config.update({key: getattr(model.config, key) for key in BLOCKS})
     if tables:

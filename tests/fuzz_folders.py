@@ -81,7 +81,7 @@ def make_folders(place):
     (place / 'native.pt').unlink()
     model = checkpoints.load_model(checkpoints.load(place / 'adapter'), 'cpu')
     lora.add_lora(model, 2, 4)
-    lora.save_adapter(model, place / 'adapter' / 'adapter', 'base', prompts.DEFAULT)
+    lora.save_adapter(model, place / 'adapter' / 'adapter', 'base', prompt_format=prompts.DEFAULT)
 
 
 def spots(value, path=()):

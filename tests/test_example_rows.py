@@ -53,7 +53,9 @@ def test_a_bidirectional_model_sees_nothing_behind_an_answer(examples):
         index=[0, 9], tokens=[*range(9)], masks=[0, 1, 1, 0, 0, 1, 1, 1, 0]
     )  # two answers, and a newline
     parts = {name: {'train': np.array(array)} for name, array in parts.items()}
-    folder = SimpleNamespace(**parts, config=examples.config, tokenizer=examples.tokenizer, path='here')
+    folder = SimpleNamespace(
+        **parts, config=examples.config, tokenizer=examples.tokenizer, path='here', train_on_prompt=False
+    )
     start = folder.config['start_token']
     read = lambda architecture: [
         x[:2] for x in map(rows_of[architecture].read, range(rows_of[architecture].num_rows))

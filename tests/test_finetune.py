@@ -84,6 +84,31 @@ def test_the_loss_is_on_answers_alone_or_on_the_prompt_too(place, tmp_path, on_p
     assert variables['step'] == variables['max_steps'] == 1
 
 
+@pytest.mark.parametrize('architecture', ['ar', 'diffusion'])
+def test_examples_are_cut_alike_whether_the_prompt_is_in_the_loss(place, tmp_path, architecture):
+    words = [
+        f'--architecture={architecture}',
+        '--block_size=16',
+        '--packing=False',
+        '--max_steps=1',
+        '--eval_every=1',
+    ]
+    rows = []
+    for on_prompt in (False, True):
+        variables = tune(
+            *settings(
+                place, 'ar', *words, f'--train_on_prompt={on_prompt}', f'--out_dir={tmp_path}/{on_prompt}'
+            )
+        )
+        rows.append(variables['batches'].rows)
+    one, other = rows
+    assert one.cut == other.cut > 0 and one.dropped == other.dropped
+    for row in range(one.num_rows):
+        (tokens, answers, *_), (same_tokens, learned, *_) = one.read(row), other.read(row)
+        size = one.num_tokens and min(len(tokens), len(same_tokens))
+        assert (tokens[:size] == same_tokens[:size]).all() and (learned[:size] >= answers[:size]).all()
+
+
 @pytest.mark.parametrize('packing', [True, False])
 def test_a_prompt_is_never_masked_answer_and_padding_are(place, tmp_path, packing):
     words = [f'--packing={packing}', f'--out_dir={tmp_path}/run', '--max_steps=1', '--batch_size=32']
@@ -327,6 +352,27 @@ def test_a_run_that_is_finished_or_in_the_way_is_left_alone(place, capsys):
 
 
 # ---------------------------------------------------------------------------- adapters
+
+
+def test_blocks_that_are_none_are_those_of_the_base(place, tmp_path):
+    words = ['--architecture=diffusion', '--block_length=None', '--ar_weight=None', '--max_steps=1']
+    variables = tune(*settings(place, 'ar', *words, f'--out_dir={tmp_path}/run'))
+    assert variables['raw_model'].config.block_length == (0,)
+
+
+def test_a_base_of_another_shape_is_a_sentence_where_its_adapter_goes_on(place, tmp_path):
+    shutil.copytree(place / 'ar', tmp_path / 'base')
+    words = [
+        f'--dataset={place}/examples',
+        f'--init_from={tmp_path}/base',
+        '--use_peft',
+        f'--out_dir={tmp_path}/run',
+    ]
+    tune(*words, '--max_steps=1')
+    shutil.rmtree(tmp_path / 'base')
+    write_base(tmp_path / 'base', 'ar', n_embd=32)
+    with pytest.raises(UserError, match='base has another shape than in the run of .*; put its weights back'):
+        tune(*words, '--max_steps=2', '--resume_from=auto')
 
 
 @pytest.mark.parametrize('more', [[], ['--load_in_4bit'], ['--load_in_8bit']], ids=str)

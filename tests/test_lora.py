@@ -208,10 +208,14 @@ def test_merge_keeps_the_prompt_format_that_the_adapter_was_tuned_with(tmp_path)
     model = native()
     lora.add_lora(model, 2, 4)
     for form in (None, 'Q: {instruction}\nA: {output}'):
-        lora.save_adapter(model, tmp_path / 'adapter', 'ckpt.pt', form)
+        start = 5 if form else checkpoints.load(tmp_path / 'ckpt.pt')['start_token']
+        lora.save_adapter(
+            model, tmp_path / 'adapter', 'ckpt.pt', prompt_format=form, start_token=5 if form else None
+        )
         words = f'merge {tmp_path}/adapter --base={tmp_path}/ckpt.pt --out={tmp_path}/out.pt --overwrite'
         hf.main(words.split())
-        assert checkpoints.load(tmp_path / 'out.pt')['prompt_format'] == form
+        merged = checkpoints.load(tmp_path / 'out.pt')
+        assert (merged['prompt_format'], merged['start_token']) == (form, start)
 
 
 # ---------------------------------------------------------------------------- training
