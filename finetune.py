@@ -218,6 +218,8 @@ if is_finished():
 model = dist.wrap(raw_model, compile, fsdp)
 
 estimate = runtime.memory_estimate(raw_model, batch_size, block_size, dist)
+if use_peft and dist.device.type == 'cpu':
+    estimate['merged copy'] = 4 * num_parameters  # while it saves, in float32
 runtime.check_memory(estimate, dist)
 base = model_size if init_from == 'scratch' else Path(init_from).resolve().name.removesuffix('.pt')
 config.update(architecture=architecture, block_size=block_size, max_steps=max_steps)

@@ -84,6 +84,8 @@ def check_settings(config):
         report_idle(config, 'without resume_from', 'changed_data')
         starts = any(config.get(key) for key in ('init_from', 'model', 'model_prefix'))
         report_idle(config, 'without init_from', 'revision anneal_steps' * (not starts))
+        is_local = bool(config.get('init_from')) and os.path.exists(config['init_from'])
+        report_idle(config, 'of local weights', 'revision' * is_local)
         is_adamw = config['optimizer'] != 'muon' and config.get('depth') is None
         report_idle(config, 'without muon', 'decay_embedding' * is_adamw)
     if 'p_belief' in config:
