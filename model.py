@@ -254,6 +254,22 @@ class Transformer(nn.Module):
             in_loss &= is_text.gather(1, streams.start.expand_as(tokens))
         return in_loss, in_loss & is_text
 
+    def denoiser(self, x_t, doc_ids=None, cache=None, clean=None, k=None):
+        """Compute the hidden states (B, T, C) that predict the masked tokens of x_t (B, T), and those of clean (B, T).
+
+        cache: TwoStreams, or a BlockCache of the tokens before, or None: x_t is the whole row, and clean has no states.
+        """
+        return self.predict(x_t, doc_ids, cache, clean)
+
+    def predict(self, x_t, doc_ids=None, cache=None, clean=None, belief=None):
+        """Compute what `denoiser` does, in one pass."""
+        if cache is None:
+            return self.hidden(x_t, doc_ids, None, belief), None
+        return cache.read(self, x_t, clean, belief)
+
+    def top_k_belief(self, hidden, where, k):
+        """Return what a sampler keeps of a prediction for the next step; see `SDD`. Here: nothing."""
+
     def nll(self, tokens, loss_mask=None, noise=None):
         """Compute each row's negative log-likelihood (B,) in nats, or one unbiased draw of its upper bound."""
         return self(tokens, loss_mask, noise, reduction='none')[0].sum(1)
@@ -391,22 +407,6 @@ class Diffusion(Transformer):
             loss = loss + self.config.ar_weight * ar_loss if self.training else loss
             metrics['ar_loss'] = F.pad(nll, (1, 0))
         return reduced(reduction, loss, weighted_nll, counted, metrics)
-
-    def denoiser(self, x_t, doc_ids=None, cache=None, clean=None, k=None):
-        """Compute the hidden states (B, T, C) that predict the masked tokens of x_t (B, T), and those of clean (B, T).
-
-        cache: TwoStreams, or a BlockCache of the tokens before, or None: x_t is the whole row, and clean has no states.
-        """
-        return self.predict(x_t, doc_ids, cache, clean)
-
-    def predict(self, x_t, doc_ids=None, cache=None, clean=None, belief=None):
-        """Compute what `denoiser` does, in one pass."""
-        if cache is None:
-            return self.hidden(x_t, doc_ids, None, belief), None
-        return cache.read(self, x_t, clean, belief)
-
-    def top_k_belief(self, hidden, where, k):
-        """Return what a sampler keeps of a prediction for the next step; see `SDD`. Here: nothing."""
 
 
 class Belief(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 from torch import distributed
 
 from lm import pretrained, quantize
-from lm.configurator import ROOT, require, restore, user_errors
+from lm.configurator import ROOT, note, require, restore, user_errors
 from lm.files import as_sentence, save_atomically, write_json
 from lm.optim import local
 from lm.run_folder import RESULTS, newest_checkpoint, run_of
@@ -121,7 +121,7 @@ def check_contents(checkpoint):
 
 def unedited(path):
     """Return the context in which the contents of a checkpoint are read: one that somebody edited is a UserError."""
-    return as_sentence(f'{path} was edited or is damaged', OTHERS)
+    return as_sentence(f'{path} was edited, is damaged or of other code', OTHERS)
 
 
 # ---------------------------------------------------------------------------- models
@@ -223,7 +223,7 @@ def convert(checkpoint, path, architecture, block_size=None, **blocks):
         possible = after and (before.causal and not after.causal or issubclass(after, before))
         remedy = f'use --architecture={source}'
         require(possible, f'{path} holds architecture={source!r}, no start for {architecture!r}; {remedy}.')
-        if before.causal:
+        if before.causal and not after.causal:
             config['shift'] = not has_two_streams
             special = [i for i in (config['mask_id'], config['ignore_id']) if i is not None]
             others = [i for i in range(config['vocab_size']) if i not in special]
@@ -231,6 +231,12 @@ def convert(checkpoint, path, architecture, block_size=None, **blocks):
                 weights[name] = weights[name].float().clone()
                 weights[name][special] = weights[name][others].mean(0)
         weights = {**after.new_weights(ModelConfig(**config)), **weights}
+        with torch.device('meta'):
+            lacking = sorted(make_model(architecture, **config).state_dict().keys() - weights.keys())
+        remedy = f'let new_weights of {after.__name__} in model.py return what they begin with'
+        require(
+            not lacking, f'{path} has no {", ".join(lacking[:3])} of architecture={architecture!r}; {remedy}.'
+        )
     converted_from = source if source != architecture else None
     start = {'architecture': architecture, 'model_config': config, 'converted_from': converted_from}
     return {**checkpoint, **start, 'model_state_dict': weights, 'ema_state_dict': None}
@@ -380,6 +386,8 @@ def resume(namespace, config, fixed):
     saved = earlier | checkpoint.get('train_config', {})
     other = {'mode', 'use_peft', 'target_func'} & saved.keys() - config.keys()  # which each script alone has
     require(not other, f'The run of {path} is of another script; continue it with that one, or {remedy}.')
+    for key in sorted(checkpoint.get('train_config', {}).keys() - config.keys() - {'eval_batches', *own}):
+        note(f'{key}={saved[key]!r}, of the run of {path}, is no setting of this script.')
     if 'eval_batches' in saved:
         saved['eval_tokens'] = saved['eval_batches'] * saved['batch_size'] * (saved['block_size'] or 0)
         saved['eval_examples'] = saved['eval_batches'] * saved.get('eval_batch_size', 0)

@@ -10,7 +10,7 @@ import re
 import torch
 
 from lm.configurator import UserError, require
-from model import ARCHITECTURES, ModelConfig
+from model import ARCHITECTURES, ModelConfig, architecture_name
 
 NATIVE = 'diffusion-lm'  # model_type of what no family can express, which only these scripts read
 
@@ -202,7 +202,8 @@ def family_of(architecture, config):
     is the same, apart from fields without a meaning in its architecture or outside of training. No family of diffusion
     models knows our <|ignore|>, which comes after <|mask|>; they are padded with their end, which comes before it.
     """
-    kind = ARCHITECTURES.get(architecture, architecture).family_of
+    name = architecture if isinstance(architecture, str) else architecture_name(architecture)
+    kind = vars(ARCHITECTURES[name]).get('family_of', '')  # a subclass computes something else
     is_padded = kind == 'diffusion' and config.ignore_id is not None and config.ignore_id > config.mask_id
     unused = 'dropout k gradient_checkpointing mask_id ignore_id'.split() + ['shift'] * (kind == 'ar')
     unused += ['rope_theta'] if config.position == 'learned' else []

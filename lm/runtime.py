@@ -38,7 +38,10 @@ NEEDS = {  # settings that have no effect where the first one is not set
     'use_peft': 'peft_lora_r peft_lora_alpha peft_lora_dropout peft_targets',
     'lora_rank': 'lora_alpha lora_dropout',
 }
-SAMPLERS = {'threshold': 'threshold entropy', 'eta': 'remdm'}  # settings and the samplers that they are of
+WITHOUT = {  # settings and the samplers that do not read them
+    'threshold': 'first_hitting ancestral confidence blocks remdm speculative ar',
+    'eta': 'first_hitting ancestral confidence blocks threshold entropy speculative ar',
+}
 
 
 def report_idle_settings(config, *kinds):
@@ -49,9 +52,9 @@ def report_idle_settings(config, *kinds):
     if not any(kind.causal for kind in kinds):
         idle += ' token_dropout'
     if 'sampler' in config and not all(kind.causal for kind in kinds):
-        sampler = config['sampler']
-        unused = ' '.join(key for key, names in SAMPLERS.items() if sampler not in names.split())
-        report_idle(config, f'with sampler={sampler!r}', unused)
+        sampler = config['sampler'] or 'first_hitting'
+        unused = ' '.join(key for key, names in WITHOUT.items() if sampler in names.split())
+        report_idle(config, f'with sampler={config["sampler"]!r}', unused)
     blocks = [kind.config.block_length for kind in kinds if hasattr(kind, 'config') and not kind.causal]
     if blocks and not any(map(any, blocks)):
         of_blocks = 'block_length' * (config.get('sampler', 'blocks') not in ('blocks', 'speculative'))

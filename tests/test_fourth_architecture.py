@@ -8,12 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import write_folder
+from conftest import letter_tokenizer, write_folder, write_small_checkpoint
 from helpers import assert_same_run, losses, metrics, run, train
 
 import hf
-from lm import checkpoints
-from model import ARCHITECTURES, Diffusion, Transformer, reduced
+from lm import checkpoints, families
+from lm.configurator import UserError
+from model import ARCHITECTURES, Autoregressive, Diffusion, ModelConfig, Transformer, reduced
 
 
 class Focal(Diffusion):
@@ -47,7 +48,52 @@ class Smoothed(Transformer):
         return reduced(reduction, loss, nll, counted, metrics)
 
 
-KINDS = {'focal': Focal, 'smoothed': Smoothed}
+class Filler(Transformer):
+    """Predicts the masked third of a row: bidirectional, on the trunk alone."""
+
+    def forward(self, tokens, loss_mask=None, noise=None, doc_ids=None, reduction='sum'):
+        maskable, counted = self.loss_positions(tokens, loss_mask)
+        masked = maskable & (noise[:, 1:] < 1 / 3)
+        h = self.hidden(tokens.masked_fill(masked, self.config.mask_id), doc_ids)
+        loss, nll, pred = self.weighted_nll(h, tokens, masked.float())
+        metrics = {'correct': (pred == tokens) & counted, 'predicted': masked & counted}
+        metrics['certainty'] = torch.exp(-nll) * counted
+        return reduced(reduction, loss, nll, counted, metrics)
+
+
+KINDS = {'focal': Focal, 'smoothed': Smoothed, 'filler': Filler}
+
+
+class Scaled(Autoregressive):
+    """Logits times a number of its own: another function than that of its base, with a weight that this lacks."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.scale = torch.nn.Parameter(torch.ones(1))
+
+    def head(self, hidden, weight=None):
+        return self.scale * super().head(hidden, weight)
+
+
+def test_a_subclass_is_no_model_of_its_bases_family_and_says_what_it_lacks_of_its_weights(
+    monkeypatch, tmp_path
+):
+    monkeypatch.setitem(ARCHITECTURES, 'scaled', Scaled)
+    config = ModelConfig(vocab_size=64, mask_id=62, ignore_id=63, **families.published_config('llama3', 32))
+    assert families.family_of('ar', config)[0] == 'llama'
+    assert families.family_of('scaled', config) == families.family_of(Scaled, config) == (None, None)
+    path = write_small_checkpoint(tmp_path / 'run' / 'ckpt.pt', 'ar', letter_tokenizer())
+    with pytest.raises(
+        UserError, match='has no scale of architecture=.scaled.; let new_weights of Scaled in model.py'
+    ):
+        checkpoints.convert(checkpoints.load(path), path, 'scaled', None)
+    monkeypatch.setattr(Scaled, 'new_weights', classmethod(lambda cls, config: {'scale': torch.ones(1)}))
+    converted = checkpoints.convert(checkpoints.load(path), path, 'scaled', None)
+    tokens = torch.arange(8)[None]
+    one, other = (
+        checkpoints.load_model(c, 'cpu').logits(tokens) for c in (converted, checkpoints.load(path))
+    )
+    assert torch.equal(one, other)  # attention does not change, so neither does what is predicted where
 
 
 class Wandb(SimpleNamespace):

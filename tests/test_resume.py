@@ -143,6 +143,15 @@ def test_changed_settings_are_honoured_and_reported(copied, capsys):
     assert [row['train/lr'] for row in metrics(copied)][-2:] == ['0.5', '0.5']
 
 
+def test_settings_that_a_script_lacks_are_named_when_it_continues_a_run(copied, capsys):
+    state = load(copied)
+    state['train_config']['grad_noise'] = 0.5  # of a copy of the script
+    torch.save(state, copied / 'ckpt.pt')
+    with pytest.raises(SystemExit):
+        run('train.py', f'--resume_from={copied}')
+    assert 'note: grad_noise=0.5, of the run of' in capsys.readouterr().out
+
+
 @pytest.mark.faults
 def test_the_best_of_another_evaluation_is_not_the_best_of_this_one(copied, place, monkeypatch):
     checkpoint = load(copied)
