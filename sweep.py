@@ -47,7 +47,7 @@ gpus = ''  # 0,1: a run sees one of these; empty: all
 dry_run = False  # list the runs, or write the job scripts, and stop
 # --- results ---
 metric = (
-    ''  # of eval_results.json, for the best row: most of it, of losses least; empty: by validation, else test
+    ''  # of eval_results.json: the best row has most of it, of losses least; empty: of validation, or test
 )
 show = ''  # more of these for the table; empty: the accuracy of each set
 # --- slurm ---
@@ -237,7 +237,7 @@ def write_results():
     best_by = metric or next(filter(names.__contains__, METRICS), METRICS[0])
     if best_by == 'test.accuracy' and not metric:
         print(
-            'note: there are no validation rows, so the best row is chosen on the test rows, which flatters it.'
+            'note: there are no validation rows, so the best row is chosen on the test rows: it is flattered.'
         )
     if unknown := [name for name in (best_by, *filter(None, show.split(','))) if name not in names]:
         print(f'note: no run has {", ".join(unknown)} among its results: {", ".join(names)}')

@@ -57,9 +57,7 @@ def check(runs, data_sets):
     """Raise a UserError for runs that are no record by the rules of docs/records.md."""
     require(len(runs) == SEEDS, f'The log has {len(runs)} runs; a record is of {SEEDS}.')
     words, seeds, settings = zip(*(settings_of(run['command']) for run in runs))
-    require(
-        len(set(seeds)) == SEEDS, f'The seeds are {", ".join(map(str, seeds))}; give {SEEDS} that differ.'
-    )
+    require(len(set(seeds)) == SEEDS, f'The seeds are {seeds}; give {SEEDS} that differ.')
     require(all(x == settings[0] for x in settings), f'The commands differ in more than the seed: {words}.')
     for part in ('commit', 'run'):
         found = {run[part] for run in runs}

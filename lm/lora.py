@@ -143,10 +143,8 @@ SUPPORTED = dict(peft_type=['LORA'], bias=['none'], use_dora=[False])
 SUPPORTED['init_lora_weights'] = [True, False, 'gaussian']
 # Other keys of adapter_config.json that are read, say nothing of the weights, or what the tensors say as well; any
 # further one (of PiSSA, activated LoRA, ...) has to be empty.
-READ = (
-    'r lora_alpha lora_dropout use_rslora base_model_name_or_path prompt_format start_token revision'.split()
-)
-READ += 'target_modules exclude_modules layers_to_transform layers_pattern modules_to_save'.split()
+READ = 'r lora_alpha lora_dropout use_rslora base_model_name_or_path prompt_format start_token'.split()
+READ += 'revision target_modules exclude_modules layers_to_transform layers_pattern modules_to_save'.split()
 READ += 'trainable_token_indices task_type inference_mode peft_version auto_mapping fan_in_fan_out'.split()
 READ += 'megatron_core qalora_group_size'.split()
 BLOCKS = ['block_length', 'ar_weight']  # keys of ours, where they are not those of a model of whole rows

@@ -210,13 +210,9 @@ def digits_of(task):
 
 def digit_ids(tokenizer, task):
     """Return the ids of the task's digits in any tokenizer, each encoded alone: it would group a text of digits."""
-    for encode in (
-        tokenizer.encode,
-        tokenizer.encode_behind,
-    ):  # SentencePiece puts a mark before the first word
-        ids = [encode(digit) for digit in digits_of(task)]
-        is_single = all(len(one) == 1 for one in ids)
-        if is_single:
-            break
+    ids = [tokenizer.encode(digit) for digit in digits_of(task)]
+    if any(len(one) > 1 for one in ids):  # SentencePiece puts a mark before the first word
+        ids = [tokenizer.encode_behind(digit) for digit in digits_of(task)]
+    is_single = all(len(one) == 1 for one in ids)
     require(is_single, 'This tokenizer has no token for each digit; start from another checkpoint.')
     return np.array(ids)[:, 0]

@@ -177,13 +177,18 @@ def expand(patterns, suffixes):
 
 def files_below(folder, suffixes):
     """Yield the files of a folder, and of those that its links lead to, but for empty ones."""
-    found = (Path(place, name) for place, _, names in os.walk(folder, followlinks=True) for name in names)
-    for path in found:
-        if path.is_file() and suffix_of(path) in suffixes:
-            if path.stat().st_size:
-                yield path
-            else:
-                note(f'{path} is empty; it is left out.')
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(real)
+        for path in (Path(place, name) for name in names):
+            if path.is_file() and suffix_of(path) in suffixes:
+                if path.stat().st_size:
+                    yield path
+                else:
+                    note(f'{path} is empty; it is left out.')
 
 
 def read_txt(path, separator):

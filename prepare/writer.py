@@ -184,10 +184,8 @@ def encode_corpus(corpus, tokenizer, config, journal):
                 bar.update(corpus.read['amount'] - bar.n)
         except BrokenProcessPool as error:
             problem = 'A worker process was killed, as when memory runs out'
-            remedy = (
-                f'give fewer than num_workers={num_workers}' if num_workers > 1 else 'split long documents'
-            )
-            raise UserError(f'{problem}; {remedy}.') from error
+            fewer = f'give fewer than num_workers={num_workers}'
+            raise UserError(f'{problem}; {fewer if num_workers > 1 else "split long documents"}.') from error
         finally:
             pool.shutdown(cancel_futures=True)
     return counts

@@ -76,6 +76,8 @@ def test_a_folder_is_read_through_its_links_and_each_file_once(tmp_path, monkeyp
     write_jsonl(tmp_path / 'disk' / 'b.jsonl', texts[2:])
     (tmp_path / 'corpus' / 'empty.txt').touch()
     (tmp_path / 'corpus' / 'part').symlink_to(tmp_path / 'disk')
+    (tmp_path / 'disk' / 'back').symlink_to(tmp_path / 'corpus')
+    (tmp_path / 'disk' / 'again').symlink_to(tmp_path / 'corpus')
     monkeypatch.chdir(tmp_path)
     source = readers.files(f'{tmp_path}/corpus/a.jsonl, corpus, disk/b.jsonl', 'text')
     assert [text for text, _ in source.documents()] == texts
