@@ -176,6 +176,7 @@ if use_peft:
     weights = None
     checksums = [zlib.crc32(x.flatten().view(torch.uint8).numpy()) for x in raw_model.state_dict().values()]
     folder.fingerprint[f'the weights of {init_from}'] = checksums
+    base_checksum = lora.base_checksum(raw_model)
     add_adapters(raw_model)
     if dist.dtype == 'bfloat16':
         lora.round_frozen(raw_model)
@@ -301,7 +302,8 @@ def evaluate_and_save():
     is_best = checkpoints.save_if_best(out, step, values, best, checkpoint, whole_weights, dist)
     adapter = checkpoints.whole(trainable) if is_best and use_peft else None
     if adapter and dist.is_main:
-        asked = {'prompt_format': prompt_format, 'start_token': folder.config['start_token']}
+        start_token = folder.config['start_token']
+        asked = dict(prompt_format=prompt_format, start_token=start_token, base_checksum=base_checksum)
         lora.save_adapter(raw_model, out / 'adapter', init_from, adapter, **asked)
     log.metrics(step, pending | values)
     pending = None

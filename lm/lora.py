@@ -7,6 +7,7 @@ They are read and written in PEFT's format.
 """
 
 import math
+import zlib
 from pathlib import Path
 
 import safetensors.torch
@@ -148,7 +149,14 @@ READ += 'revision target_modules exclude_modules layers_to_transform layers_patt
 READ += 'trainable_token_indices task_type inference_mode peft_version auto_mapping fan_in_fan_out'.split()
 READ += 'megatron_core qalora_group_size'.split()
 BLOCKS = ['block_length', 'ar_weight']  # keys of ours, where they are not those of a model of whole rows
-READ += BLOCKS
+READ += [*BLOCKS, 'base_checksum']
+
+
+def base_checksum(model):
+    """Return a number by which an adapter knows its base, of the last linear layer in bfloat16; None: quantized."""
+    *_, (_, layer) = linear_layers(model)
+    if isinstance(layer, nn.Linear):
+        return zlib.crc32(layer.weight.detach().cpu().bfloat16().contiguous().view(torch.int16).numpy())
 
 
 def peft_name(name, family):
@@ -161,9 +169,9 @@ def peft_name(name, family):
 def save_adapter(model, folder, base_name, weights=None, **asked):
     """Write adapter_model.safetensors and adapter_config.json for PEFT; base_name: what they are for.
 
-    weights: the trained ones of a model that has only parts of them; asked: prompt_format and start_token of the
-    answers it was trained on, keys of ours that go with it into its base. Layers have the names of the model's family;
-    our own without one and for gpt2, where q, k, v are one.
+    weights: the trained ones of a model that has only parts of them; asked: keys of ours, prompt_format and start_token
+    of the answers it was trained on, which go with it into its base, and base_checksum. Layers have the names of the
+    model's family; our own without one and for gpt2, where q, k, v are one.
     """
     folder, tables, (_, layer) = Path(folder), trained_tables(model), adapted_layers(model)[0]
     family, _ = families.family_of(type(model), model.config)
@@ -204,6 +212,11 @@ def load_adapter(model, folder):
         tensors = pretrained.current_names({name.removeprefix(PREFIX): x for name, x in tensors.items()})
         family, _ = families.family_of(type(model), model.config)
         family = None if any(name.startswith('blocks.') for name in tensors) else family
+        base, checksum = config.get('base_model_name_or_path'), config.get('base_checksum')
+        problem = f'{folder} was trained on other weights than these'
+        remedy = f'give its base as it was then, {base!r}, or take base_checksum out of adapter_config.json'
+        now = base_checksum(model)
+        require(None in (checksum, now) or checksum == now, f'{problem}; {remedy}.')
         rank, dropout = config['r'], config.get('lora_dropout', 0.0)
         alpha = config['lora_alpha'] * (math.sqrt(rank) if config.get('use_rslora') else 1)
         for name, layer in linear_layers(model):
@@ -212,7 +225,7 @@ def load_adapter(model, folder):
         freeze_the_rest(model)
         if 'architecture' in config:
             train_new_embeddings(model)
-        odd, base = copy_tensors(tensors, model, family), config.get('base_model_name_or_path')
+        odd = copy_tensors(tensors, model, family)
     require(not odd, f'The adapter {folder} does not fit ({odd}); give the base that it is for, {base!r}.')
 
 

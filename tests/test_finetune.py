@@ -410,6 +410,8 @@ def test_an_adapter_is_merged_into_the_blocks_that_it_was_trained_with(place, tm
             hf.main(
                 ['merge', f'{tmp_path}/run/adapter', f'--base={tmp_path}/{base}', f'--out={tmp_path}/b.pt']
             )
+    with pytest.raises(UserError, match=r'on other weights than these; give its base as it was then, \S+/ar'):
+        hf.main(['merge', f'{tmp_path}/run/adapter', f'--base={place}/run', f'--out={tmp_path}/b.pt'])
 
 
 @pytest.mark.faults
