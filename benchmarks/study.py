@@ -3,7 +3,7 @@ out/sweeps/repeats
 
 Their evaluations are added to docs/study.csv, a line each, so that parts of the sweep can be run on other days or
 machines; without a folder the file is taken as it is. Then, per kind: its lowest val/loss and where it was; when a
-diffusion model is below the best that `ar` ever reaches, in minutes of training at the median speed of its kind, and in
+diffusion model is below the best that `ar` ever reaches, in minutes of training at the speed of its kind, and in
 epochs by a fit. Curves: docs/study.svg, with matplotlib.
 """
 
@@ -94,12 +94,11 @@ def gather(folder):
 def read_curves(lines):
     """Return {unique tokens: {kind: {seed: [(minutes of training, epoch, loss)]}}}."""
     speeds, curves = {}, {}
-    for unique, kind, _, _, speed, _ in lines:  # those of one number of tokens are of one machine
-        speeds.setdefault((unique, kind), []).append(speed)
-    seconds = {key: 1 / statistics.median(values) for key, values in speeds.items()}  # per token
+    for unique, kind, _, _, speed, _ in lines:  # the first seed is of one machine
+        speeds.setdefault((unique, kind), speed)
     for unique, kind, seed, tokens, _, loss in lines:
         seeds = curves.setdefault(unique, {}).setdefault(kind, {})
-        seeds.setdefault(seed, []).append((tokens * seconds[unique, kind] / 60, tokens / unique, loss))
+        seeds.setdefault(seed, []).append((tokens / speeds[unique, kind] / 60, tokens / unique, loss))
     return curves
 
 
