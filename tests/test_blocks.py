@@ -9,7 +9,7 @@ import torch
 from conftest import assert_drawn_from, random_model, write_folder
 from helpers import TRAIN, assert_same_run, finish, load, losses, metrics, run, start_ranks, train
 
-from lm import likelihood, speculation
+from lm import likelihood, runtime, speculation
 from lm.caches import BlockCache
 from lm.configurator import UserError
 from lm.draw import restrict
@@ -132,8 +132,11 @@ def test_the_next_token_loss_is_that_of_an_ar_model_and_trains_with_its_weight()
     ).log_softmax(-1)
     expected = -log_p.gather(2, tokens[:, 1:, None]).sum()
     torch.testing.assert_close(metrics['ar_loss'], expected, rtol=1e-5, atol=1e-4)
-    loss, *_ = model.train()(tokens, None, noise)
+    loss, *rest = model.train()(tokens, None, noise)
     torch.testing.assert_close(loss, bound + 0.3 * expected, rtol=1e-5, atol=1e-4)
+    sums = {}
+    runtime.add(sums, loss, *rest)  # what is logged beside val/loss
+    torch.testing.assert_close(sums['loss'].float(), bound, rtol=1e-5, atol=1e-4)
 
 
 # ---------------------------------------------------------------------------- likelihoods, enumerated
