@@ -51,17 +51,21 @@ def collate(examples, index, device):
 def rows_of_step(step, rows_per_step, num_rows, seed, lengths=None):
     """Return which rows (rows_per_step,) a step trains on: each once per epoch, a function of (seed, step) only.
 
-    lengths: (num_rows,) tokens. With them the rows of WINDOW steps, or of an epoch, are sorted, so that a step's are
-    of like length and hardly padded; which of the window's steps gets the long ones is drawn.
+    lengths: (num_rows,) tokens. With them the rows of WINDOW steps, or of what an epoch has left, are sorted, so that a
+    step's are of like length and hardly padded; which of the window's steps gets the long ones is drawn.
     """
-    window = 1 if lengths is None else max(1, min(WINDOW, num_rows // rows_per_step))
-    first = step // window * window * rows_per_step
-    epoch, position = np.divmod(first + np.arange(window * rows_per_step), num_rows)
+    first, window = step, 1
+    if lengths is not None:
+        epoch = step * rows_per_step // num_rows
+        begin, end = (-(-e * num_rows // rows_per_step) for e in (epoch, epoch + 1))  # its steps
+        first = step - (step - begin) % WINDOW
+        window = min(WINDOW, end - first)
+    epoch, position = np.divmod(first * rows_per_step + np.arange(window * rows_per_step), num_rows)
     parts = [permuted(position[epoch == e], num_rows, PERMUTE, seed, int(e)) for e in np.unique(epoch)]
     index = np.concatenate(parts)
     if lengths is not None:
         index = index[np.argsort(lengths[index], kind='stable')]
-    turn = np.random.default_rng((seed, step // window)).permutation(window)[step % window]
+    turn = np.random.default_rng((seed, first)).permutation(window)[step - first]
     return index.reshape(window, rows_per_step)[turn]
 
 

@@ -162,4 +162,7 @@ def test_grouped_by_length_a_step_has_rows_of_like_length_and_none_is_left_out()
     steps = [c.rows_of_step(step, 8, len(lengths), 3, lengths) for step in range(2 * c.WINDOW)]
     assert sorted(np.concatenate(steps)) == list(range(len(lengths)))
     ranges = [(lengths[step].min(), lengths[step].max()) for step in steps[: c.WINDOW]]
+    rows, size, epochs = 229, 8, 2  # the 29th step has 5 rows of an epoch, and 3 of the next
+    index = np.concatenate([c.rows_of_step(step, size, rows, 3, lengths[:rows]) for step in range(58)])
+    assert np.bincount(index).min() == epochs and np.bincount(index).sum() == epochs * rows + 6
     assert ranges != sorted(ranges) and all(a[1] <= b[0] for a, b in zip(sorted(ranges), sorted(ranges)[1:]))
