@@ -116,7 +116,7 @@ def plan_steps(config, num_rows, rows_per_step):
     max_steps, num_epochs, warmup = config['max_steps'], config['num_epochs'], config['warmup_steps']
     if max_steps is None or max_steps <= 0:
         require(num_epochs, f'max_steps is {max_steps}, num_epochs {num_epochs}: nothing to do; give one.')
-        max_steps = math.ceil(num_epochs * num_rows / rows_per_step)
+        max_steps = max(1, math.ceil(round(num_epochs * num_rows / rows_per_step, 6)))  # of 1.1 too
     if warmup is None and config['warmup_ratio'] is None:
         warmup = min(100, max_steps // 10)
     return max_steps, round(config['warmup_ratio'] * max_steps) if warmup is None else warmup
@@ -386,7 +386,7 @@ def check_memory(estimate, dist):
 
 
 def add(sums, loss, count, metrics):
-    """Add what a model's forward returns to `sums`, without its graph."""
+    """Add what a model's forward returns to `sums`, without its graph; a metric 'loss' stands for the loss."""
     for name, value in {'loss': loss, 'count': count, **metrics}.items():
         exact = torch.float32 if value.device.type == 'mps' else torch.float64  # mps has no float64
         sums[name] = sums.get(name, 0) + value.detach().to(exact)

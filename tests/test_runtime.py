@@ -81,6 +81,11 @@ def planned(script, *words, saved=None):
     return steps, dict(config)
 
 
+def test_a_tenth_of_an_epoch_is_no_step_too_many():
+    config = dict(max_steps=None, num_epochs=1.1, warmup_steps=0, warmup_ratio=None)  # a bit more than 1.1
+    assert runtime.plan_steps(config, 3200, 32)[0] == 110
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize('script', SCRIPTS)
 def test_the_later_of_two_settings_that_compete_wins_and_is_saved(script, tmp_path, monkeypatch):
