@@ -60,7 +60,7 @@ sampler = ''  # first_hitting, with steps ancestral; confidence blocks threshold
 block_length: int = None  # of sampler=blocks, 32; of a model trained on blocks: one of its lengths
 threshold: float = None  # of sampler=threshold: a probability, 0.9; of entropy: nats, 0.3
 eta = 0.1  # of sampler=remdm
-fresh_beliefs: bool = None  # sdd: from a pass before each step; None: where one token is written at a time
+fresh_beliefs: bool = None  # sdd: from a pass before each step; None: with first_hitting, the default sampler
 seed = 0  # of the draws
 # --- the machine ---
 device = 'auto'  # cpu, cuda, cuda:N, mps

@@ -46,7 +46,7 @@ block_length: int = None  # of sampler=blocks, 32; of a model trained on blocks:
 threshold: float = None  # of sampler=threshold: a probability, 0.9; of entropy: nats, 0.3
 eta = 0.1  # of sampler=remdm: the largest probability to mask a token again
 k: int = None  # sdd: candidates per masked position, 0: none; None: the model's own number
-fresh_beliefs: bool = None  # sdd: from a pass before each step; None: where one token is written at a time
+fresh_beliefs: bool = None  # sdd: from a pass before each step; None: with first_hitting, the default sampler
 watch = False  # show the first sample step by step, in place
 html = ''  # a page on which it can be watched, with a slider, and the candidates of sdd
 device = 'auto'  # cpu, cuda, cuda:N, mps

@@ -192,13 +192,13 @@ class Sampler:
     eta: float = 0.1  # of `remdm`
     k: int = None  # candidates of `SDD` per masked position, 0: none; None: the model's own number
     # `SDD`: a pass before each step gives its beliefs, at twice the cost; False: the step before gives them; None: a
-    # pass where one token is written at a time, as the two-pass NELBO assumes.
+    # pass with first_hitting, as the two-pass NELBO assumes.
     fresh_beliefs: bool = None
 
     def __post_init__(self):
         self.sampler = self.sampler or ('ancestral' if self.steps else 'first_hitting')
         check(self.sampler in SAMPLERS, f'sampler is {self.sampler!r}; choose {", ".join(SAMPLERS)}.')
-        one_by_one, by_entropy = self.sampler == 'first_hitting', self.sampler == 'entropy'
+        by_entropy = self.sampler == 'entropy'
         config, own = self.model.config, self.model.config.block_length
         self.score, most = (certainty_of, torch.inf) if by_entropy else (confidence_of, 1)
         if self.threshold is None:
@@ -233,7 +233,8 @@ class Sampler:
         self.options, self.draws = (self.temperature, self.top_k, self.top_p), self.temperature > 0
         self.own_blocks, self.mask_id = own, config.mask_id
         self.k = config.k if self.k is None else self.k
-        self.fresh_beliefs = one_by_one if self.fresh_beliefs is None else self.fresh_beliefs
+        if self.fresh_beliefs is None:
+            self.fresh_beliefs = self.sampler == 'first_hitting'
         self.carries_beliefs = self.model.has_beliefs and self.k > 0 and not self.fresh_beliefs
         self.tells_beliefs = self.carries_beliefs or getattr(self.watch, 'shows_beliefs', False)
         self.ends = [token for token in (*self.stop_tokens, config.ignore_id) if token is not None]

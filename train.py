@@ -30,7 +30,7 @@ n_layer: int = None  # blocks
 n_head: int = None  # attention heads
 n_embd: int = None  # width of the trunk
 n_kv_head: int = None  # fewer than n_head: grouped-query attention
-block_size = 256  # tokens per row; if not given, the max_seq_len that the data were prepared with, if any
+block_size = 256  # tokens per row; if not given, the data's max_seq_len, if any, or what init_from reads
 dropout = 0.0  # in the trunk
 norm = 'rms'  # rms, rms_gain or layer
 position = 'rope'  # rope or learned
@@ -73,7 +73,7 @@ ema_decay = 0.0  # moving average of the weights, e.g. 0.999, evaluated and samp
 eval_every = 250  # steps
 eval_tokens = 0  # of the validation split; 0: all of it
 log_every = 10  # steps
-sample_every = 0  # steps between samples, printed at evaluations; 0: none
+sample_every = 0  # steps between samples, printed at the next evaluation; 0: none
 num_samples = 2  # of them each time
 sample_tokens = 200  # of a sample, at most
 # --- the run ---
@@ -215,7 +215,8 @@ def evaluate_and_save():
     global pending
     with ema.in_place() if ema else nullcontext():
         values = runtime.evaluate(raw_model, val_rows, dist)
-        if sample_every and (step % sample_every == 0 or step == max_steps) and (dist.is_main or fsdp):
+        due = sample_every and (step % sample_every < eval_every or step == max_steps)
+        if due and (dist.is_main or fsdp):
             print_samples()
     log.print(f'step {step}: ' + ', '.join(f'{name} {value:.4f}' for name, value in values.items()))
     runtime.check_finite(values['val/loss'], step, learning_rate)

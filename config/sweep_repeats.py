@@ -1,6 +1,8 @@
 # How often is text worth repeating, and for which kind of model? A quarter of a million, one million and four million
 # tokens of the books, one size, one constant rate: each evaluation, of averaged weights, is the end of a run of so many
-# steps. Runs may be stopped once they overfit, or made longer by max_steps.
+# steps. A run that overfits may be stopped; one that does not is made longer by
+#   python train.py --resume_from=out/sweeps/repeats/RUN --max_steps=N
+# In order:
 #   python prepare/text.py --input=books.jsonl --name=books
 #   python sweep.py config/sweep_repeats.py --jobs=2         # stop it, go on: what is finished stays
 #   python benchmarks/study.py out/sweeps/repeats            # what it shows, in docs/study.csv and docs/study.svg

@@ -39,8 +39,9 @@ GROUPS = {}
 for group, columns in (line.split(': ', 1) for line in COLUMNS.replace('\n  |', ' |').strip().split('\n')):
     GROUPS[group] = [column.split(maxsplit=2) for column in columns.split(' | ')]
 # The five first of these that there are make the table that fits a terminal.
-FIRST = 'nats_per_token difference valid_stories followed followed_new_words infilled.one infilled.several judge_nats '
-FIRST = (FIRST + 'entropy tokens_per_sec accuracy bpb rep_4 format_compliance passes_per_token').split()
+FIRST = 'nats_per_token steps.nats_per_token exact.nats_per_token carried.nats_per_token difference valid_stories '
+FIRST += 'followed followed_new_words infilled.one infilled.several judge_nats tokens_per_sec entropy accuracy bpb '
+FIRST = (FIRST + 'rep_4 format_compliance passes_per_token').split()
 PAGE = Path(__file__).with_name('report.html')
 WIDTH, BOUNDS = 100, {'upper': '≤ ', 'none': '? '}
 OF_BOUND = 'nats_per_token perplexity bpb k0.nats_per_token steps.nats_per_token'.split()

@@ -196,8 +196,9 @@ def splits(task, length, train, test, val=0, seed=42, compat=False):
         for name, size in sizes.items():  # the test set comes last: what is missing repeats there
             part, x = x[: size // 2], x[size // 2 :]
             missing = size // 2 - len(part)
-            repeats = compat and name == 'test' and len(part)
-            require(not missing or repeats, f'{problem}; choose smaller sets, longer sequences, or --compat.')
+            repeats = compat and task in RARE and name == 'test' and len(part)
+            remedy = 'choose smaller sets or longer sequences' + ', or --compat' * (task in RARE)
+            require(not missing or repeats, f'{problem}; {remedy}.')
             if missing:
                 part = np.concatenate([part, part[draw.integers(0, len(part), missing)]])
             parts[name].append(part)

@@ -98,6 +98,7 @@ def test_a_cell_says_half_its_interval_and_what_a_loss_bounds():
         'left to right': '1.0000',
         'accuracy': 'n/a',
     }
+    assert 'left to right' in report.table(results).split('\n')[0]  # in the short table: it was asked for
 
 
 @pytest.mark.faults

@@ -145,6 +145,9 @@ def test_more_rows_than_a_number_can_be_printed_of_are_enough():
 def test_compat_of_tasks_that_were_not_published_so_is_reported(capsys):
     tasks.splits('fn_a', 20, 20, 80, compat=True)
     assert 'note: compat is for fn_g and fn_h; of fn_a it only draws other rows' in capsys.readouterr().out
+    for compat in (False, True):
+        with pytest.raises(UserError, match='choose smaller sets or longer sequences.$'):
+            tasks.splits('fn_c', 12, 100, 100, compat=compat)
 
 
 def test_digits_of_a_tokenizer_that_marks_the_first_word_are_single_tokens():

@@ -154,6 +154,8 @@ def test_samples_are_shown_at_evaluations(place, tmp_path, capsys):
     settings = [f'--dataset={place}/letters', '--sample_every=3', '--num_samples=1']
     train(*settings, f'--out_dir={tmp_path}/run')
     assert re.findall('a sample at step (.)', capsys.readouterr().out) == ['0', '3', '6']
+    train(*settings, '--eval_every=2', f'--out_dir={tmp_path}/between')
+    assert re.findall('a sample at step (.)', capsys.readouterr().out) == ['0', '4', '6']
 
 
 def test_epochs_can_be_given_instead_of_steps(place, tmp_path):
