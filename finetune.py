@@ -110,7 +110,6 @@ require(dataset, 'There is nothing to learn from; give --dataset=NAME, a folder 
 store = checkpoints  # keeps weights and the state of training
 if fsdp:
     from lm import sharded as store  # slow to import
-dist = runtime.Runtime(device, dtype)
 for override in [*resumed.overrides]:
     key, before, now = override
     if key == 'dataset' and is_of(before, now):  # prepared at the start of the run
@@ -118,8 +117,9 @@ for override in [*resumed.overrides]:
         resumed.overrides.remove(override)
 if not resumed.checkpoint:
     base, source = partial(checkpoints.tokenizer_of, init_from, token, revision), dataset
-    dataset = config['dataset'] = dist.from_main(lambda: prepared(source, field, block_size, base))
+    dataset = config['dataset'] = prepared(source, field, block_size, base)
     report_idle(config, 'on data that are prepared', 'field' * (dataset == source))
+dist = runtime.Runtime(device, dtype)  # now, for ranks do not wait long for each other
 folder = Folder(dataset)
 tokenizer, prompt_format = folder.tokenizer, folder.config['prompt_format'] or prompts.DEFAULT
 max_seq_len, answer_masks = folder.config.get('max_seq_len'), folder.masks['val']

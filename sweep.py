@@ -290,11 +290,16 @@ def mean_and_deviation(values):
 
 def job_text(job_name, name):
     """Return the template with its fields filled in for a run."""
-    paths = {'root': ROOT, 'script': script_path}
-    paths |= {'log': root / name / 'stdout.log', 'done': root / name / 'done.json'}
+    paths = {'root': ROOT, 'cwd': Path.cwd(), 'script': script_path}
+    paths |= {
+        'log': root / name / 'stdout.log',
+        'logs': root / name / 'logs.log',
+        'done': root / name / 'done.json',
+    }
     known = {key: shlex.quote(str(path)) for key, path in paths.items()}
     known |= {'job_name': job_name, 'cpus': cpus, 'gpus': gpus_per_job, 'timeout': timeout}
-    known |= {'args': shlex.join(arguments(name)), **fields}
+    launch = f'torchrun --standalone --nproc_per_node={gpus_per_job}' if gpus_per_job > 1 else 'python'
+    known |= {'launch': launch, 'args': shlex.join(arguments(name)), **fields}
     try:
         return find('template', template).read_text().format(**known)
     except (KeyError, IndexError, ValueError) as error:
@@ -331,6 +336,7 @@ keys = dict.fromkeys(key for run in runs.values() for key in run)
 keys = [key for key in keys if len({str(run.get(key)) for run in runs.values()}) > 1]  # those that vary
 if submit:
     submit_jobs()
+    write_results()  # of those that are finished
 elif dry_run:
     for name in runs:
         print('finished ' * is_finished(name) + shlex.join(['python', script, *arguments(name)]))

@@ -10,8 +10,8 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR1@180
 
-cd {root}
-source .venv/bin/activate
+cd {cwd}
+source {root}/.venv/bin/activate
 export OMP_NUM_THREADS={cpus}
 
 # Slurm tells the shell, the shell tells the script, which saves at the next step and exits; the same command then
@@ -19,14 +19,14 @@ export OMP_NUM_THREADS={cpus}
 again= stopped=
 trap 'again=yes; kill -TERM $run' USR1
 trap 'stopped=yes; kill -TERM $run' TERM
-python {script} {args} >> {log} 2>&1 &
+{launch} {script} {args} >> {log} 2>&1 &
 run=$!
 wait $run; status=$?
 while kill -0 $run 2> /dev/null; do wait $run; status=$?; done  # a signal ends a wait before the run ends
 if [ -n "$again" ]; then
     task=${{SLURM_ARRAY_TASK_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}  # of an array this task alone
     scontrol requeue "${{task:-$SLURM_JOB_ID}}"
-elif [ -z "$stopped" ] && [ "$status" = 0 ]; then
+elif [ -z "$stopped" ] && [ "$status" = 0 ] && ! tac {logs} 2> /dev/null | sed '/^\$ /q' | grep -q '^stopped at step '; then
     echo '{{}}' > {done}
 fi
 exit "$status"

@@ -11,7 +11,7 @@ import torch
 from torch import distributed
 
 from lm import pretrained, quantize
-from lm.configurator import ROOT, note, require, restore, user_errors
+from lm.configurator import ROOT, note, report_idle, require, restore, user_errors
 from lm.files import as_sentence, save_atomically, write_json
 from lm.optim import local
 from lm.run_folder import RESULTS, newest_checkpoint, run_of
@@ -381,6 +381,8 @@ def resume(namespace, config, fixed):
     checkpoint = load(path, mmap=config.get('fsdp', False), sharded=True)
     can_go_on, remedy = {'optimizer_state_dict', 'sharded'} & set(checkpoint), f'use it by --init_from={path}'
     require(can_go_on, f'{path} holds weights without the state of training; give a ckpt.pt, or {remedy}.')
+    if not out_dir or Path(out_dir).resolve() == run_of(path):
+        report_idle(config, f'where the run of {path} goes on in its folder', 'overwrite')
     own = {'out_dir', 'resume_from', 'overwrite', 'changed_data'}
     earlier = {'noisy_every': 1, 'decay_embedding': True}  # as runs of earlier versions were trained
     saved = earlier | checkpoint.get('train_config', {})

@@ -6,6 +6,7 @@ import mmap
 import os
 import subprocess
 import sys
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -110,6 +111,10 @@ def prepared(source, field, max_seq_len, tokenizer):
     version = hashlib.sha256(content.encode()).hexdigest()[:8]
     target = ROOT / 'data' / f'{near.stem.partition(":")[0]}-{version}'
     finished = target / 'config.json'
+    while os.environ.get('LOCAL_RANK', '0') != '0' and not finished.is_file():
+        time.sleep(
+            1
+        )  # a machine's first rank prepares, however long it takes; where it fails, torchrun ends all
     if not finished.is_file():
         script = [sys.executable, ROOT / 'prepare' / 'instruct.py', f'--output_dir={target}', *words]
         with lock(target.parent, f'.{target.name}.lock', wait=True):  # of a sweep's runs the first prepares

@@ -127,6 +127,8 @@ class Runtime:
 
     def __init__(self, device='auto', dtype='auto'):
         self.rank, self.world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+        alone = self.world_size == 1 or 'RANK' in os.environ
+        require(alone, f'WORLD_SIZE is {self.world_size} without a RANK; use torchrun, or unset WORLD_SIZE.')
         self.is_main = self.rank == 0
         self.device = pick_device(device)
         self.dtype = pick_dtype(dtype, self.device)
@@ -138,7 +140,9 @@ class Runtime:
             keep_freed_memory()
         if self.world_size > 1:  # gloo for what the ranks agree on, from the CPU, beside nccl's gradients
             backend = 'cpu:gloo,cuda:nccl' if self.device.type == 'cuda' else 'gloo'
-            self.timeout, self.excepthook = int(os.environ.get('RANK_TIMEOUT', 1800)), sys.excepthook
+            seconds, self.excepthook = os.environ.get('RANK_TIMEOUT', '1800'), sys.excepthook
+            require(seconds.isdigit(), f'RANK_TIMEOUT is {seconds!r}; give a number of seconds.')
+            self.timeout = int(seconds)
             torch.distributed.init_process_group(backend, timeout=timedelta(seconds=self.timeout))
             sys.excepthook = self.end_without_the_others
 

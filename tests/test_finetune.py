@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -436,6 +437,17 @@ def test_a_file_that_was_prepared_goes_on_by_its_own_name_and_one_that_changed_i
     third, again = prepared(str(records), *words), prepared(str(records), *words)
     os.utime(base / 'ckpt.pt', (1, 1))  # trained again
     assert third == again and len({first, second, third, prepared(str(records), *words)}) == 4
+
+    def let_the_first_rank_prepare(seconds):
+        with monkeypatch.context() as first_rank:
+            first_rank.setenv('LOCAL_RANK', '0')
+            waited.append(prepared(str(records), *words))
+
+    waited = []
+    monkeypatch.setattr('lm.folder.time', SimpleNamespace(sleep=let_the_first_rank_prepare))
+    monkeypatch.setenv('LOCAL_RANK', '1')
+    records.write_text(records.read_text().replace('Tell', 'Ask'))
+    assert prepared(str(records), *words) == waited[0]  # however long that takes
 
 
 @pytest.mark.faults

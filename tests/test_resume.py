@@ -250,8 +250,9 @@ def test_a_run_folder_that_another_process_writes_is_refused_until_that_is_kille
     assert process.is_alive()
     process.kill()
     process.join()
-    train(*settings, '--resume_from=auto', '--max_steps=5')
+    train(*settings, '--resume_from=auto', '--max_steps=5', '--overwrite')
     assert load(out)['global_step'] == 5
+    assert f'overwrite=True has no effect where the run of {out}/ckpt.pt goes on' in capsys.readouterr().out
 
 
 def test_float16_can_be_turned_on_in_the_middle_of_a_run(copied):

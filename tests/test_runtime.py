@@ -64,6 +64,17 @@ def test_dropout_is_seeded_by_each_part_of_its_key():
     assert draw(*keys[0]) == draw(*keys[0])
 
 
+@pytest.mark.faults
+def test_an_environment_that_cannot_be_is_a_sentence(monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with pytest.raises(UserError, match='WORLD_SIZE is 2 without a RANK; use torchrun, or unset WORLD_SIZE.'):
+        runtime.Runtime('cpu')
+    monkeypatch.setenv('RANK', '0')
+    monkeypatch.setenv('RANK_TIMEOUT', '15m')
+    with pytest.raises(UserError, match="RANK_TIMEOUT is '15m'; give a number of seconds."):
+        runtime.Runtime('cpu')
+
+
 # ---------------------------------------------------------------------------- number of steps
 
 SCRIPTS = ('train.py', 'finetune.py', 'classify.py')

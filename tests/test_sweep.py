@@ -303,12 +303,9 @@ def test_published_grids_run_as_written_and_numpy_counts(place):
 def shipped_template(place):
     """config/slurm.sh without the virtual environment of a cluster's checkout."""
     text = (ROOT / 'config' / 'slurm.sh').read_text()
-    assert 'source .venv/bin/activate\n' in text
-    (place / 'slurm.sh').write_text(
-        text.replace('source .venv/bin/activate\n', '').replace(
-            'python {script}', f'{sys.executable} {{script}}'
-        )
-    )
+    assert 'source {root}/.venv/bin/activate\n' in text
+    text = text.replace('source {root}/.venv/bin/activate\n', '')
+    (place / 'slurm.sh').write_text(text.replace('{launch}', sys.executable))
     return '--template=slurm.sh'
 
 
@@ -361,7 +358,28 @@ def test_jobs_are_written_checked_by_bash_and_submitted_as_an_array(place):
     config = json.loads(next(place.glob('try/*/config.json')).read_text())
     assert config['note'] == "it's a $HOME" and config['resume_from'] == 'auto'
     assert 'all runs are finished' in sweep(place, file, *options, **environment)[1]
-    assert sweep(place, file)[0] == 0 and len(rows(place)) == 3  # gathers the results
+    assert len(rows(place)) == 3  # the same command gathers the results
+
+
+def test_a_job_starts_a_process_per_gpu_where_the_sweep_was_started(place):
+    write(place, 'jobs.py', base_args={'lr': 1}, grid={'seed': [1]})
+    for gpus, launch in ((1, 'python'), (4, 'torchrun --standalone --nproc_per_node=4')):
+        assert sweep(place, 'jobs.py', '--submit=slurm', '--dry_run', f'--gpus_per_job={gpus}')[0] == 0
+        [script] = [path for path in place.glob('try/jobs/*.sh') if path.name != 'array.sh']
+        text = script.read_text()
+        assert f'\n{launch} {place}/worker.py ' in text and f'\ncd {place}\n' in text
+
+
+@pytest.mark.parametrize('last, done', [('stopped at step 1 of 2', 0), ('$ again\ndone', 1)])
+def test_a_job_whose_run_alone_was_told_to_stop_is_not_finished(place, last, done):
+    (place / 'worker.py').write_text('import sys\n')  # ends with status 0
+    file = write(place, 'jobs.py', base_args={'lr': 1}, grid={'seed': [1]})
+    assert sweep(place, file, '--dry_run', '--submit=slurm', shipped_template(place))[0] == 0
+    [script] = [path for path in place.glob('try/jobs/*.sh') if path.name != 'array.sh']
+    [folder] = [path for path in place.glob('try/*') if path.name != 'jobs']
+    (folder / 'logs.log').write_text(f'$ train.py\nstopped at step 1 of 2\n{last}\n')
+    assert subprocess.run(['bash', script]).returncode == 0
+    assert len(list(place.glob('try/*/done.json'))) == done
 
 
 @pytest.mark.parametrize('number', [signal.SIGUSR1, signal.SIGTERM])
