@@ -15,17 +15,20 @@ source {root}/.venv/bin/activate
 export OMP_NUM_THREADS={cpus}
 
 # Slurm tells the shell, the shell tells the script, which saves at the next step and exits; the same command then
-# goes on from there. USR1 comes before the time is up, TERM with a preemption, after which Slurm requeues by itself.
+# goes on from there. USR1 comes 180 s before the time is up, where an evaluation may last longer: its state is saved.
+# TERM comes with a preemption, after which Slurm requeues by itself.
+task=${{SLURM_ARRAY_TASK_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}  # of an array this task alone
+requeue() {{ scontrol requeue "${{task:-$SLURM_JOB_ID}}"; }}
 again= stopped=
-trap 'again=yes; kill -TERM $run' USR1
+trap 'again=yes; kill -TERM $run; (sleep 150; requeue) & late=$!' USR1
 trap 'stopped=yes; kill -TERM $run' TERM
 {launch} {script} {args} >> {log} 2>&1 &
 run=$!
 wait $run; status=$?
 while kill -0 $run 2> /dev/null; do wait $run; status=$?; done  # a signal ends a wait before the run ends
 if [ -n "$again" ]; then
-    task=${{SLURM_ARRAY_TASK_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}  # of an array this task alone
-    scontrol requeue "${{task:-$SLURM_JOB_ID}}"
+    kill $late
+    requeue
 elif [ -z "$stopped" ] && [ "$status" = 0 ] && ! tac {logs} 2> /dev/null | sed '/^\$ /q' | grep -q '^stopped at step '; then
     echo '{{}}' > {done}
 fi

@@ -21,10 +21,11 @@ export RANK_TIMEOUT=900  # seconds after which a rank that hangs ends the run; a
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 # Slurm tells the shell, the shell tells torchrun on each node, torchrun the ranks, which save at the next step and end
-# together; the same command then goes on from there, on as many ranks as there are. USR1 comes before the time is up,
-# TERM with a preemption, after which Slurm requeues by itself. --max_restarts=0: a run that failed is not started again.
+# together; the same command then goes on from there, on as many ranks as there are. USR1 comes 300 s before the time is
+# up, where an evaluation may last longer: its state is saved. TERM comes with a preemption, after which Slurm requeues by
+# itself. --max_restarts=0: a run that failed is not started again.
 again=
-trap 'again=yes; kill -TERM $run' USR1
+trap 'again=yes; kill -TERM $run; (sleep 270; scontrol requeue "$SLURM_JOB_ID") & late=$!' USR1
 trap 'kill -TERM $run' TERM
 srun --kill-on-bad-exit=1 torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="$gpus" --max_restarts=0 \
     --rdzv_backend=c10d --rdzv_id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" --rdzv_endpoint="$head:29500" \
@@ -32,5 +33,8 @@ srun --kill-on-bad-exit=1 torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="$g
 run=$!
 wait $run; status=$?
 while kill -0 $run 2> /dev/null; do wait $run; status=$?; done  # a signal ends a wait before the run ends
-[ -z "$again" ] || scontrol requeue "$SLURM_JOB_ID"
+if [ -n "$again" ]; then
+    kill $late
+    scontrol requeue "$SLURM_JOB_ID"
+fi
 exit "$status"

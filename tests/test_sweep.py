@@ -404,6 +404,22 @@ def test_a_job_that_is_told_to_stop_saves_and_goes_on_when_requeued(place, numbe
     assert list(place.glob('try/*/done.json')) and (next(place.glob('try/*/work'))).read_text() == 'once'
 
 
+def test_a_job_is_requeued_before_its_time_is_up_where_the_run_goes_on(place):
+    text = 'import signal, time\nsignal.signal(signal.SIGTERM, lambda *_: 0)\nopen("started", "w")\ntime.sleep(10)'
+    (place / 'worker.py').write_text(text)
+    file = write(place, 'jobs.py', base_args={'lr': 1}, grid={'seed': [1]})
+    assert sweep(place, file, '--dry_run', '--submit=slurm', shipped_template(place))[0] == 0
+    [script] = [path for path in place.glob('try/jobs/*.sh') if path.name != 'array.sh']
+    script.write_text(script.read_text().replace('sleep 150', 'sleep 1'))  # as in an evaluation
+    command = write_command(place, 'scontrol', f'echo "$@" >> {place}/requeued\n')
+    job = subprocess.Popen(['bash', script], env={**os.environ, **command, 'SLURM_JOB_ID': '7'})
+    wait_until((place / 'started').exists)
+    job.send_signal(signal.SIGUSR1)
+    wait_until((place / 'requeued').exists)
+    assert job.poll() is None
+    job.kill()
+
+
 @pytest.mark.faults
 def test_of_an_array_only_the_task_that_was_told_to_stop_is_requeued(place):
     file = write(place, 'jobs.py', base_args={'lr': 1, 'seconds': 100}, grid={'seed': [1]})
