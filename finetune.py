@@ -158,6 +158,8 @@ where = torch.device('meta' if in_parts else 'cpu')
 with where if has_weights or not in_parts else store.DrawnInParts(dist):
     raw_model = checkpoints.make_model(architecture, **shape)
 checkpoints.check_padding(raw_model.config, tokenizer)
+if not resumed.checkpoint:
+    runtime.check_blocks(raw_model.config, block_size)
 num_parameters = raw_model.num_parameters()  # before some are quantized, and adapters are added
 is_whole = 'model_state_dict' in initial and not (resumed.checkpoint and in_parts)  # or it comes in shards
 weights = checkpoints.weights_of(initial) if is_whole else None

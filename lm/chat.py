@@ -6,6 +6,7 @@ template's own markers are special tokens.
 
 import json
 import re
+from contextlib import suppress
 from datetime import datetime
 from functools import cache, partial
 
@@ -62,7 +63,10 @@ def pieces(template, tokenizer, turns, system=''):
 
     texts = [re.sub('[\ue000-\ue002]', '', text) for _, text in said]
     plain = rendered(texts)
-    for part in (texts, [text.strip() for text in texts]):  # many templates strip
+    # Many templates strip; those of models that think leave out the thoughts of earlier answers.
+    spoken = [x.rpartition('</think>')[2] if role == 'assistant' else x for (role, _), x in zip(said, texts)]
+    stripped = [text.strip() for text in texts], [text.lstrip('\n') for text in spoken]
+    for part in (texts, spoken, *stripped):
         marked = rendered([f'\ue000{i}\ue001{text}\ue002' for i, text in enumerate(part)])
         if SAID.sub(r'\2', marked) == plain:
             return told_apart(marked, [role for role, _ in said])
@@ -88,4 +92,14 @@ def check_prefix(template, tokenizer, turns, system):
         before = ''.join(text for text, _ in parts[:end])
         ends, writes = prompt[-40:], before[-40:]
         problem = f'The chat template ends a prompt with {ends!r}, but writes {writes!r} before its answer'
-        require(prompt == before, f'{problem}; take another --prompt_format.')
+        require(before in (prompt, f'{prompt} '), f'{problem}; take another --prompt_format.')
+
+
+@cache
+def begins_with_space(template, tokenizer):
+    """Say whether an answer begins with a space, which a template writes before it but not at the end of a prompt."""
+    with suppress(UserError):  # a template that wants more than a question
+        both = [pieces(template, tokenizer, [('?', '', answer)]) for answer in (None, '.')]
+        prompt, whole = (''.join(text for text, role in parts if role == 'template') for parts in both)
+        return whole.startswith(f'{prompt} ')
+    return False

@@ -173,7 +173,7 @@ def with_rope_and_length(c):
     theta = float(rope.get('rope_theta', c.get('rope_theta', 10000.0)))
     kind = rope.get('rope_type', rope.get('type', 'default'))
     scaling = {'rope_type': kind, **{key: rope[key] for key in ROPE_NUMBERS if key in rope}}
-    length, window = c['max_position_embeddings'], c.get('sliding_window')
+    length, window = c['max_position_embeddings'], c.get('sliding_window', 4096)  # as transformers has it
     if kind == 'llama3':  # as transformers has it where it is missing
         scaling.setdefault(ROPE_NUMBERS[-1], c.get(ROPE_NUMBERS[-1]) or length)
     slides = c['model_type'] == 'mistral' or 'sliding_attention' in (c.get('layer_types') or ())

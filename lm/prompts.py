@@ -121,7 +121,7 @@ def encode(tokenizer, form, turns, system=''):
     its end, else 0.
 
     turns: [(instruction, input, output)]; an output of None is for the model to write, and comes last; False behind
-    one keeps it out of the loss. Each answer is encoded on its own, as it is when the model writes it.
+    one keeps it out of the loss. Each answer is encoded on its own, behind its prompt, as when the model writes it.
     """
     if chat.is_chat_template(form):
         if turns[-1][2] is not None:
@@ -136,7 +136,7 @@ def encode(tokenizer, form, turns, system=''):
         parts = re.split(r'{(\w+)}', between + head if number else head)  # text, slot, text, ...
         parts = [(values[part], False) if i % 2 else (part, True) for i, part in enumerate(parts)]
         prompt = encode_parts(tokenizer, parts, bool(ids))
-        answer = [] if output is None else tokenizer.encode(output) + [end]
+        answer = [] if output is None else tokenizer.encode_behind(output) + [end]
         ids += prompt + answer
         loss_mask += [0] * len(prompt) + [int(all(learnt))] * len(answer)
     return ids, loss_mask
@@ -155,6 +155,8 @@ def encode_chat(tokenizer, template, turns, system=''):
             loss_mask += [next(learnt)] * (len(ids) - len(loss_mask))
         answering = role == 'assistant'
         if answering:
+            if prompt and prompt[-1][0].endswith(' ') and chat.begins_with_space(template, tokenizer):
+                prompt[-1], text = (prompt[-1][0][:-1], prompt[-1][1]), f' {text}'
             ids, prompt = ids + encode_parts(tokenizer, prompt, bool(ids)), []
             loss_mask += [0] * (len(ids) - len(loss_mask))
             ids += tokenizer.encode_behind(text)

@@ -26,7 +26,7 @@ from prepare.writer import model_at, write
 source = ''  # alpaca, dolly, stories, a data set of the Hugging Face hub, or files: .json, .jsonl, .parquet
 field = ''  # of records that are plain text: the field that holds it
 prompt_format = ''  # default, alpaca, qa, chatml, llama3; empty: of the tokenizer's model, or default
-max_seq_len: int = None  # tokens of the longest example; None: what the tokenizer's model reads, or 1024
+max_seq_len: int = None  # tokens of the longest example; None: what the tokenizer's model reads, at most 1024
 max_examples = 0  # the first ones only; 0: all, of stories 20,000
 name = ''  # of the folder under data/; the source's if not given
 output_dir = ''  # a path to write to instead
@@ -67,7 +67,7 @@ if __name__ == '__main__':
     block_size, own_format = model_at(tokenizer)
     form = prompts.FORMATS.get(prompt_format) or own_format or prompts.DEFAULT
     config['prompt_format'] = next((name for name, known in prompts.FORMATS.items() if known == form), form)
-    config['max_seq_len'] = (block_size or 1024) if max_seq_len is None else max_seq_len
+    config['max_seq_len'] = min(block_size or 1024, 1024) if max_seq_len is None else max_seq_len
     check_range(config, 8, math.inf, 'max_seq_len')
     config['name'] = name or Path(source.partition(',')[0]).stem.partition(':')[0]
 

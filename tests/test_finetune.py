@@ -398,6 +398,8 @@ def test_an_adapter_is_merged_into_the_blocks_that_it_was_trained_with(place, tm
     words = settings(
         place, 'ar', '--use_peft', '--architecture=diffusion', '--block_length=(4,)', '--ar_weight=1'
     )
+    with pytest.raises(UserError, match='Blocks of 7 do not fill rows of block_size='):
+        tune(*words[:-2], '--block_length=(7,)', f'--out_dir={tmp_path}/no')
     tune(*words, f'--out_dir={tmp_path}/run')
     hf.main(['merge', f'{tmp_path}/run/adapter', f'--base={place}/ar', f'--out={tmp_path}/merged.pt'])
     merged, tuned = (

@@ -244,6 +244,9 @@ def test_a_bpe_learns_from_the_examples_and_a_checkpoint_gives_its_tokenizer(ins
         again = instruct(alpaca(60), f'--tokenizer={path}', '--overwrite')
         assert again.tokenizer.to_json() == folder.tokenizer.to_json()
         assert again.config['start_token'] == 299 and again.config['arguments']['max_seq_len'] == 64
+    write_small_checkpoint(tmp_path / 'long.pt', 'ar', folder.tokenizer, shape={'block_size': 2048})
+    again = instruct(alpaca(60), f'--tokenizer={tmp_path}/long.pt', '--overwrite')
+    assert again.config['arguments']['max_seq_len'] == 1024  # so that there are steps
 
 
 @pytest.mark.faults

@@ -111,6 +111,10 @@ def test_a_sliding_window_limits_the_block(tmp_path):
     theirs = hf_model('mistral', tmp_path, sliding_window=40)
     assert load(tmp_path).config.block_size == 40
     assert_same_logits(tmp_path, theirs, hf_tokens(2, 40))
+    config = json.loads((tmp_path / 'config.json').read_text())
+    del config['sliding_window']  # for transformers then 4096
+    (tmp_path / 'config.json').write_text(json.dumps({**config, 'max_position_embeddings': 5000}))
+    assert load(tmp_path).config.block_size == 4096
 
 
 @pytest.mark.parametrize('bias', [True, False])

@@ -155,6 +155,29 @@ def test_a_conversation_has_the_tokens_that_transformers_gives_it(scheme, tmp_pa
 
 
 @pytest.mark.parametrize('scheme', ['first', 'always', 'never'])
+def test_a_space_before_an_answer_is_the_answers(scheme):
+    transformers = pytest.importorskip('transformers', reason='transformers is not installed')
+    template = "{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}<|assistant|>"
+    template += '{% else %} {{ m.content }}</s>{% endif %}{% endfor %}'
+    inner = sentencepiece(scheme)
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token='</s>', chat_template=template
+    )
+    said = [dict(role=role, content=text) for role, text in (('user', 'hi'), ('assistant', 'the'))]
+    ids, loss_mask = prompts.encode(Tokenizer(inner.to_str(), end='</s>'), template, [('hi', '', 'the')])
+    assert [inner.token_to_id('<|user|>'), *ids] == theirs.apply_chat_template(said, return_dict=False)
+    assert [inner.id_to_token(i) for i, told in zip(ids, loss_mask) if told] == ['▁the', '</s>']
+
+
+@pytest.mark.parametrize('scheme', ['first', 'always', 'never'])
+@pytest.mark.parametrize('name', ['default', 'alpaca', 'qa'])
+def test_an_answer_behind_a_newline_has_the_tokens_of_one_text(name, scheme):
+    tokenizer, form = Tokenizer(sentencepiece(scheme).to_str(), end='</s>'), prompts.FORMATS[name]
+    ids, _ = prompts.encode(tokenizer, form, [('hi', '', 'the')])
+    assert ids[:-1] == tokenizer.encode(prompts.prompt_of(form, 'hi') + 'the')
+
+
+@pytest.mark.parametrize('scheme', ['first', 'always', 'never'])
 def test_what_stands_behind_a_gap_stays_as_it_is(scheme):
     tokenizer = Tokenizer(sentencepiece(scheme).to_str(), end='</s>')
     names = [
@@ -174,6 +197,16 @@ def test_a_chat_template_that_strips_what_is_said_is_followed():
     tokenizer = with_markers()
     ids = [prompts.encode(tokenizer, CHATML_JINJA, [(asked, '', None)])[0] for asked in (' a \n', 'a')]
     assert ids[0] == ids[1]
+
+
+def test_a_template_that_leaves_out_earlier_thoughts_goes_on_with_the_conversation():
+    tokenizer, said = with_markers(), "message['content'].split('</think>')[-1].lstrip('\n')"
+    template = CHATML_JINJA.replace("message['content']", said)
+    told, plain = (
+        prompts.encode(tokenizer, template, [('a', '', answer), ('c', '', None)])
+        for answer in ('<think>\nHm.\n</think>\n\nb', 'b')
+    )
+    assert told == plain
 
 
 def test_a_chat_template_whose_prompt_does_not_lead_to_its_answer_is_for_inference_only():
