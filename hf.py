@@ -20,7 +20,7 @@ from huggingface_hub import save_torch_state_dict
 
 from lm import chat, checkpoints, families, files, lora, pretrained, prompts, sharded
 from lm.configurator import UserError, require
-from lm.tokenizer import IGNORE, MASK, Tokenizer, recorded_in
+from lm.tokenizer import IGNORE, MASK, Tokenizer, is_record, recorded_in
 from model import ARCHITECTURES, ModelConfig
 
 SHARD_BYTES = 5 * 10**9  # of an exported file, at most
@@ -131,7 +131,7 @@ def without_own_tokens(text, rows, added):
     tokens = [token for token in tokenizer['added_tokens'] if token['id'] < rows]
     tokenizer['added_tokens'] = [token for token in tokens if token['content'] not in added]
     if recorded_in(tokenizer['post_processor']):
-        own = tokenizer['post_processor']['processors'][:-1]
+        own = [part for part in tokenizer['post_processor']['processors'] if not is_record(part)]
         several = {'type': 'Sequence', 'processors': own}
         tokenizer['post_processor'] = several if len(own) > 1 else own[0] if own else None
     return json.dumps(tokenizer, ensure_ascii=False)

@@ -69,6 +69,10 @@ def pieces(template, tokenizer, turns, system=''):
     for part in (texts, spoken, *stripped):
         marked = rendered([f'\ue000{i}\ue001{text}\ue002' for i, text in enumerate(part)])
         if SAID.sub(r'\2', marked) == plain:
+            found = {int(number) for number, _ in SAID.findall(marked)}
+            lost = [role for i, (role, text) in enumerate(said) if text and i not in found]
+            problem = f'The chat template leaves out what the {"".join(lost[:1])} says'
+            require(not lost or not found, f'{problem}; take another, such as --prompt_format=chatml.')
             return told_apart(marked, [role for role, _ in said])
     raise UserError('The chat template changes what is said; take another, such as --prompt_format=chatml.')
 

@@ -47,7 +47,7 @@ class Folder:
             self.tokens[split] = self.open(f'{split}_tokens.bin', dtype, sizes['tokens'])
             self.index[split] = self.open(f'{split}_index.bin', np.dtype('uint64'), sizes['documents'] + 1)
             masks = f'{split}_masks.bin'
-            exists = (self.path / masks).exists()
+            exists = masks in self.fingerprint or (self.path / masks).exists()
             self.masks[split] = self.open(masks, np.dtype('uint8'), sizes['tokens']) if exists else None
 
     def open(self, name, dtype, length):

@@ -41,6 +41,11 @@ class Tokenizer:
             if not ids and (mask is not None or end not in (None, inner.token_to_id(ENDOFTEXT))):
                 ids = {token: i for token, i in told.items() if i is not None}
                 record(inner, ids)
+            plain = [
+                token.content for token in inner.get_added_tokens_decoder().values() if not token.special
+            ]
+            ends = {inner.id_to_token(i) for i in (end, start, mask) if i is not None}
+            inner.add_special_tokens([name for name in plain if name in ends])  # or a user could type them
             needed = [token for token in SPECIAL_TOKENS[: 2 if MASK in ids else 3] if token not in ids]
             self.added = [token for token in needed if inner.token_to_id(token) is None]
             inner.add_special_tokens(self.added)
@@ -256,15 +261,21 @@ def record(tokenizer, ids):
     """Record which ids serve as our special tokens, {token: id}, in a template that adds nothing to a text."""
     template = processors.TemplateProcessing(single='$A', pair='$A $B:1', special_tokens=[*ids.items()])
     own = [] if tokenizer.post_processor is None else [tokenizer.post_processor]
-    tokenizer.post_processor = processors.Sequence([*own, template])
+    is_first = len(tokenizer.encode('').ids) > 1  # a template that stands behind one of two tokens panics
+    tokenizer.post_processor = processors.Sequence([template, *own] if is_first else [*own, template])
 
 
 def recorded_in(post_processor):
     """Return what `record` recorded in the post_processor of a tokenizer.json, {} where there is nothing."""
-    *_, last = (post_processor or {}).get('processors') or [{}]
-    names = last.get('special_tokens', {}) if last.get('type') == 'TemplateProcessing' else {}
-    is_own = names.keys() <= {ENDOFTEXT, STARTOFTEXT, MASK} and len(last.get('single', ())) == 1
-    return {token: names[token]['ids'][0] for token in names} if is_own else {}
+    parts = (post_processor or {}).get('processors') or []
+    names = next((part['special_tokens'] for part in reversed(parts) if is_record(part)), {})
+    return {token: names[token]['ids'][0] for token in names}
+
+
+def is_record(part):
+    """Say whether a part of a post_processor is the template of `record`."""
+    is_template = part.get('type') == 'TemplateProcessing' and len(part.get('single', ())) == 1
+    return is_template and part.get('special_tokens', {}).keys() <= {ENDOFTEXT, STARTOFTEXT, MASK}
 
 
 def pretrained_token(folder, kind):

@@ -38,6 +38,7 @@ class Source:
     has_fields: bool = True  # of which a setting names the one with the text
     state: Callable = lambda: None  # () -> JSON that spares `documents` to read what is done once more
     limit: int = None  # of documents, where only the first are wanted
+    where: dict = None  # of the hub: what `load_dataset` takes, its revision with it
     examples: object = None  # prepare.examples.Examples, where documents are records and no plain text
 
 
@@ -89,7 +90,8 @@ def hub(path, subset=None, field='text', document=None):
     name = f'{path}/{subset}' if subset else path
     url = f'https://huggingface.co/datasets/{name}'
     inputs = {name: where['revision']}
-    source = Source(url, documents, inputs, None, ' documents', state=lambda: stream.state_dict())
+    state = lambda: stream.state_dict()
+    source = Source(url, documents, inputs, None, ' documents', state=state, where=where)
     return source
 
 

@@ -22,10 +22,10 @@ import numpy as np
 from tqdm import tqdm
 
 from lm import prompts
-from lm.configurator import ROOT, UserError, check_choice, check_range, printable, report_idle, require
+from lm.configurator import ROOT, UserError, check_choice, check_range, note, printable, report_idle, require
 from lm.files import checksum, save_atomically, sha256_of, write_json
 from lm.tokenizer import KINDS, SPECIAL_TOKENS, Tokenizer, build, fast_gpt2, pieces, settings_of
-from prepare.folders import FORMAT, finished_folder, shown, unfinished_folder
+from prepare.folders import FORMAT, WORK, finished_folder, shown, unfinished_folder
 from prepare.readers import Corpus
 
 BATCH = 2**18  # characters that a worker encodes at once
@@ -43,6 +43,8 @@ def write(source, config, log_prob=None):
         report_idle(config, 'on .txt files', 'field')
         config['field'] = 'text'  # as where none is given
     target = target_folder(config)
+    if source.where and not config['overwrite']:
+        stay_at_revision(source, target)
     command = {'format': FORMAT, 'arguments': content_arguments(config), 'inputs': source.inputs}
     if finished := finished_folder(target, command, config['overwrite']):
         print(f'{shown(target)} is prepared already, with the same settings from the same input.')
@@ -57,6 +59,8 @@ def write(source, config, log_prob=None):
             save_atomically(path, lambda file: file.write(json_text.encode()))
         start = command['arguments'].get('start_token')
         tokenizer = Tokenizer(path.read_text(encoding='utf-8'), path, start=start)
+        if not journal.state and config['tokenizer'] not in KINDS:
+            check_spelling(tokenizer, ''.join(corpus.sample(0.1)))
         counts = encode_corpus(corpus, tokenizer, config, journal)
         finished = describe(target, command, tokenizer, counts, corpus)
         if empty := [split for split in SPLITS if not counts[split]['tokens']]:
@@ -91,6 +95,26 @@ def check_settings(config):
         check_range(config, 256 + len(SPECIAL_TOKENS), math.inf, 'vocab_size')
     for key in config.given & {'vocab_size', 'tokenizer_sample_mb'} if kind != 'bpe' else ():
         raise UserError(f'{key}={config[key]} has no effect with tokenizer={kind}; leave it out.')
+
+
+def stay_at_revision(source, target):
+    """Read a data set of the hub at the revision that the folder was begun with, though there is a newer one."""
+    partial = target.with_name(f'.{target.name}.partial') / WORK
+    begun = (settings_of(partial, 'journal.json') or settings_of(target, 'config.json')).get('inputs', {})
+    if begun.keys() == source.inputs.keys() and begun != source.inputs:
+        source.inputs, [source.where['revision']] = begun, begun.values()
+        note(
+            f'{source.name} has changed since; {shown(target)} stays as it was begun. --overwrite takes the newest.'
+        )
+
+
+def check_spelling(tokenizer, text):
+    """Report where a tokenizer loses or changes more of a text than its spaces."""
+    told, found = (''.join(x.split()) for x in (text, tokenizer.decode(tokenizer.encode(text))))
+    i = next((i for i, (a, b) in enumerate(zip(told, f'{found} ')) if a != b), 0)
+    if told != found:
+        problem = f'This tokenizer makes {found[i : i + 20]!r} of {told[i : i + 20]!r}'
+        note(f'{problem}: what it leaves out is not learned, and bits per byte are too low.')
 
 
 def target_folder(config):
@@ -162,8 +186,13 @@ def encode_corpus(corpus, tokenizer, config, journal):
     for split, kind in product(SPLITS, kinds):
         path = journal.folder / f'{split}_{kind}.bin'
         path.touch()
+        size, written = path.stat().st_size, sizes.get(path.name, 8 if kind == 'index' else 0)
+        problem = f'{path} has {size:,} bytes of {written:,} that were written'
+        require(
+            size >= written or not journal.state, f'{problem}; put it back, or begin anew with --overwrite.'
+        )
         # What was written after the last finished shard goes; a new index holds the start of document 0.
-        os.truncate(path, sizes.get(path.name, 8 if kind == 'index' else 0))
+        os.truncate(path, written)
 
     in_pieces = tokenizer.takes_pieces and not source.examples
     texts = corpus.texts(state['source'])

@@ -323,6 +323,16 @@ def test_an_empty_document_has_a_row_with_its_end(make_folder):
     assert [tokens[1] for tokens, _ in rows] == [end, a, end]
 
 
+def test_packed_rows_of_a_chat_template_are_refused(make_folder):
+    folder = Folder(make_folder(train_on='e'))
+    folder.config['prompt_format'] = '{{ messages }}'
+    with pytest.raises(
+        UserError, match='in a chat template, each of which begins a row; take finetune.py, or'
+    ):
+        batches(folder, mode='packed')
+    batches(folder, mode='documents')
+
+
 @pytest.mark.parametrize('mode', ['packed', 'documents'])
 def test_the_folders_masks_say_where_the_loss_is(make_folder, mode):
     folder = Folder(make_folder(train_on='e'))

@@ -84,6 +84,13 @@ def test_a_damaged_folder_is_refused_in_one_sentence_with_its_path(make_folder, 
     assert 'prepare' in str(error.value) or 'give a' in str(error.value)
 
 
+def test_masks_that_are_lost_are_missed(make_folder):
+    folder = make_folder(train_on='e')
+    (folder / 'val_masks.bin').unlink()
+    with pytest.raises(UserError, match='val_masks.bin has 0 bytes, config.json says '):
+        Folder(folder)
+
+
 def test_a_missing_folder_is_named_with_the_remedy():
     with pytest.raises(UserError, match="'nowhere'.*python prepare/stories.py"):
         Folder('nowhere')

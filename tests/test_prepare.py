@@ -24,7 +24,8 @@ from conftest import (
     write_jsonl,
     write_llama_tokenizer,
 )
-from tokenizers import pre_tokenizers, trainers
+from tokenizers import Tokenizer as Inner
+from tokenizers import models, pre_tokenizers, trainers
 
 from lm import data
 from lm import tokenizer as tokenizers
@@ -152,6 +153,20 @@ def test_gpt2_tokens_are_tiktokens(prepare, tmp_path, monkeypatch):
     folder = prepare('text.py', f'--input={path}', '--tokenizer=gpt2')
     expected = [ids + [50256] for ids in tiktoken.get_encoding('gpt2').encode_ordinary_batch(texts)]
     assert sorted(documents_of(folder, 'train') + documents_of(folder, 'val')) == sorted(expected)
+
+
+def test_a_tokenizer_that_cannot_spell_the_text_is_reported(prepare, tmp_path, capsys):
+    words = {'[UNK]': 0} | {letter: number for number, letter in enumerate('abcdefghij', 1)}
+    inner = Inner(models.BPE(words, [], unk_token='[UNK]'))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.add_special_tokens(['</s>'])
+    inner.save(str(tmp_path / 'tokenizer.json'))
+    (tmp_path / 'tokenizer_config.json').write_text('{"eos_token": "</s>"}')
+    path = write_jsonl(
+        tmp_path / 'corpus.jsonl', ['xyz 日本 ' + 'abcdefghij'[i % 10] * i for i in range(1, 60)]
+    )
+    prepare('text.py', f'--input={path}', f'--tokenizer={tmp_path}', '--val_fraction=0.5')
+    assert "'xyz日本" in (said := capsys.readouterr().out) and 'what it leaves out is not learned' in said
 
 
 def test_a_prepared_folder_lends_its_tokenizer(prepare, corpus, tmp_path):

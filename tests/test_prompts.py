@@ -199,6 +199,15 @@ def test_a_chat_template_that_strips_what_is_said_is_followed():
     assert ids[0] == ids[1]
 
 
+def test_a_chat_template_that_leaves_a_message_out_is_refused():
+    template = CHATML_JINJA.replace(
+        '{% for message in messages %}', "{% for message in messages if message.role != 'system' %}"
+    )
+    prompts.encode(with_markers(), template, [('a', '', 'b')])
+    with pytest.raises(UserError, match='leaves out what the system says; take another'):
+        prompts.encode(with_markers(), template, [('a', '', 'b')], 'Be kind.')
+
+
 def test_a_template_that_leaves_out_earlier_thoughts_goes_on_with_the_conversation():
     tokenizer, said = with_markers(), "message['content'].split('</think>')[-1].lstrip('\n')"
     template = CHATML_JINJA.replace("message['content']", said)

@@ -3,6 +3,7 @@
 import gzip
 import json
 import sys
+from types import SimpleNamespace
 
 import datasets
 import httpx
@@ -16,7 +17,7 @@ from conftest import config_of, make_texts, texts_of, write_jsonl
 
 from lm import records
 from lm.configurator import UserError
-from prepare import readers
+from prepare import readers, writer
 
 BYTES = ['--tokenizer=bytes', '--val_fraction=0.1']
 
@@ -358,6 +359,49 @@ def test_a_hub_that_fails_is_one_sentence_and_the_same_command_goes_on(prepare, 
         prepare('openwebtext.py', *BYTES)
     is_down[0] = False
     assert sorted(texts_of(prepare('openwebtext.py', *BYTES))) == sorted(texts)
+
+
+@pytest.mark.faults
+def test_a_stream_goes_on_with_what_was_written_at_the_revision_that_it_was_begun_with(
+    prepare, hub, tmp_path, monkeypatch, capsys
+):
+    texts, is_down = make_texts(40), [True]
+
+    class Stream(SimpleNamespace):
+        info = datasets.DatasetInfo()
+        state_dict, load_state_dict = (
+            (lambda self: {'at': self.at}),
+            (lambda self, state: vars(self).update(state)),
+        )
+
+        def __iter__(self):
+            while self.at < len(texts):
+                if self.at == 30 and is_down[0]:
+                    raise OSError('Connection broken')
+                self.at += 1
+                yield {'text': texts[self.at - 1]}
+
+    hub(lambda: Stream(at=0))  # which gives no other revision than abc
+    monkeypatch.setattr(writer, 'SHARD', 2000)
+    with pytest.raises(UserError, match='could not be read from the hub'):
+        prepare('openwebtext.py', *BYTES)
+    is_down[0] = False
+    newer = type('Info', (), {'sha': 'def', 'siblings': None})
+    monkeypatch.setattr(huggingface_hub.HfApi, 'dataset_info', lambda api, name: newer)
+    path = tmp_path / '.out.partial' / 'train_tokens.bin'
+    written = path.read_bytes()
+    path.write_bytes(written[:100])
+    with pytest.raises(
+        UserError, match='train_tokens.bin has 100 bytes of .* that were written; put it back'
+    ):
+        prepare('openwebtext.py', *BYTES)
+    path.write_bytes(written)
+    for _ in range(2):  # it goes on, and it is finished
+        folder = prepare('openwebtext.py', *BYTES)
+        assert 'openwebtext has changed since; ' in capsys.readouterr().out
+        assert sorted(texts_of(folder)) == sorted(texts) and [*config_of(folder)['inputs'].values()] == [
+            'abc'
+        ]
 
 
 def test_a_hub_that_cannot_be_reached_is_one_sentence(prepare, monkeypatch):

@@ -7,6 +7,8 @@ import pytest
 import tiktoken
 from conftest import SHARED, TIKTOKEN_CACHE, make_texts
 from requests import ConnectionError
+from tokenizers import AddedToken
+from tokenizers.processors import TemplateProcessing
 
 from lm import tokenizer as tokenizers
 from lm.configurator import UserError
@@ -24,6 +26,26 @@ def test_decoding_restores_the_text_and_special_names_stay_text(kind):
     assert not {tokenizer.endoftext_id, tokenizer.mask_id} & set(reloaded.encode(NASTY))
     if kind == 'bytes':
         assert tokenizer.encode(NASTY) == list(NASTY.encode())
+
+
+@pytest.mark.parametrize('template', ['<s> $A', '$A </s>', '<s> $A </s>'])
+def test_a_tokenizer_that_puts_tokens_around_a_text_is_read(template):
+    inner = build('bytes', [], 300).inner
+    inner.add_special_tokens(['<s>', '</s>'])
+    ends = [(name, inner.token_to_id(name)) for name in ('<s>', '</s>')]
+    inner.post_processor = TemplateProcessing(template, special_tokens=ends)
+    tokenizer = Tokenizer(inner.to_str(), end='</s>')
+    for one in (tokenizer, Tokenizer(tokenizer.to_json())):
+        assert one.endoftext_id == ends[1][1] and one.decode(one.encode(NASTY)) == NASTY
+        assert len(one.inner.encode('a', 'b').ids) >= 2
+
+
+def test_an_end_that_is_no_special_token_is_none_that_a_user_can_type():
+    inner = build('bytes', [], 300).inner
+    inner.add_tokens([AddedToken('<|im_end|>', special=False)])
+    tokenizer = Tokenizer(inner.to_str(), end='<|im_end|>')
+    assert tokenizer.endoftext_id not in tokenizer.encode('a <|im_end|> b')
+    assert tokenizer.decode([97, tokenizer.endoftext_id]) == 'a'
 
 
 @pytest.mark.parametrize('kind', ['char', 'bytes', 'bpe'])
