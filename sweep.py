@@ -25,7 +25,17 @@ import threading
 import time
 from pathlib import Path
 
-from lm.configurator import ROOT, UserError, check_range, configs_of, configure, find, report_idle, require
+from lm.configurator import (
+    ROOT,
+    UserError,
+    check_range,
+    configs_of,
+    configure,
+    find,
+    note,
+    report_idle,
+    require,
+)
 from lm.files import write_json, writing
 from lm.report import flat
 
@@ -323,6 +333,8 @@ def submit_jobs():
     path = folder / 'array.sh'
     path.write_text('\n'.join(['#!/bin/bash', *head, 'exec bash "${jobs[$SLURM_ARRAY_TASK_ID]}"\n']))
     print(f'{len(runs)} runs; scripts of the unfinished ones: {path}')
+    if gpus_per_job > 1:
+        note(f'with gpus_per_job={gpus_per_job} a step has {gpus_per_job} times as many rows as batch_size.')
     if not dry_run:
         require(shutil.which('sbatch'), f'There is no sbatch here; submit {path} where there is one.')
         answer = subprocess.run(['sbatch', path], capture_output=True, text=True)

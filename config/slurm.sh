@@ -12,7 +12,9 @@
 
 cd {cwd}
 source {root}/.venv/bin/activate
-export OMP_NUM_THREADS={cpus}
+threads=$(({cpus} / ({gpus} > 1 ? {gpus} : 1)))  # of a rank
+export OMP_NUM_THREADS=$((threads > 1 ? threads : 1))
+export PET_SHUTDOWN_TIMEOUT=140  # seconds that torchrun gives the ranks to save in; 30 by itself
 
 # Slurm tells the shell, the shell tells the script, which saves at the next step and exits; the same command then
 # goes on from there. USR1 comes 180 s before the time is up, where an evaluation may last longer: its state is saved.

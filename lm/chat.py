@@ -65,14 +65,18 @@ def pieces(template, tokenizer, turns, system=''):
     plain = rendered(texts)
     # Many templates strip; those of models that think leave out the thoughts of earlier answers.
     spoken = [x.rpartition('</think>')[2] if role == 'assistant' else x for (role, _), x in zip(said, texts)]
-    stripped = [text.strip() for text in texts], [text.lstrip('\n') for text in spoken]
-    for part in (texts, spoken, *stripped):
+    joined = [x.lstrip('\n') if x != text else x for text, x in zip(texts, spoken)]
+    stripped = [[x.strip() for x in part] for part in (texts, spoken)]
+    for part in (texts, spoken, joined, *stripped):
         marked = rendered([f'\ue000{i}\ue001{text}\ue002' for i, text in enumerate(part)])
         if SAID.sub(r'\2', marked) == plain:
             found = {int(number) for number, _ in SAID.findall(marked)}
             lost = [role for i, (role, text) in enumerate(said) if text and i not in found]
             problem = f'The chat template leaves out what the {"".join(lost[:1])} says'
-            require(not lost or not found, f'{problem}; take another, such as --prompt_format=chatml.')
+            require(
+                not lost or not found,
+                f'{problem}; leave it out, or prepare data with --prompt_format=chatml.',
+            )
             return told_apart(marked, [role for role, _ in said])
     raise UserError('The chat template changes what is said; take another, such as --prompt_format=chatml.')
 

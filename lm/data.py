@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from lm import chat, prompts
-from lm.configurator import require
+from lm.configurator import note, require
 from lm.folder import Mix
 from lm.rng import LEVEL, MOVE, NOISE, PADDING, PERMUTE, permuted, random_bits, uniform
 
@@ -30,9 +30,9 @@ class PackedRows:
         self.tokens, self.index, self.masks = folder.tokens[split], folder.index[split], folder.masks[split]
         self.row_length, self.stride, self.training = row_length, stride, training
         self.has_loss_mask = self.masks is not None  # in training
-        in_stream = self.masks is None or not chat.is_chat_template(folder.config['prompt_format'])
-        problem = f'{folder.path} has conversations in a chat template, each of which begins a row'
-        require(in_stream, f'{problem}; take finetune.py, or --mode=documents.')
+        if training and self.masks is not None and chat.is_chat_template(folder.config['prompt_format']):
+            problem = f'a stream leaves out how the conversations of {folder.path} begin'
+            note(f'{problem}; finetune.py and --mode=documents do not.')
         start, tokenizer = folder.config['start_token'], folder.tokenizer
         is_own = start != tokenizer.endoftext_id and start in tokenizer.special_ids.values()
         self.start_token = start if is_own else None

@@ -153,10 +153,14 @@ READ += [*BLOCKS, 'base_checksum']
 
 
 def base_checksum(model):
-    """Return a number by which an adapter knows its base, of the last linear layer in bfloat16; None: quantized."""
-    *_, (_, layer) = linear_layers(model)
-    if isinstance(layer, nn.Linear):
-        return zlib.crc32(layer.weight.detach().cpu().bfloat16().contiguous().view(torch.int16).numpy())
+    """Return a number by which an adapter knows its base, of a row of each linear layer; None: quantized."""
+    checksum = 0
+    for _, layer in linear_layers(model):
+        if not isinstance(layer, nn.Linear):
+            return None
+        row = layer.weight[0].detach().cpu().bfloat16()  # as a base in bfloat16 has it
+        checksum = zlib.crc32(row.view(torch.int16).numpy(), checksum)
+    return checksum
 
 
 def peft_name(name, family):

@@ -136,7 +136,8 @@ def encode(tokenizer, form, turns, system=''):
         parts = re.split(r'{(\w+)}', between + head if number else head)  # text, slot, text, ...
         parts = [(values[part], False) if i % 2 else (part, True) for i, part in enumerate(parts)]
         prompt = encode_parts(tokenizer, parts, bool(ids))
-        answer = [] if output is None else tokenizer.encode_behind(output) + [end]
+        encode_output = tokenizer.encode_behind if ids or prompt else tokenizer.encode
+        answer = [] if output is None else encode_output(output) + [end]
         ids += prompt + answer
         loss_mask += [0] * len(prompt) + [int(all(learnt))] * len(answer)
     return ids, loss_mask

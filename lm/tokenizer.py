@@ -41,17 +41,16 @@ class Tokenizer:
             if not ids and (mask is not None or end not in (None, inner.token_to_id(ENDOFTEXT))):
                 ids = {token: i for token, i in told.items() if i is not None}
                 record(inner, ids)
-            plain = [
-                token.content for token in inner.get_added_tokens_decoder().values() if not token.special
-            ]
-            ends = {inner.id_to_token(i) for i in (end, start, mask) if i is not None}
-            inner.add_special_tokens([name for name in plain if name in ends])  # or a user could type them
             needed = [token for token in SPECIAL_TOKENS[: 2 if MASK in ids else 3] if token not in ids]
             self.added = [token for token in needed if inner.token_to_id(token) is None]
             inner.add_special_tokens(self.added)
             inner.encode_special_tokens = True  # not part of the JSON text: set at every load
             inner.no_truncation()
             inner.no_padding()
+            self.text, ends = inner.to_str(), {*ids.values(), end, start}
+            added = inner.get_added_tokens_decoder().items()
+            plain = [token.content for i, token in added if i in ends and not token.special]
+            inner.add_special_tokens(plain)  # not in the text either: no user can type them
 
             self.inner = inner  # a tokenizers.Tokenizer
             self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
@@ -78,7 +77,7 @@ class Tokenizer:
         return cls(path.read_text(encoding='utf-8', errors='surrogateescape'), path, *told)
 
     def to_json(self):
-        return self.inner.to_str()
+        return self.text
 
     @cached_property
     def takes_pieces(self):
@@ -261,7 +260,10 @@ def record(tokenizer, ids):
     """Record which ids serve as our special tokens, {token: id}, in a template that adds nothing to a text."""
     template = processors.TemplateProcessing(single='$A', pair='$A $B:1', special_tokens=[*ids.items()])
     own = [] if tokenizer.post_processor is None else [tokenizer.post_processor]
-    is_first = len(tokenizer.encode('').ids) > 1  # a template that stands behind one of two tokens panics
+    state = json.loads(own[0].__getstate__()) if own else {}
+    *_, last = state.get('processors') or [state]
+    # A template that stands behind another, of two tokens, panics.
+    is_first = last.get('type') == 'TemplateProcessing' and len(tokenizer.encode('').ids) > 1
     tokenizer.post_processor = processors.Sequence([template, *own] if is_first else [*own, template])
 
 

@@ -17,6 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from itertools import product
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 from tqdm import tqdm
@@ -60,7 +61,8 @@ def write(source, config, log_prob=None):
         start = command['arguments'].get('start_token')
         tokenizer = Tokenizer(path.read_text(encoding='utf-8'), path, start=start)
         if not journal.state and config['tokenizer'] not in KINDS:
-            check_spelling(tokenizer, ''.join(corpus.sample(0.1)))
+            with suppress(UserError):  # a character vocabulary says for itself what it lacks
+                check_spelling(tokenizer, ''.join(corpus.sample(0.1)))
         counts = encode_corpus(corpus, tokenizer, config, journal)
         finished = describe(target, command, tokenizer, counts, corpus)
         if empty := [split for split in SPLITS if not counts[split]['tokens']]:
@@ -110,11 +112,12 @@ def stay_at_revision(source, target):
 
 def check_spelling(tokenizer, text):
     """Report where a tokenizer loses or changes more of a text than its spaces."""
-    told, found = (''.join(x.split()) for x in (text, tokenizer.decode(tokenizer.encode(text))))
+    both = text, tokenizer.decode(tokenizer.encode(text))
+    told, found = (normalize('NFC', ''.join(x.split())) for x in both)
     i = next((i for i, (a, b) in enumerate(zip(told, f'{found} ')) if a != b), 0)
     if told != found:
         problem = f'This tokenizer makes {found[i : i + 20]!r} of {told[i : i + 20]!r}'
-        note(f'{problem}: what it leaves out is not learned, and bits per byte are too low.')
+        note(f'{problem}: what it leaves out or changes is not learned, and bits per byte are too low.')
 
 
 def target_folder(config):

@@ -178,6 +178,13 @@ def test_an_answer_behind_a_newline_has_the_tokens_of_one_text(name, scheme):
 
 
 @pytest.mark.parametrize('scheme', ['first', 'always', 'never'])
+def test_a_plain_text_begins_as_the_tokenizer_begins_a_text(scheme):
+    tokenizer = Tokenizer(sentencepiece(scheme).to_str(), end='</s>')
+    ids, _ = prompts.encode(tokenizer, '{output}', [('', '', 'the hi')])
+    assert ids[:-1] == tokenizer.encode('the hi')
+
+
+@pytest.mark.parametrize('scheme', ['first', 'always', 'never'])
 def test_what_stands_behind_a_gap_stays_as_it_is(scheme):
     tokenizer = Tokenizer(sentencepiece(scheme).to_str(), end='</s>')
     names = [
@@ -204,7 +211,7 @@ def test_a_chat_template_that_leaves_a_message_out_is_refused():
         '{% for message in messages %}', "{% for message in messages if message.role != 'system' %}"
     )
     prompts.encode(with_markers(), template, [('a', '', 'b')])
-    with pytest.raises(UserError, match='leaves out what the system says; take another'):
+    with pytest.raises(UserError, match='leaves out what the system says; leave it out, or'):
         prompts.encode(with_markers(), template, [('a', '', 'b')], 'Be kind.')
 
 
@@ -216,6 +223,7 @@ def test_a_template_that_leaves_out_earlier_thoughts_goes_on_with_the_conversati
         for answer in ('<think>\nHm.\n</think>\n\nb', 'b')
     )
     assert told == plain
+    prompts.encode(tokenizer, template, [('\na ', '', '<think>\n</think>\n\nb'), ('c', '', None)])
 
 
 def test_a_chat_template_whose_prompt_does_not_lead_to_its_answer_is_for_inference_only():

@@ -368,6 +368,7 @@ def test_a_job_starts_a_process_per_gpu_where_the_sweep_was_started(place):
         [script] = [path for path in place.glob('try/jobs/*.sh') if path.name != 'array.sh']
         text = script.read_text()
         assert f'\n{launch} {place}/worker.py ' in text and f'\ncd {place}\n' in text
+        assert f'threads=$((16 / ({gpus} > 1 ? {gpus} : 1)))' in text
 
 
 @pytest.mark.parametrize('last, done', [('stopped at step 1 of 2', 0), ('$ again\ndone', 1)])
@@ -405,7 +406,8 @@ def test_a_job_that_is_told_to_stop_saves_and_goes_on_when_requeued(place, numbe
 
 
 def test_a_job_is_requeued_before_its_time_is_up_where_the_run_goes_on(place):
-    text = 'import signal, time\nsignal.signal(signal.SIGTERM, lambda *_: 0)\nopen("started", "w")\ntime.sleep(10)'
+    text = 'import os, signal, time\nsignal.signal(signal.SIGTERM, lambda *_: 0)\n'
+    text += 'open("started", "w").write(str(os.getpid()))\ntime.sleep(60)'
     (place / 'worker.py').write_text(text)
     file = write(place, 'jobs.py', base_args={'lr': 1}, grid={'seed': [1]})
     assert sweep(place, file, '--dry_run', '--submit=slurm', shipped_template(place))[0] == 0
@@ -418,6 +420,7 @@ def test_a_job_is_requeued_before_its_time_is_up_where_the_run_goes_on(place):
     wait_until((place / 'requeued').exists)
     assert job.poll() is None
     job.kill()
+    os.kill(int((place / 'started').read_text()), signal.SIGKILL)
 
 
 @pytest.mark.faults
