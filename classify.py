@@ -120,11 +120,11 @@ check_choice(config, 'model', ('', *families.PUBLISHED, *families.FINETUNED, *SI
 check_choice(config, 'model_type', ('normal', 'ipa'))
 check_choice(config, 'pool', ('', 'last', 'mean'))
 check_choice(config, 'best_by', classification.BEST_BY)
-runtime.check_settings(config)
 
 # ---------------------------------------------------------------------------- process, start, data
 
 resumed = checkpoints.resume(globals(), config, FIXED)
+runtime.check_settings(config)
 report_idle(config, *(('on texts', TASK_KEYS) if task else ('on an algorithmic task', TEXT_KEYS)))
 both = lora_rank and num_layers_to_finetune is not None
 require(not both, 'lora_rank and num_layers_to_finetune freeze different things; leave one of them out.')

@@ -96,8 +96,8 @@ FIXED = (
 ).split()
 BLOCKS = ['block_length', 'ar_weight']
 
-runtime.check_settings(config)
 resumed = checkpoints.resume(globals(), config, FIXED)
+runtime.check_settings(config)
 require(not (load_in_8bit and load_in_4bit), 'load_in_8bit and load_in_4bit exclude each other; choose one.')
 is_quantized = load_in_8bit or load_in_4bit
 require(use_peft or not is_quantized, 'Quantized weights are for adapters; add --use_peft.')

@@ -104,11 +104,10 @@ FREE_SHAPE = ['dropout', 'gradient_checkpointing']
 FIXED = 'architecture mode unique_tokens model_size depth init_from optimizer fsdp seed anneal_steps'.split()
 FIXED += SHAPE + BLOCKS
 
-runtime.check_settings(config)
-
 # ---------------------------------------------------------------------------- process, data, start
 
 resumed = checkpoints.resume(globals(), config, FIXED)
+runtime.check_settings(config)
 store = checkpoints  # keeps weights and the state of training
 if fsdp:
     from lm import sharded as store  # slow to import

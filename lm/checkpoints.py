@@ -351,14 +351,24 @@ class Resumed(NamedTuple):
     path: Path = None  # of the checkpoint
     run_dir: Path = None  # the run folder that it stands in, or that --resume_from=auto names
     overrides: tuple = ()  # [(key, value before, value now)] of the settings that differ
+    stamp: tuple = None  # of the run's ckpt.pt when the checkpoint was read
 
     def is_copy(self):
         """Say whether the checkpoint is none that stands in the run folder itself."""
         return self.path.resolve().parent != self.run_dir
 
+    def is_current(self):
+        """Say whether no other process has saved the run's state since it was read."""
+        return self.checkpoint is None or self.stamp == stamp_of(self.run_dir / 'ckpt.pt')
+
     def goes_on_in(self, out):
         """Say whether the checkpoint is the run's own state, which need not be written again."""
         return self.checkpoint is not None and self.path.resolve() == (out / 'ckpt.pt').resolve()
+
+
+def stamp_of(path):
+    state = path.stat() if path.exists() else None
+    return state and (state.st_ino, state.st_mtime_ns)
 
 
 def resume(namespace, config, fixed):
@@ -378,10 +388,13 @@ def resume(namespace, config, fixed):
         remedy = 'put it back, begin another run with --init_from, or delete this one with --overwrite'
         require(not lost or config['overwrite'], f'{path} of a run that left {lost} is not there; {remedy}.')
         return Resumed(run_dir=None if lost else run_of(path))
+    stamp = stamp_of(run_of(path) / 'ckpt.pt')
     checkpoint = load(path, mmap=config.get('fsdp', False), sharded=True)
     can_go_on, remedy = {'optimizer_state_dict', 'sharded'} & set(checkpoint), f'use it by --init_from={path}'
     require(can_go_on, f'{path} holds weights without the state of training; give a ckpt.pt, or {remedy}.')
-    if not out_dir or Path(out_dir).resolve() == run_of(path):
+    is_run = path.name == 'ckpt.pt' or (run_of(path) / 'logs.log').exists()
+    require(is_run or out_dir, f'{path} stands in no run folder; add --out_dir=PATH.')
+    if out_dir and Path(out_dir).resolve() == run_of(path):
         report_idle(config, f'where the run of {path} goes on in its folder', 'overwrite')
     own = {'out_dir', 'resume_from', 'overwrite', 'changed_data'}
     earlier = {'noisy_every': 1, 'decay_embedding': True}  # as runs of earlier versions were trained
@@ -393,12 +406,13 @@ def resume(namespace, config, fixed):
     if 'eval_batches' in saved:
         saved['eval_tokens'] = saved['eval_batches'] * saved['batch_size'] * (saved['block_size'] or 0)
         saved['eval_examples'] = saved['eval_batches'] * saved.get('eval_batch_size', 0)
+    config.given -= {key for key in fixed if key in config and config[key] is None}  # as it comes
     overrides = restore(namespace, config, {key: value for key, value in saved.items() if key not in own})
     for key, before, now in overrides:
         remedy = f'leave --{key} out, or start a new run'
         changes = key not in [*fixed, 'run_suffix']
         require(changes, f'The run of {path} has {key}={before!r}, not {now!r}; {remedy}.')
-    return Resumed(checkpoint, path, run_of(path), overrides)
+    return Resumed(checkpoint, path, run_of(path), overrides, stamp)
 
 
 def continue_run(resumed, store, model, optimizer, scaler, inputs, config):
@@ -437,7 +451,7 @@ def continue_run(resumed, store, model, optimizer, scaler, inputs, config):
                 checkpoint.get('pending') is not None,
             )
             best.later = (step - best.step) // every - waits  # below 0 until the run is there again
-        compare = {'eval_tokens', 'eval_examples', 'best_by'}
+        compare = {'eval_tokens', 'eval_examples', 'best_by', 'k_schedule'}
         if ':' in config.get('dataset', ''):  # a mix, whose weights may be others
             compare.add('dataset')
         elsewhere = config['out_dir'] and Path(config['out_dir']).resolve() != resumed.run_dir

@@ -272,12 +272,14 @@ class Assigned(dict):
 def run_file(path, word, config):
     """Return what a Python file assigns, but for names that start with _, modules and functions. The values
     so far are its builtins, so that it can read them and its globals hold only what it assigned."""
-    assigned = Assigned(__file__=str(path))
+    assigned, folders = Assigned(__file__=str(path)), [path.parent]
 
     def include(name):
-        """Run a file that stands beside this one, as if its lines stood here."""
-        included = path.parent / name
+        """Run a file that stands beside the one that says so, as if its lines stood there."""
+        included = folders[-1] / name
+        folders.append(included.parent)
         exec(compile(included.read_bytes(), str(included), 'exec'), assigned)
+        folders.pop()
 
     assigned['__builtins__'] = {**vars(builtins), **config, 'include': include}
     try:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from lm import report, run_folder
-from lm.configurator import ROOT, output_is_cut, printable
+from lm.configurator import ROOT, output_is_cut, printable, require
 from lm.files import lock, save_atomically, write_json
 
 PATIENCE = 60  # seconds that W&B has to answer, once
@@ -36,14 +36,17 @@ def start_run(dist, config, name, resumed, init_from):
     again = checkpoint.get('pending') is not None  # its step is still to be evaluated and logged
     log = Logger(out, dist.is_main, checkpoint['global_step'] - again)
     if dist.is_main:
-        for path in out.glob('**/*.[0-9]*.tmp'):  # what a killed process had begun to write
-            path.unlink()
+        require(resumed.is_current(), f'Another process went on with {out} meanwhile; start again.')
+        for name in run_folder.RUN_FILES:  # what a killed process had begun to write
+            for path in (*out.glob(f'{name}.*.[0-9]*.tmp'), *out.glob(f'{name}/**/*.[0-9]*.tmp')):
+                path.unlink(missing_ok=True)
         write_json(out / 'config.json', config)
         log.write(log.log_file, describe_origin(dist.device))
+    if out.resolve() == resumed.run_dir:  # elsewhere it is a run of its own
+        log.wandb_run_id = checkpoint.get('wandb_run_id')
     if not config['no_wandb']:
-        run_id = checkpoint.get('wandb_run_id')
-        name = config['wandb_run_name'] or out.name
-        log.start_wandb(project=config['wandb_project'], name=name, id=run_id, config=dict(config))
+        about = dict(name=config['wandb_run_name'] or out.name, id=log.wandb_run_id, config=dict(config))
+        log.start_wandb(project=config['wandb_project'], **about)
     for key, before, now in resumed.overrides:
         log.print(f'resumed with {key}={now!r}, which was {before!r}')
     return out, log
@@ -149,7 +152,7 @@ class Logger:
         run = wandb.init(resume='allow', dir=self.folder, mode=mode, settings=quiet, **settings)
         if mode == 'offline':
             self.print(f'W&B: offline; `wandb sync {run.dir.removesuffix("/files")}` sends the run later.')
-        self.wandb_run_id = run.id  # kept for the next resume, even if W&B fails later
+        self.wandb_run_id = run.id  # kept for the next resume, even if W&B fails or is left out
         return run
 
     def attempt(self, call):

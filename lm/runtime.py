@@ -71,26 +71,26 @@ def report_idle_settings(config, *kinds):
 
 
 def check_settings(config):
-    """Raise a UserError for values that no training script takes; keys that a script lacks are passed over."""
+    """Raise a UserError for values that no training script takes, and report those without effect; keys that a script
+    lacks are passed over."""
     for key in CHOICES.keys() & config.keys():
         check_choice(config, key, CHOICES[key])
     for low, high, keys in RANGES:
         check_range(config, low, high, *(key for key in keys.split() if key in config))
     for key, names in NEEDS.items():
-        if key in config and not config[key] and not config['resume_from']:
+        if key in config and not config[key]:
             report_idle(config, f'without {key}', names)
-    if not config['resume_from']:
-        idle = {'wsd': '', 'constant': 'decay_ratio min_lr'}.get(config['schedule'], 'decay_ratio')
-        report_idle(config, f'with schedule={config["schedule"]}', idle)
-        report_idle(config, 'beside out_dir', 'run_suffix' * bool(config['out_dir']))
-        report_idle(config, 'beside no_wandb', 'wandb_project wandb_run_name' * config['no_wandb'])
-        report_idle(config, 'without resume_from', 'changed_data')
-        starts = any(config.get(key) for key in ('init_from', 'model', 'model_prefix'))
-        report_idle(config, 'without init_from', 'revision anneal_steps' * (not starts))
-        is_local = bool(config.get('init_from')) and os.path.exists(config['init_from'])
-        report_idle(config, 'of local weights', 'revision' * is_local)
-        is_adamw = config['optimizer'] != 'muon' and config.get('depth') is None
-        report_idle(config, 'without muon', 'decay_embedding' * is_adamw)
+    idle = {'wsd': '', 'constant': 'decay_ratio min_lr'}.get(config['schedule'], 'decay_ratio')
+    report_idle(config, f'with schedule={config["schedule"]}', idle)
+    report_idle(config, 'beside out_dir', 'run_suffix' * bool(config['out_dir']))
+    report_idle(config, 'beside no_wandb', 'wandb_project wandb_run_name' * config['no_wandb'])
+    report_idle(config, 'without resume_from', 'changed_data' * (not config['resume_from']))
+    starts = any(config.get(key) for key in ('init_from', 'model', 'model_prefix'))
+    report_idle(config, 'without init_from', 'revision anneal_steps' * (not starts))
+    is_local = bool(config.get('init_from')) and os.path.exists(config['init_from'])
+    report_idle(config, 'of local weights', 'revision' * is_local)
+    is_adamw = config['optimizer'] != 'muon' and config.get('depth') is None
+    report_idle(config, 'without muon', 'decay_embedding' * is_adamw)
     if 'p_belief' in config:
         optim.check_beliefs(config['p_belief'], config['k_schedule'])
     if 'mask_ratio' in config:

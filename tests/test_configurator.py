@@ -307,6 +307,10 @@ def test_a_file_includes_another_that_stands_beside_it(run):
     assert run('config/d.py')['config'].given == {'num_epochs', 'batch_size'}
     write('config/e.py', 'lr = 1.0\nlearning_rate = 2.0\nlr = 3.0')
     assert run('config/e.py')['learning_rate'] == 3
+    write('mine/base.py', 'max_steps = 1')
+    write('mine/f.py', "include('../config/a.py')\nbatch_size = 5")  # whose base.py is its neighbour
+    config = run('mine/f.py')['config']
+    assert (config['max_steps'], config['batch_size']) == (20, 5)
     write('config/b.py', "include('none.py')")
     assert 'config/b.py, line 1: FileNotFoundError' in fails(run, 'config/b.py')
 

@@ -165,6 +165,60 @@ def test_the_best_of_another_evaluation_is_not_the_best_of_this_one(copied, plac
 
 
 @pytest.mark.faults
+def test_a_loose_copy_of_a_checkpoint_needs_a_folder_and_touches_nothing_beside_it(copied, tmp_path):
+    loose = tmp_path / 'mine' / 'backup.pt'
+    loose.parent.mkdir()
+    shutil.copy(copied / 'ckpt.pt', loose)
+    (loose.parent / 'config.json').write_text('mine')
+    with pytest.raises(UserError, match='backup.pt stands in no run folder; add --out_dir=PATH'):
+        run('train.py', f'--resume_from={loose}', '--max_steps=9')
+    run('train.py', f'--resume_from={loose}', '--max_steps=9', f'--out_dir={tmp_path}/new')
+    assert load(tmp_path / 'new')['global_step'] == 9
+    assert sorted(path.name for path in loose.parent.iterdir()) == ['backup.pt', 'config.json']
+
+
+@pytest.mark.faults
+def test_only_what_a_run_itself_had_begun_to_write_is_cleared(copied):
+    own = [copied / name for name in ('ckpt.pt.host.12.tmp', 'checkpoints/checkpoint-4/ckpt.pt.host.12.tmp')]
+    others = [copied / name for name in ('other/ckpt.pt.host.12.tmp', 'data.12.tmp')]
+    for path in own + others:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    run('train.py', f'--resume_from={copied}', '--max_steps=9')
+    assert [path.exists() for path in own + others] == [False, False, True, True]
+
+
+@pytest.mark.faults
+def test_a_run_that_another_process_continued_meanwhile_is_refused(copied, monkeypatch):
+    def continue_run(*arguments):
+        monkeypatch.undo()
+        run('train.py', f'--resume_from={copied}', '--max_steps=9')
+        return checkpoints.continue_run(*arguments)
+
+    monkeypatch.setattr(checkpoints, 'continue_run', continue_run)
+    with pytest.raises(UserError, match=f'Another process went on with {copied} meanwhile; start again'):
+        run('train.py', f'--resume_from={copied}', '--max_steps=12')
+    assert load(copied)['global_step'] == 9
+
+
+@pytest.mark.faults
+def test_what_has_no_effect_is_reported_on_resume_and_none_is_as_it_comes(copied, capsys):
+    run('train.py', f'--resume_from={copied}', '--max_steps=9', '--decay_ratio=0.5', '--n_kv_head=None')
+    assert 'note: decay_ratio=0.5 has no effect with schedule=' in capsys.readouterr().out
+    assert load(copied)['global_step'] == 9
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize('elsewhere', [False, True])
+def test_a_resume_without_wandb_keeps_the_id_of_its_run(copied, tmp_path, elsewhere):
+    torch.save({**load(copied), 'wandb_run_id': 'abc'}, copied / 'ckpt.pt')
+    more = [f'--out_dir={tmp_path}/elsewhere'] if elsewhere else []
+    run('train.py', f'--resume_from={copied}', '--max_steps=9', *more)
+    ids = [load(path)['wandb_run_id'] for path in [copied, tmp_path / 'elsewhere'][: 1 + elsewhere]]
+    assert ids == ['abc', None][: 1 + elsewhere]
+
+
+@pytest.mark.faults
 def test_a_run_that_goes_on_elsewhere_has_a_best_of_its_own(copied, tmp_path):
     torch.save({**load(copied), 'best_val_loss': 0.1, 'best_step': 3}, copied / 'ckpt.pt')
     run('train.py', f'--resume_from={copied}', '--max_steps=9', f'--out_dir={tmp_path}/elsewhere')
