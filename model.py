@@ -404,9 +404,8 @@ class Diffusion(Transformer):
             metrics['ignore_guesses'] = pred == self.config.ignore_id
         if self.config.ar_weight:
             ar_loss, nll, _ = self.weighted_nll(clean[:, :-1], tokens[:, 1:], counted[:, 1:].float())
-            if self.training:  # on both; what is logged as the loss stays the bound, as in evaluation
-                loss, metrics['loss'] = loss + self.config.ar_weight * ar_loss, weighted_nll
-            metrics['ar_loss'] = F.pad(nll, (1, 0))
+            loss = loss + self.config.ar_weight * ar_loss if self.training else loss
+            metrics['ar_loss'], metrics['loss'] = F.pad(nll, (1, 0)), weighted_nll  # logged is the bound
         return reduced(reduction, loss, weighted_nll, counted, metrics)
 
 
