@@ -168,7 +168,7 @@ else:
     sizes = train_set_size, test_set_size, val_set_size
     digits = tasks.splits(target_func, sequence_length, *sizes, seed, compat)
     vocabulary = None if initial else build('char', tasks.digits_of(target_func))
-vocabulary = vocabulary or Tokenizer(initial['tokenizer'])
+vocabulary = vocabulary or Tokenizer(initial['tokenizer'], start=initial['start_token'])
 start_token = initial['start_token'] if initial else vocabulary.start_id
 
 # ---------------------------------------------------------------------------- model

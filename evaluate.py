@@ -119,7 +119,7 @@ def load(path, architecture=''):
     state = checkpoints.load(path, token, revision, tokenizer=own, architecture=architecture)
     state.pop('optimizer_state_dict', None)
     path = Path(path) / 'ckpt.pt' if (Path(path) / 'ckpt.pt').is_file() else Path(path)
-    text = Tokenizer(state['tokenizer'])
+    text = Tokenizer(state['tokenizer'], start=state['start_token'])
     return {'train_config': {}, **state, 'tokenizer': text, 'path': path, 'name': run_folder.name_of(path)}
 
 

@@ -307,7 +307,8 @@ def job_text(job_name, name):
         'done': root / name / 'done.json',
     }
     known = {key: shlex.quote(str(path)) for key, path in paths.items()}
-    known |= {'job_name': job_name, 'cpus': cpus, 'gpus': gpus_per_job, 'timeout': timeout}
+    threads = max(1, cpus // max(1, gpus_per_job))  # of a process
+    known |= dict(job_name=job_name, cpus=cpus, threads=threads, gpus=gpus_per_job, timeout=timeout)
     launch = f'torchrun --standalone --nproc_per_node={gpus_per_job}' if gpus_per_job > 1 else 'python'
     known |= {'launch': launch, 'args': shlex.join(arguments(name)), **fields}
     try:

@@ -12,8 +12,7 @@
 
 cd {cwd}
 source {root}/.venv/bin/activate
-threads=$(({cpus} / ({gpus} > 1 ? {gpus} : 1)))  # of a rank
-export OMP_NUM_THREADS=$((threads > 1 ? threads : 1))
+export OMP_NUM_THREADS={threads}
 export PET_SHUTDOWN_TIMEOUT=140  # seconds that torchrun gives the ranks to save in; 30 by itself
 
 # Slurm tells the shell, the shell tells the script, which saves at the next step and exits; the same command then

@@ -357,9 +357,9 @@ class Resumed(NamedTuple):
         """Say whether the checkpoint is none that stands in the run folder itself."""
         return self.path.resolve().parent != self.run_dir
 
-    def is_current(self):
-        """Say whether no other process has saved the run's state since it was read."""
-        return self.checkpoint is None or self.stamp == stamp_of(self.run_dir / 'ckpt.pt')
+    def is_current(self, out):
+        """Say whether no other process has saved a state in the folder `out` since that of its run was read."""
+        return out.resolve() != self.run_dir or self.stamp == stamp_of(out / 'ckpt.pt')
 
     def goes_on_in(self, out):
         """Say whether the checkpoint is the run's own state, which need not be written again."""
@@ -368,7 +368,7 @@ class Resumed(NamedTuple):
 
 def stamp_of(path):
     state = path.stat() if path.exists() else None
-    return state and (state.st_ino, state.st_mtime_ns)
+    return state and (state.st_size, state.st_mtime_ns)
 
 
 def resume(namespace, config, fixed):
@@ -406,7 +406,8 @@ def resume(namespace, config, fixed):
     if 'eval_batches' in saved:
         saved['eval_tokens'] = saved['eval_batches'] * saved['batch_size'] * (saved['block_size'] or 0)
         saved['eval_examples'] = saved['eval_batches'] * saved.get('eval_batch_size', 0)
-    config.given -= {key for key in fixed if key in config and config[key] is None}  # as it comes
+    of_itself = {'depth', 'num_layers_to_finetune'}  # whose None says something; of others it is: as it comes
+    config.given -= {key for key in set(fixed) - of_itself if key in config and config[key] is None}
     overrides = restore(namespace, config, {key: value for key, value in saved.items() if key not in own})
     for key, before, now in overrides:
         remedy = f'leave --{key} out, or start a new run'

@@ -278,8 +278,10 @@ def run_file(path, word, config):
         """Run a file that stands beside the one that says so, as if its lines stood there."""
         included = folders[-1] / name
         folders.append(included.parent)
-        exec(compile(included.read_bytes(), str(included), 'exec'), assigned)
-        folders.pop()
+        try:
+            exec(compile(included.read_bytes(), str(included), 'exec'), assigned)
+        finally:
+            folders.pop()
 
     assigned['__builtins__'] = {**vars(builtins), **config, 'include': include}
     try:

@@ -34,9 +34,9 @@ def start_run(dist, config, name, resumed, init_from):
     out = Path(dist.from_main(lambda: run_folder.open_run_folder(out_dir, name, *options)))
     checkpoint = resumed.checkpoint or {'global_step': -1}
     again = checkpoint.get('pending') is not None  # its step is still to be evaluated and logged
-    log = Logger(out, dist.is_main, checkpoint['global_step'] - again)
+    check = lambda: require(resumed.is_current(out), f'Another process wrote {out} meanwhile; start again.')
+    log = Logger(out, dist.is_main, checkpoint['global_step'] - again, check)
     if dist.is_main:
-        require(resumed.is_current(), f'Another process went on with {out} meanwhile; start again.')
         for name in run_folder.RUN_FILES:  # what a killed process had begun to write
             for path in (*out.glob(f'{name}.*.[0-9]*.tmp'), *out.glob(f'{name}/**/*.[0-9]*.tmp')):
                 path.unlink(missing_ok=True)
@@ -75,13 +75,14 @@ def describe_machine(device):
 class Logger:
     """Console, logs.log, metrics.csv and W&B under one set of names. On ranks other than 0 it is silent."""
 
-    def __init__(self, folder, is_main, step):
-        """step: the last that a resumed run keeps the metrics of."""
+    def __init__(self, folder, is_main, step, check=lambda: None):
+        """step: the last that a resumed run keeps the metrics of; check: called when no one else writes the folder."""
         self.folder, self.is_main, self.columns = folder, is_main, ['step', *METRICS]
         self.wandb, self.wandb_run_id, self.hangs = None, None, False
         self.line_open, self.misses_lines = False, False
         if is_main:
             self.log_file = lock(folder)
+            check()
             self.open_csv(step)
 
     def print(self, *lines):

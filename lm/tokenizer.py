@@ -47,7 +47,8 @@ class Tokenizer:
             inner.encode_special_tokens = True  # not part of the JSON text: set at every load
             inner.no_truncation()
             inner.no_padding()
-            self.text, ends = inner.to_str(), {*ids.values(), end, start}
+            self.text, own = inner.to_str(), map(inner.token_to_id, SPECIAL_TOKENS)
+            ends = {*ids.values(), *own, end, start}
             added = inner.get_added_tokens_decoder().items()
             plain = [token.content for i, token in added if i in ends and not token.special]
             inner.add_special_tokens(plain)  # not in the text either: no user can type them
@@ -261,9 +262,9 @@ def record(tokenizer, ids):
     template = processors.TemplateProcessing(single='$A', pair='$A $B:1', special_tokens=[*ids.items()])
     own = [] if tokenizer.post_processor is None else [tokenizer.post_processor]
     state = json.loads(own[0].__getstate__()) if own else {}
-    *_, last = state.get('processors') or [state]
+    kinds = {part.get('type') for part in state.get('processors') or [state]}
     # A template that stands behind another, of two tokens, panics.
-    is_first = last.get('type') == 'TemplateProcessing' and len(tokenizer.encode('').ids) > 1
+    is_first = 'TemplateProcessing' in kinds and len(tokenizer.encode('').ids) > 1
     tokenizer.post_processor = processors.Sequence([template, *own] if is_first else [*own, template])
 
 

@@ -311,6 +311,11 @@ def test_a_file_includes_another_that_stands_beside_it(run):
     write('mine/f.py', "include('../config/a.py')\nbatch_size = 5")  # whose base.py is its neighbour
     config = run('mine/f.py')['config']
     assert (config['max_steps'], config['batch_size']) == (20, 5)
+    write(
+        'mine/g.py',
+        "try:\n    include('none/none.py')\nexcept FileNotFoundError:\n    pass\ninclude('base.py')",
+    )
+    assert run('mine/g.py')['config']['max_steps'] == 1
     write('config/b.py', "include('none.py')")
     assert 'config/b.py, line 1: FileNotFoundError' in fails(run, 'config/b.py')
 

@@ -189,16 +189,21 @@ def test_only_what_a_run_itself_had_begun_to_write_is_cleared(copied):
 
 
 @pytest.mark.faults
-def test_a_run_that_another_process_continued_meanwhile_is_refused(copied, monkeypatch):
+@pytest.mark.parametrize('elsewhere', [False, True])
+def test_a_run_that_another_process_continued_meanwhile_is_refused(copied, tmp_path, monkeypatch, elsewhere):
     def continue_run(*arguments):
         monkeypatch.undo()
         run('train.py', f'--resume_from={copied}', '--max_steps=9')
         return checkpoints.continue_run(*arguments)
 
     monkeypatch.setattr(checkpoints, 'continue_run', continue_run)
-    with pytest.raises(UserError, match=f'Another process went on with {copied} meanwhile; start again'):
-        run('train.py', f'--resume_from={copied}', '--max_steps=12')
-    assert load(copied)['global_step'] == 9
+    if elsewhere:  # which is its own matter
+        run('train.py', f'--resume_from={copied}', '--max_steps=12', f'--out_dir={tmp_path}/fork')
+        assert load(tmp_path / 'fork')['global_step'] == 12
+    else:
+        with pytest.raises(UserError, match=f'Another process wrote {copied} meanwhile; start again'):
+            run('train.py', f'--resume_from={copied}', '--max_steps=12')
+    assert load(copied)['global_step'] == 9 and metrics(copied)[-1]['step'] == '9'
 
 
 @pytest.mark.faults

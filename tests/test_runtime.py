@@ -298,5 +298,5 @@ def test_fsdp_refuses_float16_and_takes_what_it_refused_before():
     config.update(schedule='cosine', resume_from='run', out_dir='', no_wandb=True)
     runtime.check_settings(config)
     config['dtype'] = 'float16'
-    with pytest.raises(UserError, match='fsdp does not go with dtype=float16; leave one of them out'):
+    with pytest.raises(UserError, match='fsdp does not go with dtype=float16; give --dtype=float32'):
         runtime.check_settings(config)

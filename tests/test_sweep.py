@@ -368,7 +368,7 @@ def test_a_job_starts_a_process_per_gpu_where_the_sweep_was_started(place):
         [script] = [path for path in place.glob('try/jobs/*.sh') if path.name != 'array.sh']
         text = script.read_text()
         assert f'\n{launch} {place}/worker.py ' in text and f'\ncd {place}\n' in text
-        assert f'threads=$((16 / ({gpus} > 1 ? {gpus} : 1)))' in text
+        assert f'OMP_NUM_THREADS={16 // gpus}\n' in text
 
 
 @pytest.mark.parametrize('last, done', [('stopped at step 1 of 2', 0), ('$ again\ndone', 1)])
