@@ -119,7 +119,7 @@ if not resumed.checkpoint:
     base, source = partial(checkpoints.tokenizer_of, init_from, token, revision), dataset
     dataset = config['dataset'] = prepared(source, field, block_size, base)
     report_idle(config, 'on data that are prepared', 'field' * (dataset == source))
-dist = runtime.Runtime(device, dtype)  # now, for ranks do not wait long for each other
+dist = runtime.Runtime(device, dtype)  # after what may take longer than ranks wait for each other
 folder = Folder(dataset)
 tokenizer, prompt_format = folder.tokenizer, folder.config['prompt_format'] or prompts.DEFAULT
 max_seq_len, answer_masks = folder.config.get('max_seq_len'), folder.masks['val']

@@ -1,12 +1,14 @@
 """Turn --depth=N into shape, rows, steps and rate, by rules measured on two corpora at depths 2 to 6 (docs/LOG.md)."""
 
 from lm.configurator import require
+from model import ARCHITECTURES
 
 WIDTH = 32  # of a layer, per layer: as wide as it is deep, with heads of 32
 RATIO = 5  # training tokens per parameter that a step multiplies with; measured: between 1 and 19
 STEP_TOKENS, TOKENS = 2048, 2e6  # of a step, in a run of TOKENS tokens
 GROWTH = 0.4  # a step's tokens grow by this power of the run's
 RATE = 0.15  # of a model of one layer in one step; falls as 1 / depth, as in muP, and as steps ** -0.2
+WHOLE_ROWS = 1.5  # times that, where masks are of whole rows
 
 
 def settings(config, vocab_size, world_size):
@@ -30,6 +32,7 @@ def settings(config, vocab_size, world_size):
     batch_size = max(1, round(STEP_TOKENS * (tokens / TOKENS) ** GROWTH / row_tokens))
     batch_size = config['batch_size'] if 'batch_size' in config.given else batch_size
     max_steps = max_steps or max(1, round(tokens / (batch_size * row_tokens)))
-    rate = float(f'{RATE / depth / max_steps**0.2:.1e}')
+    is_of_rows = not ARCHITECTURES[config['architecture']].causal and not any(config['block_length'] or ())
+    rate = float(f'{RATE * (WHOLE_ROWS if is_of_rows else 1) / depth / max_steps**0.2:.1e}')
     shape = dict(n_layer=depth, n_head=depth, n_embd=width, batch_size=batch_size, max_steps=max_steps)
     return shape | dict(optimizer='muon', learning_rate=rate, weight_decay=0.1, schedule='linear')

@@ -472,8 +472,9 @@ def test_a_depth_sets_shape_batch_steps_and_rates(place, tmp_path):
 
 
 def test_longer_runs_have_more_tokens_in_a_step_and_lower_rates():
-    def settings(max_steps, depth=4):
+    def settings(max_steps, depth=4, architecture='ar', block_length=(0,)):
         config = Config({})
+        config.update(architecture=architecture, block_length=block_length)
         config.update(depth=depth, max_steps=max_steps, block_size=32, gradient_accumulation_steps=1)
         config.given.add('max_steps')
         return scaling.settings(config, vocab_size=1000, world_size=1)
@@ -482,6 +483,10 @@ def test_longer_runs_have_more_tokens_in_a_step_and_lower_rates():
     assert long['batch_size'] > short['batch_size'] and long['learning_rate'] < short['learning_rate']
     assert deep['learning_rate'] < short['learning_rate'] and deep['n_embd'] > short['n_embd']
     assert settings(0)['max_steps'] == settings(-1)['max_steps'] > 100  # as the depth says
+    rows, blocks = (settings(1000, architecture='diffusion', block_length=(n,)) for n in (0, 4))
+    assert (
+        rows['learning_rate'] > short['learning_rate'] == blocks['learning_rate']
+    )  # masks of whole rows want more
 
 
 @pytest.mark.faults
@@ -489,6 +494,7 @@ def test_a_depth_has_its_number_of_tokens_whatever_the_rows_of_a_step(place, tmp
     def tokens(*words):
         config = Config({})
         config.update(depth=4, max_steps=0, block_size=32, gradient_accumulation_steps=1, batch_size=64)
+        config.update(architecture='ar', block_length=(0,))
         config.given.update(words)
         found = scaling.settings(config, vocab_size=1000, world_size=1)
         return found['max_steps'] * (64 if words else found['batch_size'])
