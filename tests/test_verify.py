@@ -58,7 +58,7 @@ DAMAGES = {
         'train_tokens.bin is not the file',
     ),
     'a mask changed': (lambda f: change(f, 'val_masks.bin', 0, 0, 'uint8'), 'val_masks.bin is not the file'),
-    'masks gone': (lambda f: (f / 'val_masks.bin').unlink(), 'val_masks.bin is missing'),
+    'masks gone': (lambda f: (f / 'val_masks.bin').unlink(), 'val_masks.bin has 0 bytes, config.json says'),
     'a file without hash': (
         lambda f: edit(f, 'config.json', '"val_masks.bin"', '"other"'),
         'val_masks.bin has no hash',
