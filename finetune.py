@@ -185,9 +185,8 @@ if use_peft:
     if resumed.checkpoint:
         held, now = resumed.checkpoint['adapter_state_dict'], dict(raw_model.named_parameters())
         fits = all(name in now and now[name].shape == x.shape for name, x in held.items())
-        require(
-            fits, f'{init_from} has another shape than in the run of {resumed.path}; put its weights back.'
-        )
+        problem = f'{init_from} has another shape than in the run of {resumed.path}'
+        require(fits, f'{problem}; put its weights back.')
         raw_model.load_state_dict(held, strict=False)
 runtime.report_idle_settings(config, raw_model)
 raw_model = store.place(raw_model, weights, dist)

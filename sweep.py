@@ -25,17 +25,7 @@ import threading
 import time
 from pathlib import Path
 
-from lm.configurator import (
-    ROOT,
-    UserError,
-    check_range,
-    configs_of,
-    configure,
-    find,
-    note,
-    report_idle,
-    require,
-)
+from lm.configurator import ROOT, UserError, check_range, configs_of, configure, find, report_idle, require
 from lm.files import write_json, writing
 from lm.report import flat
 
@@ -162,7 +152,13 @@ def make_folder(path):
 
 
 def is_finished(name):
-    return any((root / name / file).exists() for file in ('done.json', 'predictions.npz'))
+    folder = root / name
+    return (folder / 'predictions.npz').exists() or (folder / 'done.json').exists() and not was_stopped(name)
+
+
+def was_stopped(name):
+    """Say whether a run, when it was started last, saved on a signal and ended, with status 0 too."""
+    return '\nstopped at step ' in read_text(root / name / 'logs.log').rpartition('\n$ ')[2]
 
 
 def start(name, gpu):
@@ -176,6 +172,7 @@ def start(name, gpu):
             return None
         except OSError:  # some file systems have no locks
             pass
+        (folder / 'done.json').unlink(missing_ok=True)  # of a job that was stopped
         options = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **environment})
         options |= dict(pass_fds=[lock.fileno()], start_new_session=True)  # Ctrl-C is for the sweep alone
         return subprocess.Popen([sys.executable, script_path, *arguments(name)], **options)
@@ -189,7 +186,7 @@ def outcome(name, status):
     if status:
         *_, last = ['', *filter(str.strip, read_text(folder / 'stdout.log').split('\n'))]
         return f'failed: {last[:200]} ({folder / "stdout.log"})'
-    if '\nstopped at step ' in read_text(folder / 'logs.log').rpartition('\n$ ')[2]:  # it saved on a signal
+    if was_stopped(name):
         return 'stopped'
     write_json(folder / 'done.json', {})
     return 'done'
@@ -301,11 +298,7 @@ def mean_and_deviation(values):
 def job_text(job_name, name):
     """Return the template with its fields filled in for a run."""
     paths = {'root': ROOT, 'cwd': Path.cwd(), 'script': script_path}
-    paths |= {
-        'log': root / name / 'stdout.log',
-        'logs': root / name / 'logs.log',
-        'done': root / name / 'done.json',
-    }
+    paths |= {'log': root / name / 'stdout.log', 'done': root / name / 'done.json'}
     known = {key: shlex.quote(str(path)) for key, path in paths.items()}
     threads = max(1, cpus // max(1, gpus_per_job))  # of a process
     known |= dict(job_name=job_name, cpus=cpus, threads=threads, gpus=gpus_per_job, timeout=timeout)
@@ -325,7 +318,7 @@ def submit_jobs():
         return print('all runs are finished')
     folder = make_folder(Path(output_dir).absolute() if output_dir else root / 'jobs')
     for name, text in texts.items():
-        make_folder(root / name)
+        (make_folder(root / name) / 'done.json').unlink(missing_ok=True)  # of a job that was stopped
         (folder / f'{name}.sh').write_text(text)
 
     head = [line for line in job_text(experiment_name, name).splitlines() if line.startswith('#SBATCH')]
@@ -335,7 +328,7 @@ def submit_jobs():
     path.write_text('\n'.join(['#!/bin/bash', *head, 'exec bash "${jobs[$SLURM_ARRAY_TASK_ID]}"\n']))
     print(f'{len(runs)} runs; scripts of the unfinished ones: {path}')
     if gpus_per_job > 1:
-        note(f'with gpus_per_job={gpus_per_job} a step has {gpus_per_job} times as many rows as batch_size.')
+        print(f'note: a step of {gpus_per_job} GPUs has {gpus_per_job} times as many rows as batch_size.')
     if not dry_run:
         require(shutil.which('sbatch'), f'There is no sbatch here; submit {path} where there is one.')
         answer = subprocess.run(['sbatch', path], capture_output=True, text=True)

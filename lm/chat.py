@@ -73,10 +73,8 @@ def pieces(template, tokenizer, turns, system=''):
             found = {int(number) for number, _ in SAID.findall(marked)}
             lost = [role for i, (role, text) in enumerate(said) if text and i not in found]
             problem = f'The chat template leaves out what the {"".join(lost[:1])} says'
-            require(
-                not lost or not found,
-                f'{problem}; leave it out, or prepare data with --prompt_format=chatml.',
-            )
+            remedy = 'leave it out, or prepare data with --prompt_format=chatml'
+            require(not lost or not found, f'{problem}; {remedy}.')
             return told_apart(marked, [role for role, _ in said])
     raise UserError('The chat template changes what is said; take another, such as --prompt_format=chatml.')
 

@@ -234,9 +234,8 @@ def convert(checkpoint, path, architecture, block_size=None, **blocks):
         with torch.device('meta'):
             lacking = sorted(make_model(architecture, **config).state_dict().keys() - weights.keys())
         remedy = f'let new_weights of {after.__name__} in model.py return what they begin with'
-        require(
-            not lacking, f'{path} has no {", ".join(lacking[:3])} of architecture={architecture!r}; {remedy}.'
-        )
+        problem = f'{path} has no {", ".join(lacking[:3])} of architecture={architecture!r}'
+        require(not lacking, f'{problem}; {remedy}.')
     converted_from = source if source != architecture else None
     start = {'architecture': architecture, 'model_config': config, 'converted_from': converted_from}
     return {**checkpoint, **start, 'model_state_dict': weights, 'ema_state_dict': None}

@@ -112,9 +112,7 @@ def prepared(source, field, max_seq_len, tokenizer):
     target = ROOT / 'data' / f'{near.stem.partition(":")[0]}-{version}'
     finished = target / 'config.json'
     while os.environ.get('LOCAL_RANK', '0') != '0' and not finished.is_file():
-        time.sleep(
-            1
-        )  # a machine's first rank prepares, however long it takes; where it fails, torchrun ends all
+        time.sleep(1)  # a machine's first rank prepares; where that fails, torchrun ends all
     if not finished.is_file():
         script = [sys.executable, ROOT / 'prepare' / 'instruct.py', f'--output_dir={target}', *words]
         with lock(target.parent, f'.{target.name}.lock', wait=True):  # of a sweep's runs the first prepares

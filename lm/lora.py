@@ -219,8 +219,8 @@ def load_adapter(model, folder):
         base, checksum = config.get('base_model_name_or_path'), config.get('base_checksum')
         problem = f'{folder} was trained on other weights than these'
         remedy = f'give its base as it was then, {base!r}, or take base_checksum out of adapter_config.json'
-        now = base_checksum(model)
-        require(None in (checksum, now) or checksum == now, f'{problem}; {remedy}.')
+        fits = checksum is None or base_checksum(model) in (None, checksum)
+        require(fits, f'{problem}; {remedy}.')
         rank, dropout = config['r'], config.get('lora_dropout', 0.0)
         alpha = config['lora_alpha'] * (math.sqrt(rank) if config.get('use_rslora') else 1)
         for name, layer in linear_layers(model):

@@ -38,7 +38,6 @@ NEEDS = {  # settings that have no effect where the first one is not set
     'use_peft': 'peft_lora_r peft_lora_alpha peft_lora_dropout peft_targets',
     'lora_rank': 'lora_alpha lora_dropout',
 }
-NO_FLOAT16 = 'fsdp does not go with dtype=float16; give --dtype=float32.'
 WITHOUT = {  # settings and the samplers that do not read them
     'threshold': 'first_hitting ancestral confidence blocks remdm speculative ar',
     'eta': 'first_hitting ancestral confidence blocks threshold entropy speculative ar',
@@ -99,7 +98,8 @@ def check_settings(config):
         numbers = len(window) == 2 and all(isinstance(x, (int, float)) for x in window)
         fits = numbers and 0 <= window[0] < window[1] <= 1
         require(fits, f'mask_ratio is {window}; give the lowest and the highest, from 0 to 1, as (0.2, 0.8).')
-    require(not (config.get('fsdp') and config['dtype'] == 'float16'), NO_FLOAT16)
+    is_odd = config.get('fsdp') and pick_dtype(config['dtype'], pick_device(config['device'])) == 'float16'
+    require(not is_odd, 'fsdp does not go with dtype=float16; give --dtype=float32.')
 
 
 def check_blocks(config, block_size):
@@ -167,7 +167,6 @@ class Runtime:
     def wrap(self, model, compile=None, fsdp=False):
         """Return the model whose backward pass sums gradients over the ranks; compile=None: on CUDA only,
         without FSDP."""
-        require(not (fsdp and self.dtype == 'float16'), NO_FLOAT16)
         self.compiles = bool(compile or compile is None and self.device.type == 'cuda' and not fsdp)
         if self.compiles:
             torch._dynamo.config.recompile_limit = 64  # a graph for each kind of pass; the default is 8

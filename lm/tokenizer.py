@@ -47,10 +47,10 @@ class Tokenizer:
             inner.encode_special_tokens = True  # not part of the JSON text: set at every load
             inner.no_truncation()
             inner.no_padding()
-            self.text, own = inner.to_str(), map(inner.token_to_id, SPECIAL_TOKENS)
-            ends = {*ids.values(), *own, end, start}
+            self._json = inner.to_str()
+            serving = {*ids.values(), *map(inner.token_to_id, SPECIAL_TOKENS), end, start}
             added = inner.get_added_tokens_decoder().items()
-            plain = [token.content for i, token in added if i in ends and not token.special]
+            plain = [token.content for i, token in added if i in serving and not token.special]
             inner.add_special_tokens(plain)  # not in the text either: no user can type them
 
             self.inner = inner  # a tokenizers.Tokenizer
@@ -78,7 +78,7 @@ class Tokenizer:
         return cls(path.read_text(encoding='utf-8', errors='surrogateescape'), path, *told)
 
     def to_json(self):
-        return self.text
+        return self._json
 
     @cached_property
     def takes_pieces(self):

@@ -105,9 +105,7 @@ def stay_at_revision(source, target):
     begun = (settings_of(partial, 'journal.json') or settings_of(target, 'config.json')).get('inputs', {})
     if begun.keys() == source.inputs.keys() and begun != source.inputs:
         source.inputs, [source.where['revision']] = begun, begun.values()
-        note(
-            f'{source.name} has changed since; {shown(target)} stays as it was begun. --overwrite takes the newest.'
-        )
+        note(f'{source.name} has changed since; --overwrite takes what is new into {shown(target)}.')
 
 
 def check_spelling(tokenizer, text):
@@ -191,9 +189,8 @@ def encode_corpus(corpus, tokenizer, config, journal):
         path.touch()
         size, written = path.stat().st_size, sizes.get(path.name, 8 if kind == 'index' else 0)
         problem = f'{path} has {size:,} bytes of {written:,} that were written'
-        require(
-            size >= written or not journal.state, f'{problem}; put it back, or begin anew with --overwrite.'
-        )
+        is_whole = size >= written or not journal.state
+        require(is_whole, f'{problem}; put it back, or begin anew with --overwrite.')
         # What was written after the last finished shard goes; a new index holds the start of document 0.
         os.truncate(path, written)
 

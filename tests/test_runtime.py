@@ -295,7 +295,7 @@ def test_a_closed_terminal_is_a_signal_to_save_however_often_it_says_so(monkeypa
 def test_fsdp_refuses_float16_and_takes_what_it_refused_before():
     config = configurator.Config({})
     config.update(optimizer='muon', dtype='auto', fsdp=True, save_total_limit=0, ema_decay=0.9, use_peft=True)
-    config.update(schedule='cosine', resume_from='run', out_dir='', no_wandb=True)
+    config.update(schedule='cosine', resume_from='run', out_dir='', no_wandb=True, device='cpu')
     runtime.check_settings(config)
     config['dtype'] = 'float16'
     with pytest.raises(UserError, match='fsdp does not go with dtype=float16; give --dtype=float32'):

@@ -380,7 +380,8 @@ def test_a_job_whose_run_alone_was_told_to_stop_is_not_finished(place, last, don
     [folder] = [path for path in place.glob('try/*') if path.name != 'jobs']
     (folder / 'logs.log').write_text(f'$ train.py\nstopped at step 1 of 2\n{last}\n')
     assert subprocess.run(['bash', script]).returncode == 0
-    assert len(list(place.glob('try/*/done.json'))) == done
+    said = sweep(place, file, '--dry_run', '--submit=slurm', shipped_template(place))[1]
+    assert ('all runs are finished' in said) == done and len(list(place.glob('try/*/done.json'))) == done
 
 
 @pytest.mark.parametrize('number', [signal.SIGUSR1, signal.SIGTERM])

@@ -10,9 +10,10 @@ from requests import ConnectionError
 from tokenizers import AddedToken
 from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing
 
+import hf
 from lm import tokenizer as tokenizers
 from lm.configurator import UserError
-from lm.tokenizer import Tokenizer, build
+from lm.tokenizer import IGNORE, MASK, Tokenizer, build
 
 NASTY = "Äh… naïve  \r\n\t“日本語”\u200d👩‍🚀\x00 1234567 don't  \n\n\n stop!! <|endoftext|> <|mask|>   \n"
 
@@ -40,6 +41,8 @@ def test_a_tokenizer_that_puts_tokens_around_a_text_is_read(template, alone):
     for one in (tokenizer, Tokenizer(tokenizer.to_json())):
         assert one.endoftext_id == ends[1][1] and one.decode(one.encode(NASTY)) == NASTY
         assert len(one.inner.encode('a', 'b').ids) >= 2
+        exported = hf.without_own_tokens(one.to_json(), 1000, {MASK, IGNORE})
+        assert json.loads(exported)['post_processor'] == json.loads(inner.to_str())['post_processor']
 
 
 @pytest.mark.parametrize('end', ['<|im_end|>', '<|endoftext|>'])
