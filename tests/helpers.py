@@ -20,6 +20,7 @@ from conftest import letter_tokenizer, random_model, signals_kept, write_checkpo
 from lm import prompts, runtime
 from lm.configurator import ROOT, UserError
 from lm.folder import Folder
+from model import ARCHITECTURES
 
 TINY = '--n_layer=1 --n_head=2 --n_embd=16 --batch_size=4'.split()
 CPU = '--device=cpu --dtype=float32 --no_wandb'.split()
@@ -241,6 +242,20 @@ def write_base(path, architecture, **shape):
     path.mkdir()
     write_checkpoint(path / 'ckpt.pt', model, tokenizer, start_token=tokenizer.endoftext_id)
     return path
+
+
+def write_tuning(path):
+    """Write examples/, base models ar/, diffusion/ and sdd/, and a finished run of ar, run/, to a folder; return it."""
+    write_examples(path / 'examples')
+    for architecture in ARCHITECTURES:
+        write_base(path / architecture, architecture)
+    tune(*tuning(path), f'--out_dir={path}/run')
+    return path
+
+
+def tuning(place, base='ar', *more):
+    """Return the words for finetune.py on what `write_tuning` wrote."""
+    return [f'--dataset={place}/examples', f'--init_from={place}/{base}', *more]
 
 
 def write_run(path, folder, architecture, mode='packed', **shape):

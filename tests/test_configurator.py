@@ -1,9 +1,7 @@
 """Configuration, on a script of a few lines."""
 
 import json
-import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -472,46 +470,3 @@ def test_restore_takes_what_was_not_given_from_the_saved_run_and_lists_what_diff
     assert variables['min_lr'] == config['min_lr'] == 0.5
     assert variables['k_schedule'] == config['k_schedule'] == (8,)
     assert 'gone' not in config and 'gone' not in variables
-
-
-def python(folder, *words):
-    environment = {**os.environ, 'PYTHONPATH': str(configurator.ROOT)}
-    return subprocess.run(
-        [sys.executable, *words], cwd=folder, env=environment, text=True, capture_output=True
-    )
-
-
-def test_a_mistake_prints_one_line_without_a_traceback_from_any_working_directory(tmp_path):
-    path = write(tmp_path / 'script.py', SCRIPT.replace('é', 'e') + 'print(batch_size)\n')
-    (tmp_path / 'elsewhere').mkdir()
-    done = python(tmp_path / 'elsewhere', path, '--batch_size=x')
-    assert (done.returncode, done.stdout) == (1, '')
-    assert done.stderr == 'error: --batch_size=x gives str where int is wanted, such as 12.\n'
-    done = python(tmp_path / 'elsewhere', path, '--batch_size=8')
-    assert (done.returncode, done.stdout, done.stderr) == (0, '8\n', '')
-
-
-@pytest.mark.faults
-def test_ctrl_c_is_a_sentence_and_output_needs_no_utf8(tmp_path):
-    done = python(tmp_path, '-c', 'import lm.configurator; raise KeyboardInterrupt')
-    assert (done.returncode, done.stderr) == (130, '\nstopped by Ctrl-C\n')
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('PYTHONIOENCODING', 'ascii')
-        done = python(tmp_path, '-c', r"import lm.configurator; print('\u0416')")
-    assert (done.returncode, done.stdout) == (0, '\\u0416\n')
-
-
-def test_other_exceptions_keep_their_traceback(tmp_path):
-    done = python(tmp_path, '-c', 'import lm.configurator; 1 / 0')
-    assert done.returncode == 1 and 'Traceback' in done.stderr and 'ZeroDivisionError' in done.stderr
-
-
-def test_a_reader_that_ends_early_is_no_error():
-    process = subprocess.Popen(
-        [sys.executable, configurator.ROOT / 'sweep.py', 'config/sweep_parity.py', '--dry_run'],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    process.stdout.close()  # as `| head -0` does, before anything is written
-    assert (process.stderr.read(), process.wait()) == ('', 1)

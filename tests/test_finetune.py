@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,36 +26,26 @@ from helpers import (
     losses,
     metrics,
     run,
-    same,
     special_ids,
     start,
     start_ranks,
     tune,
+    tuning,
     wait_for_step,
     write_base,
     write_examples,
+    write_tuning,
 )
 
 import hf
-from lm import checkpoints, data
+from lm import data
 from lm.configurator import ROOT, UserError
-from lm.folder import Folder, prepared
-from model import ARCHITECTURES
+from lm.folder import Folder
 
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
-    """A folder with prepared examples/, base models ar/, diffusion/ and sdd/, and a finished run of ar, run/."""
-    path = tmp_path_factory.mktemp('finetune')
-    write_examples(path / 'examples')
-    for architecture in ARCHITECTURES:
-        write_base(path / architecture, architecture)
-    tune(*settings(path, 'ar'), f'--out_dir={path}/run')
-    return path
-
-
-def settings(place, base='ar', *more):
-    return [f'--dataset={place}/examples', f'--init_from={place}/{base}', *more]
+    return write_tuning(tmp_path_factory.mktemp('finetune'))
 
 
 # ---------------------------------------------------------------------------- training
@@ -66,7 +55,7 @@ def settings(place, base='ar', *more):
 @pytest.mark.parametrize('base, architecture', [('ar', 'ar'), ('sdd', 'sdd'), ('ar', 'diffusion')])
 def test_it_learns_to_answer(place, tmp_path, base, architecture):
     words = [f'--architecture={architecture}', '--max_steps=80', '--eval_every=80', '--log_every=80']
-    tune(*settings(place, base, *words, f'--out_dir={tmp_path}/run'))
+    tune(*tuning(place, base, *words, f'--out_dir={tmp_path}/run'))
     first, last = losses(tmp_path / 'run')
     assert last < first - 1
     checkpoint = load(tmp_path / 'run')
@@ -79,7 +68,7 @@ def test_it_learns_to_answer(place, tmp_path, base, architecture):
 def test_the_loss_is_on_answers_alone_or_on_the_prompt_too(place, tmp_path, on_prompt):
     words = [f'--train_on_prompt={on_prompt}', '--packing=False', '--batch_size=60']
     words += ['--num_epochs=1', '--max_steps=0', f'--out_dir={tmp_path}/run']
-    variables = tune(*settings(place, 'ar', *words))
+    variables = tune(*tuning(place, 'ar', *words))
     folder, count = Folder(place / 'examples'), variables['batches'].get(0)[1]
     assert count == (len(folder.tokens['train']) if on_prompt else folder.masks['train'].sum())
     assert variables['step'] == variables['max_steps'] == 1
@@ -97,7 +86,7 @@ def test_examples_are_cut_alike_whether_the_prompt_is_in_the_loss(place, tmp_pat
     rows = []
     for on_prompt in (False, True):
         variables = tune(
-            *settings(
+            *tuning(
                 place, 'ar', *words, f'--train_on_prompt={on_prompt}', f'--out_dir={tmp_path}/{on_prompt}'
             )
         )
@@ -113,7 +102,7 @@ def test_examples_are_cut_alike_whether_the_prompt_is_in_the_loss(place, tmp_pat
 @pytest.mark.parametrize('packing', [True, False])
 def test_a_prompt_is_never_masked_answer_and_padding_are(place, tmp_path, packing):
     words = [f'--packing={packing}', f'--out_dir={tmp_path}/run', '--max_steps=1', '--batch_size=32']
-    variables = tune(*settings(place, 'diffusion', *words))
+    variables = tune(*tuning(place, 'diffusion', *words))
     model, (batch,) = variables['raw_model'], variables['batches'].get(0)[0]
     maskable, _ = model.loss_positions(batch.tokens, batch.loss_mask)
     x_t, masked = model.corrupt(batch.tokens, maskable, batch.noise, torch.full((len(batch.tokens), 1), 0.9))
@@ -124,7 +113,7 @@ def test_a_prompt_is_never_masked_answer_and_padding_are(place, tmp_path, packin
 
 def test_the_loss_without_padding_stands_beside_that_with_it(place, tmp_path, capsys):
     words = [f'--out_dir={tmp_path}/run', '--packing=False', '--max_steps=3']
-    variables = tune(*settings(place, 'diffusion', *words))
+    variables = tune(*tuning(place, 'diffusion', *words))
     row, model = metrics(tmp_path / 'run')[-1], variables['raw_model'].eval()
     text = padding = count = 0
     for batch in data.EvaluationBatches(variables['folder'], 'val', type(model), 64, 4, 'examples'):
@@ -148,7 +137,7 @@ def test_the_block_size_is_the_one_that_the_data_were_prepared_for(place, tmp_pa
     config = json.loads((folder / 'config.json').read_text())
     (folder / 'config.json').write_text(json.dumps({**config, 'max_seq_len': prepared}))
     variables = tune(
-        *settings(place), f'--dataset={folder}', '--max_steps=1', *given, f'--out_dir={tmp_path}/out'
+        *tuning(place), f'--dataset={folder}', '--max_steps=1', *given, f'--out_dir={tmp_path}/out'
     )
     assert variables['block_size'] == used
 
@@ -156,14 +145,14 @@ def test_the_block_size_is_the_one_that_the_data_were_prepared_for(place, tmp_pa
 @pytest.mark.faults
 def test_what_cannot_fit_into_the_memory_is_refused_before_anything_is_written(place, tmp_path):
     with pytest.raises(UserError, match='Training takes about .* GB, and there are .*; lower batch_size'):
-        tune(*settings(place), '--batch_size=1_000_000_000', '--max_steps=1', f'--out_dir={tmp_path}/out')
+        tune(*tuning(place), '--batch_size=1_000_000_000', '--max_steps=1', f'--out_dir={tmp_path}/out')
     assert list(tmp_path.iterdir()) == []
 
 
 def test_warmup_is_at_most_a_tenth_of_the_steps_unless_given(place, tmp_path):
-    variables = tune(*settings(place, 'ar', f'--out_dir={tmp_path}/a', '--num_epochs=50', '--max_steps=2'))
+    variables = tune(*tuning(place, 'ar', f'--out_dir={tmp_path}/a', '--num_epochs=50', '--max_steps=2'))
     assert variables['step'] == 2 and variables['warmup'] == 0
-    variables = tune(*settings(place, 'ar', f'--out_dir={tmp_path}/b', '--max_steps=2', '--warmup_steps=1'))
+    variables = tune(*tuning(place, 'ar', f'--out_dir={tmp_path}/b', '--max_steps=2', '--warmup_steps=1'))
     assert variables['warmup'] == 1
 
 
@@ -176,7 +165,7 @@ def test_answers_are_printed_by_adapters_on_a_rounded_base_with_a_head_of_its_ow
 
 def test_the_first_thing_shown_is_an_example_with_what_is_in_the_loss(place, tmp_path, capsys):
     words = ['--num_samples=1', '--sample_tokens=4', f'--out_dir={tmp_path}/run']
-    tune(*settings(place, 'ar', *words))
+    tune(*tuning(place, 'ar', *words))
     output = capsys.readouterr().out
     assert output.startswith('--- an example; the loss is on what is in «»\n<|endoftext|>Ask say ')
     assert re.search(
@@ -196,7 +185,7 @@ def test_the_checkpoint_knows_the_format_that_it_was_tuned_with(place):
 def test_early_stopping_ends_the_run_and_best_is_kept(place, tmp_path, capsys):
     words = ['--max_steps=40', '--eval_every=2', '--learning_rate=3', '--warmup_steps=0']
     words += ['--schedule=constant', '--early_stopping=2', f'--out_dir={tmp_path}/run']
-    arguments = settings(place, 'ar', *words)
+    arguments = tuning(place, 'ar', *words)
     variables = tune(*arguments)
     step, best = variables['step'], variables['best'].step
     assert step == best + 4 < 40 and load(tmp_path / 'run', 'best.pt')['global_step'] == best
@@ -208,7 +197,7 @@ def test_early_stopping_ends_the_run_and_best_is_kept(place, tmp_path, capsys):
 
 def test_early_stopping_counts_evaluations_though_eval_every_changes(place, tmp_path):
     words = ['--learning_rate=3', '--warmup_steps=0', '--schedule=constant', f'--out_dir={tmp_path}/run']
-    arguments = settings(place, 'ar', *words, '--early_stopping=3')
+    arguments = tuning(place, 'ar', *words, '--early_stopping=3')
     tune(*arguments, '--max_steps=4', '--eval_every=4')  # one evaluation is not better than the first
     variables = tune(*arguments, '--max_steps=40', '--eval_every=1', '--resume_from=auto')
     best = variables['best']
@@ -217,7 +206,7 @@ def test_early_stopping_counts_evaluations_though_eval_every_changes(place, tmp_
 
 def test_a_run_that_goes_back_to_a_copy_stops_early_where_it_did_before(place, tmp_path, monkeypatch):
     losses = dict(enumerate([9.0, 8.0, 7.5, 7.6, 7.7, 7.0, 7.1, 7.2, 7.3]))
-    words = settings(place, 'ar', '--max_steps=40', '--eval_every=1', '--save_every=1', '--early_stopping=3')
+    words = tuning(place, 'ar', '--max_steps=40', '--eval_every=1', '--save_every=1', '--early_stopping=3')
     steps = []  # of the evaluations of a run
 
     def evaluate(*_):
@@ -275,7 +264,7 @@ CASES = {  # base, settings
 def test_a_stopped_run_goes_on_bit_identical(place, tmp_path, case):
     base, words = CASES[case]
     steps, out, reference = 40, tmp_path / 'run', tmp_path / 'reference'
-    arguments = [*TUNE, *settings(place, base, *words), f'--max_steps={steps}', '--eval_every=20']
+    arguments = [*TUNE, *tuning(place, base, *words), f'--max_steps={steps}', '--eval_every=20']
     whole = start('finetune.py', *arguments, f'--out_dir={reference}')
     process = start('finetune.py', *arguments, f'--out_dir={out}')
     wait_for_step(out, 3, process)
@@ -299,7 +288,7 @@ def test_a_stopped_run_goes_on_bit_identical(place, tmp_path, case):
 def division(place, base, packing, micro_steps, ranks):
     """Eight rows a step, however they are divided."""
     division = [f'--batch_size={8 // (micro_steps * ranks)}', f'--gradient_accumulation_steps={micro_steps}']
-    return [*TUNE, *settings(place, base), *FIRST_STEP, f'--packing={packing}', *division]
+    return [*TUNE, *tuning(place, base), *FIRST_STEP, f'--packing={packing}', *division]
 
 
 @pytest.mark.slow
@@ -321,7 +310,7 @@ def test_the_gradient_is_the_same_for_any_number_of_micro_steps_and_ranks(place,
 @pytest.mark.slow
 @pytest.mark.faults
 def test_adapters_on_quantized_weights_train_on_several_ranks(place, tmp_path):
-    words = settings(place, 'ar', '--use_peft', '--load_in_4bit', f'--out_dir={tmp_path}/run')
+    words = tuning(place, 'ar', '--use_peft', '--load_in_4bit', f'--out_dir={tmp_path}/run')
     finish(*start_ranks('finetune.py', *TUNE, *words, ranks=2))
     assert load(tmp_path / 'run')['global_step'] == 6
 
@@ -337,7 +326,7 @@ def test_adapters_on_random_weights_go_on_in_their_blocks_and_another_script_is_
 
 
 def test_copies_are_kept_up_to_their_limit(place, tmp_path):
-    tune(*settings(place, 'ar', f'--out_dir={tmp_path}/run', '--save_every=1', '--save_total_limit=2'))
+    tune(*tuning(place, 'ar', f'--out_dir={tmp_path}/run', '--save_every=1', '--save_total_limit=2'))
     kept = {path.name for path in (tmp_path / 'run/checkpoints').iterdir()}
     assert 'checkpoint-6' in kept and len(kept) == 2  # and the one before, or the best
 
@@ -348,126 +337,8 @@ def test_a_run_that_is_finished_or_in_the_way_is_left_alone(place, capsys):
         run('finetune.py', f'--resume_from={place}/run')
     assert stop.value.code == 0 and 'is finished at' in capsys.readouterr().out
     with pytest.raises(UserError, match='already holds a run'):
-        tune(*settings(place, 'ar', f'--out_dir={place}/run'))
+        tune(*tuning(place, 'ar', f'--out_dir={place}/run'))
     assert fingerprints(place / 'run') == before
-
-
-# ---------------------------------------------------------------------------- adapters
-
-
-def test_blocks_that_are_none_are_those_of_the_base(place, tmp_path):
-    words = ['--architecture=diffusion', '--block_length=None', '--ar_weight=None', '--max_steps=1']
-    variables = tune(*settings(place, 'ar', *words, f'--out_dir={tmp_path}/run'))
-    assert variables['raw_model'].config.block_length == (0,)
-
-
-def test_a_base_of_another_shape_is_a_sentence_where_its_adapter_goes_on(place, tmp_path):
-    shutil.copytree(place / 'ar', tmp_path / 'base')
-    words = [
-        f'--dataset={place}/examples',
-        f'--init_from={tmp_path}/base',
-        '--use_peft',
-        f'--out_dir={tmp_path}/run',
-    ]
-    tune(*words, '--max_steps=1')
-    shutil.rmtree(tmp_path / 'base')
-    write_base(tmp_path / 'base', 'ar', n_embd=32)
-    with pytest.raises(UserError, match='base has another shape than in the run of .*; put its weights back'):
-        tune(*words, '--max_steps=2', '--resume_from=auto')
-
-
-@pytest.mark.parametrize('more', [[], ['--load_in_4bit'], ['--load_in_8bit']], ids=str)
-def test_adapters_are_trained_alone_and_the_checkpoint_has_them_merged(place, tmp_path, more):
-    arguments = settings(place, 'ar', '--use_peft', '--peft_lora_r=2', *more)
-    variables = tune(*arguments, f'--out_dir={tmp_path}/run')
-    base, tuned = load(place / 'ar')['model_state_dict'], load(tmp_path / 'run')
-    assert base.keys() == tuned['model_state_dict'].keys()
-    assert not same(base, tuned['model_state_dict'])
-    assert same(base['embedding.weight'], tuned['model_state_dict']['embedding.weight'])
-    assert sum(p.numel() for p in variables['trainable'].values()) < sum(w.numel() for w in base.values()) / 2
-    logits = [
-        model.eval().logits(torch.arange(20)[None])
-        for model in (checkpoints.load_model(tuned, 'cpu'), variables['raw_model'])
-    ]
-    torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
-    assert (tmp_path / 'run/adapter').is_dir()
-
-
-@pytest.mark.faults
-def test_an_adapter_is_merged_into_the_blocks_that_it_was_trained_with(place, tmp_path):
-    words = settings(
-        place, 'ar', '--use_peft', '--architecture=diffusion', '--block_length=(4,)', '--ar_weight=1'
-    )
-    with pytest.raises(UserError, match='Blocks of 7 do not fill rows of block_size='):
-        tune(*words[:-2], '--block_length=(7,)', f'--out_dir={tmp_path}/no')
-    tune(*words, f'--out_dir={tmp_path}/run')
-    hf.main(['merge', f'{tmp_path}/run/adapter', f'--base={place}/ar', f'--out={tmp_path}/merged.pt'])
-    merged, tuned = (
-        checkpoints.load_model(checkpoints.load(tmp_path / x), 'cpu') for x in ('merged.pt', 'run')
-    )
-    for key in ('block_length', 'ar_weight', 'shift'):
-        assert getattr(merged.config, key) == getattr(tuned.config, key)
-    assert same(merged.state_dict(), tuned.state_dict())
-    for base in ('run', 'run/best.pt'):  # which have it
-        with pytest.raises(UserError, match=r'merged in already; export it, or give the base \S+/ar\.$'):
-            hf.main(
-                ['merge', f'{tmp_path}/run/adapter', f'--base={tmp_path}/{base}', f'--out={tmp_path}/b.pt']
-            )
-    with pytest.raises(UserError, match=r'on other weights than these; give its base as it was then, \S+/ar'):
-        hf.main(['merge', f'{tmp_path}/run/adapter', f'--base={place}/run', f'--out={tmp_path}/b.pt'])
-
-
-@pytest.mark.faults
-def test_a_file_that_was_prepared_goes_on_by_its_own_name_and_one_that_changed_is_another(
-    place, tmp_path, monkeypatch
-):
-    monkeypatch.setattr('lm.folder.ROOT', tmp_path)
-    (tmp_path / 'data').mkdir()
-    (tmp_path / 'prepare').symlink_to(ROOT / 'prepare')
-    records, out = tmp_path / 'my.json', tmp_path / 'run'
-    records.write_text(json.dumps([{'instruction': f'Say {i}.', 'output': f'{i}'} for i in range(40)]))
-    words = [f'--dataset={records}', f'--init_from={place}/ar', f'--out_dir={out}', '--resume_from=auto']
-    tune(*words, '--max_steps=2')
-    first = load(out)['train_config']['dataset']
-    tune(*words, '--max_steps=4')
-    assert load(out)['global_step'] == 4 and load(out)['train_config']['dataset'] == first
-    records.write_text(records.read_text().replace('Say', 'Tell'))
-    tune(f'--dataset={records}', f'--init_from={place}/ar', f'--out_dir={tmp_path}/other', '--max_steps=1')
-    second = load(tmp_path / 'other')['train_config']['dataset']
-    base = shutil.copytree(place / 'ar', tmp_path / 'base')
-    words = ['', None, lambda: base]
-    third, again = prepared(str(records), *words), prepared(str(records), *words)
-    os.utime(base / 'ckpt.pt', (1, 1))  # trained again
-    assert third == again and len({first, second, third, prepared(str(records), *words)}) == 4
-
-    def let_the_first_rank_prepare(seconds):
-        with monkeypatch.context() as first_rank:
-            first_rank.setenv('LOCAL_RANK', '0')
-            waited.append(prepared(str(records), *words))
-
-    waited = []
-    monkeypatch.setattr('lm.folder.time', SimpleNamespace(sleep=let_the_first_rank_prepare))
-    monkeypatch.setenv('LOCAL_RANK', '1')
-    records.write_text(records.read_text().replace('Tell', 'Ask'))
-    assert prepared(str(records), *words) == waited[0]  # however long that takes
-
-
-@pytest.mark.faults
-def test_adapters_go_on_with_another_base_only_on_purpose(place, tmp_path):
-    base, out = shutil.copytree(place / 'ar', tmp_path / 'base'), tmp_path / 'run'
-    words = ['--use_peft', f'--init_from={base}', f'--dataset={place}/examples', f'--out_dir={out}']
-    tune(*words)
-    state = load(base)
-    state['model_state_dict']['blocks.0.mlp.up.weight'][0, 0] += 1e-3
-    torch.save(state, base / 'ckpt.pt')
-    others = shutil.copytree(place / 'examples', tmp_path / 'others')
-    for more in ([], [f'--dataset={others}']):
-        with pytest.raises(
-            UserError, match=f'the weights of {base} changed since the run of .*--changed_data'
-        ):
-            tune(*words, '--max_steps=8', '--resume_from=auto', *more)
-    tune(*words, '--max_steps=8', '--resume_from=auto', '--changed_data')
-    assert f'resumed with the weights of {base}=' in (out / 'logs.log').read_text()
 
 
 # ---------------------------------------------------------------------------- memory
@@ -482,7 +353,7 @@ print('peak', re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1
 
 def start_for_peak(place, base, out, *more):
     words = ['--max_steps=1', '--packing=False', '--eval_tokens=64', *more]
-    arguments = [*TUNE, *settings(place, base, *words), f'--out_dir={out}']
+    arguments = [*TUNE, *tuning(place, base, *words), f'--out_dir={out}']
     command = [sys.executable, '-c', PEAK, *map(str, arguments)]
     environment = {**os.environ, 'MALLOC_MMAP_THRESHOLD_': '65536'}  # nothing that is freed is kept
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
@@ -552,7 +423,7 @@ def damaged(place):
 def test_a_bad_setting_is_refused_before_anything_is_written(damaged, tmp_path, monkeypatch, arguments):
     monkeypatch.setattr('lm.run_folder.ROOT', tmp_path)
     with pytest.raises(UserError, match=fill_in(BAD[arguments], PLACE=damaged)) as error:
-        tune(*settings(damaged), *fill_in(arguments, PLACE=damaged).split())
+        tune(*tuning(damaged), *fill_in(arguments, PLACE=damaged).split())
     assert '\n' not in str(error.value) and list(tmp_path.iterdir()) == []
 
 
