@@ -13,7 +13,6 @@ import random
 import statistics
 import timeit
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -212,10 +211,7 @@ def evaluate_likelihood(model, first):
 
 def write_texts(model, heads, stop_tokens):
     """Return a continuation per head (token ids); each batch has its own seed, so that ranks can share them."""
-    rows, order = {}, sorted(range(len(heads)), key=lambda i: len(heads[i]))
-    of_one_length = groupby(order, lambda i: len(heads[i]))  # another model than ar writes those together
-    groups = [order] if model.causal else [[*group] for _, group in of_one_length]
-    batches = [group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
+    rows, batches = {}, likelihood.batches_of(model, range(len(heads)), lambda i: len(heads[i]), batch_size)
     mine = range(dist.rank, len(batches), dist.world_size)
     for number in tqdm(mine, 'texts', leave=False, disable=dist.rank > 0 or None):
         batch = [heads[i] for i in batches[number]]

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from lm import chat, checkpoints, data, pretrained, prompts, runtime
+from lm import chat, checkpoints, data, likelihood, pretrained, prompts, runtime
 from lm.configurator import note, require, user_errors
 from lm.files import as_sentence
 from lm.tokenizer import Tokenizer
@@ -145,21 +145,16 @@ class Checkpoint(TemplateLM):
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **_):
         """Return [(log-likelihood, whether it is what is written greedily)] of [(texts, context, continuation)]."""
-        longest, by_length, rows = self.max_length + self.model.causal, defaultdict(set), []
+        longest, rows = self.max_length + self.model.causal, []
         for _, context, continuation in requests:
             size, context = len(continuation), context or [self.prefix]
             require(size < longest, f'A continuation has {size} tokens, and the block {longest}; shorten it.')
-            ids = tuple((context + continuation)[-longest:])
-            rows.append((ids, size))
-            by_length[0 if self.model.causal else len(ids)].add((ids, size))  # a causal model sees no padding
+            rows.append((tuple((context + continuation)[-longest:]), size))
         found = {row: (0.0, True) for row in rows if not row[1]}  # within the last token of the context
-        with tqdm(total=len({*rows} - {*found}), desc='log-likelihoods', disable=disable_tqdm or None) as bar:
-            for different in by_length.values():
-                same = sorted({*different} - {*found}, key=lambda row: (len(row[0]), row))
-                for start in range(0, len(same), self.batch_size):
-                    part = same[start : start + self.batch_size]
-                    found.update(zip(part, self.measure(part)))
-                    bar.update(len(part))
+        different = sorted({*rows} - {*found})
+        batches = likelihood.batches_of(self.model, different, lambda row: len(row[0]), self.batch_size)
+        for batch in tqdm(batches, 'log-likelihoods', disable=disable_tqdm or None):
+            found.update(zip(batch, self.measure(batch)))
         return [found[row] for row in rows]
 
     @torch.inference_mode()

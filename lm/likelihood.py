@@ -17,6 +17,7 @@ batch size nor on the number of ranks, and models are compared under the same ma
 """
 
 import math
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -26,6 +27,14 @@ from lm import data, rng, scoring
 
 MIN_DOCUMENTS = 30  # with fewer, intervals are over windows
 QUANTITIES = ('nll', 'count', 'correct', 'predicted')
+
+
+def batches_of(model, items, length, size):
+    """Return lists of at most `size` items, the shortest first by `length`; only a causal model has them mixed: it
+    sees no padding."""
+    items = sorted(items, key=length)
+    groups = [items] if model.causal else [[*group] for _, group in groupby(items, length)]
+    return [group[i : i + size] for group in groups for i in range(0, len(group), size)]
 
 
 @torch.inference_mode()
