@@ -11,7 +11,6 @@ import math
 import platform
 import random
 import statistics
-import timeit
 from functools import partial
 from pathlib import Path
 
@@ -123,7 +122,8 @@ def load(path, architecture=''):
 
 
 states = []
-for state in (load(path, architecture) for path in paths):
+for path in paths:
+    state = load(path, architecture)
     states.append(state)
     if state['model_config'].get('ar_weight'):  # two models in one
         own = {'name': f'{state["name"]}, as ar', 'path': Path(f'{state["path"]}, as ar')}
@@ -146,11 +146,7 @@ problem = f'{folder.path} holds no stories of prepare/grammar.py'
 require(is_stories or 'infilling' not in wanted, f'{problem}; leave infilling out of --metrics.')
 
 smallest = min(state['model_config']['block_size'] for state in states)
-trained_at = min(state['train_config'].get('block_size') or smallest for state in states)
-lengths = {length for state in states for length in state['model_config'].get('block_length', ()) if length}
-if trained_at < smallest and all(trained_at % length == 0 for length in lengths):  # tuned in shorter rows
-    block_size = block_size or trained_at
-block_size = block_size or smallest
+block_size = block_size or min(state['train_config'].get('block_size') or smallest for state in states)
 check_range({'block_size': block_size}, 2, smallest + 1, 'block_size')
 if not mode:
     by_documents = all(state['train_config'].get('mode') == 'documents' for state in states)
@@ -232,8 +228,7 @@ def write_batch(model, heads, length, seed, stop_tokens=()):
 
 
 def options(model):
-    names = [name for name in OPTIONS[model.causal].split() if name != 'k' or sampler != 'speculative']
-    return {name: config[name] for name in names}  # drafts have no beliefs, whatever k the bound has
+    return {name: config[name] for name in OPTIONS[model.causal].split()}
 
 
 def given_options(model):
@@ -428,18 +423,14 @@ def answer_exercises(model, state, form, ends):
 
 def evaluate_speed(model, start_token):
     """Return tokens per second of one text and of a batch, medians, and forward passes per token."""
-    length, passes, seconds = sample_tokens or block_size - 1, [], {}
-
-    def write(rows):
-        write_batch(model, [[start_token]] * rows, length, seed)
-        runtime.synchronize(dist.device)
-
+    length, passes, rates = sample_tokens or block_size - 1, [], []
     hook = model.blocks[0].register_forward_pre_hook(lambda *_: passes.append(1))
     for rows in (1, batch_size):
-        _, *times = timeit.repeat(partial(write, rows), number=1, repeat=4)  # the first warms up
-        seconds[rows] = statistics.median(times)
+        write = partial(write_batch, model, [[start_token]] * rows, length, seed)
+        _, *times = [runtime.seconds(write, dist.device) for _ in range(4)]  # the first warms up
+        rates.append(rows * length / statistics.median(times))
         hook.remove()
-    one, many = length / seconds[1], batch_size * length / seconds[batch_size]
+    one, many = rates
     return dict(tokens_per_sec=one, tokens_per_sec_batch=many, passes_per_token=len(passes) / 4 / length)
 
 
