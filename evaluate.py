@@ -287,15 +287,23 @@ def grammar_figures(rows):
     their text that is right, up to the first fault; wrong words per sample by kind; and what is wrong with each."""
     end = tokenizer.endoftext_id
     finished = [end in row for row in rows]
-    texts = [tokenizer.decode(row[: row.index(end)] if ends else row) for row, ends in zip(rows, finished)]
+    texts = [tokenizer.decode(likelihood.split_at(row, end)[0]) for row in rows]
     faults = [grammar.faults(text) for text in texts]
     valid = [ends and not found for ends, found in zip(finished, faults)]
     right = [found[0].position / max(1, len(text)) if found else 1.0 for text, found in zip(texts, faults)]
     kinds = [fault.kind for found in faults for fault in found]
     figures = {'wrong_words': {kind: kinds.count(kind) / len(rows) for kind in (*grammar.KINDS, 'thing')}}
     figures |= {'finished_stories': statistics.mean(finished), 'right_share': statistics.mean(right)}
-    figures['valid_stories'], figures['valid_stories_ci95'] = scoring.share_ci(valid)
+    figures |= shares(valid_stories=valid)
     return {**figures, 'faults': [[fault._asdict() for fault in found] for found in faults]}
+
+
+def shares(**lists):
+    """Return the share of true values in each list, by its name, and its 95 % interval."""
+    figures = {}
+    for name, passed in lists.items():
+        figures[name], figures[f'{name}_ci95'] = scoring.share_ci(passed)
+    return figures
 
 
 def evaluate_instructions(model, state):
@@ -321,29 +329,30 @@ def evaluate_instructions(model, state):
     figures['followed_of'] = len(answers)
     if folder.config.get('source') == story_tasks.SOURCE:
         return figures | request_figures(answers)
-    passed = [all(scoring.check(answer, checks)) for answer, checks in answers]
-    figures['followed'], figures['followed_ci95'] = scoring.share_ci(passed)
-    return figures
+    return figures | shares(followed=[all(scoring.check(answer, checks)) for answer, checks in answers])
 
 
 def request_figures(answers):
     """Return the share of [(answer, (wishes, whether in new words))] that are stories, and that are those asked for."""
     judged = [(*story_tasks.follows(wishes, answer), is_new) for answer, (wishes, is_new) in answers]
-    shares = {'valid_stories': [valid for valid, _, _ in judged]}
-    shares['followed'] = [met for _, met, is_new in judged if not is_new]
-    shares['followed_new_words'] = [met for _, met, is_new in judged if is_new]
-    figures = {}
-    for name, passed in shares.items():
-        figures[name], figures[f'{name}_ci95'] = scoring.share_ci(passed)
-    return figures
+    return shares(
+        valid_stories=[valid for valid, _, _ in judged],
+        followed=[met for _, met, is_new in judged if not is_new],
+        followed_new_words=[met for _, met, is_new in judged if is_new],
+    )
+
+
+def heldout_documents():
+    """Return the numbers of num_samples held-out documents, spread over the split, and where their tokens are."""
+    index, count = folder.index['val'].astype(np.int64), min(num_samples, folder.splits['val']['documents'])
+    numbers = np.arange(count) * (len(index) - 1) // count
+    return [(int(number), slice(index[number], index[number + 1])) for number in numbers]
 
 
 def heldout_examples():
     """Return [(prompt ids, reference ids)] of num_samples held-out examples that fit the block."""
-    index, examples = folder.index['val'].astype(np.int64), []
-    count = min(num_samples, len(index) - 1)
-    for document in np.arange(count) * (len(index) - 1) // count:
-        part = slice(index[document], index[document + 1])
+    examples = []
+    for _, part in heldout_documents():
         ids, loss_mask = folder.tokens['val'][part].tolist(), folder.masks['val'][part].tolist() + [0]
         if 1 in loss_mask:
             first = loss_mask.index(1)
@@ -376,21 +385,19 @@ def evaluate_infilling(model, state):
     for name, rows in filled.items():
         valid = [not grammar.faults(tokenizer.decode(row)) for row in rows]
         several = [whole for i, whole in enumerate(valid) if i % MAX_GAPS]
-        for count, part in {'one': valid[::MAX_GAPS], 'several': several}.items():
-            figures[name + count], figures[f'{name}{count}_ci95'] = scoring.share_ci(part)
+        figures |= shares(**{f'{name}one': valid[::MAX_GAPS], f'{name}several': several})
     texts = [tokenizer.decode(row) for row in filled['']]
     return {'infilled': figures, 'infilled_texts': texts}
 
 
 def hide_parts(start_token):
     """Return up to num_samples held-out stories as token ids, with <|mask|> in 1 to MAX_GAPS gaps, in turn."""
-    index, rows = folder.index['val'].astype(np.int64), []
-    count = min(num_samples, len(index) - 1)
-    for document in np.arange(count) * (len(index) - 1) // count:
-        ids = folder.tokens['val'][index[document] : index[document + 1]]
-        text = tokenizer.decode(ids.tolist())
+    rows = []
+    for number, part in heldout_documents():
+        ids = folder.tokens['val'][part]
+        text = tokenizer.decode(ids)
         offsets = tokenizer.inner.encode(text, add_special_tokens=False).offsets
-        spans = story_tasks.gaps(text, random.Random(int(document)), 1 + len(rows) % MAX_GAPS)
+        spans = story_tasks.gaps(text, random.Random(number), 1 + len(rows) % MAX_GAPS)
         if len(offsets) == len(ids) - 1 < block_size - 1:
             starts, ends = np.array(offsets).T
             row = np.array([start_token, *ids])
@@ -471,10 +478,10 @@ for state in states:
         figures |= evaluate_speed(model, state['start_token'])
     models.append(figures)
 
-floor = report.entropy_row(folder.config.get('floor'))
+floor = folder.config.get('floor')
 versions = {'python': platform.python_version(), 'torch': torch.__version__, 'numpy': np.__version__}
 results = {'dataset': folder.config['name'], 'mode': mode, 'block_size': block_size, 'models': models}
-results |= {'heldout': models[0].get('heldout'), 'floor': floor}
+results |= {'heldout': models[0].get('heldout'), 'floor': floor and report.entropy_row(floor)}
 results |= {'settings': dict(config), 'versions': versions}
 if dist.is_main:
     print(printable(report.table(results, wide)))

@@ -64,11 +64,10 @@ first fault; wrong words: per sample, that do not agree with what was said befor
 
 
 def entropy_row(floor):
-    """Return the figures of the data's true distribution, which no model beats; None if unknown."""
-    nll = floor and floor['nats_per_token']
+    """Return the figures of the data's true distribution, which no model beats."""
+    nll, bpb = floor['nats_per_token'], floor['bits_per_byte']
     figures = {'name': 'true entropy', 'bound': 'exact', 'valid_stories': 1.0}
-    figures |= {'nats_per_token': nll, 'perplexity': floor and math.exp(nll)}
-    return floor and {**figures, 'bpb': floor['bits_per_byte']}
+    return figures | {'nats_per_token': nll, 'perplexity': math.exp(nll), 'bpb': bpb}
 
 
 def rows_of(results):
