@@ -4,6 +4,7 @@ python -m lm.report out/                                       # the runs: steps
 python -m lm.report out/a out/b --metric=val/loss --out=curves # curves.svg, curves.png (pip install matplotlib)
 """
 
+import argparse
 import csv
 import math
 import sys
@@ -44,6 +45,7 @@ FIRST += 'followed followed_new_words infilled.one infilled.several judge_nats t
 FIRST = (FIRST + 'rep_4 format_compliance passes_per_token').split()
 PAGE = Path(__file__).with_name('report.html')
 WIDTH, BOUNDS = 100, {'upper': '≤ ', 'none': '? '}
+SAID = {'valid_stories': 'of its texts are whole stories', 'followed': 'of the requests are followed'}
 OF_BOUND = 'nats_per_token perplexity bpb k0.nats_per_token steps.nats_per_token'.split()
 SHORT_NOTES = """\
 ≤: an upper bound of the nll; ±: to the farther end of a 95 % interval. All figures, and what they
@@ -128,29 +130,23 @@ def table(results, wide=False):
     for name, *texts in [titles, *rows]:
         name = name if len(name) <= widths[0] else name[: widths[0] - 1] + '…'
         lines.append('  '.join([name.ljust(widths[0]), *map(str.rjust, texts, widths[1:])]))
-    notes = [NOTES] if wide else [*map(sentence_of(results), results['models']), '', SHORT_NOTES]
+    sentences = [sentence_of(model, results['floor']) for model in results['models']]
+    notes = [NOTES] if wide else [*sentences, '', SHORT_NOTES]
     return '\n'.join([lines[0], '-' * len(lines[0]), *lines[1:], '', *notes])
 
 
-SAID = {'valid_stories': 'of its texts are whole stories', 'followed': 'of the requests are followed'}
-
-
-def sentence_of(results):
-    """Return a function that says of a model, in one sentence, how good it is."""
-    floor = (results['floor'] or {}).get('nats_per_token')
-
-    def sentence(model):
-        parts, nll = [], model.get('nats_per_token')
-        if nll is not None:
-            kind = {'exact': '', 'upper': 'at most ', 'none': 'by no bound '}[model['bound']]
-            above = f', {nll - floor:.4f} above the true entropy' if floor else ''
-            parts.append(f'{kind}{nll:.4f} nats per token{above}')
-        shares = {what: model[key] for key, what in SAID.items() if model.get(key) is not None}
-        parts += [f'{100 * share:.1f} % {what}' for what, share in shares.items()]
-        settings = f' ({model["sampled_with"]})' if 'sampled_with' in model else ''
-        return f'{model["name"]}{settings}: {"; ".join(parts) or "see the table"}.'
-
-    return sentence
+def sentence_of(model, floor):
+    """Return one sentence that says how good a model is; floor: the figures of the true entropy, or None."""
+    parts, nll = [], model.get('nats_per_token')
+    if nll is not None:
+        kind = {'exact': '', 'upper': 'at most ', 'none': 'by no bound '}[model['bound']]
+        above = f', {nll - floor["nats_per_token"]:.4f} above the true entropy' if floor else ''
+        parts.append(f'{kind}{nll:.4f} nats per token{above}')
+    for key, what in SAID.items():
+        if model.get(key) is not None:
+            parts.append(f'{100 * model[key]:.1f} % {what}')
+    settings = f' ({model["sampled_with"]})' if 'sampled_with' in model else ''
+    return f'{model["name"]}{settings}: {"; ".join(parts) or "see the table"}.'
 
 
 # ---------------------------------------------------------------------------- the page
@@ -158,21 +154,26 @@ def sentence_of(results):
 
 def page(results, shown=10):
     """Return the whole report as one HTML page, with the first samples and answers of each model."""
-    title = f'Models on {escape(results["dataset"])}'
     versions = ', '.join(f'{name} {version}' for name, version in results['versions'].items())
-    groups = [(name, present(results, columns)) for name, columns in GROUPS.items()]
-    folds = [html_table(name, results, columns) for name, columns in groups if columns]
-    named = [(escape(model['name']), samples(model, shown)) for model in results['models']]
-    texts = ''.join(f'<div><h3>{name}</h3>{parts}</div>' for name, parts in named)
-    sentences = map(sentence_of(results), results['models'])
-    parts = dict(title=title, chart=chart(results), tables=''.join(folds), notes=escape(NOTES), texts=texts)
-    parts['sentences'] = ''.join(f'<li>{escape(text)}</li>' for text in sentences)
+    parts = {
+        'title': f'Models on {escape(results["dataset"])}',
+        'chart': chart(results),
+        'notes': escape(NOTES),
+    }
     parts['about'] = escape(f'Rows of {results["block_size"]} tokens, {results["mode"]}; {versions}.')
+    parts['tables'] = ''.join(html_table(name, results, columns) for name, columns in GROUPS.items())
+    parts['sentences'] = parts['texts'] = ''
+    for model in results['models']:
+        parts['sentences'] += f'<li>{escape(sentence_of(model, results["floor"]))}</li>'
+        parts['texts'] += f'<div><h3>{escape(model["name"])}</h3>{samples(model, shown)}</div>'
     return Template(PAGE.read_text(encoding='utf-8')).substitute(parts)
 
 
 def html_table(name, results, columns):
-    """Return a group of columns as a table that folds; the first one is open."""
+    """Return a group of columns as a table that folds, '' where there are no figures of it."""
+    columns = present(results, columns)
+    if not columns:
+        return ''
     titles, rows = cells(results, columns)
     head = ''.join(f'<th>{escape(title)}</th>' for title in titles)
     body = ''.join('<tr>' + ''.join(f'<td>{escape(text)}</td>' for text in row) + '</tr>' for row in rows)
@@ -206,26 +207,22 @@ def chart(results):
     models = [model for model in results['models'] if model.get('nats_per_token')]
     if len(models) < 2:
         return ''
-    floor = (results['floor'] or {}).get('nats_per_token')
-    values = [model['nats_per_token'] for model in models] + [floor] * bool(floor)
-    low, high, height = math.log(min(values) / 1.1), math.log(max(values) * 1.1), 34 * len(models)
-    x = lambda value: 260 + 620 * (math.log(max(value, min(values) / 1.1)) - low) / (high - low)
-    steps = [digit * 10**power for power in range(-4, 4) for digit in (1, 1.5, 2, 3, 4, 5, 7)]
-    blue, parts = 'stroke="#2a6fdb" stroke-width="2"', []
-    for tick in [step for step in steps if low < math.log(step) < high]:
-        parts.append(f'<path d="M{x(tick):.1f} 0V{height}" stroke="#8884"/>')
-        parts.append(f'<text x="{x(tick):.1f}" y="{height + 18}" text-anchor="middle">{tick:g}</text>')
-    if floor:
-        parts.append(f'<path d="M{x(floor):.1f} 0V{height}" stroke="#d33" stroke-dasharray="5"/>')
-    for i, model in enumerate(models):
-        y, (a, b) = 34 * i + 17, map(x, model.get('ci95') or [model['nats_per_token']] * 2)
+    floor = [results['floor']['nats_per_token']] if results['floor'] else []
+    values = [model['nats_per_token'] for model in models] + floor
+    low, high, height = min(values) / 1.1, max(values) * 1.1, 34 * len(models)
+    x = lambda value: 260 + 540 * math.log(max(value, low) / low) / math.log(high / low)
+    parts, blue = [], 'stroke="#2a6fdb" stroke-width="2"'
+    parts += [f'<path d="M{x(nll):.1f} 0V{height}" stroke="#d33" stroke-dasharray="5"/>' for nll in floor]
+    for y, model in zip(range(17, height, 34), models):
+        nll, fill = model['nats_per_token'], '#2a6fdb' if model['bound'] == 'exact' else 'none'
+        start, end = map(x, model.get('ci95') or [nll, nll])
         parts.append(f'<text x="245" y="{y + 5}" text-anchor="end">{escape(model["name"][-32:])}</text>')
-        parts.append(f'<path d="M{a:.1f} {y}H{b:.1f}" {blue}/>')
-        fill = '#2a6fdb' if model['bound'] == 'exact' else 'none'
-        parts.append(f'<circle cx="{x(model["nats_per_token"]):.1f}" cy="{y}" r="5" fill="{fill}" {blue}/>')
+        parts.append(f'<path d="M{start:.1f} {y}H{end:.1f}" {blue}/>')
+        parts.append(f'<circle cx="{x(nll):.1f}" cy="{y}" r="5" fill="{fill}" {blue}/>')
+        parts.append(f'<text x="830" y="{y + 5}">{nll:.4f}</text>')
     legend = 'nats per token, on a log axis; ● the nll itself, ○ a bound of it'
-    legend += '; dashed: the true entropy' * bool(floor)
-    svg = f'<svg viewBox="0 0 900 {height + 26}" width="900" fill="currentColor" font-size="13">{"".join(parts)}</svg>'
+    legend += '; dashed: the true entropy' * len(floor)
+    svg = f'<svg viewBox="0 0 900 {height}" width="900" fill="currentColor" font-size="13">{"".join(parts)}</svg>'
     return f'<figure class="scroll">{svg}<figcaption class="note">{legend}</figcaption></figure>'
 
 
@@ -315,18 +312,20 @@ def list_runs(folder):
 
 
 def main(words):
-    runs = [word for word in words if not word.startswith('--')]
-    options = dict(word[2:].split('=', 1) for word in words if word.startswith('--') and '=' in word)
-    if not runs or options.keys() - {'metric', 'out'} or '--help' in words:
-        print(__doc__.strip())
-        return
-    if len(runs) == 1 and not (Path(runs[0]) / 'metrics.csv').is_file():
-        require(Path(runs[0]).is_dir(), f'There is no folder {runs[0]}; correct the path.')
-        print(printable(list_runs(runs[0])))
-        return
-    for run in runs:
-        require((Path(run) / 'metrics.csv').is_file(), f'{run} is no folder of a run: it has no metrics.csv.')
-    draw(runs, options.get('metric', 'val/loss'), options.get('out', 'curves'))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('runs', nargs='+')
+    parser.add_argument('--metric', default='val/loss')
+    parser.add_argument('--out', default='curves')
+    args = parser.parse_args(words)
+    others = [run for run in args.runs if not (Path(run) / 'metrics.csv').is_file()]
+    if others and len(args.runs) == 1:
+        require(Path(others[0]).is_dir(), f'There is no folder {others[0]}; correct the path.')
+        print(printable(list_runs(others[0])))
+    else:
+        require(not others, f'{", ".join(others)} is no folder of a run: it has no metrics.csv.')
+        draw(args.runs, args.metric, args.out)
 
 
 if __name__ == '__main__':
