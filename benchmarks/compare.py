@@ -21,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,7 @@ import torch.nn.functional as F
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder, whose names are those of scripts
 from benchmarks import timing
-from benchmarks.train import beside_nanogpt
+from benchmarks.train import GPT2, beside_nanogpt
 from lm import checkpoints, runtime
 from lm.configurator import ROOT, check_choice, check_range, configure, require
 from lm.folder import Folder
@@ -59,7 +58,6 @@ OUR_RECIPE = f"""config/shakespeare_char.py --device=cpu --no_wandb --overwrite 
 VOCAB_SIZE = 65  # characters of Shakespeare
 WORK = {'tiny': (12, 64), 'small': (4, 256)}  # rows and block; the second with fewer rows than on a GPU
 WRITE_BLOCK = 1024
-GPT2 = dict(norm='layer', position='learned', mlp='gelu', bias=True, qk_norm=False, logit_softcap=0.0)
 SAMPLING = dict(temperature=0.8, top_k=200)  # the defaults of nanoGPT's sample.py
 
 
@@ -79,12 +77,11 @@ def learn():
     folder = Folder(dataset)
     with tempfile.TemporaryDirectory(prefix='bench-') as place:
         copy_peer(folder, Path(place, 'nanoGPT'))
-        measured = partial(measure, folder=folder, place=Path(place))
-        peer_time, _, peer_loss, peer_size = measured('nanoGPT', PEER_STEPS)
-        seconds, pace, loss, size = measured('ours', SHORT_STEPS)
+        peer_time, _, peer_loss, peer_size = measure('nanoGPT', PEER_STEPS, folder, Path(place))
+        seconds, pace, loss, size = measure('ours', SHORT_STEPS, folder, Path(place))
         # What is left of the peer's time after our start and evaluations; 0.85, since rates vary by a tenth.
         planned = max(WARMUP + 20, int((0.85 * peer_time - (seconds - SHORT_STEPS * pace)) / pace))
-        long_time, _, long_loss, _ = measured('ours', planned)
+        long_time, _, long_loss, _ = measure('ours', planned, folder, Path(place))
     return [
         ("our parameters / the peer's", size / peer_size, '<=', 1.0),
         (f"validation loss of {SHORT_STEPS} steps (the peer's)", loss, '<=', round(peer_loss, 4)),
@@ -103,15 +100,15 @@ def measure(side, steps, folder, place):
     if side == 'ours':
         model = checkpoints.load_model(checkpoints.load(place / side), 'cpu')
         rows = model.config.padded_vocab_size - folder.tokenizer.endoftext_id
-        logits, size = model.logits, sum(p.numel() for p in model.parameters()) - rows * model.config.n_embd
+        size = sum(p.numel() for p in model.parameters()) - rows * model.config.n_embd
+        loss = validation_loss(model.logits, folder.tokens['val'])
     else:
         module = timing.load_nanogpt(peer)
         checkpoint = torch.load(place / side / 'out-shakespeare-char/ckpt.pt', 'cpu', weights_only=True)
         model = module.GPT(module.GPTConfig(**checkpoint['model_args'])).eval()
         model.load_state_dict(checkpoint['model'])
-        logits, size = lambda x: model(x, targets=x)[0], model.get_num_params()
-
-    loss = validation_loss(logits, folder.tokens['val'])
+        size = model.get_num_params()
+        loss = validation_loss(lambda x: model(x, targets=x)[0], folder.tokens['val'])
     took = f'{seconds:.1f} s, {1000 * pace:.1f} ms per step'
     timing.say(f'  {side}, {steps} steps: {took}, loss {loss:.4f}, {size:,} parameters')
     return seconds, pace, loss, size
@@ -166,11 +163,8 @@ def write():
         ours = with_weights_of(theirs, shape)
         greedy = zip(theirs.generate(start, 64, top_k=1)[0], generate(ours, [[0]], 64, temperature=0)[0])
         same = sum(int(a) == b for a, b in greedy) / 65
-        calls = {
-            'nanoGPT': partial(theirs.generate, start, new_tokens, **SAMPLING),
-            'ours': partial(generate, ours, [[0]], new_tokens, **SAMPLING),
-        }
-        sides = {side: partial(runtime.seconds, call, timing.CPU) for side, call in calls.items()}
+        sides = {'nanoGPT': timing.timed(theirs.generate, start, new_tokens, **SAMPLING)}
+        sides['ours'] = timing.timed(generate, ours, [[0]], new_tokens, **SAMPLING)
         ratio = timing.compare_rates(size, sides, new_tokens, runs)
         targets.append((f"{size}: share of greedy tokens equal to nanoGPT's", same, '>=', 1.0))
         targets.append((f"{size}: our tokens/s / nanoGPT's, median of {runs}", ratio, '>=', 8.0))
@@ -187,26 +181,21 @@ def write_pretrained():
     text = 'The history of the lighthouse begins with a fire on a hill. ' * 2
     prompt = Tokenizer(state['tokenizer']).encode(text)
     greedy = dict(max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
-    kinds = {'float32': 1.0, 'bfloat16': 1.6, 'float16': 1.6, 'int8': 2.5}
-    if not has_bfloat16(timing.CPU):
-        del kinds['bfloat16']
+    kinds = {'float32': 1.0, 'float16': 1.6, 'int8': 2.5}
+    kinds |= {'bfloat16': 1.6} if has_bfloat16(timing.CPU) else {}
     for weights, wanted in kinds.items():
         ours = checkpoints.load_model(state, 'cpu', weights)
-        calls = {
-            'transformers': partial(theirs.generate, torch.tensor([prompt]), **greedy),
-            'ours': partial(generate, ours, [prompt], new_tokens, temperature=0),
-        }
-        sides = {side: partial(runtime.seconds, call, timing.CPU) for side, call in calls.items()}
+        sides = {'transformers': timing.timed(theirs.generate, torch.tensor([prompt]), **greedy)}
+        sides['ours'] = timing.timed(generate, ours, [prompt], new_tokens, temperature=0)
         ratio = timing.compare_rates(weights, sides, new_tokens, runs, warmup=1)
-        name = f"--weights={weights}: our tokens/s / transformers', median of {runs}"
-        targets.append((name, ratio, '>=', wanted))
+        targets.append((f"--weights={weights}: our tokens/s / transformers'", ratio, '>=', wanted))
     return targets
 
 
 def with_weights_of(theirs, shape):
     """Return our model with the weights of nanoGPT's; its padding rows are never drawn."""
     rows = len(theirs.transformer['wte'].weight)
-    ours = checkpoints.make_model('ar', **shape, **GPT2, pretrained_rows=rows).eval()
+    ours = checkpoints.make_model('ar', **shape, **GPT2, bias=True, pretrained_rows=rows).eval()
     tensors = gpt2_layout(theirs.state_dict())
     ours.load_state_dict(load_state_dict(tensors, 'gpt2', type(ours), ours.config, 'the peer'))
     return ours

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from lm import log
+from lm import log, runtime
 from lm.configurator import require
 
 CPU = torch.device('cpu')
@@ -38,6 +38,11 @@ def alternate(sides, rounds, warmup=0):
         for name in list(sides)[:: -1 if i % 2 else 1]:
             results[name].append(sides[name]())
     return {name: values[warmup:] for name, values in results.items()}
+
+
+def timed(call, *args, **settings):
+    """Return a function that makes this call on a CPU and returns the seconds that it takes."""
+    return partial(runtime.seconds, partial(call, *args, **settings), CPU)
 
 
 def compare_rates(title, sides, amount, rounds, warmup=0):
