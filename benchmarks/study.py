@@ -27,6 +27,8 @@ STUDY = ROOT / 'docs' / 'study.csv'
 COLUMNS = 'unique_tokens kind seed tokens tokens_per_sec loss'.split()
 PLAIN = dict(dropout=0.0, weight_decay=0.1, token_dropout=0.0, block_length=[0], ar_weight=0.0)
 PLAIN |= dict(p_belief=[[0.5, 0.5]])
+OWN = 'architecture unique_tokens seed max_steps warmup_steps eval_every out_dir resume_from save_every log_every'
+OWN = {*OWN.split(), 'device', 'dtype', 'compile', *PLAIN}  # settings in which the runs of a study may differ
 AS_AR = ', as ar'  # of the name of the second line of a model of two kinds
 LOSS = itemgetter(2)  # of a point of a curve
 EXPONENTS = np.linspace(0.05, 2, 40)
@@ -38,30 +40,14 @@ def kind_of(settings):
     return ' '.join([settings['architecture'], *given])
 
 
-def shared_of(folder):
-    """Return the settings of a run that all runs of a study share."""
-    settings = json.loads((folder / 'config.json').read_text())
-    require('unique_tokens' in settings, f'{folder} is no run of train.py; name the folder of a sweep.')
-    own = {'architecture', 'unique_tokens', 'seed', 'max_steps', 'warmup_steps', 'eval_every', *PLAIN}
-    own |= {'out_dir', 'resume_from', 'save_every', 'log_every', 'device', 'dtype', 'compile'}
-    return {key: value for key, value in settings.items() if key not in own}
-
-
-def is_ar(kind):
-    """Say whether the losses of a kind are exact: those of an `ar` model, or of the one in another."""
-    return kind.startswith('ar') or kind.endswith(AS_AR)
-
-
-def read_run(folder):
+def read_run(folder, settings):
     """Yield the columns of each evaluation of a run; a model of two kinds has two lines."""
-    settings = json.loads((folder / 'config.json').read_text())
     with open(folder / 'metrics.csv', newline='') as file:
         rows = [row for row in csv.DictReader(file) if int(row['step'])]  # a model that has learned something
     if not rows:
         return
     speed = round(statistics.median(float(x) for row in rows if (x := row['train/tokens_per_sec'])))
-    unique, seed, kind = settings.get('unique_tokens'), settings['seed'], kind_of(settings)
-    require(unique, f'{folder} went through all of its data; the study is of runs with --unique_tokens.')
+    unique, seed, kind = settings['unique_tokens'], settings['seed'], kind_of(settings)
     rows_per_step = settings['batch_size'] * settings['gradient_accumulation_steps']
     for row in rows:
         tokens = int(row['step']) * rows_per_step * settings['block_size']
@@ -73,16 +59,20 @@ def read_run(folder):
 def gather(folder):
     """Add the runs under a folder to docs/study.csv, in place of what it has of the same ones; return all its lines."""
     runs = [path.parent for path in Path(folder).glob('*/metrics.csv')] if folder else []
-    remedy = '`python sweep.py config/sweep_repeats.py` makes some'
-    require(runs or not folder, f'{folder} has no runs; {remedy}.')
-    for run in runs[1:]:
-        first, now = shared_of(runs[0]), shared_of(run)
-        keys = first.keys() & now.keys()  # versions may have others
-        other = {key: (first[key], now[key]) for key in sorted(keys) if first[key] != now[key]}
-        require(not other, f'{runs[0]} and {run} differ in {other}; one study has one size, rate and data.')
-    lines = list(csv.reader(STUDY.open(newline='')))[1:] if STUDY.exists() else []
+    require(
+        runs or not folder, f'{folder} has no runs; `python sweep.py config/sweep_repeats.py` makes some.'
+    )
+    lines, first = list(csv.reader(STUDY.open(newline='')))[1:] if STUDY.exists() else [], None
     lines = [[int(u), kind, *map(int, numbers), float(loss)] for u, kind, *numbers, loss in lines]
-    lines += [line for run in runs for line in read_run(run)]
+    for run in runs:
+        settings = json.loads((run / 'config.json').read_text())
+        limited = settings.get('unique_tokens')
+        require(limited, f'{run} went through all of its data; the study is of runs with --unique_tokens.')
+        first = first or settings
+        keys = sorted(first.keys() & settings.keys() - OWN)  # versions may have others
+        other = {key: (first[key], settings[key]) for key in keys if first[key] != settings[key]}
+        require(not other, f'{runs[0]} and {run} differ in {other}; one study has one size, rate and data.')
+        lines += read_run(run, settings)
     lines = sorted({tuple(line[:4]): line for line in lines}.values())
     text = io.StringIO()
     csv.writer(text, lineterminator='\n').writerows([COLUMNS, *lines])
@@ -157,7 +147,8 @@ def draw(curves, path):
     for axes, (unique, kinds) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items()):
         for kind, curve in [(kind, curve) for kind, seeds in kinds.items() for curve in seeds.values()]:
             minutes, _, losses = zip(*curve)
-            color, style = f'C{models.index(kind.removesuffix(AS_AR))}', '-' if is_ar(kind) else '--'
+            style = '-' if kind.startswith('ar') or kind.endswith(AS_AR) else '--'
+            color = f'C{models.index(kind.removesuffix(AS_AR))}'
             (lines[kind],) = axes.plot(minutes, list(itertools.accumulate(losses, min)), style, color=color)
         lowest = min(line.get_ydata()[-1] for line in axes.lines)
         axes.set(xscale='log', ylim=(lowest - 0.05, lowest + 1), title=f'{unique:,} tokens')
