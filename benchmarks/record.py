@@ -30,8 +30,7 @@ def read_run(text):
     found = {}
     for name, pattern in PARTS.items():
         matches = re.findall(f'^{pattern}', text, re.M)
-        problem = f'A run of the log has {len(matches)} lines like {pattern!r}'
-        require(len(matches) == 1, f'{problem}; it needs one.')
+        require(len(matches) == 1, f'A run of the log has {len(matches)} lines like {pattern!r}, not one.')
         found[name] = matches[0]
     return found
 
@@ -41,16 +40,15 @@ def settings_of(command):
     words = shlex.split(command)
     (config,) = configs_of(ROOT / 'train.py', [words])
     rest = {key: value for key, value in config.items() if key not in ('seed', 'out_dir')}
-    own = [re.fullmatch(r'--(seed|random.seed|out.dir)(=.*)?', word) for word in words]
-    takes_next = [False, *(found and not found[2] for found in own)]
-    kept = [word for word, found, is_value in zip(words, own, takes_next) if not (found or is_value)]
+    lines = '\n'.join([*words, ''])  # a word in each, so that a value may follow in the next
+    kept = re.sub(r'(?m)^--(seed|random.seed|out.dir)[=\n].*\n', '', lines).splitlines()
     return kept, config['seed'], rest
 
 
 def is_committed(commit, path=''):
-    """Say whether the repository has a commit, and with it a file."""
-    name = f'{commit}:{path}' if path else f'{commit}^{{commit}}'
-    return not subprocess.run(['git', '-C', ROOT, 'cat-file', '-e', name], capture_output=True).returncode
+    """Say whether the repository has a commit, and in it a file or, by '', any."""
+    git = ['git', '-C', ROOT, 'cat-file', '-e', f'{commit}:{path}']
+    return subprocess.run(git, capture_output=True).returncode == 0
 
 
 def check(runs, data_sets):
@@ -79,11 +77,10 @@ def check(runs, data_sets):
 def read_table(text):
     """Return {version: name} of the data sets, and {(architecture, name): losses by seed} of the best records."""
     data_sets = {v: name for name, v in re.findall(r'^\| (\w+) \|.*`(\w{8})` \|$', text, re.M)}
-    best = {}
-    for kind, name, losses in re.findall(r'^\| (\w+) \| (\w+) \| [\d.]+ \(([\d., ]+)\)', text, re.M):
-        losses = [float(x) for x in losses.split(', ')]
-        best[kind, name] = min(best.get((kind, name), losses), losses, key=statistics.mean)
-    return data_sets, best
+    rows = re.findall(r'^\| (\w+) \| (\w+) \| [\d.]+ \(([\d., ]+)\)', text, re.M)
+    rows = [(kind, name, [float(x) for x in losses.split(', ')]) for kind, name, losses in rows]
+    rows.sort(key=lambda row: -statistics.mean(row[2]))  # the last of each kind is the best
+    return data_sets, {(kind, name): losses for kind, name, losses in rows}
 
 
 def main():
@@ -101,13 +98,10 @@ def main():
     figures = f'{statistics.mean(losses):.4f} ({", ".join(f"{loss:.4f}" for loss in losses)})'
     print(f'| {kind} | {data_sets[data]} | {figures} | {seconds} s | {commit} | {machine} | `{command}` |')
     old = best.get((kind, data_sets[data]))
-    if old is None:
-        print('the first of its kind')
-    elif losses[-1] < min(old):
-        print(f'a record: each seed is below each of {old}, which chance gives once in twenty times')
-    else:
-        print(f'no record: not each seed is below each of {old}')
-        sys.exit(1)
+    if old and losses[-1] >= min(old):
+        sys.exit(f'no record: not each seed is below each of {old}')
+    is_better = f'a record: each seed is below each of {old}, which chance gives once in twenty times'
+    print(is_better if old else 'the first of its kind')
 
 
 if __name__ == '__main__':
