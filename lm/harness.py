@@ -42,6 +42,8 @@ class Checkpoint(TemplateLM):
     without a sampler greedy texts are written surest token first.
     """
 
+    eot_token_id = prefix_token_id = tokenizer_name = None  # properties in the harness, set below
+
     def __init__(
         self,
         checkpoint='',
@@ -49,7 +51,7 @@ class Checkpoint(TemplateLM):
         device='auto',
         dtype='float32',
         architecture='',
-        draws=None,  # 128
+        draws=128,
         add_bos=None,
         sampler='',
         steps=None,
@@ -59,40 +61,39 @@ class Checkpoint(TemplateLM):
         super().__init__()
         require(not unknown, f'model_args has {", ".join(unknown)}, which is unknown; correct the name.')
         require(checkpoint, 'No checkpoint is given; name one: --model_args checkpoint=PATH.')
-        given, draws = draws, 128 if draws is None else draws
-        is_number = isinstance(draws, int) and draws >= 1
-        require(is_number, f'draws is {draws}; it has to be a number, at least 1.')
-        batch_size = '16' if batch_size == 'auto' else str(batch_size)
-        is_number = batch_size.isdecimal() and int(batch_size) >= 1
-        require(is_number, f'batch_size is {batch_size}; give a number, at least 1.')
+        batch_size = 16 if batch_size == 'auto' else batch_size
+        for name, number in {'draws': draws, 'batch_size': batch_size}.items():
+            is_number = str(number).isdecimal() and int(number) >= 1
+            require(is_number, f'{name} is {number}; give a number, at least 1.')
         self.dist, self.path = runtime.Runtime(device, dtype), str(checkpoint)
         state = checkpoints.load(self.path, architecture=architecture)
-        require(state['tokenizer'], f'{self.path} holds no tokenizer; the harness gives texts.')
         if sampler == 'ar':
             state, sampler = checkpoints.as_ar(state, self.path), ''
         self.model = checkpoints.load_model(state, self.dist.device)
         self.max_length = self.model.config.block_size
-        self.batch_size, self.draws, self.said = int(batch_size), draws, set()
+        self.batch_size, self.draws, self.said = int(batch_size), int(draws), set()
         self.options = {} if self.model.causal else {'sampler': sampler, 'steps': steps}
-        idle = {'draws': given, 'sampler': sampler, 'steps': steps} if self.model.causal else {}
-        if idle := [name for name, value in idle.items() if value]:
-            note(f'{", ".join(idle)} has no effect on {architecture_name(self.model)}.')
+        given = {'draws': draws != 128, 'sampler': sampler, 'steps': steps}
+        if self.model.causal and any(given.values()):
+            idle = ', '.join(name for name in given if given[name])
+            note(f'{idle} has no effect on {architecture_name(self.model)}.')
         self.take_tokenizer(state, add_bos)
-        draws_said = f', {draws} draws each' if self.model.needs_noise else ''
-        note(f'{self.path}: log-likelihoods are minus {runtime.describe_loss(self.model)}{draws_said}')
+        note(f'{self.path}: log-likelihoods are minus {runtime.describe_loss(self.model)}')
 
     def take_tokenizer(self, state, add_bos):
         """Take the tokenizer of a checkpoint, and decide what stands before a text."""
         came_with, start = state.get('came_with') or {}, state['start_token']
         self.is_ours = pretrained.is_ours(state)
         begin = None if self.is_ours else came_with.get('bos_token')
-        self.prefix = start if begin is None else begin
-        self.text = Tokenizer(state['tokenizer'], start=self.prefix)  # as what chat templates write it
+        self.prefix_token_id = start if begin is None else begin
+        # As what chat templates write it.
+        self.text = Tokenizer(state['tokenizer'], start=self.prefix_token_id)
         told = came_with.get('tokenizer_config', {}).get('add_bos_token')
         adds_it = self.is_ours or told or start in self.text.inner.encode('a').ids[:1]
         self.start = [start] * bool(adds_it if add_bos is None else add_bos)
         self.form = state.get('prompt_format') or prompts.DEFAULT
         self.ends = prompts.stop_tokens(state, self.text)
+        self.eot_token_id, self.tokenizer_name = self.ends[0], self.path.replace('/', '__')
         for name in came_with.get('added_tokens', ()):  # names that its own tokenizer does not know
             self.text.special_ids.pop(name, None)
 
@@ -100,10 +101,6 @@ class Checkpoint(TemplateLM):
     def create_from_arg_obj(cls, arg_dict, additional_config=None):
         """Make it from model_args, which count more than the arguments of the same names beside them."""
         return cls(**{**(additional_config or {}), **arg_dict})
-
-    eot_token_id = property(lambda self: self.ends[0])
-    prefix_token_id = property(lambda self: self.prefix)
-    tokenizer_name = property(lambda self: self.path.replace('/', '__'))
 
     def get_model_info(self):
         model = self.model
@@ -135,7 +132,7 @@ class Checkpoint(TemplateLM):
             # The prefix stands before it; the harness's own models count their start token once more.
             tokens = self.tok_encode(request.args[0], add_special_tokens=False if self.is_ours else None)
             length = self.max_length - (not self.model.causal)  # of a window, without its first token
-            cut = get_rolling_token_windows(tokens, self.prefix, length, context_len=1)
+            cut = get_rolling_token_windows(tokens, self.prefix_token_id, length, context_len=1)
             windows += [(None, *make_disjoint_window(window)) for window in cut]
             owners += [number] * (len(windows) - len(owners))
         totals = [0.0] * len(requests)
@@ -147,7 +144,7 @@ class Checkpoint(TemplateLM):
         """Return [(log-likelihood, whether it is what is written greedily)] of [(texts, context, continuation)]."""
         longest, rows = self.max_length + self.model.causal, []
         for _, context, continuation in requests:
-            size, context = len(continuation), context or [self.prefix]
+            size, context = len(continuation), context or [self.prefix_token_id]
             require(size < longest, f'A continuation has {size} tokens, and the block {longest}; shorten it.')
             rows.append((tuple((context + continuation)[-longest:]), size))
         found = {row: (0.0, True) for row in rows if not row[1]}  # within the last token of the context
@@ -181,41 +178,37 @@ class Checkpoint(TemplateLM):
 
     def generate_until(self, requests, disable_tqdm=False):
         """Return the continuation of each context up to the first text of `until`, by batches of the same settings."""
-        groups, texts = defaultdict(list), [''] * len(requests)
+        groups, texts, size = defaultdict(list), {}, self.batch_size
         for number, request in enumerate(requests):
             groups[repr(sorted(request.args[1].items()))].append(number)
-        with tqdm(total=len(requests), desc='texts', disable=disable_tqdm or None) as bar:
-            for numbers in groups.values():
-                settings = self.read_settings(requests[numbers[0]].args[1])
-                for start in range(0, len(numbers), self.batch_size):
-                    part = numbers[start : start + self.batch_size]
-                    contexts = [requests[number].args[0] for number in part]
-                    for number, text in zip(part, self.write(contexts, *settings, seed=part[0])):
-                        texts[number] = text
-                    bar.update(len(part))
-        return texts
+        batches = [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]
+        for batch in tqdm(batches, 'texts', disable=disable_tqdm or None):
+            settings = self.read_settings(requests[batch[0]].args[1])
+            contexts = [requests[number].args[0] for number in batch]
+            texts |= zip(batch, self.write(contexts, *settings, seed=batch[0]))
+        return [texts[number] for number in range(len(requests))]
 
     def read_settings(self, settings):
         """Return a task's length, the texts that end a text, and the options of `generate` for its settings."""
         until = settings.get('until') or []
-        until = [end for end in ([until] if isinstance(until, str) else until) if end]
+        until = [until] if isinstance(until, str) else [end for end in until if end]
         names = ('max_gen_toks', 'max_new_tokens', 'max_tokens', 'max_completion_tokens')
         length = int(next((settings[name] for name in names if settings.get(name)), 256))
         problem = f'max_gen_toks is {length}, and the block has {self.max_length}'
         require(length < self.max_length, f'{problem}; give --gen_kwargs max_gen_toks=N.')
         draws = settings.get('do_sample', settings.get('temperature', 0) > 0)
-        options = {name: settings[name] for name in ('top_k', 'top_p') if draws and settings.get(name)}
-        options['temperature'] = settings.get('temperature', 1.0) if draws else 0
-        own = dict(self.options)
-        if own and not draws:  # one answer to a request, whatever stands beside it
-            own['sampler'] = own['sampler'] or 'confidence'
+        options = {**self.options, 'temperature': settings.get('temperature', 1.0) if draws else 0}
+        options |= {name: settings[name] for name in ('top_k', 'top_p') if draws and settings.get(name)}
+        if self.options and not draws:  # one answer to a request, whatever stands beside it
+            options['sampler'] = options['sampler'] or 'confidence'
         unread = settings.keys() - {'until', 'do_sample', 'temperature', 'top_k', 'top_p', *names}
         if unread := sorted(unread - self.said):
             self.said.update(unread)
             note(f'{", ".join(unread)} of a task has no effect here.')
-        known = ((self.text.decode([i], show_special=True), i) for i in range(self.text.vocab_size) if until)
-        stops = [i for text, i in known if any(end in text for end in until)]  # no text goes on after these
-        return length, until, {**options, **own, 'stop_tokens': {*self.ends, *stops}}
+        ids = range(self.text.vocab_size)
+        words = self.text.inner.decode_batch([[i] for i in ids], skip_special_tokens=False)
+        stops = [i for i in ids if any(end in words[i] for end in until)]  # no text goes on after these
+        return length, until, {**options, 'stop_tokens': {*self.ends, *stops}}
 
     def write(self, contexts, length, until, options, seed):
         """Return what is written after each context, up to the first text of `until`."""
