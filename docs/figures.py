@@ -44,37 +44,32 @@ def places(cells):
     the number of its lines."""
     cells = [(cell[0], cell[1].replace('\n', ' ')) for cell in cells]
     lines = wrap([(text, '') for _, text in cells], COLUMNS)
-    spots = iter([(column, row) for row, line in enumerate(lines) for column in range(len(line))])
-    of_cells = {cell[0]: [next(spots) for _ in cell[1]] for cell in cells}
-    words = {cell[0]: len(cell[1]) - len(cell[1].lstrip()) for cell in cells if cell[1].strip()}
-    return {position: of_cells[position][spaces] for position, spaces in words.items()}, len(lines)
+    spots, found = iter([(column, row) for row, line in enumerate(lines) for column in range(len(line))]), {}
+    for position, text in cells:
+        letters = [next(spots) for _ in text]
+        if text.strip():
+            found[position] = letters[len(text) - len(text.lstrip())]
+    return found, len(lines)
 
 
 def animate(title, steps, top):
     """Return SVG elements in which each token appears when it was written, and how many lines they take."""
-    last = {cell[0]: cell for step in steps for cell in step if cell[2] not in (HIDDEN, AGAIN)}
-    spots, lines = places([last[position] for position in sorted(last)])
+    cells = [(i, cell) for i, step in enumerate(steps) for cell in step]
+    last = {cell[0]: (i, cell) for i, cell in cells if cell[2] not in (HIDDEN, AGAIN)}
+    masked = {cell[0] for _, cell in cells if cell[2] == HIDDEN}
+    spots, lines = places([last[position][1] for position in sorted(last)])
     parts = [f'<text x="0" y="{top}" class="title">{escape(title)}</text>']
-    shown = {cell[0]: i for i, step in enumerate(steps) for cell in step if cell[2] == HIDDEN}
     for position, (column, row) in spots.items():
-        _, text, _, sure = last[position][:4]
-        at = max(
-            i for i, step in enumerate(steps) if any(cell[0] == position and cell[1] == text for cell in step)
-        )
-        x, y = column * WIDTH, top + LINE * (row + 1.3)
-        begin = f'{SECONDS * at / len(steps):.2f}'
-        hue = int(120 * sure)
-        parts.append(
-            f'<text x="{x:.1f}" y="{y:.1f}" visibility="hidden">{escape(text.strip())}'
-            f'<set attributeName="visibility" to="visible" begin="loop.begin+{begin}s" end="loop.end"/>'
-            f'<animate attributeName="fill" from="hsl({hue},90%,38%)" to="#777" begin="loop.begin+{begin}s"'
-            ' dur="1.5s"/></text>'
-        )
-        if position in shown:
-            parts.append(
-                f'<text x="{x:.1f}" y="{y:.1f}" class="dot">{DOT * len(text.strip())}'
-                f'<set attributeName="visibility" to="hidden" begin="loop.begin+{begin}s" end="loop.end"/></text>'
-            )
+        i, (_, text, _, sure, *_) = last[position]
+        place = f'x="{column * WIDTH:.1f}" y="{top + LINE * (row + 1.3):.1f}"'
+        begin = f'begin="loop.begin+{SECONDS * i / len(steps):.2f}s"'
+        appears = f'<set attributeName="visibility" to="visible" {begin} end="loop.end"/>'
+        vanishes = f'<set attributeName="visibility" to="hidden" {begin} end="loop.end"/>'
+        colour = f'from="hsl({int(120 * sure)},90%,38%)" to="#777"'
+        fades = f'<animate attributeName="fill" {colour} {begin} dur="1.5s"/>'
+        parts.append(f'<text {place} visibility="hidden">{escape(text.strip())}{appears}{fades}</text>')
+        if position in masked:
+            parts.append(f'<text {place} class="dot">{DOT * len(text.strip())}{vanishes}</text>')
     return parts, lines
 
 
@@ -124,7 +119,6 @@ def runs():
 
 
 def main():
-    require(not sys.argv[1:], f'{sys.argv[1:]} has no meaning here: all pictures are drawn, of make tour.')
     for run in runs():
         require((run / 'ckpt.pt').is_file(), f'{run} is not there; `make tour` makes it.')
     draw_writing(ROOT / 'docs' / 'writing.svg')

@@ -101,7 +101,6 @@ def ratio_noise(numbers, draw, draws, row_length):
     return np.concatenate([ratios[:, None], tokens], axis=1).astype(np.float32)
 
 
-@torch.inference_mode()
 def nested_bound(model, tokens, loss_mask, noise, steps, k=None):
     """Return nll (B, T) whose sum over a row is an unbiased upper bound for generating it in `steps` random steps, or
     each of its blocks in so many.
@@ -114,7 +113,6 @@ def nested_bound(model, tokens, loss_mask, noise, steps, k=None):
     return nll_along(model, tokens, loss_mask, ((mask, mask, 1 / step) for mask, step in masks), True, k)
 
 
-@torch.inference_mode()
 def chain_rule(model, tokens, loss_mask=None, turn=None, k=None, carried=False):
     """Return the exact nll (B, T) of a diffusion model that fills a row, or each block, position by position.
 
@@ -130,6 +128,7 @@ def chain_rule(model, tokens, loss_mask=None, turn=None, k=None, carried=False):
     return nll_along(model, tokens, loss_mask, path, carried, k)
 
 
+@torch.inference_mode()
 def nll_along(model, tokens, loss_mask, path, carried, k=None):
     """Return Σ weight · nll (B, T) over the steps of a path: with beliefs of a pass before each, or `carried` on.
 
