@@ -134,8 +134,7 @@ folder = Folder(dataset_name)
 tokenizer = folder.tokenizer
 for state in states:
     problem = f'{state["path"]} has another vocabulary than {folder.path}'
-    own = state['path'].parent if state['path'].name in ('ckpt.pt', 'best.pt') else state['path']
-    remedy = f'give its own --dataset, or prepare this one with --tokenizer={own}'
+    remedy = f'give its own --dataset, or prepare this one with --tokenizer={state["path"]}'
     require(state['tokenizer'].to_json() == tokenizer.to_json(), f'{problem}; {remedy}.')
 exercises = read_exercises() if 'instructions' in wanted else []
 has_answers = folder.masks['val'] is not None
@@ -380,7 +379,7 @@ def evaluate_infilling(model, state):
                 filled += fill(model, batch, seed=rng.torch_seed(seed, start, i), **options(model))
     filled = {'': tries[0]}
     if model.causal:
-        filled['best_'] = [of_one[nll_of(model, of_one).argmin()] for of_one in zip(*tries)]
+        filled['best_'] = [tried[likelihood.nll_of(model, tried, dist).argmin()] for tried in zip(*tries)]
     figures = {}
     for name, rows in filled.items():
         valid = [not grammar.faults(tokenizer.decode(row)) for row in rows]
@@ -405,13 +404,6 @@ def hide_parts(start_token):
                 row[1:-1][(starts < end) & (start < ends)] = tokenizer.mask_id
             rows.append(row.tolist())
     return rows
-
-
-def nll_of(model, rows):
-    """Return the nll of each row, (N,)."""
-    batch = data.collate([(row, np.ones(len(row))) for row in rows], None).to(dist.device)
-    with torch.inference_mode(), dist.autocast():
-        return model.nll(batch.tokens, batch.loss_mask).cpu().numpy()
 
 
 def answer_exercises(model, state, form, ends):

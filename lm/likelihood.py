@@ -163,6 +163,13 @@ def written_in(where, streams):
 
 
 @torch.inference_mode()
+def nll_of(model, rows, dist):
+    """Return the nll (N,) of rows, lists of token ids, by a causal model: it does not see the padding."""
+    batch = data.collate([(row, np.ones(len(row))) for row in rows], None).to(dist.device)
+    with dist.autocast():
+        return model.nll(batch.tokens, batch.loss_mask).cpu().double()
+
+
 def judge(rows, tokenizer, model, own_tokenizer, start_token, dist, batch_size):
     """Return an `ar` model's nll per token of its own, and bits per byte, of `rows`, token ids of `tokenizer`.
 
@@ -182,10 +189,7 @@ def judge(rows, tokenizer, model, own_tokenizer, start_token, dist, batch_size):
 
     nll = torch.zeros((), dtype=torch.float64)
     for start in range(dist.rank * batch_size, len(parts), dist.world_size * batch_size):
-        texts = [(part, np.ones(len(part))) for part in parts[start : start + batch_size]]
-        batch = data.collate(texts, None).to(dist.device)  # a causal model does not see the padding
-        with dist.autocast():
-            nll += model.nll(batch.tokens, batch.loss_mask).cpu().double().sum()
+        nll += nll_of(model, parts[start : start + batch_size], dist).sum()
     nll, count = dist.sum(nll).item(), sum(len(part) - 1 for part in parts)
     per_byte = nll / size / math.log(2) if size else None
     return {'judge_nats': nll / count if count else None, 'judge_bpb': per_byte}

@@ -120,12 +120,12 @@ def table(results, wide=False):
     """Return the aligned table, names on the left and numbers on the right, with its notes: five columns of at most
     100 characters and a sentence for each model, or all."""
     known = {column[0]: column for columns in GROUPS.values() for column in columns}
-    columns = present(results, known.values() if wide else [known[key] for key in FIRST])
-    titles, rows = cells(results, columns if wide else columns[:5])
+    columns = present(results, known.values()) if wide else present(results, map(known.get, FIRST))[:5]
+    titles, rows = cells(results, columns)
     rows = rows if wide else [row for row in rows if not row[0].startswith('held-out')]
     widths = [max(map(len, column)) for column in zip(titles, *rows)]
     if not wide:
-        widths[0] = max(12, min(widths[0], WIDTH - sum(widths[1:]) - 2 * len(columns[:5])))
+        widths[0] = max(12, min(widths[0], WIDTH - sum(widths[1:]) - 2 * len(columns)))
     lines = []
     for name, *texts in [titles, *rows]:
         name = name if len(name) <= widths[0] else name[: widths[0] - 1] + '…'
