@@ -215,9 +215,9 @@ def write_texts(model, heads, stop_tokens):
         end = None if sample_tokens else block_size
         rows |= {i: text[len(heads[i]) : end] for i, text in zip(batches[number], texts)}
     if dist.world_size > 1:
-        shares = [None] * dist.world_size
-        torch.distributed.all_gather_object(shares, rows)
-        rows = {i: row for share in shares for i, row in share.items()}
+        parts = [None] * dist.world_size
+        torch.distributed.all_gather_object(parts, rows)
+        rows = {i: row for part in parts for i, row in part.items()}
     return [rows[i] for i in range(len(heads))]
 
 

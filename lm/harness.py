@@ -38,27 +38,18 @@ class Checkpoint(TemplateLM):
     """A checkpoint as the harness sees a model.
 
     draws: mask ratios per request, for what is not exact; add_bos: whether a context begins with the start token, None:
-    as its own tokenizer does it, and always for checkpoints that were trained here. sampler, steps: of `generate`;
-    without a sampler greedy texts are written surest token first.
+    as its own tokenizer does it, and always for checkpoints that were trained here. options: sampler and steps, of
+    `generate`; without a sampler greedy texts are written surest token first.
     """
 
     eot_token_id = prefix_token_id = tokenizer_name = None  # properties in the harness, set below
 
     def __init__(
-        self,
-        checkpoint='',
-        batch_size=16,
-        device='auto',
-        dtype='float32',
-        architecture='',
-        draws=128,
-        add_bos=None,
-        sampler='',
-        steps=None,
-        max_batch_size=None,  # which the harness gives in any case
-        **unknown,
+        self, checkpoint='', batch_size=16, device='auto', dtype='float32', draws=128, add_bos=None, **options
     ):
         super().__init__()
+        unknown = options.keys() - {'sampler', 'steps', 'max_batch_size'}
+        options.pop('max_batch_size', None)  # which the harness gives in any case
         require(not unknown, f'model_args has {", ".join(unknown)}, which is unknown; correct the name.')
         require(checkpoint, 'No checkpoint is given; name one: --model_args checkpoint=PATH.')
         batch_size = 16 if batch_size == 'auto' else batch_size
@@ -66,17 +57,17 @@ class Checkpoint(TemplateLM):
             is_number = str(number).isdecimal() and int(number) >= 1
             require(is_number, f'{name} is {number}; give a number, at least 1.')
         self.dist, self.path = runtime.Runtime(device, dtype), str(checkpoint)
-        state = checkpoints.load(self.path, architecture=architecture)
-        if sampler == 'ar':
-            state, sampler = checkpoints.as_ar(state, self.path), ''
+        state = checkpoints.load(self.path)
+        if options.get('sampler') == 'ar':
+            state = checkpoints.as_ar(state, self.path)
+            del options['sampler']
         self.model = checkpoints.load_model(state, self.dist.device)
         self.max_length = self.model.config.block_size
         self.batch_size, self.draws, self.said = int(batch_size), int(draws), set()
-        self.options = {} if self.model.causal else {'sampler': sampler, 'steps': steps}
-        given = {'draws': draws != 128, 'sampler': sampler, 'steps': steps}
-        if self.model.causal and any(given.values()):
-            idle = ', '.join(name for name in given if given[name])
-            note(f'{idle} has no effect on {architecture_name(self.model)}.')
+        self.options = {} if self.model.causal else options
+        idle = ['draws'] * (draws != 128) + [*options]
+        if self.model.causal and idle:
+            note(f'{", ".join(idle)} has no effect on {architecture_name(self.model)}.')
         self.take_tokenizer(state, add_bos)
         note(f'{self.path}: log-likelihoods are minus {runtime.describe_loss(self.model)}')
 
@@ -199,8 +190,8 @@ class Checkpoint(TemplateLM):
         draws = settings.get('do_sample', settings.get('temperature', 0) > 0)
         options = {**self.options, 'temperature': settings.get('temperature', 1.0) if draws else 0}
         options |= {name: settings[name] for name in ('top_k', 'top_p') if draws and settings.get(name)}
-        if self.options and not draws:  # one answer to a request, whatever stands beside it
-            options['sampler'] = options['sampler'] or 'confidence'
+        if not self.model.causal and not draws:  # one answer to a request, whatever stands beside it
+            options.setdefault('sampler', 'confidence')
         unread = settings.keys() - {'until', 'do_sample', 'temperature', 'top_k', 'top_p', *names}
         if unread := sorted(unread - self.said):
             self.said.update(unread)
