@@ -59,9 +59,7 @@ def read_run(folder, settings):
 def gather(folder):
     """Add the runs under a folder to docs/study.csv, in place of what it has of the same ones; return all its lines."""
     runs = [path.parent for path in Path(folder).glob('*/metrics.csv')] if folder else []
-    require(
-        runs or not folder, f'{folder} has no runs; `python sweep.py config/sweep_repeats.py` makes some.'
-    )
+    require(runs or not folder, f'{folder} has no runs; sweep.py config/sweep_repeats.py makes some.')
     lines, first = list(csv.reader(STUDY.open(newline='')))[1:] if STUDY.exists() else [], None
     lines = [[int(u), kind, *map(int, numbers), float(loss)] for u, kind, *numbers, loss in lines]
     for run in runs:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder
 from lm import checkpoints, prompts, report
-from lm.configurator import ROOT, require
+from lm.configurator import ROOT
 from lm.tokenizer import Tokenizer
 from lm.watch import AGAIN, DOT, HIDDEN, Frames, wrap
 from sampling import generate
@@ -78,12 +78,13 @@ def draw_writing(path):
     for title, (run, options) in MODELS.items():
         more, lines = animate(title, written(run, options), top)
         parts, top = parts + more, top + LINE * (lines + 2.4)
-    loop = f'<animate id="loop" attributeName="x" from="0" to="1" begin="0s;loop.end" dur="{SECONDS + REST}s"'
-    loop = f'<rect width="0" height="0">{loop}/></rect>'
+    loop = (
+        f'<animate id="loop" attributeName="x" from="0" to="1" begin="0s;loop.end" dur="{SECONDS + REST}s"/>'
+    )
     style = 'text{font:14px ui-monospace,monospace;fill:#777}.title{font-weight:700;fill:#2a6fdb}.dot{opacity:.45}'
     size = f'width="{COLUMNS * WIDTH + 10:.0f}" height="{top:.0f}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{style}</style>'
-    svg = f'{head}{loop}{"".join(parts)}</svg>\n'
+    svg = f'{head}<rect width="0" height="0">{loop}</rect>{"".join(parts)}</svg>\n'
     path.write_text(svg, encoding='utf-8')
     print(f'{path}: {len(svg):,} bytes')
 
@@ -94,21 +95,17 @@ def shoot_page(path, browser='/usr/bin/chromium'):
 
     checkpoints = ','.join(map(str, runs()[:2]))
     command = [sys.executable, ROOT / 'serve.py', f'--checkpoint={checkpoints}', '--port=0']
-    with (
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server,
-        sync_playwright() as playwright,
-    ):
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server, sync_playwright() as driver:
         url = next(line for line in server.stdout if line.startswith('http')).strip()
         options = dict(executable_path=browser, args=['--no-sandbox', '--disable-background-networking'])
-        page = playwright.chromium.launch(**options).new_page(viewport={'width': 1120, 'height': 640})
+        page = driver.chromium.launch(**options).new_page(viewport={'width': 1120, 'height': 640})
         page.goto(url)
         page.get_by_label(runs()[1].name).check()
         page.check('#watch')
         page.click('#go')
         page.locator('.player').nth(1).wait_for()
-        middle = "e => { e.value = Math.floor(0.55 * e.max); e.dispatchEvent(new Event('input')) }"
         for slider in page.locator('.player input[type=range]').all():
-            slider.evaluate(middle)
+            slider.evaluate("e => { e.value = 0.55 * e.max; e.dispatchEvent(new Event('input')) }")
         page.screenshot(path=path)
         server.terminate()
     print(path)
@@ -119,8 +116,6 @@ def runs():
 
 
 def main():
-    for run in runs():
-        require((run / 'ckpt.pt').is_file(), f'{run} is not there; `make tour` makes it.')
     draw_writing(ROOT / 'docs' / 'writing.svg')
     report.draw(runs(), 'val/loss', ROOT / 'docs' / 'curves')
     shoot_page(ROOT / 'docs' / 'page.png')

@@ -155,14 +155,10 @@ def sentence_of(model, floor):
 def page(results, shown=10):
     """Return the whole report as one HTML page, with the first samples and answers of each model."""
     versions = ', '.join(f'{name} {version}' for name, version in results['versions'].items())
-    parts = {
-        'title': f'Models on {escape(results["dataset"])}',
-        'chart': chart(results),
-        'notes': escape(NOTES),
-    }
+    title = f'Models on {escape(results["dataset"])}'
+    parts = {'title': title, 'chart': chart(results), 'notes': escape(NOTES), 'sentences': '', 'texts': ''}
     parts['about'] = escape(f'Rows of {results["block_size"]} tokens, {results["mode"]}; {versions}.')
     parts['tables'] = ''.join(html_table(name, results, columns) for name, columns in GROUPS.items())
-    parts['sentences'] = parts['texts'] = ''
     for model in results['models']:
         parts['sentences'] += f'<li>{escape(sentence_of(model, results["floor"]))}</li>'
         parts['texts'] += f'<div><h3>{escape(model["name"])}</h3>{samples(model, shown)}</div>'
@@ -312,9 +308,8 @@ def list_runs(folder):
 
 
 def main(words):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument('runs', nargs='+')
     parser.add_argument('--metric', default='val/loss')
     parser.add_argument('--out', default='curves')
