@@ -141,8 +141,7 @@ has_answers = folder.masks['val'] is not None
 remedy = 'leave instructions out of --metrics, or give an instruction folder as --dataset'
 require(has_answers or 'instructions' not in wanted, f'{folder.path} has no val_masks.bin; {remedy}.')
 is_stories = 'floor' in folder.config
-problem = f'{folder.path} holds no stories of prepare/grammar.py'
-require(is_stories or 'infilling' not in wanted, f'{problem}; leave infilling out of --metrics.')
+require(is_stories or 'infilling' not in wanted, f'{folder.path} has no stories; leave infilling out.')
 
 smallest = min(state['model_config']['block_size'] for state in states)
 block_size = block_size or min(state['train_config'].get('block_size') or smallest for state in states)
@@ -266,7 +265,7 @@ def heldout_texts(rows):
     In documents mode special tokens are not counted. A text begins with a document and runs on into the
     next ones; where there are too few documents, it begins anywhere.
     """
-    tokens, rows = folder.tokens['val'], [np.array(row, dtype=np.int64) for row in rows]
+    tokens = folder.tokens['val']
     special = (tokenizer.endoftext_id, tokenizer.mask_id, tokenizer.ignore_id) if mode == 'documents' else ()
     positions = np.flatnonzero(np.isin(tokens, special, invert=True))  # of the tokens that count
     lengths = np.array([np.isin(row, special, invert=True).sum() for row in rows])

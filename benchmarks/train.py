@@ -47,7 +47,7 @@ class Trainee:
         dist.wrap(self.model)  # compiled on a GPU, as a run is
         self.dist, self.scaler, self.rows, self.forward = dist, dist.scaler(), rows, self.model
         self.optimizer = optim.make_optimizer(self.model, optimizer, 1e-3, 0.9, 0.95, 0.1, dist.dtype)
-        self.tokens, self.passes = rows * self.model.config.block_size, 0.0
+        self.tokens, self.passes = rows * self.model.config.block_size, 0.0  # those before a step, on average
         if any(self.model.config.block_length):
             self.model.noisy_blocks = NOISY_BLOCKS
 
@@ -109,8 +109,6 @@ def beside_nanogpt(module, steps, dist, *settings, block_size):
 def compare_steps(trainees, steps, peak):
     """Print the times of steps of `trainees`, {name: Trainee}, in turn; return {name: seconds}."""
     plans = {}  # {(name, passes before a step): the beliefs of those steps of the schedule that have as many}
-    for trainee in trainees.values():
-        trainee.passes = 0.0  # before a step, on average
     for step, (name, trainee) in itertools.product(range(SCHEDULE), trainees.items()):
         beliefs = optim.draw_beliefs(trainee.model, step, SCHEDULE, 0, ((0.5, 0.5),), (1, 2, 4, 8), 0)
         plans.setdefault((name, beliefs.get('passes', 0)), []).append(beliefs)

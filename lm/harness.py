@@ -15,6 +15,7 @@ depend on a request's tokens alone, not on its batch. "Greedy" is then the text 
 import sys
 import zlib
 from collections import defaultdict
+from itertools import chain, islice
 
 import numpy as np
 import torch
@@ -118,18 +119,15 @@ class Checkpoint(TemplateLM):
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
         """Return the log-likelihood of each text, in windows as the harness cuts them."""
-        windows, owners = [], []
-        for number, request in enumerate(requests):
+        windows = []
+        for request in requests:
             # The prefix stands before it; the harness's own models count their start token once more.
             tokens = self.tok_encode(request.args[0], add_special_tokens=False if self.is_ours else None)
             length = self.max_length - (not self.model.causal)  # of a window, without its first token
             cut = get_rolling_token_windows(tokens, self.prefix_token_id, length, context_len=1)
-            windows += [(None, *make_disjoint_window(window)) for window in cut]
-            owners += [number] * (len(windows) - len(owners))
-        totals = [0.0] * len(requests)
-        for number, (value, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm)):
-            totals[number] += value
-        return totals
+            windows.append([(None, *make_disjoint_window(window)) for window in cut])
+        found = iter(self._loglikelihood_tokens([*chain(*windows)], disable_tqdm))
+        return [sum(value for value, _ in islice(found, len(of_one))) for of_one in windows]
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **_):
         """Return [(log-likelihood, whether it is what is written greedily)] of [(texts, context, continuation)]."""

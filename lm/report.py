@@ -54,15 +54,13 @@ NOTES = """\
 ± goes to the farther end of a 95 % interval, over documents or, where there are fewer than 30 or several per
 window, over windows, which is somewhat too narrow where neighbouring windows are alike. exact: the nll itself;
 upper: an upper bound of it, so that an upper figure below an exact one is better, and one above it leaves the
-question open; no bound: neither, so that it does not compare. Each is of texts sampled in its order at
-temperature 1, as sample.py does unless told otherwise, and not of those that are sampled with other settings
-here. k = 0: the same without beliefs; in S steps: of sampler='ancestral' with steps=S for a whole row, and of
-no other. Left to right: the exact nll of a diffusion model that samples in this order (of whole rows:
-sampler='blocks' of length 1, fresh_beliefs=True; beliefs carried: False), on fewer rows.
-Accuracy: of the next token for ar, of masked tokens for the others, so the two do not compare. Diversity is
-of the samples that are not empty; it depends on their number and length: compare it with that of held-out
-text. Stories: the share of samples that are stories of the grammar; right: the share of a sample's text before its
-first fault; wrong words: per sample, that do not agree with what was said before. n/a: cannot be computed."""
+question open; no bound: it does not compare. Each is of texts sampled in its order at temperature 1, whatever
+the samples here were written with. k = 0: the same without beliefs; in S steps: of sampler='ancestral' with
+steps=S for a whole row, and of no other. Left to right: the exact nll of a diffusion model that samples in this
+order (of whole rows: sampler='blocks' of length 1, fresh_beliefs=True; beliefs carried: False), on fewer rows.
+Accuracy: of the next token for ar, of masked tokens for the others, so the two do not compare. Diversity depends
+on the number and length of the samples: compare it with that of held-out text. Right: the share of a sample's
+text before its first fault; wrong words: per sample, that do not agree with what was said before."""
 
 
 def entropy_row(floor):
