@@ -94,13 +94,10 @@ def learn():
 def measure(side, steps, folder, place):
     """Train a side; print and return the seconds of the process and of a step, the loss, and the parameters,
     without learned positions and the rows of tokens that nanoGPT does not have."""
-    start = time.perf_counter()
-    pace = train(side, steps, folder, place)
-    seconds = time.perf_counter() - start
+    seconds, pace = train(side, steps, folder, place)
     if side == 'ours':
         model = checkpoints.load_model(checkpoints.load(place / side), 'cpu')
-        rows = model.config.padded_vocab_size - folder.tokenizer.endoftext_id
-        size = sum(p.numel() for p in model.parameters()) - rows * model.config.n_embd
+        size = model.num_parameters() - model.config.n_embd  # the row of <|endoftext|>
         loss = validation_loss(model.logits, folder.tokens['val'])
     else:
         module = timing.load_nanogpt(peer)
@@ -115,22 +112,23 @@ def measure(side, steps, folder, place):
 
 
 def train(side, steps, folder, place):
-    """Run the train.py of a side; return the seconds per step between its lines of progress after the warm-up."""
-    evaluations = f'--eval_interval={min(250, steps)}'  # 250 is the recipe's own
-    words = f'train.py {PEER_RECIPE} --max_iters={steps} --lr_decay_iters={steps} {evaluations}'.split()
+    """Run the train.py of a side; return its seconds, and those per step between its lines after the warm-up."""
+    schedule = f'--max_iters={steps} --lr_decay_iters={steps} --eval_interval={min(250, steps)}'
+    words = f'train.py {PEER_RECIPE} {schedule}'.split()  # 250 is the recipe's own
     if side == 'ours':
         words = f'{ROOT}/train.py {OUR_RECIPE} --max_steps={steps}'.split()
         words += [f'--dataset={folder.path.resolve()}', f'--out_dir={place / side}']
 
-    progress, options = [], dict(cwd=place / 'nanoGPT', stdout=subprocess.PIPE, text=True)
+    start, progress = time.perf_counter(), []
+    options = dict(cwd=place / 'nanoGPT', stdout=subprocess.PIPE, text=True)
     with subprocess.Popen([sys.executable, '-u', *words], **options) as process:
         for line in process.stdout:
             match = re.match(r'(?:iter|step) (\d+)(?:/\d+)?: loss', line)
             if match and int(match[1]) >= WARMUP:
                 progress.append((int(match[1]), time.perf_counter()))
     require(not process.returncode, f'{words[0]} of {side} failed; repair what it says above.')
-    (first, begun), (last, ended) = progress[0], progress[-1]
-    return (ended - begun) / (last - first)
+    seconds, (first, begun), (last, ended) = time.perf_counter() - start, progress[0], progress[-1]
+    return seconds, (ended - begun) / (last - first)
 
 
 @torch.no_grad()
