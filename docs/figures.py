@@ -2,10 +2,10 @@
 
 docs/writing.svg    a text of each kind of model being written, an animation
 docs/curves.svg     val/loss of the runs (needs matplotlib)
-docs/page.png       the page of serve.py (needs playwright, and Debian's chromium)
+
+docs/page.png is taken by hand: the page of serve.py with two models, each in the middle of a text.
 """
 
-import subprocess
 import sys
 from html import escape
 from pathlib import Path
@@ -78,47 +78,20 @@ def draw_writing(path):
     for title, (run, options) in MODELS.items():
         more, lines = animate(title, written(run, options), top)
         parts, top = parts + more, top + LINE * (lines + 2.4)
-    loop = (
-        f'<animate id="loop" attributeName="x" from="0" to="1" begin="0s;loop.end" dur="{SECONDS + REST}s"/>'
-    )
+    times = f'begin="0s;loop.end" dur="{SECONDS + REST}s"'
+    loop = f'<rect width="0" height="0"><animate id="loop" attributeName="x" from="0" to="1" {times}/></rect>'
     style = 'text{font:14px ui-monospace,monospace;fill:#777}.title{font-weight:700;fill:#2a6fdb}.dot{opacity:.45}'
     size = f'width="{COLUMNS * WIDTH + 10:.0f}" height="{top:.0f}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{style}</style>'
-    svg = f'{head}<rect width="0" height="0">{loop}</rect>{"".join(parts)}</svg>\n'
+    svg = f'{head}{loop}{"".join(parts)}</svg>\n'
     path.write_text(svg, encoding='utf-8')
     print(f'{path}: {len(svg):,} bytes')
 
 
-def shoot_page(path, browser='/usr/bin/chromium'):
-    """Take a picture of the page with two models side by side, in the middle of what they write."""
-    from playwright.sync_api import sync_playwright
-
-    checkpoints = ','.join(map(str, runs()[:2]))
-    command = [sys.executable, ROOT / 'serve.py', f'--checkpoint={checkpoints}', '--port=0']
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server, sync_playwright() as driver:
-        url = next(line for line in server.stdout if line.startswith('http')).strip()
-        options = dict(executable_path=browser, args=['--no-sandbox', '--disable-background-networking'])
-        page = driver.chromium.launch(**options).new_page(viewport={'width': 1120, 'height': 640})
-        page.goto(url)
-        page.get_by_label(runs()[1].name).check()
-        page.check('#watch')
-        page.click('#go')
-        page.locator('.player').nth(1).wait_for()
-        for slider in page.locator('.player input[type=range]').all():
-            slider.evaluate("e => { e.value = 0.55 * e.max; e.dispatchEvent(new Event('input')) }")
-        page.screenshot(path=path)
-        server.terminate()
-    print(path)
-
-
-def runs():
-    return [ROOT / 'out' / run for run, _ in MODELS.values()]
-
-
 def main():
     draw_writing(ROOT / 'docs' / 'writing.svg')
-    report.draw(runs(), 'val/loss', ROOT / 'docs' / 'curves')
-    shoot_page(ROOT / 'docs' / 'page.png')
+    runs = [ROOT / 'out' / run for run, _ in MODELS.values()]
+    report.draw(runs, 'val/loss', ROOT / 'docs' / 'curves')
 
 
 if __name__ == '__main__':
