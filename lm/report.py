@@ -9,9 +9,9 @@ import csv
 import math
 import sys
 import time
-from html import escape
 from pathlib import Path
-from string import Template
+
+from jinja2 import Environment
 
 from lm.configurator import printable, require
 from lm.files import require_folder
@@ -59,8 +59,8 @@ the samples here were written with. k = 0: the same without beliefs; in S steps:
 steps=S for a whole row, and of no other. Left to right: the exact nll of a diffusion model that samples in this
 order (of whole rows: sampler='blocks' of length 1, fresh_beliefs=True; beliefs carried: False), on fewer rows.
 Accuracy: of the next token for ar, of masked tokens for the others, so the two do not compare. Diversity depends
-on the number and length of the samples: compare it with that of held-out text. Right: the share of a sample's
-text before its first fault; wrong words: per sample, that do not agree with what was said before."""
+on the number and length of the samples: compare it with that of texts that were held out. Right: the share of a
+sample's text before its first fault; wrong words: per sample, that do not agree with what was said before."""
 
 
 def entropy_row(floor):
@@ -152,72 +152,32 @@ def sentence_of(model, floor):
 
 def page(results, shown=10):
     """Return the whole report as one HTML page, with the first samples and answers of each model."""
-    versions = ', '.join(f'{name} {version}' for name, version in results['versions'].items())
-    title = f'Models on {escape(results["dataset"])}'
-    parts = {'title': title, 'chart': chart(results), 'notes': escape(NOTES), 'sentences': '', 'texts': ''}
-    parts['about'] = escape(f'Rows of {results["block_size"]} tokens, {results["mode"]}; {versions}.')
-    parts['tables'] = ''.join(html_table(name, results, columns) for name, columns in GROUPS.items())
-    for model in results['models']:
-        parts['sentences'] += f'<li>{escape(sentence_of(model, results["floor"]))}</li>'
-        parts['texts'] += f'<div><h3>{escape(model["name"])}</h3>{samples(model, shown)}</div>'
-    return Template(PAGE.read_text(encoding='utf-8')).substitute(parts)
+    groups = {name: present(results, columns) for name, columns in GROUPS.items()}
+    tables = {name: cells(results, columns) for name, columns in groups.items() if columns}
+    template = Environment(autoescape=True).from_string(PAGE.read_text(encoding='utf-8'))
+    functions = {'place': place_in(results), 'sentence_of': sentence_of, 'marked': marked}
+    return template.render(results, tables=tables, notes=NOTES, shown=shown, **functions)
 
 
-def html_table(name, results, columns):
-    """Return a group of columns as a table that folds, '' where there are no figures of it."""
-    columns = present(results, columns)
-    if not columns:
-        return ''
-    titles, rows = cells(results, columns)
-    head = ''.join(f'<th>{escape(title)}</th>' for title in titles)
-    body = ''.join('<tr>' + ''.join(f'<td>{escape(text)}</td>' for text in row) + '</tr>' for row in rows)
-    opened = ' open' if name in ('Likelihood', 'Stories', 'Requests', 'Infilling') else ''
-    rows = f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
-    return f'<details{opened}><summary>{name}</summary>{rows}</details>'
+def place_in(results):
+    """Return a function that gives the x of nats per token in the chart of the models, on a log axis."""
+    rows = [*results['models'], results['floor'] or {}]
+    values = [row['nats_per_token'] for row in rows if row.get('nats_per_token')]
+    low, high = min(values, default=1) / 1.1, max(values, default=1) * 1.1
+    return lambda nats: round(260 + 540 * math.log(max(low, min(nats, high)) / low) / math.log(high / low), 1)
 
 
-def samples(model, shown):
-    """Return the first texts, with what the grammar objects to underlined, and answers."""
-    texts = []
-    for i, text in enumerate(model.get('samples', [])[:shown]):
-        faults = model['faults'][i] if 'faults' in model else []
-        marked, end = '', 0
-        for fault in faults:
-            start = min(fault['position'], len(text))
-            stop = start + max(1, len(fault['said']))
-            expected = ' or '.join(fault['expected'][:3]) or 'the end'
-            title = escape(f'{fault["kind"] or "text"}; expected: {expected}')
-            marked += f'{escape(text[end:start])}<mark title="{title}">'
-            marked += f'{escape(text[start:stop]) or "∅"}</mark>'
-            end = stop
-        texts.append(marked + escape(text[end:]))
-    answers = model.get('answers', [])[:shown]
-    texts += [f'{escape(prompt)}<b>{escape(answer)}</b>' for prompt, answer, _ in answers]
-    return ''.join(f'<pre>{text}</pre>' for text in texts)
-
-
-def chart(results):
-    """Return nats per token, with their intervals, as an SVG on a log axis; a dashed line is the true entropy."""
-    models = [model for model in results['models'] if model.get('nats_per_token')]
-    if len(models) < 2:
-        return ''
-    floor = [results['floor']['nats_per_token']] if results['floor'] else []
-    values = [model['nats_per_token'] for model in models] + floor
-    low, high, height = min(values) / 1.1, max(values) * 1.1, 34 * len(models)
-    x = lambda value: 260 + 540 * math.log(max(value, low) / low) / math.log(high / low)
-    parts, blue = [], 'stroke="#2a6fdb" stroke-width="2"'
-    parts += [f'<path d="M{x(nll):.1f} 0V{height}" stroke="#d33" stroke-dasharray="5"/>' for nll in floor]
-    for y, model in zip(range(17, height, 34), models):
-        nll, fill = model['nats_per_token'], '#2a6fdb' if model['bound'] == 'exact' else 'none'
-        start, end = map(x, model.get('ci95') or [nll, nll])
-        parts.append(f'<text x="245" y="{y + 5}" text-anchor="end">{escape(model["name"][-32:])}</text>')
-        parts.append(f'<path d="M{start:.1f} {y}H{end:.1f}" {blue}/>')
-        parts.append(f'<circle cx="{x(nll):.1f}" cy="{y}" r="5" fill="{fill}" {blue}/>')
-        parts.append(f'<text x="830" y="{y + 5}">{nll:.4f}</text>')
-    legend = 'nats per token, on a log axis; ● the nll itself, ○ a bound of it'
-    legend += '; dashed: the true entropy' * len(floor)
-    svg = f'<svg viewBox="0 0 900 {height}" width="900" fill="currentColor" font-size="13">{"".join(parts)}</svg>'
-    return f'<figure class="scroll">{svg}<figcaption class="note">{legend}</figcaption></figure>'
+def marked(text, faults):
+    """Return the parts of a text with what the grammar objects to in each, [(part, objection or '')]."""
+    parts, end = [], 0
+    for fault in faults:
+        start = min(fault['position'], len(text))
+        stop = start + max(1, len(fault['said']))
+        expected = ' or '.join(fault['expected'][:3]) or 'the end'
+        objection = f'{fault["kind"] or "text"}; expected: {expected}'
+        parts += [(text[end:start], ''), (text[start:stop] or '∅', objection)]
+        end = stop
+    return [*parts, (text[end:], '')]
 
 
 # ---------------------------------------------------------------------------- curves of runs

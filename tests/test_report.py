@@ -9,6 +9,7 @@ from lm import report
 from lm.configurator import UserError
 
 HEAD = 'step,train/loss,val/loss\n'
+RESULTS = dict(dataset='letters', mode='packed', block_size=8, versions={'torch': '2'}, floor=None)
 
 
 def write_run(folder, rows, **results):
@@ -107,10 +108,11 @@ def test_a_chart_is_drawn_of_an_interval_that_reaches_below_zero():
         dict(name=name, bound='upper', nats_per_token=1.0, ci95=[low, 2.1])
         for name, low in (('a', 0.9), ('b', -0.1))
     ]
-    assert report.chart({'models': models, 'floor': None}).count('<circle') == 2
+    assert report.page({**RESULTS, 'models': models}).count('<circle') == 2
 
 
 def test_what_the_grammar_objects_to_is_marked_in_the_page():
     fault = {'position': 5, 'kind': 'pronoun', 'said': 'his', 'expected': ['her']}
-    html = report.samples({'samples': ['took his <hat>'], 'faults': [[fault]]}, 1)
-    assert html == '<pre>took <mark title="pronoun; expected: her">his</mark> &lt;hat&gt;</pre>'
+    model = {'name': 'a', 'samples': ['took his <hat>'], 'faults': [[fault]]}
+    html = report.page({**RESULTS, 'models': [model]})
+    assert '<pre>took <mark title="pronoun; expected: her">his</mark> &lt;hat&gt;</pre>' in html
