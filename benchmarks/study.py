@@ -120,21 +120,18 @@ def crossing(curve, goal, redraws=200):
         return 'too few'
 
     def fit(y):
-        """Fit each column of y (N, M): return a, b, c (M,)."""
+        """Fit each column of y (N, M): return the epochs at which it is at the goal (M,), and its curve (N, M)."""
         fits, errors = zip(*(np.polyfit(x**-c, y, 1, full=True)[:2] for c in EXPONENTS))
         best = np.argmin(errors, axis=0)  # (M,)
         b, a = np.array(fits)[best, :, range(len(best))].T
-        return a, b, EXPONENTS[best]
-
-    def epochs(a, b, c):
-        reached = (goal > a) & (b > 0)
+        c, reached = EXPONENTS[best], (goal > a) & (b > 0)
         gap, slope = np.where(reached, (goal - a, b), 1)
-        return np.where(reached, (gap / slope) ** (-1 / c), np.inf)
+        return np.where(reached, (gap / slope) ** (-1 / c), np.inf), a + b * x[:, None] ** -c
 
-    a, b, c = fit(y[:, None])
-    residuals = np.random.default_rng(0).choice(y - (a + b * x**-c), (len(x), redraws))
-    low, high = np.quantile(epochs(*fit(y[:, None] + residuals)), [0.025, 0.975], method='nearest')
-    found, low, high = (f'{x:.3g}' if x < np.inf else 'never' for x in (*epochs(a, b, c), low, high))
+    (found,), fitted = fit(y[:, None])
+    residuals = np.random.default_rng(0).choice(y - fitted[:, 0], (len(x), redraws))
+    low, high = np.quantile(fit(y[:, None] + residuals)[0], [0.025, 0.975], method='nearest')
+    found, low, high = (f'{x:.3g}' if x < np.inf else 'never' for x in (found, low, high))
     return found if found == low == high else f'{found} ({low} to {high})'
 
 
