@@ -69,8 +69,9 @@ config = configure(globals())
 METRICS = ('perplexity', 'accuracy', 'generation', 'speed', 'instructions', 'infilling')
 MAX_GAPS, TRIES = 4, 8  # of infilling
 WRITING = {'generation', 'speed', 'instructions', 'infilling'}  # metrics of texts that are sampled
-OPTIONS = {True: 'temperature top_k top_p'}  # of generate(), for a causal model, and for another
-OPTIONS[False] = OPTIONS[True] + ' steps sampler block_length threshold eta k fresh_beliefs'
+OF_TEXTS = (
+    'num_samples sample_tokens temperature top_k top_p steps sampler block_length threshold eta fresh_beliefs'
+)
 paths, wanted = ([part.strip() for part in text.split(',') if part.strip()] for text in (checkpoint, metrics))
 
 check_range(config, 1, math.inf, 'batch_size', 'draws', 'exact_rows', 'num_samples')
@@ -78,8 +79,7 @@ check_range(config, 0, 2**63, 'seed')
 check_range(config, 0, math.inf, 'block_size', 'max_tokens', 'sample_tokens', 'bound_steps', 'k')
 report_idle(config, 'without exact', 'exact_rows' * (not exact))
 report_idle(config, 'without metrics=instructions', 'instructions' * ('instructions' not in wanted))
-of_texts = {'num_samples', 'sample_tokens', *OPTIONS[False].split()} - {'k'}  # which a bound has too
-report_idle(config, 'without metrics of texts', ' '.join(of_texts) * WRITING.isdisjoint(wanted))
+report_idle(config, 'without metrics of texts', OF_TEXTS * WRITING.isdisjoint(wanted))
 is_measured = bool(exact or bound_steps or {'perplexity', 'accuracy'} & {*wanted})
 report_idle(config, 'without perplexity or accuracy', 'max_tokens draws' * (not is_measured))
 require(paths, 'No checkpoint is given; name some: --checkpoint=out/run-a,out/run-b.')
@@ -226,14 +226,10 @@ def write_batch(model, heads, length, seed, stop_tokens=()):
 
 
 def options(model):
-    return {name: config[name] for name in OPTIONS[model.causal].split()}
-
-
-def given_options(model):
-    """Return those that were given and have an effect, as text: the others are sample.py's own."""
-    idle = set() if model.has_beliefs else {'k', 'fresh_beliefs'}
-    given = [name for name in options(model) if name in config.given - idle]
-    return ', '.join(f'{name}={config[name]}' for name in given)
+    """Return those settings of `generate` that a model has."""
+    names = 'temperature top_k top_p' + ' steps sampler block_length threshold eta' * (not model.causal)
+    names += ' k fresh_beliefs' * model.has_beliefs
+    return {name: config[name] for name in names.split()}
 
 
 def evaluate_generation(model, state):
@@ -453,8 +449,9 @@ for state in states:
     figures = {'name': name, 'path': str(state['path']), 'architecture': state['architecture']}
     figures |= {'parameters': model.num_parameters(), 'step': state.get('global_step')}
     figures |= {'bound': model.bound, 'order': model.order.removesuffix(', two passes per token' * (k == 0))}
-    if WRITING & {*wanted} and (given := given_options(model)):
-        figures['sampled_with'] = given
+    given = [f'{name}={value}' for name, value in options(model).items() if name in config.given]
+    if given and WRITING & {*wanted}:
+        figures['sampled_with'] = ', '.join(given)  # the others are sample.py's own
     if is_measured:
         more, sums = evaluate_likelihood(model, first)
         figures |= more

@@ -14,7 +14,7 @@ from pathlib import Path
 from jinja2 import Environment
 
 from lm.configurator import printable, require
-from lm.files import require_folder
+from lm.files import as_sentence, require_folder
 from lm.tokenizer import settings_of
 
 # Key, format and title of each column, a group per line; a column that no model has is left out.
@@ -212,10 +212,8 @@ def text_curve(run, width=78, height=12):
 
 def new_figure(width, height):
     """Return a figure of so many inches to draw in."""
-    try:
+    with as_sentence('Curves are drawn by matplotlib, which cannot be imported', 'pip install matplotlib'):
         from matplotlib.figure import Figure
-    except ImportError:
-        require(False, 'Curves as pictures need matplotlib; `pip install matplotlib`.')
     return Figure(figsize=(width, height), layout='constrained')
 
 
