@@ -60,17 +60,16 @@ def gather(folder):
     """Add the runs under a folder to docs/study.csv, in place of what it has of the same ones; return all its lines."""
     runs = [path.parent for path in Path(folder).glob('*/metrics.csv')] if folder else []
     require(runs or not folder, f'{folder} has no runs; sweep.py config/sweep_repeats.py makes some.')
-    lines, first = list(csv.reader(STUDY.open(newline='')))[1:] if STUDY.exists() else [], None
+    lines = list(csv.reader(STUDY.open(newline='')))[1:] if STUDY.exists() else []
     lines = [[int(u), kind, *map(int, numbers), float(loss)] for u, kind, *numbers, loss in lines]
-    for run in runs:
-        settings = json.loads((run / 'config.json').read_text())
-        limited = settings.get('unique_tokens')
+    settings = [json.loads((run / 'config.json').read_text()) for run in runs]
+    for run, now in zip(runs, settings):
+        limited, first = now.get('unique_tokens'), settings[0]
         require(limited, f'{run} went through all of its data; the study is of runs with --unique_tokens.')
-        first = first or settings
-        keys = sorted(first.keys() & settings.keys() - OWN)  # versions may have others
-        other = {key: (first[key], settings[key]) for key in keys if first[key] != settings[key]}
+        keys = sorted(first.keys() & now.keys() - OWN)  # versions may have others
+        other = {key: (first[key], now[key]) for key in keys if first[key] != now[key]}
         require(not other, f'{runs[0]} and {run} differ in {other}; one study has one size, rate and data.')
-        lines += read_run(run, settings)
+        lines += read_run(run, now)
     lines = sorted({tuple(line[:4]): line for line in lines}.values())
     text = io.StringIO()
     csv.writer(text, lineterminator='\n').writerows([COLUMNS, *lines])
