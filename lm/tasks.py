@@ -12,7 +12,7 @@ import numpy as np
 import sympy
 import torch
 
-from lm.configurator import note, require
+from lm.configurator import UserError, note, require
 
 PATTERNS = {'fn_c': (1, 0, 1, 0, 1, 0, 1, 0), 'fn_d': (0, 0, 1, 1, 1, 1, 1, 1)}
 
@@ -124,6 +124,8 @@ def draw_class(task, wanted, draw, n, length, near_misses):
         x = x[np.isin(x[:, -1], (1, 3, 7, 9))] if task == 'fn_k' else x
     elif task == 'fn_h':
         x = draw_brackets(draw, n, length)
+        if not wanted:
+            flip(draw, x, min(5, length), length)
     else:
         x = draw.integers(0, 2, (n, length), np.uint8)
 
@@ -132,10 +134,8 @@ def draw_class(task, wanted, draw, n, length, near_misses):
         x[np.arange(n)[:, None], start[:, None] + np.arange(8)] = PATTERNS[task]
     if task == 'fn_g' and (wanted or near_misses):
         x[:, length - length // 2 :] = x[:, : length // 2][:, ::-1]
-    if task == 'fn_h' and not wanted:
-        flip(draw, x, min(5, length), length)
-    if task == 'fn_g' and near_misses and not wanted:
-        flip(draw, x, 1, length // 2)
+        if not wanted:
+            flip(draw, x, 1, length // 2)
     return x[label(task, x) == wanted]
 
 
@@ -163,9 +163,9 @@ def check(task, length, sizes):
         fits = size in range(0 if key == 'val' else 2, 2**62, 2)
         require(fits, f'{key}_set_size is {size}; it must be even, half of each class.')
     total, base = sum(sizes.values()), len(digits_of(task))
-    rows = min(total, base**length)  # a longer number could not be printed
-    problem = f'The sets ask for {total:,} rows, and there are only {base}^{length} = {rows:,}'
-    require(rows == total, f'{problem}; choose smaller sets or a longer sequence_length.')
+    if total > base**length:
+        problem = f'The sets ask for {total:,} rows, and there are only {base}^{length} = {base**length:,}'
+        raise UserError(f'{problem}; choose smaller sets or a longer sequence_length.')
 
 
 def derived_seed(task, length, train, test, seed, compat=False):
@@ -195,11 +195,10 @@ def splits(task, length, train, test, val=0, seed=42, compat=False):
         x = x[draw.permutation(len(x))]
         for name, size in sizes.items():  # the test set comes last: what is missing repeats there
             part, x = x[: size // 2], x[size // 2 :]
-            missing = size // 2 - len(part)
-            repeats = compat and task in RARE and name == 'test' and len(part)
-            remedy = 'choose smaller sets or longer sequences' + ', or --compat' * (task in RARE)
-            require(not missing or repeats, f'{problem}; {remedy}.')
-            if missing:
+            if missing := size // 2 - len(part):
+                repeats = compat and task in RARE and name == 'test' and len(part)
+                remedy = 'choose smaller sets or longer sequences' + ', or --compat' * (task in RARE)
+                require(repeats, f'{problem}; {remedy}.')
                 part = np.concatenate([part, part[draw.integers(0, len(part), missing)]])
             parts[name].append(part)
     return {name: (np.concatenate(both), np.repeat([0, 1], sizes[name] // 2)) for name, both in parts.items()}
@@ -211,9 +210,8 @@ def digits_of(task):
 
 def digit_ids(tokenizer, task):
     """Return the ids of the task's digits in any tokenizer, each encoded alone: it would group a text of digits."""
-    ids = [tokenizer.encode(digit) for digit in digits_of(task)]
-    if any(len(one) > 1 for one in ids):  # SentencePiece puts a mark before the first word
-        ids = [tokenizer.encode_behind(digit) for digit in digits_of(task)]
-    is_single = all(len(one) == 1 for one in ids)
-    require(is_single, 'This tokenizer has no token for each digit; start from another checkpoint.')
-    return np.array(ids)[:, 0]
+    for encode in (tokenizer.encode, tokenizer.encode_behind):  # some put a mark before the first word
+        ids = [encode(digit) for digit in digits_of(task)]
+        if all(len(one) == 1 for one in ids):
+            return np.array(ids)[:, 0]
+    raise UserError('This tokenizer has no token for each digit; start from another checkpoint.')
