@@ -11,9 +11,8 @@
         'classes': ['negative', 'positive'],  # names, where the labels are names; or just how many
         'filter_length': False}}}            # True: rows that are too long are left out instead of cut
 
-config/languages.json is one; a folder stands under data/ or is given as a path, what is none is looked for on the
-hub. A task may also hold several such entries by name, {'sentiment': {'allegro': {...}, 'reviews': {...}}}: then
-pol:allegro chooses one.
+config/languages.json is one. A task may also hold several such entries by name, {'sentiment': {'allegro': {...},
+'reviews': {...}}}: then pol:allegro chooses one.
 """
 
 import json
@@ -52,9 +51,8 @@ def find_entry(database, language, task):
     tasks = database[language]
     require(task in tasks, f'The database has no task {task!r} of {language!r}, only {", ".join(tasks)}.')
 
-    entry, where = database[language][task], f'{language!r}, {task!r} of the database'
+    entry, where = tasks[task], f'{language!r}, {task!r} of the database'
     if 'dataset' not in entry:  # several, by their names
-        name = name or (next(iter(entry)) if len(entry) == 1 else None)
         names = ', '.join(f'{language}:{each}' for each in entry)
         require(name in entry, f'{where} has several data sets; choose one of {names}.')
         entry = entry[name]
@@ -202,4 +200,4 @@ def load_tokenizer(path):
     pair = f'{path}-vocab.json', f'{path}-merges.txt'
     if all(Path(name).is_file() for name in pair):
         return Tokenizer(tokenizers.ByteLevelBPETokenizer(*pair, add_prefix_space=True).to_str(), path)
-    return build('gpt2') if path == 'gpt2' else Tokenizer.load(path)
+    return Tokenizer.load(path)
