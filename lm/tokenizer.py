@@ -34,8 +34,7 @@ class Tokenizer:
         require(json_text is not None, 'This model came without a tokenizer.json; import it again with one.')
         with as_sentence(f'{name} could not be read', 'give a tokenizer.json'):
             inner = tokenizers.Tokenizer.from_str(json_text)
-            own = inner.post_processor
-            ids = recorded_in(json.loads(own.__getstate__())) if own else {}
+            ids = recorded_in(json.loads(json_text).get('post_processor'))
             end, start, mask = (known_id(inner, token) for token in (end, start, mask))
             told = {ENDOFTEXT: end, STARTOFTEXT: start, MASK: mask} if mask is not None else {ENDOFTEXT: end}
             if not ids and (mask is not None or end not in (None, inner.token_to_id(ENDOFTEXT))):
@@ -95,12 +94,12 @@ class Tokenizer:
 
     def encode_batch(self, texts):
         """Return the token ids of each text; raise UserError for a character that the vocabulary lacks."""
-        if self._characters is not None:
-            unknown = ''.join(sorted(set().union(*texts) - self._characters))
-            place = next((text.index(unknown[0]) for text in texts if unknown and unknown[0] in text), 0)
-            near = next((text[max(0, place - 20) : place + 20] for text in texts if unknown[:1] in text), '')
-            problem = f'The character {unknown[:1]!r} of {near!r} is not in the vocabulary of this tokenizer'
-            require(not unknown, f'{problem}; leave it out, or prepare data with --tokenizer=bytes or bpe.')
+        for text in texts if self._characters is not None else ():
+            if unknown := sorted(set(text) - self._characters):
+                place = text.index(unknown[0])
+                near = text[max(0, place - 20) : place + 20]
+                problem = f'The character {unknown[0]!r} of {near!r} is not in the vocabulary'
+                raise UserError(f'{problem}; leave it out, or prepare data with --tokenizer=bytes or bpe.')
         return [row.ids for row in self.inner.encode_batch_fast(texts, add_special_tokens=False)]
 
     def encode_behind(self, text, is_text=True):
@@ -230,24 +229,23 @@ def pieces(text):
 
 def json_of_pair(folder):
     """Return a tokenizer.json's text made of vocab.json and merges.txt, the older form (OPT's)."""
-    with as_sentence(f'vocab.json and merges.txt of {folder} could not be read', 'download them again'):
+    with as_sentence(f'The tokenizer of {folder} could not be read', 'download it again'):
         tokenizer = byte_level(*models.BPE.read_file(f'{folder}/vocab.json', f'{folder}/merges.txt'))
-    special = ('<s>', '<pad>', '</s>', '<unk>', ENDOFTEXT)
-    tokenizer.add_special_tokens([token for token in special if tokenizer.token_to_id(token) is not None])
-    settings = settings_of(folder, 'tokenizer_config.json')
-    if settings.get('tokenizer_class') in ('DreamTokenizer', 'Qwen2Tokenizer'):
-        words = pre_tokenizers.Split(Regex(QWEN_WORDS), 'isolated')
-        parts = [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-        tokenizer.pre_tokenizer, tokenizer.normalizer = pre_tokenizers.Sequence(parts), normalizers.NFC()
-    with as_sentence(f'tokenizer_config.json of {folder} could not be read', 'download it again'):
-        names = settings_of(folder, 'added_tokens.json')  # the older form
-        added = {i: {'content': token, 'special': True} for token, i in names.items()}
-        added = {**added, **{int(i): token for i, token in settings.get('added_tokens_decoder', {}).items()}}
-        for i in sorted(added):
-            token = added[i]['content']
-            tokenizer.add_tokens([AddedToken(token, special=added[i]['special'], normalized=False)])
+        special = ('<s>', '<pad>', '</s>', '<unk>', ENDOFTEXT)
+        tokenizer.add_special_tokens([token for token in special if tokenizer.token_to_id(token) is not None])
+        settings = settings_of(folder, 'tokenizer_config.json')
+        if settings.get('tokenizer_class') in ('DreamTokenizer', 'Qwen2Tokenizer'):
+            words = pre_tokenizers.Split(Regex(QWEN_WORDS), 'isolated')
+            parts = [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+            tokenizer.pre_tokenizer, tokenizer.normalizer = pre_tokenizers.Sequence(parts), normalizers.NFC()
+
+        added = {i: (token, True) for token, i in settings_of(folder, 'added_tokens.json').items()}
+        for i, token in settings.get('added_tokens_decoder', {}).items():  # the newer form
+            added[int(i)] = token['content'], token['special']
+        for i, (token, is_special) in sorted(added.items()):
+            tokenizer.add_tokens([AddedToken(token, special=is_special, normalized=False)])
             require(tokenizer.token_to_id(token) == i, f'{token} of {folder} cannot be token {i}.')
-    return tokenizer.to_str()
+        return tokenizer.to_str()
 
 
 def known_id(tokenizer, token):
