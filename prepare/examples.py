@@ -17,32 +17,32 @@ OUTCOMES = ('whole', 'cut', 'too long', 'empty', 'refused')  # of encoding; the 
 
 
 class Document(str):
-    """A conversation as JSON text; `unread` names fields of its record that were not read; `part` is the split that it
-    belongs to, where not its hash decides that."""
+    """A conversation as JSON text."""
 
-    unread, part = (), None
+    unread = ()  # names of fields of its record that were not read
+    part = None  # the split that it belongs to, where its hash does not decide that
 
 
 def conversation(record, where, field=''):
     """Return a record as {'system': '...', 'turns': [[instruction, input, output], ...]} or, with `field`,
-    {'text': ...}, and the names of the fields that were read, beside `system`. A turn that ends with False is
-    not learnt. UserError: a record of none of the known shapes."""
+    {'text': ...}, and the names of the fields that were read. A turn that ends with False is not learnt. UserError: a
+    record of none of the known shapes."""
     if field:
         return {'text': text_of(field, record, where)}, [*record]
     system = text_of('system', record, where) if record.get('system') else ''
     for name in ('messages', 'conversations'):
         if name in record:
-            return from_messages(record[name], f'{where}, {name}', system), [name]
+            return from_messages(record[name], f'{where}, {name}', system), ['system', name]
     for asked, answered, given in SHAPES:
         if asked in record and answered in record:
-            read = [asked, answered, given]
+            read = ['system', asked, answered, given]
             if isinstance(record[asked], list) and isinstance(record[answered], list):  # TRL's conversations
                 return from_messages(record[asked] + record[answered], where, system), read
             instruction, output = text_of(asked, record, where), text_of(answered, record, where)
             given = text_of(given, record, where) if record.get(given) else ''
             return {'turns': [[instruction, given, output]]} | ({'system': system} if system else {}), read
     shapes = ', '.join(f'{asked} and {answered}' for asked, answered, _ in SHAPES)
-    problem = f'{where}: the fields {", ".join(map(repr, record)) or "(none)"} are of no known example'
+    problem = f'{where}: the fields {", ".join(map(repr, record))} are of no known example'
     raise UserError(f'{problem}; give {shapes}, messages, conversations, or --field.')
 
 
@@ -56,8 +56,7 @@ def from_messages(messages, where, system=''):
     messages are one instruction, what follows the last answer is left out, an answer of `weight` 0 or `train`
     false is not learnt."""
     is_list = isinstance(messages, list) and all(isinstance(message, dict) for message in messages)
-    problem = f'{where}: {kind_of(messages)} instead of a list of messages'
-    require(is_list, f'{problem}; write [{{"role": "user", "content": "..."}}, ...].')
+    require(is_list, f'{where}: {kind_of(messages)} instead of a list; write [{{"role": "user", ...}}, ...].')
     systems, asked, turns, unread = [system] if system else [], [], [], {}
     for number, message in enumerate(messages, 1):
         here = f'{where}, message {number}'
@@ -92,10 +91,11 @@ class Examples:
     def text(self, document):
         """Return the whole example as a text, from which a tokenizer learns."""
         form, turns, system = self.read(document)
-        return '\n\n'.join(
-            prompts.prompt_of(form, instruction, given, '' if number else system) + output
-            for number, (instruction, given, output, *_) in enumerate(turns)
-        )
+        texts = []
+        for instruction, given, output, *_ in turns:
+            texts.append(prompts.prompt_of(form, instruction, given, system) + output)
+            system = ''  # said once
+        return '\n\n'.join(texts)
 
     def encode(self, tokenizer, document):
         """Return [(ids, loss mask)], several of a long plain text, and the outcome; [] where it is left out."""

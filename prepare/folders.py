@@ -14,6 +14,7 @@ from pathlib import Path
 from lm.configurator import ROOT, UserError, require
 from lm.files import as_sentence, keep_others, lock, write_json
 from lm.folder import Folder
+from lm.tokenizer import settings_of
 
 FORMAT = 1
 WORK = '.work'  # a folder within the unfinished one, which no user's folder is named as
@@ -56,8 +57,6 @@ def unfinished_folder(target, command, overwrite):
     """Give the Journal of a hidden folder beside `target`, which takes its place if the block succeeds; if it
     fails, the folder vanishes, unless a shard is done: then the same command goes on from there."""
     folder = target.with_name(f'.{target.name}.partial')
-    if (folder / 'work' / 'journal.json').exists() and not (folder / WORK).exists():  # of an earlier version
-        (folder / 'work').rename(folder / WORK)
     try:
         busy = f'Another process is preparing {target}; wait, or change --name.'
         with lock(folder / WORK, 'lock', busy):  # which is no part of the result
@@ -71,8 +70,10 @@ def unfinished_folder(target, command, overwrite):
                 shutil.rmtree(target / WORK)
             except BaseException:  # a keyboard interrupt too
                 if journal.state:
-                    kept = f'{journal.documents()}, is kept in {shown(folder)}; the same command goes on from there.'
-                    print(f'What is done so far, {kept}', file=sys.stderr)
+                    kept = f'{journal.documents()}, is kept in {shown(folder)}'
+                    print(
+                        f'What is done so far, {kept}; the same command goes on from there.', file=sys.stderr
+                    )
                 else:
                     shutil.rmtree(folder, ignore_errors=True)
                 raise
@@ -83,13 +84,11 @@ def unfinished_folder(target, command, overwrite):
 
 class Journal:
     """How far an unfinished folder has come: `state`, which the writer saves after each shard, None before.
-    It continues what a killed run of the same command left, refuses what another left, or clears the
-    folder."""
+    It continues what a killed run of the same command left, refuses what another left, or clears the folder."""
 
     def __init__(self, folder, command, overwrite):
-        self.folder, self.command = folder, command
-        self.path, self.state = folder / WORK / 'journal.json', None
-        recorded = json.loads(self.path.read_text(encoding='utf-8')) if self.path.exists() else None
+        self.folder, self.command, self.state = folder, command, None
+        recorded = settings_of(folder / WORK, 'journal.json')
         words = differences(recorded, command) if recorded else ''
         problem = f'The unfinished preparation of {shown(folder)} was begun otherwise: {words}'
         require(overwrite or not words, f'{problem}. Give what it was begun with, or --overwrite.')
@@ -97,12 +96,12 @@ class Journal:
             self.state = recorded['state']
             print(f'going on where an unfinished preparation stopped, {self.documents()} in')
         else:
-            for path in (*filter(Path.is_file, folder.iterdir()), self.path):
+            for path in (*filter(Path.is_file, folder.iterdir()), folder / WORK / 'journal.json'):
                 path.unlink(missing_ok=True)
 
     def save(self, state):
         """Record {'source': {'documents': how many are done, ...}, 'sizes': {file name: bytes on the disk}, ...}."""
-        write_json(self.path, {**self.command, 'state': state})
+        write_json(self.folder / WORK / 'journal.json', {**self.command, 'state': state})
         self.state = state
 
     def documents(self):

@@ -44,7 +44,7 @@ HUB = {'alpaca': 'tatsu-lab/alpaca', 'dolly': 'databricks/databricks-dolly-15k'}
 
 def document(record, where):
     example, read = conversation(record, where, field)
-    unread = example.pop('unread', []) + unread_of(record, [*read, 'system'])
+    unread = example.pop('unread', []) + unread_of(record, read)
     text = Document(json.dumps(example, ensure_ascii=False))
     text.unread = unread
     return text

@@ -13,17 +13,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lm.configurator import UserError, note, printable, require
-from lm.files import sha256_of
-from lm.records import (
-    READERS,
-    attempt,
-    damage_named,
-    on_the_hub,
-    read_records,
-    refusals_named,
-    suffix_of,
-    text_of,
-)
+from lm.files import as_sentence, sha256_of
+from lm.records import READERS, attempt, on_the_hub, read_records, refusals_named, suffix_of, text_of
 
 
 @dataclass
@@ -35,7 +26,6 @@ class Source:
     inputs: dict  # name -> sha256 of what the documents are read from or made by
     total: float  # amount of the whole source, in `unit`s; None where nobody knows
     unit: str = 'B'
-    has_fields: bool = True  # of which a setting names the one with the text
     state: Callable = lambda: None  # () -> JSON that spares `documents` to read what is done once more
     limit: int = None  # of documents, where only the first are wanted
     where: dict = None  # of the hub: what `load_dataset` takes, its revision with it
@@ -53,18 +43,16 @@ def files(patterns, field, separator='', document=None):
     inputs = {}
     for path in paths:  # before anything is written
         require(path.stat().st_size, f'{path} is empty; fill it, or leave it out.')
-        with damage_named(path):
+        with as_sentence(f'{path} cannot be read', 'fetch it again, or leave it out'):
             inputs[str(path)] = sha256_of(path)
 
     def read(path):
-        is_txt = path.suffix.lower() == '.txt'
-        return read_txt(path, separator) if is_txt else read_records(path, make)
+        return read_txt(path, separator) if suffix_of(path) == '.txt' else read_records(path, make)
 
     def documents(done=0, state=None):
         return islice(chain.from_iterable(map(read, paths)), done, None)
 
-    total, has_fields = sum(path.stat().st_size for path in paths), {*map(suffix_of, paths)} != {'.txt'}
-    return Source(patterns, documents, inputs, total, has_fields=has_fields)
+    return Source(patterns, documents, inputs, sum(path.stat().st_size for path in paths))
 
 
 def hub(path, subset=None, field='text', document=None):
@@ -88,10 +76,8 @@ def hub(path, subset=None, field='text', document=None):
                 yield attempt(make, row, f'{path}, row {number}'), 1
 
     name = f'{path}/{subset}' if subset else path
-    url = f'https://huggingface.co/datasets/{name}'
-    inputs = {name: where['revision']}
-    state = lambda: stream.state_dict()
-    source = Source(url, documents, inputs, None, ' documents', state=state, where=where)
+    url, inputs = f'https://huggingface.co/datasets/{name}', {name: where['revision']}
+    source = Source(url, documents, inputs, None, ' documents', lambda: stream.state_dict(), where=where)
     return source
 
 
@@ -161,19 +147,16 @@ class Corpus:
 
 def expand(patterns, suffixes):
     """Return the paths, each once, that comma-separated files, globs or folders of files with `suffixes` stand for."""
-    paths, endings = [], ', '.join(suffixes)
+    found, endings = {}, ', '.join(suffixes)
     for pattern in filter(None, map(str.strip, patterns.split(','))):
         path = Path(pattern).expanduser()
         matches = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
         require(matches, f'No file matches {path} in {Path.cwd()}; check the path.')
-        for path in matches:
-            paths += sorted(files_below(path, suffixes)) if path.is_dir() else [path]
-    require(paths, f'There is nothing to read: give files, folders or globs, between commas, of {endings}.')
-    for path in paths:
-        require(suffix_of(path) in suffixes, f'{path} ends in none of {endings}; convert or rename it.')
-    found = {}
-    for path in paths:
-        found.setdefault(path.resolve(), path)  # by its first name, in its first place
+        for match in matches:
+            for path in sorted(files_below(match, suffixes)) if match.is_dir() else [match]:
+                require(suffix_of(path) in suffixes, f'{path} ends in none of {endings}; convert it.')
+                found.setdefault(path.resolve(), path)  # by its first name, in its first place
+    require(found, f'There is nothing to read: give files, folders or globs, between commas, of {endings}.')
     return [*found.values()]
 
 

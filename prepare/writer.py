@@ -36,11 +36,10 @@ NOT_CONTENT = 'name output_dir input source num_workers overwrite on_error'.spli
 
 
 def write(source, config, log_prob=None):
-    """Prepare `source` with the settings of a prepare script; return what the folder's config.json holds.
-    `log_prob(text)`, in nats, is given where the true distribution of the documents is known: then the loss
-    that no model can beat is recorded too. After a UserError a folder that was there is as it was."""
+    """Prepare `source` with the settings of a prepare script; return what the folder's config.json holds. Where the
+    documents' true `log_prob(text)`, in nats, is known, the loss that no model can beat is recorded too."""
     check_settings(config)
-    if not source.has_fields and 'field' in config:
+    if 'field' in config and all(name.lower().endswith('.txt') for name in source.inputs):
         report_idle(config, 'on .txt files', 'field')
         config['field'] = 'text'  # as where none is given
     target = target_folder(config)
@@ -56,26 +55,24 @@ def write(source, config, log_prob=None):
         corpus = Corpus(source, config['val_fraction'], config.get('on_error'))
         path = journal.folder / 'tokenizer.json'
         if not journal.state:
-            json_text = make_tokenizer(corpus, config).to_json()
-            save_atomically(path, lambda file: file.write(json_text.encode()))
+            made = make_tokenizer(corpus, config)
+            if config['tokenizer'] not in KINDS:
+                check_spelling(made, ''.join(corpus.sample(0.1)))
+            save_atomically(path, lambda file: file.write(made.to_json().encode()))
         start = command['arguments'].get('start_token')
         tokenizer = Tokenizer(path.read_text(encoding='utf-8'), path, start=start)
-        if not journal.state and config['tokenizer'] not in KINDS:
-            with suppress(UserError):  # a character vocabulary says for itself what it lacks
-                check_spelling(tokenizer, ''.join(corpus.sample(0.1)))
         counts = encode_corpus(corpus, tokenizer, config, journal)
         finished = describe(target, command, tokenizer, counts, corpus)
         if empty := [split for split in SPLITS if not counts[split]['tokens']]:
             journal.state = None  # with these settings there is nothing to go on with
             found = finished.get('examples') or finished['splits']
             problem = f'The {empty[0]} split is empty at val_fraction={config["val_fraction"]} of {found}'
-            nearer = '' if config['val_fraction'] == 0.5 else 'a val_fraction nearer to 0.5, or '
-            raise UserError(f'{problem}; give {nearer}more text.')
+            raise UserError(f'{problem}; give a val_fraction nearer to 0.5, or more text.')
         if log_prob:
             nats, val = -sum(map(log_prob, corpus.texts_of('val'))), counts['val']
-            per_byte, names = nats / val['bytes'], 'nats_per_token nats_per_byte bits_per_byte nats_per_story'
-            figures = nats / val['tokens'], per_byte, per_byte / math.log(2), nats / val['documents']
-            finished['floor'] = dict(zip(names.split(), figures))
+            floor = {f'nats_per_{unit}': nats / val[f'{unit}s'] for unit in ('token', 'byte')}
+            floor['bits_per_byte'] = floor['nats_per_byte'] / math.log(2)
+            finished['floor'] = {**floor, 'nats_per_story': nats / val['documents']}
         paths = sorted([*journal.folder.glob('*.bin'), path])
         finished['sha256'] = {path.name: sha256_of(path) for path in paths}
         finished['checksum'] = checksum(finished)
@@ -88,8 +85,7 @@ def check_settings(config):
     kind = config['tokenizer']
     check_range(config, 0, math.inf, *{'num_workers', 'max_seq_len'} & set(config))
     check_range(config, 0, 1, 'val_fraction')
-    remedy = 'give the share of the text that is for validation'
-    require(config['val_fraction'], f'val_fraction is 0, so nothing could be evaluated; {remedy}.')
+    require(config['val_fraction'], 'val_fraction is 0, so nothing could be evaluated; give a share above 0.')
     check_range(config, 0.001, math.inf, 'tokenizer_sample_mb')
     if 'on_error' in config:
         check_choice(config, 'on_error', ('stop', 'skip'))
@@ -112,8 +108,8 @@ def check_spelling(tokenizer, text):
     """Report where a tokenizer loses or changes more of a text than its spaces."""
     both = text, tokenizer.decode(tokenizer.encode(text))
     told, found = (normalize('NFC', ''.join(x.split())) for x in both)
-    i = next((i for i, (a, b) in enumerate(zip(told, f'{found} ')) if a != b), 0)
     if told != found:
+        i = len(os.path.commonprefix([told, found]))
         problem = f'This tokenizer makes {found[i : i + 20]!r} of {told[i : i + 20]!r}'
         note(f'{problem}: what it leaves out or changes is not learned, and bits per byte are too low.')
 
@@ -150,8 +146,7 @@ def make_tokenizer(corpus, config):
 def load_tokenizer(path):
     """Load the Tokenizer of a tokenizer.json, of a folder that holds one, or of a checkpoint."""
     require(Path(path).exists(), f'tokenizer={path} is none of {", ".join(KINDS)}, nor a path; correct it.')
-    checkpoint = checkpoint_at(path)
-    if checkpoint:
+    if checkpoint := checkpoint_at(path):
         return Tokenizer(checkpoint['tokenizer'], path, start=checkpoint.get('start_token'))
     return Tokenizer.load(path)
 
@@ -165,8 +160,7 @@ def checkpoint_at(path):
 
 
 def model_at(path):
-    """Return how many tokens a model sees and its prompt format, of a checkpoint or a Hugging Face folder; None each
-    where there is none."""
+    """Return the block size and the prompt format of a checkpoint or Hugging Face folder; None where there is none."""
     if checkpoint := checkpoint_at(path):
         return checkpoint['model_config']['block_size'], checkpoint.get('prompt_format')
     c, block_size = settings_of(Path(path), 'config.json'), None
@@ -187,12 +181,11 @@ def encode_corpus(corpus, tokenizer, config, journal):
     for split, kind in product(SPLITS, kinds):
         path = journal.folder / f'{split}_{kind}.bin'
         path.touch()
-        size, written = path.stat().st_size, sizes.get(path.name, 8 if kind == 'index' else 0)
+        size, written = path.stat().st_size, sizes.get(path.name, 0)
         problem = f'{path} has {size:,} bytes of {written:,} that were written'
-        is_whole = size >= written or not journal.state
-        require(is_whole, f'{problem}; put it back, or begin anew with --overwrite.')
-        # What was written after the last finished shard goes; a new index holds the start of document 0.
-        os.truncate(path, written)
+        require(size >= written, f'{problem}; put it back, or begin anew with --overwrite.')
+        # What was written after the last finished shard goes; an index begins with the start of document 0.
+        os.truncate(path, max(written, 8 if kind == 'index' else 0))
 
     in_pieces = tokenizer.takes_pieces and not source.examples
     texts = corpus.texts(state['source'])
@@ -212,9 +205,8 @@ def encode_corpus(corpus, tokenizer, config, journal):
                 journal.save({'source': read, 'counts': counts, 'sizes': sizes})
                 bar.update(corpus.read['amount'] - bar.n)
         except BrokenProcessPool as error:
-            problem = 'A worker process was killed, as when memory runs out'
-            fewer = f'give fewer than num_workers={num_workers}'
-            raise UserError(f'{problem}; {fewer if num_workers > 1 else "split long documents"}.') from error
+            problem = f'One of num_workers={num_workers} was killed, as when memory runs out'
+            raise UserError(f'{problem}; give fewer, or split long documents.') from error
         finally:
             pool.shutdown(cancel_futures=True)
     return counts
@@ -262,8 +254,8 @@ def end_with_parent():
 
 
 def encode(batch):
-    """Return the split, {'tokens', 'index', 'masks': array} and the counts of (split, [(text, is_last)])."""
-    return batch[0], *encoder.encode(batch[1])
+    split, texts = batch
+    return split, *encoder.encode(texts)
 
 
 class Encoder:
@@ -310,8 +302,7 @@ def describe(target, command, tokenizer, counts, corpus):
     ids = tokenizer.endoftext_id, tokenizer.mask_id, tokenizer.ignore_id
     start = command['arguments'].get('start_token', ids[0])
     opening = tokenizer.encode(corpus.opening) if corpus.is_single and start == ids[0] else [start]
-    config = {'format': FORMAT, 'name': target.name, 'source': corpus.source.name}
-    config |= {key: command[key] for key in ('arguments', 'inputs')}
+    config = {'format': FORMAT, 'name': target.name, 'source': corpus.source.name, **command}
     config |= {'vocab_size': tokenizer.vocab_size, 'dtype': token_dtype(tokenizer).name}
     config['special_ids'] = dict(zip(SPECIAL_TOKENS, ids))
     config['splits'] = {split: {unit: count[unit] for unit in UNITS} for split, count in counts.items()}

@@ -108,9 +108,6 @@ def test_a_restart_repeats_no_finished_shard(prepare, tmp_path, small_shards, ca
         with pytest.raises(UserError, match='line 161: not valid JSON'):
             prepare(*words)
         assert 'documents, is kept in' in capsys.readouterr().err
-    (tmp_path / '.out.partial' / '.work').rename(
-        tmp_path / '.out.partial' / 'work'
-    )  # as an earlier version left it
     tokens = tmp_path / '.out.partial' / 'train_tokens.bin'
     tokens.write_bytes(b'\x01\x02' + tokens.read_bytes()[2:] + b'written after the last finished shard')
     capsys.readouterr()
