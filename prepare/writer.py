@@ -45,7 +45,8 @@ def write(source, config, log_prob=None):
     target = target_folder(config)
     if source.where and not config['overwrite']:
         stay_at_revision(source, target)
-    command = {'format': FORMAT, 'arguments': content_arguments(config), 'inputs': source.inputs}
+    given = None if config['tokenizer'] in KINDS else load_tokenizer(config['tokenizer'])
+    command = {'format': FORMAT, 'arguments': content_arguments(config, given), 'inputs': source.inputs}
     if finished := finished_folder(target, command, config['overwrite']):
         print(f'{shown(target)} is prepared already, with the same settings from the same input.')
         report(target, finished, config)
@@ -55,12 +56,11 @@ def write(source, config, log_prob=None):
         corpus = Corpus(source, config['val_fraction'], config.get('on_error'))
         path = journal.folder / 'tokenizer.json'
         if not journal.state:
-            made = make_tokenizer(corpus, config)
-            if config['tokenizer'] not in KINDS:
-                check_spelling(made, ''.join(corpus.sample(0.1)))
+            if given:
+                check_spelling(given, ''.join(corpus.sample(0.1)))
+            made = given or make_tokenizer(corpus, config)
             save_atomically(path, lambda file: file.write(made.to_json().encode()))
-        start = command['arguments'].get('start_token')
-        tokenizer = Tokenizer(path.read_text(encoding='utf-8'), path, start=start)
+        tokenizer = given or Tokenizer(path.read_text(encoding='utf-8'), path)
         counts = encode_corpus(corpus, tokenizer, config, journal)
         finished = describe(target, command, tokenizer, counts, corpus)
         if empty := [split for split in SPLITS if not counts[split]['tokens']]:
@@ -124,23 +124,23 @@ def target_folder(config):
     return (ROOT / 'data' / name).resolve()  # where a link leads to
 
 
-def content_arguments(config):
-    """Return the settings that decide the content of the files, as config.json records them."""
+def content_arguments(config, given):
+    """Return the settings that decide the content of the files, as config.json records them; given: the Tokenizer of a
+    path."""
     omitted = {*NOT_CONTENT, *(key for key in ('max_seq_len', 'hub') if not config.get(key))}
     omitted |= set() if config['tokenizer'] == 'bpe' else {'vocab_size', 'tokenizer_sample_mb'}
     arguments = {key: value for key, value in config.items() if key not in omitted}
-    if config['tokenizer'] not in KINDS:  # by content, because a path may come to hold something else
-        tokenizer = load_tokenizer(config['tokenizer'])
-        arguments['tokenizer'] = 'sha256:' + hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
-        if tokenizer.start_id != tokenizer.endoftext_id:  # what stands before a text
-            arguments['start_token'] = tokenizer.start_id
+    if given:  # by content, because a path may come to hold something else
+        arguments['tokenizer'] = 'sha256:' + hashlib.sha256(given.to_json().encode()).hexdigest()
+        if given.start_id != given.endoftext_id:  # what stands before a text
+            arguments['start_token'] = given.start_id
     return arguments
 
 
 def make_tokenizer(corpus, config):
     kind, texts = config['tokenizer'], map(corpus.as_text, corpus.texts())
     texts = corpus.sample(config['tokenizer_sample_mb']) if kind == 'bpe' else texts
-    return build(kind, texts, config['vocab_size']) if kind in KINDS else load_tokenizer(kind)
+    return build(kind, texts, config['vocab_size'])
 
 
 def load_tokenizer(path):
@@ -299,8 +299,7 @@ def token_dtype(tokenizer):
 
 def describe(target, command, tokenizer, counts, corpus):
     """Return config.json but for what follows from the files."""
-    ids = tokenizer.endoftext_id, tokenizer.mask_id, tokenizer.ignore_id
-    start = command['arguments'].get('start_token', ids[0])
+    ids, start = (tokenizer.endoftext_id, tokenizer.mask_id, tokenizer.ignore_id), tokenizer.start_id
     opening = tokenizer.encode(corpus.opening) if corpus.is_single and start == ids[0] else [start]
     config = {'format': FORMAT, 'name': target.name, 'source': corpus.source.name, **command}
     config |= {'vocab_size': tokenizer.vocab_size, 'dtype': token_dtype(tokenizer).name}
