@@ -31,8 +31,8 @@ def compiled(template):
     options = {'trim_blocks': True, 'lstrip_blocks': True, 'extensions': ['jinja2.ext.loopcontrols']}
     environment = ImmutableSandboxedEnvironment(**options)
     environment.filters['tojson'] = partial(json.dumps, ensure_ascii=False)
-    now = lambda form: datetime.now().strftime(form)  # when it is rendered
-    environment.globals.update(raise_exception=refuse, strftime_now=now)
+    environment.globals['raise_exception'] = refuse
+    environment.globals['strftime_now'] = lambda form: datetime.now().strftime(form)  # when it is rendered
     # Another tag in its place strips the same spaces.
     tag = lambda found: f'{{%{found[1]} {"endif" if found[2] else "if true"} {found[3]}%}}'
     return environment.from_string(GENERATION.sub(tag, template))
@@ -72,20 +72,20 @@ def pieces(template, tokenizer, turns, system=''):
         if SAID.sub(r'\2', marked) == plain:
             found = {int(number) for number, _ in SAID.findall(marked)}
             lost = [role for i, (role, text) in enumerate(said) if text and i not in found]
-            problem = f'The chat template leaves out what the {"".join(lost[:1])} says'
-            remedy = 'leave it out, or prepare data with --prompt_format=chatml'
-            require(not lost or not found, f'{problem}; {remedy}.')
+            if lost and found:
+                problem = f'The chat template leaves out what the {lost[0]} says; leave it out'
+                raise UserError(f'{problem}, or prepare data with --prompt_format=chatml.')
             return told_apart(marked, [role for role, _ in said])
     raise UserError('The chat template changes what is said; take another, such as --prompt_format=chatml.')
 
 
 def told_apart(marked, roles):
     """Return [(text, role)] of a marked text, in turn of the template and of a message; roles: of the messages."""
-    parts, position = [], 0
-    for part in SAID.finditer(marked):
-        parts += [(marked[position : part.start()], 'template'), (part[2], roles[int(part[1])])]
-        position = part.end()
-    return [*parts, (marked[position:], 'template')]
+    first, *others = SAID.split(marked)  # template, number, content, template, ...
+    parts = [(first, 'template')]
+    for number, content, text in zip(others[::3], others[1::3], others[2::3]):
+        parts += [(content, roles[int(number)]), (text, 'template')]
+    return parts
 
 
 def check_prefix(template, tokenizer, turns, system):

@@ -29,7 +29,6 @@ FORMATS = {
     '<|start_header_id|>assistant<|end_header_id|>\n\n{output}<|eot_id|>',
 }
 DEFAULT = FORMATS['default']
-MARKER = r'<\|\w+\|>'
 GAP = re.compile(r'<mask:(\d+)>')
 
 
@@ -77,10 +76,8 @@ def end_of(form, tokenizer):
             told = zip(*encode_chat(tokenizer, form, [('?', '', '.')]))
             answer = [token for token, in_loss in told if in_loss]
         return [tokenizer.endoftext_id, *answer][-1], ''
-    tail = form.partition('{output}')[2]
-    marker = re.match(MARKER, tail)
-    end = tokenizer.special_ids.get(marker[0]) if marker else None
-    return tokenizer.endoftext_id if end is None else end, tail[marker.end() :] if marker else tail
+    marker, between = re.fullmatch(r'(?s)(<\|\w+\|>)?(.*)', form.partition('{output}')[2]).groups()
+    return tokenizer.special_ids.get(marker, tokenizer.endoftext_id), between
 
 
 def stop_tokens(state, tokenizer):
@@ -174,22 +171,19 @@ def encode_infill(tokenizer, text):
     the space before it, that space belongs to the gap."""
     if tokenizer.joins_spaces:
         text = re.sub(r' <mask:', '<mask:', text)
-    ids = []
-    for i, part in enumerate(GAP.split(text)):
-        size = part.lstrip('0') if i % 2 else ''
-        require(len(size) < 8, f'<mask:{part:.20}> is longer than any row; write a smaller number.')
-        encode = tokenizer.encode_behind if i else tokenizer.encode
-        ids += [tokenizer.mask_id] * int(size or 0) if i % 2 else encode(part)
+    first, *others = GAP.split(text)  # text, size, text, ...
+    ids = tokenizer.encode(first)
+    for size, behind in zip(others[::2], others[1::2]):
+        digits = size.lstrip('0')
+        require(len(digits) < 8, f'<mask:{digits:.20}> is longer than any row; write a smaller number.')
+        ids += [tokenizer.mask_id] * int(digits or 0) + tokenizer.encode_behind(behind)
     require(tokenizer.mask_id in ids, f'{text!r:.80} has no gap; write <mask:12> for 12 missing tokens.')
     return ids
 
 
 def before(ids, tokenizer, start_token):
-    """Return the ids that stand before a text: a start token, as the first token of a row is never predicted.
-
-    Where the data was one long text, its start token is text itself, and only a text that is empty or begins with a gap
-    needs it.
-    """
+    """Return the ids that stand before a text: a start token, as the first token of a row is never predicted. One that
+    is text itself, of data that was one long text, stands only before a text that is empty or begins with a gap."""
     given = ids and ids[0] != tokenizer.mask_id and tokenizer.decode([start_token])
     return [] if given else [start_token]
 
