@@ -23,16 +23,15 @@ def main(arguments):
 
 def check_hashes(folder):
     """Yield a sentence for each file that is not the one that was written."""
-    recorded = folder.config.get('sha256') or {}
     if folder.config.get('checksum') not in (None, checksum(folder.config)):
         yield f'{folder.path / "config.json"} was changed after it was written.'
-    for name in sorted({'tokenizer.json', *recorded, *(path.name for path in folder.path.glob('*.bin'))}):
+    for name in sorted({'tokenizer.json', *folder.fingerprint, *(p.name for p in folder.path.glob('*.bin'))}):
         path = folder.path / name
         if not path.is_file():
             yield f'{path} is missing.'
-        elif name not in recorded:
+        elif name not in folder.fingerprint:
             yield f'{path} has no hash in config.json that it could be checked by.'
-        elif sha256_of(path) != recorded[name]:
+        elif sha256_of(path) != folder.fingerprint[name]:
             yield f'{path} is not the file that was written: config.json has another sha256.'
 
 

@@ -71,9 +71,7 @@ def unfinished_folder(target, command, overwrite):
             except BaseException:  # a keyboard interrupt too
                 if journal.state:
                     kept = f'{journal.documents()}, is kept in {shown(folder)}'
-                    print(
-                        f'What is done so far, {kept}; the same command goes on from there.', file=sys.stderr
-                    )
+                    print(f'What is done, {kept}; the same command goes on from there.', file=sys.stderr)
                 else:
                     shutil.rmtree(folder, ignore_errors=True)
                 raise

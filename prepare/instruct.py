@@ -74,8 +74,7 @@ if __name__ == '__main__':
     path = HUB.get(source, source)
     if source == 'stories':
         idle = sorted(config.given & {'val_fraction', 'field', 'on_error'})
-        problem = f'{" and ".join(idle)} has no effect on stories, of which all is known'
-        require(not idle, f'{problem}; leave it out.')
+        require(not idle, f'{" and ".join(idle)} has no effect on stories; leave it out.')
         config['max_examples'] = max_examples = max_examples or 20_000
         records = Source(story_tasks.SOURCE, told, story_tasks.VERSION, max_examples, ' examples')
     elif suffix_of(Path(path)) in READERS or path.count('/') != 1 or Path(path).exists():

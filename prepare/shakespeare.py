@@ -34,11 +34,10 @@ SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 @cache
 def download():
     """Return the text; called only where there is no finished folder to reuse."""
-    remedy = 'give a copy with --input=FILE'
-    with as_sentence(f'{URL} could not be downloaded', remedy):
+    with as_sentence(f'{URL} could not be downloaded', 'give a copy with --input=FILE'):
         content = urllib.request.urlopen(URL, timeout=30).read()
-    problem = f'{URL} gave {len(content)} bytes of another file'
-    require(hashlib.sha256(content).hexdigest() == SHA256, f'{problem}; {remedy}.')
+    is_known = hashlib.sha256(content).hexdigest() == SHA256
+    require(is_known, f'{URL} gives another file now; give a copy with --input=FILE.')
     return content.decode()
 
 
