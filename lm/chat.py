@@ -70,22 +70,17 @@ def pieces(template, tokenizer, turns, system=''):
     for part in (texts, spoken, joined, *stripped):
         marked = rendered([f'\ue000{i}\ue001{text}\ue002' for i, text in enumerate(part)])
         if SAID.sub(r'\2', marked) == plain:
-            found = {int(number) for number, _ in SAID.findall(marked)}
-            lost = [role for i, (role, text) in enumerate(said) if text and i not in found]
-            if lost and found:
+            first, *others = SAID.split(marked)  # template, number, content, template, ...
+            numbers = [*map(int, others[::3])]
+            lost = [role for i, (role, text) in enumerate(said) if text and i not in numbers]
+            if lost and numbers:
                 problem = f'The chat template leaves out what the {lost[0]} says; leave it out'
                 raise UserError(f'{problem}, or prepare data with --prompt_format=chatml.')
-            return told_apart(marked, [role for role, _ in said])
+            found = [(first, 'template')]
+            for number, content, text in zip(numbers, others[1::3], others[2::3]):
+                found += [(content, said[number][0]), (text, 'template')]
+            return found
     raise UserError('The chat template changes what is said; take another, such as --prompt_format=chatml.')
-
-
-def told_apart(marked, roles):
-    """Return [(text, role)] of a marked text, in turn of the template and of a message; roles: of the messages."""
-    first, *others = SAID.split(marked)  # template, number, content, template, ...
-    parts = [(first, 'template')]
-    for number, content, text in zip(others[::3], others[1::3], others[2::3]):
-        parts += [(content, roles[int(number)]), (text, 'template')]
-    return parts
 
 
 def check_prefix(template, tokenizer, turns, system):
