@@ -64,7 +64,7 @@ if __name__ == '__main__':
     require(source, 'There is nothing to read: give --source=alpaca, dolly, FILE.json, or a hub id.')
     if prompt_format:
         check_choice(config, 'prompt_format', prompts.FORMATS)
-    block_size, own_format = model_at(tokenizer)
+    _, block_size, own_format = model_at(tokenizer)
     form = prompts.FORMATS.get(prompt_format) or own_format or prompts.DEFAULT
     config['prompt_format'] = next((name for name, known in prompts.FORMATS.items() if known == form), form)
     config['max_seq_len'] = min(block_size or 1024, 1024) if max_seq_len is None else max_seq_len

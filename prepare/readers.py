@@ -62,12 +62,12 @@ def hub(path, subset=None, field='text', document=None):
 
     with refusals_named(path):
         where = on_the_hub(path, subset)
-    make, stream = document or partial(text_of, field), None
+    make = document or partial(text_of, field)
 
     def documents(done=0, state=None):
-        nonlocal stream
         with refusals_named(path):
             stream = datasets.load_dataset(**where, split='train', streaming=True)
+            source.state = stream.state_dict
             if state:
                 stream.load_state_dict(state)
             known = (stream.info.splits or {}).get('train')
@@ -77,7 +77,7 @@ def hub(path, subset=None, field='text', document=None):
 
     name = f'{path}/{subset}' if subset else path
     url, inputs = f'https://huggingface.co/datasets/{name}', {name: where['revision']}
-    source = Source(url, documents, inputs, None, ' documents', lambda: stream.state_dict(), where=where)
+    source = Source(url, documents, inputs, None, ' documents', where=where)
     return source
 
 

@@ -14,7 +14,6 @@ import threading
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from unicodedata import normalize
@@ -45,7 +44,7 @@ def write(source, config, log_prob=None):
     target = target_folder(config)
     if source.where and not config['overwrite']:
         stay_at_revision(source, target)
-    given = None if config['tokenizer'] in KINDS else load_tokenizer(config['tokenizer'])
+    given, *_ = model_at(config['tokenizer'])
     command = {'format': FORMAT, 'arguments': content_arguments(config, given), 'inputs': source.inputs}
     if finished := finished_folder(target, command, config['overwrite']):
         print(f'{shown(target)} is prepared already, with the same settings from the same input.')
@@ -143,33 +142,22 @@ def make_tokenizer(corpus, config):
     return build(kind, texts, config['vocab_size'])
 
 
-def load_tokenizer(path):
-    """Load the Tokenizer of a tokenizer.json, of a folder that holds one, or of a checkpoint."""
+def model_at(path):
+    """Return the Tokenizer, the block size and the prompt format of a checkpoint, a folder or a tokenizer.json; None
+    for what it does not have, and of KINDS."""
+    if path in KINDS:
+        return None, None, None
     require(Path(path).exists(), f'tokenizer={path} is none of {", ".join(KINDS)}, nor a path; correct it.')
-    if checkpoint := checkpoint_at(path):
-        return Tokenizer(checkpoint['tokenizer'], path, start=checkpoint.get('start_token'))
-    return Tokenizer.load(path)
-
-
-def checkpoint_at(path):
-    """Return the checkpoint that `path` leads to, or None."""
     if Path(path).suffix == '.pt' or (Path(path) / 'ckpt.pt').is_file():
         from lm import checkpoints  # imports torch, which takes seconds
 
-        return checkpoints.load(path, mmap=True)
-
-
-def model_at(path):
-    """Return the block size and the prompt format of a checkpoint or Hugging Face folder; None where there is none."""
-    if checkpoint := checkpoint_at(path):
-        return checkpoint['model_config']['block_size'], checkpoint.get('prompt_format')
-    c, block_size = settings_of(Path(path), 'config.json'), None
-    if 'model_type' in c:
-        from lm import families  # imports torch too
-
-        with suppress(UserError):  # where only its tokenizer can be used
-            block_size = (c.get('model_config') or families.config_from_hf(c, path))['block_size']
-    return block_size, prompts.template_of(Path(path))
+        checkpoint = checkpoints.load(path, mmap=True)
+        tokenizer = Tokenizer(checkpoint['tokenizer'], path, start=checkpoint.get('start_token'))
+        return tokenizer, checkpoint['model_config']['block_size'], checkpoint.get('prompt_format')
+    c = settings_of(Path(path), 'config.json')
+    c |= c.get('model_config', {})  # of a model that no family can hold
+    block_size = c.get('max_position_embeddings') or c.get('n_positions') or c.get('block_size')
+    return Tokenizer.load(path), block_size, prompts.template_of(Path(path))
 
 
 def encode_corpus(corpus, tokenizer, config, journal):
