@@ -114,9 +114,3 @@ class Examples:
         if None in parts:
             return [], 'too long'
         return parts, 'whole' if sum(len(part) for part, _ in parts) == len(ids) else 'cut'
-
-    def describe(self, counts, tokenizer, start_token):
-        """Return what config.json says of them; start_token: of a row."""
-        start_token = prompts.start_of(self.form, tokenizer, start_token)
-        examples = {name: counts[name] for name in OUTCOMES}
-        return {'prompt_format': self.form, 'start_token': start_token, 'examples': examples}

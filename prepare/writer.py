@@ -25,6 +25,7 @@ from lm import prompts
 from lm.configurator import ROOT, UserError, check_choice, check_range, note, printable, report_idle, require
 from lm.files import checksum, save_atomically, sha256_of, write_json
 from lm.tokenizer import KINDS, SPECIAL_TOKENS, Tokenizer, build, fast_gpt2, pieces, settings_of
+from prepare.examples import OUTCOMES
 from prepare.folders import FORMAT, WORK, finished_folder, shown, unfinished_folder
 from prepare.readers import Corpus
 
@@ -296,8 +297,11 @@ def describe(target, command, tokenizer, counts, corpus):
     config |= {key: corpus.read[key] for key in ('blank', 'skipped', 'unread')}
     config |= {key: value for key, value in command['arguments'].items() if key == 'max_seq_len'}
     config |= {'prompt_format': None, 'start_token': opening[0] if len(opening) == 1 else start}
-    examples = corpus.source.examples
-    return config | (examples.describe(counts['train'] + counts['val'], tokenizer, start) if examples else {})
+    if examples := corpus.source.examples:
+        outcomes, start = counts['train'] + counts['val'], prompts.start_of(examples.form, tokenizer, start)
+        config |= {'prompt_format': examples.form, 'start_token': start}
+        config['examples'] = {name: outcomes[name] for name in OUTCOMES}
+    return config
 
 
 def report(target, finished, config):
