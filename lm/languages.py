@@ -54,7 +54,7 @@ def find_entry(database, language, task):
     entry, where = tasks[task], f'{language!r}, {task!r} of the database'
     if 'dataset' not in entry:  # several, by their names
         names = ', '.join(f'{language}:{each}' for each in entry)
-        require(name in entry, f'{where} has several data sets; choose one of {names}.')
+        require(name in entry, f'{where} has data sets by name; choose one of {names}.')
         entry = entry[name]
     else:
         require(not name, f'{where} has one data set, none named {name!r}; leave :{name} out.')

@@ -41,7 +41,6 @@ def finished_folder(target, command, overwrite):
 def differences(recorded, command):
     """Return in words what distinguishes the command from the recorded one; inputs are compared by content."""
     before, now = ({**each['arguments'], 'format': each['format']} for each in (recorded, command))
-    now = json.loads(json.dumps(now))
     changed = [key for key in now | before if before.get(key) != now.get(key)]
     words = [f'{key} was {before.get(key)} and is {now.get(key)}' for key in changed]
     old, new = recorded['inputs'], command['inputs']

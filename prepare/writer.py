@@ -190,8 +190,8 @@ def encode_corpus(corpus, tokenizer, config, journal):
                     for kind in kinds:
                         arrays[f'{split}_{kind}.bin'].append(found[kind])
                 sizes |= {name: append(journal.folder / name, parts) for name, parts in arrays.items()}
-                read = {**corpus.read, 'state': source.state()}
-                journal.save({'source': read, 'counts': counts, 'sizes': sizes})
+                corpus.read['state'] = source.state()
+                journal.save({'source': corpus.read, 'counts': counts, 'sizes': sizes})
                 bar.update(corpus.read['amount'] - bar.n)
         except BrokenProcessPool as error:
             problem = f'One of num_workers={num_workers} was killed, as when memory runs out'
