@@ -69,7 +69,7 @@ class Tokenizer:
         """Load a `tokenizer.json`, or that of a folder: a prepared one, or Hugging Face's."""
         path = Path(path)
         folder, path = (path, path / 'tokenizer.json') if path.is_dir() else (path.parent, path)
-        told = pretrained_token(folder, 'eos'), pretrained_start(folder), pretrained_mask(folder)
+        told = pretrained_tokens(folder)
         if not path.is_file() and (folder / 'merges.txt').is_file():
             return cls(json_of_pair(folder), folder, *told)
         require(path.is_file(), f'There is no tokenizer at {path}; give a tokenizer.json or its folder.')
@@ -290,20 +290,17 @@ def pretrained_token(folder, kind):
             return token
 
 
-def pretrained_start(folder):
-    """Return the name or id of what, as a folder of ours or Hugging Face's says, is before a text, or None."""
-    recorded = settings_of(folder, 'config.json').get('start_token')
-    settings, jinja = settings_of(folder, 'tokenizer_config.json'), folder / 'chat_template.jinja'
+def pretrained_tokens(folder):
+    """Return the names or ids of the end of a text, of what is before it and of the mask, as a folder of ours or of
+    Hugging Face's says, None for what it does not say. What an `ar` model calls its mask is none."""
+    config, settings = (settings_of(folder, name) for name in ('config.json', 'tokenizer_config.json'))
+    mask = pretrained_token(folder, 'mask') if config.get('model_type') in DIFFUSION_FAMILIES else None
+    jinja = folder / 'chat_template.jinja'
     template = jinja.read_text(errors='replace') if jinja.is_file() else str(settings.get('chat_template'))
-    adds_bos = settings.get('add_bos_token') or 'bos_token' in template
-    adds_bos = adds_bos or pretrained_mask(folder) is not None  # as diffusion models are trained
-    return pretrained_token(folder, 'bos') if recorded is None and adds_bos else recorded
-
-
-def pretrained_mask(folder):
-    """Return the name or id of the mask of a released diffusion model; what an `ar` model calls so is no mask."""
-    is_diffusion = settings_of(folder, 'config.json').get('model_type') in DIFFUSION_FAMILIES
-    return pretrained_token(folder, 'mask') if is_diffusion else None
+    # Diffusion models are trained with it.
+    adds_bos = mask is not None or settings.get('add_bos_token') or 'bos_token' in template
+    bos = pretrained_token(folder, 'bos') if adds_bos else None
+    return pretrained_token(folder, 'eos'), config.get('start_token', bos), mask
 
 
 def settings_of(folder, name):
