@@ -10,12 +10,8 @@ thanked, and "she" stays "she" to the end.
     grammar.log_prob(text.replace("her", "his"))    # −inf: no story
     grammar.faults(text.replace("her", "his"))      # where it stops being one: [Fault(position, kind, said, expected)]
 
-The grammar is stories.txt beside this file; another such text makes another language. In its rules `{hero=heroes}`
-draws a row of the table `heroes`, binds it to `hero` and says it. `{hero}` says it again, `{hero.them}` says another
-form of it (its cell in the column `them`), and `{Hero}` begins with a capital. `{spot=place.spots}` draws from that
-cell of the place, so that the place decides what is there; `{hero.kind=heroes}` draws a hero, but says only the kind.
-`<plot>` is another rule, `[one|two]` is one or two, and `(Perhaps.)` is said or left out. Every choice follows Zipf's
-law: its r-th possibility has weight 1 / (r + 1), so that no weights have to be written down.
+The grammar is stories.txt beside this file, which says how it is written; another such text makes another language.
+Every choice follows Zipf's law: its r-th possibility has weight 1 / (r + 1), so that no weights are written down.
 """
 
 import heapq
@@ -32,11 +28,7 @@ import numpy as np
 # Recorded in prepared folders, which are reused for the same stories only: change it with stories.txt.
 VERSION = {'prepare/grammar.py': '8daa642a586c4c61bb0c1afede843bdc0f01b16b9a0071e759a2f6ba3bcae937'}
 
-# A table begins with its name and its columns. "Lily, Mia | girl" is two rows. Every row also has a form `a`
-# ("an owl"). A column called after a table names rows of that table, and a row that names just one has all of
-# that one's forms as well: Lily, being a "she", has her "her".
-# A rule is its name, a colon and a template, indented where it goes on; what it binds may be used from there on.
-TABLES, RULES = Path(__file__).with_name('stories.txt').read_text('utf-8').split('\n---\n')
+_, TABLES, RULES = Path(__file__).with_name('stories.txt').read_text('utf-8').split('\n---\n')
 KINDS = {  # of words that agree with what was said before, by form or variable; the others are things
     'pronoun': {'they', 'them', 'their', 'were'},
     'name': {'hero', 'pal'},
