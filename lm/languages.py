@@ -1,18 +1,6 @@
 """Labelled texts by language and task, out of a database of data sets: files here, or sets on the hub.
 
-    {'pol': {'sentiment': {
-        'dataset': 'allegro',                # a folder with a file per split (here or under data/), or a hub id
-        'config': None,                      # the hub's name for a part of it, where it has parts
-        'columns': None,                     # the names of the columns of files without a header line
-        'train_features': ['text'],          # one or more text columns
-        'eval_feature': 'label',             # the column of the label
-        'splits': ['train', 'val', 'test'],  # or ['train', 'test']
-        'task_type': 'classification',
-        'classes': ['negative', 'positive'],  # names, where the labels are names; or just how many
-        'filter_length': False}}}            # True: rows that are too long are left out instead of cut
-
-config/languages.json is one. A task may also hold several such entries by name, {'sentiment': {'allegro': {...},
-'reviews': {...}}}: then pol:allegro chooses one.
+config/languages.json is one; docs/guide.md says under Classification what an entry of it holds.
 """
 
 import json
