@@ -12,6 +12,7 @@ The families that it knows are in lm/families.py; others export as 'diffusion-lm
 import argparse
 import json
 import shutil
+from contextlib import ExitStack
 from os.path import expanduser
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 
 from lm import chat, checkpoints, families, files, lora, pretrained, prompts, sharded
-from lm.configurator import UserError, require
+from lm.configurator import require
 from lm.tokenizer import IGNORE, MASK, Tokenizer, is_record, recorded_in
 from model import ARCHITECTURES, ModelConfig
 
@@ -29,11 +30,8 @@ READ_WITH_A_MODEL = '*.json *.jinja *.safetensors *.bin *.model merges.txt'  # w
 
 def import_model(source, out, token=None, revision=None):
     """Write a Hugging Face folder or hub id as a ckpt.pt; return in words what it is."""
-    is_ours, remedy = (
-        Path(source).exists() and not checkpoints.is_pretrained(source),
-        'use it as it is, or export',
-    )
-    require(not is_ours, f'{source} is no Hugging Face folder; {remedy} a checkpoint of ours.')
+    ours = Path(source).exists() and not checkpoints.is_pretrained(source)
+    require(not ours, f'{source} is no Hugging Face folder; use it as it is, or export a checkpoint of ours.')
     checkpoint = pretrained.load(source, token, revision)
     checkpoints.save(out, checkpoint)
     c = ModelConfig(**checkpoint['model_config'])
@@ -55,32 +53,30 @@ def export(source, out):
         added = 2 if {config.mask_id, config.ignore_id} == {size - 2, size - 1} else 0
         rows = c['vocab_size'] = config.pretrained_rows or size - added
 
-    folder = out.with_name(f'.{out.name}.partial')
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        with files.writing(out):
-            folder.mkdir()
-            save_torch_state_dict(in_family(weights, family, rows), folder, max_shard_size=SHARD_BYTES)
-    except UserError:
-        shutil.rmtree(folder, ignore_errors=True)  # half of it would keep the disk full
-        raise
     c.update(start_token=checkpoint.get('start_token'), prompt_format=checkpoint.get('prompt_format'))
     c['trained_here'] = pretrained.is_ours(checkpoint)
-    if checkpoint['tokenizer'] is not None:
-        c.update(write_tokenizer(checkpoint, folder, rows if family else None))
     c['torch_dtype'] = str(next(iter(weights.values())).dtype).removeprefix('torch.')
-    files.write_json(folder / 'config.json', c)
-    for path in folder.glob('*.safetensors'):
-        shutil.copymode(folder / 'config.json', path)  # safetensors keeps others from reading
+
+    folder = out.with_name(f'.{out.name}.partial')
+    shutil.rmtree(folder, ignore_errors=True)
+    with files.writing(out), ExitStack() as on_failure:
+        on_failure.callback(shutil.rmtree, folder, ignore_errors=True)  # half of it would keep the disk full
+        folder.mkdir()
+        save_torch_state_dict(in_family(weights, family, rows), folder, max_shard_size=SHARD_BYTES)
+        if checkpoint['tokenizer'] is not None:
+            c.update(write_tokenizer(checkpoint, folder, rows if family else None))
+        files.write_json(folder / 'config.json', c)
+        for path in folder.glob('*.safetensors'):
+            shutil.copymode(folder / 'config.json', path)  # safetensors keeps others from reading
+        on_failure.pop_all()
     files.keep_others(out, folder, READ_WITH_A_MODEL)
     shutil.rmtree(out, ignore_errors=True)  # with --overwrite
     folder.rename(out)
 
     readers = f'for these scripts ({families.NATIVE!r}, {architecture}); transformers cannot read it'
     if family:
-        left_out = f', without the {size - rows} that were added ({MASK}, {IGNORE})' if size > rows else ''
-        is_known = ARCHITECTURES[architecture].causal
-        reader = 'transformers' if is_known else 'the code of its authors'
+        left_out = f', without the {size - rows} that were added ({MASK}, {IGNORE})' * (size > rows)
+        reader = 'transformers' if ARCHITECTURES[architecture].causal else 'the code of its authors'
         readers = f'of the family {family!r}, for {reader}; {rows} tokens{left_out}'
     lost = '; the head of the classifier is not in it' * ('head_state_dict' in checkpoint)
     return f'{source}, {readers}{lost}.'
@@ -104,8 +100,7 @@ def write_tokenizer(checkpoint, folder, rows):
     tokenizer = Tokenizer(checkpoint['tokenizer'], start=checkpoint.get('start_token'))
     came_with, name_of = checkpoint.get('came_with') or {}, tokenizer.inner.id_to_token
     added = {MASK, IGNORE}.intersection(came_with.get('added_tokens', (MASK, IGNORE)))
-    text = tokenizer.to_json()
-    text = text if rows is None else without_own_tokens(text, rows, added)
+    text = tokenizer.to_json() if rows is None else without_own_tokens(tokenizer.to_json(), rows, added)
     files.save_atomically(folder / 'tokenizer.json', lambda file: file.write(text.encode()))
     start, end, form = tokenizer.start_id, tokenizer.endoftext_id, checkpoint.get('prompt_format')
     if came_with.get('bos_token') is not None and (not form or chat.is_chat_template(form)):
@@ -140,10 +135,7 @@ def without_own_tokens(text, rows, added):
 def merge_adapter(source, base, out, token=None, revision=None):
     """Write a checkpoint with an adapter merged into its weights; return in words what it is."""
     checkpoint = checkpoints.load(base, token, revision)
-    config, path = lora.read_config(source), Path(base).resolve()
-    has_it = 'adapter_state_dict' in checkpoint and Path(source).resolve().parent in (path, path.parent)
-    problem = f'{base} has {source} merged in already'
-    require(not has_it, f'{problem}; export it, or give the base {config.get("base_model_name_or_path")}.')
+    config = lora.read_config(source)
     blocks = {key: config[key] for key in lora.BLOCKS if key in config}
     architecture = config.get('architecture', checkpoint['architecture'])
     checkpoint = checkpoints.convert(checkpoint, base, architecture, **blocks)
@@ -163,8 +155,8 @@ COMMANDS = {  # function, its source, options
     'merge': (merge_adapter, 'an adapter folder', 'base out overwrite token revision'),
     'consolidate': (sharded.consolidate, 'the folder of a stopped run with fsdp=True', ''),
 }
-OPTIONS = {
-    'out': dict(type=lambda text: Path(text).expanduser(), required=True, help='what to write'),
+OPTIONS = {  # of a link what it leads to
+    'out': dict(type=lambda text: Path(expanduser(text)).resolve(), required=True, help='what to write'),
     'overwrite': dict(action='store_true', help='replace what is there'),
     'base': dict(type=expanduser, required=True, help='what the adapter was trained on'),
     'token': dict(help='of the hub; without it, what `hf auth login` keeps'),
@@ -182,16 +174,14 @@ def main(words=None):
         for option in options.split():
             command.add_argument(f'--{option}', **OPTIONS[option])
     args = vars(parser.parse_args(words))
-    name, out = args.pop('command'), args.get('out')
+    name, out, overwrite = args.pop('command'), args.get('out'), args.pop('overwrite', False)
     if out:
-        out = args['out'] = out.resolve()  # what a link leads to
         files.require_folder(out)
-        is_folder = name == 'export'
-        replaceable = checkpoints.is_pretrained(out) if is_folder else out.is_file()
-        kind = 'exported model' if is_folder else 'checkpoint'
-        require(replaceable or not out.exists(), f'{out} is there and no {kind}; choose another --out.')
-        overwrite = args.pop('overwrite')
-        require(overwrite or not out.exists(), f'{out} is already there; replace it with --overwrite.')
+    if out and out.exists():
+        kind = 'exported model' if name == 'export' else 'checkpoint'
+        is_of_kind = checkpoints.is_pretrained(out) if name == 'export' else out.is_file()
+        require(is_of_kind, f'{out} is there and no {kind}; choose another --out.')
+        require(overwrite, f'{out} is already there; replace it with --overwrite.')
     if result := COMMANDS[name][0](**args):
         print(f'{out}: {result}')
 
