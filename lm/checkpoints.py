@@ -11,20 +11,18 @@ import torch
 from torch import distributed
 
 from lm import pretrained, quantize
-from lm.configurator import ROOT, note, report_idle, require, restore, user_errors
+from lm.configurator import ROOT, check_choice, note, report_idle, require, restore, user_errors
 from lm.files import as_sentence, save_atomically, write_json
 from lm.optim import local
 from lm.run_folder import RESULTS, newest_checkpoint, run_of
-from model import ARCHITECTURES, SIZES, Autoregressive, ModelConfig, architecture_name
+from model import ARCHITECTURES, SIZES, ModelConfig, architecture_name, check
 
 CHECKPOINT_FORMAT = 1
-NEEDED = {'architecture': str, 'model_config': dict, 'model_state_dict': dict, 'tokenizer': str | None}
-NEEDED |= {'global_step': int, 'start_token': int}
-TYPES = dict.fromkeys(['best_step', 'seed', 'rows_per_step'], int)
-TYPES |= dict.fromkeys('train_config optimizer_state_dict scaler_state_dict head_state_dict'.split(), dict)
-TYPES |= dict.fromkeys('ema_state_dict adapted_state_dict pending'.split(), dict | None)
-TYPES |= {'prompt_format': str | None, 'wandb_run_id': str | None, **NEEDED}
+NEEDED = {'architecture', 'model_config', 'model_state_dict', 'tokenizer', 'global_step', 'start_token'}
+TYPES = dict.fromkeys(['global_step', 'start_token', 'best_step'], int)  # of what is not used at once
 TYPES |= dict.fromkeys(['best_val_loss', 'best_score'], float)
+TYPES |= dict.fromkeys(['tokenizer', 'prompt_format', 'wandb_run_id'], str | None)
+TYPES |= {'train_config': dict, 'pending': dict | None}
 OTHERS = 'take another one of the run, best.pt or one under checkpoints/'
 
 
@@ -36,21 +34,18 @@ def is_pretrained(path):
     """Say whether a path is a Hugging Face folder or, given as text, could be the name of a model of its hub."""
     path, is_name = Path(path), isinstance(path, str) and not path.endswith('.pt')
     if path.is_dir():
-        settings = path / 'config.json'
-        is_run = (path / 'ckpt.pt').exists() or not settings.is_file()
-        return not is_run and '"model_type"' in settings.read_text('utf-8')
-    owner = path.parent  # out/run is no name where there is a folder out/
-    is_id = not path.is_absolute() and len(path.parts) <= 2 and (owner == Path() or not owner.exists())
-    return is_name and is_id and not path.exists()
+        settings, is_run = path / 'config.json', (path / 'ckpt.pt').exists()
+        return settings.is_file() and not is_run and '"model_type"' in settings.read_text('utf-8')
+    first = Path(path.parts[0])  # out/run is no name where there is a folder out/, and /run is none
+    return is_name and len(path.parts) <= 2 and not first.exists()
 
 
 def load(path, token=None, revision=None, mmap=False, sharded=False, tokenizer=None, architecture=''):
     """Load the dict that `ckpt.pt` holds, its tensors on the CPU.
 
     path: the file, a run folder, a Hugging Face folder, or the id of a model of its hub, for which `token` and
-    `revision` are. mmap: leave the tensors on disk until they are used. sharded: whether the weights may be missing,
-    because a folder beside it has them. tokenizer: of a ckpt.pt of nanoGPT's, which does not hold it. architecture: of
-    a checkpoint that does not say it; another than it says is refused.
+    `revision` are. mmap: leave the tensors on disk until they are used. sharded: whether the weights may be in a folder
+    beside it. tokenizer: of a ckpt.pt of nanoGPT's. architecture: of one that does not say it; another is refused.
     """
     if is_pretrained(path):
         run = next((out / path for out in (Path('out'), ROOT / 'out') if (out / path).is_dir()), None)
@@ -60,24 +55,21 @@ def load(path, token=None, revision=None, mmap=False, sharded=False, tokenizer=N
         return checkpoint
     path = newest_checkpoint(path) if Path(path).is_dir() else Path(path)
     require(path.is_file(), f'There is no checkpoint at {path}; correct the path, or train one.')
-    is_ours = zipfile.is_zipfile(path)  # PyTorch's advice for other files is unsafe
-    require(is_ours, f'{path} is damaged or no checkpoint of ours (no file of torch.save); {OTHERS}.')
     with as_sentence(f'{path} is damaged or no checkpoint of ours', OTHERS):
+        with zipfile.ZipFile(path) as file:  # PyTorch's advice for other files is unsafe
+            damaged = file.testzip()  # torch.load never looks at the checksums
+        require(not damaged, f'{path} is damaged ({damaged} has another checksum); {OTHERS}.')
         checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
-        with zipfile.ZipFile(path) as file:  # torch.load never looks at the checksums
-            damaged = file.testzip()
-    require(not damaged, f'{path} is damaged ({damaged} has another checksum); {OTHERS}.')
     checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
     if {'model', 'model_args'} <= checkpoint.keys():
         checkpoint = pretrained.from_nanogpt(checkpoint, path, tokenizer)
     require_architecture(checkpoint, path, architecture)
-    missing = NEEDED.keys() - checkpoint
+    missing = NEEDED - checkpoint.keys()
     if missing == {'model_state_dict'} and 'sharded' in checkpoint:
         remedy = f'put them into it with `python hf.py consolidate {path.parent}`, or let the run finish'
         require(sharded, f'The weights of {path} are sharded in {path.parent / "sharded"}; {remedy}.')
         return checkpoint
-    lacks = ', '.join(sorted(missing))
-    require(not missing, f'{path} lacks {lacks}, so it is no checkpoint of ours; give the ckpt.pt of a run.')
+    require(not missing, f'{path} lacks {", ".join(sorted(missing))}; give the ckpt.pt of a run.')
     with unedited(path):
         checkpoint['model_config'] = pretrained.current_config(checkpoint['model_config'])
         names = [name for name, x in checkpoint.items() if name.endswith('_state_dict') and x]
@@ -103,20 +95,17 @@ def tokenizer_of(path, token, revision):
 def check_contents(checkpoint):
     """Raise some error where an entry has another type than it should, or the weights are not those of the model."""
     for key in TYPES.keys() & checkpoint.keys():
-        if not isinstance(checkpoint[key], TYPES[key]):
-            raise TypeError(f'{key} is {checkpoint[key]!r:.40}')
+        check(isinstance(checkpoint[key], TYPES[key]), f'{key} is of {type(checkpoint[key])}')
     config, weights = checkpoint['model_config'], checkpoint['model_state_dict']
     step, start, size = checkpoint['global_step'], checkpoint['start_token'], config['vocab_size']
-    if min(step, start, config['block_size']) < 0 or checkpoint['tokenizer'] and start >= size:
-        raise ValueError(f'global_step is {step}, start_token {start}, block_size {config["block_size"]}')
-    if config['n_layer'] > len(weights):  # before so many layers are made
-        raise ValueError(f'n_layer is {config["n_layer"]}')
+    fits = min(step, start, config['block_size']) >= 0 and (start < size or not checkpoint['tokenizer'])
+    check(fits, f'global_step is {step}, start_token {start}, block_size {config["block_size"]}')
+    check(config['n_layer'] <= len(weights), f'n_layer is {config["n_layer"]}')  # before so many are made
     with torch.device('meta'):
         model = ARCHITECTURES[checkpoint['architecture']](ModelConfig(**config))
     for state_dict in filter(None, (weights, checkpoint.get('ema_state_dict'))):
         model.load_state_dict(state_dict, assign=True)  # copies nothing
-        if not all(weight.isfinite().all() for weight in state_dict.values()):
-            raise ValueError('a weight is not finite')
+        check(all(weight.isfinite().all() for weight in state_dict.values()), 'a weight is not finite')
 
 
 def unedited(path):
@@ -129,8 +118,7 @@ def unedited(path):
 
 def make_model(architecture, **model_config):
     """Make a model by its architecture's name and ModelConfig's fields; impossible ones are UserErrors."""
-    known = architecture in ARCHITECTURES
-    require(known, f'architecture is {architecture!r}; choose {" or ".join(ARCHITECTURES)}.')
+    check_choice({'architecture': architecture}, 'architecture', ARCHITECTURES)
     with user_errors():
         return ARCHITECTURES[architecture](ModelConfig(**model_config))
 
@@ -170,11 +158,10 @@ def as_ar(checkpoint, path):
     config = checkpoint['model_config']
     remedy = 'train with --ar_weight, or choose another sampler'
     require(config.get('ar_weight'), f'{path} was not trained to predict the next token; {remedy}.')
-    kind = architecture_name(Autoregressive)
     own = ARCHITECTURES[checkpoint['architecture']].new_weights(ModelConfig(**config))
     weights = {name: x for name, x in weights_of(checkpoint).items() if name not in own}
     config = {**config, 'block_length': (0,), 'ar_weight': 0.0}
-    parts = {'architecture': kind, 'model_config': config, 'model_state_dict': weights}
+    parts = {'architecture': pretrained.CAUSAL_LM, 'model_config': config, 'model_state_dict': weights}
     return {**checkpoint, **parts, 'ema_state_dict': None}
 
 
@@ -189,12 +176,10 @@ def check_fits(checkpoint, path, architecture, tokenizer, dataset):
 
 
 def check_padding(config, tokenizer):
-    """Raise a UserError for blocks or an ar_weight where texts are padded with their end, as LLaDA's are: what is
-    padding is neither a token of the `ar` model nor the beginning of a block. config: a ModelConfig."""
-    pads_with_end = tokenizer.ignore_id == tokenizer.endoftext_id
-    problem = 'This tokenizer pads texts with their end, so blocks would not learn where one ends'
-    fits = not (config.has_two_streams and pads_with_end)
-    require(fits, f'{problem}; leave block_length and ar_weight out.')
+    """Raise a UserError for blocks or an ar_weight where texts are padded with their end, as LLaDA's are: these would
+    not learn where a text ends."""
+    fits = not config.has_two_streams or tokenizer.ignore_id != tokenizer.endoftext_id
+    require(fits, 'This tokenizer pads texts with their end; leave block_length and ar_weight out.')
 
 
 def convert(checkpoint, path, architecture, block_size=None, **blocks):
@@ -204,40 +189,36 @@ def convert(checkpoint, path, architecture, block_size=None, **blocks):
     after it (`shift`), and the rows of <|mask|> and <|ignore|>, which it never learned, become the embedding's mean.
     blocks: a block_length and ar_weight other than the checkpoint's.
     """
-    config, weights = dict(checkpoint['model_config']), dict(weights_of(checkpoint))
-    longest = config['block_size']
+    longest = checkpoint['model_config']['block_size']
     block_size = block_size or longest
     require(block_size <= longest, f'{path} sees {longest} tokens; choose a smaller block_size.')
-    if 'positions.weight' in weights:
-        rows = config.get('position_offset', 0) + block_size
-        weights['positions.weight'] = weights['positions.weight'][:rows]
-    config |= {'block_size': block_size, **blocks}
-    source = checkpoint['architecture']
     with user_errors():
-        has_two_streams = ModelConfig(**config).has_two_streams
+        config = ModelConfig(**{**checkpoint['model_config'], 'block_size': block_size, **blocks})
     problem = f'{path} predicts a token from the position before it'
-    impossible = config.get('shift') and has_two_streams
+    impossible = config.shift and config.has_two_streams
     require(not impossible, f'{problem}, so it is no start for blocks or an ar_weight; leave these out.')
+    weights, source = dict(weights_of(checkpoint)), checkpoint['architecture']
+    if config.position == 'learned':
+        weights['positions.weight'] = weights['positions.weight'][: config.position_offset + block_size]
     if source != architecture:
         before, after = ARCHITECTURES[source], ARCHITECTURES.get(architecture)
         possible = after and (before.causal and not after.causal or issubclass(after, before))
         remedy = f'use --architecture={source}'
         require(possible, f'{path} holds architecture={source!r}, no start for {architecture!r}; {remedy}.')
         if before.causal and not after.causal:
-            config['shift'] = not has_two_streams
-            special = [i for i in (config['mask_id'], config['ignore_id']) if i is not None]
-            others = [i for i in range(config['vocab_size']) if i not in special]
+            config.shift = not config.has_two_streams
+            special = [i for i in (config.mask_id, config.ignore_id) if i is not None]
+            others = [i for i in range(config.vocab_size) if i not in special]
             for name in {'embedding.weight', 'unembedding.weight'} & set(weights):
                 weights[name] = weights[name].float().clone()
                 weights[name][special] = weights[name][others].mean(0)
-        weights = {**after.new_weights(ModelConfig(**config)), **weights}
+        weights = {**after.new_weights(config), **weights}
         with torch.device('meta'):
-            lacking = sorted(make_model(architecture, **config).state_dict().keys() - weights.keys())
-        remedy = f'let new_weights of {after.__name__} in model.py return what they begin with'
+            lacking = sorted(make_model(architecture, **vars(config)).state_dict().keys() - weights.keys())
         problem = f'{path} has no {", ".join(lacking[:3])} of architecture={architecture!r}'
-        require(not lacking, f'{problem}; {remedy}.')
+        require(not lacking, f'{problem}; let new_weights of {after.__name__} in model.py return a start.')
     converted_from = source if source != architecture else None
-    start = {'architecture': architecture, 'model_config': config, 'converted_from': converted_from}
+    start = {'architecture': architecture, 'model_config': vars(config), 'converted_from': converted_from}
     return {**checkpoint, **start, 'model_state_dict': weights, 'ema_state_dict': None}
 
 
@@ -334,8 +315,8 @@ def load_state(resumed, model, optimizer):
     optimizer.load_state_dict(states)
     optimizer.set_lr(next(iter(states.values()))['param_groups'][0]['lr'])
     for weight, state in (pair for part in optimizer.parts.values() for pair in part.state.items()):
-        if not {x.shape for x in state.values()} <= {weight.shape, torch.Size()}:
-            raise ValueError('optimizer_state_dict is of other weights')
+        fits = {x.shape for x in state.values()} <= {weight.shape, torch.Size()}
+        check(fits, 'optimizer_state_dict is of other weights')
     if optimizer.average and 'ema_state_dict' in resumed.checkpoint:
         optimizer.average.load(resumed.checkpoint['ema_state_dict'])
 
@@ -351,10 +332,6 @@ class Resumed(NamedTuple):
     run_dir: Path = None  # the run folder that it stands in, or that --resume_from=auto names
     overrides: tuple = ()  # [(key, value before, value now)] of the settings that differ
     stamp: tuple = None  # of the run's ckpt.pt when the checkpoint was read
-
-    def is_copy(self):
-        """Say whether the checkpoint is none that stands in the run folder itself."""
-        return self.path.resolve().parent != self.run_dir
 
     def is_current(self, out):
         """Say whether no other process has saved a state in the folder `out` since that of its run was read."""
@@ -395,23 +372,22 @@ def resume(namespace, config, fixed):
     require(is_run or out_dir, f'{path} stands in no run folder; add --out_dir=PATH.')
     if out_dir and Path(out_dir).resolve() == run_of(path):
         report_idle(config, f'where the run of {path} goes on in its folder', 'overwrite')
-    own = {'out_dir', 'resume_from', 'overwrite', 'changed_data'}
-    earlier = {'noisy_every': 1, 'decay_embedding': True}  # as runs of earlier versions were trained
-    saved = earlier | checkpoint.get('train_config', {})
+    saved, own = checkpoint.get('train_config', {}), {'out_dir', 'resume_from', 'overwrite', 'changed_data'}
+    saved = {key: value for key, value in saved.items() if key not in own}
     other = {'mode', 'use_peft', 'target_func'} & saved.keys() - config.keys()  # which each script alone has
     require(not other, f'The run of {path} is of another script; continue it with that one, or {remedy}.')
-    for key in sorted(checkpoint.get('train_config', {}).keys() - config.keys() - {'eval_batches', *own}):
+    for key in sorted(saved.keys() - config.keys() - {'eval_batches'}):
         note(f'{key}={saved[key]!r}, of the run of {path}, is no setting of this script.')
     if 'eval_batches' in saved:
         saved['eval_tokens'] = saved['eval_batches'] * saved['batch_size'] * (saved['block_size'] or 0)
         saved['eval_examples'] = saved['eval_batches'] * saved.get('eval_batch_size', 0)
     of_itself = {'depth', 'num_layers_to_finetune'}  # whose None says something; of others it is: as it comes
     config.given -= {key for key in set(fixed) - of_itself if key in config and config[key] is None}
-    overrides = restore(namespace, config, {key: value for key, value in saved.items() if key not in own})
+    earlier = {'noisy_every': 1, 'decay_embedding': True}  # as runs of earlier versions were trained
+    overrides = restore(namespace, config, earlier | saved)
     for key, before, now in overrides:
-        remedy = f'leave --{key} out, or start a new run'
-        changes = key not in [*fixed, 'run_suffix']
-        require(changes, f'The run of {path} has {key}={before!r}, not {now!r}; {remedy}.')
+        problem = f'The run of {path} has {key}={before!r}, not {now!r}'
+        require(key not in [*fixed, 'run_suffix'], f'{problem}; leave --{key} out, or start a new run.')
     return Resumed(checkpoint, path, run_of(path), overrides, stamp)
 
 
@@ -419,8 +395,7 @@ def continue_run(resumed, store, model, optimizer, scaler, inputs, config):
     """Load the state of training and return (step, Best, the metrics of a step that was saved before its evaluation, or
     None where there is none such); (0, Best(), {}) for a new run.
 
-    inputs: rows_per_step and data, {name: checksum}. Raises UserError where the run would go on with other rows than
-    those that it has not seen yet, or without --changed_data with other data under the same name.
+    inputs: rows_per_step and data, {name: checksum}, of which UserError refuses others, but for --changed_data.
     """
     checkpoint, path = resumed.checkpoint, resumed.path
     if checkpoint is None:
@@ -434,7 +409,8 @@ def continue_run(resumed, store, model, optimizer, scaler, inputs, config):
             held = {} if ':' in held else {'train_tokens.bin': held}
         changed = [name for name in held if held[name] != data.get(name)]
         refused = [] if config['changed_data'] else changed
-        if any(key == 'dataset' for key, *_ in resumed.overrides):  # on purpose, but for what adapters go on
+        overridden = {key for key, *_ in resumed.overrides}
+        if 'dataset' in overridden:  # on purpose, but for what adapters go on
             refused = [name for name in refused if name.startswith('the weights of')]
         remedy = 'put it back, or go on all the same with --changed_data'
         require(not refused, f'{", ".join(refused)} changed since the run of {path}; {remedy}.')
@@ -442,19 +418,18 @@ def continue_run(resumed, store, model, optimizer, scaler, inputs, config):
         store.load_state(resumed, model, optimizer)
         if checkpoint['scaler_state_dict']:  # empty unless dtype was float16
             scaler.load_state_dict(checkpoint['scaler_state_dict'])
-        step, own = checkpoint['global_step'], resumed.run_dir / 'best.pt'
-        of = load(own, mmap=True) if resumed.is_copy() and own.exists() else checkpoint
+        step, pending, own = checkpoint['global_step'], checkpoint.get('pending'), resumed.run_dir / 'best.pt'
+        is_copy = path.resolve().parent != resumed.run_dir
+        of = load(own, mmap=True) if is_copy and own.exists() else checkpoint
         best = Best(of['best_step'], of['best_val_loss'], checkpoint.get('later', 0))
         if 'later' not in checkpoint or best.step != checkpoint['best_step']:
-            every, waits = (
-                checkpoint['train_config'].get('eval_every') or 1,
-                checkpoint.get('pending') is not None,
-            )
+            every = checkpoint['train_config'].get('eval_every') or 1
+            waits = pending is not None
             best.later = (step - best.step) // every - waits  # below 0 until the run is there again
         compare = {'eval_tokens', 'eval_examples', 'best_by', 'k_schedule'}
         if ':' in config.get('dataset', ''):  # a mix, whose weights may be others
             compare.add('dataset')
         elsewhere = config['out_dir'] and Path(config['out_dir']).resolve() != resumed.run_dir
-        if changed or elsewhere or any(key in compare for key, *_ in resumed.overrides):
+        if changed or elsewhere or overridden & compare:
             best = Best(step)  # figures of another evaluation do not compare; and best.pt stays where it is
-        return step, best, checkpoint.get('pending')
+        return step, best, pending
