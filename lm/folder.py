@@ -13,15 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from lm.configurator import ROOT, UserError, require
-from lm.files import lock, sha256_of
+from lm.files import checksum, lock, sha256_of
 from lm.tokenizer import Tokenizer
 
 
 class Folder:
-    """A prepared folder, checked and opened: `config`, `tokenizer`, and memory maps per split.
-
-    dataset: a path, or a name under the repository's data/.
-    """
+    """A prepared folder, by its path or its name under data/: `config`, `tokenizer`, and memory maps per split."""
 
     train_on_prompt = False  # of instructions: whether the loss is on all of an example, as finetune.py says
 
@@ -89,7 +86,7 @@ class Folder:
 
 def version_of(folder):
     """Return eight digits that other data, or the same by another tokenizer, would not have."""
-    return hashlib.sha256(json.dumps(folder.fingerprint, sort_keys=True).encode()).hexdigest()[:8]
+    return checksum(folder.fingerprint)[:8]
 
 
 def prepared(source, field, max_seq_len, tokenizer):
@@ -98,9 +95,8 @@ def prepared(source, field, max_seq_len, tokenizer):
     tokenizer: returns what `--tokenizer` takes.
     """
     near, below = Path(source), ROOT / 'data' / source
-    is_folder = any((path / 'config.json').is_file() or path.is_dir() for path in (near, below))
     is_hub_id = source.count('/') == 1 and not near.parent.is_dir() and not below.parent.is_dir()
-    if is_folder or not (near.is_file() or is_hub_id):
+    if near.is_dir() or below.is_dir() or not (near.is_file() or is_hub_id):
         return source
     settings = dict(source=source, field=field, max_seq_len=max_seq_len, tokenizer=tokenizer())
     words = [f'--{key}={value}' for key, value in settings.items() if value]
@@ -137,35 +133,27 @@ def find_folder(dataset):
     for path in (Path(dataset), ROOT / 'data' / dataset):
         if (path / 'config.json').is_file():
             return path
-        unfinished = path.is_dir() and any(path.glob('*_tokens.bin'))
-        require(not unfinished, f'{path} has no config.json: move it away, and prepare it again.')
     remedy = 'make it first, for example with: python prepare/stories.py'
     places = f'{dataset!r} in {Path.cwd()} or at {ROOT / "data" / dataset}'
     raise UserError(f'There is no prepared data at {places}; {remedy}')
 
 
 class Mix:
-    """Several folders of one tokenizer, rows of which are drawn in proportion to their weights.
-
-    dataset: NAME:WEIGHT,NAME:WEIGHT; weights count relative to their sum.
-    """
+    """Several folders of one tokenizer, NAME:WEIGHT,NAME:WEIGHT: rows are drawn in proportion to these weights."""
 
     def __init__(self, dataset):
         names, weights = zip(*(parse_weight(part.strip(), dataset) for part in dataset.split(',')))
         self.path, self.folders = dataset, [Folder(name) for name in names]
         self.weights = [weight / sum(weights) for weight in weights]
-        first, *others = self.folders
-        self.tokenizer = first.tokenizer
-        for folder in others:
+        first = self.folders[0]
+        self.tokenizer, self.fingerprint = first.tokenizer, {}
+        for number, folder in enumerate(self.folders, 1):
             same = folder.tokenizer.to_json() == first.tokenizer.to_json()
             remedy = f'prepare the second with --tokenizer={first.path}'
             sizes = f'{first.tokenizer.vocab_size} and {folder.tokenizer.vocab_size} tokens'
             require(same, f'{first.path}, {folder.path} have different tokenizers, of {sizes}; {remedy}.')
-        unique = len({folder.path.resolve() for folder in self.folders}) == len(names)
-        require(unique, f'dataset={dataset} names a folder twice; give it once, with the sum of its weights.')
-        named = [(f'{i}-{folder.path.name}', folder) for i, folder in enumerate(self.folders, 1)]
-        hashes = ((name, file, x) for name, folder in named for file, x in folder.fingerprint.items())
-        self.fingerprint = {f'{name}/{file}': x for name, file, x in hashes}
+            hashes = folder.fingerprint.items()
+            self.fingerprint |= {f'{number}-{folder.path.name}/{file}': x for file, x in hashes}
         configs = [folder.config for folder in self.folders]
         self.config = {
             'name': '+'.join(config['name'] for config in configs),
