@@ -15,8 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 import torch.distributed.checkpoint.state_dict as state_dicts
-from torch.distributed.checkpoint import metadata
-from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint import CheckpointException, metadata
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,11 +29,8 @@ warnings.filterwarnings('ignore', 'torch.distributed is disabled')  # a single p
 
 
 class DrawnInParts(TorchDispatchMode):
-    """The context in which a model is made from scratch, of which a rank only keeps its part.
-
-    Its matrices are on the device 'meta'. The numbers that they start with are those of one process: each matrix is
-    drawn whole, one at a time.
-    """
+    """The context in which a model is made from scratch, of which a rank only keeps its part: its matrices are on the
+    device 'meta'. Each is drawn whole, one at a time, so that it starts with the numbers of one process."""
 
     def __init__(self, dist):
         super().__init__()
@@ -64,7 +60,7 @@ def place(model, weights, dist):
     belongs to the root, so the loss is computed in the root's forward.
     """
     on_meta = model.embedding.weight.is_meta
-    drawn = {name: x.part for name, x in model.named_parameters() if hasattr(x, 'part')}
+    parts = {name: x.part for name, x in model.named_parameters() if hasattr(x, 'part')}
     if dist.world_size > 1:
         dtype = runtime.DTYPES[dist.dtype]  # not of the inputs, noise and rotary tables
         policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
@@ -75,17 +71,16 @@ def place(model, weights, dist):
         for module in (*model.blocks, model):
             fully_shard(module, mesh=mesh, mp_policy=policy)
         if dist.dtype == 'bfloat16':  # weights are gathered in it; the residual stream stays in float32
-            for part in filter(None, (model.embedding, model.project_in)):
-                part.register_forward_hook(lambda module, args, x: x.float())
+            for module in filter(None, (model.embedding, model.project_in)):
+                module.register_forward_hook(lambda module, args, x: x.float())
     if not on_meta:
         return model.to(dist.device)
     model._apply(lambda x: torch.empty_like(x, device=dist.device) if x.is_meta else x.to(dist.device))
     for name, table in model.tables().items():
         setattr(model, name, table.to(dist.device))
-    for name, weight in model.named_parameters():
-        if weights or name in drawn:
-            part = part_of(weights[name], dist) if weights else drawn[name]
-            local(weight.detach()).copy_(part)
+    parts |= {name: part_of(x, dist) for name, x in (weights or {}).items()}
+    for name, part in parts.items():
+        local(model.get_parameter(name).detach()).copy_(part)
     return model
 
 
@@ -177,12 +172,13 @@ def read(state, path, checkpoint):
 def load_state(resumed, model, optimizer):
     """Fill model and optimizer, whatever the number of ranks; the optimizer's settings are this run's."""
     state, was_averaged = state_of(model, optimizer), resumed.checkpoint['train_config'].get('ema_decay')
-    average = state.pop('ema', None) if not was_averaged else None
+    if not was_averaged:
+        state.pop('ema', None)
     wanted = {**state, 'optimizer': {'state': state['optimizer']['state']}}
     read(wanted, resumed.path, resumed.checkpoint)
     states = dict(model_state_dict=state['model'], optim_state_dict=state['optimizer'], options=OPTIONS)
     state_dicts.set_state_dict(model, list(optimizer.parts.values()), **states)
-    if average:  # a new one
+    if optimizer.average and not was_averaged:
         optimizer.average.load(dict(model.named_parameters()))
 
 
@@ -190,17 +186,16 @@ def consolidate(source):
     """Add the weights of a sharded run to its ckpt.pt, from which every other script reads them."""
     path = Path(source) / 'ckpt.pt' if Path(source).is_dir() else Path(source)
     with lock(path.parent) if path.is_file() else nullcontext():
-        add_weights(path)
-
-
-def add_weights(path):
-    checkpoint = checkpoints.load(path, sharded=True)
-    require('sharded' in checkpoint, f'{path} is no checkpoint of a sharded run; it can be used as it is.')
-    remedy = f'let the run finish, or merge {path.parent / "adapter"} into its base'
-    require('adapter_state_dict' not in checkpoint, f'{path} holds adapters without their base; {remedy}.')
-    model = checkpoints.make_model(checkpoint['architecture'], **checkpoint['model_config'])
-    states = {'model': model.state_dict()}
-    if checkpoint['train_config'].get('ema_decay'):
-        states['ema'] = {name: torch.empty_like(x) for name, x in states['model'].items()}
-    read(states, path, checkpoint)
-    checkpoints.save(path, {**checkpoint, **{f'{name}_state_dict': x for name, x in states.items()}})
+        checkpoint = checkpoints.load(path, sharded=True)
+        require(
+            'sharded' in checkpoint, f'{path} is no checkpoint of a sharded run; it can be used as it is.'
+        )
+        remedy = f'let the run finish, or merge {path.parent / "adapter"} into its base'
+        is_whole = 'adapter_state_dict' not in checkpoint
+        require(is_whole, f'{path} holds adapters without their base; {remedy}.')
+        model = checkpoints.make_model(checkpoint['architecture'], **checkpoint['model_config'])
+        states = {'model': model.state_dict()}
+        if checkpoint['train_config'].get('ema_decay'):
+            states['ema'] = {name: torch.empty_like(x) for name, x in states['model'].items()}
+        read(states, path, checkpoint)
+        checkpoints.save(path, {**checkpoint, **{f'{name}_state_dict': x for name, x in states.items()}})
