@@ -1,8 +1,4 @@
-"""The families of Hugging Face checkpoints: their tensor names and config.json in our terms, and back.
-
-gpt2, opt, llama (also deepseek-coder, tinyllama and smollm), mistral, qwen2 (also 2.5) and qwen3; masked diffusion:
-llada (also 1.5), Dream, and the a2d models that dllm made of qwen2 and qwen3.
-"""
+"""The families of Hugging Face checkpoints: their tensor names and config.json in our terms, and back."""
 
 import contextlib
 import re
@@ -18,11 +14,11 @@ LAYOUTS = ('llama', 'opt', 'gpt2', 'llada')  # the columns of NAMES and KEYS
 FAMILIES = {  # model_type: architecture, layout, its own class, fields of ModelConfig that differ from the layout's
     'gpt2': ('ar', 'gpt2', 'GPT2LMHeadModel', {}),
     'opt': ('ar', 'opt', 'OPTForCausalLM', {}),
-    'llama': ('ar', 'llama', 'LlamaForCausalLM', {}),
+    'llama': ('ar', 'llama', 'LlamaForCausalLM', {}),  # deepseek-coder, tinyllama, smollm too
     'mistral': ('ar', 'llama', 'MistralForCausalLM', {}),
-    'qwen2': ('ar', 'llama', 'Qwen2ForCausalLM', {'qkv_bias': True}),
+    'qwen2': ('ar', 'llama', 'Qwen2ForCausalLM', {'qkv_bias': True}),  # 2.5 too
     'qwen3': ('ar', 'llama', 'Qwen3ForCausalLM', {'qk_norm': True}),
-    'llada': ('diffusion', 'llada', 'LLaDAModelLM', {}),
+    'llada': ('diffusion', 'llada', 'LLaDAModelLM', {}),  # 1.5 too
     'Dream': ('diffusion', 'llama', 'DreamModel', {'qkv_bias': True, 'shift': True}),
     'a2d-qwen2': ('diffusion', 'llama', 'A2DQwen2LMHeadModel', {'qkv_bias': True}),
     'a2d-qwen3': ('diffusion', 'llama', 'A2DQwen3LMHeadModel', {'qk_norm': True}),
@@ -74,8 +70,7 @@ DEFAULTS.update(do_layer_norm_before=True, word_embed_proj_dim=None, n_inner=Non
 KNOWN = dict(hidden_act=['silu'], attention_bias=[False], mlp_bias=[False], partial_rotary_factor=[1.0])
 KNOWN.update(rope_type=['default', 'linear', 'llama3'], activation_function=[*ACTIVATIONS])
 KNOWN.update(enable_bias=[True], layer_norm_elementwise_affine=[True], _remove_final_layer_norm=[False])
-KNOWN.update(scale_attn_weights=[True], scale_attn_by_inverse_layer_idx=[False], add_cross_attention=[False])
-KNOWN.update(pretraining_tp=[1])
+KNOWN.update(scale_attn_weights=[True], pretraining_tp=[1])
 LLADA = dict(activation_type='silu', block_type='llama', layer_norm_type='rms', layer_norm_with_affine=True)
 LLADA.update(rope=True, rope_full_precision=True, block_group_size=1, mlp_ratio=4)  # each is to be said
 KNOWN.update({key: [value] for key, value in LLADA.items()})
@@ -138,8 +133,7 @@ def config_from_hf(c, path):
     defaults |= dict.fromkeys(LLADA, None) | {'rms_norm_eps': 1e-5} if layout == 'llada' else {}
     c = {**defaults, **c}
     scaling = (c.get('rope_scaling') or c.get('rope_parameters')) if layout != 'llama' else None
-    only = f'of {family} only None can be taken over exactly'
-    require(not scaling, f'{path} has rope_scaling={scaling!r}; {only}.')
+    require(not scaling, f'{path} has rope_scaling={scaling!r}; of {family} only None can be taken exactly.')
     try:
         c = with_rope_and_length(c) if layout == 'llama' else c
         found = {field: c[key] for field, key in column(KEYS, layout).items()}
@@ -158,10 +152,8 @@ def check_config(c, path):
     """Raise a UserError for what a config.json says that is not known at its default, and for impossible numbers."""
     for key, value in c.items():
         if key in KNOWN or key not in READ and not SILENT.fullmatch(key):
-            known = KNOWN.get(key, [None])
-            exact = f'only {" or ".join(map(str, known))} can be taken over exactly'
-            fits = value in known or key not in KNOWN and value in ABSENT
-            require(fits, f'{path} has {key}={value!r}; {exact}.')
+            exact = f'only {" or ".join(map(str, KNOWN.get(key, [None])))} can be taken over exactly'
+            require(value in KNOWN.get(key, ABSENT), f'{path} has {key}={value!r}; {exact}.')
         elif key in NUMBERS:
             fits = value is None or type(value) in (int, float) and 0 < value <= LARGEST
             require(fits, f'{path} has {key}={value!r}; it has to be above 0 and at most {LARGEST:,}.')
@@ -187,9 +179,8 @@ def config_to_hf(config, family):
     """Return a family's config.json for a ModelConfig, as far as it can say it, without the vocabulary."""
     architecture, layout, hf_class, _ = FAMILIES[family]
     activation = next((hf for hf, ours in ACTIVATIONS.items() if ours == config.mlp), None)
-    default_eps = 1e-5 if config.norm == 'layer' else torch.finfo(torch.float32).eps  # PyTorch's
-    values = {**vars(config), 'mlp': activation, 'norm_after': not config.norm_after}
-    values['norm_eps'] = config.norm_eps or default_eps
+    eps = config.norm_eps or (1e-5 if config.norm == 'layer' else torch.finfo(torch.float32).eps)  # PyTorch's
+    values = {**vars(config), 'mlp': activation, 'norm_after': not config.norm_after, 'norm_eps': eps}
     keys = {key: values[field] for field, key in column(KEYS, layout).items()}
     keys |= {'mask_token_id': config.mask_id} if architecture == 'diffusion' else {}
     return {'model_type': family, 'architectures': [hf_class], **keys, **EXPORTED[layout]}
@@ -198,16 +189,17 @@ def config_to_hf(config, family):
 def family_of(architecture, config):
     """Return the family that can express a model exactly, and its config.json; (None, None) if there is none.
 
-    architecture: a model class or its name. A family fits if `config`, written in its words and read again,
-    is the same, apart from fields without a meaning in its architecture or outside of training. No family of diffusion
-    models knows our <|ignore|>, which comes after <|mask|>; they are padded with their end, which comes before it.
+    architecture: a model class or its name. A family fits if `config`, written in its words and read again, is the
+    same, apart from fields without a meaning there or outside of training. No family of diffusion models knows our
+    <|ignore|>, which comes after <|mask|>; they are padded with their end, which comes before it.
     """
     name = architecture if isinstance(architecture, str) else architecture_name(architecture)
     kind = vars(ARCHITECTURES[name]).get('family_of', '')  # a subclass computes something else
-    is_padded = kind == 'diffusion' and config.ignore_id is not None and config.ignore_id > config.mask_id
+    if kind == 'diffusion' and config.ignore_id is not None and config.ignore_id > config.mask_id:
+        return None, None
     unused = 'dropout k gradient_checkpointing mask_id ignore_id'.split() + ['shift'] * (kind == 'ar')
-    unused += ['rope_theta'] if config.position == 'learned' else []
-    for family in () if is_padded else [name for name, row in FAMILIES.items() if row[0] == kind]:
+    unused += ['rope_theta'] * (config.position == 'learned')
+    for family in [name for name, row in FAMILIES.items() if row[0] == kind]:
         c = config_to_hf(config, family)
         with contextlib.suppress(UserError):  # an activation that the family does not have
             fields = config_from_hf({**c, 'vocab_size': config.pretrained_rows}, family)

@@ -75,8 +75,7 @@ def gpt2_layout(state_dict):
 
 def as_checkpoint(architecture, fields, family, tensors, source, tokenizer, start, prompt_format=None):
     """Return the checkpoint of a model of ModelConfig's `fields`; source: of the tensors, for messages."""
-    known = ', '.join(ARCHITECTURES)
-    require(architecture in ARCHITECTURES, f'{source} has architecture={architecture!r}; choose of {known}.')
+    require(architecture in ARCHITECTURES, f'{source} has {architecture=}; add it to model.py.')
     if family and tokenizer:
         fields = {**fields, 'mask_id': tokenizer.mask_id, 'vocab_size': tokenizer.vocab_size}
         if architecture != CAUSAL_LM or tokenizer.ignore_id != tokenizer.endoftext_id:  # which it predicts
@@ -95,25 +94,22 @@ def load_state_dict(tensors, family, architecture, config, source):
     Rows added to the vocabulary are the mean of the others. UserError: a tensor is missing or does not fit.
     """
     tensors = {without_prefix(name): tensor for name, tensor in tensors.items()}
-    head = families.hf_name('unembedding.weight', family)[0]
-    used = {without_prefix(head)} if config.tied else set()  # a copy of the embedding
-    table = tensors.get(without_prefix(families.hf_name('embedding.weight', family)[0]))
-    own = tensors.get(without_prefix(head)) if config.tied else None
-    is_copy = table is None or own is None or torch.equal(table, own)
+    names = (families.hf_name(f'{x}.weight', family)[0] for x in ('embedding', 'unembedding'))
+    table, head = map(without_prefix, names)
+    own = tensors.pop(head, None) if config.tied else None  # in place of the embedding, or a copy of it
+    is_copy = own is None or torch.equal(tensors.setdefault(table, own), own)
     require(is_copy, f'{source} has a head of its own; set tie_word_embeddings to false in its config.json.')
-    state_dict, faults = {}, []
+    state_dict, faults, used = {}, [], set()
     with torch.device('meta'):  # names and shapes alone
         expected = architecture(config).state_dict()
     for name, weight in expected.items():
         hf_name, qkv_index, transposed = families.hf_name(name, family)
         used.add(without_prefix(hf_name))
-        tensor = found = tensors.get(without_prefix(hf_name))
-        if found is None and name == 'embedding.weight' and config.tied:  # a file may keep either name
-            tensor = found = tensors.get(without_prefix(head))
+        found = tensors.get(without_prefix(hf_name))
         if found is None:
             faults.append(f'missing: {hf_name}')
             continue
-        tensor = tensor if qkv_index is None else tensor.chunk(3, -1)[qkv_index]
+        tensor = found if qkv_index is None else found.chunk(3, -1)[qkv_index]
         tensor = tensor.T if transposed else tensor
         is_table = name in ('embedding.weight', 'unembedding.weight')
         if is_table and len(tensor) == config.pretrained_rows < config.padded_vocab_size:
@@ -171,8 +167,8 @@ def around(folder, c, tokenizer):
         ends = several
     ends = [token for token in (ends if isinstance(ends, list) else [ends]) if isinstance(token, int)]
     known = lambda kind: known_id(tokenizer.inner, pretrained_token(folder, kind))
-    ids = {f'{kind}_token': known(kind) for kind in ('bos', 'pad')}
-    kept = dict(end_tokens=ends, added_tokens=tokenizer.added, tokenizer_config=kept, **ids)
+    kept = dict(end_tokens=ends, added_tokens=tokenizer.added, tokenizer_config=kept)
+    kept.update(bos_token=known('bos'), pad_token=known('pad'))
     return {**kept, 'trained_here': c.get('trained_here', c.get('model_type') == families.NATIVE)}
 
 
