@@ -1,10 +1,4 @@
-"""Adapters of low rank on frozen linear layers (LoRA).
-
-    add_lora(model, rank=16, alpha=32)    # only the adapters are trained from here on
-    save_adapter(model, 'out/run/adapter', 'base.pt')
-
-They are read and written in PEFT's format.
-"""
+"""Adapters of low rank on frozen linear layers (LoRA), read and written in PEFT's format."""
 
 import math
 import zlib
@@ -135,11 +129,8 @@ def merge(model):
 
 
 PREFIX = 'base_model.model.'  # of names in PEFT's files
-PEFT_NAMES = {  # by the last part of our names
-    'lora_A': 'lora_A.weight',
-    'lora_B': 'lora_B.weight',
-    'rows': 'token_adapter.trainable_tokens_delta',
-}
+PEFT_NAMES = {name: f'{name}.weight' for name in ('lora_A', 'lora_B')}  # by the last part of our names
+PEFT_NAMES['rows'] = 'token_adapter.trainable_tokens_delta'
 SUPPORTED = dict(peft_type=['LORA'], bias=['none'], use_dora=[False])
 SUPPORTED['init_lora_weights'] = [True, False, 'gaussian']
 # Other keys of adapter_config.json that are read, say nothing of the weights, or what the tensors say as well; any
@@ -173,9 +164,9 @@ def peft_name(name, family):
 def save_adapter(model, folder, base_name, weights=None, **asked):
     """Write adapter_model.safetensors and adapter_config.json for PEFT; base_name: what they are for.
 
-    weights: the trained ones of a model that has only parts of them; asked: keys of ours, prompt_format and start_token
-    of the answers it was trained on, which go with it into its base, and base_checksum. Layers have the names of the
-    model's family; our own without one and for gpt2, where q, k, v are one.
+    weights: the trained ones, where the model has only parts of them; asked: keys of ours, prompt_format and
+    start_token of its answers, which go into its base, and base_checksum. Layers have the names of the model's
+    family; our own without one and for gpt2, where q, k, v are one.
     """
     folder, tables, (_, layer) = Path(folder), trained_tables(model), adapted_layers(model)[0]
     family, _ = families.family_of(type(model), model.config)
@@ -205,22 +196,21 @@ def load_adapter(model, folder):
     with files.as_sentence(f'{folder} cannot be read as an adapter', 'save it again'):
         config = read_config(folder)
         path = Path(folder) / 'adapter_model.safetensors'
-        require(not adapted_layers(model), f'The model has an adapter already; merge it before {folder}.')
         supported = {**SUPPORTED, 'architecture': [architecture_name(model)]}
         remedy = 'merge it into its base with PEFT'
         for key in config.keys() - READ:
-            value, known = config[key], supported.get(key, [None])
-            is_known = value in known or value in families.ABSENT and key != 'peft_type'
-            require(is_known, f'{folder} has {key}={value!r}; only {known[0]!r} is known here; {remedy}.')
+            value, known = config[key], supported.get(key, families.ABSENT)
+            require(
+                value in known, f'{folder} has {key}={value!r}; only {known[0]!r} is known here; {remedy}.'
+            )
         tensors = pretrained.read_tensors(path if path.is_file() else path.with_suffix('.bin'))
         tensors = pretrained.current_names({name.removeprefix(PREFIX): x for name, x in tensors.items()})
         family, _ = families.family_of(type(model), model.config)
         family = None if any(name.startswith('blocks.') for name in tensors) else family
         base, checksum = config.get('base_model_name_or_path'), config.get('base_checksum')
-        problem = f'{folder} was trained on other weights than these'
         remedy = f'give its base as it was then, {base!r}, or take base_checksum out of adapter_config.json'
         fits = checksum is None or base_checksum(model) in (None, checksum)
-        require(fits, f'{problem}; {remedy}.')
+        require(fits, f'{folder} was trained on other weights than these; {remedy}.')
         rank, dropout = config['r'], config.get('lora_dropout', 0.0)
         alpha = config['lora_alpha'] * (math.sqrt(rank) if config.get('use_rslora') else 1)
         for name, layer in linear_layers(model):

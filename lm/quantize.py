@@ -89,11 +89,9 @@ def pack(model, weights, device):
     model.num_parameters = partial(int, model.num_parameters())  # what packs them makes no parameters
     if device.type != 'cpu':
         return quantize(model, bits=8) if weights == 'int8' else model.to(getattr(torch, weights))
-    can = 'fbgemm' in torch.backends.quantized.supported_engines
-    if weights == 'bfloat16':
-        can = ONEDNN and has_bfloat16(device)
-    problem = f'This processor does not compute with weights in {weights}'
-    require(can, f'{problem}; take another of {", ".join(kinds)}.')
+    has_fbgemm = 'fbgemm' in torch.backends.quantized.supported_engines
+    can = ONEDNN and has_bfloat16(device) if weights == 'bfloat16' else has_fbgemm
+    require(can, f'This CPU does not compute with weights in {weights}; take another of {", ".join(kinds)}.')
     for name, layer in linear_layers(model):
         model.set_submodule(name, PackedLinear(layer.weight, layer.bias, weights))
     head = PackedLinear(model.head_weight(), None, weights)
