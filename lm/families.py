@@ -228,8 +228,7 @@ FINETUNED = {
 
 
 def published_config(model, block_size):
-    """Return ModelConfig's fields for a model of PUBLISHED, without its vocabulary: that is of the data."""
+    """Return ModelConfig's fields for a model of PUBLISHED, with the vocabulary of the data, so with a tied head."""
     family, *shape = PUBLISHED[model]
     fields = {**LLAMA, **FAMILIES[family][-1], **dict(zip(SHAPE, shape))}
-    fields['tied'] = True  # a head of its own would be trained for few tokens only
     return {**fields, 'block_size': block_size, 'logit_softcap': 0.0}

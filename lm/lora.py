@@ -200,9 +200,7 @@ def load_adapter(model, folder):
         remedy = 'merge it into its base with PEFT'
         for key in config.keys() - READ:
             value, known = config[key], supported.get(key, families.ABSENT)
-            require(
-                value in known, f'{folder} has {key}={value!r}; only {known[0]!r} is known here; {remedy}.'
-            )
+            require(value in known, f'{folder} has {key}={value!r}; only {known[0]!r} is known; {remedy}.')
         tensors = pretrained.read_tensors(path if path.is_file() else path.with_suffix('.bin'))
         tensors = pretrained.current_names({name.removeprefix(PREFIX): x for name, x in tensors.items()})
         family, _ = families.family_of(type(model), model.config)

@@ -80,8 +80,7 @@ class QuantizedLinear(nn.Module):
 
 @torch.no_grad()
 def pack(model, weights, device):
-    """Keep the weights of the blocks and the head of a model that only writes in 16 bits or as int8, half or a quarter,
-    before it goes to its device."""
+    """Keep blocks and head of a model that only writes in 16 bits or int8, before it goes to its device."""
     kinds = ('float32', 'bfloat16', 'float16', 'int8')
     require(weights in kinds, f'weights is {weights!r}; choose {" or ".join(kinds)}.')
     if weights == 'float32':
@@ -101,8 +100,7 @@ def pack(model, weights, device):
 class PackedLinear(nn.Module):
     """A linear layer of a CPU, whose weight oneDNN has as bfloat16, FBGEMM as float16 or int8; from and to float32.
 
-    bfloat16: of inputs and outputs too. int8: with a scale per row of the weight; and each token's input in 7 bits,
-    with a scale of its own.
+    bfloat16: of inputs and outputs too. int8: with a scale per row of the weight, and per token, of 7 bits, as input.
     """
 
     def __init__(self, weight, bias, kind):

@@ -137,8 +137,7 @@ def new_name(parent, name):
 # What DCP's .metadata is made of; anything else that it names would be code to run.
 PARTS = {f'{metadata.__name__}.{name}' for name in [*metadata.__all__, '_MEM_FORMAT_ENCODING']}
 PARTS |= {'torch.distributed.checkpoint.filesystem._StorageInfo'}
-PARTS |= {'torch.serialization._get_layout', 'torch.Size'}
-PARTS |= {'pathlib.PosixPath', 'pathlib._local.PosixPath'}
+PARTS |= {'torch.serialization._get_layout', 'torch.Size', 'pathlib.PosixPath', 'pathlib._local.PosixPath'}
 PARTS |= {str(dtype) for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 
 
@@ -187,12 +186,10 @@ def consolidate(source):
     path = Path(source) / 'ckpt.pt' if Path(source).is_dir() else Path(source)
     with lock(path.parent) if path.is_file() else nullcontext():
         checkpoint = checkpoints.load(path, sharded=True)
-        require(
-            'sharded' in checkpoint, f'{path} is no checkpoint of a sharded run; it can be used as it is.'
-        )
+        require('sharded' in checkpoint, f'{path} is not of a sharded run; it can be used as it is.')
         remedy = f'let the run finish, or merge {path.parent / "adapter"} into its base'
-        is_whole = 'adapter_state_dict' not in checkpoint
-        require(is_whole, f'{path} holds adapters without their base; {remedy}.')
+        is_base = 'adapter_state_dict' not in checkpoint
+        require(is_base, f'{path} holds adapters without their base; {remedy}.')
         model = checkpoints.make_model(checkpoint['architecture'], **checkpoint['model_config'])
         states = {'model': model.state_dict()}
         if checkpoint['train_config'].get('ema_decay'):
