@@ -156,8 +156,7 @@ def as_ar(checkpoint, path):
     if ARCHITECTURES[checkpoint['architecture']].causal:
         return checkpoint
     config = checkpoint['model_config']
-    remedy = 'train with --ar_weight, or choose another sampler'
-    require(config.get('ar_weight'), f'{path} was not trained to predict the next token; {remedy}.')
+    require(config.get('ar_weight'), f'{path} was not trained with --ar_weight; choose another sampler.')
     own = ARCHITECTURES[checkpoint['architecture']].new_weights(ModelConfig(**config))
     weights = {name: x for name, x in weights_of(checkpoint).items() if name not in own}
     config = {**config, 'block_length': (0,), 'ar_weight': 0.0}

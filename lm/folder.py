@@ -14,7 +14,7 @@ import numpy as np
 
 from lm.configurator import ROOT, UserError, require
 from lm.files import checksum, lock, sha256_of
-from lm.tokenizer import Tokenizer
+from lm.tokenizer import Tokenizer, settings_of
 
 
 class Folder:
@@ -120,10 +120,7 @@ def prepared(source, field, max_seq_len, tokenizer):
 
 def is_of(folder, source):
     """Say whether the prepared folder at a path was made of this file, or of this data set of the hub."""
-    try:
-        made_of = Folder(folder).config.get('source') or ''
-    except UserError:  # it was moved
-        return False
+    made_of = settings_of(ROOT / 'data' / folder, 'config.json').get('source') or ''
     return made_of.removeprefix('https://huggingface.co/datasets/') in (source, source.replace(':', '/'))
 
 
