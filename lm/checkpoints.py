@@ -19,7 +19,9 @@ from model import ARCHITECTURES, SIZES, ModelConfig, architecture_name, check
 
 CHECKPOINT_FORMAT = 1
 NEEDED = {'architecture', 'model_config', 'model_state_dict', 'tokenizer', 'global_step', 'start_token'}
-TYPES = dict.fromkeys(['global_step', 'start_token', 'best_step'], int)  # of what is not used at once
+TYPES = dict.fromkeys(
+    ['global_step', 'start_token', 'best_step'], int
+)  # of what is used long after it is read
 TYPES |= dict.fromkeys(['best_val_loss', 'best_score'], float)
 TYPES |= dict.fromkeys(['tokenizer', 'prompt_format', 'wandb_run_id'], str | None)
 TYPES |= {'train_config': dict, 'pending': dict | None}
