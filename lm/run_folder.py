@@ -88,12 +88,9 @@ def copy_if_due(folder, step, best_step, config, dist):
         return
     copy, sharded = folder / 'checkpoints' / f'checkpoint-{step}', folder / 'sharded'
     if sharded.is_dir():  # holds one state, whose files are written once and never changed
-        beside = copy / 'sharded.new'
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(copy, ignore_errors=True)  # an earlier one of this step; ckpt.pt, the last, makes it whole
         with writing(copy):
-            shutil.copytree(sharded, beside, copy_function=os.link)
-            shutil.rmtree(copy / 'sharded', ignore_errors=True)
-            beside.rename(copy / 'sharded')
+            shutil.copytree(sharded, copy / 'sharded', copy_function=os.link)
     with open(folder / 'ckpt.pt', 'rb') as source:
         save_atomically(copy / 'ckpt.pt', lambda file: shutil.copyfileobj(source, file))
     copies = copies_of(folder)
