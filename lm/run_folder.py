@@ -88,7 +88,7 @@ def copy_if_due(folder, step, best_step, config, dist):
         return
     copy, sharded = folder / 'checkpoints' / f'checkpoint-{step}', folder / 'sharded'
     if sharded.is_dir():  # holds one state, whose files are written once and never changed
-        shutil.rmtree(copy, ignore_errors=True)  # an earlier one of this step; ckpt.pt, the last, makes it whole
+        shutil.rmtree(copy, ignore_errors=True)  # an earlier one; ckpt.pt, written last, makes it whole
         with writing(copy):
             shutil.copytree(sharded, copy / 'sharded', copy_function=os.link)
     with open(folder / 'ckpt.pt', 'rb') as source:

@@ -10,7 +10,9 @@ import json
 import shutil
 import sys
 from functools import cache
+from itertools import islice
 from pathlib import Path
+from textwrap import TextWrapper
 
 from lm.configurator import printable
 from lm.files import save_atomically
@@ -54,24 +56,24 @@ class Frames:
         ids, probabilities = ([], []) if belief is None else (part[0].tolist() for part in belief)
         changed = {}  # by position
         for i, token in enumerate(row):
-            position = start + i
-            known = self.cells[position] if position < len(self.cells) else None
-            is_hidden = token == self.tokenizer.mask_id
-            if not is_hidden and known and known[2] in (GIVEN, WRITTEN) and not sure[i]:
+            position, is_hidden = start + i, token == self.tokenizer.mask_id
+            known = self.cells[position] if position < len(self.cells) else [position, '', HIDDEN]
+            if not is_hidden and known[2] in (GIVEN, WRITTEN) and not sure[i]:
                 continue
-            kind = WRITTEN
-            if is_hidden:
-                kind = AGAIN if known and known[2] in (WRITTEN, AGAIN) else HIDDEN
-            cell = self.cell(position, token, kind, sure[i])
+            cell = self.cell(position, token, WRITTEN, sure[i], known[2])
             if is_hidden and ids:
-                pairs = ((self.text_of(t), round(p, 3)) for t, p in zip(ids[i], probabilities[i]) if p > 0)
-                cell += [[list(pair) for pair in pairs]]
+                likely = [(t, p) for t, p in zip(ids[i], probabilities[i]) if p > 0]
+                cell.append([[self.text_of(t), round(p, 3)] for t, p in likely])
             if cell != known:
                 self.cells[position : position + 1], changed[position] = [cell], cell
                 self.tokens[position : position + 1] = [token]
         changed |= self.join_parts()
         written = [token for i, token in enumerate(row, start) if self.cells[i][2] != GIVEN]
         self.ended = not self.stops.isdisjoint(written) and self.tokenizer.mask_id not in row
+        self.keep(changed)
+
+    def keep(self, changed):
+        """Keep a step, and show it."""
         self.steps.append([list(changed[position]) for position in sorted(changed)])
         if self.show:
             self.show(self.cells, changed)
@@ -79,17 +81,16 @@ class Frames:
     def end(self, length):
         """Take away what stands behind the `length` tokens of the text, as to the end of a block."""
         behind = [cell for cell in self.cells[length:] if cell[1] or cell[2] != WRITTEN]
+        for cell in behind:
+            cell[1:] = ['', WRITTEN, 0.0]
         if behind:
-            for cell in behind:
-                cell[1:] = ['', WRITTEN, 0.0]
-            self.steps.append([list(cell) for cell in behind])
-            if self.show:
-                self.show(self.cells, {cell[0]: cell for cell in behind})
+            self.keep({cell[0]: cell for cell in behind})
 
-    def cell(self, position, token, kind, probability=0.0):
-        is_hidden = token == self.tokenizer.mask_id
-        kind = HIDDEN if is_hidden and kind == GIVEN else kind
-        return [position, '' if is_hidden else self.text_of(token), kind, round(probability, 3)]
+    def cell(self, position, token, kind, probability=0.0, before=HIDDEN):
+        """Return a cell; its kind is given for a token that shows, and else follows from the kind before."""
+        if token == self.tokenizer.mask_id:
+            return [position, '', AGAIN if before in (WRITTEN, AGAIN) else HIDDEN, round(probability, 3)]
+        return [position, self.text_of(token), kind, round(probability, 3)]
 
     def text_of(self, *tokens):
         return self.tokenizer.decode([*self.before, *tokens])[len(self.tokenizer.decode(self.before)) :]
@@ -120,18 +121,14 @@ class Terminal:
     def __call__(self, cells, changed):
         self.step += 1
         if not self.file.isatty():
-            print(f'step {self.step}: {plain(cells)}', file=self.file)
+            text = ''.join(DOT if cell[2] in (HIDDEN, AGAIN) else cell[1] for cell in cells)
+            print(f'step {self.step}: {printable(text)}', file=self.file)
             return
         columns, rows = shutil.get_terminal_size()
         lines = wrap([piece(cell, cell[0] in changed) for cell in cells], columns)[2 - rows :]
         up = f'\033[{self.lines}F\033[J' if self.lines else ''
         print(up + '\n'.join(lines), file=self.file, flush=True)
         self.lines = len(lines)
-
-
-def plain(cells):
-    """Return the text of cells, with dots for what is hidden; control characters are spelled out."""
-    return printable(''.join(DOT if cell[2] in (HIDDEN, AGAIN) else cell[1] for cell in cells))
 
 
 def piece(cell, is_new):
@@ -148,17 +145,13 @@ def piece(cell, is_new):
 
 def wrap(pieces, columns):
     """Break coloured pieces of text into lines of at most so many columns, between words."""
-    lines, line = [], []
-    for text, colour in pieces:
-        for character in text:
-            if character == '\n' or len(line) == columns:
-                spaces = [i for i, (before, _) in enumerate(line, 1) if before == ' ' and character != '\n']
-                end = max(spaces, default=len(line))
-                lines, line = [*lines, line[:end]], line[end:]
-            if character != '\n':
-                line.append((character, colour))
-    coloured = ([f'{colour}{x}{RESET}' if colour else x for x, colour in line] for line in [*lines, line])
-    return [*map(''.join, coloured)]
+    lines, shown = [], iter([f'{colour}{x}{RESET}' if colour else x for text, colour in pieces for x in text])
+    wrapper = TextWrapper(columns, expand_tabs=False, replace_whitespace=False, drop_whitespace=False)
+    for paragraph in ''.join(text for text, _ in pieces).split('\n'):
+        for line in wrapper.wrap(paragraph) or ['']:
+            lines.append(''.join(islice(shown, len(line))))
+        next(shown, None)  # the line break
+    return lines
 
 
 def save_page(path, title, steps):
