@@ -18,7 +18,6 @@ import math
 import os
 import re
 import sys
-import tokenize
 import traceback
 import types
 from contextlib import contextmanager, suppress
@@ -131,7 +130,7 @@ ELSEWHERE |= dict(hf_cache='HF_HOME', wandb_entity='WANDB_ENTITY', tokenizers_pr
 ELSEWHERE |= dict(checkpoints_training='--out_dir', checkpoints_is_medium='the checkpoint')  # published names
 COMPETING = dict(max_steps='num_epochs', num_epochs='max_steps')  # the later wins, unless it is 0 or -1
 COMPETING |= dict(warmup_steps='warmup_ratio', warmup_ratio='warmup_steps')
-YES_OR_NO = {'true': 'True', 'yes': 'True', 'false': 'False', 'no': 'False'}
+BOOLS = {'true': True, 'True': True, 'yes': True, 'false': False, 'False': False, 'no': False, 'None': None}
 TEXTS = ('prompt', 'infill', 'input', 'system')  # which may be empty, and ~ in them is a character
 LISTS = 'train_langs eval_langs checkpoint metrics peft_targets'.split()  # also words without commas
 
@@ -161,8 +160,7 @@ def configure(namespace, argv=None):
     Config of the names of simple types that it assigns above this call. Raises UserError before touching the
     namespace."""
     words = list(sys.argv[1:] if argv is None else argv)
-    with tokenize.open(namespace['__file__']) as file:  # in the encoding that Python reads it in
-        config = Config(keys_of(file.read(), namespace))
+    config = Config(keys_of(Path(namespace['__file__']).read_text(encoding='utf-8'), namespace))
     if '--help' in words or '-h' in words:
         print_help(namespace, config.known)
         sys.exit(0)
@@ -233,8 +231,7 @@ def check_range(config, low, high, *keys):
 
 def apply_file(config, word):
     """Run a config file over the values so far; JSON and YAML are read instead."""
-    known = word.endswith(SUFFIXES)
-    require(known, f"'{word}' is neither a config file (*.py, *.json, *.yaml) nor --key=value; write one.")
+    require(word.endswith(SUFFIXES), f"'{word}' is neither a config file nor --key=value; write one.")
     path = find('config file', word)
     if path.suffix == '.py':
         for name, value in run_file(path, word, config).items():
@@ -248,7 +245,7 @@ def apply_values(config, values, word, section=''):
     known = {**config.known, **aliases_in(config.known)}
     for name, value in values.items():
         name, source = str(name).replace('-', '_'), f'{name}={value!r} in {word}'
-        if name.startswith('_'):  # the file's own business
+        if name.startswith('_') or value is None:  # the file's own business, or as it was
             continue
         name = name if name in known or not section else f'{section}_{name}'
         takes_dict = name in known and resolve(config.known, name, source)[1].type is dict
@@ -256,7 +253,7 @@ def apply_values(config, values, word, section=''):
             note(f'{source} has no effect here; {ELSEWHERE[name]} is for that.')
         elif isinstance(value, dict) and not takes_dict:
             apply_values(config, value, word, name)
-        elif value is not None:
+        else:
             key = resolve(config.known, name, source)[1]
             assign(config, name, parse(value, key) if isinstance(value, str) else value, source)
 
@@ -291,9 +288,8 @@ def run_file(path, word, config):
         line = frames[-1].lineno if frames else getattr(error, 'lineno', 1)  # no frame: a syntax error
         message = f'{type(error).__name__}: {getattr(error, "msg", error)}'
         raise UserError(f'{word}, line {line}: {message}; correct the file.') from error
-    helpers = {name for name, x in assigned.items() if isinstance(x, types.ModuleType) or callable(x)}
-    own = {name for name in assigned if name.startswith('_')} | (helpers - set(config))
-    return {name: value for name, value in assigned.items() if name not in own}
+    is_helper = lambda name, x: name not in config and (callable(x) or isinstance(x, types.ModuleType))
+    return {name: x for name, x in assigned.items() if not (name.startswith('_') or is_helper(name, x))}
 
 
 def read_values(path, word):
@@ -336,8 +332,7 @@ def apply_option(config, option, words):
     name = name.replace('-', '_')
     target, key, _ = resolve(config.known, name, f'--{option}')
     if not equals and key.type is bool:
-        said = {*YES_OR_NO, 'True', 'False'} | ({'None'} if key.default is None else set())
-        text = words.pop(0) if words and words[0] in said else 'True'
+        text = words.pop(0) if words and words[0] in BOOLS else 'True'
     elif not equals:
         follows = words and not words[0].startswith('--')
         require(follows, f'--{name} is missing its value; write --{name}=VALUE ({key.type.__name__}).')
@@ -353,8 +348,8 @@ def parse(text, key):
     """Return the Python value of a word on the command line."""
     if key.type is str:
         return None if key.default is None and text == 'None' else text
-    if key.type is bool:
-        text = YES_OR_NO.get(text, text)
+    if key.type is bool and text in BOOLS:
+        return BOOLS[text]
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError):
@@ -430,21 +425,18 @@ SECTION = re.compile(r'# ?-{2,} *(.*?)[ -]*')  # `# --- title ---`, where the ti
 
 def keys_of(source, namespace):
     """Return {name: Key} of the assignments at the top level of a script, down to its call of configure()."""
-    keys, section, last_line = {}, '', 0
-    lines = source.split('\n')
+    keys, lines = {}, source.split('\n')
+    titles = [(i, rule[1]) for i, line in enumerate(lines, 1) if (rule := SECTION.fullmatch(line))]
     for node in ast.parse(source).body:
         value = getattr(node, 'value', None)
         if isinstance(value, ast.Call) and ast.unparse(value.func).split('.')[-1] == 'configure':
             break
-        for rule in filter(None, map(SECTION.fullmatch, lines[last_line : node.lineno - 1])):
-            section = rule[1]
-        last_line = node.end_lineno
+        section = next((title for i, title in reversed(titles) if i < node.lineno), '')
         targets = getattr(node, 'targets', [getattr(node, 'target', None)])
         names = [target.id for target in targets if isinstance(target, ast.Name) and target.id[0] != '_']
         end = value or node  # ruff puts a value into brackets, with its comment, where the line is long
         rest = lines[end.end_lineno - 1].encode()[end.end_col_offset :].decode()  # ast counts bytes
-        rest = rest.lstrip(' )').rstrip()
-        comment = rest.lstrip('# ') if rest.startswith('#') else ''
+        comment = rest.partition('#')[2].strip()
         annotation = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else ''
         declared = TYPES.get(annotation.removesuffix(' | None'))
         for name in names:
