@@ -151,6 +151,15 @@ class Config(dict):
     def __init__(self, keys):
         super().__init__((name, key.default) for name, key in keys.items())
         self.known = keys  # name -> Key
+        # What may be set, aliases too: name -> (key that it sets, Key to check the value by, how that converts).
+        self.settable = {name: (name, key, None) for name, key in keys.items()}
+        for alias, name, how in ALIASES:
+            if name in keys and alias not in keys:
+                key = keys[name]
+                if how:
+                    kind = int if isinstance(how, int) else type(next(iter(how)))
+                    key = Key(kind(), kind)
+                self.settable[alias] = name, key, how
         self.given = set()  # names that a file or the command line set, even if to the default
         self.displaced = set()  # names of settings that compete with those, and lost
 
@@ -242,19 +251,18 @@ def apply_file(config, word):
 
 def apply_values(config, values, word, section=''):
     """Set the keys of a JSON or YAML file, also of its sections, {'wandb': {'project': ...}}; null sets nothing."""
-    known = {**config.known, **aliases_in(config.known)}
     for name, value in values.items():
         name, source = str(name).replace('-', '_'), f'{name}={value!r} in {word}'
         if name.startswith('_') or value is None:  # the file's own business, or as it was
             continue
-        name = name if name in known or not section else f'{section}_{name}'
-        takes_dict = name in known and resolve(config.known, name, source)[1].type is dict
+        name = name if name in config.settable or not section else f'{section}_{name}'
+        takes_dict = name in config.settable and config.settable[name][1].type is dict
         if name in ELSEWHERE:
             note(f'{source} has no effect here; {ELSEWHERE[name]} is for that.')
         elif isinstance(value, dict) and not takes_dict:
             apply_values(config, value, word, name)
         else:
-            key = resolve(config.known, name, source)[1]
+            key = resolve(config, name, source)[1]
             assign(config, name, parse(value, key) if isinstance(value, str) else value, source)
 
 
@@ -330,7 +338,7 @@ def apply_option(config, option, words):
     """Set `key=value`, or `key` with its value in the `words` that follow, or a bare flag."""
     name, equals, text = option.partition('=')
     name = name.replace('-', '_')
-    target, key, _ = resolve(config.known, name, f'--{option}')
+    target, key, _ = resolve(config, name, f'--{option}')
     if not equals and key.type is bool:
         text = words.pop(0) if words and words[0] in BOOLS else 'True'
     elif not equals:
@@ -358,7 +366,7 @@ def parse(text, key):
 
 def assign(config, name, value, source):
     """Set a key by its name or an alias; `source` says in an error what was set to what, and where."""
-    target, key, conversion = resolve(config.known, name, source)
+    target, key, conversion = resolve(config, name, source)
     value = value.tolist() if hasattr(value, 'tolist') else value  # a number of numpy's
     value = check_type(key, value, source)
     if isinstance(conversion, list):
@@ -383,25 +391,13 @@ def assign(config, name, value, source):
         config.displaced.add(rival)
 
 
-def aliases_in(known):
-    """Return {alias: (key, how its value converts)} of a script with these keys."""
-    return {alias: (key, how) for alias, key, how in ALIASES if key in known and alias not in known}
-
-
-def resolve(known, name, source):
+def resolve(config, name, source):
     """Return the name of the key to set, a Key to check the value by, and its conversion."""
-    if name in known:
-        return name, known[name], None
-    aliases = aliases_in(known)
-    if name not in aliases:
-        nearest = difflib.get_close_matches(name, [*known, *aliases], n=1, cutoff=0)
+    if name not in config.settable:
+        nearest = ''.join(difflib.get_close_matches(name, config.settable, n=1, cutoff=0))
         remedy = '--help lists them all' if source.startswith('--') else 'names of your own start with _'
-        raise UserError(f"Unknown key '{name}' ({source}); the nearest is '{''.join(nearest)}'; {remedy}.")
-    target, conversion = aliases[name]
-    if conversion is None:
-        return target, known[target], None
-    kind = int if isinstance(conversion, int) else type(next(iter(conversion)))
-    return target, Key(kind(), kind), conversion
+        raise UserError(f"Unknown key '{name}' ({source}); the nearest is '{nearest}'; {remedy}.")
+    return config.settable[name]
 
 
 def check_type(key, value, source):
