@@ -44,18 +44,21 @@ WITHOUT = {  # settings and the samplers that do not read them
 }
 
 
-def report_idle_settings(config, *kinds):
-    """Report the settings that were given although none of the models, or classes of models, has what they set."""
-    idle = ''
-    if not any(kind.has_beliefs for kind in kinds):
+def report_idle_settings(config, *models):
+    """Report the settings that were given although none of the models has what they set."""
+    causal, idle = [model.causal for model in models], ''
+    if not any(model.has_beliefs for model in models):
         idle = 'k k_schedule k_warmup_steps p_belief fresh_beliefs'
-    if not any(kind.causal for kind in kinds):
+    if not any(causal):
         idle += ' token_dropout'
-    if 'sampler' in config and not all(kind.causal for kind in kinds):
+    if all(causal):
+        idle += ' mask_ratio noisy_every draws bound_steps exact steps sampler block_length threshold eta'
+    report_idle(config, 'on ' + ', '.join(sorted({architecture_name(model) for model in models})), idle)
+    if 'sampler' in config and not all(causal):
         sampler = config['sampler'] or 'first_hitting'
         unused = ' '.join(key for key, names in WITHOUT.items() if sampler in names.split())
         report_idle(config, f'with sampler={config["sampler"]!r}', unused)
-    blocks = [kind.config.block_length for kind in kinds if hasattr(kind, 'config') and not kind.causal]
+    blocks = [model.config.block_length for model in models if not model.causal]
     if blocks and not any(map(any, blocks)):
         of_blocks = 'block_length' * (config.get('sampler', 'blocks') not in ('blocks', 'speculative'))
         report_idle(config, 'on whole rows', f'noisy_every {of_blocks}')
@@ -65,14 +68,10 @@ def report_idle_settings(config, *kinds):
         report_idle(config, 'at k=0', 'fresh_beliefs')
     if config.get('temperature') == 0:
         report_idle(config, 'at temperature=0', 'top_k top_p')
-    if all(kind.causal for kind in kinds):
-        idle += ' mask_ratio noisy_every draws bound_steps exact steps sampler block_length threshold eta'
-    report_idle(config, 'on ' + ', '.join(sorted({architecture_name(kind) for kind in kinds})), idle)
 
 
 def check_settings(config):
-    """Raise a UserError for values that no training script takes, and report those without effect; keys that a script
-    lacks are passed over."""
+    """Raise a UserError for values that no training script takes, and report those without effect."""
     for key in CHOICES.keys() & config.keys():
         check_choice(config, key, CHOICES[key])
     for low, high, keys in RANGES:
@@ -87,8 +86,7 @@ def check_settings(config):
     report_idle(config, 'without resume_from', 'changed_data' * (not config['resume_from']))
     starts = any(config.get(key) for key in ('init_from', 'model', 'model_prefix'))
     report_idle(config, 'without init_from', 'revision anneal_steps' * (not starts))
-    is_local = bool(config.get('init_from')) and os.path.exists(config['init_from'])
-    report_idle(config, 'of local weights', 'revision' * is_local)
+    report_idle(config, 'of local weights', 'revision' * os.path.exists(config.get('init_from') or ''))
     is_adamw = config['optimizer'] != 'muon' and config.get('depth') is None
     report_idle(config, 'without muon', 'decay_embedding' * is_adamw)
     if 'p_belief' in config:
@@ -194,7 +192,7 @@ class Runtime:
 
     def any(self, flag):
         """Say whether `flag` is true on any rank."""
-        return self.total({'flag': bool(flag)})['flag'] > 0 if self.world_size > 1 else bool(flag)
+        return self.total({'flag': bool(flag)})['flag'] > 0
 
     def from_main(self, call):
         """Return on every rank what `call` returns on rank 0, as a text; the others do not call it."""
