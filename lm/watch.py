@@ -10,7 +10,7 @@ import json
 import shutil
 import sys
 from functools import cache
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from textwrap import TextWrapper
 
@@ -36,7 +36,7 @@ class Frames:
     def __init__(self, tokenizer, show=None, stops=()):
         """show: called with all cells and the positions that changed, after each step; stops: tokens that end a row."""
         self.tokenizer, self.show, self.stops = tokenizer, show, {*stops}
-        self.steps, self.cells, self.tokens, self.start, self.ended = [], [], [], 0, False
+        self.steps, self.cells, self.kept, self.tokens, self.start, self.ended = [], [], [], [], 0, False
         self.text_of = cache(self.text_of)
         ids = range(tokenizer.vocab_size)  # behind some text a word keeps the space that it begins with
         self.before = next(([i] for i in ids if tokenizer.decode([i]).strip()), [])
@@ -44,8 +44,8 @@ class Frames:
     def begin(self, ids):
         """Start with a prompt, a list of token ids."""
         self.cells, self.tokens = [self.cell(i, token, GIVEN) for i, token in enumerate(ids)], list(ids)
-        self.join_parts()
-        self.steps = [[list(cell) for cell in self.cells]]
+        self.steps, self.kept = [], []
+        self.keep()
 
     def __call__(self, start, x, confidence, belief):
         """Take a step: tokens x (B, L) from position `start` on, how sure the model is of new ones (B, L), a belief."""
@@ -54,7 +54,6 @@ class Frames:
             return
         row, sure, self.start = x[0].tolist(), confidence[0].tolist(), start
         ids, probabilities = ([], []) if belief is None else (part[0].tolist() for part in belief)
-        changed = {}  # by position
         for i, token in enumerate(row):
             position, is_hidden = start + i, token == self.tokenizer.mask_id
             known = self.cells[position] if position < len(self.cells) else [position, '', HIDDEN]
@@ -64,27 +63,28 @@ class Frames:
             if is_hidden and ids:
                 likely = [(t, p) for t, p in zip(ids[i], probabilities[i]) if p > 0]
                 cell.append([[self.text_of(t), round(p, 3)] for t, p in likely])
-            if cell != known:
-                self.cells[position : position + 1], changed[position] = [cell], cell
-                self.tokens[position : position + 1] = [token]
-        changed |= self.join_parts()
+            self.cells[position : position + 1] = [cell]
+            self.tokens[position : position + 1] = [token]
         written = [token for i, token in enumerate(row, start) if self.cells[i][2] != GIVEN]
         self.ended = not self.stops.isdisjoint(written) and self.tokenizer.mask_id not in row
-        self.keep(changed)
-
-    def keep(self, changed):
-        """Keep a step, and show it."""
-        self.steps.append([list(changed[position]) for position in sorted(changed)])
-        if self.show:
-            self.show(self.cells, changed)
+        self.keep()
 
     def end(self, length):
         """Take away what stands behind the `length` tokens of the text, as to the end of a block."""
-        behind = [cell for cell in self.cells[length:] if cell[1] or cell[2] != WRITTEN]
-        for cell in behind:
+        self.tokens = self.tokens[:length]
+        for cell in self.cells[length:]:
             cell[1:] = ['', WRITTEN, 0.0]
-        if behind:
-            self.keep({cell[0]: cell for cell in behind})
+        if self.cells != self.kept:
+            self.keep()
+
+    def keep(self):
+        """Keep the cells that have changed as a step, and show it, unless it is the prompt."""
+        self.join_parts()
+        changed = [cell for cell, before in zip_longest(self.cells, self.kept) if cell != before]
+        self.steps.append([list(cell) for cell in changed])
+        self.kept = [list(cell) for cell in self.cells]
+        if self.show and len(self.steps) > 1:
+            self.show(self.cells, {cell[0] for cell in changed})
 
     def cell(self, position, token, kind, probability=0.0, before=HIDDEN):
         """Return a cell; its kind is given for a token that shows, and else follows from the kind before."""
@@ -96,7 +96,7 @@ class Frames:
         return self.tokenizer.decode([*self.before, *tokens])[len(self.tokenizer.decode(self.before)) :]
 
     def join_parts(self):
-        """Give a character of several tokens to the last of them; return the cells whose text changes."""
+        """Give a character of several tokens to the last of them."""
         texts, parts = [], []
         for cell, token in zip(self.cells, self.tokens):
             texts.append(self.text_of(token) if cell[2] in (GIVEN, WRITTEN) else '')
@@ -106,10 +106,8 @@ class Frames:
                 if '\ufffd' not in text:
                     texts[-size:], parts = [''] * (size - 1) + [text], []
                     break
-        changed = {cell[0]: cell for cell, text in zip(self.cells, texts) if cell[1] != text}
-        for position, cell in changed.items():
-            cell[1] = texts[position]
-        return changed
+        for cell, text in zip(self.cells, texts):
+            cell[1] = text
 
 
 class Terminal:
