@@ -54,19 +54,17 @@ def read_json(path):
         if isinstance(first, UserError):
             raise
         return (yield from read_jsonl(path))  # JSON lines by another name
-    problem = f'{path} holds {kind_of(rows)}, not a list of records'
-    require(isinstance(rows, list), f'{problem}; write one per line as .jsonl.')
+    require(isinstance(rows, list), f'{path} holds {kind_of(rows)}, not a list of records; write a list.')
     for number, row in enumerate(rows, 1):
         yield row, f'record {number}', len(content) / len(rows)
 
 
 def read_parquet(path):
     with pyarrow.parquet.ParquetFile(path, buffer_size=2**20) as file:
-        number, size = 0, path.stat().st_size / max(file.metadata.num_rows, 1)
-        for batch in file.iter_batches(batch_size=100):
-            for row in rows_of(batch):
-                number += 1
-                yield row, f'row {number}', size
+        size = path.stat().st_size / max(file.metadata.num_rows, 1)
+        rows = chain.from_iterable(map(rows_of, file.iter_batches(batch_size=100)))
+        for number, row in enumerate(rows, 1):
+            yield row, f'row {number}', size
 
 
 def rows_of(batch):
@@ -85,9 +83,13 @@ def read_table(path, columns):
         for number, cells in enumerate(filter(None, rows), 1):
             if cells == [END]:
                 return
-            row, many = dict(zip(columns, cells)), f'the {len(columns)} columns {str(columns)[:200]}'
-            row = row if len(cells) == len(columns) else ValueError(f'it has {len(cells)} cells, not {many}')
-            row = ValueError('a quote opens that nothing closes') if cells[-1].endswith(END) else row
+            row = dict(zip(columns, cells))
+            if cells[-1].endswith(END):
+                row = ValueError('a quote opens that nothing closes')
+            elif len(cells) != len(columns):
+                row = ValueError(
+                    f'it has {len(cells)} cells, not the {len(columns)} columns {columns!s:.200}'
+                )
             yield row, f'row {number}', sum(map(len, cells))
 
 
@@ -106,10 +108,9 @@ def damage_named(path):
     """Turn the errors of a file that is damaged into UserErrors."""
     try:
         yield
-    except UnicodeDecodeError as error:
-        raise UserError(f'{path} is no valid UTF-8 ({error}); convert it as by iconv.') from error
-    except (pyarrow.ArrowException, OSError, csv.Error) as error:
-        raise UserError(f'{path} cannot be read to its end ({first_line(error)}); fetch it again.') from error
+    except (UnicodeDecodeError, pyarrow.ArrowException, OSError, csv.Error) as error:
+        remedy = 'fetch it again, or convert it to UTF-8'
+        raise UserError(f'{path} cannot be read to its end ({first_line(error)}); {remedy}.') from error
 
 
 def refusals_named(path):
@@ -144,8 +145,7 @@ def attempt(make, row, where):
     try:
         require(not isinstance(row, Exception), f'{where}: {row}; repair it, or leave it out.')
         record = parse_json(row, where) if isinstance(row, bytes) else row
-        problem = f'{where}: {kind_of(record)} instead of a record'
-        require(isinstance(record, dict), f'{problem}; write {{"field": "...", ...}}.')
+        require(isinstance(record, dict), f'{where}: {kind_of(record)} instead of a record; repair it.')
         return make(record, where)
     except UserError as error:
         return error
@@ -159,8 +159,7 @@ def parse_json(content, where):
 def value_of(field, record, where):
     """Return a field of a record; raise UserError, which names `where`, if there is none."""
     known = ', '.join(map(repr, record))[:300] or 'none'
-    problem = f'{where}: there is no field {field!r}, only {known}'
-    require(field in record, f'{problem}; repair it, or name another.')
+    require(field in record, f'{where}: there is no field {field!r}, only {known}; name another.')
     return record[field]
 
 
