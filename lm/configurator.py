@@ -165,9 +165,8 @@ class Config(dict):
 
 
 def configure(namespace, argv=None):
-    """Apply `argv` (default: the command line) to `namespace`, the globals() of a script, and return the
-    Config of the names of simple types that it assigns above this call. Raises UserError before touching the
-    namespace."""
+    """Apply `argv` (default: the command line) to `namespace`, the globals() of a script; return the Config of the
+    names of simple types that it assigns above this call. After a UserError the namespace is as it was."""
     words = list(sys.argv[1:] if argv is None else argv)
     config = Config(keys_of(Path(namespace['__file__']).read_text(encoding='utf-8'), namespace))
     if '--help' in words or '-h' in words:
@@ -210,9 +209,8 @@ def report_idle(config, where, names):
 
 
 def restore(namespace, config, saved):
-    """Set each key that was not given to its value in `saved`, the config of an earlier run; return [(key,
-    saved value, given value)] where something else was given: that value stands, for the caller to report or
-    refuse."""
+    """Set each key that was not given to its value in `saved`, the config of an earlier run; return [(key, saved
+    value, given value)] where something else was given, which stands, for the caller to report or refuse."""
     differing = []
     for name in [name for name in config if name in saved and name not in config.displaced]:
         value = check_type(config.known[name], saved[name], f'{name}={saved[name]!r} in the checkpoint')
@@ -327,11 +325,10 @@ class CoreLoader(yaml.SafeLoader):  # of YAML 1.2, where 1e-5 is a number, and n
 
 def find(kind, name):
     """Return the path of a file, relative to the working directory or else to the repository."""
-    for folder in (Path.cwd(), ROOT):
-        path = folder / os.path.expanduser(name)
-        if path.is_file():
-            return path
-    raise UserError(f'There is no {kind} {str(name)!r} in {Path.cwd()} or {ROOT}; correct the path.')
+    paths = [folder / os.path.expanduser(name) for folder in (Path.cwd(), ROOT)]
+    found = next(filter(Path.is_file, paths), None)
+    require(found, f'There is no {kind} {str(name)!r} in {Path.cwd()} or {ROOT}; correct the path.')
+    return found
 
 
 def apply_option(config, option, words):

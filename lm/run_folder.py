@@ -68,8 +68,7 @@ def open_run_folder(out_dir, name, suffix='', run_dir=None, overwrite=False, ini
     if folder.resolve() != run_dir and any((folder / name).exists() for name in [*RUN_FILES, 'logs.log']):
         remedy = 'continue it with --resume_from=auto, delete it with --overwrite, or choose another out_dir'
         require(overwrite, f'{folder} already holds a run; {remedy}.')
-        base = Path(init_from or os.devnull).resolve()
-        is_base = folder.resolve() in (base, *base.parents)
+        is_base = Path(init_from or os.devnull).resolve().is_relative_to(folder.resolve())
         require(not is_base, f'{folder} holds what the run starts from, {init_from}; choose another out_dir.')
         with lock(folder) as log:
             for path in (folder / file for file in RUN_FILES):

@@ -163,8 +163,7 @@ class Runtime:
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == 'float16')
 
     def wrap(self, model, compile=None, fsdp=False):
-        """Return the model whose backward pass sums gradients over the ranks; compile=None: on CUDA only,
-        without FSDP."""
+        """Return the model whose backward sums gradients over the ranks; compile=None: on CUDA without FSDP."""
         self.compiles = bool(compile or compile is None and self.device.type == 'cuda' and not fsdp)
         if self.compiles:
             torch._dynamo.config.recompile_limit = 64  # a graph for each kind of pass; the default is 8
@@ -230,13 +229,13 @@ def pick_device(name):
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f'device is {name!r}; choose auto, cpu, cuda, cuda:N or mps.') from error
-    is_there = available.get(device.type, False)
-    require(is_there, f'device is {name!r}, but PyTorch finds none here; use --device=cpu or auto.')
+    require(available.get(device.type), f'device is {name!r}, but PyTorch finds none here; use --device=cpu.')
     if device.type != 'cuda':
         return device
     index, count, ranks = device.index, torch.cuda.device_count(), int(os.environ.get('WORLD_SIZE', 1))
-    fits = index is None or ranks == 1
-    require(fits, f'device={name} is for one process, not {ranks}; write --device=cuda.')
+    require(
+        index is None or ranks == 1, f'device={name} is for one process, not {ranks}; write --device=cuda.'
+    )
     index = int(os.environ.get('LOCAL_RANK', 0)) if index is None else index
     require(index < count, f'There is no GPU {index}, only {count}; start at most one process per GPU.')
     return torch.device('cuda', index)
