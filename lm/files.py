@@ -91,13 +91,14 @@ def checksum(config):
 
 
 @contextmanager
-def as_sentence(problem, remedy='download it again'):
-    """Raise a UserError in place of whatever damaged bytes, values that cannot be or a network make a library raise."""
+def as_sentence(problem, remedy='download it again', kinds=Exception):
+    """Raise a UserError in place of whatever damaged bytes, values that cannot be or a network make a library raise:
+    they fail in a dozen ways, and mostly have no common class."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # they fail in a dozen ways, and have no common class
+    except kinds as error:
         raise UserError(f'{problem} ({first_line(error)[:200]}); {remedy}.') from error
 
 

@@ -8,14 +8,13 @@ import csv
 import io
 import json
 import reprlib
-from contextlib import contextmanager
 from itertools import chain
 
 import pyarrow
 import pyarrow.parquet
 
 from lm.configurator import UserError, note, require
-from lm.files import as_sentence, first_line
+from lm.files import as_sentence
 
 TABLES = {'.tsv': dict(delimiter='\t', quoting=csv.QUOTE_NONE), '.csv': {}}
 END = '\0end of the table\0'  # a row of its own, unless a quote is open
@@ -103,14 +102,10 @@ def suffix_of(path):
     return next((suffix for suffix in READERS if name.endswith(suffix)), path.suffix.lower())
 
 
-@contextmanager
 def damage_named(path):
-    """Turn the errors of a file that is damaged into UserErrors."""
-    try:
-        yield
-    except (UnicodeDecodeError, pyarrow.ArrowException, OSError, csv.Error) as error:
-        remedy = 'fetch it again, or convert it to UTF-8'
-        raise UserError(f'{path} cannot be read to its end ({first_line(error)}); {remedy}.') from error
+    """Return a context in which the errors of a file that is damaged are UserErrors."""
+    kinds = UnicodeDecodeError, pyarrow.ArrowException, OSError, csv.Error
+    return as_sentence(f'{path} cannot be read to its end', 'fetch it again, or convert it to UTF-8', kinds)
 
 
 def refusals_named(path):
