@@ -3,7 +3,6 @@
 import contextlib
 import os
 import platform
-import re
 import shlex
 import signal
 import subprocess
@@ -18,6 +17,7 @@ import torch
 from lm import report, run_folder
 from lm.configurator import ROOT, output_is_cut, printable, require
 from lm.files import lock, save_atomically, write_json
+from lm.kernels import CPU
 
 PATIENCE = 60  # seconds that W&B has to answer, once
 METRICS = (
@@ -65,10 +65,8 @@ def describe_origin(device):
 
 def describe_machine(device):
     """Return the version of PyTorch, the processor, its threads in use, and the GPU where one is used."""
-    info = Path('/proc/cpuinfo')
-    found = re.search(r'model name\s*: (.*)', info.read_text()) if info.exists() else None
     gpu = f', {torch.cuda.get_device_name(device)}' if device.type == 'cuda' else ''
-    cpu = found[1] if found else platform.machine()
+    cpu = CPU.get('cpu_name') or platform.machine()
     return f'torch {torch.__version__}, {torch.get_num_threads()} of {os.cpu_count()} cores of {cpu}{gpu}'
 
 

@@ -114,9 +114,6 @@ def refusals_named(path):
     return as_sentence(problem, 'correct the name, try again, or give files of your own')
 
 
-PARQUET = 'refs/convert/parquet'  # the branch of a data set in which the hub keeps its own copy
-
-
 def on_the_hub(path, subset=None):
     """Return what `load_dataset` takes for a data set of the hub and its subset, at its newest revision; of one that is
     a script, which `datasets` does not run any more, the hub's own copy in parquet."""
@@ -124,7 +121,7 @@ def on_the_hub(path, subset=None):
 
     info, part = HfApi().dataset_info(path), {'name': subset}
     if f'{path.split("/")[-1]}.py' in [file.rfilename for file in info.siblings or ()]:
-        info, part = HfApi().dataset_info(path, revision=PARQUET), {'data_dir': subset}
+        info, part = HfApi().dataset_info(path, revision='refs/convert/parquet'), {'data_dir': subset}
         names = [file.rfilename for file in info.siblings or () if file.rfilename.endswith('.parquet')]
         subsets = sorted({name.split('/')[0] for name in names})
         problem = f'{path} has several parts, {", ".join(subsets)}'

@@ -42,6 +42,7 @@ WITHOUT = {  # settings and the samplers that do not read them
     'threshold': 'first_hitting ancestral confidence blocks remdm speculative ar',
     'eta': 'first_hitting ancestral confidence blocks threshold entropy speculative ar',
 }
+TOGETHER = 0.3  # seconds in which signals come from one cause
 
 
 def report_idle_settings(config, *models):
@@ -284,9 +285,6 @@ def seconds(call, device):
     return time.perf_counter() - start
 
 
-TOGETHER = 0.3  # seconds in which signals come from one cause
-
-
 class StopSignal:
     """Set by the first SIGTERM, SIGINT, SIGUSR1 or SIGHUP; a second one ends the process at once, but for SIGHUP, of
     which a terminal that is closed sends two, and for one that comes with the first, as Slurm and torchrun forward it.
@@ -355,8 +353,8 @@ def memory_estimate(model, batch_size, length, dist):
     and of sharded ones the root's and those of two blocks are gathered.
     """
     config, parameters = model.config, list(model.parameters())
-    held = {x: optim.local(x).nbytes for x in (*parameters, *model.buffers())}
-    weights, trained = sum(held.values()), sum(size for x, size in held.items() if x.requires_grad)
+    weights = sum(optim.local(x).nbytes for x in (*parameters, *model.buffers()))
+    trained = sum(optim.local(p).nbytes for p in parameters if p.requires_grad)
     size = 4 if dist.dtype == 'float32' else 2
     embedding = getattr(model.embedding, 'table', model.embedding)
     looked_up = None if config.tied else embedding.weight  # in no matmul
