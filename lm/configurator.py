@@ -364,8 +364,7 @@ def parse(text, key):
 def assign(config, name, value, source):
     """Set a key by its name or an alias; `source` says in an error what was set to what, and where."""
     target, key, conversion = resolve(config, name, source)
-    value = value.tolist() if hasattr(value, 'tolist') else value  # a number of numpy's
-    value = check_type(key, value, source)
+    value = check_type(key, value.tolist() if hasattr(value, 'tolist') else value, source)  # of numpy
     if isinstance(conversion, list):
         require(value in conversion, f'{source} is refused: {REFUSED[name]}; leave this setting out.')
         return

@@ -261,9 +261,8 @@ def keep_freed_memory():
         return
     with contextlib.suppress(OSError, AttributeError):  # other C libraries have no mallopt
         mallopt = ctypes.CDLL(None).mallopt
-        m_trim_threshold, m_mmap_threshold = -1, -3  # <malloc.h>
-        mallopt(m_mmap_threshold, 32 << 20)
-        mallopt(m_trim_threshold, (1 << 31) - 1)
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD of <malloc.h>
+        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
 def seed_dropout(*key):
