@@ -355,10 +355,7 @@ def memory_estimate(model, batch_size, length, dist):
     weights = sum(optim.local(x).nbytes for x in (*parameters, *model.buffers()))
     trained = sum(optim.local(p).nbytes for p in parameters if p.requires_grad)
     size = 4 if dist.dtype == 'float32' else 2
-    embedding = getattr(model.embedding, 'table', model.embedding)
-    looked_up = None if config.tied else embedding.weight  # in no matmul
-    cast = [p for p in parameters if p.dtype == torch.float32 and p is not looked_up]
-    copies = sum(p.numel() for p in cast) * (0 if size == 4 else 2)
+    copies = sum(p.numel() for p in parameters if p.dtype == torch.float32) * (0 if size == 4 else 2)
     if any(optim.local(p) is not p for p in parameters):  # sharded: what is gathered at a time
         blocks = sum(p.numel() for p in model.blocks.parameters())
         copies = size * (sum(p.numel() for p in parameters) - blocks + 2 * blocks // config.n_layer)
