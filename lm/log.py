@@ -55,12 +55,9 @@ def start_run(dist, config, name, resumed, init_from):
 def describe_origin(device):
     """Return two lines that say what made a run: its command; commit, version of PyTorch and machine."""
     command = shlex.join(['python', Path(sys.argv[0]).name, *sys.argv[1:]])
-    git = ['git', '-C', ROOT, 'describe', '--always', '--dirty', '--exclude=*', '--abbrev=12']
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    except OSError:  # there is no git
-        commit = ''
-    return f'$ {command}\ncommit {commit or "unknown"}, {describe_machine(device)}\n'
+    git = shlex.join(['git', '-C', str(ROOT), *'describe --always --dirty --exclude=* --abbrev=12'.split()])
+    found = subprocess.run(git, shell=True, capture_output=True, text=True)  # by a shell: there may be no git
+    return f'$ {command}\ncommit {found.stdout.strip() or "unknown"}, {describe_machine(device)}\n'
 
 
 def describe_machine(device):
