@@ -226,10 +226,10 @@ def check_choice(config, key, choices):
 
 
 def check_range(config, low, high, *keys):
-    """Raise a UserError unless each of `keys` is None or at least `low` and below `high`."""
+    """Raise a UserError unless each of `keys` is not there, None, or at least `low` and below `high`."""
     limit = '' if high == math.inf else f' and below {high}'
     for key in keys:
-        value = config[key]
+        value = config.get(key)
         require(value is None or low <= value < high, f'{key} is {value}; it must be at least {low}{limit}.')
 
 

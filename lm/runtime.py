@@ -76,7 +76,7 @@ def check_settings(config):
     for key in CHOICES.keys() & config.keys():
         check_choice(config, key, CHOICES[key])
     for low, high, keys in RANGES:
-        check_range(config, low, high, *(key for key in keys.split() if key in config))
+        check_range(config, low, high, *keys.split())
     for key, names in NEEDS.items():
         if key in config and not config[key]:
             report_idle(config, f'without {key}', names)
