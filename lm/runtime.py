@@ -59,11 +59,11 @@ def report_idle_settings(config, *models):
         sampler = config['sampler'] or 'first_hitting'
         unused = ' '.join(key for key, names in WITHOUT.items() if sampler in names.split())
         report_idle(config, f'with sampler={config["sampler"]!r}', unused)
-    blocks = [model.config.block_length for model in models if not model.causal]
-    if blocks and not any(map(any, blocks)):
+    lengths = set().union(*(model.config.block_length for model in models if not model.causal))
+    if lengths == {0}:
         of_blocks = 'block_length' * (config.get('sampler', 'blocks') not in ('blocks', 'speculative'))
         report_idle(config, 'on whole rows', f'noisy_every {of_blocks}')
-    if blocks and all(set(lengths) == {1} for lengths in blocks):  # each is masked
+    if lengths == {1}:  # each is masked
         report_idle(config, 'on blocks of 1', 'mask_ratio')
     if config.get('k') == 0:
         report_idle(config, 'at k=0', 'fresh_beliefs')
