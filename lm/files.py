@@ -26,7 +26,7 @@ def writing(path):
 def save_atomically(path, write):
     """Call `write(file)` with a file beside `path`, then put it in its place: a crash leaves the old or the new."""
     path = Path(path)
-    beside = path.with_name(f'{path.name}.{socket.gethostname()}.{os.getpid()}.tmp')  # of no other process
+    beside = path.with_name(f'{path.name}.{socket.gethostname()}.tmp')  # what a killed one left is replaced
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -38,7 +38,7 @@ def start_run(dist, config, name, resumed, init_from):
     log = Logger(out, dist.is_main, checkpoint['global_step'] - again, check)
     if dist.is_main:
         for name in run_folder.RUN_FILES:  # what a killed process had begun to write
-            for path in (*out.glob(f'{name}.*.[0-9]*.tmp'), *out.glob(f'{name}/**/*.[0-9]*.tmp')):
+            for path in (*out.glob(f'{name}.*.tmp'), *out.glob(f'{name}/**/*.*.tmp')):
                 path.unlink(missing_ok=True)
         write_json(out / 'config.json', config)
         log.write(log.log_file, describe_origin(dist.device))
