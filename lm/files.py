@@ -92,13 +92,12 @@ def checksum(config):
 
 @contextmanager
 def as_sentence(problem, remedy='download it again', kinds=Exception):
-    """Raise a UserError in place of whatever damaged bytes, values that cannot be or a network make a library raise:
-    they fail in a dozen ways, and mostly have no common class."""
+    """Raise a UserError in place of whatever damaged bytes, values that cannot be or a network make a library raise."""
     try:
         yield
     except UserError:
         raise
-    except kinds as error:
+    except kinds as error:  # libraries fail in a dozen ways, which have no common class
         raise UserError(f'{problem} ({first_line(error)[:200]}); {remedy}.') from error
 
 

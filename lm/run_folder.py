@@ -79,9 +79,8 @@ def open_run_folder(out_dir, name, suffix='', run_dir=None, overwrite=False, ini
 
 
 def copy_if_due(folder, step, best_step, config, dist):
-    """Copy ckpt.pt, and a sharded state, to checkpoints/checkpoint-{step}/ on rank 0 where save_every says
-    so; the newest save_total_limit copies stay (None: all), and the best. Later steps, which the run has gone
-    back behind, go first."""
+    """Copy ckpt.pt, and a sharded state, to checkpoints/checkpoint-{step}/ on rank 0 where save_every says so. The
+    newest save_total_limit copies stay (None: all), and the best; later steps, which the run went back behind, go."""
     every, limit = config['save_every'], config['save_total_limit']
     if not (dist.is_main and step and every) or step % every or limit == 0:
         return

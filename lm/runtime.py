@@ -102,8 +102,7 @@ def check_settings(config):
 
 
 def check_blocks(config, block_size):
-    """Raise a UserError for blocks that a row is no multiple of: the bound of the last one is not of what is written,
-    in a whole block after a moved window."""
+    """Raise a UserError for blocks that do not fill a row: the bound of the last one is not of what is written."""
     for length in config.block_length:
         fits = not length or length >= block_size or block_size % length == 0
         remedy = f'choose block_size={block_size // max(1, length) * length}, or another length'
@@ -388,8 +387,7 @@ def add(sums, loss, count, metrics):
 
 
 def means(split, sums):
-    """Compute the metrics of a split from sums that a model's forward returned; one that is not named below
-    is over the counted tokens: its mean keeps its name."""
+    """Compute a split's metrics from a forward's sums; one that is not named here is a mean over the counted tokens."""
     sums = dict(sums)
     loss, count = sums.pop('loss'), max(1, sums.pop('count'))
     correct, predicted = sums.pop('correct', None), sums.pop('predicted', 0)
