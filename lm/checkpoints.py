@@ -19,12 +19,11 @@ from model import ARCHITECTURES, SIZES, ModelConfig, architecture_name, check
 
 CHECKPOINT_FORMAT = 1
 NEEDED = {'architecture', 'model_config', 'model_state_dict', 'tokenizer', 'global_step', 'start_token'}
-TYPES = dict.fromkeys(
-    ['global_step', 'start_token', 'best_step'], int
-)  # of what is used long after it is read
+# Of what is used long after it is read.
+TYPES = dict.fromkeys(['global_step', 'start_token', 'best_step', 'later'], int)
 TYPES |= dict.fromkeys(['best_val_loss', 'best_score'], float)
 TYPES |= dict.fromkeys(['tokenizer', 'prompt_format', 'wandb_run_id'], str | None)
-TYPES |= {'train_config': dict, 'pending': dict | None}
+TYPES |= {'train_config': dict, 'pending': dict | None, 'came_with': dict | None}
 OTHERS = 'take another one of the run, best.pt or one under checkpoints/'
 
 
@@ -37,7 +36,7 @@ def is_pretrained(path):
     path, is_name = Path(path), isinstance(path, str) and not path.endswith('.pt')
     if path.is_dir():
         settings, is_run = path / 'config.json', (path / 'ckpt.pt').exists()
-        return settings.is_file() and not is_run and '"model_type"' in settings.read_text('utf-8')
+        return settings.is_file() and not is_run and '"model_type"' in settings.read_text('utf-8', 'replace')
     first = Path(path.parts[0])  # out/run is no name where there is a folder out/, and /run is none
     return is_name and len(path.parts) <= 2 and not first.exists()
 

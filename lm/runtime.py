@@ -24,11 +24,12 @@ RANGES = [  # settings that are at least the first number and below the second
     (2, math.inf, 'block_size'),
     (0, 2**63, 'seed'),
     (1, math.inf, 'eval_every log_every sample_tokens peft_lora_r num_classes noisy_every'),
-    (0, math.inf, 'num_epochs learning_rate min_lr warmup_steps warmup_ratio decay_ratio weight_decay'),
+    (0, math.inf, 'num_epochs learning_rate min_lr warmup_steps decay_ratio weight_decay'),
     (0, math.inf, 'eval_tokens eval_examples early_stopping save_every save_total_limit sample_every'),
     (0, math.inf, 'num_samples anneal_steps grad_clip k_warmup_steps'),
     (0, math.inf, 'lora_rank num_layers_to_finetune val_set_size'),
-    (0, 1, 'beta1 beta2 ema_decay dropout token_dropout label_smoothing peft_lora_dropout lora_dropout'),
+    (0, 1, 'beta1 beta2 ema_decay dropout token_dropout label_smoothing peft_lora_dropout'),
+    (0, 1, 'warmup_ratio lora_dropout'),
 ]
 NEEDS = {  # settings that have no effect where the first one is not set
     'out_dir': 'overwrite',

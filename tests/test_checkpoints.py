@@ -152,6 +152,10 @@ def test_a_checkpoint_cut_anywhere_or_of_another_kind_is_refused(tmp_path):
         torch.save(value, path)
         with pytest.raises(UserError, match=f'{path} lacks .*tokenizer.*; give the ckpt.pt'):
             checkpoints.load(path)
+    for edited in ({'came_with': 3}, {'later': 'seven'}):
+        checkpoints.save(path, make_checkpoint()[1] | edited)
+        with pytest.raises(UserError, match='was edited, is damaged or of other code'):
+            checkpoints.load(path)
     with pytest.raises(UserError, match='no checkpoint at nowhere.pt; correct'):
         checkpoints.load('nowhere.pt')
 

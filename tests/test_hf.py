@@ -189,7 +189,6 @@ def test_a_folder_is_asked_by_its_own_chat_template(template, adds_start, tmp_pa
 
 
 @pytest.mark.faults
-@pytest.mark.faults
 def test_a_template_that_writes_the_start_token_writes_the_folders_own(tmp_path):
     hf_model('llama', tmp_path, vocab_size=300)
     write_llama_tokenizer(tmp_path, says='nothing')

@@ -225,6 +225,10 @@ MISTAKES = {
     'biases': (lambda f: edit_config(f, attention_bias=True), 'attention_bias=True; only False can'),
     'a key that is missing': (lambda f: edit_config(f, hidden_size=None), "config.json lacks 'hidden_size'"),
     'a config cut short': (lambda f: (f / 'config.json').write_text('{"model_type": '), 'cannot be read'),
+    'a config in another encoding': (
+        lambda f: (f / 'config.json').write_bytes(b'{"model_type": "\xe9"}'),
+        'cannot be read',
+    ),
     'a shard that is missing': (
         lambda f: (
             (f / 'model.safetensors').rename(f / 'other')

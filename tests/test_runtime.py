@@ -292,11 +292,14 @@ def test_a_closed_terminal_is_a_signal_to_save_however_often_it_says_so(monkeypa
 # ---------------------------------------------------------------------------- settings
 
 
-def test_fsdp_refuses_float16_and_takes_what_it_refused_before():
+def test_settings_that_cannot_be_are_refused_and_those_that_can_are_not():
     config = configurator.Config({})
     config.update(optimizer='muon', dtype='auto', fsdp=True, save_total_limit=0, ema_decay=0.9, use_peft=True)
     config.update(schedule='cosine', resume_from='run', out_dir='', no_wandb=True, device='cpu')
     runtime.check_settings(config)
     config['dtype'] = 'float16'
     with pytest.raises(UserError, match='fsdp does not go with dtype=float16; give --dtype=float32'):
+        runtime.check_settings(config)
+    config.update(dtype='auto', warmup_ratio=5.0)  # of which the peak would never be reached
+    with pytest.raises(UserError, match='warmup_ratio is 5.0; it must be at least 0 and below 1'):
         runtime.check_settings(config)
