@@ -48,7 +48,7 @@ class Handler(BaseHTTPRequestHandler):
     """One request per connection."""
 
     protocol_version, server_version, sys_version, timeout = 'HTTP/1.1', 'serve', '', READ_SECONDS
-    started = failed = False
+    status = 0  # of the response, once it has begun
     log_message = lambda self, *words: None
 
     def handle(self):
@@ -60,7 +60,7 @@ class Handler(BaseHTTPRequestHandler):
         with suppress(OSError):  # one that was refused still sends, and would never see why
             self.connection.shutdown(socket.SHUT_WR)
             self.connection.settimeout(0.5)
-            for _ in range(64 * self.failed):
+            for _ in range(64 if self.status >= 400 else 0):
                 if not self.connection.recv(2**16):
                     break
 
@@ -72,31 +72,28 @@ class Handler(BaseHTTPRequestHandler):
 
     def send(self, status, kind, content=None):
         """Send the head of a response, and its content unless that is to follow."""
-        self.started, self.failed = True, status >= 400
+        self.status = status
         self.request_version = self.protocol_version  # or one that says none gets no head
         self.send_response(status)
         self.send_header('Content-Type', kind)
         self.send_header('Connection', 'close')
-        if status == 503:
-            self.send_header('Retry-After', '5')
         if content is not None:
             self.send_header('Content-Length', str(len(content)))
         self.end_headers()
         self.wfile.write(content or b'')
 
     def send_error(self, status, message=None, explain=None):
-        content = json.dumps(as_error(message or 'This is no request.', status)).encode()
-        if self.started:
-            self.wfile.write(b'data: ' + content + b'\n\n')
+        error = as_error(message or 'This is no request.', status)
+        if self.status:
+            self.send_event(error)
         else:
-            self.send(status, 'application/json', content)
+            self.send_json(error, status)
 
     def do_GET(self):
-        listed = lambda: self.send_json({'object': 'list', 'data': [one.about for one in models.values()]})
-        paths = {'/': lambda: self.send(200, 'text/html; charset=utf-8', page), '/v1/models': listed}
-        for name, one in models.items():
-            paths[f'/v1/models/{quote(name)}'] = partial(self.send_json, one.about)
-        self.route(paths)
+        listed = {f'/v1/models/{quote(name)}': model.about for name, model in models.items()}
+        listed['/v1/models'] = {'object': 'list', 'data': [*listed.values()]}
+        paths = {path: partial(self.send_json, about) for path, about in listed.items()}
+        self.route(paths | {'/': partial(self.send, 200, 'text/html; charset=utf-8', page)})
 
     def do_POST(self):
         self.route(dict.fromkeys(FIELDS, self.post))
@@ -112,8 +109,6 @@ class Handler(BaseHTTPRequestHandler):
             paths[path]()
         except UserError as error:
             self.send_error(getattr(error, 'status', 400), str(error))
-        except RecursionError:
-            self.send_error(400, 'The body is nested too deeply.')
         except OSError:
             raise
         except Exception as error:
@@ -142,11 +137,10 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(f'The body has {lengths[0]} bytes; at most {MAX_BODY} are read.', 413)
         content = self.rfile.read(int(lengths[0]))
         require(len(content) == int(lengths[0]), 'The body is shorter than its Content-Length.')
-        self.server.open[self.connection] = float('inf')  # all is read
         try:
             body = json.loads(content)
             json.dumps(body, ensure_ascii=False, allow_nan=False).encode()  # no NaN, no half a character
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # of JSON in JSON in JSON
             raise UserError(f'The body is no JSON in UTF-8 ({first_line(error)[:100]}).') from error
         return body
 
@@ -156,7 +150,7 @@ class Handler(BaseHTTPRequestHandler):
         if not model:
             raise Refused(f'There is no model {fields["model"][:80]!r}; there is {", ".join(models)}.', 404)
         if self.path == '/v1/tokenize':
-            return self.send_json({'tokens': len(model.encode(fields.get('text', '')))})
+            return self.send_json({'tokens': len(model.tokenizer.encode(fields.get('text', '')))})
         job = Job(self.path, fields, model, limits)
         writer.submit(job)
         try:
@@ -186,26 +180,21 @@ class Handler(BaseHTTPRequestHandler):
                     raise event
                 yield event
 
-    def send_json(self, value):
-        self.send(200, 'application/json', json.dumps(value).encode())
+    def send_json(self, value, status=200):
+        self.send(status, 'application/json', json.dumps(value).encode())
 
     def send_event(self, value):
-        if not self.started:
+        if not self.status:
             self.send(200, 'text/event-stream')
         self.wfile.write(b'data: ' + json.dumps(value).encode() + b'\n\n')
 
 
 class Server(ThreadingHTTPServer):
-    daemon_threads, request_queue_size = True, 128
+    daemon_threads, request_queue_size = False, 128
     address_family = socket.AF_INET6 if ':' in host else socket.AF_INET
 
-    def __init__(self):
-        self.open = {}  # connection: until when its request has to be read
-        super().__init__((host, port), Handler)
-
     def process_request(self, request, address):
-        if len(self.open) < CONNECTIONS:
-            self.open[request] = time.monotonic() + READ_SECONDS
+        if threading.active_count() < CONNECTIONS:
             return super().process_request(request, address)
         content = json.dumps(as_error('Too many connections; ask again later.', 503))
         head = 'HTTP/1.1 503 Busy\r\nRetry-After: 5\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n'
@@ -214,17 +203,6 @@ class Server(ThreadingHTTPServer):
             request.recv(2**16)  # or the answer would be lost with what is not read
             request.sendall((head + content).encode())
         self.shutdown_request(request)
-
-    def shutdown_request(self, request):
-        self.open.pop(request, None)
-        super().shutdown_request(request)
-
-    def service_actions(self):
-        """Cut off those that send their request too slowly."""
-        for request, until in list(self.open.items()):
-            if time.monotonic() > until:
-                with suppress(OSError):
-                    request.shutdown(socket.SHUT_RDWR)
 
 
 def stop(number, frame):
@@ -250,7 +228,7 @@ for path in filter(None, map(str.strip, (checkpoint or str(run_folder.newest_run
     print(f'{model.name}: {model.about["architecture"]}, {model.about["parameters"]:,} parameters')
 writer, (page, HEADERS['Content-Security-Policy']) = Writer(dist, batch_size), load_page()
 try:
-    server = Server()
+    server = Server((host, port), Handler)
 except OSError as error:
     raise UserError(f'{host}:{port} cannot be used ({error}); choose another --host or --port.') from error
 for number in (signal.SIGTERM, signal.SIGINT):
@@ -260,7 +238,4 @@ if host not in ('127.0.0.1', 'localhost', '::1'):
     print(f'Everyone who reaches {host} can use these models.')
 print(f'http://{address}:{server.server_port}', flush=True)
 server.serve_forever(poll_interval=0.1)
-server.socket.close()
-while server.open:  # what was asked is answered
-    server.service_actions()
-    time.sleep(0.05)
+server.server_close()  # waits until what was asked is answered

@@ -9,13 +9,12 @@ import threading
 import time
 import traceback
 import uuid
-from collections import deque
 from contextlib import suppress
 from typing import NamedTuple
 
 from lm import checkpoints, prompts, run_folder
 from lm.configurator import UserError, require, user_errors
-from lm.files import first_line
+from lm.files import as_sentence, first_line
 from lm.tokenizer import Tokenizer
 from lm.watch import PAGE, Frames
 from sampling import SAMPLERS, generate
@@ -32,9 +31,8 @@ FIELDS = {  # of each path, with their types
 }
 IDLE = 'user metadata store safety_identifier service_tier prompt_cache_key parallel_tool_calls'.split()
 NEUTRAL = dict(frequency_penalty=0, presence_penalty=0, logit_bias={}, echo=False, suffix='', best_of=1)
-NEUTRAL |= dict(
-    logprobs=False, top_logprobs=0, tools=[], tool_choice='none', response_format={'type': 'text'}
-)
+NEUTRAL |= dict(logprobs=False, top_logprobs=0, tools=[], tool_choice='none')
+NEUTRAL['response_format'] = {'type': 'text'}
 
 
 class Limits(NamedTuple):
@@ -44,11 +42,10 @@ class Limits(NamedTuple):
     batch_size: int  # rows
     timeout: float  # seconds to wait and run
 
-    def range_of(self, name):
-        """Return the smallest and the largest value of a field, where `generate` does not check it."""
+    def ranges(self):
+        """Return the smallest and the largest value of each field that `generate` does not check."""
         ranges = dict.fromkeys('max_tokens max_completion_tokens steps'.split(), (1, self.max_tokens))
-        ranges |= dict(n=(1, self.batch_size), seed=(0, 2**62), k=(0, 64))
-        return (ranges | dict(top_k=(1, 2**31), block_length=(0, 2**31))).get(name)
+        return ranges | dict(n=(1, self.batch_size), seed=(0, 2**62), k=(0, 64), block_length=(0, 2**31))
 
 
 class Refused(UserError):
@@ -86,8 +83,6 @@ def load_page():
 class Model:
     """A checkpoint, and how a request becomes its token ids."""
 
-    encoding = threading.Lock()  # a word takes a hundred times its length in memory: one text at a time
-
     def __init__(self, path, device, token=None, revision=None, weights='float32'):
         state = checkpoints.load(path, token, revision)
         self.name = run_folder.name_of(path)
@@ -95,21 +90,17 @@ class Model:
         self.start = state['start_token']
         self.form, self.stops = state.get('prompt_format'), set(prompts.stop_tokens(state, self.tokenizer))
         self.module = checkpoints.load_model(state, device, weights)
-        own, self.block_size = self.module.config.block_length, self.module.config.block_size
-        self.infills = not self.module.causal and (0 in own or not any(own))  # sees what stands behind a gap
-        samplers = [] if self.module.causal else [name for name in SAMPLERS if name != 'speculative']
-        samplers += ['speculative'] * bool(self.module.config.ar_weight)
+        config, causal = self.module.config, self.module.causal
+        self.block_size = config.block_size
+        self.infills = not causal and 0 in config.block_length  # sees what stands behind a gap
+        samplers = [] if causal else [name for name in SAMPLERS if name != 'speculative' or config.ar_weight]
         about = dict(architecture=state['architecture'], block_size=self.block_size, infills=self.infills)
         about |= dict(samplers=samplers, chats=bool(self.form), parameters=self.module.num_parameters())
         self.about = {'id': self.name, 'object': 'model', 'created': 0, 'owned_by': 'you', **about}
 
-    def encode(self, text):
-        with self.encoding:
-            return self.tokenizer.encode(text)
-
     def ids_of_prompt(self, text):
         """Return the ids of a text to continue, after a start token as in sample.py."""
-        ids = self.encode(text)
+        ids = self.tokenizer.encode(text)
         ids = prompts.before(ids, self.tokenizer, self.start) + ids
         self.check_length(len(ids), self.block_size - 1)
         return ids
@@ -120,9 +111,8 @@ class Model:
     def ids_of_chat(self, messages, new):
         """Return the ids of a conversation, cut on the left where it is too long with `new` tokens."""
         form, (turns, system) = self.form or prompts.DEFAULT, turns_of(messages)
-        with self.encoding:
-            ids, _ = prompts.encode(self.tokenizer, form, turns, system)
-            start = prompts.start_of(form, self.tokenizer, self.start)
+        ids, _ = prompts.encode(self.tokenizer, form, turns, system)
+        start = prompts.start_of(form, self.tokenizer, self.start)
         return [start, *ids[1 - max(self.block_size // 2, self.block_size - new) :]]
 
     def ids_of_infill(self, text):
@@ -131,8 +121,7 @@ class Model:
         require(self.infills, f'{problem}; choose a diffusion model of whole rows.')
         gaps = prompts.GAP.findall(text)
         self.check_length(sum(int(gap.lstrip('0')[:9] or 0) for gap in gaps), self.block_size)
-        with self.encoding:
-            ids = prompts.encode_infill(self.tokenizer, text)
+        ids = prompts.encode_infill(self.tokenizer, text)
         before = prompts.before(ids, self.tokenizer, self.start)
         self.check_length(len(before + ids), self.block_size)
         return before + ids, len(before)
@@ -141,31 +130,27 @@ class Model:
 def turns_of(messages):
     """Return the turns of a conversation, as `prompts.encode` takes them, and its system message."""
     said = []
-    for message in messages:
-        message = message if isinstance(message, dict) else {}
-        role, content = message.get('role'), message.get('content')
-        if isinstance(content, list):  # of parts
-            parts = [part.get('text') if isinstance(part, dict) else None for part in content]
-            content = ''.join(parts) if all(isinstance(part, str) for part in parts) else content
-        is_text = isinstance(content, str)
-        require(is_text, f'A message has no text as its content, but {content!r:.50}; give one.')
-        said.append((role, content))
+    with as_sentence('A message has no role or no text', 'give it both'):
+        for message in messages:
+            content = message['content']
+            parts = content if isinstance(content, list) else [{'text': content}]
+            said.append((message['role'], ''.join(part['text'] for part in parts)))
     system = said.pop(0)[1] if said and said[0][0] in ('system', 'developer') else ''
     roles = [role for role, _ in said]
-    fits = len(said) % 2 == 1 and roles == [('user', 'assistant')[i % 2] for i in range(len(said))]
+    turns = ['user', 'assistant'] * (len(roles) // 2) + ['user']
     remedy = 'begin with system or user, let user and assistant take turns, and end with user'
-    require(fits, f'messages are of {", ".join(map(str, roles)) or "nobody":.100}; {remedy}.')
+    require(roles == turns, f'messages are of {", ".join(map(str, roles)) or "nobody":.100}; {remedy}.')
     texts = [text for _, text in said] + [None]
-    return [(texts[i], '', texts[i + 1]) for i in range(0, len(said), 2)], system
+    return [(asked, '', answer) for asked, answer in zip(texts[::2], texts[1::2])], system
 
 
 def read_fields(body, known, limits):
     """Return the fields of a request that are not null; UserError for those that are unknown or no good."""
     require(isinstance(body, dict), 'The body is no JSON object; write {"model": ...}.')
     fields = {name: value for name, value in body.items() if value is not None}
-    for name, value in list(fields.items()):
+    for name, value in fields.items():
         if name not in known:
-            is_idle = name in IDLE or name in NEUTRAL and value == NEUTRAL[name]
+            is_idle = name in IDLE or value == NEUTRAL.get(name)
             require(is_idle, f'{name[:50]!r} is not supported here; leave it out.')
             continue
         kind = known[name]
@@ -173,9 +158,9 @@ def read_fields(body, known, limits):
             fields[name] = value = float(value)
         fits = type(value) is kind or kind == str | list and isinstance(value, kind)
         require(fits, f'{name} is {value!r:.50}; give {getattr(kind, "__name__", kind)}.')
-        low, high = limits.range_of(name) or (None, None)
-        fits = low is None or low <= value <= high
-        require(fits, f'{name} is {value}; it must be between {low} and {high}.')
+    for name, (low, high) in limits.ranges().items():
+        value = fields.get(name, low)
+        require(low <= value <= high, f'{name} is {value}; it must be between {low} and {high}.')
     return fields
 
 
@@ -211,7 +196,7 @@ class Job:
         self.prompt_tokens = sum(map(len, prompts))
         self.check(limits)
         self.frames = Frames(model.tokenizer, stops=model.stops) if self.watch else None
-        self.events, self.cancelled, self.closed = queue.SimpleQueue(), False, False
+        self.events, self.cancelled = queue.SimpleQueue(), False
         self.deadline = time.monotonic() + limits.timeout
         # Of diffusion only rows of one length run together.
         length = 0 if model.module.causal else len(prompts[0])
@@ -243,20 +228,14 @@ class Job:
         fills = not (self.is_infill and self.options.get('sampler') == 'speculative')
         require(fills, "sampler='speculative' fills no gap; choose another.")
 
-    def close(self):
-        """Say that all is written, if it is."""
-        if not self.closed and all(row.finish for row in self.rows):
-            self.closed = True
-            self.events.put(None)
-
     def answer(self):
         """Return the response to a request that was not streamed."""
         choices = [self.choice(row.index, row.text, row.finish) for row in self.rows]
-        if not self.watch:
-            return self.envelope(choices, self.counts())
-        if not self.is_infill:
+        answer = self.envelope(choices, self.counts())
+        if self.watch:
             self.frames.end(len(self.rows[0].ids) + len(self.rows[0].new))
-        return self.envelope(choices, self.counts()) | {'frames': self.frames.steps}
+            answer['frames'] = self.frames.steps
+        return answer
 
     def chunk(self, index, text, finish):
         """Return a part of a response that is streamed."""
@@ -286,10 +265,9 @@ class Row:
         self.new, self.text, self.finish = [], '', None
 
     def add(self, new):
-        """Take new tokens, up to a stop token or as many as were asked for."""
-        if self.finish:
+        """Take new tokens, up to a stop token; a text with gaps has none behind it."""
+        if self.finish or not new:
             return
-        new = new[: self.job.new - len(self.new)]
         ends = [i + 1 for i, one in enumerate(new) if one in self.job.model.stops]
         self.new += new[: ends[0]] if ends else new
         is_full = len(self.new) == self.job.new
@@ -298,8 +276,6 @@ class Row:
 
     def tell(self, finish):
         """Hand on what is new in the text, and whether nothing more comes; a stop text ends it as well."""
-        if self.finish:
-            return
         job, decode = self.job, self.job.model.tokenizer.decode
         before = [] if job.is_infill else self.ids[-1:]  # without it a word may lose its space
         text = decode(before + self.new)[len(decode(before)) :]
@@ -315,6 +291,8 @@ class Row:
         more, self.text, self.finish = text[len(self.text) :], text, finish
         if job.stream and (more or finish):
             job.events.put((self.index, more, finish))
+        if all(row.finish for row in job.rows):
+            job.events.put(None)
 
 
 # ---------------------------------------------------------------------------- the one thread that runs the models
@@ -326,19 +304,18 @@ class Writer(threading.Thread):
     def __init__(self, dist, batch_size):
         super().__init__(daemon=True)
         self.dist, self.batch_size = dist, batch_size
-        self.waiting, self.changed = deque(), threading.Condition()
+        self.waiting, self.changed = [], threading.Condition()
 
     def submit(self, job):
         with self.changed:
-            self.waiting = deque(one for one in self.waiting if not one.cancelled)
-            self.waiting.append(job)
+            self.waiting = [*(one for one in self.waiting if not one.cancelled), job]
             self.changed.notify()
 
     def take(self):
         """Wait for a job; return it with those that can be written along with it."""
         with self.changed:
             self.changed.wait_for(lambda: self.waiting)
-            jobs = [self.waiting.popleft()]
+            jobs = [self.waiting.pop(0)]
             for job in [job for job in self.waiting if job.key == jobs[0].key]:
                 if sum(len(one.rows) for one in (*jobs, job)) <= self.batch_size:
                     self.waiting.remove(job)
@@ -371,31 +348,23 @@ class Writer(threading.Thread):
     def write_part(self, job, rows, seed):
         """Write rows by one call of `generate`, which ends early when nobody waits for them any more."""
 
+        def watch(*step):
+            if all(row.finish or row.job.cancelled for row in rows):
+                raise Stopped
+            if job.frames:
+                job.frames(*step)
+
         def stream(new):
             for row, tokens in zip(rows, new):
                 row.add(tokens)
-            if not job.frames:  # which see a step after the stream
-                check()
-
-        def check(*step):
-            if job.frames:
-                job.frames(*step)
-            for one in {row.job for row in rows}:
-                one.close()
-            if all(row.finish or row.job.cancelled for row in rows):
-                raise Stopped
 
         if job.frames:
             job.frames.begin(rows[0].ids)
-        check.shows_beliefs = job.watch
-        options = {**job.options, 'seed': seed, 'stream': stream if job.new else None}
-        if job.frames or not job.model.module.causal:  # which a stream tells of its windows only
-            options['watch'] = check
+        watch.shows_beliefs = job.watch
+        options = {**job.options, 'seed': seed, 'watch': watch, 'stream': stream}
         ids = [row.ids for row in rows]
         with suppress(Stopped), self.dist.autocast():
             written = generate(job.model.module, ids, job.new, stop_tokens=job.model.stops, **options)
-            for row, tokens in zip(rows, written):
-                row.new = tokens[row.job.added :] if job.is_infill else row.new
-        for row in rows:
-            row.tell('stop' if job.is_infill else 'length')
-            row.job.close()
+            for row, tokens in zip(rows, written) if job.is_infill else ():
+                row.new = tokens[row.job.added :]
+                row.tell('stop')
