@@ -30,17 +30,15 @@ def generate(model, prompts, max_new_tokens, **options):
     <|mask|> within a prompt; with max_new_tokens=0 it does only that. options: the fields of `Sampler`. Raises
     ValueError for wrong ones.
     """
-    check_prompts(model, prompts)
-    check(max_new_tokens >= 0, f'max_new_tokens is {max_new_tokens}; it must be at least 0.')
     sampler = Sampler(model, **options)
+    check_prompts(model, prompts, sampler)
+    check(max_new_tokens >= 0, f'max_new_tokens is {max_new_tokens}; it must be at least 0.')
     training = model.training
     model.eval()
     try:
         if model.causal:
             return generate_left_to_right(model, prompts, max_new_tokens, sampler)
         if sampler.sampler == 'speculative':
-            fills = any(model.config.mask_id in prompt for prompt in prompts)
-            check(not fills, "sampler='speculative' fills no <|mask|>; choose another.")
             return [speculate(model, prompt, max_new_tokens, sampler) for prompt in prompts]
         rows, shapes = [None] * len(prompts), [sampler.shape(prompt) for prompt in prompts]
         for shape in sorted(set(shapes)):  # rows of one shape share their forward passes
@@ -48,26 +46,22 @@ def generate(model, prompts, max_new_tokens, **options):
             batch = torch.tensor([prompts[i] for i in same], device=model.embedding.weight.device)
             write = generate_by_blocks if sampler.is_causal(batch) else generate_by_denoising
             for i, row in zip(same, write(model, batch, max_new_tokens, sampler)):
-                rows[i] = row
+                rows[i] = sampler.truncate(row, len(prompts[i]))
         return rows
     finally:
         model.train(training)
 
 
-def check_prompts(model, prompts):
+def check_prompts(model, prompts, sampler):
     block_size, mask_id = model.config.block_size, model.config.mask_id
+    left_to_right = model.causal or sampler.sampler == 'speculative'
     for prompt in prompts:
         check(len(prompt) > 0, 'A prompt is empty; start it with <|endoftext|> for a new text.')
         fits = len(prompt) <= block_size
         check(fits, f'The prompt has {len(prompt)} tokens, but block_size={block_size}; shorten it.')
-        fills = not model.causal or mask_id not in prompt
-        check(fills, 'The prompt holds <|mask|>, which a causal model cannot fill; see fill_left_to_right.')
-
-
-def truncate(row, prompt_length, stop_tokens):
-    """Return the row up to its first stop token after the prompt, that token included."""
-    ends = (i + 1 for i in range(prompt_length, len(row)) if row[i] in stop_tokens)
-    return row[: next(ends, None)]
+        remedy = 'choose another sampler, or of a causal model see fill_left_to_right'
+        fits = not left_to_right or mask_id not in prompt
+        check(fits, f'The prompt holds <|mask|>, which is not filled from left to right; {remedy}.')
 
 
 # ---------------------------------------------------------------------------- left to right
@@ -86,29 +80,27 @@ def generate_left_to_right(model, prompts, max_new_tokens, sampler):
             if len(rows[i]) - starts[i] > block_size:
                 starts[i] = len(rows[i]) - max(1, block_size // 2)
         left -= new
-    return [truncate(row, len(prompt), sampler.stop_tokens) for row, prompt in zip(rows, prompts)]
+    return [sampler.truncate(row, len(prompt)) for row, prompt in zip(rows, prompts)]
 
 
 def decode(model, texts, new, running, sampler):
     """Decode `new` tokens after each of `texts`, as lists; fewer only once all rows that are `running` have stopped."""
-    device, options, stop_tokens = model.embedding.weight.device, sampler.options, sampler.stop_tokens
+    device, options = model.embedding.weight.device, sampler.options
     uniform = uniform_numbers((new, len(texts)), sampler.rng, device) if sampler.draws else [None] * new
     size = -(-(max(map(len, texts)) + new - 1) // 64) * 64  # few different ones: each is compiled anew
     cache = KVCache(len(texts), size, device)
     position, score = sampler.start + len(texts[0]), confidence_of if sampler.watch else None
     tokens, scores = sample_tokens(model, prefill(model, texts, cache), uniform[0], options, score)
-    written, checked, step = [tokens], 0, decode_step
+    written, step = [tokens], decode_step
     sampler.tell(position, tokens, scores)
     if sampler.compile:
         cache.fix()
         step = torch.compile(decode_step, mode='reduce-overhead')  # on a GPU a CUDA graph
+    running, stops = torch.tensor(running, device=device), torch.tensor([*sampler.stop_tokens], device=device)
     for i in range(1, new):
-        if stop_tokens and (device.type == 'cpu' or i % CHECK_EVERY == 0):
-            for row in torch.stack(written[checked:]).tolist():
-                running = [on and token not in stop_tokens for on, token in zip(running, row)]
-            checked = i
-            if not any(running):
-                break
+        running &= (tokens[:, None] != stops).all(1)
+        if (device.type == 'cpu' or i % CHECK_EVERY == 0) and not running.any():
+            break
         # A row that has stopped goes on as well: shapes stay the same.
         tokens, scores = step(model, cache, tokens, uniform[i], options, score)
         tokens = tokens.clone()
@@ -203,10 +195,9 @@ class Sampler:
         self.score, most = (certainty_of, torch.inf) if by_entropy else (confidence_of, 1)
         if self.threshold is None:
             self.threshold = 0.3 if by_entropy else 0.9
+        drafts = self.sampler == 'speculative'
         if self.block_length is None:
-            self.block_length = own[0] if any(own) else 32
-            if self.sampler == 'speculative' and any(own):
-                self.block_length = next(filter(None, own))
+            self.block_length = own[0] if any(own) and not drafts else next(filter(None, own), 32)
         fits = self.temperature == 0 or 1e-3 <= self.temperature <= 1e3
         check_setting(self, 'temperature', fits, '0, or between 0.001 and 1000')
         check_setting(self, 'top_k', self.top_k is None or self.top_k >= 1, 'at least 1, or None')
@@ -223,7 +214,7 @@ class Sampler:
         for name in of_itself.get(self.sampler, ()):
             useless = f'with sampler={self.sampler!r}, {name}={getattr(self, name)} has no effect'
             check(getattr(self, name) is None, f'{useless}; leave it out, or choose another sampler.')
-        if self.sampler == 'speculative':
+        if drafts:
             remedy = 'train with --ar_weight and --block_length'
             check(config.ar_weight, f"sampler='speculative' needs an ar model; {remedy}.")
             check(self.block_length, "sampler='speculative' drafts blocks; block_length=0 is the whole row.")
@@ -242,10 +233,18 @@ class Sampler:
     def tell(self, start, new, confidence=None):
         """Hand on new tokens (B, T) or (B,) from position `start` on, and how sure the model is of its own."""
         new = new.view(len(new), -1)
-        if self.stream:
-            self.stream(new.tolist())
         if self.watch and confidence is not None:
             self.watch(start, new, confidence.view_as(new), None)
+        if self.stream:
+            self.stream(new.tolist())
+
+    def truncate(self, row, start=0):
+        """Return a row up to its first stop token from position `start` on, that token included."""
+        ends = (i + 1 for i in range(start, len(row)) if row[i] in self.stop_tokens)
+        return row[: next(ends, None)]
+
+    def all_stopped(self, new):
+        return not any(map(self.stop_tokens.isdisjoint, new.tolist()))
 
     def shape(self, prompt):
         """Return what prompts that are written together have in common: their length and, where steps or blocks are
@@ -315,10 +314,6 @@ class Sampler:
         p = restrict(logits.double(), *self.options)
         return p / p.sum(-1, keepdim=True)
 
-    def sample(self, model, hidden):
-        uniform = uniform_numbers((len(hidden),), self.rng, hidden.device) if self.draws else None
-        return sample_tokens(model, hidden, uniform, self.options, self.score)
-
 
 def remdm_rates(steps_left, steps, eta):
     """Compute the probabilities to mask a written token and to reveal a masked one (Wang et al. 2025, ReMDM-cap).
@@ -334,7 +329,7 @@ def remdm_rates(steps_left, steps, eta):
 def generate_by_denoising(model, rows, max_new_tokens, sampler):
     """Continue prompts of one length, rows (B, L), by windows of at most block_size tokens."""
     block_size, mask_id = model.config.block_size, model.config.mask_id
-    prompt_length, left, stop_tokens = rows.size(1), max_new_tokens, sampler.stop_tokens
+    prompt_length, left = rows.size(1), max_new_tokens
     while True:
         infills = (rows == mask_id).any()  # within the prompt, before a full one gives way to new tokens
         whole = rows.size(1) + min(left, 1) <= block_size or infills
@@ -346,9 +341,8 @@ def generate_by_denoising(model, rows, max_new_tokens, sampler):
         rows = torch.cat([before, denoise(model, window, sampler)], 1)
         left -= new
         sampler.tell(rows.size(1) - new, rows[:, rows.size(1) - new :])
-        finished = [truncate(row, prompt_length, stop_tokens) for row in rows.tolist()]
-        if left == 0 or all(row[-1] in stop_tokens and len(row) > prompt_length for row in finished):
-            return finished
+        if left == 0 or sampler.all_stopped(rows[:, prompt_length:]):
+            return rows.tolist()
 
 
 def generate_by_blocks(model, rows, max_new_tokens, sampler):
@@ -375,10 +369,9 @@ def generate_by_blocks(model, rows, max_new_tokens, sampler):
         rows[:, part] = denoise(model, rows[:, part], sampler, block_steps, cache)
         first = max(begin, prompt_length)
         sampler.tell(first, rows[:, first : min(begin + length, size)])
-        finished = [truncate(row, prompt_length, sampler.stop_tokens) for row in rows[:, :size].tolist()]
-        if all(row[-1] in sampler.stop_tokens and len(row) > prompt_length for row in finished):
+        if sampler.all_stopped(rows[:, prompt_length:size]):
             break
-    return finished if begins else rows.tolist()
+    return rows[:, :size].tolist()
 
 
 def denoise(model, x, sampler, steps=None, cache=None):
@@ -390,16 +383,14 @@ def denoise(model, x, sampler, steps=None, cache=None):
         return x
     by_blocks = sampler.sampler == 'blocks' and not cache and sampler.block_length
     blocks = columns.split(sampler.block_length) if by_blocks else [columns]
-    steps = steps or sampler.steps or len(columns)
+    shares = share_steps(steps or sampler.steps or len(columns), [len(block) for block in blocks])
     belief = None  # of all masked positions, also of those whose block comes later
     tail = masked.flip(1).cummin(1).values.flip(1)  # new text: nothing that is given follows
-    for block, block_steps in zip(blocks, share_steps(steps, [len(block) for block in blocks])):
+    for block, steps in zip(blocks, shares):
         region = torch.zeros_like(masked)
         region[:, block] = masked[:, block]
-        for steps_left in range(block_steps, 0, -1):  # the last step takes what is left
-            belief, confidence = denoise_step(
-                model, x, region, belief, steps_left, block_steps, sampler, cache
-            )
+        for steps_left in range(steps, 0, -1):  # the last step takes what is left
+            belief, confidence = denoise_step(model, x, region, belief, steps_left, steps, sampler, cache)
             sampler.fill_after_end(x, tail)
             if sampler.watch:
                 sampler.watch(sampler.start, x, confidence, belief)
@@ -436,7 +427,9 @@ def denoise_step(model, x, region, belief, steps_left, steps, sampler, cache=Non
         else:
             given = belief and Belief(*(values[rows] for values in belief))
             hidden, _ = model.predict(x[rows], cache=cache, belief=given)
-        tokens, score = sampler.sample(model, hidden[where[rows]])
+        states = hidden[where[rows]]  # (N, C)
+        uniform = uniform_numbers((len(states),), sampler.rng, x.device) if sampler.draws else None
+        tokens, score = sample_tokens(model, states, uniform, sampler.options, sampler.score)
         drawn = torch.zeros_like(x).masked_scatter(where, tokens)
         score = confidence.masked_scatter(where, score)
         kept = sampler.to_keep(where, drawn, score, steps_left)

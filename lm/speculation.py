@@ -18,11 +18,11 @@ def speculate(model, prompt, max_new_tokens, sampler):
     device, start = model.embedding.weight.device, 0
     size = len(prompt) + max_new_tokens
     new_cache = partial(BlockCache, min(size, config.block_size) + 2 * block, device)
-    tokens, draft, q, cache = list(prompt), [], None, new_cache()
+    tokens, draft, q, cache = list(prompt), [], [], new_cache()
     while len(tokens) < size and (len(tokens) == len(prompt) or tokens[-1] not in sampler.stop_tokens):
         if len(tokens) - start > config.block_size:  # the last half is the context, as of an `ar` model
             start = len(tokens) - max(1, config.block_size // 2)
-            draft, q, cache = [], None, new_cache()
+            draft, q, cache = [], [], new_cache()
         known = [*tokens[start:], *draft]
         begin, clean = len(known) // block * block, known[cache.length :]
         fits = begin + block <= config.block_size
@@ -32,15 +32,13 @@ def speculate(model, prompt, max_new_tokens, sampler):
         checked = len(draft) + 1  # positions of which the `ar` model gives the distribution
         p = ar_probabilities(model, sampler, hidden[len(clean) - checked : len(clean)])
         accepted, token = check_draft(draft, q, p, sampler.rng)
-        cache.keep(len(clean) - len(draft) + accepted)
+        cache.length += len(clean) - len(draft) + accepted
         whole = accepted == len(draft)
-        new = [*draft[:accepted], token][: size - len(tokens)]
-        stops = [i for i, one in enumerate(new, 1) if one in sampler.stop_tokens]
-        new = new[: stops[0]] if stops else new
+        new = sampler.truncate([*draft[:accepted], token][: size - len(tokens)])
         sampler.tell(len(tokens), torch.tensor([new]), p.cpu()[torch.arange(len(new)), new])
         tokens += new
-        draft = draft[accepted + 1 :]  # behind a rejected token: drawn apart from it, so still as q says
-        q = q[accepted + 1 :] if draft else None
+        # What was drafted behind a rejected token was drawn apart from it, so it is still as q says.
+        draft, q = draft[accepted + 1 :], q[accepted + 1 :]
         if whole and len(known) + 1 < begin + len(noisy):  # what follows the token that was just drawn
             q = sampler.probabilities(model.head(hidden[len(clean) + len(known) + 1 - begin :]))
             draft = torch.multinomial(q.cpu(), 1, generator=sampler.rng).squeeze(1).tolist()
