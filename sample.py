@@ -7,7 +7,6 @@ python sample.py --checkpoint=out/ar-alpaca-base-v1/best.pt --chat --prompt="Nam
 """
 
 import builtins
-import sys
 import timeit
 from contextlib import suppress
 from pathlib import Path
@@ -66,9 +65,9 @@ def write(ids, count):
     frames = Frames(tokenizer, Terminal() if watch else None, options['stop_tokens'])
     frames.begin(ids)
     num_steps = steps or (ids.count(tokenizer.mask_id) if infill else max_new_tokens)
-    is_told = watch or options['stream'] is not None  # by the text itself
+    is_told = watch or 'stream' in options  # by the text itself
     with tqdm(total=num_steps, unit=' steps', leave=False, disable=is_told or None) as bar:
-        shown = frames if watch or html else None if bar.disable else lambda *_: bar.update()
+        shown = frames if watch or html else lambda *_: bar.update()
         with dist.autocast(), user_errors():
             rows = generate(model, [ids] * count, 0 if infill else max_new_tokens, watch=shown, **options)
     if watch or html:
@@ -95,7 +94,7 @@ def answer(turns, count, system=system):
     room = max(block_size // 2, block_size - max_new_tokens)
     if prompt and len(ids) >= room:
         print(f'note: the prompt has {len(ids):,} tokens, of which the model reads the last {room - 1:,}.')
-    ids = [prompts.start_of(form, tokenizer, *start)] + ids[1 - room :]
+    ids = [prompts.start_of(form, tokenizer, start)] + ids[1 - room :]
     given = prompts.encode_infill(tokenizer, infill) if infill else []
     return [tokenizer.decode(row[len(ids) :]).strip() for row in write(ids + given, count)]
 
@@ -108,9 +107,9 @@ class Printer:
 
     def __call__(self, new):
         self.ids += new[0]
-        ends = [i for i, token in enumerate(self.ids) if token in options['stop_tokens']]
-        text = tokenizer.decode(self.ids[: ends[0]] if ends else self.ids).lstrip().rstrip('\ufffd')
-        self.ids = self.ids[: ends[0] + 1] if ends else self.ids  # behind an end nothing is written
+        ends = [i for i, token in enumerate(self.ids, 1) if token in options['stop_tokens']]
+        self.ids = self.ids[: ends[0]] if ends else self.ids  # behind an end nothing is written
+        text = tokenizer.decode(self.ids).lstrip().rstrip('\ufffd')
         print(printable(text[len(self.text) :]), end='', flush=True)
         self.text = text
 
@@ -124,8 +123,6 @@ def converse(system):
     """Answer what is typed, as the words come, until Ctrl-D; Ctrl-C stops an answer."""
     with suppress(ImportError):
         import readline  # noqa: F401  (arrow keys, history)
-    if hasattr(sys.stdin, 'reconfigure'):
-        sys.stdin.reconfigure(errors='replace')  # what is typed may be no UTF-8
     print('/reset starts over, /system TEXT says what the model is, /save FILE; Ctrl-C stops, Ctrl-D leaves.')
     turns = []
     while True:
@@ -142,7 +139,7 @@ def converse(system):
                 turns.append((line, input, reply([*turns, (line, input, None)], system)))
         except KeyboardInterrupt:
             print()
-        except UserError as error:
+        except (UserError, UnicodeDecodeError) as error:
             print(error)
         except EOFError:
             return print()
@@ -170,9 +167,8 @@ def save_conversation(path, turns, system):
 
 require(chat or not (prompt and infill), 'A prompt and an infill are given; leave one out.')
 require(chat or not (input or system), 'input and system belong to --chat; add it, or leave them out.')
-is_answer = chat and infill
-require(prompt or not is_answer, 'An infill of --chat is of an answer; give the --prompt that it answers.')
-require(prompt or not (chat and (watch or html)), 'A conversation is not watched; give --chat a --prompt.')
+one_answer = chat and (infill or watch or html)
+require(prompt or not one_answer, 'A conversation is not watched and has no gaps; give the --prompt.')
 require_file_path(html)
 require(num_samples >= 1, f'num_samples is {num_samples}; it has to be at least 1.')
 check_range(config, 0, 2**63, 'seed')
@@ -198,10 +194,9 @@ model = checkpoints.load_model(state, dist.device, weights)
 fills_as_ar = infill and model.causal
 is_watched = fills_as_ar and (watch or html)
 require(not is_watched, 'Gaps that an ar model fills are not watched; leave --watch and --html out.')
-sees_gaps = model.causal or 0 in model.config.block_length
-problem = f'{path} writes in blocks and sees nothing behind a gap'
+fills = not infill or model.causal or 0 in model.config.block_length
 remedy = 'choose --sampler=ar, the likeliest of several, or a model of whole rows (0 in block_length)'
-require(not infill or sees_gaps, f'{problem}; {remedy}.')
+require(fills, f'{path} writes in blocks and sees nothing behind a gap; {remedy}.')
 runtime.report_idle_settings(config, model)
 idle = 'max_new_tokens compile stop_at_end' if fills_as_ar else 'max_new_tokens'
 report_idle(config, 'with infill', idle * bool(infill))
@@ -209,21 +204,21 @@ report_idle(config, 'in a conversation', 'num_samples' * (chat and not prompt))
 report_idle(config, f'on {state["architecture"]}', '' if model.causal else 'compile')
 print(f'{path}: {state["architecture"]}, {model.num_parameters():,} parameters, step {state["global_step"]}')
 
-ids = [] if chat else prompts.encode_infill(tokenizer, infill) if infill else tokenizer.encode(prompt)
 form = state.get('prompt_format') or prompts.DEFAULT
 options = {name: globals()[name] for name in OPTIONS}
 options['stop_tokens'] = prompts.stop_tokens(state, tokenizer) if stop_at_end else []
-options['stream'] = None
-start = [state['start_token']]
+start = state['start_token']
 
 if chat and not state.get('prompt_format'):
     print('warning: this checkpoint was not fine-tuned on instructions; it gets the default format.')
+texts = []
 if chat and not prompt:
     converse(system)
 elif chat:
     texts = answer([(prompt, input, None)], num_samples)
 else:
-    begin = prompts.before(ids, tokenizer, *start)
+    ids = prompts.encode_infill(tokenizer, infill) if infill else tokenizer.encode(prompt)
+    begin = prompts.before(ids, tokenizer, start)
     texts = [tokenizer.decode(row[len(begin) :]) for row in write(begin + ids, num_samples)]
-for text in texts if prompt or not chat else ():
+for text in texts:
     print(printable(f'{"-" * 80}\n{text}'))

@@ -21,7 +21,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -46,9 +45,7 @@ jobs = 1  # runs at the same time
 gpus = ''  # 0,1: a run sees one of these; empty: all
 dry_run = False  # list the runs, or write the job scripts, and stop
 # --- results ---
-metric = (
-    ''  # of eval_results.json: the best row has most of it, of losses least; empty: of validation, or test
-)
+metric = ''  # of eval_results.json, most in the best row, of losses least; empty: of validation, or test
 show = ''  # more of these for the table; empty: the accuracy of each set
 # --- slurm ---
 submit = ''  # slurm
@@ -163,8 +160,7 @@ def was_stopped(name):
 
 def start(name, gpu):
     """Start a run, which inherits its lock; or return None if another sweep, or a run that outlived one, has it."""
-    folder, environment = root / name, {'CUDA_VISIBLE_DEVICES': gpu} if gpu else {}
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, environment = make_folder(root / name), {'CUDA_VISIBLE_DEVICES': gpu} if gpu else {}
     with open(folder / '.lock', 'w') as lock, open(folder / 'stdout.log', 'a') as log:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -184,7 +180,7 @@ def outcome(name, status):
     if status == -signal.SIGTERM:  # before it could answer
         return 'stopped'
     if status:
-        *_, last = ['', *filter(str.strip, read_text(folder / 'stdout.log').split('\n'))]
+        last = read_text(folder / 'stdout.log').strip().rpartition('\n')[2]
         return f'failed: {last[:200]} ({folder / "stdout.log"})'
     if was_stopped(name):
         return 'stopped'
@@ -202,25 +198,22 @@ def run_here():
     total, sees = len(waiting), gpus.split(',')
     many = jobs if 'jobs' in config.given or not gpus else len(sees)
     free = [sees[i % len(sees)] for i in range(many)]  # a GPU is shared where there are more jobs
-    stopping = threading.Event()
-
-    def stop(number, frame):
-        stopping.set()
-        os.write(2, b'\nstopping: the runs save and exit; once more to quit at once\n')
-        for process, _ in running.values():
-            process.send_signal(signal.SIGTERM)
-
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+    signals = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: signals.append(number))
     print(f'{len(runs)} runs, {len(runs) - total} of them finished before', flush=True)
 
-    while running or (waiting and not stopping.is_set()):
-        if waiting and free and not stopping.is_set():
+    while running or waiting:
+        if signals:
+            print('\nstopping: the runs save and exit; once more to quit at once', flush=True)
+            signals.clear()
+            waiting.clear()
+            for process, _ in running.values():
+                process.send_signal(signal.SIGTERM)
+        if waiting and free:
             name = waiting.pop(0)
             if process := start(name, free[0]):
                 running[name] = process, free.pop(0)
-                if stopping.is_set():  # since the process started
-                    process.send_signal(signal.SIGTERM)
             else:
                 waiting.append(name)  # later
         time.sleep(0.05)
@@ -236,16 +229,13 @@ def run_here():
 def write_results():
     """Write results.csv, a row per finished run, and results.md, the mean ± standard deviation over seeds."""
     paths = {name: root / name / 'eval_results.json' for name in runs if is_finished(name)}
-    found = [name for name in paths if paths[name].exists()]
-    figures = {name: read_results(paths[name]) for name in found}
+    figures = {name: read_results(path) for name, path in paths.items() if path.exists()}
     names = list(dict.fromkeys(key for values in figures.values() for key in values))
     if not figures:  # the table of another grid stays
         return print(f'\nnone of {len(runs)} runs has results')
     best_by = metric or next(filter(names.__contains__, METRICS), METRICS[0])
     if best_by == 'test.accuracy' and not metric:
-        print(
-            'note: there are no validation rows, so the best row is chosen on the test rows: it is flattered.'
-        )
+        print('note: there are no validation rows, so the best row is chosen on the test rows: flattered.')
     if unknown := [name for name in (best_by, *filter(None, show.split(','))) if name not in names]:
         print(f'note: no run has {", ".join(unknown)} among its results: {", ".join(names)}')
     with open(root / 'results.csv', 'w', newline='') as file:
@@ -348,7 +338,6 @@ elif dry_run:
         print('finished ' * is_finished(name) + shlex.join(['python', script, *arguments(name)]))
     print(f'{len(runs)} runs')
 else:
-    make_folder(root)
     complete = run_here()
     write_results()
     sys.exit(0 if complete else 1)
