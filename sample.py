@@ -53,8 +53,7 @@ dtype = 'float32'  # bfloat16 and float16 are faster on a GPU
 weights = 'float32'  # or bfloat16, float16 (faster, as good), int8 (a little worse)
 config = configure(globals())
 
-OPTIONS = 'temperature top_k top_p seed compile steps sampler block_length threshold eta k'.split()
-OPTIONS += ['fresh_beliefs']
+OPTIONS = 'temperature top_k top_p compile steps sampler block_length threshold eta k fresh_beliefs'.split()
 TRIES = 8  # of ar to fill gaps, each after what stands before it: the likeliest come first
 
 
@@ -69,9 +68,9 @@ def write(ids, count):
     with tqdm(total=num_steps, unit=' steps', leave=False, disable=is_told or None) as bar:
         shown = frames if watch or html else lambda *_: bar.update()
         with dist.autocast(), user_errors():
-            rows = generate(model, [ids] * count, 0 if infill else max_new_tokens, watch=shown, **options)
-    if watch or html:
-        frames.end(len(rows[0]))
+            new = 0 if infill else max_new_tokens
+            rows = generate(model, [ids] * count, new, seed=seed, watch=shown, **options)
+    frames.end(len(rows[0]))
     if html:
         save_page(html, f'{run_folder.name_of(path)}: {state["architecture"]}', frames.steps)
         print(f'{html}: the first text, step by step')
@@ -80,9 +79,9 @@ def write(ids, count):
 
 def fill_gaps(ids, count):
     """Return the likeliest `count` of several fillings by a causal model."""
-    chosen = {name: options[name] for name in ('temperature', 'top_k', 'top_p', 'seed')}
+    chosen = {name: options[name] for name in ('temperature', 'top_k', 'top_p')}
     with torch.inference_mode(), dist.autocast(), user_errors():
-        rows = fill_left_to_right(model, [ids] * max(TRIES, count), **chosen)
+        rows = fill_left_to_right(model, [ids] * max(TRIES, count), seed, **chosen)
         likeliest = model.nll(torch.tensor(rows, device=dist.device)).argsort()
     return [rows[i] for i in likeliest[:count]]
 

@@ -14,15 +14,14 @@ import threading
 import time
 import traceback
 from contextlib import suppress
-from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from os import _exit
 from urllib.parse import quote
 
 from lm import run_folder, runtime
 from lm.configurator import UserError, check_range, configure, require
 from lm.files import first_line
-from lm.serving import FIELDS, Job, Limits, Model, Refused, Writer, as_error, load_page, read_fields
+from lm.serving import FIELDS, Job, Limits, Model, Refused, Writer, as_error, read_fields
+from lm.watch import PAGE
 
 checkpoint = ''  # ckpt.pt files, run or Hugging Face folders, with commas; empty: newest under out/
 host = '127.0.0.1'  # another address or name of this machine: everyone who reaches it can then use the models
@@ -39,6 +38,9 @@ config = configure(globals())
 
 MAX_BODY, READ_SECONDS, CONNECTIONS = 2**20, 10, 64
 HEADERS = {'X-Content-Type-Options': 'nosniff', 'Referrer-Policy': 'no-referrer', 'Cache-Control': 'no-store'}
+POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
+POLICY += "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+HEADERS['Content-Security-Policy'] = POLICY  # the page loads nothing
 
 
 # ---------------------------------------------------------------------------- connections
@@ -60,9 +62,8 @@ class Handler(BaseHTTPRequestHandler):
         with suppress(OSError):  # one that was refused still sends, and would never see why
             self.connection.shutdown(socket.SHUT_WR)
             self.connection.settimeout(0.5)
-            for _ in range(64 if self.status >= 400 else 0):
-                if not self.connection.recv(2**16):
-                    break
+            while self.status >= 400 and self.connection.recv(2**16):
+                pass
 
     def end_headers(self):
         for name, value in HEADERS.items():
@@ -90,23 +91,18 @@ class Handler(BaseHTTPRequestHandler):
             self.send_json(error, status)
 
     def do_GET(self):
-        listed = {f'/v1/models/{quote(name)}': model.about for name, model in models.items()}
-        listed['/v1/models'] = {'object': 'list', 'data': [*listed.values()]}
-        paths = {path: partial(self.send_json, about) for path, about in listed.items()}
-        self.route(paths | {'/': partial(self.send, 200, 'text/html; charset=utf-8', page)})
-
-    def do_POST(self):
-        self.route(dict.fromkeys(FIELDS, self.post))
-
-    def route(self, paths):
-        """Answer by one of the paths; whatever goes wrong is a sentence."""
+        """Answer a GET or a POST; whatever goes wrong is a sentence."""
         try:
             self.check_origin()
             path = self.path.partition('?')[0]
-            if path not in paths:
-                status = 405 if path in (*FIELDS, '/', '/v1/models') else 404
-                raise Refused(f'{path[:80]!r} is not here, or not for {self.command}.', status)
-            paths[path]()
+            if path not in (*FIELDS, *pages):
+                raise Refused(f'{path[:80]!r} is not here.', 404)
+            if (self.command == 'POST') != (path in FIELDS):
+                raise Refused(f'{path[:80]!r} is not for {self.command}.', 405)
+            if path in FIELDS:
+                self.post(path)
+            else:
+                self.send(200, *pages[path])
         except UserError as error:
             self.send_error(getattr(error, 'status', 400), str(error))
         except OSError:
@@ -114,6 +110,8 @@ class Handler(BaseHTTPRequestHandler):
         except Exception as error:
             traceback.print_exc()
             self.send_error(500, f'The server failed: {type(error).__name__}.')
+
+    do_POST = do_GET
 
     def check_origin(self):
         """Refuse what a foreign page sends, also under a name that leads here (DNS rebinding)."""
@@ -129,14 +127,13 @@ class Handler(BaseHTTPRequestHandler):
         """Return the JSON of the request's body."""
         if self.headers.get_content_type() != 'application/json':
             raise Refused('The body has to be application/json.', 415)
-        lengths = self.headers.get_all('Content-Length', [])
-        is_one = len(lengths) == 1 and re.fullmatch('[0-9]{1,12}', lengths[0])
-        if not is_one or 'Transfer-Encoding' in self.headers:
+        length = ', '.join(self.headers.get_all('Content-Length', []))
+        if not re.fullmatch('[0-9]{1,12}', length) or 'Transfer-Encoding' in self.headers:
             raise Refused('A body needs one Content-Length, and no Transfer-Encoding.', 411)
-        if int(lengths[0]) > MAX_BODY:
-            raise Refused(f'The body has {lengths[0]} bytes; at most {MAX_BODY} are read.', 413)
-        content = self.rfile.read(int(lengths[0]))
-        require(len(content) == int(lengths[0]), 'The body is shorter than its Content-Length.')
+        if int(length) > MAX_BODY:
+            raise Refused(f'The body has {length} bytes; at most {MAX_BODY} are read.', 413)
+        content = self.rfile.read(int(length))
+        require(len(content) == int(length), 'The body is shorter than its Content-Length.')
         try:
             body = json.loads(content)
             json.dumps(body, ensure_ascii=False, allow_nan=False).encode()  # no NaN, no half a character
@@ -144,14 +141,14 @@ class Handler(BaseHTTPRequestHandler):
             raise UserError(f'The body is no JSON in UTF-8 ({first_line(error)[:100]}).') from error
         return body
 
-    def post(self):
-        fields = read_fields(self.read_body(), FIELDS[self.path], limits)
+    def post(self, path):
+        fields = read_fields(self.read_body(), FIELDS[path], limits)
         model = models.get(fields.get('model', next(iter(models))))
         if not model:
             raise Refused(f'There is no model {fields["model"][:80]!r}; there is {", ".join(models)}.', 404)
-        if self.path == '/v1/tokenize':
+        if path == '/v1/tokenize':
             return self.send_json({'tokens': len(model.tokenizer.encode(fields.get('text', '')))})
-        job = Job(self.path, fields, model, limits)
+        job = Job(path, fields, model, limits)
         writer.submit(job)
         try:
             for index, text, finish in self.events(job):
@@ -207,9 +204,7 @@ class Server(ThreadingHTTPServer):
 
 def stop(number, frame):
     """Take no more connections, and end when all is answered; the second time at once."""
-    if stopping.is_set():
-        _exit(128 + number)
-    stopping.set()
+    signal.signal(number, signal.SIG_DFL)
     print('answering what is asked; once more to quit at once', flush=True)
     threading.Thread(target=server.shutdown).start()
 
@@ -219,14 +214,18 @@ check_range(config, 0.001, math.inf, 'timeout')
 check_range(config, 0, 2**16, 'port')
 require(host not in ('', '0.0.0.0', '::'), f'host is {host!r}; give the one address or name that others use.')
 address = f'[{host}]' if ':' in host else host
-dist, stopping = runtime.Runtime(device, dtype), threading.Event()
-models, limits = {}, Limits(max_tokens, batch_size, timeout)
+dist, limits = runtime.Runtime(device, dtype), Limits(max_tokens, batch_size, timeout)
+models = {}
 for path in filter(None, map(str.strip, (checkpoint or str(run_folder.newest_run())).split(','))):
     model = Model(path, dist.device, token, revision, weights)
     require(model.name not in models, f'Two checkpoints are named {model.name}; rename a folder.')
     models[model.name] = model
     print(f'{model.name}: {model.about["architecture"]}, {model.about["parameters"]:,} parameters')
-writer, (page, HEADERS['Content-Security-Policy']) = Writer(dist, batch_size), load_page()
+listed = {f'/v1/models/{quote(name)}': model.about for name, model in models.items()}
+listed['/v1/models'] = {'object': 'list', 'data': [*listed.values()]}
+pages = {path: ('application/json', json.dumps(about).encode()) for path, about in listed.items()}
+pages['/'] = 'text/html; charset=utf-8', PAGE.read_bytes()
+writer = Writer(dist, batch_size)
 try:
     server = Server((host, port), Handler)
 except OSError as error:

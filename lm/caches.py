@@ -13,9 +13,8 @@ class KVCache:
     """
 
     def __init__(self, rows, size, device):
-        # By layer: keys and values, (B, H, size, D) each. Where layers read N embeddings before each: these behind N
-        # zeros, (B, N + size, C).
-        self.buffers = {}
+        self.buffers = {}  # by layer: keys and values, (B, H, size, D) each
+        self.embeddings = None  # (B, N + size, C), N zeros first, where layers read N before each
         self.size = size
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self.longest = 0
@@ -27,7 +26,8 @@ class KVCache:
     def fix(self):
         """Prepare for a compiled decode step."""
         self.aligned, self.fixed = False, True
-        for tensor in (self.lengths, *(x for buffers in self.buffers.values() for x in buffers)):
+        tensors = self.lengths, self.embeddings, *(x for pair in self.buffers.values() for x in pair)
+        for tensor in filter(torch.is_tensor, tensors):
             torch._dynamo.mark_static_address(tensor)
 
     def positions(self, length):
@@ -54,17 +54,16 @@ class KVCache:
     def near(self, x, offsets):
         """Store embeddings x (B, T, C); return those that stand 1, 2, ... N before each, for offsets -1, -2, ... -N."""
         far, length = len(offsets), x.size(1)
-        if 'embeddings' not in self.buffers:
-            self.buffers['embeddings'] = [x.new_zeros(x.size(0), far + self.size, x.size(2))]
-        (embeddings,) = self.buffers['embeddings']
+        if self.embeddings is None:
+            self.embeddings = x.new_zeros(x.size(0), far + self.size, x.size(2))
         if self.aligned:
             begin = far + self.longest
-            embeddings[:, begin : begin + length] = x
-            return [embeddings[:, begin + offset : begin + offset + length] for offset in offsets]
+            self.embeddings[:, begin : begin + length] = x
+            return [self.embeddings[:, begin + offset : begin + offset + length] for offset in offsets]
         rows, here = torch.arange(len(x), device=x.device), far + self.lengths
-        embeddings[rows, here] = x[:, 0]
+        self.embeddings[rows, here] = x[:, 0]
         before = here - torch.arange(1, far + 1, device=x.device).unsqueeze(1)  # (N, B)
-        return embeddings[rows, before].unsqueeze(2).unbind()
+        return self.embeddings[rows, before].unsqueeze(2).unbind()
 
     def advance(self, lengths):
         """Count new tokens: a number of each row, or the same for all."""

@@ -1,14 +1,10 @@
 """Read the requests of a server, let them wait in a queue, and write those that go together at once."""
 
-import base64
-import hashlib
 import queue
 import random
-import re
 import threading
 import time
 import traceback
-import uuid
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -16,7 +12,7 @@ from lm import checkpoints, prompts, run_folder
 from lm.configurator import UserError, require, user_errors
 from lm.files import as_sentence, first_line
 from lm.tokenizer import Tokenizer
-from lm.watch import PAGE, Frames
+from lm.watch import Frames
 from sampling import SAMPLERS, generate
 
 SAMPLING = dict.fromkeys('temperature top_p threshold eta'.split(), float)  # what `generate` takes
@@ -30,9 +26,7 @@ FIELDS = {  # of each path, with their types
     '/v1/tokenize': {'model': str, 'text': str},
 }
 IDLE = 'user metadata store safety_identifier service_tier prompt_cache_key parallel_tool_calls'.split()
-NEUTRAL = dict(frequency_penalty=0, presence_penalty=0, logit_bias={}, echo=False, suffix='', best_of=1)
-NEUTRAL |= dict(logprobs=False, top_logprobs=0, tools=[], tool_choice='none')
-NEUTRAL['response_format'] = {'type': 'text'}
+OFF = 'frequency_penalty presence_penalty logit_bias echo suffix logprobs top_logprobs tools'.split()
 
 
 class Limits(NamedTuple):
@@ -63,18 +57,6 @@ def as_error(message, status):
 
 class Stopped(Exception):
     """Ends `generate` from within, once nobody waits for more of its rows."""
-
-
-def load_page():
-    """Return the page, and the policy by which a browser runs its own script and style and nothing else."""
-    text = PAGE.read_text(encoding='utf-8')
-    parts = {}  # of the security policy
-    for kind in ('script', 'style'):
-        digest = hashlib.sha256(re.search(f'(?s)<{kind}>(.*?)</{kind}>', text)[1].encode()).digest()
-        parts[kind] = f"{kind}-src 'sha256-{base64.b64encode(digest).decode()}'"
-    rest = "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    policy = f"default-src 'none'; {parts['script']}; {parts['style']}; {rest}"
-    return text.encode(), policy
 
 
 # ---------------------------------------------------------------------------- models, and what is asked of them
@@ -150,7 +132,7 @@ def read_fields(body, known, limits):
     fields = {name: value for name, value in body.items() if value is not None}
     for name, value in fields.items():
         if name not in known:
-            is_idle = name in IDLE or value == NEUTRAL.get(name)
+            is_idle = name in IDLE or name in OFF and not value
             require(is_idle, f'{name[:50]!r} is not supported here; leave it out.')
             continue
         kind = known[name]
@@ -179,7 +161,7 @@ class Job:
     """
 
     def __init__(self, path, fields, model, limits):
-        self.model, self.path, self.fields, self.id = model, path, fields, f'request-{uuid.uuid4().hex}'
+        self.model, self.path, self.fields, self.id = model, path, fields, f'request-{random.getrandbits(64)}'
         self.stream, self.watch = fields.get('stream', False), fields.get('watch', False)
         self.is_chat, self.is_infill = path == '/v1/chat/completions', path == '/v1/infill'
         asked = fields.get('max_completion_tokens', fields.get('max_tokens', min(200, limits.max_tokens)))
