@@ -336,9 +336,8 @@ def generate_by_denoising(model, rows, max_new_tokens, sampler):
         context = min(rows.size(1), block_size if whole else block_size // 2)
         new = min(left, block_size - context)
         sampler.start = rows.size(1) - context
-        before, window = rows.split([sampler.start, context], 1)
-        window = torch.cat([window, rows.new_full((len(rows), new), mask_id)], 1)
-        rows = torch.cat([before, denoise(model, window, sampler)], 1)
+        rows = F.pad(rows, (0, new), value=mask_id)
+        denoise(model, rows[:, sampler.start :], sampler)
         left -= new
         sampler.tell(rows.size(1) - new, rows[:, rows.size(1) - new :])
         if left == 0 or sampler.all_stopped(rows[:, prompt_length:]):
@@ -365,8 +364,8 @@ def generate_by_blocks(model, rows, max_new_tokens, sampler):
         if begin + length - start > block_size:
             start, cache = begin - block_size // 2 // length * length, new_cache()
         cache.waiting = rows[:, start + cache.length : begin]
-        part, sampler.start = slice(begin, begin + length), begin
-        rows[:, part] = denoise(model, rows[:, part], sampler, block_steps, cache)
+        sampler.start = begin
+        denoise(model, rows[:, begin : begin + length], sampler, block_steps, cache)
         first = max(begin, prompt_length)
         sampler.tell(first, rows[:, first : min(begin + length, size)])
         if sampler.all_stopped(rows[:, prompt_length:size]):
@@ -375,12 +374,11 @@ def generate_by_blocks(model, rows, max_new_tokens, sampler):
 
 
 def denoise(model, x, sampler, steps=None, cache=None):
-    """Fill each <|mask|> of x (B, L), all together or, for sampler 'blocks', block by block from left to right."""
-    x = x.clone()
+    """Fill each <|mask|> of x (B, L), in place: all together or, for sampler 'blocks', block by block from the left."""
     masked = x == model.config.mask_id
     columns = masked.any(0).nonzero().squeeze(1)  # where any row has a mask
     if len(columns) == 0:
-        return x
+        return
     by_blocks = sampler.sampler == 'blocks' and not cache and sampler.block_length
     blocks = columns.split(sampler.block_length) if by_blocks else [columns]
     shares = share_steps(steps or sampler.steps or len(columns), [len(block) for block in blocks])
@@ -394,7 +392,6 @@ def denoise(model, x, sampler, steps=None, cache=None):
             sampler.fill_after_end(x, tail)
             if sampler.watch:
                 sampler.watch(sampler.start, x, confidence, belief)
-    return x
 
 
 def share_steps(steps, lengths):

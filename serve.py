@@ -115,12 +115,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def check_origin(self):
         """Refuse what a foreign page sends, also under a name that leads here (DNS rebinding)."""
-        hosts, origins = self.headers.get_all('Host', []), self.headers.get_all('Origin', [])
-        # Any port: a tunnel has its own.
-        name = re.sub(r':\d{1,5}$', '', hosts[0].lower()) if len(hosts) == 1 else ''
+        host, origin = (', '.join(self.headers.get_all(name, [])) for name in ('Host', 'Origin'))
+        name = re.sub(r':\d{1,5}$', '', host.lower())  # with any port: a tunnel has its own
         if name not in ('127.0.0.1', 'localhost', '[::1]', address.lower()):
             raise Refused('The Host header names another machine; use the address that was printed.', 403)
-        if origins not in ([], [f'http://{hosts[0]}']):
+        if origin not in ('', f'http://{host}'):
             raise Refused('Pages of other sites may not use this server.', 403)
 
     def read_body(self):

@@ -95,11 +95,9 @@ class BlockCache:
         position = torch.arange(self.end, device=self.device)  # of clean keys
         noisy = torch.arange(begin, begin + size, device=self.device)
         self.index = torch.cat([position[self.length :], noisy])
-        causal = position <= position[self.length :, None]
-        before = (position < begin).expand(size, -1)
         self.is_noisy = torch.arange(clean + size, device=self.device) >= clean
-        see_noisy = self.is_noisy[:, None].expand(-1, size)
-        self.mask = torch.cat([torch.cat([causal, before]), see_noisy], 1)  # (queries, keys)
+        seen = F.pad(position[self.length :] + 1, (0, size), value=begin)  # clean keys, of each query
+        self.mask = torch.cat([position < seen[:, None], self.is_noisy[:, None].expand(-1, size)], 1)
 
     def positions(self, length):
         return self.index

@@ -180,11 +180,9 @@ class Job:
         self.frames = Frames(model.tokenizer, stops=model.stops) if self.watch else None
         self.events, self.cancelled = queue.SimpleQueue(), False
         self.deadline = time.monotonic() + limits.timeout
-        # Of diffusion only rows of one length run together.
-        length = 0 if model.module.causal else len(prompts[0])
         alone = self.watch or self.seed is not None
         options = tuple(sorted(self.options.items()))
-        self.key = object() if alone else (model.name, path, options, self.new, length)
+        self.key = object() if alone else (model.name, path, options, self.new)
 
     def prompts(self, most):
         """Return the ids of each prompt."""

@@ -30,7 +30,10 @@ def speculate(model, prompt, max_new_tokens, sampler):
         cache.plan(len(clean), begin, len(noisy))
         hidden = model.hidden(torch.tensor([clean + noisy], device=device), cache=cache)[0]
         checked = len(draft) + 1  # positions of which the `ar` model gives the distribution
-        p = ar_probabilities(model, sampler, hidden[len(clean) - checked : len(clean)])
+        logits = model.head(hidden[len(clean) - checked : len(clean)])
+        if config.ignore_id is not None:
+            logits[:, config.ignore_id] = -torch.inf  # padding, which an `ar` model never writes
+        p = sampler.probabilities(logits)
         accepted, token = check_draft(draft, q, p, sampler.rng)
         cache.length += len(clean) - len(draft) + accepted
         whole = accepted == len(draft)
@@ -43,14 +46,6 @@ def speculate(model, prompt, max_new_tokens, sampler):
             q = sampler.probabilities(model.head(hidden[len(clean) + len(known) + 1 - begin :]))
             draft = torch.multinomial(q.cpu(), 1, generator=sampler.rng).squeeze(1).tolist()
     return tokens
-
-
-def ar_probabilities(model, sampler, hidden):
-    """Compute what the `ar` model, which never writes padding, draws with (N, V) for states (N, C) of clean tokens."""
-    logits = model.head(hidden)
-    if model.config.ignore_id is not None:
-        logits[:, model.config.ignore_id] = -torch.inf
-    return sampler.probabilities(logits)
 
 
 def check_draft(draft, q, p, rng):
