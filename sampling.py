@@ -113,11 +113,9 @@ def prefill(model, texts, cache):
     """Compute the hidden states (B, C) after `texts`, lists of ids of any lengths, filling an empty cache."""
     lengths = [len(text) for text in texts]
     padded = [text + [0] * (max(lengths) - len(text)) for text in texts]
-    device = model.embedding.weight.device
-    hidden = model.hidden(torch.tensor(padded, device=device), cache=cache)  # (B, T, C)
+    hidden = model.hidden(torch.tensor(padded, device=cache.lengths.device), cache=cache)  # (B, T, C)
     cache.advance(lengths)
-    last = torch.tensor(lengths, device=device) - 1
-    return hidden[torch.arange(len(texts), device=device), last]
+    return hidden[torch.arange(len(texts), device=hidden.device), cache.lengths - 1]
 
 
 def decode_step(model, cache, tokens, uniform, options, score):

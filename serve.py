@@ -20,7 +20,7 @@ from urllib.parse import quote
 from lm import run_folder, runtime
 from lm.configurator import UserError, check_range, configure, require
 from lm.files import first_line
-from lm.serving import FIELDS, Job, Limits, Model, Refused, Writer, as_error, read_fields
+from lm.serving import FIELDS, Job, Limits, Model, Refused, Writer, read_fields
 from lm.watch import PAGE
 
 checkpoint = ''  # ckpt.pt files, run or Hugging Face folders, with commas; empty: newest under out/
@@ -36,7 +36,7 @@ token = ''  # of the Hugging Face hub, for private models
 revision = ''  # a branch, tag or commit of the hub
 config = configure(globals())
 
-MAX_BODY, READ_SECONDS, CONNECTIONS = 2**20, 10, 64
+MAX_BODY, READ_SECONDS = 2**20, 10
 HEADERS = {'X-Content-Type-Options': 'nosniff', 'Referrer-Policy': 'no-referrer', 'Cache-Control': 'no-store'}
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
 POLICY += "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -84,11 +84,12 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content or b'')
 
     def send_error(self, status, message=None, explain=None):
-        error = as_error(message or 'This is no request.', status)
+        kind = 'server_error' if status >= 500 else 'invalid_request_error'
+        error = {'message': message or 'This is no request.', 'type': kind, 'code': int(status)}
         if self.status:
-            self.send_event(error)
+            self.send_event({'error': error})
         else:
-            self.send_json(error, status)
+            self.send_json({'error': error}, status)
 
     def do_GET(self):
         """Answer a GET or a POST; whatever goes wrong is a sentence."""
@@ -188,17 +189,6 @@ class Handler(BaseHTTPRequestHandler):
 class Server(ThreadingHTTPServer):
     daemon_threads, request_queue_size = False, 128
     address_family = socket.AF_INET6 if ':' in host else socket.AF_INET
-
-    def process_request(self, request, address):
-        if threading.active_count() < CONNECTIONS:
-            return super().process_request(request, address)
-        content = json.dumps(as_error('Too many connections; ask again later.', 503))
-        head = 'HTTP/1.1 503 Busy\r\nRetry-After: 5\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n'
-        with suppress(OSError):
-            request.settimeout(0.05)
-            request.recv(2**16)  # or the answer would be lost with what is not read
-            request.sendall((head + content).encode())
-        self.shutdown_request(request)
 
 
 def stop(number, frame):

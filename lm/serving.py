@@ -50,11 +50,6 @@ class Refused(UserError):
         self.status = status
 
 
-def as_error(message, status):
-    kind = 'server_error' if status >= 500 else 'invalid_request_error'
-    return {'error': {'message': message, 'type': kind, 'code': int(status)}}
-
-
 class Stopped(Exception):
     """Ends `generate` from within, once nobody waits for more of its rows."""
 
