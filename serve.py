@@ -151,12 +151,12 @@ class Handler(BaseHTTPRequestHandler):
         job = Job(path, fields, model, limits)
         writer.submit(job)
         try:
-            for index, text, finish in self.events(job):
-                self.send_event(job.chunk(index, text, finish))
+            for event in self.events(job):
+                self.send_event(job.envelope([event], 'delta'))
             if not job.stream:
                 return self.send_json(job.answer())
             if job.fields.get('stream_options', {}).get('include_usage'):
-                self.send_event(job.envelope([], job.counts()))
+                self.send_event(job.envelope([], 'delta', job.counts()))
             self.wfile.write(b'data: [DONE]\n\n')
         finally:
             job.cancelled = True

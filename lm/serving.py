@@ -25,6 +25,7 @@ FIELDS = {  # of each path, with their types
     '/v1/infill': COMMON | {'text': str},
     '/v1/tokenize': {'model': str, 'text': str},
 }
+# Fields that change no answer: these, and those when they are 0, false or empty.
 IDLE = 'user metadata store safety_identifier service_tier prompt_cache_key parallel_tool_calls'.split()
 OFF = 'frequency_penalty presence_penalty logit_bias echo suffix logprobs top_logprobs tools'.split()
 
@@ -126,11 +127,9 @@ def read_fields(body, known, limits):
     require(isinstance(body, dict), 'The body is no JSON object; write {"model": ...}.')
     fields = {name: value for name, value in body.items() if value is not None}
     for name, value in fields.items():
-        if name not in known:
-            is_idle = name in IDLE or name in OFF and not value
-            require(is_idle, f'{name[:50]!r} is not supported here; leave it out.')
-            continue
-        kind = known[name]
+        is_idle = name in IDLE or name in OFF and not value
+        require(name in known or is_idle, f'{name[:50]!r} is not supported here; leave it out.')
+        kind = known.get(name, type(value))
         if kind is float and type(value) is int and abs(value) < 1e9:
             fields[name] = value = float(value)
         fits = type(value) is kind or kind == str | list and isinstance(value, kind)
@@ -205,20 +204,11 @@ class Job:
 
     def answer(self):
         """Return the response to a request that was not streamed."""
-        choices = [self.choice(row.index, row.text, row.finish) for row in self.rows]
-        answer = self.envelope(choices, self.counts())
+        answer = self.envelope([(row.index, row.text, row.finish) for row in self.rows], usage=self.counts())
         if self.watch:
             self.frames.end(len(self.rows[0].ids) + len(self.rows[0].new))
             answer['frames'] = self.frames.steps
         return answer
-
-    def chunk(self, index, text, finish):
-        """Return a part of a response that is streamed."""
-        return self.envelope([self.choice(index, text, finish, 'delta')], suffix='.chunk' * self.is_chat)
-
-    def choice(self, index, text, finish, said='message'):
-        content = {said: {'role': 'assistant', 'content': text}} if self.is_chat else {'text': text}
-        return {'index': index, 'finish_reason': finish, 'logprobs': None, **content}
 
     def counts(self):
         mask_id = self.model.tokenizer.mask_id
@@ -226,9 +216,16 @@ class Job:
         parts = {'prompt_tokens': self.prompt_tokens, 'completion_tokens': new}
         return parts | {'total_tokens': self.prompt_tokens + new}
 
-    def envelope(self, choices, usage=None, suffix=''):
-        kind = 'chat.completion' if self.is_chat else 'infill' if self.is_infill else 'text_completion'
-        about = dict(id=self.id, object=kind + suffix, created=int(time.time()), model=self.model.name)
+    def envelope(self, texts, said='message', usage=None):
+        """Return a response with texts, [(index, text, finish_reason)]; said: 'delta' for a part that is streamed."""
+        choices = []
+        for index, text, finish in texts:
+            content = {said: {'role': 'assistant', 'content': text}} if self.is_chat else {'text': text}
+            choices.append({'index': index, 'finish_reason': finish, 'logprobs': None, **content})
+        kind = 'infill' if self.is_infill else 'text_completion'
+        if self.is_chat:
+            kind = 'chat.completion.chunk' if said == 'delta' else 'chat.completion'
+        about = dict(id=self.id, object=kind, created=int(time.time()), model=self.model.name)
         return about | dict(choices=choices, usage=usage)
 
 
