@@ -193,7 +193,8 @@ class Server(ThreadingHTTPServer):
 
 def stop(number, frame):
     """Take no more connections, and end when all is answered; the second time at once."""
-    signal.signal(number, signal.SIG_DFL)
+    for one in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(one, signal.SIG_DFL)
     print('answering what is asked; once more to quit at once', flush=True)
     threading.Thread(target=server.shutdown).start()
 
