@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from lm import checkpoints, prompts, run_folder, runtime
 from lm.configurator import UserError, check_range, configure, printable, report_idle, require, user_errors
@@ -62,9 +63,13 @@ def write(ids, count):
         return fill_gaps(ids, count)
     frames = Frames(tokenizer, Terminal() if watch else None, options['stop_tokens'])
     frames.begin(ids)
-    shown, new = frames if watch or html else None, 0 if infill else max_new_tokens
-    with dist.autocast(), user_errors():
-        rows = generate(model, [ids] * count, new, seed=seed, watch=shown, **options)
+    num_steps = steps or (ids.count(tokenizer.mask_id) if infill else max_new_tokens)
+    is_told = watch or 'stream' in options  # by the text itself
+    with tqdm(total=num_steps, unit=' steps', leave=False, disable=is_told or None) as bar:
+        shown = frames if watch or html else lambda *_: bar.update()
+        with dist.autocast(), user_errors():
+            new = 0 if infill else max_new_tokens
+            rows = generate(model, [ids] * count, new, seed=seed, watch=shown, **options)
     frames.end(len(rows[0]))
     if html:
         save_page(html, f'{run_folder.name_of(path)}: {state["architecture"]}', frames.steps)
