@@ -8,7 +8,6 @@ torchrun --standalone --nproc_per_node=2 classify.py --target_func=fn_a --device
 import copy
 import math
 import zlib
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -217,7 +216,6 @@ selectable = 'val' in sets or not early_stopping
 require(selectable, 'early_stopping needs validation rows: the test set never selects; add --val_set_size=N.')
 pool = pool or ('last' if trunk.causal else 'mean')
 by_class = classification.weights_of_classes(class_weights, sets['train'].labels, max(2, num_classes))
-evaluate = partial(classification.evaluate_predictions, num_classes=max(2, num_classes))
 options = pool, dropout, by_class, label_smoothing, token_dropout
 raw_classifier = classification.Classifier(trunk, num_classes, *options)
 row_weights = by_class[sets['train'].labels]  # (N,)
@@ -311,18 +309,17 @@ def save():
 
 @torch.no_grad()
 def predict(examples):
-    """Judge each row (N, 3 + C), those of like length together, the same for any number of ranks."""
+    """Compute the logits (N, C), of rows of like length together, the same for any number of ranks."""
     order = np.argsort([len(row) for row in examples.rows], kind='stable')
-    judged = torch.zeros(len(examples), 3 + raw_classifier.width)
+    logits = torch.zeros(len(examples), raw_classifier.width)
     raw_classifier.eval()
     for start in range(dist.rank * eval_batch_size, len(order), dist.world_size * eval_batch_size):
         index = order[start : start + eval_batch_size]
-        tokens, token_counts, labels = classification.collate(examples, index, dist.device)
+        tokens, token_counts, _ = classification.collate(examples, index, dist.device)
         with dist.autocast():
-            logits = raw_classifier.logits(tokens, token_counts).cpu()
-        judged[index] = classification.judge(logits, labels.cpu())
+            logits[index] = raw_classifier.logits(tokens, token_counts).cpu()
     raw_classifier.train()
-    return dist.sum(judged).numpy()
+    return dist.sum(logits)
 
 
 def subset(examples):
@@ -334,10 +331,10 @@ def evaluate_and_save():
     """Evaluate all sets, keep the best weights by the validation rows, write down the history, log the step."""
     global best_score, finished, pending
     parts = {name: subset(examples) for name, examples in sets.items()}
-    judged = {name: predict(examples) for name, examples in parts.items()}
-    metrics = {name: evaluate(parts[name].labels, judged[name]) for name in parts}
+    logits = {name: predict(examples) for name, examples in parts.items()}
+    metrics = {name: classification.evaluate_predictions(parts[name].labels, logits[name]) for name in parts}
     labels = np.concatenate([parts[name].labels for name in test_sets])
-    test = evaluate(labels, np.concatenate([judged[name] for name in test_sets]))
+    test = classification.evaluate_predictions(labels, torch.cat([logits[name] for name in test_sets]))
     figures = (f'{name} loss {m["loss"]:.4f}, accuracy {m["accuracy"]:.4f}' for name, m in metrics.items())
     log.print(f'step {step}: ' + ', '.join(figures))
     train, selecting = metrics['train'], metrics.get('val', test)
@@ -367,11 +364,12 @@ def final_eval():
     results, arrays = {'step': best.step if 'val' in sets else step}, {}
     for name, examples in sets.items():
         examples = subset(examples) if name == 'train' else examples
-        judged = predict(examples)
-        results[name] = evaluate(examples.labels, judged)
+        logits = predict(examples)
+        results[name] = classification.evaluate_predictions(examples.labels, logits)
         if name != 'train':
-            arrays |= {f'{name}_labels': examples.labels, f'{name}_preds': judged[:, 1].astype(np.int64)}
-            arrays[f'{name}_logits'] = judged[:, 3:]
+            predictions = classification.logits_by_class(logits).argmax(1)
+            arrays |= {f'{name}_labels': examples.labels, f'{name}_preds': predictions.numpy()}
+            arrays[f'{name}_logits'] = logits.numpy()
     if dist.is_main:
         names = {'classes': classes} if classes else {}
         write_json(out / 'eval_results.json', results | names)

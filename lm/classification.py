@@ -156,31 +156,23 @@ def train_top_layers(classifier, num_layers, train_final_norm):
     trunk.norm.requires_grad_(train_final_norm)
 
 
-def divide(a, b):
-    """Compute a / b, 0 where b is 0."""
-    return np.divide(a, b, out=np.zeros(np.broadcast(a, b).shape), where=np.asarray(b) != 0)
-
-
 def class_metrics(labels, predictions, num_classes):
     """Compute accuracy, precision, recall and F1, macro and micro, and MCC of predicted classes (N,), as fractions.
 
-    Macro is the mean over the classes that occur as a label or a prediction; a ratio with 0 below is 0. Micro pools the
+    Macro is the mean over the classes that occur as a label or a prediction; a ratio of 0 to 0 is 0. Micro pools the
     decisions, so with one label per row each micro metric is the accuracy. MCC: Gorodkin 2004.
     """
     parts = labels[labels == predictions], labels, predictions
     right, actual, predicted = (np.bincount(part, minlength=num_classes) for part in parts)
-    total = len(labels)
-    occurring = actual + predicted > 0
-    f1 = divide(2 * right, actual + predicted)
-    per_class = {'precision': divide(right, predicted), 'recall': divide(right, actual), 'f1': f1}
-    accuracy = float(divide(right.sum(), total))
-    metrics = {'accuracy': accuracy}
-    for name, values in per_class.items():
-        metrics[f'macro_{name}'] = float(values[occurring].mean()) if occurring.any() else 0.0
-        metrics[f'micro_{name}'] = accuracy
+    total, occurring = len(labels), actual + predicted
+    ratios = {'precision': (right, predicted), 'recall': (right, actual), 'f1': (2 * right, occurring)}
+    metrics = {'accuracy': float(right.sum() / total)}
+    for name, (a, b) in ratios.items():
+        metrics[f'macro_{name}'] = float((a / np.maximum(b, 1))[occurring > 0].mean())
+        metrics[f'micro_{name}'] = metrics['accuracy']
     covariance = right.sum() * total - actual @ predicted
     spread = np.sqrt(float(total**2 - predicted @ predicted)) * np.sqrt(float(total**2 - actual @ actual))
-    return {**metrics, 'mcc': float(divide(covariance, spread))}
+    return {**metrics, 'mcc': float(covariance / max(spread, 1))}
 
 
 def auroc(labels, scores):
@@ -192,25 +184,18 @@ def auroc(labels, scores):
     return float((below + up_to).mean() / (2 * len(negative)))
 
 
-def judge(logits, labels):
-    """Return (N, 3 + C) of logits (N, C), or (N, 1) for two classes: loss in nats, class, score of class 1, logits."""
-    by_class = logits_by_class(logits)
-    nll = F.cross_entropy(by_class, labels, reduction='none')
-    columns = nll, by_class.argmax(1), by_class[:, -1] - by_class[:, 0]
-    return torch.cat([torch.stack(columns, 1), logits], 1)
+def evaluate_predictions(labels, logits):
+    """Compute the loss in nats, `class_metrics`, auroc where there are two classes, and the confusion matrix of a set.
 
-
-def evaluate_predictions(labels, judged, num_classes):
-    """Compute the loss, `class_metrics`, auroc where there are two classes, and the confusion matrix of a set.
-
-    labels: (N,) int; judged: (N, 3 or more) by `judge`. The matrix has a row per label and a column per prediction; of
-    more than a hundred classes there is none.
+    labels: (N,) int; logits: (N, C), or (N, 1) for two classes. The matrix has a row per label and a column per
+    prediction; of more than a hundred classes there is none.
     """
-    predictions = judged[:, 1].astype(np.int64)
-    loss = torch.from_numpy(judged[:, 0]).double().mean().item()
-    metrics = {'loss': loss, **class_metrics(labels, predictions, num_classes)}
+    by_class = logits_by_class(logits)
+    nll = F.cross_entropy(by_class, torch.from_numpy(labels), reduction='none')
+    predictions, num_classes = by_class.argmax(1).numpy(), by_class.size(1)
+    metrics = {'loss': nll.double().mean().item(), **class_metrics(labels, predictions, num_classes)}
     if num_classes == 2:
-        metrics['auroc'] = auroc(labels, judged[:, 2])
+        metrics['auroc'] = auroc(labels, (by_class[:, 1] - by_class[:, 0]).numpy())
     metrics['rows'] = len(labels)
     if num_classes <= MATRIX:
         cells = np.bincount(labels * num_classes + predictions, minlength=num_classes**2)

@@ -21,8 +21,7 @@ def test_every_metric_is_that_of_scikit_learn(num_classes, outputs, rows):
     labels[:2] = 0, 1
     logits = (draw.integers(-4, 5, (rows, outputs)) / 2).astype(np.float32)  # with ties
     logits[np.arange(rows), labels % outputs] += 0.5
-    judged = c.judge(torch.from_numpy(logits), torch.from_numpy(labels)).numpy()
-    figures = c.evaluate_predictions(labels, judged, num_classes)
+    figures = c.evaluate_predictions(labels, torch.from_numpy(logits))
     predictions = (logits[:, 0] > 0).astype(int) if outputs == 1 else logits.argmax(1)
     for average in ('macro', 'micro'):
         expected = sk.precision_recall_fscore_support(labels, predictions, average=average, zero_division=0)
@@ -50,8 +49,7 @@ def test_every_metric_is_that_of_scikit_learn(num_classes, outputs, rows):
 def test_the_figures_of_many_classes_grow_with_the_rows_only():
     labels, classes = np.array([99_999, 5, 7, 5]), torch.tensor([99_999, 5, 5, 5])
     logits = 9.0 * F.one_hot(classes, 100_000)
-    judged = c.judge(logits, torch.from_numpy(labels)).numpy()
-    figures = c.evaluate_predictions(labels, judged, 100_000)
+    figures = c.evaluate_predictions(labels, logits)
     assert figures['accuracy'] == 0.75 and figures['macro_f1'] == pytest.approx((1 + 0 + 0.8) / 3)
     assert figures['mcc'] == pytest.approx(sk.matthews_corrcoef(labels, classes.numpy()))
     assert 'confusion' not in figures
