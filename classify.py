@@ -17,7 +17,7 @@ from lm import checkpoints, classification, families, languages, optim, runtime,
 from lm.configurator import check_choice, check_range, configure, report_idle, require
 from lm.files import save_atomically, write_json
 from lm.log import start_run
-from lm.tokenizer import KINDS, SPECIAL_TOKENS, Tokenizer, build
+from lm.tokenizer import SPECIAL_TOKENS, Tokenizer, build
 from model import SIZES
 
 # --- an algorithmic task ---
@@ -32,7 +32,7 @@ train_langs = 'eng'  # commas between several
 eval_langs = ''  # empty: train_langs
 language_database = 'config/languages.json'  # or a .py file that assigns LANGUAGES
 model_type = 'normal'  # normal, or ipa: reads the columns {feature}-phoneme
-tokenizer = 'bpe'  # of a model from scratch: bpe, bytes, char, gpt2, or a path; of a nanoGPT ckpt.pt: a path
+tokenizer = 'bpe'  # from scratch: bpe, bytes, char, gpt2, or a path; of a nanoGPT ckpt.pt: gpt2 or a path
 vocab_size = 4096  # of a bpe, which is trained on the training texts
 checkpoint_prefix = ''  # with model_prefix: start from checkpoint_prefix/model_prefix/ckpt.pt
 model_prefix = ''  # {model_type} in this, in tokenizer or in init_from stands for normal or ipa
@@ -103,17 +103,13 @@ dtype = 'auto'  # bfloat16, float16, float32
 compile: bool = None  # torch.compile; None: on CUDA only
 config = configure(globals())
 
-# A run keeps what is FIXED; everything else may change when it is resumed, and the change is printed.
-FIXED = (
-    'target_func sequence_length train_set_size test_set_size compat task train_langs eval_langs model_type '
-    'tokenizer vocab_size checkpoint_prefix model_prefix init_from '
-    'val_set_size model architecture model_size n_layer n_head n_embd n_kv_head block_size num_layers_to_finetune '
-    'train_final_norm lora_rank lora_alpha pool num_classes optimizer group_by_length seed'
-).split()
 SHAPE = ('n_layer', 'n_head', 'n_embd', 'n_kv_head')
 TASK_KEYS = 'target_func sequence_length train_set_size test_set_size compat'
-TEXT_KEYS = 'train_langs eval_langs language_database model_type tokenizer vocab_size block_size '
-TEXT_KEYS += 'group_by_length'
+TEXT_KEYS = 'train_langs eval_langs model_type tokenizer vocab_size block_size group_by_length'
+# A run keeps what is FIXED; everything else may change when it is resumed, and the change is printed.
+FIXED = f'{TASK_KEYS} {TEXT_KEYS} task val_set_size checkpoint_prefix model_prefix init_from model'.split()
+FIXED += 'architecture model_size num_layers_to_finetune train_final_norm lora_rank lora_alpha pool'.split()
+FIXED += [*SHAPE, 'num_classes', 'optimizer', 'seed']
 
 check_choice(config, 'model', ('', *families.PUBLISHED, *families.FINETUNED, *SIZES))
 check_choice(config, 'model_type', ('normal', 'ipa'))
@@ -124,7 +120,6 @@ check_choice(config, 'best_by', classification.BEST_BY)
 
 resumed = checkpoints.resume(globals(), config, FIXED)
 runtime.check_settings(config)
-report_idle(config, *(('on texts', TASK_KEYS) if task else ('on an algorithmic task', TEXT_KEYS)))
 both = lora_rank and num_layers_to_finetune is not None
 require(not both, 'lora_rank and num_layers_to_finetune freeze different things; leave one of them out.')
 report_idle(config, f'beside model={model}', 'model_size' * bool(model))
@@ -145,8 +140,6 @@ initial = resumed.checkpoint
 clash = init_from and not initial and model in families.PUBLISHED
 require(not clash, f'{model} is a shape to train from scratch; leave --model or --init_from={init_from} out.')
 if init_from and not initial:
-    is_kind = 'tokenizer' in config.given and tokenizer in KINDS
-    require(not is_kind, f'{init_from} has a tokenizer of its own, not {tokenizer}; leave --tokenizer out.')
     given = languages.load_tokenizer(tokenizer) if 'tokenizer' in config.given else None
     initial = checkpoints.load(init_from, token, revision, tokenizer=given)
     is_its_own = given is None or initial['tokenizer'] == given.to_json()
@@ -156,6 +149,7 @@ if init_from and not initial:
 dist = runtime.Runtime(device, dtype)
 
 if task:
+    report_idle(config, 'on texts', TASK_KEYS)
     database = languages.load_database(language_database)
     texts, num_labels, classes = languages.read_sets(database, task, train_langs, eval_langs, model_type)
     if init_from or tokenizer != 'bpe':
@@ -163,6 +157,7 @@ if task:
     check_range(config, 256 + len(SPECIAL_TOKENS), math.inf, 'vocab_size')
     vocabulary = None if initial else languages.make_tokenizer(tokenizer, texts, vocab_size)
 else:
+    report_idle(config, 'on an algorithmic task', f'{TEXT_KEYS} language_database')
     num_labels, classes = 2, []
     sizes = train_set_size, test_set_size, val_set_size
     digits = tasks.splits(target_func, sequence_length, *sizes, seed, compat)
