@@ -169,10 +169,8 @@ start_token = initial['start_token'] if initial else vocabulary.start_id
 
 if initial:
     architecture, shape = initial['architecture'], dict(initial['model_config'])
-    longest = shape['block_size']
-    block_size = block_size if 'block_size' in config.given or resumed.checkpoint else longest
-    fits = block_size <= longest or not task
-    require(fits, f'block_size is {block_size}, but {init_from} sees {longest} tokens; give at most so many.')
+    if not resumed.checkpoint and 'block_size' not in config.given:
+        block_size = shape['block_size']
 else:
     published = model in families.PUBLISHED
     shape = families.published_config(model, block_size) if published else checkpoints.size_of(model_size)
@@ -182,9 +180,10 @@ if not task:
     block_size = sequence_length + 1  # with the start token
     if shape.get('position', 'rope') == 'rope':
         shape['block_size'] = block_size
-    longest = shape['block_size'] - 1
-    fits = sequence_length <= longest
-    require(fits, f'sequence_length is {sequence_length}; {init_from} takes at most {longest}.')
+longest, remedy = shape['block_size'], 'lower it' if task else 'lower sequence_length'
+require(
+    block_size <= longest, f'block_size is {block_size}, but {init_from} sees {longest} tokens; {remedy}.'
+)
 torch.manual_seed(seed)
 shape.update(dropout=dropout, gradient_checkpointing=gradient_checkpointing)
 trunk = checkpoints.make_model(architecture, **shape)
@@ -221,9 +220,6 @@ if lora_rank:
     lora.add_lora(trunk, lora_rank, lora_alpha, dropout=lora_dropout)
 elif num_layers_to_finetune is not None:
     classification.train_top_layers(raw_classifier, num_layers_to_finetune, train_final_norm)
-if resumed.checkpoint:
-    with checkpoints.unedited(resumed.path):
-        classification.load_state(raw_classifier, resumed.checkpoint)
 raw_classifier.to(dist.device)
 
 # ---------------------------------------------------------------------------- steps, optimizer, state
@@ -240,17 +236,24 @@ checksums = {name: zlib.crc32(np.concatenate(arrays)) for name, arrays in names.
 inputs = {'rows_per_step': rows_per_step, 'data': checksums}
 state = resumed, checkpoints, raw_classifier, opt, scaler, inputs, config
 step, best, pending = checkpoints.continue_run(*state)
-best_score, finished = -math.inf, False
+best_score = -math.inf
 history = {key: [] for key in 'steps train_losses test_losses train_accuracies test_accuracies'.split()}
+
+
+def is_finished():
+    without_better = sum(evaluated > best.step for evaluated in history['steps'])
+    stops_early = early_stopping and without_better >= early_stopping
+    return pending is None and (step >= max_steps or stops_early)
+
+
 if resumed.checkpoint:
     with checkpoints.unedited(resumed.path):
-        best_score, finished = initial['best_score'], initial['finished']
-        best_score = best_score if math.isfinite(best.loss) else -math.inf  # reset with it
+        classification.load_state(raw_classifier, initial)
         history = {key: [number + 0 for number in initial['history'][key]] for key in history}
-    finished = finished and max_steps == initial['train_config']['max_steps']
-    finished = finished and not any(key == 'early_stopping' for key, *_ in resumed.overrides)
-    if finished and (resumed.run_dir / 'predictions.npz').exists():
-        dist.exit(f'{resumed.path} is at step {step} of {max_steps}: the run is finished.')
+        best_score = initial['best_score'] if math.isfinite(best.loss) else best_score  # reset with it
+    if is_finished() and (resumed.run_dir / 'predictions.npz').exists():
+        remedy = '--max_steps makes it longer, --early_stopping=0 more patient'
+        dist.exit(f'{resumed.path} is finished at step {step} of {max_steps}. {remedy}.')
 classifier = dist.wrap(raw_classifier, compile)
 
 subject = f'{task}-{train_langs.replace(",", "+").replace(":", "-")}' if task else target_func
@@ -297,8 +300,7 @@ def save():
     """Write ckpt.pt with all that it takes to go on."""
     if dist.is_main:
         state = {**checkpoint(), **checkpoints.state_of_run(inputs, pending, scaler, log)}
-        state |= {'optimizer_state_dict': opt.state_dict(), 'finished': finished}
-        state |= {'best_score': best_score, 'history': history}
+        state |= {'optimizer_state_dict': opt.state_dict(), 'best_score': best_score, 'history': history}
         checkpoints.save(out / 'ckpt.pt', state)
 
 
@@ -324,7 +326,7 @@ def subset(examples):
 
 def evaluate_and_save():
     """Evaluate all sets, keep the best weights by the validation rows, write down the history, log the step."""
-    global best_score, finished, pending
+    global best_score, pending
     parts = {name: subset(examples) for name, examples in sets.items()}
     logits = {name: predict(examples) for name, examples in parts.items()}
     metrics = {name: classification.evaluate_predictions(parts[name].labels, logits[name]) for name in parts}
@@ -348,8 +350,7 @@ def evaluate_and_save():
         write_json(out / 'eval_results.json', {'step': step, **metrics})
     values = {'val/loss': selecting['loss'], 'val/accuracy': selecting['accuracy']}
     log.metrics(step, pending | values | {'val/perplexity': math.exp(min(selecting['loss'], 700))})
-    pending, without_better = None, sum(evaluated > best.step for evaluated in history['steps'])
-    finished = step == max_steps or bool(early_stopping) and without_better >= early_stopping
+    pending = None
 
 
 def final_eval():
@@ -384,7 +385,7 @@ raw_classifier.train()
 tokens_per_row = np.mean([len(row) for row in sets['train'].rows])
 speed = runtime.Speed(trunk, dist, rows_per_step * tokens_per_row, step, tokens_per_row)
 stopping = False
-while step < max_steps and not stopping and not finished:
+while not stopping and not is_finished():
     lr = optim.learning_rate_at(step, max_steps, learning_rate, min_lr, warmup, schedule, decay_ratio)
     opt.set_lr(lr)
     index = classification.rows_of_step(step, rows_per_step, num_rows, seed, lengths)
@@ -425,8 +426,7 @@ while step < max_steps and not stopping and not finished:
     if metrics:
         speed.restart(step)
 
-if pending is None and step >= max_steps or finished:
-    finished = True
+if is_finished():
     save()
     final_eval()
 else:
