@@ -180,10 +180,9 @@ if not task:
     block_size = sequence_length + 1  # with the start token
     if shape.get('position', 'rope') == 'rope':
         shape['block_size'] = block_size
-longest, remedy = shape['block_size'], 'lower it' if task else 'lower sequence_length'
-require(
-    block_size <= longest, f'block_size is {block_size}, but {init_from} sees {longest} tokens; {remedy}.'
-)
+longest = shape['block_size']
+problem = f'block_size is {block_size}, but {init_from} sees {longest} tokens'
+require(block_size <= longest, f'{problem}; lower it, or sequence_length.')
 torch.manual_seed(seed)
 shape.update(dropout=dropout, gradient_checkpointing=gradient_checkpointing)
 trunk = checkpoints.make_model(architecture, **shape)
@@ -242,8 +241,7 @@ history = {key: [] for key in 'steps train_losses test_losses train_accuracies t
 
 def is_finished():
     without_better = sum(evaluated > best.step for evaluated in history['steps'])
-    stops_early = early_stopping and without_better >= early_stopping
-    return pending is None and (step >= max_steps or stops_early)
+    return pending is None and (step >= max_steps or 0 < early_stopping <= without_better)
 
 
 if resumed.checkpoint:
@@ -405,26 +403,25 @@ while not stopping and not is_finished():
     stopping = dist.any(stop.received)  # all ranks at the same step
     evaluating = step % eval_every == 0 or step == max_steps
     saving = evaluating or stopping or (save_every and step % save_every == 0)
-    metrics = {}
-    if saving or step % log_every == 0:
-        sums = dist.total(sums)
-        metrics = {'train/loss': sums['loss'] / weight, 'train/accuracy': sums['correct'] / sums['predicted']}
-        metrics['train/perplexity'] = math.exp(min(metrics['train/loss'], 700))
-        runtime.check_finite(metrics['train/loss'], step, learning_rate)
-        epoch = step * rows_per_step / num_rows
-        metrics |= {'train/lr': lr, 'train/grad_norm': grad_norm.item(), 'train/epoch': epoch}
-        metrics |= speed.metrics(step)
-        log.progress(step, max_steps, metrics, speed.seconds_per_step)
+    if not saving and step % log_every:
+        continue
+    sums = dist.total(sums)
+    metrics = {'train/loss': sums['loss'] / weight, 'train/accuracy': sums['correct'] / sums['predicted']}
+    metrics['train/perplexity'] = math.exp(min(metrics['train/loss'], 700))
+    runtime.check_finite(metrics['train/loss'], step, learning_rate)
+    epoch = step * rows_per_step / num_rows
+    metrics |= {'train/lr': lr, 'train/grad_norm': grad_norm.item(), 'train/epoch': epoch}
+    metrics |= speed.metrics(step)
+    log.progress(step, max_steps, metrics, speed.seconds_per_step)
     if evaluating:
         pending = metrics
-    elif metrics:
+    else:
         log.metrics(step, metrics)
     if saving:
         save()  # before the evaluation, which may be cut off
     if evaluating and not stopping:
         evaluate_and_save()
-    if metrics:
-        speed.restart(step)
+    speed.restart(step)
 
 if is_finished():
     save()

@@ -269,23 +269,22 @@ while step < max_steps and not stopping:
     stopping = dist.any(stop.received)  # all ranks at the same step
     evaluating = step % eval_every == 0 or step == max_steps
     saving = evaluating or stopping or (save_every and step % save_every == 0)
-    metrics = {}
-    if saving or step % log_every == 0:
-        metrics = runtime.means('train', dist.total(sums))
-        runtime.check_finite(metrics['train/loss'], step, learning_rate)
-        metrics |= {'train/lr': lr, 'train/grad_norm': grad_norm.item(), 'train/epoch': batches.epoch(step)}
-        metrics |= speed.metrics(step)
-        log.progress(step, max_steps, metrics, speed.seconds_per_step)
+    if not saving and step % log_every:
+        continue
+    metrics = runtime.means('train', dist.total(sums))
+    runtime.check_finite(metrics['train/loss'], step, learning_rate)
+    metrics |= {'train/lr': lr, 'train/grad_norm': grad_norm.item(), 'train/epoch': batches.epoch(step)}
+    metrics |= speed.metrics(step)
+    log.progress(step, max_steps, metrics, speed.seconds_per_step)
     if evaluating:
         pending = metrics
-    elif metrics:
+    else:
         log.metrics(step, metrics)
     if saving:
         save()  # before the evaluation, which may be cut off
     if evaluating and not stopping:
         evaluate_and_save()
-    if metrics:
-        speed.restart(step)
+    speed.restart(step)
 
 if step < max_steps or pending is not None:
     log.print(f'stopped at step {step} of {max_steps}; continue with --resume_from={out}')
