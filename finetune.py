@@ -14,6 +14,7 @@ import torch
 
 from lm import checkpoints, data, optim, prompts, run_folder, runtime
 from lm.configurator import configure, report_idle, require
+from lm.files import as_sentence
 from lm.folder import Folder, is_of, prepared
 from lm.log import start_run
 from sampling import generate
@@ -89,12 +90,11 @@ compile: bool = None  # torch.compile; None: on CUDA only, without fsdp
 fsdp = False  # shard weights, gradients and moments over the ranks: for what no single GPU holds
 config = configure(globals())
 
-# A run keeps what is FIXED; everything else may change when it is resumed, and the change is printed.
-FIXED = (
-    'architecture block_size packing train_on_prompt init_from model_size use_peft peft_lora_r peft_lora_alpha '
-    'peft_targets load_in_8bit load_in_4bit optimizer fsdp seed anneal_steps block_length ar_weight'
-).split()
 BLOCKS = ['block_length', 'ar_weight']
+# A run keeps what is FIXED; everything else may change when it is resumed, and the change is printed.
+FIXED = 'architecture block_size packing train_on_prompt init_from model_size optimizer fsdp seed'.split()
+FIXED += 'use_peft peft_lora_r peft_lora_alpha peft_targets load_in_8bit load_in_4bit anneal_steps'.split()
+FIXED += BLOCKS
 
 resumed = checkpoints.resume(globals(), config, FIXED)
 runtime.check_settings(config)
@@ -110,33 +110,30 @@ require(dataset, 'There is nothing to learn from; give --dataset=NAME, a folder 
 store = checkpoints  # keeps weights and the state of training
 if fsdp:
     from lm import sharded as store  # slow to import
-for override in [*resumed.overrides]:
-    key, before, now = override
+for key, before, now in [*resumed.overrides]:
     if key == 'dataset' and is_of(before, now):  # prepared at the start of the run
         dataset = config['dataset'] = before
-        resumed.overrides.remove(override)
+        resumed.overrides.remove((key, before, now))
 if not resumed.checkpoint:
     base, source = partial(checkpoints.tokenizer_of, init_from, token, revision), dataset
     dataset = config['dataset'] = prepared(source, field, block_size, base)
     report_idle(config, 'on data that are prepared', 'field' * (dataset == source))
 dist = runtime.Runtime(device, dtype)  # after what may take longer than ranks wait for each other
 folder = Folder(dataset)
-tokenizer, prompt_format = folder.tokenizer, folder.config['prompt_format'] or prompts.DEFAULT
-max_seq_len, answer_masks = folder.config.get('max_seq_len'), folder.masks['val']
 folder.train_on_prompt = train_on_prompt
+tokenizer, prompt_format = folder.tokenizer, folder.config['prompt_format'] or prompts.DEFAULT
+start_token, max_seq_len = folder.config['start_token'], folder.config.get('max_seq_len')
 
-said = BLOCKS if resumed.checkpoint else config.given.intersection(BLOCKS)
-blocks = {key: config[key] for key in said if config[key] is not None}
+blocks = {key: config[key] for key in BLOCKS if config[key] is not None}
 if resumed.checkpoint and not use_peft:
     initial = resumed.checkpoint
 elif init_from == 'scratch':
     if dist.is_main:
         print('warning: init_from=scratch; a model that was not pretrained will not learn to answer.')
-    shape = checkpoints.size_of(model_size)
-    shape.update(block_size=block_size or max_seq_len or 256, vocab_size=tokenizer.vocab_size)
-    shape.update(mask_id=tokenizer.mask_id, ignore_id=tokenizer.ignore_id)
-    shape.update(blocks)
+    shape = {**checkpoints.size_of(model_size), 'block_size': block_size or max_seq_len or 256, **blocks}
+    shape.update({key: getattr(tokenizer, key) for key in ('vocab_size', 'mask_id', 'ignore_id')})
     initial = {'architecture': architecture or 'ar', 'tokenizer': tokenizer.to_json(), 'model_config': shape}
+    initial['model_state_dict'] = None
 else:  # adapters go on from the weights that they were made for
     initial = checkpoints.load(init_from, token, revision, mmap=True, tokenizer=tokenizer)
     checkpoints.check_model(initial, init_from, config)
@@ -152,17 +149,16 @@ longest = shape['block_size']
 block_size = block_size or min(max_seq_len or longest, longest)
 require(8 <= block_size <= longest, f'block_size is {block_size}; {init_from} takes 8 to {longest} tokens.')
 torch.manual_seed(seed)
-has_weights = not {'model_state_dict', 'sharded'}.isdisjoint(initial)
 in_parts = fsdp and not use_peft  # a rank makes, or reads, only its part; but for a base of adapters
-where = torch.device('meta' if in_parts else 'cpu')
-with where if has_weights or not in_parts else store.DrawnInParts(dist):
+reads_shards = in_parts and resumed.checkpoint
+weights = None if reads_shards else checkpoints.weights_of(initial)
+is_drawn = in_parts and not reads_shards and not weights
+with store.DrawnInParts(dist) if is_drawn else torch.device('meta' if in_parts else 'cpu'):
     raw_model = checkpoints.make_model(architecture, **shape)
 checkpoints.check_padding(raw_model.config, tokenizer)
 if not resumed.checkpoint:
     runtime.check_blocks(raw_model.config, block_size)
 num_parameters = raw_model.num_parameters()  # before some are quantized, and adapters are added
-is_whole = 'model_state_dict' in initial and not (resumed.checkpoint and in_parts)  # or it comes in shards
-weights = checkpoints.weights_of(initial) if is_whole else None
 if use_peft:
     from lm import lora, quantize  # only where it is wanted
 
@@ -183,17 +179,14 @@ if use_peft:
     if dist.dtype == 'bfloat16':
         lora.round_frozen(raw_model)
     if resumed.checkpoint:
-        held, now = resumed.checkpoint['adapter_state_dict'], dict(raw_model.named_parameters())
-        fits = all(name in now and now[name].shape == x.shape for name, x in held.items())
         problem = f'{init_from} has another shape than in the run of {resumed.path}'
-        require(fits, f'{problem}; put its weights back.')
-        raw_model.load_state_dict(held, strict=False)
+        with as_sentence(problem, 'put its weights back'):
+            raw_model.load_state_dict(resumed.checkpoint['adapter_state_dict'], strict=False)
 runtime.report_idle_settings(config, raw_model)
 raw_model = store.place(raw_model, weights, dist)
 weights = None  # not kept beside the model
 initial.pop('model_state_dict', None)
 trainable = {name: p for name, p in raw_model.named_parameters() if p.requires_grad}
-
 
 # ---------------------------------------------------------------------------- batches, optimizer, state
 
@@ -230,30 +223,22 @@ config.update({key: getattr(raw_model.config, key) for key in BLOCKS})
 out, log = start_run(dist, config, f'{architecture}-{folder.config["name"]}-{base}', resumed, init_from)
 stop = runtime.StopSignal()
 
-
-def print_example():
-    """Print one example as the model sees it, with the tokens in the loss marked, and the size of the data."""
-    rows = batches.rows
-    tokens, loss_mask, doc_ids = rows.read(0)
-    length = len(tokens) if doc_ids is None else int((doc_ids == 0).sum())
-    text = ''
-    for in_loss, part in groupby(range(length), lambda i: loss_mask[i]):
-        piece = tokenizer.decode([tokens[i] for i in part], show_special=True)
-        text += f'«{piece}»' if in_loss else piece
-    log.print('--- an example; the loss is on what is in «»', text, '---')
-    log.print(
-        f'{len(rows.starts):,} examples of {rows.num_tokens:,} tokens, {rows.num_trained:,} of them trained, in '
-        f'{rows.num_rows:,} rows of {block_size}; the prompt of {rows.cut:,} is cut on the left, {rows.dropped:,} left '
-        'out because the answer does not fit; of the validation split '
-        f'{val_rows.rows.cut:,} and {val_rows.rows.dropped:,}'
-    )
-
-
-print_example()
+# One example as the model sees it, with the tokens in the loss marked, and the size of the data.
+rows, text = batches.rows, ''
+tokens, loss_mask, doc_ids = rows.read(0)
+length = len(tokens) if doc_ids is None else int((doc_ids == 0).sum())
+for in_loss, part in groupby(range(length), lambda i: loss_mask[i]):
+    piece = tokenizer.decode([tokens[i] for i in part], show_special=True)
+    text += f'«{piece}»' if in_loss else piece
+log.print('--- an example; the loss is on what is in «»', text, '---')
+log.print(
+    f'{len(rows.starts):,} examples of {rows.num_tokens:,} tokens, {rows.num_trained:,} of them trained, in '
+    f'{rows.num_rows:,} rows of {block_size}; the prompt of {rows.cut:,} is cut on the left, {rows.dropped:,} left out '
+    f'because the answer does not fit; of the validation split {val_rows.rows.cut:,} and {val_rows.rows.dropped:,}'
+)
 parts = ', '.join(f'{name} {size / 1e9:.2f}' for name, size in estimate.items())
 log.print(f'memory, about: {parts}; {sum(estimate.values()) / 1e9:.2f} GB in all')
-num_trained = sum(p.numel() for p in trainable.values())
-num_trained = num_trained if use_peft else min(num_trained, num_parameters)  # which leaves padding out
+num_trained = sum(p.numel() for p in trainable.values()) if use_peft else num_parameters
 log.print(
     f'{out}: {architecture} from {init_from}, {num_parameters:,} parameters, {num_trained:,} trained, {dist.dtype} on '
     f'{dist.world_size} × {dist.device.type}; {max_steps} steps are {batches.epoch(max_steps):.2f} epochs',
@@ -265,7 +250,7 @@ log.print(
 
 def checkpoint():
     """Return what the other scripts need to use the model, but for its weights."""
-    texts = tokenizer, folder.config['start_token'], prompt_format
+    texts = tokenizer, start_token, prompt_format
     state = checkpoints.contents(raw_model, step, best, config, initial, *texts)
     if use_peft:
         state['adapter_state_dict'] = checkpoints.whole(trainable)
@@ -303,7 +288,6 @@ def evaluate_and_save():
     is_best = checkpoints.save_if_best(out, step, values, best, checkpoint, whole_weights, dist)
     adapter = checkpoints.whole(trainable) if is_best and use_peft else None
     if adapter and dist.is_main:
-        start_token = folder.config['start_token']
         asked = dict(prompt_format=prompt_format, start_token=start_token, base_checksum=base_checksum)
         lora.save_adapter(raw_model, out / 'adapter', init_from, adapter, **asked)
     log.metrics(step, pending | values)
@@ -313,16 +297,12 @@ def evaluate_and_save():
 def print_answers():
     """Answer the first held-out prompts that leave room for it."""
     questions, index = [], folder.index['val'].astype(int)
-    for start, end in zip(index, index[1:]) if answer_masks is not None else ():
-        ids = folder.tokens['val'][start:end][: int(answer_masks[start:end].argmax())].tolist()
+    for start, end in zip(index, index[1:]):
+        ids = folder.tokens['val'][start:end][: int(folder.masks['val'][start:end].argmax())].tolist()
         if 0 < len(ids) < block_size - sample_tokens and len(questions) < num_samples:
-            questions.append([folder.config['start_token'], *ids])
+            questions.append([start_token, *ids])
     if not questions:
-        if step == 0 and answer_masks is not None:
-            log.print(
-                f'no held-out prompt leaves room for sample_tokens={sample_tokens} in rows of {block_size}'
-            )
-        return
+        return log.print(f'no held-out prompt leaves room for {sample_tokens=} in rows of {block_size}')
     stop_tokens = [prompts.end_of(prompt_format, tokenizer)[0]]
     with dist.autocast(), checkpoints.gathered(raw_model), dist.eager():
         rows = generate(raw_model, questions, sample_tokens, seed=seed, stop_tokens=stop_tokens)
