@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from lm import chat, prompts
 from lm.configurator import note, require
@@ -82,20 +83,18 @@ class DocumentRows:
         self.start_token = folder.config['start_token']
         if self.masks is not None and train_on_padding:
             answers_end = 1 + np.flatnonzero(np.diff(np.asarray(self.masks, np.int8)) < 0)
-            problem = (
-                f'{folder.path} has texts that go on after an answer, which a bidirectional model would see'
-            )
+            problem = f'{folder.path} has texts that go on after an answer, which gives the answer away'
             require(np.isin(answers_end, self.index).all(), f'{problem}; train it by finetune.py.')
         rows = -(-np.diff(self.index).astype(np.int64) // (row_length - 1))  # of each document
-        self.row_ends = np.cumsum(rows)  # the row after the last of each document
-        self.num_rows = int(self.row_ends[-1]) if len(rows) else 0
+        self.row_index = np.append(0, np.cumsum(rows))  # first row of each document, plus the end
+        self.num_rows = int(self.row_index[-1])
         require(self.num_rows, f'The {split} split of {folder.path} holds no document; prepare more data.')
         self.text_per_row = len(self.tokens) / self.num_rows
 
     def find(self, row):
         """Return the document that a row belongs to, and which of its rows it is."""
-        document = int(np.searchsorted(self.row_ends, row, side='right'))
-        return document, int(row) - (int(self.row_ends[document - 1]) if document else 0)
+        document = int(np.searchsorted(self.row_index, row, side='right')) - 1
+        return document, int(row - self.row_index[document])
 
     def read(self, row, key=None):
         document, part = self.find(row)
@@ -202,8 +201,7 @@ class MixedRows:
     def __init__(self, parts, weights, training):
         self.parts, self.row_length = parts, parts[0].row_length
         self.has_loss_mask = any(part.has_loss_mask for part in parts)
-        # Of what earlier parts leave.
-        self.shares = [weight / sum(weights[i:]) for i, weight in enumerate(weights)]
+        self.shares = [weight / sum(weights[i:]) for i, weight in enumerate(weights)]  # of what is left
         text = sum(weight * part.text_per_row for part, weight in zip(parts, map(float, weights)))
         self.text_per_row = text / float(sum(weights))
         if training:
@@ -388,18 +386,16 @@ class EvaluationBatches:
 
     def __iter__(self):
         self.counts[:] = 0
-        chosen, share = np.arange(self.size) * self.rows.num_rows // self.size, self.batch_size
-        for start in range(0, self.size, self.dist.world_size * share):
-            numbers = np.arange(start, min(start + self.dist.world_size * share, self.size))
-            numbers = numbers[self.dist.rank * share :][:share]
-            if len(numbers):
-                batch = [self.rows.read(row, ()) for row in chosen[numbers]]
-                for row, read in zip(chosen[numbers], batch):
-                    part = self.rows.find(int(row))[0] if isinstance(self.folder, Mix) else 0
-                    self.counts[part] += count_tokens(read, self.folder.tokenizer.ignore_id)
-            else:
-                numbers = np.zeros(1, np.int64)
-                tokens, _, *doc_ids = self.rows.read(0, ())
+        chosen = np.arange(self.size) * self.rows.num_rows // self.size
+        for start in range(0, self.size, self.dist.world_size * self.batch_size):
+            first = start + self.dist.rank * self.batch_size
+            numbers = np.arange(first, min(first + self.batch_size, self.size))
+            batch = [self.rows.read(row, ()) for row in chosen[numbers]]
+            for row, read in zip(chosen[numbers], batch):
+                part = self.rows.find(int(row))[0] if isinstance(self.folder, Mix) else 0
+                self.counts[part] += count_tokens(read, self.folder.tokenizer.ignore_id)
+            if not batch:
+                numbers, (tokens, _, *doc_ids) = np.zeros(1, np.int64), self.rows.read(0, ())
                 batch = [(tokens, np.zeros(len(tokens), np.uint8), *doc_ids)]
             noise = row_noise(numbers, self.size, self.rows.row_length, ()) if self.needs_noise else None
             yield collate(batch, noise).to(self.dist.device)
@@ -430,10 +426,8 @@ def collate(rows, noise):
     length = max(map(len, tokens))
 
     def padded(arrays, value, dtype):
-        filled = np.full((len(arrays), length), value, dtype)
-        for row, array in zip(filled, arrays):
-            row[: len(array)] = array
-        return torch.from_numpy(filled)
+        tensors = [torch.from_numpy(np.asarray(array, dtype)) for array in arrays]
+        return pad_sequence(tensors, batch_first=True, padding_value=value)
 
     loss_mask = None
     if any(mask is not None for mask in loss_masks):

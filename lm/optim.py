@@ -64,13 +64,11 @@ def make_optimizer(model, optimizer, lr, beta1, beta2, weight_decay, dtype='floa
     muon = [p for name, p in named if optimizer == 'muon' and 'blocks.' in name and p.dim() == 2]
     others = [p for _, p in named if not any(p is matrix for matrix in muon)]
     outside = weight_decay if decay_embedding or not muon else 0.0
-    groups = [
-        {'params': [p for p in others if p.dim() >= 2], 'weight_decay': outside},
-        {'params': [p for p in others if p.dim() < 2], 'weight_decay': 0.0},
-    ]
-    groups = [group for group in groups if group['params']]
-    betas = (beta1, beta2)
-    parts = {'adamw': torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)} if groups else {}
+    matrices, vectors = [p for p in others if p.dim() >= 2], [p for p in others if p.dim() < 2]
+    groups = [{'params': matrices, 'weight_decay': outside}, {'params': vectors, 'weight_decay': 0.0}]
+    groups, parts = [group for group in groups if group['params']], {}
+    if groups:
+        parts['adamw'] = torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), fused=True)
     if muon:
         options = {'weight_decay': weight_decay, 'momentum': 0.95, 'adjust_lr_fn': 'match_rms_adamw'}
         parts['muon'] = Muon(muon, lr=lr, **options)
@@ -245,12 +243,12 @@ def draw_blocks(model, step, seed, noisy_every=1):
 
 def default_anneal_steps(anneal_steps, model, start, max_steps):
     """Return anneal_steps, or where it is None a tenth of max_steps for a model that starts from causal weights."""
-    source = start and ARCHITECTURES.get(start.get('converted_from'))
-    was_causal = source and source.causal and model.config.shift
-    anneal_steps = (max_steps // 10 if was_causal else 0) if anneal_steps is None else anneal_steps
+    if anneal_steps is None:
+        source = ARCHITECTURES.get((start or {}).get('converted_from'))
+        return max_steps // 10 if source and source.causal and model.config.shift else 0
     problem = f'anneal_steps is {anneal_steps}, but the attention of this model does not change'
-    useless = anneal_steps and (model.causal or model.config.has_two_streams)
-    require(not useless, f'{problem}; leave it out.')
+    is_idle = anneal_steps and (model.causal or model.config.has_two_streams)
+    require(not is_idle, f'{problem}; leave it out.')
     return anneal_steps
 
 

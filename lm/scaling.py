@@ -16,22 +16,19 @@ def settings(config, vocab_size, world_size):
 
     Raises UserError for a depth that is none, and beside what it would set.
     """
-    depth, given = config['depth'], config.given & {'model_size', 'init_from'}
+    depth, given = config['depth'], config.given & {'model_size', 'init_from', 'num_epochs'}
     require(depth >= 1, f'depth is {depth}; give a number of layers.')
-    by_epochs = 'num_epochs' in config.given
-    require(not by_epochs, f'depth={depth} sets the steps by itself; give --max_steps instead of num_epochs.')
-    require(not given, f'depth={depth} makes a new model by itself; leave out {" and ".join(given)}.')
+    problem = f'depth={depth} sets shape and steps of a new model by itself'
+    require(not given, f'{problem}; leave out {" and ".join(given)}, or say how long by --max_steps.')
     width = WIDTH * depth
     parameters = 12 * depth * width**2 + vocab_size * width
-    tokens, max_steps = RATIO * parameters, None
-    if 'max_steps' in config.given and config['max_steps'] > 0:
-        # Steps grow with the tokens of a run: tokens = steps * tokens of a step.
-        max_steps = config['max_steps']
+    tokens, max_steps = RATIO * parameters, config['max_steps'] if 'max_steps' in config.given else 0
+    if max_steps > 0:  # steps grow with the tokens of a run: tokens = steps * tokens of a step
         tokens = (max_steps * STEP_TOKENS / TOKENS**GROWTH) ** (1 / (1 - GROWTH))
     row_tokens = config['block_size'] * config['gradient_accumulation_steps'] * world_size
     batch_size = max(1, round(STEP_TOKENS * (tokens / TOKENS) ** GROWTH / row_tokens))
     batch_size = config['batch_size'] if 'batch_size' in config.given else batch_size
-    max_steps = max_steps or max(1, round(tokens / (batch_size * row_tokens)))
+    max_steps = max_steps if max_steps > 0 else max(1, round(tokens / (batch_size * row_tokens)))
     is_of_rows = not ARCHITECTURES[config['architecture']].causal and not any(config['block_length'] or ())
     rate = float(f'{RATE * (WHOLE_ROWS if is_of_rows else 1) / depth / max_steps**0.2:.1e}')
     shape = dict(n_layer=depth, n_head=depth, n_embd=width, batch_size=batch_size, max_steps=max_steps)
