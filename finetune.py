@@ -133,7 +133,6 @@ elif init_from == 'scratch':
     shape = {**checkpoints.size_of(model_size), 'block_size': block_size or max_seq_len or 256, **blocks}
     shape.update({key: getattr(tokenizer, key) for key in ('vocab_size', 'mask_id', 'ignore_id')})
     initial = {'architecture': architecture or 'ar', 'tokenizer': tokenizer.to_json(), 'model_config': shape}
-    initial['model_state_dict'] = None
 else:  # adapters go on from the weights that they were made for
     initial = checkpoints.load(init_from, token, revision, mmap=True, tokenizer=tokenizer)
     checkpoints.check_model(initial, init_from, config)
@@ -150,9 +149,8 @@ block_size = block_size or min(max_seq_len or longest, longest)
 require(8 <= block_size <= longest, f'block_size is {block_size}; {init_from} takes 8 to {longest} tokens.')
 torch.manual_seed(seed)
 in_parts = fsdp and not use_peft  # a rank makes, or reads, only its part; but for a base of adapters
-reads_shards = in_parts and resumed.checkpoint
-weights = None if reads_shards else checkpoints.weights_of(initial)
-is_drawn = in_parts and not reads_shards and not weights
+weights = initial.pop('model_state_dict', None)
+is_drawn = in_parts and not weights and not resumed.checkpoint
 with store.DrawnInParts(dist) if is_drawn else torch.device('meta' if in_parts else 'cpu'):
     raw_model = checkpoints.make_model(architecture, **shape)
 checkpoints.check_padding(raw_model.config, tokenizer)
@@ -185,7 +183,6 @@ if use_peft:
 runtime.report_idle_settings(config, raw_model)
 raw_model = store.place(raw_model, weights, dist)
 weights = None  # not kept beside the model
-initial.pop('model_state_dict', None)
 trainable = {name: p for name, p in raw_model.named_parameters() if p.requires_grad}
 
 # ---------------------------------------------------------------------------- batches, optimizer, state

@@ -119,14 +119,14 @@ if 'block_size' not in config.given:
 if depth is not None and not resumed.checkpoint:
     restore(globals(), config, scaling.settings(config, tokenizer.vocab_size, dist.world_size))
 
-initial = resumed.checkpoint
+initial = resumed.checkpoint or {}
 if init_from and not initial:
     initial = checkpoints.load(init_from, token, revision, mmap=True, tokenizer=tokenizer)
     longest = initial['model_config']['block_size']
-    prepared_for = min(longest, folder.config.get('max_seq_len') or longest)
-    wanted_size = block_size if 'block_size' in config.given else prepared_for
+    if 'block_size' not in config.given:
+        block_size = min(longest, folder.config.get('max_seq_len') or longest)
     blocks = {key: config[key] for key in config.given.intersection(BLOCKS)}
-    initial = checkpoints.convert(initial, init_from, architecture, wanted_size, **blocks)
+    initial = checkpoints.convert(initial, init_from, architecture, block_size, **blocks)
     checkpoints.check_model(initial, init_from, config, SHAPE)
 
 # ---------------------------------------------------------------------------- model
@@ -146,11 +146,8 @@ with in_parts:  # a rank makes, or reads, only its part of a sharded model
 checkpoints.check_padding(raw_model.config, tokenizer)
 if not resumed.checkpoint:
     runtime.check_blocks(raw_model.config, raw_model.config.block_size)
-weights = None
-if initial:
-    weights = initial.get('model_state_dict') if resumed.checkpoint else checkpoints.weights_of(initial)
 runtime.report_idle_settings(config, raw_model)
-raw_model = store.place(raw_model, weights, dist)
+raw_model = store.place(raw_model, initial.pop('model_state_dict', None), dist)  # not kept beside the model
 block_size = raw_model.config.block_size
 
 # ---------------------------------------------------------------------------- batches, optimizer, state
@@ -168,9 +165,6 @@ inputs = {'rows_per_step': batches.rows_per_step, 'data': folder.fingerprint}
 step, best, pending = checkpoints.continue_run(resumed, store, raw_model, opt, scaler, inputs, config)
 if step >= max_steps and pending is None:
     dist.exit(f'{resumed.path} is finished at step {step} of {max_steps}. --max_steps makes it longer.')
-weights = None  # not kept beside the model
-if initial:
-    initial.pop('model_state_dict', None)
 model = dist.wrap(raw_model, compile, fsdp)
 
 config.update({key: getattr(raw_model.config, key) for key in SHAPE + FREE_SHAPE + BLOCKS})
@@ -290,9 +284,8 @@ if step < max_steps or pending is not None:
     log.print(f'stopped at step {step} of {max_steps}; continue with --resume_from={out}')
 else:
     save(is_last=True)
-    sample = f'python sample.py --checkpoint={out / "ckpt.pt"}'
-    since = ' since it was resumed' if resumed.checkpoint else ''
-    found = f'best val/loss {best.loss:.4f} at step {best.step}'
-    log.print(f'done in {speed.seconds:.0f} s of training{since}: {found}; look at what it writes: {sample}')
+    done = f'done in {speed.seconds:.0f} s of training since the start or resume'
+    sample = f'look at what it writes: python sample.py --checkpoint={out / "ckpt.pt"}'
+    log.print(f'{done}: best val/loss {best.loss:.4f} at step {best.step}; {sample}')
 log.close()
 dist.close()

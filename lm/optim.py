@@ -244,7 +244,7 @@ def draw_blocks(model, step, seed, noisy_every=1):
 def default_anneal_steps(anneal_steps, model, start, max_steps):
     """Return anneal_steps, or where it is None a tenth of max_steps for a model that starts from causal weights."""
     if anneal_steps is None:
-        source = ARCHITECTURES.get((start or {}).get('converted_from'))
+        source = ARCHITECTURES.get(start.get('converted_from'))
         return max_steps // 10 if source and source.causal and model.config.shift else 0
     problem = f'anneal_steps is {anneal_steps}, but the attention of this model does not change'
     is_idle = anneal_steps and (model.causal or model.config.has_two_streams)
