@@ -111,15 +111,11 @@ FIXED = f'{TASK_KEYS} {TEXT_KEYS} task val_set_size checkpoint_prefix model_pref
 FIXED += 'architecture model_size num_layers_to_finetune train_final_norm lora_rank lora_alpha pool'.split()
 FIXED += [*SHAPE, 'num_classes', 'optimizer', 'seed']
 
-check_choice(config, 'model', ('', *families.PUBLISHED, *families.FINETUNED, *SIZES))
-check_choice(config, 'model_type', ('normal', 'ipa'))
-check_choice(config, 'pool', ('', 'last', 'mean'))
-check_choice(config, 'best_by', classification.BEST_BY)
-
 # ---------------------------------------------------------------------------- process, start, data
 
 resumed = checkpoints.resume(globals(), config, FIXED)
 runtime.check_settings(config)
+check_choice(config, 'model', ('', *families.PUBLISHED, *families.FINETUNED, *SIZES))
 both = lora_rank and num_layers_to_finetune is not None
 require(not both, 'lora_rank and num_layers_to_finetune freeze different things; leave one of them out.')
 report_idle(config, f'beside model={model}', 'model_size' * bool(model))
@@ -255,14 +251,11 @@ if resumed.checkpoint:
 classifier = dist.wrap(raw_classifier, compile)
 
 subject = f'{task}-{train_langs.replace(",", "+").replace(":", "-")}' if task else target_func
-config.update({key: getattr(trunk.config, key) for key in SHAPE}, architecture=architecture)
-config.update(max_steps=max_steps, dtype=dist.dtype)
-if task:
-    config['block_size'] = block_size
-config.update(num_classes=num_classes, pool=pool, num_layers_to_finetune=num_layers_to_finetune)
+config.update({key: getattr(trunk.config, key) for key in SHAPE}, architecture=architecture, pool=pool)
+config.update(num_classes=num_classes, num_layers_to_finetune=num_layers_to_finetune, dtype=dist.dtype)
+config.update(max_steps=max_steps, block_size=block_size if task else config['block_size'])
 out, log = start_run(dist, config, f'{architecture}-{subject}-{model or model_size}', resumed, init_from)
-if dist.is_main:
-    (out / 'predictions.npz').unlink(missing_ok=True)  # of a run that was shorter
+(out / 'predictions.npz').unlink(missing_ok=True)  # of a run that was shorter
 stop = runtime.StopSignal()
 trained = sum(p.numel() for p in trunk.parameters() if p.requires_grad)
 trained = min(trained, trunk.num_parameters())  # padding is not counted
@@ -275,9 +268,7 @@ if classes:
 for name, examples in sets.items():
     log.print(f'{name}: {len(examples)} rows' + (f' ({notes[name]})' if notes.get(name) else ''))
 if 'val' not in sets:
-    log.print(
-        'val/loss and val/accuracy are of the test rows: there are no others; --val_set_size holds some out'
-    )
+    log.print('val/loss and val/accuracy are of the test rows; --val_set_size=N holds out rows for them')
 
 # ---------------------------------------------------------------------------- evaluation and checkpoints
 
@@ -369,9 +360,8 @@ def final_eval():
         write_json(out / 'eval_results.json', results | names)
         save_atomically(out / 'predictions.npz', lambda file: np.savez_compressed(file, **arrays))
     for name in test_sets:
-        numbers = {key: value for key, value in results[name].items() if isinstance(value, float)}
-        figures = ', '.join(f'{key} {value:.4f}' for key, value in numbers.items())
-        log.print(f'{name} at step {results["step"]}: {figures}')
+        figures = [f'{key} {x:.4f}' for key, x in results[name].items() if isinstance(x, float)]
+        log.print(f'{name} at step {results["step"]}: {", ".join(figures)}')
 
 
 # ---------------------------------------------------------------------------- the loop
@@ -406,8 +396,7 @@ while not stopping and not is_finished():
     if not saving and step % log_every:
         continue
     sums = dist.total(sums)
-    metrics = {'train/loss': sums['loss'] / weight, 'train/accuracy': sums['correct'] / sums['predicted']}
-    metrics['train/perplexity'] = math.exp(min(metrics['train/loss'], 700))
+    metrics = runtime.means('train', {**sums, 'loss': sums['loss'] / weight, 'count': 1})
     runtime.check_finite(metrics['train/loss'], step, learning_rate)
     epoch = step * rows_per_step / num_rows
     metrics |= {'train/lr': lr, 'train/grad_norm': grad_norm.item(), 'train/epoch': epoch}

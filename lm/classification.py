@@ -14,7 +14,6 @@ from model import drop_tokens
 
 WINDOW = 16  # steps whose rows are sorted by length
 MATRIX = 100  # classes at most of which the confusion matrix is written
-BEST_BY = ('loss', 'accuracy', 'macro_f1')  # metrics by which the best weights can be chosen
 
 
 class Examples(NamedTuple):

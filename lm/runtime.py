@@ -19,6 +19,8 @@ from model import architecture_name
 
 DTYPES = {'bfloat16': torch.bfloat16, 'float16': torch.float16, 'float32': torch.float32}
 CHOICES = {'optimizer': ('adamw', 'muon'), 'schedule': ('cosine', 'linear', 'wsd', 'constant')}
+CHOICES |= {'pool': ('', 'last', 'mean'), 'best_by': ('loss', 'accuracy', 'macro_f1')}
+CHOICES |= {'model_type': ('normal', 'ipa')}
 RANGES = [  # settings that are at least the first number and below the second
     (1, math.inf, 'batch_size gradient_accumulation_steps eval_batch_size sequence_length'),
     (2, math.inf, 'block_size'),
