@@ -200,8 +200,7 @@ step, best, pending = checkpoints.continue_run(resumed, store, raw_model, opt, s
 
 
 def is_finished():
-    stops_early = early_stopping and best.later >= early_stopping
-    return pending is None and (step >= max_steps or stops_early)
+    return pending is None and (step >= max_steps or 0 < early_stopping <= best.later)
 
 
 if is_finished():

@@ -100,7 +100,6 @@ config = configure(globals())
 SHAPE = 'n_layer n_head n_embd n_kv_head block_size norm position mlp bias qk_norm logit_softcap'.split()
 SHAPE += ['embedding_shortcuts', 'neighbours']
 BLOCKS = ['block_length', 'ar_weight']  # may be others than those of the weights that a run starts from
-FREE_SHAPE = ['dropout', 'gradient_checkpointing']
 FIXED = 'architecture mode unique_tokens model_size depth init_from optimizer fsdp seed anneal_steps'.split()
 FIXED += SHAPE + BLOCKS
 
@@ -137,8 +136,8 @@ if initial:
 else:
     shape = checkpoints.size_of(model_size)
     shape.update({key: config[key] for key in SHAPE + BLOCKS if config[key] is not None})
-shape.update({key: config[key] for key in FREE_SHAPE}, k=max(k_schedule), vocab_size=tokenizer.vocab_size)
-shape.update(mask_id=tokenizer.mask_id, ignore_id=tokenizer.ignore_id)
+shape.update({key: getattr(tokenizer, key) for key in ('vocab_size', 'mask_id', 'ignore_id')})
+shape.update(k=max(k_schedule), dropout=dropout, gradient_checkpointing=gradient_checkpointing)
 torch.manual_seed(seed)
 in_parts = store.DrawnInParts(dist) if fsdp and not initial else torch.device('meta' if fsdp else 'cpu')
 with in_parts:  # a rank makes, or reads, only its part of a sharded model
@@ -167,7 +166,7 @@ if step >= max_steps and pending is None:
     dist.exit(f'{resumed.path} is finished at step {step} of {max_steps}. --max_steps makes it longer.')
 model = dist.wrap(raw_model, compile, fsdp)
 
-config.update({key: getattr(raw_model.config, key) for key in SHAPE + FREE_SHAPE + BLOCKS})
+config.update({key: getattr(raw_model.config, key) for key in SHAPE + BLOCKS})
 config.update(max_steps=max_steps, dtype=dist.dtype, anneal_steps=anneal_steps)
 base = model_size if depth is None else f'd{depth}'
 base = Path(init_from).resolve().name.removesuffix('.pt') if init_from else base

@@ -31,9 +31,8 @@ class PackedRows:
         self.tokens, self.index, self.masks = folder.tokens[split], folder.index[split], folder.masks[split]
         self.row_length, self.stride, self.training = row_length, stride, training
         self.has_loss_mask = self.masks is not None  # in training
-        if training and self.masks is not None and chat.is_chat_template(folder.config['prompt_format']):
-            problem = f'a stream leaves out how the conversations of {folder.path} begin'
-            note(f'{problem}; finetune.py and --mode=documents do not.')
+        if training and self.has_loss_mask and chat.is_chat_template(folder.config['prompt_format']):
+            note(f'a stream leaves out how the conversations of {folder.path} begin; take --mode=documents.')
         start, tokenizer = folder.config['start_token'], folder.tokenizer
         is_own = start != tokenizer.endoftext_id and start in tokenizer.special_ids.values()
         self.start_token = start if is_own else None
@@ -127,21 +126,19 @@ class ExampleRows:
         self.folder, self.split, self.row_length = folder, split, row_length
         self.train_on_padding = train_on_padding
         self.by_answer = train_on_padding and not folder.train_on_prompt if by_answer is None else by_answer
-        index = folder.index[split].astype(np.int64)
+        self.index = folder.index[split].astype(np.int64)
         masks = f'{split}_masks.bin, which says where the answers are'
         require(folder.masks[split] is not None, f'{folder.path} has no {masks}; use prepare/instruct.py.')
-        spans, document_of = [], []  # one that is all answer, a plain text, becomes several
-        for document, (start, end) in enumerate(zip(index, index[1:])):
+        spans = []  # an example that is all answer, a plain text, becomes several
+        for start, end in zip(self.index, self.index[1:]):
             windows = prompts.windows(folder.masks[split][start:end], row_length - 1, self.by_answer)
             spans += [(start + first, start + last) for first, last in windows]
-            document_of += [document] * len(windows)
         fitted = [self.fit(*span) for span in spans]
         kept = [number for number, example in enumerate(fitted) if example]
         short = f'answer of at most {row_length - 2} tokens'
         require(kept, f'The {split} split of {folder.path} has no {short}; choose a larger block_size.')
         lengths = np.array([1 + len(fitted[number][0]) for number in kept], np.int64)
         self.starts, self.ends = np.array(spans, np.int64)[kept].T
-        self.document_of = np.array(document_of)[kept]
         self.dropped, self.cut = len(fitted) - len(kept), int((lengths <= self.ends - self.starts).sum())
         self.num_tokens, self.num_trained = int(lengths.sum()), sum(sum(fitted[number][1]) for number in kept)
         room = row_length - lengths
@@ -172,7 +169,8 @@ class ExampleRows:
         return np.array(tokens), np.array(loss_mask, np.uint8), doc_ids
 
     def documents(self, row):
-        return np.full(self.row_length, self.document_of[self.members[int(row)][0]])
+        start = self.starts[self.members[int(row)][0]]
+        return np.full(self.row_length, np.searchsorted(self.index, start, side='right') - 1)
 
 
 def best_fit(sizes, room):
@@ -202,8 +200,7 @@ class MixedRows:
         self.parts, self.row_length = parts, parts[0].row_length
         self.has_loss_mask = any(part.has_loss_mask for part in parts)
         self.shares = [weight / sum(weights[i:]) for i, weight in enumerate(weights)]  # of what is left
-        text = sum(weight * part.text_per_row for part, weight in zip(parts, map(float, weights)))
-        self.text_per_row = text / float(sum(weights))
+        self.text_per_row = sum(float(weight) * part.text_per_row for part, weight in zip(parts, weights))
         if training:
             self.num_rows = sum(part.num_rows for part in parts)
         else:  # as many as there are in these proportions, none of them twice
@@ -260,7 +257,6 @@ def make_rows(folder, split, architecture, block_size, mode, training):
 
 
 # ---------------------------------------------------------------------------- batches
-
 
 LOCAL = SimpleNamespace(rank=0, world_size=1, device=torch.device('cpu'))  # in place of a runtime.Runtime
 
@@ -375,14 +371,13 @@ class EvaluationBatches:
         folders = folder.folders if isinstance(folder, Mix) else [folder]
         if isinstance(folder, Mix):  # every n-th row of a mix could be of one folder alone
             self.rows.take(self.size)
-        self.tokens_per_byte = [one.counted_tokens_per_byte(split) for one in folders]
+        self.tokens_per_byte = np.array([one.counted_tokens_per_byte(split) for one in folders], float)
         self.counts = np.zeros(len(folders))
 
     @property
     def num_bytes(self):
         """The bytes of text, nan if unknown, that the counted tokens of the last iteration stand for."""
-        ratios = np.array(self.tokens_per_byte, float)  # None is nan
-        return float((self.counts / ratios).sum())
+        return float((self.counts / self.tokens_per_byte).sum())
 
     def __iter__(self):
         self.counts[:] = 0
