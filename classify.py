@@ -342,28 +342,6 @@ def evaluate_and_save():
     pending = None
 
 
-def final_eval():
-    """Write predictions and metrics of the best weights by the validation rows, or else of the last."""
-    if 'val' in sets and best.step != step:
-        classification.load_state(raw_classifier, checkpoints.load(out / 'best.pt'))
-    results, arrays = {'step': best.step if 'val' in sets else step}, {}
-    for name, examples in sets.items():
-        examples = subset(examples) if name == 'train' else examples
-        logits = predict(examples)
-        results[name] = classification.evaluate_predictions(examples.labels, logits)
-        if name != 'train':
-            predictions = classification.logits_by_class(logits).argmax(1)
-            arrays |= {f'{name}_labels': examples.labels, f'{name}_preds': predictions.numpy()}
-            arrays[f'{name}_logits'] = logits.numpy()
-    if dist.is_main:
-        names = {'classes': classes} if classes else {}
-        write_json(out / 'eval_results.json', results | names)
-        save_atomically(out / 'predictions.npz', lambda file: np.savez_compressed(file, **arrays))
-    for name in test_sets:
-        figures = [f'{key} {x:.4f}' for key, x in results[name].items() if isinstance(x, float)]
-        log.print(f'{name} at step {results["step"]}: {", ".join(figures)}')
-
-
 # ---------------------------------------------------------------------------- the loop
 
 save()  # where a copy goes on, ckpt.pt becomes that
@@ -414,7 +392,25 @@ while not stopping and not is_finished():
 
 if is_finished():
     save()
-    final_eval()
+    # Predictions and metrics of the best weights by the validation rows, or else of the last.
+    if 'val' in sets and best.step != step:
+        classification.load_state(raw_classifier, checkpoints.load(out / 'best.pt'))
+    results, arrays = {'step': best.step if 'val' in sets else step}, {}
+    for name, examples in sets.items():
+        examples = subset(examples) if name == 'train' else examples
+        logits = predict(examples)
+        results[name] = classification.evaluate_predictions(examples.labels, logits)
+        if name != 'train':
+            predictions = classification.logits_by_class(logits).argmax(1)
+            arrays |= {f'{name}_labels': examples.labels, f'{name}_preds': predictions.numpy()}
+            arrays[f'{name}_logits'] = logits.numpy()
+    if dist.is_main:
+        names = {'classes': classes} if classes else {}
+        write_json(out / 'eval_results.json', results | names)
+        save_atomically(out / 'predictions.npz', lambda file: np.savez_compressed(file, **arrays))
+    for name in test_sets:
+        figures = [f'{key} {x:.4f}' for key, x in results[name].items() if isinstance(x, float)]
+        log.print(f'{name} at step {results["step"]}: {", ".join(figures)}')
 else:
     log.print(f'stopped at step {step} of {max_steps}; continue with --resume_from={out}')
 log.close()

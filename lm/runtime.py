@@ -25,7 +25,7 @@ RANGES = [  # settings that are at least the first number and below the second
     (1, math.inf, 'batch_size gradient_accumulation_steps eval_batch_size sequence_length'),
     (2, math.inf, 'block_size'),
     (0, 2**63, 'seed'),
-    (1, math.inf, 'eval_every log_every sample_tokens peft_lora_r num_classes noisy_every'),
+    (1, math.inf, 'eval_every log_every sample_tokens peft_lora_r num_classes noisy_every depth'),
     (0, math.inf, 'num_epochs learning_rate min_lr warmup_steps decay_ratio weight_decay'),
     (0, math.inf, 'eval_tokens eval_examples early_stopping save_every save_total_limit sample_every'),
     (0, math.inf, 'num_samples anneal_steps grad_clip k_warmup_steps'),

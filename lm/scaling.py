@@ -13,11 +13,8 @@ WHOLE_ROWS = 1.5  # times that, where masks are of whole rows
 
 def settings(config, vocab_size, world_size):
     """Return {setting: value} of a model of config['depth'] layers; as fits a run of max_steps, where they are given.
-
-    Raises UserError for a depth that is none, and beside what it would set.
-    """
+    Raises UserError beside a shape, a start or epochs."""
     depth, given = config['depth'], config.given & {'model_size', 'init_from', 'num_epochs'}
-    require(depth >= 1, f'depth is {depth}; give a number of layers.')
     problem = f'depth={depth} sets shape and steps of a new model by itself'
     require(not given, f'{problem}; leave out {" and ".join(given)}, or say how long by --max_steps.')
     width = WIDTH * depth
