@@ -404,13 +404,12 @@ if is_finished():
             predictions = classification.logits_by_class(logits).argmax(1)
             arrays |= {f'{name}_labels': examples.labels, f'{name}_preds': predictions.numpy()}
             arrays[f'{name}_logits'] = logits.numpy()
+            figures = [f'{key} {x:.4f}' for key, x in results[name].items() if isinstance(x, float)]
+            log.print(f'{name} at step {results["step"]}: {", ".join(figures)}')
     if dist.is_main:
         names = {'classes': classes} if classes else {}
         write_json(out / 'eval_results.json', results | names)
         save_atomically(out / 'predictions.npz', lambda file: np.savez_compressed(file, **arrays))
-    for name in test_sets:
-        figures = [f'{key} {x:.4f}' for key, x in results[name].items() if isinstance(x, float)]
-        log.print(f'{name} at step {results["step"]}: {", ".join(figures)}')
 else:
     log.print(f'stopped at step {step} of {max_steps}; continue with --resume_from={out}')
 log.close()

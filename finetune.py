@@ -274,7 +274,7 @@ def save(is_last=False):
 
 
 def evaluate_and_save():
-    """Compute the val/ metrics, alike for any number of ranks, print answers, save the best weights, log the step."""
+    """Compute the val/ metrics, print answers, save the best weights, log the step."""
     global pending
     values = runtime.evaluate(raw_model, val_rows, dist)
     if num_samples and (dist.is_main or fsdp):

@@ -202,8 +202,7 @@ def save(is_last=False):
 
 
 def evaluate_and_save():
-    """Compute the val/ metrics, the same for any number of ranks, print samples where it is their turn, save the best
-    weights, log the step."""
+    """Compute the val/ metrics, print samples where it is their turn, save the best weights, log the step."""
     global pending
     with ema.in_place() if ema else nullcontext():
         values = runtime.evaluate(raw_model, val_rows, dist)

@@ -71,28 +71,26 @@ def rows_of_step(step, rows_per_step, num_rows, seed, lengths=None):
 class Classifier(nn.Module):
     """A trunk, its last hidden states pooled over a row's true length, dropout, and a linear head.
 
-    num_classes: outputs of the head; 1 is one logit, as in binary cross-entropy. pool: 'last', the state of the
+    width: outputs of the head; 1 is one logit, as in binary cross-entropy. pool: 'last', the state of the
     last token, or 'mean'. class_weights: (classes,) the weight of an example. token_dropout: fraction of a row's
     tokens that are masked in training (Iyyer et al. 2015).
     """
 
-    def __init__(
-        self, trunk, num_classes, pool, dropout=0, class_weights=None, label_smoothing=0, token_dropout=0
-    ):
+    def __init__(self, trunk, width, pool, dropout=0, class_weights=None, label_smoothing=0, token_dropout=0):
         super().__init__()
-        self.trunk, self.pool, self.width = trunk, pool, num_classes
+        self.trunk, self.pool, self.width = trunk, pool, width
         self.label_smoothing, self.token_dropout = label_smoothing, token_dropout
         if trunk.unembedding is not None:  # a head for tokens takes no part
             trunk.unembedding.requires_grad_(False)
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(trunk.config.embedding_width, num_classes)
+        self.head = nn.Linear(trunk.config.embedding_width, width)
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
-        weights = np.ones(max(2, num_classes)) if class_weights is None else class_weights
+        weights = np.ones(max(2, width)) if class_weights is None else class_weights
         self.register_buffer('class_weights', torch.as_tensor(weights).float(), persistent=False)
 
     def logits(self, tokens, lengths=None):
-        """Compute logits (B, num_classes) in float32; padding changes none of them."""
+        """Compute logits (B, width) in float32; padding changes none of them."""
         needs_mask = lengths is not None and not self.trunk.causal
         if lengths is None:
             lengths = torch.full((len(tokens),), tokens.size(1), device=tokens.device)
@@ -109,12 +107,10 @@ class Classifier(nn.Module):
         if self.training:
             tokens = drop_tokens(tokens, self.token_dropout, self.trunk.config.mask_id)
         logits = logits_by_class(self.logits(tokens, lengths))
-        weights, smoothing = self.class_weights[labels], self.label_smoothing
-        nll = F.cross_entropy(logits, labels, reduction='none', label_smoothing=smoothing)
-        loss = (weights * nll).sum()
-        correct = (logits.argmax(1) == labels).sum()
-        predicted = torch.tensor(len(labels), device=tokens.device)
-        return loss, weights.sum(), {'correct': correct, 'predicted': predicted}
+        weights = self.class_weights[labels]
+        nll = F.cross_entropy(logits, labels, reduction='none', label_smoothing=self.label_smoothing)
+        metrics = {'correct': (logits.argmax(1) == labels).sum(), 'predicted': torch.tensor(len(labels))}
+        return (weights * nll).sum(), weights.sum(), metrics
 
 
 def load_state(classifier, checkpoint):

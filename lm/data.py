@@ -282,8 +282,7 @@ class Batches:
     """Batches of training rows as a pure function of the step.
 
     Row r of global step s, and its noise, depend on (seed, s, r) only, r counted over all ranks and micro-steps. Every
-    row comes once per epoch. In a Mix each folder has epochs of its own, and the epoch of the whole is as many rows as
-    its folders have together.
+    row comes once per epoch; each folder of a Mix has epochs of its own.
     """
 
     def __init__(

@@ -80,9 +80,8 @@ def make_optimizer(model, optimizer, lr, beta1, beta2, weight_decay, dtype='floa
 class Muon(torch.optim.Muon):
     """PyTorch's Muon with 'match_rms_adamw', for all matrices of one shape, or its transpose, at once.
 
-    Many small matmuls take twice the time of one batched one. And PyTorch's computes in bfloat16, which a CPU without
-    instructions for it emulates, a hundred times slower than float32. Of sharded matrices, each rank orthogonalises
-    some.
+    Many small matmuls take twice the time of one batched one. And PyTorch's computes in bfloat16, on a CPU that has to
+    emulate it a hundred times slower than float32. Of sharded matrices, each rank orthogonalises some.
     """
 
     dtype = torch.float32  # of the iterations
