@@ -233,18 +233,13 @@ state = resumed, checkpoints, raw_classifier, opt, scaler, inputs, config
 step, best, pending = checkpoints.continue_run(*state)
 best_score = -math.inf
 history = {key: [] for key in 'steps train_losses test_losses train_accuracies test_accuracies'.split()}
-
-
-def is_finished():
-    without_better = sum(evaluated > best.step for evaluated in history['steps'])
-    return pending is None and (step >= max_steps or 0 < early_stopping <= without_better)
-
-
+is_finished = lambda: pending is None and (step >= max_steps or 0 < early_stopping <= best.later)
 if resumed.checkpoint:
     with checkpoints.unedited(resumed.path):
         classification.load_state(raw_classifier, initial)
         history = {key: [number + 0 for number in initial['history'][key]] for key in history}
         best_score = initial['best_score'] if math.isfinite(best.loss) else best_score  # reset with it
+        best.later = sum(evaluated > best.step for evaluated in history['steps'])
     if is_finished() and (resumed.run_dir / 'predictions.npz').exists():
         remedy = '--max_steps makes it longer, --early_stopping=0 more patient'
         dist.exit(f'{resumed.path} is finished at step {step} of {max_steps}. {remedy}.')
@@ -328,9 +323,10 @@ def evaluate_and_save():
     values = step, train['loss'], test['loss'], train['accuracy'], test['accuracy']
     for key, value in zip(history, values):
         history[key].append(value)
+    best.later += 1
     score = -selecting['loss'] if best_by == 'loss' else selecting[best_by]
     if score > best_score and 'val' in sets:
-        best.step, best.loss, best_score = step, selecting['loss'], score
+        best.step, best.loss, best.later, best_score = step, selecting['loss'], 0, score
         if dist.is_main:
             checkpoints.save(out / 'best.pt', checkpoint())
     if dist.is_main:

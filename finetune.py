@@ -197,12 +197,7 @@ opt = optim.make_optimizer(raw_model, optimizer, learning_rate, beta1, beta2, we
 scaler = dist.scaler()
 inputs = {'rows_per_step': batches.rows_per_step, 'data': folder.fingerprint}
 step, best, pending = checkpoints.continue_run(resumed, store, raw_model, opt, scaler, inputs, config)
-
-
-def is_finished():
-    return pending is None and (step >= max_steps or 0 < early_stopping <= best.later)
-
-
+is_finished = lambda: pending is None and (step >= max_steps or 0 < early_stopping <= best.later)
 if is_finished():
     remedy = '--max_steps makes it longer, --early_stopping=0 more patient'
     dist.exit(f'{resumed.path} is finished at step {step} of {max_steps}, best at {best.step}. {remedy}.')

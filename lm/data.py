@@ -78,8 +78,7 @@ class DocumentRows:
     def __init__(self, folder, split, row_length, train_on_padding):
         self.tokens, self.index, self.masks = folder.tokens[split], folder.index[split], folder.masks[split]
         self.row_length, self.train_on_padding = row_length, train_on_padding
-        self.tokenizer = folder.tokenizer
-        self.start_token = folder.config['start_token']
+        self.ignore_id, self.start_token = folder.tokenizer.ignore_id, folder.config['start_token']
         if self.masks is not None and train_on_padding:
             answers_end = 1 + np.flatnonzero(np.diff(np.asarray(self.masks, np.int8)) < 0)
             problem = f'{folder.path} has texts that go on after an answer, which gives the answer away'
@@ -99,7 +98,7 @@ class DocumentRows:
         document, part = self.find(row)
         start = int(self.index[document]) + part * (self.row_length - 1)
         end = min(start + self.row_length - 1, int(self.index[document + 1]))
-        tokens = np.full(self.row_length, self.tokenizer.ignore_id, dtype=np.int64)
+        tokens = np.full(self.row_length, self.ignore_id, dtype=np.int64)
         tokens[0] = self.tokens[start - 1] if start > self.index[document] else self.start_token
         tokens[1 : 1 + end - start] = self.tokens[start:end]
         loss_mask = np.full(self.row_length, self.train_on_padding, dtype=np.uint8)
