@@ -343,7 +343,6 @@ def evaluate_and_save():
 save()  # where a copy goes on, ckpt.pt becomes that
 if pending is not None:
     evaluate_and_save()
-raw_classifier.train()
 tokens_per_row = np.mean([len(row) for row in sets['train'].rows])
 speed = runtime.Speed(trunk, dist, rows_per_step * tokens_per_row, step, tokens_per_row)
 stopping = False

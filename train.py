@@ -231,7 +231,6 @@ if not (fsdp and resumed.goes_on_in(out)):  # where a copy goes on, ckpt.pt beco
     save()
 if pending is not None:
     evaluate_and_save()
-raw_model.train()
 raw_model.mask_window, raw_model.token_dropout = mask_ratio, token_dropout
 tokens_per_step = batches.rows_per_step * min(block_size, batches.rows.text_per_row)  # without padding
 speed = runtime.Speed(raw_model, dist, tokens_per_step, step, block_size)
