@@ -1,6 +1,7 @@
-# How often is text worth repeating, and for which kind of model? A quarter of a million, one million and four million
-# tokens of the books, one size, one constant rate: each evaluation, of averaged weights, is the end of a run of so many
-# steps. A run that overfits may be stopped; one that does not is made longer by
+# How often is text worth repeating, and for which kind of model? A sixteenth and a quarter of a million, one million and
+# four million tokens of the books, one size, one constant rate: each evaluation, of averaged weights, is the end of a run
+# of so many steps (of 62,500 tokens an epoch is 30 steps: --eval_every=30 there). A run that overfits may be stopped; one
+# that does not is made longer by
 #   python train.py --resume_from=out/sweeps/repeats/RUN --max_steps=N
 # In order:
 #   python prepare/text.py --input=books.jsonl --name=books
@@ -22,4 +23,4 @@ zipped = {
     'ar_weight': [None, None, None, None, None, 2.0, 2.0, 2.0],
     'p_belief': [None] * 7 + [((0.0, 0.5),)],
 }
-grid = {'unique_tokens': [250_000, 1_000_000, 4_000_000], 'seed': [0]}
+grid = {'unique_tokens': [62_500, 250_000, 1_000_000, 4_000_000], 'seed': [0]}
