@@ -1,7 +1,7 @@
-# How often is text worth repeating, and for which kind of model? A sixteenth and a quarter of a million, one million and
-# four million tokens of the books, one size, one constant rate: each evaluation, of averaged weights, is the end of a run
-# of so many steps (of 62,500 tokens an epoch is 30 steps: --eval_every=30 there). A run that overfits may be stopped; one
-# that does not is made longer by
+# How often is text worth repeating, and for which kind of model? A sixteenth of a million to four million
+# tokens of the books, one size, one constant rate: each evaluation, of averaged weights, is the end of a run of
+# so many steps. Of 62,500 tokens an epoch is 30 steps: --eval_every=30 there. A run that overfits may be
+# stopped; one that does not is made longer by
 #   python train.py --resume_from=out/sweeps/repeats/RUN --max_steps=N
 # In order:
 #   python prepare/text.py --input=books.jsonl --name=books
