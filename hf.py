@@ -135,7 +135,10 @@ def without_own_tokens(text, rows, added):
 def merge_adapter(source, base, out, token=None, revision=None):
     """Write a checkpoint with an adapter merged into its weights; return in words what it is."""
     checkpoint = checkpoints.load(base, token, revision)
-    config = lora.read_config(source)
+    config, path = lora.read_config(source), Path(base).resolve()
+    has_it = 'adapter_state_dict' in checkpoint and Path(source).resolve().parent in (path, path.parent)
+    remedy = f'export it, or give the base {config.get("base_model_name_or_path")}'
+    require(not has_it, f'{base} has {source} merged in already; {remedy}.')
     blocks = {key: config[key] for key in lora.BLOCKS if key in config}
     architecture = config.get('architecture', checkpoint['architecture'])
     checkpoint = checkpoints.convert(checkpoint, base, architecture, **blocks)

@@ -7,6 +7,7 @@ python sample.py --checkpoint=out/ar-alpaca-base-v1/best.pt --chat --prompt="Nam
 """
 
 import builtins
+import sys
 import timeit
 from contextlib import suppress
 from pathlib import Path
@@ -122,6 +123,8 @@ def converse(system):
     """Answer what is typed, as the words come, until Ctrl-D; Ctrl-C stops an answer."""
     with suppress(ImportError):
         import readline  # noqa: F401  (arrow keys, history)
+    if hasattr(sys.stdin, 'reconfigure'):
+        sys.stdin.reconfigure(errors='replace')  # what is typed may be no UTF-8
     print('/reset starts over, /system TEXT says what the model is, /save FILE; Ctrl-C stops, Ctrl-D leaves.')
     turns = []
     while True:
@@ -138,7 +141,7 @@ def converse(system):
                 turns.append((line, input, reply([*turns, (line, input, None)], system)))
         except KeyboardInterrupt:
             print()
-        except (UserError, UnicodeDecodeError) as error:
+        except UserError as error:
             print(error)
         except EOFError:
             return print()

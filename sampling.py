@@ -59,7 +59,7 @@ def check_prompts(model, prompts, sampler):
         check(len(prompt) > 0, 'A prompt is empty; start it with <|endoftext|> for a new text.')
         fits = len(prompt) <= block_size
         check(fits, f'The prompt has {len(prompt)} tokens, but block_size={block_size}; shorten it.')
-        remedy = 'choose another sampler, or of a causal model see fill_left_to_right'
+        remedy = 'see fill_left_to_right' if model.causal else 'choose another sampler'
         fits = not left_to_right or mask_id not in prompt
         check(fits, f'The prompt holds <|mask|>, which is not filled from left to right; {remedy}.')
 
@@ -231,10 +231,10 @@ class Sampler:
     def tell(self, start, new, confidence=None):
         """Hand on new tokens (B, T) or (B,) from position `start` on, and how sure the model is of its own."""
         new = new.view(len(new), -1)
-        if self.watch and confidence is not None:
-            self.watch(start, new, confidence.view_as(new), None)
         if self.stream:
             self.stream(new.tolist())
+        if self.watch and confidence is not None:
+            self.watch(start, new, confidence.view_as(new), None)
 
     def truncate(self, row, start=0):
         """Return a row up to its first stop token from position `start` on, that token included."""

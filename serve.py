@@ -14,14 +14,15 @@ import threading
 import time
 import traceback
 from contextlib import suppress
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from os import _exit
 from urllib.parse import quote
 
 from lm import run_folder, runtime
 from lm.configurator import UserError, check_range, configure, require
 from lm.files import first_line
-from lm.serving import FIELDS, Job, Limits, Model, Refused, Writer, read_fields
-from lm.watch import PAGE
+from lm.serving import FIELDS, Job, Limits, Model, Refused, Writer, as_error, load_page, read_fields
 
 checkpoint = ''  # ckpt.pt files, run or Hugging Face folders, with commas; empty: newest under out/
 host = '127.0.0.1'  # another address or name of this machine: everyone who reaches it can then use the models
@@ -36,11 +37,8 @@ token = ''  # of the Hugging Face hub, for private models
 revision = ''  # a branch, tag or commit of the hub
 config = configure(globals())
 
-MAX_BODY, READ_SECONDS = 2**20, 10
+MAX_BODY, READ_SECONDS, CONNECTIONS = 2**20, 10, 64
 HEADERS = {'X-Content-Type-Options': 'nosniff', 'Referrer-Policy': 'no-referrer', 'Cache-Control': 'no-store'}
-POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
-POLICY += "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-HEADERS['Content-Security-Policy'] = POLICY  # the page loads nothing
 
 
 # ---------------------------------------------------------------------------- connections
@@ -50,7 +48,7 @@ class Handler(BaseHTTPRequestHandler):
     """One request per connection."""
 
     protocol_version, server_version, sys_version, timeout = 'HTTP/1.1', 'serve', '', READ_SECONDS
-    status = 0  # of the response, once it has begun
+    started = failed = False
     log_message = lambda self, *words: None
 
     def handle(self):
@@ -62,8 +60,9 @@ class Handler(BaseHTTPRequestHandler):
         with suppress(OSError):  # one that was refused still sends, and would never see why
             self.connection.shutdown(socket.SHUT_WR)
             self.connection.settimeout(0.5)
-            while self.status >= 400 and self.connection.recv(2**16):
-                pass
+            for _ in range(64 * self.failed):
+                if not self.connection.recv(2**16):
+                    break
 
     def end_headers(self):
         for name, value in HEADERS.items():
@@ -73,90 +72,101 @@ class Handler(BaseHTTPRequestHandler):
 
     def send(self, status, kind, content=None):
         """Send the head of a response, and its content unless that is to follow."""
-        self.status = status
+        self.started, self.failed = True, status >= 400
         self.request_version = self.protocol_version  # or one that says none gets no head
         self.send_response(status)
         self.send_header('Content-Type', kind)
         self.send_header('Connection', 'close')
+        if status == 503:
+            self.send_header('Retry-After', '5')
         if content is not None:
             self.send_header('Content-Length', str(len(content)))
         self.end_headers()
         self.wfile.write(content or b'')
 
     def send_error(self, status, message=None, explain=None):
-        kind = 'server_error' if status >= 500 else 'invalid_request_error'
-        error = {'message': message or 'This is no request.', 'type': kind, 'code': int(status)}
-        if self.status:
-            self.send_event({'error': error})
+        content = json.dumps(as_error(message or 'This is no request.', status)).encode()
+        if self.started:
+            self.wfile.write(b'data: ' + content + b'\n\n')
         else:
-            self.send_json({'error': error}, status)
+            self.send(status, 'application/json', content)
 
     def do_GET(self):
-        """Answer a GET or a POST; whatever goes wrong is a sentence."""
+        listed = lambda: self.send_json({'object': 'list', 'data': [one.about for one in models.values()]})
+        paths = {'/': lambda: self.send(200, 'text/html; charset=utf-8', page), '/v1/models': listed}
+        for name, one in models.items():
+            paths[f'/v1/models/{quote(name)}'] = partial(self.send_json, one.about)
+        self.route(paths)
+
+    def do_POST(self):
+        self.route(dict.fromkeys(FIELDS, self.post))
+
+    def route(self, paths):
+        """Answer by one of the paths; whatever goes wrong is a sentence."""
         try:
             self.check_origin()
             path = self.path.partition('?')[0]
-            if path not in (*FIELDS, *pages):
-                raise Refused(f'{path[:80]!r} is not here.', 404)
-            if (self.command == 'POST') != (path in FIELDS):
-                raise Refused(f'{path[:80]!r} is not for {self.command}.', 405)
-            if path in FIELDS:
-                self.post(path)
-            else:
-                self.send(200, *pages[path])
+            if path not in paths:
+                status = 405 if path in (*FIELDS, '/', '/v1/models') else 404
+                raise Refused(f'{path[:80]!r} is not here, or not for {self.command}.', status)
+            paths[path]()
         except UserError as error:
             self.send_error(getattr(error, 'status', 400), str(error))
+        except RecursionError:
+            self.send_error(400, 'The body is nested too deeply.')
         except OSError:
             raise
         except Exception as error:
             traceback.print_exc()
             self.send_error(500, f'The server failed: {type(error).__name__}.')
 
-    do_POST = do_GET
-
     def check_origin(self):
         """Refuse what a foreign page sends, also under a name that leads here (DNS rebinding)."""
-        host, origin = (', '.join(self.headers.get_all(name, [])) for name in ('Host', 'Origin'))
-        name = re.sub(r':\d{1,5}$', '', host.lower())  # with any port: a tunnel has its own
+        hosts, origins = self.headers.get_all('Host', []), self.headers.get_all('Origin', [])
+        # Any port: a tunnel has its own.
+        name = re.sub(r':\d{1,5}$', '', hosts[0].lower()) if len(hosts) == 1 else ''
         if name not in ('127.0.0.1', 'localhost', '[::1]', address.lower()):
             raise Refused('The Host header names another machine; use the address that was printed.', 403)
-        if origin not in ('', f'http://{host}'):
+        if origins not in ([], [f'http://{hosts[0]}']):
             raise Refused('Pages of other sites may not use this server.', 403)
 
     def read_body(self):
         """Return the JSON of the request's body."""
         if self.headers.get_content_type() != 'application/json':
             raise Refused('The body has to be application/json.', 415)
-        length = ', '.join(self.headers.get_all('Content-Length', []))
-        if not re.fullmatch('[0-9]{1,12}', length) or 'Transfer-Encoding' in self.headers:
+        lengths = self.headers.get_all('Content-Length', [])
+        is_one = len(lengths) == 1 and re.fullmatch('[0-9]{1,12}', lengths[0])
+        if not is_one or 'Transfer-Encoding' in self.headers:
             raise Refused('A body needs one Content-Length, and no Transfer-Encoding.', 411)
-        if int(length) > MAX_BODY:
-            raise Refused(f'The body has {length} bytes; at most {MAX_BODY} are read.', 413)
-        content = self.rfile.read(int(length))
-        require(len(content) == int(length), 'The body is shorter than its Content-Length.')
+        if int(lengths[0]) > MAX_BODY:
+            raise Refused(f'The body has {lengths[0]} bytes; at most {MAX_BODY} are read.', 413)
+        content = self.rfile.read(int(lengths[0]))
+        require(len(content) == int(lengths[0]), 'The body is shorter than its Content-Length.')
+        self.server.open[self.connection] = float('inf')  # all is read
         try:
             body = json.loads(content)
             json.dumps(body, ensure_ascii=False, allow_nan=False).encode()  # no NaN, no half a character
-        except (ValueError, RecursionError) as error:  # of JSON in JSON in JSON
+        except ValueError as error:
             raise UserError(f'The body is no JSON in UTF-8 ({first_line(error)[:100]}).') from error
         return body
 
-    def post(self, path):
+    def post(self):
+        path = self.path.partition('?')[0]
         fields = read_fields(self.read_body(), FIELDS[path], limits)
         model = models.get(fields.get('model', next(iter(models))))
         if not model:
             raise Refused(f'There is no model {fields["model"][:80]!r}; there is {", ".join(models)}.', 404)
         if path == '/v1/tokenize':
-            return self.send_json({'tokens': len(model.tokenizer.encode(fields.get('text', '')))})
+            return self.send_json({'tokens': len(model.encode(fields.get('text', '')))})
         job = Job(path, fields, model, limits)
         writer.submit(job)
         try:
-            for event in self.events(job):
-                self.send_event(job.envelope([event], 'delta'))
+            for index, text, finish in self.events(job):
+                self.send_event(job.chunk(index, text, finish))
             if not job.stream:
                 return self.send_json(job.answer())
             if job.fields.get('stream_options', {}).get('include_usage'):
-                self.send_event(job.envelope([], 'delta', job.counts()))
+                self.send_event(job.envelope([], job.counts(), '.chunk' * job.is_chat))
             self.wfile.write(b'data: [DONE]\n\n')
         finally:
             job.cancelled = True
@@ -177,24 +187,52 @@ class Handler(BaseHTTPRequestHandler):
                     raise event
                 yield event
 
-    def send_json(self, value, status=200):
-        self.send(status, 'application/json', json.dumps(value).encode())
+    def send_json(self, value):
+        self.send(200, 'application/json', json.dumps(value).encode())
 
     def send_event(self, value):
-        if not self.status:
+        if not self.started:
             self.send(200, 'text/event-stream')
         self.wfile.write(b'data: ' + json.dumps(value).encode() + b'\n\n')
 
 
 class Server(ThreadingHTTPServer):
-    daemon_threads, request_queue_size = False, 128
+    daemon_threads, request_queue_size = True, 128
     address_family = socket.AF_INET6 if ':' in host else socket.AF_INET
+
+    def __init__(self):
+        self.open = {}  # connection: until when its request has to be read
+        super().__init__((host, port), Handler)
+
+    def process_request(self, request, address):
+        if len(self.open) < CONNECTIONS:
+            self.open[request] = time.monotonic() + READ_SECONDS
+            return super().process_request(request, address)
+        content = json.dumps(as_error('Too many connections; ask again later.', 503))
+        head = 'HTTP/1.1 503 Busy\r\nRetry-After: 5\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n'
+        with suppress(OSError):
+            request.settimeout(0.05)
+            request.recv(2**16)  # or the answer would be lost with what is not read
+            request.sendall((head + content).encode())
+        self.shutdown_request(request)
+
+    def shutdown_request(self, request):
+        self.open.pop(request, None)
+        super().shutdown_request(request)
+
+    def service_actions(self):
+        """Cut off those that send their request too slowly."""
+        for request, until in list(self.open.items()):
+            if time.monotonic() > until:
+                with suppress(OSError):
+                    request.shutdown(socket.SHUT_RDWR)
 
 
 def stop(number, frame):
     """Take no more connections, and end when all is answered; the second time at once."""
-    for one in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(one, signal.SIG_DFL)
+    if stopping.is_set():
+        _exit(128 + number)
+    stopping.set()
     print('answering what is asked; once more to quit at once', flush=True)
     threading.Thread(target=server.shutdown).start()
 
@@ -204,20 +242,16 @@ check_range(config, 0.001, math.inf, 'timeout')
 check_range(config, 0, 2**16, 'port')
 require(host not in ('', '0.0.0.0', '::'), f'host is {host!r}; give the one address or name that others use.')
 address = f'[{host}]' if ':' in host else host
-dist, limits = runtime.Runtime(device, dtype), Limits(max_tokens, batch_size, timeout)
-models = {}
+dist, stopping = runtime.Runtime(device, dtype), threading.Event()
+models, limits = {}, Limits(max_tokens, batch_size, timeout)
 for path in filter(None, map(str.strip, (checkpoint or str(run_folder.newest_run())).split(','))):
     model = Model(path, dist.device, token, revision, weights)
     require(model.name not in models, f'Two checkpoints are named {model.name}; rename a folder.')
     models[model.name] = model
     print(f'{model.name}: {model.about["architecture"]}, {model.about["parameters"]:,} parameters')
-listed = {f'/v1/models/{quote(name)}': model.about for name, model in models.items()}
-listed['/v1/models'] = {'object': 'list', 'data': [*listed.values()]}
-pages = {path: ('application/json', json.dumps(about).encode()) for path, about in listed.items()}
-pages['/'] = 'text/html; charset=utf-8', PAGE.read_bytes()
-writer = Writer(dist, batch_size)
+writer, (page, HEADERS['Content-Security-Policy']) = Writer(dist, batch_size), load_page()
 try:
-    server = Server((host, port), Handler)
+    server = Server()
 except OSError as error:
     raise UserError(f'{host}:{port} cannot be used ({error}); choose another --host or --port.') from error
 for number in (signal.SIGTERM, signal.SIGINT):
@@ -227,4 +261,7 @@ if host not in ('127.0.0.1', 'localhost', '::1'):
     print(f'Everyone who reaches {host} can use these models.')
 print(f'http://{address}:{server.server_port}', flush=True)
 server.serve_forever(poll_interval=0.1)
-server.server_close()  # waits until what was asked is answered
+server.socket.close()
+while server.open:  # what was asked is answered
+    server.service_actions()
+    time.sleep(0.05)

@@ -45,7 +45,7 @@ jobs = 1  # runs at the same time
 gpus = ''  # 0,1: a run sees one of these; empty: all
 dry_run = False  # list the runs, or write the job scripts, and stop
 # --- results ---
-metric = ''  # of eval_results.json, most in the best row, of losses least; empty: of validation, or test
+metric = ''  # of eval_results.json: the best row has most (of losses least); empty: of validation, or test
 show = ''  # more of these for the table; empty: the accuracy of each set
 # --- slurm ---
 submit = ''  # slurm
@@ -205,7 +205,7 @@ def run_here():
 
     while running or waiting:
         if signals:
-            print('\nstopping: the runs save and exit; once more to quit at once', flush=True)
+            print('\nstopping: the runs save and exit; once more to quit at once', file=sys.stderr)
             signals.clear()
             waiting.clear()
             for process, _ in running.values():

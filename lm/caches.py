@@ -18,9 +18,8 @@ class KVCache:
         self.size = size
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self.longest = 0
-        self.aligned = (
-            True  # new tokens have one position in all rows, `longest`: known without asking the device
-        )
+        # Whether new tokens have one position in all rows, `longest`: known without asking the device.
+        self.aligned = True
         self.fixed = False
 
     def fix(self):
@@ -118,12 +117,9 @@ class BlockCache:
     def near(self, x, offsets):
         """Return what stands beside each token x (B, T, C): a noisy one of the same block, or a clean one before it."""
         (all_x,) = self.put('embeddings', x.unsqueeze(1))  # (B, 1, S, C): kept like keys and values
-        x = F.pad(
-            all_x.squeeze(1), (0, 0, 0, 1)
-        )  # 0 behind clean and noisy ones, for what stands beside nothing
-        beside = (
-            self.index + torch.tensor(offsets, device=self.device)[:, None]
-        )  # (N, T), positions in the text
+        x = F.pad(all_x.squeeze(1), (0, 0, 0, 1))  # a 0 at the end, for what stands beside nothing
+        offsets = torch.tensor(offsets, device=self.device)
+        beside = self.index + offsets[:, None]  # (N, T), positions in the text
         slots = torch.where((beside >= 0) & (beside < self.index), beside, -1)
         in_block = self.is_noisy & (beside >= self.block.start) & (beside < self.block.stop)
         slots = torch.where(in_block, self.end + beside - self.block.start, slots)

@@ -168,7 +168,7 @@ def configure(namespace, argv=None):
     """Apply `argv` (default: the command line) to `namespace`, the globals() of a script; return the Config of the
     names of simple types that it assigns above this call. After a UserError the namespace is as it was."""
     words = list(sys.argv[1:] if argv is None else argv)
-    config = Config(keys_of(Path(namespace['__file__']).read_text(encoding='utf-8'), namespace))
+    config = Config(keys_of(Path(namespace['__file__']).read_text(encoding='utf-8-sig'), namespace))
     if '--help' in words or '-h' in words:
         print_help(namespace, config.known)
         sys.exit(0)

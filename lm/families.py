@@ -70,7 +70,8 @@ DEFAULTS.update(do_layer_norm_before=True, word_embed_proj_dim=None, n_inner=Non
 KNOWN = dict(hidden_act=['silu'], attention_bias=[False], mlp_bias=[False], partial_rotary_factor=[1.0])
 KNOWN.update(rope_type=['default', 'linear', 'llama3'], activation_function=[*ACTIVATIONS])
 KNOWN.update(enable_bias=[True], layer_norm_elementwise_affine=[True], _remove_final_layer_norm=[False])
-KNOWN.update(scale_attn_weights=[True], pretraining_tp=[1])
+KNOWN.update(scale_attn_weights=[True], pretraining_tp=[1], add_cross_attention=[False])
+KNOWN.update(scale_attn_by_inverse_layer_idx=[False])
 LLADA = dict(activation_type='silu', block_type='llama', layer_norm_type='rms', layer_norm_with_affine=True)
 LLADA.update(rope=True, rope_full_precision=True, block_group_size=1, mlp_ratio=4)  # each is to be said
 KNOWN.update({key: [value] for key, value in LLADA.items()})

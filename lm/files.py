@@ -1,6 +1,7 @@
 """Files that are complete or not there, and the lock of a folder that one process writes at a time."""
 
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -26,7 +27,11 @@ def writing(path):
 def save_atomically(path, write):
     """Call `write(file)` with a file beside `path`, then put it in its place: a crash leaves the old or the new."""
     path = Path(path)
-    beside = path.with_name(f'{path.name}.{socket.gethostname()}.tmp')  # what a killed one left is replaced
+    own = f'{path.name}.{socket.gethostname()}.'
+    beside = path.with_name(f'{own}{os.getpid()}.tmp')  # no other process writes that one
+    for left in path.parent.glob(f'{glob.escape(own)}*.tmp'):  # by processes of this machine that were killed
+        if left != beside and not is_running(left.name.split('.')[-2]):
+            left.unlink(missing_ok=True)
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,6 +64,16 @@ def keep_others(old, new, own):
             path.rename(new / path.name)
 
 
+def is_running(pid):
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
+
+
 def write_json(path, value):
     save_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + '\n').encode()))
 
@@ -72,7 +87,7 @@ def lock(folder, name='logs.log', busy='', wait=False):
         file = open(folder / name, 'a', buffering=1, encoding='utf-8')
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):  # the second on some systems
         require(False, busy or f'Another process writes {folder}; let it end, or choose another out_dir.')
     except OSError:  # some file systems have no locks
         pass

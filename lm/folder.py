@@ -120,7 +120,8 @@ def prepared(source, field, max_seq_len, tokenizer):
 
 def is_of(folder, source):
     """Say whether the prepared folder at a path was made of this file, or of this data set of the hub."""
-    made_of = settings_of(ROOT / 'data' / folder, 'config.json').get('source') or ''
+    path = Path(folder) if Path(folder).is_dir() else ROOT / 'data' / folder
+    made_of = settings_of(path, 'config.json').get('source') or ''
     return made_of.removeprefix('https://huggingface.co/datasets/') in (source, source.replace(':', '/'))
 
 
@@ -130,6 +131,8 @@ def find_folder(dataset):
     for path in (Path(dataset), ROOT / 'data' / dataset):
         if (path / 'config.json').is_file():
             return path
+        lost = any(path.glob('*_tokens.bin'))
+        require(not lost, f'{path} has no config.json: move it away, and prepare it again.')
     remedy = 'make it first, for example with: python prepare/stories.py'
     places = f'{dataset!r} in {Path.cwd()} or at {ROOT / "data" / dataset}'
     raise UserError(f'There is no prepared data at {places}; {remedy}')
@@ -142,6 +145,8 @@ class Mix:
         names, weights = zip(*(parse_weight(part.strip(), dataset) for part in dataset.split(',')))
         self.path, self.folders = dataset, [Folder(name) for name in names]
         self.weights = [weight / sum(weights) for weight in weights]
+        unique = len({folder.path.resolve() for folder in self.folders}) == len(names)
+        require(unique, f'dataset={dataset} names a folder twice; give it once, with the sum of its weights.')
         first = self.folders[0]
         self.tokenizer, self.fingerprint = first.tokenizer, {}
         for number, folder in enumerate(self.folders, 1):

@@ -73,6 +73,11 @@ def test_an_adapter_is_merged_into_the_blocks_that_it_was_trained_with(place, tm
     for key in ('block_length', 'ar_weight', 'shift'):
         assert getattr(merged.config, key) == getattr(tuned.config, key)
     assert same(merged.state_dict(), tuned.state_dict())
+    for base in ('run', 'run/best.pt'):  # which have it
+        with pytest.raises(UserError, match=r'merged in already; export it, or give the base \S+/ar\.$'):
+            hf.main(
+                ['merge', f'{tmp_path}/run/adapter', f'--base={tmp_path}/{base}', f'--out={tmp_path}/b.pt']
+            )
     with pytest.raises(UserError, match=r'on other weights than these; give its base as it was then, \S+/ar'):
         hf.main(['merge', f'{tmp_path}/run/adapter', f'--base={place}/run', f'--out={tmp_path}/b.pt'])
 

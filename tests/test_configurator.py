@@ -293,6 +293,12 @@ def test_nothing_changes_where_something_is_wrong(tmp_path):
     assert namespace['a'] == 1
 
 
+@pytest.mark.faults
+def test_a_script_that_an_editor_saved_with_a_byte_order_mark_is_read(tmp_path):
+    namespace = {'__file__': write(tmp_path / 's.py', '\ufeffa = 1\nconfigure(globals())'), 'a': 1}
+    assert configurator.configure(namespace, ['--a=2'])['a'] == 2
+
+
 def test_a_file_includes_another_that_stands_beside_it(run):
     write('config/base.py', 'max_steps = 10\nbatch_size = max_steps + 1\n_own = 2')
     write('config/a.py', "include('base.py')\nmax_steps = _own * max_steps")

@@ -51,6 +51,7 @@ def test_unique_tokens_are_the_first_of_the_training_split(make_folder, size, do
 # ---------------------------------------------------------------------------- what cannot be read
 
 DAMAGE = {  # the file, what it becomes, what the error says
+    'no config': ('config.json', None, 'has no config.json: move it away'),
     'cut config': ('config.json', lambda old: old[:-2], 'config.json is damaged'),
     'empty config': ('config.json', lambda old: b'', 'config.json is damaged'),
     'config of another kind': ('config.json', lambda old: b'[1]', 'config.json is damaged'),
@@ -119,6 +120,7 @@ def mix(make_folder, tmp_path):
         ('a:1,b:nan', 'weight above 0'),
         ('a:-1,b:2', 'weight above 0'),
         ('a:0.7,d:0.3', 'no prepared data at .*d'),
+        ('a:0.5,a:0.5', 'names a folder twice'),
     ],
 )
 def test_a_mistaken_mix_is_one_sentence(mix, weights, words):

@@ -117,7 +117,9 @@ def test_a_conversation_is_answered_and_streamed(model, client):
     messages = [{'role': role, 'content': text} for role, text in said]
     asked = dict(model=model, messages=messages, max_completion_tokens=20, seed=1)
     whole = client.chat.completions.create(**asked)
-    parts = client.chat.completions.create(**asked, stream=True)
+    told = {'include_usage': True}
+    *parts, last = client.chat.completions.create(**asked, stream=True, stream_options=told)
+    assert last.object == parts[0].object == 'chat.completion.chunk' and last.usage == whole.usage
     text = ''.join(part.choices[0].delta.content for part in parts)
     assert text == whole.choices[0].message.content and whole.choices[0].message.role == 'assistant'
 
@@ -264,6 +266,7 @@ def test_gaps_are_filled_and_watched(port):
         assert kinds[0] == 6 and any(len(cell) > 4 for cell in answer['frames'][1]) == (model == 'sdd')
         assert post(port, 'infill', **asked)[1]['choices'] == answer['choices']
     assert post(port, 'tokenize', model='ar', text='cats') == (200, {'tokens': 4})
+    assert post(port, 'tokenize?api-version=1', model='ar', text='cats') == (200, {'tokens': 4})
 
 
 @pytest.mark.parametrize(
@@ -355,6 +358,25 @@ def test_what_is_hostile_gets_a_sentence_and_nothing_else(name, port):
     message = json.loads(content)['error']['message']
     assert 'Traceback' not in message and 'root:' not in message
     assert post(port, 'tokenize', model='ar', text='cat') == (200, {'tokens': 3})
+
+
+def test_more_connections_than_it_takes_are_told_so(port):
+    idle = [connect(port, b'GET') for _ in range(70)]
+    refused = b''
+    for one in idle[-6:]:
+        one.settimeout(20)
+        with one:
+            refused += one.recv(2**16)
+    assert refused.count(b'503') >= 3 and b'Retry-After' in refused
+    for one in idle:
+        one.close()
+    for _ in range(50):
+        with socket.create_connection(('127.0.0.1', port)) as one:
+            one.sendall(HEAD.format('GET', '/v1/models', '').encode())
+            if b'200 OK' in one.recv(2**16):
+                return
+        time.sleep(0.1)
+    raise AssertionError('it takes no connection any more')
 
 
 def test_slow_clients_are_cut_off(server, port):
