@@ -144,7 +144,10 @@ is_stories = 'floor' in folder.config
 require(is_stories or 'infilling' not in wanted, f'{folder.path} has no stories; leave infilling out.')
 
 smallest = min(state['model_config']['block_size'] for state in states)
-block_size = block_size or min(state['train_config'].get('block_size') or smallest for state in states)
+trained_at = min(state['train_config'].get('block_size') or smallest for state in states)
+lengths = {length for state in states for length in state['model_config'].get('block_length', ()) if length}
+fits = all(trained_at % length == 0 for length in lengths)  # rows of whole blocks
+block_size = block_size or (trained_at if fits else smallest)
 check_range({'block_size': block_size}, 2, smallest + 1, 'block_size')
 if not mode:
     by_documents = all(state['train_config'].get('mode') == 'documents' for state in states)
@@ -228,7 +231,8 @@ def write_batch(model, heads, length, seed, stop_tokens=()):
 def options(model):
     """Return those settings of `generate` that a model has."""
     names = 'temperature top_k top_p' + ' steps sampler block_length threshold eta' * (not model.causal)
-    names += ' k fresh_beliefs' * model.has_beliefs
+    names += ' fresh_beliefs' * model.has_beliefs
+    names += ' k' * (model.has_beliefs and sampler != 'speculative')  # k is then of the bound alone
     return {name: config[name] for name in names.split()}
 
 
