@@ -280,7 +280,7 @@ def evaluate_and_save():
     adapter = checkpoints.whole(trainable) if is_best and use_peft else None
     if adapter and dist.is_main:
         asked = dict(prompt_format=prompt_format, start_token=start_token, base_checksum=base_checksum)
-        lora.save_adapter(raw_model, out / 'adapter', init_from, adapter, **asked)
+        lora.save_adapter(raw_model, out / 'adapter', init_from, adapter, block_size=block_size, **asked)
     log.metrics(step, pending | values)
     pending = None
 

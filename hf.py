@@ -54,7 +54,9 @@ def export(source, out):
         rows = c['vocab_size'] = config.pretrained_rows or size - added
 
     c.update(start_token=checkpoint.get('start_token'), prompt_format=checkpoint.get('prompt_format'))
-    c['trained_here'] = pretrained.is_ours(checkpoint)
+    settings = checkpoint.get('train_config', {})  # by which evaluate.py chooses its rows
+    rows_of = {key: settings[key] for key in ('block_size', 'mode') if settings.get(key)}
+    c['trained_here'] = rows_of or pretrained.is_ours(checkpoint)
     c['torch_dtype'] = str(next(iter(weights.values())).dtype).removeprefix('torch.')
 
     folder = out.with_name(f'.{out.name}.partial')
@@ -148,6 +150,8 @@ def merge_adapter(source, base, out, token=None, revision=None):
     kept = {key: value for key, value in checkpoint.items() if not key.endswith('_state_dict')}
     kept['prompt_format'] = config.get('prompt_format') or checkpoint.get('prompt_format')
     kept['start_token'] = config.get('start_token', checkpoint['start_token'])
+    rows_of = {'block_size': config['block_size']} if 'block_size' in config else {}
+    kept['train_config'] = {**checkpoint.get('train_config', {}), **rows_of}
     checkpoints.save(out, {**kept, 'model_state_dict': model.state_dict()})
     return f'{base} with {source} merged in float32.'
 

@@ -140,7 +140,7 @@ READ += 'revision target_modules exclude_modules layers_to_transform layers_patt
 READ += 'trainable_token_indices task_type inference_mode peft_version auto_mapping fan_in_fan_out'.split()
 READ += 'megatron_core qalora_group_size'.split()
 BLOCKS = ['block_length', 'ar_weight']  # keys of ours, where they are not those of a model of whole rows
-READ += [*BLOCKS, 'base_checksum']
+READ += [*BLOCKS, 'base_checksum', 'block_size']
 
 
 def base_checksum(model):
@@ -165,7 +165,7 @@ def save_adapter(model, folder, base_name, weights=None, **asked):
     """Write adapter_model.safetensors and adapter_config.json for PEFT; base_name: what they are for.
 
     weights: the trained ones, where the model has only parts of them; asked: keys of ours, prompt_format and
-    start_token of its answers, which go into its base, and base_checksum. Layers have the names of the model's
+    start_token of its answers and the block_size of its rows, which go into its base, and base_checksum. Layers have the names of the model's
     family; our own without one and for gpt2, where q, k, v are one.
     """
     folder, tables, (_, layer) = Path(folder), trained_tables(model), adapted_layers(model)[0]

@@ -49,6 +49,8 @@ def load(path, token=None, revision=None):
         is_told = isinstance(told, int) and 0 <= told < fields['vocab_size']
         start = told if is_told else tokenizer.start_id if tokenizer else 0
         checkpoint = as_checkpoint(name, fields, family, tensors, folder, tokenizer, start, form)
+        rows_of = c.get('trained_here')  # of an export: the settings by which evaluate.py chooses its rows
+        checkpoint['train_config'] = rows_of if isinstance(rows_of, dict) else {}
         return {**checkpoint, 'came_with': around(folder, c, tokenizer) if tokenizer else None}
 
 
@@ -169,7 +171,7 @@ def around(folder, c, tokenizer):
     known = lambda kind: known_id(tokenizer.inner, pretrained_token(folder, kind))
     kept = dict(end_tokens=ends, added_tokens=tokenizer.added, tokenizer_config=kept)
     kept.update(bos_token=known('bos'), pad_token=known('pad'))
-    return {**kept, 'trained_here': c.get('trained_here', c.get('model_type') == families.NATIVE)}
+    return {**kept, 'trained_here': bool(c.get('trained_here', c.get('model_type') == families.NATIVE))}
 
 
 def is_ours(checkpoint):

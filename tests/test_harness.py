@@ -15,7 +15,7 @@ from lm_eval._cli.harness import HarnessCLI
 from lm_eval.tasks import TaskManager
 
 import hf
-from lm import harness, prompts
+from lm import checkpoints, harness, prompts
 from lm.configurator import ROOT, UserError
 
 REAL = ROOT / 'data' / 'smollm2'
@@ -172,13 +172,16 @@ def test_an_export_gets_what_its_checkpoint_gets(checkpoint, tmp_path):
 
 @pytest.mark.faults
 @pytest.mark.parametrize('is_ours', [True, False])
-def test_an_export_says_whether_it_was_trained_here(tmp_path, is_ours):
-    saved = dict(came_with={'added_tokens': []}, train_config={'dataset': 'own'} if is_ours else {})
+def test_an_export_says_whether_it_was_trained_here_and_in_which_rows(tmp_path, is_ours):
+    settings = {'dataset': 'own', 'block_size': 8, 'mode': 'documents'} if is_ours else {}
+    saved = dict(came_with={'added_tokens': []}, train_config=settings)
     path = write_small_checkpoint(tmp_path / 'ckpt.pt', 'ar', letter_tokenizer(), **saved)
     hf.main(['export', str(path), f'--out={tmp_path / "exported"}'])
     hf.main(['import', str(tmp_path / 'exported'), f'--out={tmp_path / "again.pt"}'])
     for source in (path, tmp_path / 'exported', tmp_path / 'again.pt'):
         assert harness.Checkpoint(source, device='cpu').is_ours == is_ours
+        told = checkpoints.load(source)['train_config']  # by which evaluate.py chooses its rows
+        assert told.get('block_size') == settings.get('block_size') and told.get('mode') == settings.get('mode')
 
 
 def test_greedy_means_the_text_that_is_written_at_temperature_0(checkpoint):

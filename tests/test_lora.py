@@ -203,19 +203,19 @@ def test_merge_writes_a_checkpoint_that_says_what_peft_says(tmp_path):
 
 
 @pytest.mark.faults
-def test_merge_keeps_the_prompt_format_that_the_adapter_was_tuned_with(tmp_path):
+def test_merge_keeps_the_prompt_format_and_the_rows_that_the_adapter_was_tuned_with(tmp_path):
     write_checkpoint(tmp_path / 'ckpt.pt', native())
     model = native()
     lora.add_lora(model, 2, 4)
     for form in (None, 'Q: {instruction}\nA: {output}'):
         start = 5 if form else checkpoints.load(tmp_path / 'ckpt.pt')['start_token']
-        lora.save_adapter(
-            model, tmp_path / 'adapter', 'ckpt.pt', prompt_format=form, start_token=5 if form else None
-        )
+        asked = dict(prompt_format=form, start_token=5, block_size=8) if form else {}
+        lora.save_adapter(model, tmp_path / 'adapter', 'ckpt.pt', **asked)
         words = f'merge {tmp_path}/adapter --base={tmp_path}/ckpt.pt --out={tmp_path}/out.pt --overwrite'
         hf.main(words.split())
         merged = checkpoints.load(tmp_path / 'out.pt')
         assert (merged['prompt_format'], merged['start_token']) == (form, start)
+        assert merged['train_config'].get('block_size') == (8 if form else None)
 
 
 # ---------------------------------------------------------------------------- training
