@@ -241,7 +241,7 @@ if resumed.checkpoint:
         best_score = initial['best_score'] if math.isfinite(best.loss) else best_score  # reset with it
         best.later = sum(evaluated > best.step for evaluated in history['steps'])
     if is_finished() and (resumed.run_dir / 'predictions.npz').exists():
-        remedy = '--max_steps makes it longer, --early_stopping=0 more patient'
+        remedy = '--max_steps makes it longer' if step >= max_steps else '--early_stopping=0 makes it go on'
         dist.exit(f'{resumed.path} is finished at step {step} of {max_steps}. {remedy}.')
 classifier = dist.wrap(raw_classifier, compile)
 

@@ -147,7 +147,7 @@ smallest = min(state['model_config']['block_size'] for state in states)
 trained_at = min(state['train_config'].get('block_size') or smallest for state in states)
 lengths = {length for state in states for length in state['model_config'].get('block_length', ()) if length}
 fits = all(trained_at % length == 0 for length in lengths)  # rows of whole blocks
-block_size = block_size or (trained_at if fits else smallest)
+block_size = block_size or (min(trained_at, smallest) if fits else smallest)
 check_range({'block_size': block_size}, 2, smallest + 1, 'block_size')
 if not mode:
     by_documents = all(state['train_config'].get('mode') == 'documents' for state in states)

@@ -199,7 +199,7 @@ inputs = {'rows_per_step': batches.rows_per_step, 'data': folder.fingerprint}
 step, best, pending = checkpoints.continue_run(resumed, store, raw_model, opt, scaler, inputs, config)
 is_finished = lambda: pending is None and (step >= max_steps or 0 < early_stopping <= best.later)
 if is_finished():
-    remedy = '--max_steps makes it longer, --early_stopping=0 more patient'
+    remedy = '--max_steps makes it longer' if step >= max_steps else '--early_stopping=0 makes it go on'
     dist.exit(f'{resumed.path} is finished at step {step} of {max_steps}, best at {best.step}. {remedy}.')
 model = dist.wrap(raw_model, compile, fsdp)
 
@@ -293,7 +293,8 @@ def print_answers():
         if 0 < len(ids) < block_size - sample_tokens and len(questions) < num_samples:
             questions.append([start_token, *ids])
     if not questions:
-        return log.print(f'no held-out prompt leaves room for {sample_tokens=} in rows of {block_size}')
+        problem = f'no held-out prompt leaves room for {sample_tokens=} in rows of {block_size}'
+        return step or log.print(problem)  # said once
     stop_tokens = [prompts.end_of(prompt_format, tokenizer)[0]]
     with dist.autocast(), checkpoints.gathered(raw_model), dist.eager():
         rows = generate(raw_model, questions, sample_tokens, seed=seed, stop_tokens=stop_tokens)

@@ -20,7 +20,7 @@ from model import ARCHITECTURES, SIZES, ModelConfig, architecture_name, check
 CHECKPOINT_FORMAT = 1
 NEEDED = {'architecture', 'model_config', 'model_state_dict', 'tokenizer', 'global_step', 'start_token'}
 # Of what is used long after it is read.
-TYPES = dict.fromkeys(['global_step', 'start_token', 'best_step', 'later'], int)
+TYPES = dict.fromkeys(['global_step', 'start_token', 'best_step', 'later', 'rows_per_step'], int)
 TYPES |= dict.fromkeys(['best_val_loss', 'best_score'], float)
 TYPES |= dict.fromkeys(['tokenizer', 'prompt_format', 'wandb_run_id'], str | None)
 TYPES |= {'train_config': dict, 'pending': dict | None, 'came_with': dict | None}

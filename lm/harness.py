@@ -66,11 +66,12 @@ class Checkpoint(TemplateLM):
         self.max_length = self.model.config.block_size
         self.batch_size, self.draws, self.said = int(batch_size), int(draws), set()
         self.options = {} if self.model.causal else options
-        idle = ['draws'] * (draws != 128) + [*options]
+        idle = ['draws'] * (draws != 128) + [name for name, value in options.items() if value]
         if self.model.causal and idle:
             note(f'{", ".join(idle)} has no effect on {architecture_name(self.model)}.')
         self.take_tokenizer(state, add_bos)
-        note(f'{self.path}: log-likelihoods are minus {runtime.describe_loss(self.model)}')
+        each = f', {draws} draws each' * self.model.needs_noise
+        note(f'{self.path}: log-likelihoods are minus {runtime.describe_loss(self.model)}{each}')
 
     def take_tokenizer(self, state, add_bos):
         """Take the tokenizer of a checkpoint, and decide what stands before a text."""
@@ -170,11 +171,13 @@ class Checkpoint(TemplateLM):
         groups, texts, size = defaultdict(list), {}, self.batch_size
         for number, request in enumerate(requests):
             groups[repr(sorted(request.args[1].items()))].append(number)
-        batches = [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]
-        for batch in tqdm(batches, 'texts', disable=disable_tqdm or None):
-            settings = self.read_settings(requests[batch[0]].args[1])
-            contexts = [requests[number].args[0] for number in batch]
-            texts |= zip(batch, self.write(contexts, *settings, seed=batch[0]))
+        with tqdm(total=len(requests), desc='texts', disable=disable_tqdm or None) as bar:
+            for group in groups.values():
+                settings = self.read_settings(requests[group[0]].args[1])  # reads the whole vocabulary
+                for batch in (group[i : i + size] for i in range(0, len(group), size)):
+                    contexts = [requests[number].args[0] for number in batch]
+                    texts |= zip(batch, self.write(contexts, *settings, seed=batch[0]))
+                    bar.update(len(batch))
         return [texts[number] for number in range(len(requests))]
 
     def read_settings(self, settings):
@@ -189,12 +192,12 @@ class Checkpoint(TemplateLM):
         options = {**self.options, 'temperature': settings.get('temperature', 1.0) if draws else 0}
         options |= {name: settings[name] for name in ('top_k', 'top_p') if draws and settings.get(name)}
         if not self.model.causal and not draws:  # one answer to a request, whatever stands beside it
-            options.setdefault('sampler', 'confidence')
+            options['sampler'] = options.get('sampler') or 'confidence'
         unread = settings.keys() - {'until', 'do_sample', 'temperature', 'top_k', 'top_p', *names}
         if unread := sorted(unread - self.said):
             self.said.update(unread)
             note(f'{", ".join(unread)} of a task has no effect here.')
-        ids = range(self.text.vocab_size)
+        ids = range(self.text.vocab_size if until else 0)
         words = self.text.inner.decode_batch([[i] for i in ids], skip_special_tokens=False)
         stops = [i for i in ids if any(end in words[i] for end in until)]  # no text goes on after these
         return length, until, {**options, 'stop_tokens': {*self.ends, *stops}}

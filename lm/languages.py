@@ -184,8 +184,8 @@ def make_tokenizer(tokenizer, sets, vocab_size):
 
 
 def load_tokenizer(path):
-    """Load a tokenizer.json or prepared folder; or `PREFIX` of PREFIX-vocab.json and PREFIX-merges.txt."""
+    """Load a tokenizer.json or prepared folder; gpt2; or `PREFIX` of PREFIX-vocab.json, PREFIX-merges.txt."""
     pair = f'{path}-vocab.json', f'{path}-merges.txt'
     if all(Path(name).is_file() for name in pair):
         return Tokenizer(tokenizers.ByteLevelBPETokenizer(*pair, add_prefix_space=True).to_str(), path)
-    return Tokenizer.load(path)
+    return build('gpt2') if path == 'gpt2' else Tokenizer.load(path)

@@ -165,8 +165,8 @@ def save_adapter(model, folder, base_name, weights=None, **asked):
     """Write adapter_model.safetensors and adapter_config.json for PEFT; base_name: what they are for.
 
     weights: the trained ones, where the model has only parts of them; asked: keys of ours, prompt_format and
-    start_token of its answers and the block_size of its rows, which go into its base, and base_checksum. Layers have the names of the model's
-    family; our own without one and for gpt2, where q, k, v are one.
+    start_token of its answers and the block_size of its rows, which go into its base, and base_checksum. Layers
+    have the names of the model's family; our own without one and for gpt2, where q, k, v are one.
     """
     folder, tables, (_, layer) = Path(folder), trained_tables(model), adapted_layers(model)[0]
     family, _ = families.family_of(type(model), model.config)

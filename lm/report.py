@@ -60,7 +60,8 @@ steps=S for a whole row, and of no other. Left to right: the exact nll of a diff
 order (of whole rows: sampler='blocks' of length 1, fresh_beliefs=True; beliefs carried: False), on fewer rows.
 Accuracy: of the next token for ar, of masked tokens for the others, so the two do not compare. Diversity depends
 on the number and length of the samples: compare it with that of texts that were held out. Right: the share of a
-sample's text before its first fault; wrong words: per sample, that do not agree with what was said before."""
+sample's text before its first fault; wrong words: per sample, that do not agree with what was said before.
+Diversity is of samples that are not empty. n/a: cannot be computed."""
 
 
 def entropy_row(floor):
@@ -163,7 +164,8 @@ def place_in(results):
     """Return a function that gives the x of nats per token in the chart of the models, on a log axis."""
     rows = [*results['models'], results['floor'] or {}]
     values = [row['nats_per_token'] for row in rows if row.get('nats_per_token')]
-    low, high = min(values, default=1) / 1.1, max(values, default=1) * 1.1
+    ends = [row['ci95'][1] for row in rows if row.get('nats_per_token') and row.get('ci95')]
+    low, high = min(values, default=1) / 1.1, max(values + ends, default=1) * 1.1
     return lambda nats: round(260 + 540 * math.log(max(low, min(nats, high)) / low) / math.log(high / low), 1)
 
 

@@ -14,6 +14,7 @@ import threading
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from unicodedata import normalize
@@ -57,7 +58,8 @@ def write(source, config, log_prob=None):
         path = journal.folder / 'tokenizer.json'
         if not journal.state:
             if given:
-                check_spelling(given, ''.join(corpus.sample(0.1)))
+                with suppress(UserError):  # a character vocabulary says itself what it lacks, of each example
+                    check_spelling(given, ''.join(corpus.sample(0.1)))
             made = given or make_tokenizer(corpus, config)
             save_atomically(path, lambda file: file.write(made.to_json().encode()))
         tokenizer = given or Tokenizer(path.read_text(encoding='utf-8'), path)
@@ -155,9 +157,12 @@ def model_at(path):
         checkpoint = checkpoints.load(path, mmap=True)
         tokenizer = Tokenizer(checkpoint['tokenizer'], path, start=checkpoint.get('start_token'))
         return tokenizer, checkpoint['model_config']['block_size'], checkpoint.get('prompt_format')
-    c = settings_of(Path(path), 'config.json')
-    c |= c.get('model_config', {})  # of a model that no family can hold
-    block_size = c.get('max_position_embeddings') or c.get('n_positions') or c.get('block_size')
+    c, block_size = settings_of(Path(path), 'config.json'), None
+    if 'model_type' in c:
+        from lm import families  # imports torch too
+
+        with suppress(UserError):  # where only its tokenizer can be used
+            block_size = (c.get('model_config') or families.config_from_hf(c, path))['block_size']
     return Tokenizer.load(path), block_size, prompts.template_of(Path(path))
 
 
@@ -190,8 +195,8 @@ def encode_corpus(corpus, tokenizer, config, journal):
                     for kind in kinds:
                         arrays[f'{split}_{kind}.bin'].append(found[kind])
                 sizes |= {name: append(journal.folder / name, parts) for name, parts in arrays.items()}
-                corpus.read['state'] = source.state()
-                journal.save({'source': corpus.read, 'counts': counts, 'sizes': sizes})
+                read = {**corpus.read, 'state': source.state()}  # a copy: reading goes on
+                journal.save({'source': read, 'counts': counts, 'sizes': sizes})
                 bar.update(corpus.read['amount'] - bar.n)
         except BrokenProcessPool as error:
             problem = f'One of num_workers={num_workers} was killed, as when memory runs out'

@@ -192,7 +192,7 @@ def test_early_stopping_ends_the_run_and_best_is_kept(place, tmp_path, capsys):
     assert f'stopped early at step {step}' in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:
         tune(*arguments, '--resume_from=auto')
-    assert stop.value.code == 0 and '--early_stopping=0 more patient' in capsys.readouterr().out
+    assert stop.value.code == 0 and '--early_stopping=0 makes it go on' in capsys.readouterr().out
 
 
 def test_early_stopping_counts_evaluations_though_eval_every_changes(place, tmp_path):

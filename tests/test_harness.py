@@ -152,8 +152,10 @@ def test_what_the_harness_may_ask_for_at_the_edges(checkpoint):
     assert model.loglikelihood_rolling(requests(('abc',)), True) == [
         pytest.approx(model.loglikelihood(requests(('', 'abc')), True)[0][0], abs=1e-4)
     ]
-    drawn = {'until': [''], 'temperature': 1.0, 'max_tokens': 8}
+    drawn, read, readings = {'until': [''], 'temperature': 1.0, 'max_tokens': 8}, model.read_settings, []
+    model.read_settings = lambda settings: readings.append(settings) or read(settings)
     texts = model.generate_until(requests(*[('a', drawn)] * 3), True)
+    assert len(readings) == 1  # of equal settings once: it reads the whole vocabulary
     assert len(set(texts)) == 3 and max(map(len, texts)) <= 8
     alone = harness.Checkpoint(checkpoint, device='cpu', batch_size=1)
     assert len(set(alone.generate_until(requests(*[('a', drawn)] * 3), True))) > 1
@@ -181,7 +183,9 @@ def test_an_export_says_whether_it_was_trained_here_and_in_which_rows(tmp_path, 
     for source in (path, tmp_path / 'exported', tmp_path / 'again.pt'):
         assert harness.Checkpoint(source, device='cpu').is_ours == is_ours
         told = checkpoints.load(source)['train_config']  # by which evaluate.py chooses its rows
-        assert told.get('block_size') == settings.get('block_size') and told.get('mode') == settings.get('mode')
+        assert [told.get(key) for key in ('block_size', 'mode')] == (
+            [8, 'documents'] if is_ours else [None] * 2
+        )
 
 
 def test_greedy_means_the_text_that_is_written_at_temperature_0(checkpoint):

@@ -1,6 +1,7 @@
 """prepare/instruct.py makes examples of records of every usual shape; only their answers have a loss."""
 
 import json
+import string
 
 import datasets
 import huggingface_hub
@@ -49,6 +50,33 @@ def alpaca(count=20):
         {'instruction': f'Say {i}.', 'input': 'Please.' * (i % 2), 'output': f'It is {i}!'}
         for i in range(count)
     ]
+
+
+@pytest.mark.faults
+def test_an_example_that_a_character_vocabulary_cannot_spell_is_left_out(instruct, prepare, tmp_path):
+    (tmp_path / 'letters.txt').write_text(string.printable * 9)
+    words = ['text.py', f'--input={tmp_path}/letters.txt', '--tokenizer=char', '--val_fraction=0.5']
+    prepare(*words, output_dir=tmp_path / 'letters')
+    records = [*alpaca(), {'instruction': 'Say é.', 'input': '', 'output': 'It is é!'}]
+    words = [f'--tokenizer={tmp_path}/letters', '--prompt_format=qa', '--on_error=skip']
+    assert instruct(records, *words).config['examples']['refused'] == 1
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    'c, expected',
+    [
+        ({'model_type': 'llama', 'max_position_embeddings': '2048'}, None),
+        ({'model_type': 'llama', 'model_config': None}, None),
+        ({'model_type': 'mixtral', 'max_position_embeddings': [1]}, None),
+        ({}, None),
+    ],
+)
+def test_a_config_that_is_no_model_of_ours_gives_its_tokenizer_alone(tmp_path, c, expected):
+    write_llama_tokenizer(tmp_path)
+    (tmp_path / 'config.json').write_text(json.dumps(c))
+    tokenizer, block_size, _ = writer.model_at(str(tmp_path))
+    assert tokenizer and block_size is expected
 
 
 # ---------------------------------------------------------------------------- records

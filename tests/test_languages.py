@@ -232,3 +232,8 @@ def test_a_tokenizer_of_vocab_and_merges_is_read_with_its_space(tmp_path):
     bpe.save_model(str(tmp_path), 'eng')
     loaded = languages.load_tokenizer(str(tmp_path / 'eng'))
     assert isinstance(loaded, Tokenizer) and loaded.encode('low') == bpe.encode('low').ids
+
+
+def test_gpt2_is_a_tokenizer_by_name(monkeypatch):  # of a ckpt.pt of nanoGPT's
+    monkeypatch.setattr(languages, 'build', lambda kind: f'the one of {kind}')
+    assert languages.load_tokenizer('gpt2') == 'the one of gpt2'

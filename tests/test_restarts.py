@@ -1,6 +1,7 @@
 """Preparations that are killed, cut off by a full disk or started again end as if nothing had happened."""
 
 import gzip
+import json
 import multiprocessing
 import os
 import random
@@ -107,7 +108,11 @@ def test_a_restart_repeats_no_finished_shard(prepare, tmp_path, small_shards, ca
     for _ in range(2):  # the second time the same command goes on, and meets the same line
         with pytest.raises(UserError, match='line 161: not valid JSON'):
             prepare(*words)
-        assert 'documents, is kept in' in capsys.readouterr().err
+        said = capsys.readouterr().err
+        journal = json.loads((tmp_path / '.out.partial' / '.work' / 'journal.json').read_text())
+        assert (
+            f'{journal["state"]["source"]["documents"]:,} documents, is kept in' in said
+        )  # not those read since
     tokens = tmp_path / '.out.partial' / 'train_tokens.bin'
     tokens.write_bytes(b'\x01\x02' + tokens.read_bytes()[2:] + b'written after the last finished shard')
     capsys.readouterr()
