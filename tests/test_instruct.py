@@ -62,21 +62,31 @@ def test_an_example_that_a_character_vocabulary_cannot_spell_is_left_out(instruc
     assert instruct(records, *words).config['examples']['refused'] == 1
 
 
+ODD = [
+    {'model_type': 'llama', 'max_position_embeddings': '2048'},
+    {'model_type': 'llama', 'model_config': None},
+    {'model_type': 'mixtral', 'max_position_embeddings': [1]},
+]
+
+
 @pytest.mark.faults
-@pytest.mark.parametrize(
-    'c, expected',
-    [
-        ({'model_type': 'llama', 'max_position_embeddings': '2048'}, None),
-        ({'model_type': 'llama', 'model_config': None}, None),
-        ({'model_type': 'mixtral', 'max_position_embeddings': [1]}, None),
-        ({}, None),
-    ],
-)
-def test_a_config_that_is_no_model_of_ours_gives_its_tokenizer_alone(tmp_path, c, expected):
+@pytest.mark.parametrize('c', ODD)
+def test_a_folder_of_no_model_of_ours_gives_its_tokenizer_alone(tmp_path, c):
     write_llama_tokenizer(tmp_path)
     (tmp_path / 'config.json').write_text(json.dumps(c))
     tokenizer, block_size, _ = writer.model_at(str(tmp_path))
-    assert tokenizer and block_size is expected
+    assert tokenizer and block_size is None
+
+
+@pytest.mark.faults
+def test_rows_are_no_longer_than_the_window_that_a_model_attends_to(tmp_path):
+    hf_model('mistral', tmp_path)
+    write_llama_tokenizer(tmp_path)
+    path = tmp_path / 'config.json'
+    c = json.loads(path.read_text())
+    assert writer.model_at(str(tmp_path))[1] == c['max_position_embeddings']
+    path.write_text(json.dumps({**c, 'sliding_window': 8}))
+    assert writer.model_at(str(tmp_path))[1] == 8
 
 
 # ---------------------------------------------------------------------------- records
