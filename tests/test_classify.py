@@ -120,7 +120,7 @@ def test_each_architecture_learns_a_simple_task(place, architecture):
     assert loaded.config.n_embd == 32
 
 
-def test_validation_rows_choose_the_weights_and_stop_early(place):
+def test_validation_rows_choose_the_weights_and_stop_early(place, capsys):
     stopping = '--val_set_size=10 --early_stopping=2 --eval_every=1 --max_steps=60'.split()
     variables = classify(*TINY, *TASK, *stopping, '--learning_rate=0.03', '--out_dir=run')
     best, results = variables['best'].step, results_of(place / 'run')
@@ -130,6 +130,7 @@ def test_validation_rows_choose_the_weights_and_stop_early(place):
     assert results['val']['loss'] == pytest.approx(min(values), rel=1e-4)
     with pytest.raises(SystemExit):
         classify('--out_dir=run', '--resume_from=auto')
+    assert '--early_stopping=0 makes it go on' in capsys.readouterr().out
 
 
 def test_evaluations_take_some_rows_and_the_last_one_all_that_are_held_out(place):

@@ -188,6 +188,14 @@ def test_an_export_says_whether_it_was_trained_here_and_in_which_rows(tmp_path, 
         )
 
 
+def test_a_bound_says_its_draws_and_empty_settings_say_nothing(tmp_path, capsys):
+    for name in ('diffusion', 'ar'):
+        path = write_small_checkpoint(tmp_path / f'{name}.pt', name, letter_tokenizer())
+        harness.Checkpoint(path, device='cpu', draws=2 if name == 'diffusion' else 128, sampler='')
+    said = capsys.readouterr()
+    assert (said.out + said.err).count('2 draws each') == 1 and 'no effect' not in said.out + said.err
+
+
 def test_greedy_means_the_text_that_is_written_at_temperature_0(checkpoint):
     model = harness.Checkpoint(checkpoint, device='cpu', draws=1, sampler='confidence')
     written = model.generate_until(requests(('abc', {'max_gen_toks': 2})), True)[0]
