@@ -13,7 +13,7 @@ from collections import deque
 from contextlib import suppress
 from typing import NamedTuple
 
-from lm import checkpoints, prompts, run_folder
+from lm import checkpoints, prompts, run_folder, runtime
 from lm.configurator import UserError, require, user_errors
 from lm.files import first_line
 from lm.tokenizer import Tokenizer
@@ -201,9 +201,14 @@ class Job:
         self.new, self.seed = 0 if self.is_infill else asked, fields.get('seed')
         self.stop = [text for text in texts_of('stop', fields.get('stop') or [''], 16) if text]
         self.options = {name: fields[name] for name in SAMPLING if name in fields}
-        idle = self.options.keys() - {'temperature', 'top_p', 'top_k'} if model.module.causal else ()
-        problem = f'{", ".join(sorted(idle))} has no effect on {model.name}, which writes from left to right'
-        require(not idle, f'{problem}; leave it out.')
+        sampler = fields.get('sampler') or 'first_hitting'
+        idle = {name for name, samplers in runtime.WITHOUT.items() if sampler in samplers.split()}
+        idle |= set() if model.module.has_beliefs else {'k'}
+        how = f'with sampler={sampler!r}'
+        if model.module.causal:
+            idle, how = SAMPLING.keys() - {'temperature', 'top_p', 'top_k'}, 'from left to right'
+        idle = ', '.join(sorted(idle & self.options.keys()))
+        require(not idle, f'{idle} has no effect on {model.name}, which writes {how}; leave it out.')
         with user_errors():
             generate(model.module, [], 0, **self.options)  # of no prompt: only to refuse wrong options
         prompts, n = self.prompts(limits.batch_size), fields.get('n', 1)

@@ -278,6 +278,8 @@ def test_gaps_are_filled_and_watched(port):
         ('infill', dict(model='sdd', text='<mask:' + '0' * 900_000), '<mask:12>'),  # at once
         ('infill', dict(model='sdd', text=f'<mask:{"0" * 6000}>'), '<mask:12>'),
         ('completions', dict(model='ar', prompt='a', sampler='confidence'), 'sampler has no effect on ar'),
+        ('completions', dict(model='sdd', prompt='a', eta=0.5), "which writes with sampler='first_hitting'"),
+        ('completions', dict(model='sdd', prompt='a', threshold=0.5), 'threshold has no effect'),
         ('completions', dict(model='ar', prompt='a' * 128), 'reads 127: shorten it'),
         ('completions', dict(model='ar', prompt='Zürich'), "'ü'"),
         ('completions', dict(model='ar', prompt=[1, 2]), 'give a text, or a list of'),
