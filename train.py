@@ -116,7 +116,7 @@ tokenizer = folder.tokenizer
 if 'block_size' not in config.given:
     config['block_size'] = folder.config.get('max_seq_len') or block_size
 if depth is not None and not resumed.checkpoint:
-    restore(globals(), config, scaling.settings(config, tokenizer.vocab_size, dist.world_size))
+    restore(globals(), config, scaling.settings(config, folder, dist.world_size))
 
 initial = resumed.checkpoint or {}
 if init_from and not initial:
