@@ -8,7 +8,7 @@ WIDTH = 32  # of a layer, per layer: as wide as it is deep, with heads of 32
 RATIO = 5  # training tokens per parameter that a step multiplies with; measured: between 1 and 19
 STEP_TOKENS, TOKENS = 2048, 2e6  # of a step, in a run of TOKENS tokens
 GROWTH = 0.4  # a step's tokens grow by this power of the run's
-RATE = 0.15  # of a model of one layer in one step; falls as 1 / depth, as in muP, and as steps ** -0.2
+RATE = 0.18  # of a model of one layer in one step; falls as 1 / depth, as in muP, and as steps ** -0.2
 WHOLE_ROWS = 1.5  # times that, where masks are of whole rows
 EPOCHS, EPOCHS_OF_WHOLE_ROWS = (
     5,
