@@ -1,4 +1,4 @@
-"""Turn --depth=N into shape, rows, steps and rate, by rules measured on two corpora at depths 2 to 6 (docs/LOG.md)."""
+"""Turn --depth=N into shape, rows, steps and rates, by rules measured on three corpora (docs/LOG.md)."""
 
 from lm import data
 from lm.configurator import note, require
