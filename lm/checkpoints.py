@@ -237,8 +237,8 @@ class Best:
 def contents(model, step, best, config, initial, tokenizer, start_token, prompt_format, trained=None):
     """Return what the other scripts need to use a model, but for its weights; UserError where one of these is
     not finite, or of the module `trained` that it is a part of: nothing is saved over a checkpoint that can be used."""
-    weights = (trained or model).named_parameters()
-    broken = next((name for name, x in weights if not local(x).isfinite().all()), None)
+    weights = [(name, local(x)) for name, x in (trained or model).named_parameters() if x.requires_grad]
+    broken = next((name for name, x in weights if not x.isfinite().all()), None)
     remedy = f'the last checkpoint is kept; try a lower learning_rate than {config["learning_rate"]}'
     require(not broken, f'{broken} is not finite after step {step}; {remedy}.')
     state = {'architecture': architecture_name(model), 'seed': config['seed'], 'train_config': dict(config)}

@@ -62,13 +62,18 @@ class QuantizedLinear(nn.Module):
         self.register_buffer('codes', codes)
         self.register_buffer('scale', scale.view(torch.int16))
 
+    def _load_from_state_dict(self, state, prefix, *args):
+        if (name := f'{prefix}codes') in state:  # a sharded model sees them as floats
+            state[name] = state[name].view(self.codes.dtype)
+        super()._load_from_state_dict(state, prefix, *args)
+
     @property
     def weight(self):
         """The weight (out, in) in float32."""
         scale = self.scale.view(torch.bfloat16).float()
         if self.bits == 8:
-            return self.codes * scale
-        codes = self.codes.to(torch.uint8)  # of which FSDP may have made bfloat16, as exact
+            return self.codes.view(torch.int8) * scale
+        codes = self.codes.view(torch.uint8)
         codes = torch.stack([codes >> 4, codes & 15], -1).flatten(1)  # (N, 64)
         weight = (levels(scale.device)[codes.int()] * scale).flatten()
         return weight[: self.out_features * self.in_features].view(self.out_features, -1)

@@ -10,10 +10,7 @@ STEP_TOKENS, TOKENS = 2048, 2e6  # of a step, in a run of TOKENS tokens
 GROWTH = 0.4  # a step's tokens grow by this power of the run's
 RATE = 0.18  # of a model of one layer in one step; falls as 1 / depth, as in muP, and as steps ** -0.2
 WHOLE_ROWS = 1.5  # times that, where masks are of whole rows
-EPOCHS, EPOCHS_OF_WHOLE_ROWS = (
-    5,
-    40,
-)  # at most; measured: of a text that is gone through more often, it overfits
+EPOCHS, EPOCHS_OF_WHOLE_ROWS = 5, 40  # at most; measured: in more, a text is learned by heart
 EPOCHS_OF_DECAY = 3  # in more the embedding is decayed too: worse in one epoch, better in five
 
 
@@ -23,11 +20,8 @@ def settings(config, folder, world_size):
     depth, given = config['depth'], config.given & {'model_size', 'init_from', 'num_epochs'}
     problem = f'depth={depth} sets shape and steps of a new model by itself'
     require(not given, f'{problem}; leave out {" and ".join(given)}, or say how long by --max_steps.')
-    architecture, width, block_size = (
-        ARCHITECTURES[config['architecture']],
-        WIDTH * depth,
-        config['block_size'],
-    )
+    architecture = ARCHITECTURES[config['architecture']]
+    width, block_size = WIDTH * depth, config['block_size']
     is_of_rows = not architecture.causal and not any(config['block_length'] or ())
     rows = data.make_rows(folder, 'train', architecture, block_size, config['mode'], training=False)
     epoch, most = rows.num_rows * block_size, EPOCHS_OF_WHOLE_ROWS if is_of_rows else EPOCHS

@@ -62,7 +62,7 @@ def mean_ci(values, weights=1):
     share of the weight, and t has Satterthwaite's degrees of freedom (Bell & McCaffrey 2002): in simulations of 30
     to 1000 documents of log-normal or Pareto length it covers 95 to 96 %, where a normal quantile covers 90 to 94.
     """
-    values, weights = np.broadcast_arrays(np.float64(values), np.float64(weights))
+    values, weights = np.broadcast_arrays(np.asarray(values, float), np.asarray(weights, float))
     values, weights = values[weights != 0], weights[weights != 0]
     if len(values) == 0 or not math.isfinite(values.sum()):
         return None, None

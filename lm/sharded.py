@@ -66,7 +66,7 @@ def place(model, weights, dist):
         policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
         mesh = init_device_mesh(dist.device.type, (dist.world_size,))
         for layer in [module for module in model.modules() if hasattr(module, 'codes')]:  # quantized
-            codes = layer._buffers.pop('codes')  # FSDP shards parameters only
+            codes = layer._buffers.pop('codes').view(dtype)  # FSDP shards parameters, and casts all but these
             layer.register_parameter('codes', torch.nn.Parameter(codes, requires_grad=False))
         for module in (*model.blocks, model):
             fully_shard(module, mesh=mesh, mp_policy=policy)

@@ -29,11 +29,16 @@ def test_a_weight_in_few_bits_is_near_the_weight(bits, error, size):
     assert sum(x.numel() * x.element_size() for x in layer.buffers()) * 8 / linear.weight.numel() < size
 
 
-def test_codes_that_a_sharded_model_casts_are_the_same_weight():
-    layer = QuantizedLinear(nn.Linear(64, 8), 4)
+@pytest.mark.parametrize('bits', [8, 4])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_codes_that_a_sharded_model_sees_as_floats_are_the_same_weight(bits, dtype):
+    layer = QuantizedLinear(nn.Linear(64, 8), bits)
     before = layer.weight
-    layer.codes = layer.codes.bfloat16()  # as FSDP casts all that is gathered, before PyTorch 2.13
+    layer.codes = layer.codes.view(dtype)  # FSDP before PyTorch 2.12 shards no integers
     assert torch.equal(layer.weight, before)
+    other = QuantizedLinear(nn.Linear(64, 8), bits)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other.float().weight, before)
 
 
 @pytest.mark.parametrize('bits', [8, 4])
