@@ -84,8 +84,9 @@ LARGEST = 2**24  # of any number
 SILENT = re.compile(  # keys without a say in the logits, or that with_rope_and_length reads
     '_.*|transformers.*|unsloth.*|summary_.*|.*_token_id|.*dropout|.*pdrop|layerdrop|(torch_)?dtype|model_type'
     '|architectures|use_cache|init.*_(range|std)|n_ctx|prefix|task_specific_params|id2label|label2id|return_dict'
-    '|max_length|gradient_checkpointing|output_past|reorder_and_upcast_attn|is_llama_config|start_token'
+    '|gradient_checkpointing|output_past|reorder_and_upcast_attn|is_llama_config|start_token'
     '|trained_here|prompt_format|rope_parameters|type|max_window_layers|layer_types|(use_)?sliding_window'
+    '|do_sample|(min|max)_length|num_(beam.*|return_sequences)|.*_penalty|temperature|top_[kp]|typical_p'
     '|init_(device|fn)|init_cutoff_factor|alibi_bias_max|attention_layer_norm_with_affine|flash_attention|precision'
 )
 GPT = dict(norm='layer', position='learned', bias=True, qk_norm=False)

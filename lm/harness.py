@@ -16,19 +16,25 @@ import sys
 import zlib
 from collections import defaultdict
 from itertools import chain, islice
+from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from lm import chat, checkpoints, data, likelihood, pretrained, prompts, runtime
-from lm.configurator import note, require, user_errors
+from lm.configurator import ROOT, note, require, user_errors
 from lm.files import as_sentence
 from lm.tokenizer import Tokenizer
 from model import T_MIN, architecture_name
 from sampling import generate
 
-with as_sentence('lm-evaluation-harness cannot be imported', 'pip install lm_eval'):
+with as_sentence('lm-evaluation-harness cannot be imported', 'pip install "lm_eval>=0.4.10"'):
+    path = sys.path
+    sys.path = [folder for folder in path if Path(folder).resolve() != ROOT]
+    import evaluate  # noqa: F401  Hugging Face's, which tasks such as humaneval mean: not the script evaluate.py
+
+    sys.path = path
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window

@@ -247,6 +247,12 @@ def test_a_task_of_local_files_says_which_bound_it_is(tmp_path, monkeypatch):
     assert results['config']['bound'] == 'upper' and results['config']['draws'] == 2
 
 
+def test_tasks_that_import_evaluate_get_the_package_and_not_our_script():
+    import evaluate
+
+    assert hasattr(evaluate, 'load') and not hasattr(evaluate, 'checkpoint')
+
+
 def test_the_command_gives_the_harness_our_model_and_the_users_words_last(monkeypatch):
     words = ['--model_args', 'checkpoint=a.pt', '--tasks', 'letters', '--batch_size', '2']
     given = []

@@ -146,6 +146,9 @@ def chat_tokenizer(folder, adds_start=True, **settings):
     tokenizer.post_processor = tokenizers.processors.Sequence(parts)
     tokenizer.save(str(folder / 'tokenizer.json'))
     settings = {'bos_token': '<s>', 'eos_token': '</s>', 'pad_token': '<pad>', **settings}
+    settings['tokenizer_class'] = (
+        'PreTrainedTokenizerFast'  # without it transformers 5.0 to 5.3 take CodeLlama's
+    )
     (folder / 'tokenizer_config.json').write_text(json.dumps(settings))
     return tokenizer
 

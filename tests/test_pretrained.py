@@ -273,11 +273,20 @@ def test_what_a_config_says_that_is_not_known_at_its_default_is_refused(changes,
         checkpoints.load(tmp_path)
 
 
+BEFORE_5 = dict(
+    do_sample=False, min_length=0, max_length=20, num_beams=1, num_beam_groups=1, num_return_sequences=1
+)
+BEFORE_5 |= dict(
+    temperature=1.0, top_k=50, top_p=1.0, typical_p=1.0, repetition_penalty=1.0, length_penalty=1.0
+)
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize('name', HF_MODELS)
 def test_every_default_of_transformers_is_known(name, tmp_path):
     theirs = hf_model(name, tmp_path)
     (tmp_path / 'config.json').write_text(theirs.config.to_json_string(use_diff=False))
+    edit_config(tmp_path, **BEFORE_5)
     checkpoints.load(tmp_path)
 
 
