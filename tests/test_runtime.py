@@ -3,13 +3,15 @@
 import math
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 from conftest import random_model, signals_kept
 
 from lm import configurator, lora, quantize, runtime
-from lm.configurator import UserError
+from lm.configurator import ROOT, UserError
 from lm.data import Batch
 
 SHAPE = dict(vocab_size=30, block_size=16, n_layer=2, n_head=2, n_embd=16, mask_id=28, ignore_id=29)
@@ -290,6 +292,14 @@ def test_a_closed_terminal_is_a_signal_to_save_however_often_it_says_so(monkeypa
 
 
 # ---------------------------------------------------------------------------- settings
+
+
+def test_windows_is_told_to_use_wsl():
+    code = "import sys; sys.platform = 'win32'; import lm"
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
+    assert (
+        done.returncode == 1 and 'on Windows run it in WSL' in done.stderr and 'Traceback' not in done.stderr
+    )
 
 
 def test_settings_that_cannot_be_are_refused_and_those_that_can_are_not():
