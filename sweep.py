@@ -161,7 +161,7 @@ def was_stopped(name):
 def start(name, gpu):
     """Start a run, which inherits its lock; or return None if another sweep, or a run that outlived one, has it."""
     folder, environment = make_folder(root / name), {'CUDA_VISIBLE_DEVICES': gpu} if gpu else {}
-    with open(folder / '.lock', 'w') as lock, open(folder / 'stdout.log', 'a') as log:
+    with open(folder / '.lock', 'w') as lock, open(folder / 'stdout.log', 'ab') as log:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -189,7 +189,7 @@ def outcome(name, status):
 
 
 def read_text(path):
-    return path.read_text(errors='replace') if path.exists() else ''
+    return path.read_text('utf-8', 'replace') if path.exists() else ''
 
 
 def run_here():
@@ -238,7 +238,7 @@ def write_results():
         print('note: there are no validation rows, so the best row is chosen on the test rows: flattered.')
     if unknown := [name for name in (best_by, *filter(None, show.split(','))) if name not in names]:
         print(f'note: no run has {", ".join(unknown)} among its results: {", ".join(names)}')
-    with open(root / 'results.csv', 'w', newline='') as file:
+    with open(root / 'results.csv', 'w', newline='', encoding='utf-8') as file:
         writer = csv.DictWriter(file, ['run', *keys, *names], extrasaction='ignore', lineterminator='\n')
         writer.writeheader()
         writer.writerows({**runs[name], **values, 'run': name} for name, values in figures.items())
@@ -248,14 +248,14 @@ def write_results():
         group = tuple(str(runs[name].get(key, '')) for key in columns)
         groups.setdefault(group, []).append(values)
     table = markdown_table(columns, groups, names, best_by)
-    (root / 'results.md').write_text(table + '\n')
+    (root / 'results.md').write_text(table + '\n', 'utf-8')
     print(f'\n{table}\n\n{len(figures)} of {len(runs)} runs: {root}/results.csv, {root}/results.md')
 
 
 def read_results(path):
     """Return the figures of a run; none, and a word about it, where its file is damaged."""
     try:
-        figures = flat(json.loads(path.read_text()))
+        figures = flat(json.loads(path.read_text('utf-8')))
         return {name: value for name, value in figures if type(value) in (int, float)}
     except (ValueError, AttributeError) as error:
         print(f'{path} is damaged ({error}); delete {path.parent}, and the run is done again.')
@@ -295,7 +295,7 @@ def job_text(job_name, name):
     launch = f'torchrun --standalone --nproc_per_node={gpus_per_job}' if gpus_per_job > 1 else 'python'
     known |= {'launch': launch, 'args': shlex.join(arguments(name)), **fields}
     try:
-        return find('template', template).read_text().format(**known)
+        return find('template', template).read_text('utf-8').format(**known)
     except (KeyError, IndexError, ValueError) as error:
         wrong = f'{template} has a field {{{error.args[0]}}} that is none of {", ".join(known)}'
         raise UserError(f"{wrong}; give it with --fields, or write {{{{ and }}}} for the shell's.") from error
@@ -309,13 +309,13 @@ def submit_jobs():
     folder = make_folder(Path(output_dir).absolute() if output_dir else root / 'jobs')
     for name, text in texts.items():
         (make_folder(root / name) / 'done.json').unlink(missing_ok=True)  # of a job that was stopped
-        (folder / f'{name}.sh').write_text(text)
+        (folder / f'{name}.sh').write_text(text, 'utf-8')
 
     head = [line for line in job_text(experiment_name, name).splitlines() if line.startswith('#SBATCH')]
     limit, scripts = f'%{jobs}' if 'jobs' in config.given else '', [f'{folder}/{name}.sh' for name in texts]
     head += [f'#SBATCH --array=0-{len(texts) - 1}{limit}', f'jobs=({shlex.join(scripts)})']
     path = folder / 'array.sh'
-    path.write_text('\n'.join(['#!/bin/bash', *head, 'exec bash "${jobs[$SLURM_ARRAY_TASK_ID]}"\n']))
+    path.write_text('\n'.join(['#!/bin/bash', *head, 'exec bash "${jobs[$SLURM_ARRAY_TASK_ID]}"\n']), 'utf-8')
     print(f'{len(runs)} runs; scripts of the unfinished ones: {path}')
     if gpus_per_job > 1:
         print(f'note: a step of {gpus_per_job} GPUs has {gpus_per_job} times as many rows as batch_size.')

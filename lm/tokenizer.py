@@ -296,7 +296,7 @@ def pretrained_tokens(folder):
     config, settings = (settings_of(folder, name) for name in ('config.json', 'tokenizer_config.json'))
     mask = pretrained_token(folder, 'mask') if config.get('model_type') in DIFFUSION_FAMILIES else None
     jinja = folder / 'chat_template.jinja'
-    template = jinja.read_text(errors='replace') if jinja.is_file() else str(settings.get('chat_template'))
+    template = jinja.read_text('utf-8', 'replace') if jinja.is_file() else str(settings.get('chat_template'))
     # Diffusion models are trained with it.
     adds_bos = mask is not None or settings.get('add_bos_token') or 'bos_token' in template
     bos = pretrained_token(folder, 'bos') if adds_bos else None

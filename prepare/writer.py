@@ -168,7 +168,9 @@ def model_at(path):
 
 def encode_corpus(corpus, tokenizer, config, journal):
     """Write the files of tokens, index and, of examples, masks; return the counts of each split."""
-    source, num_workers = corpus.source, config['num_workers'] or os.cpu_count()
+    has_affinity = hasattr(os, 'sched_getaffinity')  # Linux; a Slurm job may use some cores of its node
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
+    source, num_workers = corpus.source, config['num_workers'] or cores
     state = journal.state or {'source': None, 'counts': {}, 'sizes': {}}
     counts, sizes = {split: Counter(state['counts'].get(split)) for split in SPLITS}, dict(state['sizes'])
     kinds = ('tokens', 'index', 'masks') if source.examples else ('tokens', 'index')

@@ -45,6 +45,21 @@ def corpus(tmp_path):
 # ---------------------------------------------------------------------------- what a folder holds
 
 
+def test_as_many_processes_encode_as_the_job_has_cores(prepare, corpus, monkeypatch):
+    """On a node of a cluster a job may use some of the cores."""
+    started = []
+
+    class Pool(writer.ProcessPoolExecutor):
+        def __init__(self, num_workers, **settings):
+            started.append(num_workers)
+            super().__init__(1, **settings)
+
+    monkeypatch.setattr(writer.os, 'sched_getaffinity', lambda pid: {3, 5, 6}, raising=False)
+    monkeypatch.setattr(writer, 'ProcessPoolExecutor', Pool)
+    prepare('text.py', f'--input={corpus}', '--tokenizer=bytes', '--num_workers=0')
+    assert started == [3]
+
+
 @pytest.mark.parametrize('kind', ['char', 'bytes', 'bpe'])
 def test_folder_holds_every_document_and_an_honest_config(prepare, tmp_path, kind):
     texts = make_texts(40) + [NASTY * 3]
