@@ -114,9 +114,9 @@ def measure(side, steps, folder, place):
 def train(side, steps, folder, place):
     """Run the train.py of a side; return its seconds, and those per step between its lines after the warm-up."""
     schedule = f'--max_iters={steps} --lr_decay_iters={steps} --eval_interval={min(250, steps)}'
-    words = f'train.py {PEER_RECIPE} {schedule}'.split()  # 250 is the recipe's own
+    words = ['train.py', *f'{PEER_RECIPE} {schedule}'.split()]  # 250 is the recipe's own
     if side == 'ours':
-        words = f'{ROOT}/train.py {OUR_RECIPE} --max_steps={steps}'.split()
+        words = [ROOT / 'train.py', *OUR_RECIPE.split(), f'--max_steps={steps}']
         words += [f'--dataset={folder.path.resolve()}', f'--out_dir={place / side}']
 
     start, progress = time.perf_counter(), []
