@@ -180,7 +180,9 @@ if use_peft:
         problem = f'{init_from} has another shape than in the run of {resumed.path}'
         with as_sentence(problem, 'put its weights back'):
             raw_model.load_state_dict(resumed.checkpoint['adapter_state_dict'], strict=False)
-        resumed.checkpoint.pop('model_state_dict', None)  # merged, for other scripts; not kept beside the model
+        resumed.checkpoint.pop(
+            'model_state_dict', None
+        )  # merged, for other scripts; not kept beside the model
 runtime.report_idle_settings(config, raw_model)
 raw_model = store.place(raw_model, weights, dist)
 weights = None  # not kept beside the model
